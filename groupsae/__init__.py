@@ -1,0 +1,1 @@
+"""Group-SAE: one sparse autoencoder per group of similar layers (arXiv 2410.21508)."""

@@ -1,0 +1,83 @@
+"""Token blocks in a seeded order that is a pure function of the position in the run."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+class BlockDataset(Dataset[Tensor]):
+    """Map-style view on the memory-mapped blocks of one split: index -> int64 [context]."""
+
+    def __init__(self, blocks: np.ndarray) -> None:
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.from_numpy(self.blocks[index].astype(np.int64))
+
+
+def block_order(num_blocks: int, seed: int, start: int, count: int) -> np.ndarray:
+    """Return the blocks at places start ... start+count-1 of the endless shuffled sequence.
+
+    Epoch e is a permutation seeded by (seed, e); nothing but the place decides, so any process
+    can start anywhere.
+    """
+    places = np.arange(start, start + count)
+    epochs = places // num_blocks
+    order = np.empty(count, dtype=np.int64)
+    for epoch in np.unique(epochs):
+        permutation = np.random.default_rng([seed, int(epoch)]).permutation(num_blocks)
+        order[epochs == epoch] = permutation[places[epochs == epoch] % num_blocks]
+    return order
+
+
+class StepSampler(Sampler[list[int]]):
+    """The blocks of every step that fall to one rank.
+
+    Its length is the whole run, while iteration starts at `first_step`: that is what Lightning
+    expects of a resumed loader.
+
+    Args:
+        num_blocks: blocks in the split.
+        blocks_per_step: blocks in a step over all ranks.
+        num_steps: steps of the whole run.
+        seed: of the shuffle; None keeps the order of the file.
+        first_step: where to begin.
+        rank: this process.
+        world_size: number of processes; each takes an equal, contiguous share of every step.
+    """
+
+    def __init__(self, *, num_blocks: int, blocks_per_step: int, num_steps: int,
+                 seed: int | None, first_step: int, rank: int, world_size: int) -> None:
+        self.num_blocks, self.blocks_per_step = num_blocks, blocks_per_step
+        self.num_steps, self.seed, self.first_step = num_steps, seed, first_step
+        share = blocks_per_step // world_size
+        self.mine = slice(rank * share, (rank + 1) * share)
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        chunk = 256  # steps drawn at once: a permutation is made once a chunk, not once a step
+        for first in range(self.first_step, self.num_steps, chunk):
+            steps = min(chunk, self.num_steps - first)
+            start, count = first * self.blocks_per_step, steps * self.blocks_per_step
+            if self.seed is None:
+                order = np.arange(start, start + count) % self.num_blocks
+            else:
+                order = block_order(self.num_blocks, self.seed, start, count)
+            for step in order.reshape(steps, self.blocks_per_step):
+                yield step[self.mine].tolist()
+
+
+def make_loader(blocks: np.ndarray, sampler: StepSampler, num_workers: int) -> DataLoader[Tensor]:
+    """Return an ordinary DataLoader over the sampler's batches, int64 [blocks, context] each."""
+    return DataLoader(
+        BlockDataset(blocks), batch_sampler=sampler, num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(), persistent_workers=num_workers > 0,
+    )

@@ -1,0 +1,94 @@
+"""Pretrain the bundled language model: `python -m groupsae.pretrain`."""
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import hydra
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from omegaconf import DictConfig, OmegaConf
+from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+from groupsae.data.loader import StepSampler, make_loader
+from groupsae.data.splits import split_of
+from groupsae.data.tokens import Packing, load_token_blocks
+from groupsae.lm.build import build_gpt_neox, stack_layers, train_tokenizer
+from groupsae.training.allocator import keep_freed_memory
+from groupsae.training.pretraining import LanguageModel, bits_per_byte
+
+CONF = Path(__file__).parent / "conf"
+CONF = CONF if CONF.exists() else Path(__file__).parent.parent / "conf"
+
+
+def pretrain(cfg: DictConfig) -> dict[str, float]:
+    """Train, evaluate on the held-out files, save; return the held-out figures."""
+    keep_freed_memory()
+    L.seed_everything(cfg.seed, verbose=False)
+    output, cache = Path(cfg.output), Path(cfg.cache)
+    source = instantiate(cfg.source)
+    packing = Packing(context=cfg.model.context + 1, prepend_bos=False, max_tokens=None,
+                      heldout_fraction=cfg.data.heldout_fraction,
+                      calibration_fraction=cfg.data.calibration_fraction)
+
+    tokenizer_file = cache / f"tokenizer-{cfg.model.vocab_size}"
+    if not tokenizer_file.exists():
+        fractions = (cfg.data.heldout_fraction, cfg.data.calibration_fraction)
+        texts = [d.text for d in source.documents() if split_of(d.name, *fractions) == "train"]
+        every = max(1, sum(map(len, texts)) // int(cfg.data.tokenizer_megabytes * 1e6))
+        print(f"learning a tokenizer on every {every}th of {len(texts):,} files")
+        train_tokenizer(islice(texts, 0, None, every), cfg.model.vocab_size,
+                        cfg.model.context).save_pretrained(tokenizer_file)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_file)
+    blocks = load_token_blocks(source, tokenizer, packing, cache / "tokens")
+    print({s: f"{len(b):,} blocks" for s, b in blocks.blocks.items()})
+
+    lm = build_gpt_neox(**cfg.model)
+    if cfg.init is not None:
+        stack_layers(GPTNeoXForCausalLM.from_pretrained(cfg.init), lm)
+    num_steps = cfg.tokens // (cfg.data.blocks_per_step * cfg.model.context)
+    module = LanguageModel(lm=lm, num_steps=num_steps, **OmegaConf.to_container(cfg.optim))
+
+    def loader(split: str, num_steps: int, seed: int | None) -> torch.utils.data.DataLoader:
+        sampler = StepSampler(
+            num_blocks=len(blocks.blocks[split]), blocks_per_step=cfg.data.blocks_per_step,
+            num_steps=num_steps, seed=seed, first_step=0, rank=0, world_size=1)
+        return make_loader(blocks.blocks[split], sampler, num_workers=0)
+
+    all_heldout = len(blocks.blocks["heldout"]) // cfg.data.blocks_per_step
+    trainer = L.Trainer(
+        **cfg.trainer, max_steps=num_steps, logger=CSVLogger(output, name="", version=""),
+        val_check_interval=cfg.eval_every, limit_val_batches=cfg.eval_blocks //
+        cfg.data.blocks_per_step, gradient_clip_val=1.0, log_every_n_steps=10,
+        num_sanity_val_steps=0, enable_model_summary=False,
+        callbacks=[ModelCheckpoint(dirpath=output / "checkpoints", save_last=True,
+                                   every_n_train_steps=cfg.checkpoint_every)])
+    trainer.fit(module, loader("train", num_steps, cfg.seed),
+                loader("heldout", all_heldout, None), ckpt_path="last" if cfg.resume else None)
+
+    trainer.limit_val_batches = 1.0
+    heldout = trainer.validate(module, loader("heldout", all_heldout, None), verbose=False)
+    tokens = blocks.blocks["heldout"][: all_heldout * cfg.data.blocks_per_step]
+    num_bytes = sum(len(t.encode()) for t in tokenizer.batch_decode(tokens[:, 1:]))
+    nats = heldout[0]["heldout/loss"]
+    result = {"heldout_nats_per_token": nats, "heldout_tokens": int(tokens[:, 1:].size),
+              "heldout_bits_per_byte": bits_per_byte(nats, tokens[:, 1:].size, num_bytes),
+              "train_tokens": num_steps * cfg.data.blocks_per_step * cfg.model.context}
+    lm.to(torch.bfloat16).save_pretrained(output / "model")
+    tokenizer.save_pretrained(output / "model")
+    (output / "result.json").write_text(json.dumps(result, indent=1))
+    print(json.dumps(result, indent=1))
+    return result
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="pretrain")
+def main(cfg: DictConfig) -> None:
+    """Hydra entry point."""
+    pretrain(cfg)
+
+
+if __name__ == "__main__":
+    main()
