@@ -52,10 +52,14 @@ def pretrain(cfg: DictConfig) -> dict[str, float]:
     num_steps = cfg.tokens // (cfg.data.blocks_per_step * cfg.model.context)
     module = LanguageModel(lm=lm, num_steps=num_steps, **OmegaConf.to_container(cfg.optim))
 
-    def loader(split: str, num_steps: int, seed: int | None) -> torch.utils.data.DataLoader:
+    checkpoint = output / "checkpoints" / "last.ckpt" if cfg.resume else None
+    done = torch.load(checkpoint, mmap=True)["global_step"] if checkpoint else 0
+
+    def loader(split: str, num_steps: int, seed: int | None,
+               first_step: int = 0) -> torch.utils.data.DataLoader:
         sampler = StepSampler(
             num_blocks=len(blocks.blocks[split]), blocks_per_step=cfg.data.blocks_per_step,
-            num_steps=num_steps, seed=seed, first_step=0, rank=0, world_size=1)
+            num_steps=num_steps, seed=seed, first_step=first_step, rank=0, world_size=1)
         return make_loader(blocks.blocks[split], sampler, num_workers=0)
 
     all_heldout = len(blocks.blocks["heldout"]) // cfg.data.blocks_per_step
@@ -66,8 +70,8 @@ def pretrain(cfg: DictConfig) -> dict[str, float]:
         num_sanity_val_steps=0, enable_model_summary=False,
         callbacks=[ModelCheckpoint(dirpath=output / "checkpoints", save_last=True,
                                    every_n_train_steps=cfg.checkpoint_every)])
-    trainer.fit(module, loader("train", num_steps, cfg.seed),
-                loader("heldout", all_heldout, None), ckpt_path="last" if cfg.resume else None)
+    trainer.fit(module, loader("train", num_steps, cfg.seed, done),
+                loader("heldout", all_heldout, None), ckpt_path=checkpoint)
 
     trainer.limit_val_batches = 1.0
     heldout = trainer.validate(module, loader("heldout", all_heldout, None), verbose=False)

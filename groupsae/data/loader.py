@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from groupsae.errors import UserError
+
 
 class BlockDataset(Dataset[Tensor]):
     """Map-style view on the memory-mapped blocks of one split: index -> int64 [context]."""
@@ -26,6 +28,9 @@ def block_order(num_blocks: int, seed: int, start: int, count: int) -> np.ndarra
 
     Epoch e is a permutation seeded by (seed, e); nothing but the place decides, so any process
     can start anywhere.
+
+    >>> block_order(4, seed=0, start=0, count=8).tolist()
+    [2, 0, 1, 3, 3, 0, 2, 1]
     """
     places = np.arange(start, start + count)
     epochs = places // num_blocks
@@ -50,13 +55,33 @@ class StepSampler(Sampler[list[int]]):
         first_step: where to begin.
         rank: this process.
         world_size: number of processes; each takes an equal, contiguous share of every step.
+
+    Raises:
+        UserError: a step cannot be shared out equally, or there is no block.
     """
 
-    def __init__(self, *, num_blocks: int, blocks_per_step: int, num_steps: int,
-                 seed: int | None, first_step: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        blocks_per_step: int,
+        num_steps: int,
+        seed: int | None,
+        first_step: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
         self.num_blocks, self.blocks_per_step = num_blocks, blocks_per_step
         self.num_steps, self.seed, self.first_step = num_steps, seed, first_step
-        share = blocks_per_step // world_size
+        if num_blocks < 1:
+            raise UserError("there is no block of tokens to read: give more text")
+        share, left = divmod(blocks_per_step, world_size)
+        if left or share < 1:
+            nearest = max(1, round(blocks_per_step / world_size)) * world_size
+            raise UserError(
+                f"data.blocks_per_step={blocks_per_step} cannot be shared out equally over "
+                f"{world_size} processes: take a multiple of {world_size}, for example {nearest}"
+            )
         self.mine = slice(rank * share, (rank + 1) * share)
 
     def __len__(self) -> int:
@@ -78,6 +103,9 @@ class StepSampler(Sampler[list[int]]):
 def make_loader(blocks: np.ndarray, sampler: StepSampler, num_workers: int) -> DataLoader[Tensor]:
     """Return an ordinary DataLoader over the sampler's batches, int64 [blocks, context] each."""
     return DataLoader(
-        BlockDataset(blocks), batch_sampler=sampler, num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(), persistent_workers=num_workers > 0,
+        BlockDataset(blocks),
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
     )

@@ -4,6 +4,7 @@ import hashlib
 import json
 import sysconfig
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -25,8 +26,8 @@ class Source(Protocol):
         """Return a key that changes whenever the documents change."""
         ...
 
-    def documents(self) -> Iterator[Document]:
-        """Yield the documents, always in the same order."""
+    def documents(self, start: int = 0) -> Iterator[Document]:
+        """Yield the documents from the given one on, always in the same order."""
         ...
 
 
@@ -77,8 +78,11 @@ class PythonSource:
         """Return a key over all names and contents."""
         return files_fingerprint(self._files())
 
-    def documents(self) -> Iterator[Document]:
+    def documents(self, start: int = 0) -> Iterator[Document]:
         """Yield each distinct file that is valid UTF-8."""
+        return islice(self._documents(), start, None)
+
+    def _documents(self) -> Iterator[Document]:
         seen: set[bytes] = set()
         for name, path in self._files():
             raw = path.read_bytes()

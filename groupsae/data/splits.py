@@ -1,4 +1,4 @@
-"""Which documents are trained on, calibrated on and held out: fixed by name, before any shuffle."""
+"""Which documents are trained, calibrated and evaluated on: fixed by name, before any shuffle."""
 
 import hashlib
 from typing import Literal

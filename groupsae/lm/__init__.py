@@ -1,1 +1,1 @@
-"""Language models: build, load, hook."""
+"""Language models: build, load frozen, hook."""

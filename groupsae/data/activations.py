@@ -1,0 +1,225 @@
+"""Tokens in, residual activations out: the DataModule that holds the language model."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from groupsae.data.draws import draw_layers
+from groupsae.data.loader import StepSampler, make_loader
+from groupsae.data.sources import Source
+from groupsae.data.splits import Split
+from groupsae.data.tokens import Packing, TokenBlocks, load_token_blocks
+from groupsae.errors import UserError
+from groupsae.lm.blocks import run_blocks
+from groupsae.lm.load import FrozenLM
+
+
+class ActivationBatch(NamedTuple):
+    """Residual activations of one batch of tokens.
+
+    Attributes:
+        acts: raw (unscaled) `resid_post`, one row for each slot and token. A slot is a set of
+            layers; each token shows one of them.
+        layers: the layer that each row comes from.
+        keep: tokens that count; False at special tokens if these are excluded.
+    """
+
+    acts: Float[Tensor, "slot token d_model"]
+    layers: Int[Tensor, "slot token"]
+    keep: Bool[Tensor, "token"]
+
+
+class ActivationDataModule(L.LightningDataModule):
+    """Streams residual activations of a frozen language model.
+
+    Token blocks travel through an ordinary loader; the model runs on the device in
+    `on_after_batch_transfer`, one truncated forward for all layers, and only the drawn rows are
+    kept: memory is tokens x slots x d_model, not tokens x layers x d_model.
+
+    The position in the data is one integer, `blocks_seen` over all ranks; order and draws are
+    functions of it, so a resumed run sees exactly what the undisturbed one would.
+
+    Args:
+        lm: the language model.
+        source: where the text comes from.
+        cache: folder for packed tokens.
+        context: tokens in a block.
+        heldout_fraction: share of the documents that is only evaluated on.
+        calibration_fraction: share for layer distances and norm factors.
+        prepend_bos: start every block with BOS (the paper does not).
+        exclude_special_tokens: leave rows at BOS, EOS and padding out of everything.
+        max_tokens: read no more text than this; None reads the whole source.
+        blocks_per_step: blocks in an SAE step over all ranks.
+        blocks_per_forward: blocks in one forward of the language model; bounds its memory.
+        tokens: training budget, tokens per SAE.
+        heldout_tokens: tokens of one validation; null takes all there are.
+        num_workers: loader processes.
+        seed: of shuffle and layer draws.
+    """
+
+    def __init__(
+        self, *, lm: FrozenLM, source: Source, cache: str, context: int,
+        heldout_fraction: float, calibration_fraction: float, prepend_bos: bool,
+        exclude_special_tokens: bool, max_tokens: int | None, blocks_per_step: int,
+        blocks_per_forward: int, tokens: int, heldout_tokens: int | None, num_workers: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        if context > lm.geometry.context:
+            raise UserError(f"stream.context is {context}, but {lm.name} reads at most "
+                            f"{lm.geometry.context} tokens.")
+        self.lm, self.source, self.cache = lm, source, Path(cache) / "tokens"
+        self.packing = Packing(
+            context=context, heldout_fraction=heldout_fraction,
+            calibration_fraction=calibration_fraction, prepend_bos=prepend_bos,
+            max_tokens=max_tokens)
+        self.exclude_special_tokens = exclude_special_tokens
+        self.blocks_per_step, self.blocks_per_forward = blocks_per_step, blocks_per_forward
+        self.heldout_tokens, self.num_workers, self.seed = heldout_tokens, num_workers, seed
+        self.tokens_per_step = blocks_per_step * context
+        self.num_steps = max(1, tokens // self.tokens_per_step)
+        self.slots: list[list[int]] = []
+        self.blocks_seen = 0
+        self._blocks: TokenBlocks | None = None
+
+    # ---- data ---------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Pack the tokens once, on one process."""
+        self.blocks  # noqa: B018
+
+    @property
+    def blocks(self) -> TokenBlocks:
+        """Return the packed corpus, packing it first if need be."""
+        if self._blocks is None:
+            self._blocks = load_token_blocks(
+                self.source, self.lm.tokenizer(), self.packing, self.cache,
+                vocab_size=self.lm.geometry.vocab_size)
+        return self._blocks
+
+    def epochs(self) -> float:
+        """Return how often the training split is read to fill the budget."""
+        return self.num_steps * self.blocks_per_step / len(self.blocks.blocks["train"])
+
+    def setup(self, stage: str) -> None:
+        """Load the language model onto this process's device."""
+        if not hasattr(self, "model"):
+            device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+            self.model, self.lm_blocks = self.lm.load(device)
+            special = self.lm.tokenizer().all_special_ids
+            self.special_ids = torch.tensor(special, device=device)
+
+    def loader(self, split: Split, num_steps: int, seed: int | None,
+               first_step: int = 0) -> DataLoader[Tensor]:
+        """Return this rank's share of the batches of a split."""
+        sampler = StepSampler(
+            num_blocks=len(self.blocks.blocks[split]), blocks_per_step=self.blocks_per_step,
+            num_steps=num_steps, seed=seed, first_step=first_step,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world_size=self.trainer.world_size if self.trainer else 1)
+        return make_loader(self.blocks.blocks[split], sampler, self.num_workers)
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        """Return the training batches from `blocks_seen` on."""
+        return self.loader("train", self.num_steps, self.seed,
+                           first_step=self.blocks_seen // self.blocks_per_step)
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        """Return the held-out batches, in order."""
+        return self.loader("heldout", self.steps_for("heldout", self.heldout_tokens), None)
+
+    def steps_for(self, split: Split, tokens: int | None) -> int:
+        """Return the steps that hold at most `tokens` tokens of a split, at least one."""
+        available = len(self.blocks.blocks[split]) // self.blocks_per_step
+        if available == 0:
+            raise UserError(
+                f"the {split} split has {len(self.blocks.blocks[split])} blocks, less than one "
+                f"step of {self.blocks_per_step}: give more text, raise "
+                f"stream.{split}_fraction, or lower stream.blocks_per_step.")
+        wanted = available if tokens is None else max(1, tokens // self.tokens_per_step)
+        return min(available, wanted)
+
+    # ---- activations --------------------------------------------------------------------
+
+    def set_slots(self, groups: list[list[int]]) -> None:
+        """Choose the sets of layers that training batches draw from, one row each."""
+        self.slots = groups
+
+    def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> ActivationBatch:
+        """Turn a batch of tokens into activations; validation batches show every used layer."""
+        assert self.trainer is not None
+        if not self.trainer.training:
+            return self.activations(batch, [[layer] for layer in self.used_layers()])
+        share = self.blocks_per_step // self.trainer.world_size
+        first = self.blocks_seen + self.trainer.global_rank * share
+        self.blocks_seen += self.blocks_per_step
+        return self.activations(batch, self.slots, first * self.packing.context)
+
+    def used_layers(self) -> list[int]:
+        """Return every layer that some slot draws from, sorted."""
+        return sorted({layer for slot in self.slots for layer in slot})
+
+    @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the SAEs' backward
+    def activations(self, tokens: Int[Tensor, "block pos"], slots: list[list[int]],
+                    first_position: int = 0) -> ActivationBatch:
+        """Return one row per slot and token, from one truncated forward.
+
+        Args:
+            tokens: token ids.
+            slots: sets of layers; a set of several draws one uniformly for each token.
+            first_position: global index of the first token in the run; decides the draws.
+        """
+        ids = tokens.flatten()
+        positions = torch.arange(len(ids), device=ids.device) + first_position
+        layers = torch.stack([draw_layers(positions, slot, self.seed) for slot in slots])
+        acts = torch.empty(len(slots), len(ids), self.lm.geometry.d_model, device=ids.device)
+        needed = sorted({layer for slot in slots for layer in slot})
+        for start in range(0, len(tokens), self.blocks_per_forward):
+            part = tokens[start:start + self.blocks_per_forward]
+            where = slice(start * tokens.shape[1], start * tokens.shape[1] + part.numel())
+
+            def keep_rows(layer: int, residual: Tensor, where: slice = where) -> None:
+                rows = residual.flatten(0, 1).float()
+                for slot, members in enumerate(slots):
+                    if members == [layer]:
+                        acts[slot, where] = rows
+                    elif layer in members:
+                        mine = (layers[slot, where] == layer).nonzero().squeeze(1)
+                        acts[slot, where].index_copy_(0, mine, rows[mine])
+
+            run_blocks(self.model, self.lm_blocks, needed, keep_rows, stop=True, input_ids=part)
+        keep = (~torch.isin(ids, self.special_ids) if self.exclude_special_tokens
+                else torch.ones_like(ids, dtype=torch.bool))
+        return ActivationBatch(acts, layers, keep)
+
+    def calibration_batches(self, tokens: int) -> Iterator[ActivationBatch]:
+        """Yield every layer's activations over this rank's share of the calibration split."""
+        every = [[layer] for layer in range(self.lm.geometry.num_layers)]
+        device = next(self.model.parameters()).device
+        for batch in self.loader("calibration", self.steps_for("calibration", tokens), None):
+            yield self.activations(batch.to(device), every)
+
+    # ---- state --------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in the data, and what it is a position in."""
+        return {"blocks_seen": self.blocks_seen, "tokens_key": self.blocks.key}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved position.
+
+        Raises:
+            UserError: the text has changed since.
+        """
+        if state_dict["tokens_key"] != self.blocks.key:
+            raise UserError(
+                f"this run was trained on packed text {state_dict['tokens_key']}, but data now "
+                f"gives {self.blocks.key}: the source, tokenizer or packing has changed. Start "
+                "a new run, or bring back the old text.")
+        self.blocks_seen = state_dict["blocks_seen"]

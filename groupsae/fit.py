@@ -1,0 +1,158 @@
+"""Build the objects of one configuration, fit, and leave the results in the run folder."""
+
+import json
+import logging
+import resource
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import transformers
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from groupsae import __version__
+from groupsae.data.activations import ActivationDataModule
+from groupsae.data.writer import write_json
+from groupsae.errors import UserError
+from groupsae.interop.suite import save_sae
+from groupsae.report.dashboard import Dashboard, save_figures
+from groupsae.report.figures import training_curves
+from groupsae.report.tables import print_result
+from groupsae.training.allocator import keep_freed_memory
+from groupsae.training.callbacks.grouping import GroupLayers
+from groupsae.training.callbacks.stop import StopOnSignal
+from groupsae.training.callbacks.throughput import Throughput
+from groupsae.training.loggers import read_metrics
+from groupsae.training.suite import GroupSAESuite
+
+
+def fit(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> int:
+    """Train (or go on training) one suite; return the exit status.
+
+    A finished run is shown again, not repeated. A run that was told to stop leaves a checkpoint
+    and returns 128 + the signal's number.
+    """
+    console = Console()
+    quiet()
+    if (folder / "summary.json").exists():
+        print_result(console, json.loads((folder / "summary.json").read_text()))
+        console.print("This run was finished before; overwrite=true trains it again.")
+        return 0
+    if checkpoint is not None:
+        _verify(checkpoint)
+        console.print(f"going on from {checkpoint}")
+
+    keep_freed_memory()
+    L.seed_everything(cfg.seed, verbose=False)
+    lm, choice = instantiate(cfg.model), instantiate(cfg.groups, _convert_="all")
+    choice.check(lm.geometry.num_layers)
+    data = ActivationDataModule(
+        lm=lm, source=instantiate(cfg.data), cache=str(Path(cfg.output) / "cache"),
+        tokens=cfg.tokens, seed=cfg.seed, **cfg.stream)
+    suite = GroupSAESuite(
+        sae=instantiate(cfg.sae), d_model=lm.geometry.d_model, seed=cfg.seed,
+        optim=instantiate(cfg.optim, _convert_="all"), dead_after=cfg.dead_after)
+    grouping = GroupLayers(choice=choice, folder=str(folder), cache=str(data.cache),
+                           **cfg.calibration)
+    stop = StopOnSignal(folder=str(folder / "checkpoints"))
+    throughput = Throughput()
+    loggers = [instantiate(logger) for logger in (cfg.logger or {}).values()]
+    trainer = L.Trainer(
+        **instantiate(cfg.trainer, _convert_="all"), logger=loggers or False,
+        max_steps=data.num_steps, log_every_n_steps=cfg.log_every,
+        val_check_interval=min(cfg.eval_every, data.num_steps), num_sanity_val_steps=0,
+        use_distributed_sampler=False, enable_model_summary=False,
+        callbacks=[
+            grouping, throughput, RichProgressBar(leave=True),
+            Dashboard(grouping=grouping, folder=folder, console=console),
+            ModelCheckpoint(dirpath=folder / "checkpoints", filename="{step}",
+                            every_n_train_steps=cfg.checkpoint_every, monitor="step",
+                            mode="max", save_top_k=2, enable_version_counter=False),
+            stop])
+    for logger in loggers:
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+
+    trainer.fit(suite, datamodule=data, ckpt_path=checkpoint)
+    if stop.received is not None:
+        console.print(f"stopped at step {trainer.global_step} of {data.num_steps}; go on with\n"
+                      f"  python -m groupsae.train resume={folder}")
+        return 128 + stop.received
+    trainer.validate(suite, datamodule=data, verbose=False)
+    if trainer.is_global_zero:
+        save_suite(folder, suite, cfg)
+        figures = {"training": training_curves(read_metrics(folder / "metrics.csv"),
+                                               data.tokens_per_step)}
+        save_figures(folder / "figures", figures, trainer.loggers)
+        summary = summarise(trainer, suite, grouping, throughput, folder)
+        write_json(folder / "summary.json", summary)
+        print_result(console, summary)
+    return 0
+
+
+def quiet() -> None:
+    """Keep third-party chatter off the screen: what remains is ours or a warning that matters."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # lightning 2.6 on torch 2.13
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # tokens are a memmap
+    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", ".*dataloader is not resumable.*")  # ours is: StepSampler
+
+
+def _verify(checkpoint: Path) -> None:
+    """Raise UserError if a checkpoint is not a whole zip archive."""
+    try:
+        with zipfile.ZipFile(checkpoint) as archive:
+            damaged = archive.testzip() is not None
+    except (zipfile.BadZipFile, OSError):
+        damaged = True
+    if damaged:
+        raise UserError(f"{checkpoint} is cut short or damaged. Delete it: the run then goes on "
+                        "from the checkpoint before it, or from the start.")
+
+
+def save_suite(folder: Path, suite: GroupSAESuite, cfg: DictConfig) -> None:
+    """Write every group's SAE into `saes/<group>/`."""
+    architecture = cfg.sae._target_
+    for member in suite.members():
+        arguments = {"d_model": member.sae.d_model, **{
+            k: v for k, v in cfg.sae.items() if not k.startswith("_")}}
+        save_sae(folder / "saes" / member.name, member.sae, {
+            "architecture": architecture, "arguments": arguments, "d_sae": member.sae.d_sae,
+            "layers": member.layers, "hookpoint": "resid_post",
+            "norm_factors": {layer: float(member.norm_factors[layer]) for layer in member.layers},
+            "model": cfg.model.name, "revision": cfg.model.revision, "dtype": cfg.model.dtype,
+            "context": cfg.stream.context, "prepend_bos": cfg.stream.prepend_bos,
+            "exclude_special_tokens": cfg.stream.exclude_special_tokens,
+            "tokens": int(member.tokens_per_layer.sum()), "groupsae": __version__})
+
+
+def summarise(trainer: L.Trainer, suite: GroupSAESuite, grouping: GroupLayers,
+              throughput: Throughput, folder: Path) -> dict[str, Any]:
+    """Return the figures of a finished run."""
+    values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert grouping.plan is not None and grouping.cost is not None
+    groups = {}
+    for member in suite.members():
+        groups[member.name] = {
+            "layers": member.layers,
+            "tokens_per_layer": {x: int(member.tokens_per_layer[x]) for x in member.layers},
+            "fvu": values[f"val/fvu/{member.name}"], "l0": values[f"val/l0/{member.name}"],
+            "dead": values[f"val/dead/{member.name}"],
+            "fvu_per_layer": {x: values[f"val/fvu/layer.{x}"] for x in member.layers}}
+    part = grouping.plan.partition
+    return {
+        "folder": str(folder), "groups": groups, "fvu": values["val/fvu/mean"],
+        "num_groups": part.num_groups, "amad": part.amad, "max_diameter": part.max_diameter,
+        "size_weighted_amad": part.size_weighted_amad,
+        "tokens": next(int(m.tokens_per_layer.sum()) for m in suite.members()),
+        "steps": trainer.global_step, "tokens_per_second": throughput.overall(),
+        "seconds_training": throughput.total_seconds,
+        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "cost": grouping.cost.as_dict(), "groupsae": __version__}

@@ -1,0 +1,209 @@
+"""How the groups are chosen: one small class per option of conf/groups."""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy.typing as npt
+
+from groupsae.errors import UserError
+from groupsae.grouping.partition import (
+    Distances,
+    Partition,
+    build_partition,
+    check_groups,
+    sort_groups,
+    validate_distances,
+)
+from groupsae.grouping.plan import GroupPlan, check_last_layer, num_groupable
+from groupsae.grouping.rules import check_num_groups, check_rule, check_theta, choose, partition
+
+
+class Choice(ABC):
+    """What all options share: the last layer, a label for folders, checks, and the plan.
+
+    Args:
+        last_layer: "own" (an SAE of its own), "skip" (no SAE) or "group" (as any other layer).
+
+    Raises:
+        UserError: last_layer is none of them.
+    """
+
+    def __init__(self, *, last_layer: str) -> None:
+        self.last_layer = check_last_layer(last_layer)
+
+    @property
+    def label(self) -> str:
+        """Return a short name, safe for folders: equal labels make equal plans on a model."""
+        return self._name() + ("" if self.last_layer == "own" else f"-last-{self.last_layer}")
+
+    def check(self, num_layers: int) -> None:
+        """Raise UserError if this choice cannot be made for a model with num_layers layers.
+
+        Called before any long work; what needs no number of layers is checked at construction.
+        """
+        self._check(num_groupable(num_layers, self.last_layer))
+
+    def plan(self, distances: npt.ArrayLike) -> GroupPlan:
+        """Return the plan for these [L, L] distances of all layers (fractions of pi).
+
+        Raises:
+            UserError: the distances are no distance matrix, or as `check`.
+        """
+        square = validate_distances(distances)
+        self.check(len(square))
+        groupable = num_groupable(len(square), self.last_layer)
+        groups = self._partition(square[:groupable, :groupable])
+        return GroupPlan(groups, self.last_layer, len(square))
+
+    @abstractmethod
+    def _name(self) -> str: ...
+
+    @abstractmethod
+    def _partition(self, distances: Distances) -> Partition: ...
+
+    def _check(self, groupable: int) -> None:  # noqa: B027 - most choices fit any model
+        pass
+
+
+class ByAmad(Choice):
+    """The fewest groups whose AMAD is below theta (arXiv 2410.21508, 3.2).
+
+    Args:
+        theta: bound on AMAD, in fractions of pi, between 0 and 1.
+        rule: how groups are made for a given number; see `groupsae.grouping.partition`.
+        last_layer: see `Choice`.
+    """
+
+    def __init__(self, *, theta: float, rule: str, last_layer: str) -> None:
+        super().__init__(last_layer=last_layer)
+        check_theta(theta)
+        check_rule(rule)
+        self.theta, self.rule = theta, rule
+
+    def _name(self) -> str:
+        return f"amad-{self.theta}{_unless_complete(self.rule)}"
+
+    def _partition(self, distances: Distances) -> Partition:
+        return choose(distances, self.theta, self.rule)
+
+
+class ByCount(Choice):
+    """A given number of groups; with last_layer "own" the last layer's SAE comes on top.
+
+    Args:
+        num_groups: G, from 1 to the number of layers to group.
+        rule: how they are made; see `groupsae.grouping.partition`.
+        last_layer: see `Choice`.
+    """
+
+    def __init__(self, *, num_groups: int, rule: str, last_layer: str) -> None:
+        super().__init__(last_layer=last_layer)
+        check_num_groups(num_groups)
+        check_rule(rule)
+        self.num_groups, self.rule = num_groups, rule
+
+    def _name(self) -> str:
+        return f"count-{self.num_groups}{_unless_complete(self.rule)}"
+
+    def _check(self, groupable: int) -> None:
+        check_num_groups(self.num_groups, groupable)
+
+    def _partition(self, distances: Distances) -> Partition:
+        return partition(distances, self.num_groups, self.rule)
+
+
+class Even(Choice):
+    """Groups of equal size, give or take one: the baseline that needs no distances.
+
+    Args:
+        num_groups: G, from 1 to the number of layers to group.
+        last_layer: see `Choice`.
+    """
+
+    def __init__(self, *, num_groups: int, last_layer: str) -> None:
+        super().__init__(last_layer=last_layer)
+        check_num_groups(num_groups)
+        self.num_groups = num_groups
+
+    def _name(self) -> str:
+        return f"even-{self.num_groups}"
+
+    def _check(self, groupable: int) -> None:
+        check_num_groups(self.num_groups, groupable)
+
+    def _partition(self, distances: Distances) -> Partition:
+        return partition(distances, self.num_groups, "even")
+
+
+class PerLayer(Choice):
+    """One SAE per layer: the usual way, and the baseline of every comparison.
+
+    Args:
+        last_layer: see `Choice`; "own" and "group" come to the same here.
+    """
+
+    def __init__(self, *, last_layer: str) -> None:
+        super().__init__(last_layer=last_layer)
+
+    def _name(self) -> str:
+        return "per_layer"
+
+    def _partition(self, distances: Distances) -> Partition:
+        singletons = [[layer] for layer in range(len(distances))]
+        return build_partition(distances, singletons, "per_layer")
+
+
+class Explicit(Choice):
+    """Groups written out by hand.
+
+    Args:
+        groups: lists of layers; each a run of neighbours, each layer in exactly one. The last
+            layer belongs in them with last_layer "group" only.
+        last_layer: see `Choice`.
+    """
+
+    def __init__(self, *, groups: Sequence[Sequence[int]], last_layer: str) -> None:
+        super().__init__(last_layer=last_layer)
+        self.groups = sort_groups(groups)
+
+    def _name(self) -> str:
+        return f"explicit-{hashlib.sha256(json.dumps(self.groups).encode()).hexdigest()[:8]}"
+
+    def _check(self, groupable: int) -> None:
+        last = groupable  # the index of the last layer where it is kept out of the groups
+        if self.last_layer != "group" and any(last in group for group in self.groups):
+            raise UserError(
+                f"The groups {self.groups} name the last layer, {last}, but last_layer is "
+                f"{self.last_layer}, which keeps it out of them. Use last_layer=group, or remove "
+                f"layer {last} from the groups."
+            )
+        check_groups(self.groups, groupable)
+
+    def _partition(self, distances: Distances) -> Partition:
+        return build_partition(distances, self.groups, "explicit")
+
+
+class Published(Choice):
+    """The groups of the reference code: AMAD below theta over its own linkage of matrix rows.
+
+    Args:
+        theta: bound on AMAD, in fractions of pi, between 0 and 1.
+        last_layer: see `Choice`; the published groups leave it out.
+    """
+
+    def __init__(self, *, theta: float, last_layer: str) -> None:
+        super().__init__(last_layer=last_layer)
+        check_theta(theta)
+        self.theta = theta
+
+    def _name(self) -> str:
+        return f"published-{self.theta}"
+
+    def _partition(self, distances: Distances) -> Partition:
+        return choose(distances, self.theta, "published")
+
+
+def _unless_complete(rule: str) -> str:
+    return "" if rule == "complete" else f"-{rule}"

@@ -1,0 +1,204 @@
+"""The rules that cut n layers into G groups, and the choice of G by AMAD."""
+
+import difflib
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+from scipy.cluster.hierarchy import linkage
+from scipy.spatial.distance import pdist, squareform
+
+from groupsae.errors import UserError
+from groupsae.grouping.partition import (
+    Distances,
+    Partition,
+    build_partition,
+    validate_distances,
+)
+
+Groups = list[list[int]]
+
+
+def partition(distances: npt.ArrayLike, num_groups: int, rule: str = "complete") -> Partition:
+    """Return the layers cut into exactly num_groups contiguous groups.
+
+    Rules:
+        complete: complete linkage on the distances, as the paper's text says.
+        minmax: the smallest possible largest diameter, ties by AMAD (exact).
+        even: sizes that differ by at most one, the larger groups first.
+        published: complete linkage on Euclidean distances between matrix rows, as the reference
+            code does; only this one gives back the published groups.
+
+    AMAD itself is not among the criteria: its minimum is one giant group beside singletons.
+
+    Args:
+        distances: [n, n] mean angles between layers, in fractions of pi.
+        num_groups: G, from 1 to n.
+        rule: one of the names above.
+
+    Raises:
+        UserError: the distances are no distance matrix, num_groups is out of range, or the rule
+            is unknown.
+
+    >>> partition([[0.0, 0.1, 0.4], [0.1, 0.0, 0.3], [0.4, 0.3, 0.0]], num_groups=2).groups
+    [[0, 1], [2]]
+    """
+    square = validate_distances(distances)
+    check_rule(rule)
+    check_num_groups(num_groups, len(square))
+    return build_partition(square, RULES[rule](square, num_groups), rule)
+
+
+def curve(distances: npt.ArrayLike, rule: str) -> list[Partition]:
+    """Return the partitions for G = 1..n.
+
+    Raises:
+        UserError: as `partition`.
+    """
+    square = validate_distances(distances)
+    return [partition(square, num_groups, rule) for num_groups in range(1, len(square) + 1)]
+
+
+def choose(distances: npt.ArrayLike, theta: float = 0.2, rule: str = "complete") -> Partition:
+    """Return the partition with the fewest groups whose AMAD is strictly below theta.
+
+    min{G : AMAD(G) < theta} at full precision (arXiv 2410.21508, 3.2, where theta = 0.2). It
+    always exists, since n groups of one layer have AMAD 0.
+
+    Raises:
+        UserError: theta is not in (0, 1); or as `partition`.
+    """
+    check_theta(theta)
+    square = validate_distances(distances)
+    candidates = (partition(square, g, rule) for g in range(1, len(square) + 1))
+    return next(candidate for candidate in candidates if candidate.amad < theta)
+
+
+def check_rule(rule: str) -> None:
+    """Raise UserError, with the nearest valid name, if there is no such rule."""
+    if rule not in RULES:
+        near = difflib.get_close_matches(str(rule), RULES, n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]!r}?" if near else "Use one of those."
+        raise UserError(f"There is no rule {rule!r}: the rules are {', '.join(RULES)}. {hint}")
+
+
+def check_theta(theta: object) -> None:
+    """Raise UserError unless 0 < theta < 1."""
+    if not isinstance(theta, int | float) or not 0 < theta < 1:
+        raise UserError(
+            f"theta is {theta!r}: AMAD is an angle in fractions of pi, so theta must lie "
+            f"between 0 and 1, both excluded. The paper uses theta=0.2."
+        )
+
+
+def check_num_groups(num_groups: object, num_layers: int | None = None) -> None:
+    """Raise UserError unless num_groups is a whole number from 1 to num_layers (None: no end)."""
+    whole = int | np.integer  # True is an int too
+    if not isinstance(num_groups, whole) or num_groups is True or num_groups < 1:
+        raise UserError(f"num_groups is {num_groups!r}: use a whole number from 1 up.")
+    if num_layers is not None and num_groups > num_layers:
+        raise UserError(
+            f"num_groups is {num_groups}, but there are only {num_layers} layers to group: use a "
+            f"number from 1 to {num_layers}."
+        )
+
+
+def _complete(square: Distances, num_groups: int) -> Groups:
+    """Return the groups of complete linkage (arXiv 2410.21508, 3.1).
+
+    On measured matrices the groups are contiguous by themselves. Where they are not, the linkage
+    is done again with merges of neighbours only: the pair of adjacent groups with the smallest
+    joint diameter is merged until num_groups are left. This is decided for each G by itself, so
+    partitions of one matrix are nested unless only some of them needed it.
+    """
+    n = len(square)
+    if num_groups == n:
+        return [[layer] for layer in range(n)]
+    clusters = {layer: [layer] for layer in range(n)}
+    merges = linkage(squareform(square), method="complete")
+    # The first n - G merges, counted: a cut by height gives fewer groups where heights tie.
+    for step, (a, b) in enumerate(merges[: n - num_groups, :2].astype(int)):
+        clusters[n + step] = sorted(clusters.pop(int(a)) + clusters.pop(int(b)))
+    groups = sorted(clusters.values())
+    if all(group[-1] - group[0] + 1 == len(group) for group in groups):
+        return groups
+    return _complete_of_neighbours(square, num_groups)
+
+
+def _complete_of_neighbours(square: Distances, num_groups: int) -> Groups:
+    diameters = _diameters_of_runs(square)
+    groups = [[layer] for layer in range(len(square))]
+    while len(groups) > num_groups:
+        joint = [
+            diameters[left[0], right[-1]] for left, right in zip(groups, groups[1:], strict=False)
+        ]
+        at = int(np.argmin(joint))
+        groups[at : at + 2] = [groups[at] + groups[at + 1]]
+    return groups
+
+
+def _published(square: Distances, num_groups: int) -> Groups:
+    """Return the groups of the reference code: its linkage takes rows for points.
+
+    There the rows of the lower-triangular matrix (zeros above) are points with Euclidean
+    distances. Unlike there, groups that are not contiguous are made anew as in `_complete`.
+    """
+    return _complete(squareform(pdist(np.tril(square))), num_groups)
+
+
+def _even(square: Distances, num_groups: int) -> Groups:
+    """Return runs of n // G layers; the first n % G of them hold one more, as in the paper."""
+    return [run.tolist() for run in np.array_split(np.arange(len(square)), num_groups)]
+
+
+def _minmax(square: Distances, num_groups: int) -> Groups:
+    """Return the runs with the smallest largest diameter and, among those, the smallest AMAD.
+
+    Two dynamic programmes of O(G n^2). The bound D* is found first: a single one that carries
+    (largest, sum) is not exact, since a prefix with a larger maximum but a smaller sum may win
+    once a later group exceeds both maxima (Pythia-1B at G = 5: AMAD 0.190 against 0.231).
+    """
+    diameters = _diameters_of_runs(square)
+    bound = _best_runs(diameters, num_groups, np.maximum)[0]
+    allowed = np.where(diameters <= bound, diameters, np.inf)
+    return _best_runs(allowed, num_groups, np.add)[1]
+
+
+def _best_runs(costs: Distances, num_groups: int, combine: np.ufunc) -> tuple[float, Groups]:
+    """Return the lowest combined cost of num_groups runs that cover all layers, and the runs.
+
+    costs[i, j] is the cost of the run i..j; combine is np.add or np.maximum.
+    """
+    n = len(costs)
+    best = np.full((num_groups + 1, n + 1), np.inf)  # best[g, j]: layers 0..j-1 in g runs
+    start = np.zeros((num_groups + 1, n + 1), dtype=int)
+    best[0, 0] = 0.0
+    for g in range(1, num_groups + 1):
+        for j in range(g, n + 1):
+            totals = combine(best[g - 1, :j], costs[:j, j - 1])
+            start[g, j] = int(totals.argmin())
+            best[g, j] = totals[start[g, j]]
+    groups: Groups = []
+    stop = n
+    for g in range(num_groups, 0, -1):
+        groups.insert(0, list(range(start[g, stop], stop)))
+        stop = int(start[g, stop])
+    return float(best[num_groups, n]), groups
+
+
+def _diameters_of_runs(square: Distances) -> Distances:
+    """Return [n, n] with the diameter of the run i..j at (i, j), for i <= j."""
+    diameters = square.copy()
+    for length in range(2, len(square)):
+        for i in range(len(square) - length):
+            j = i + length
+            diameters[i, j] = max(square[i, j], diameters[i, j - 1], diameters[i + 1, j])
+    return diameters
+
+
+RULES: dict[str, Callable[[Distances, int], Groups]] = {
+    "complete": _complete,
+    "minmax": _minmax,
+    "even": _even,
+    "published": _published,
+}

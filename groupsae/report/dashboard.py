@@ -1,0 +1,62 @@
+"""Shows a run while it happens: groups on screen, figures in the run folder and on W&B."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import WandbLogger
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from groupsae.grouping.rules import RULES, curve
+from groupsae.report.figures import amad_curve, distance_heatmap
+from groupsae.report.tables import print_plan
+from groupsae.training.callbacks.grouping import GroupLayers
+
+
+def save_figures(folder: Path, figures: dict[str, Figure], loggers: list[Any]) -> None:
+    """Write figures as png into `folder`, and to W&B if it is among the loggers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png")
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image("figures", [str(folder / f"{n}.png") for n in figures],
+                             caption=list(figures))
+
+
+class Dashboard(L.Callback):
+    """Prints and draws the groups once they are chosen.
+
+    Args:
+        grouping: the callback that chose them.
+        folder: run folder.
+        console: where to print.
+    """
+
+    def __init__(self, *, grouping: GroupLayers, folder: Path, console: Console) -> None:
+        self.grouping, self.folder, self.console = grouping, folder, console
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the groups and draw distances and AMAD."""
+        if trainer.global_rank != 0:
+            return
+        plan, cost, measured = (self.grouping.plan, self.grouping.cost, self.grouping.measurement)
+        assert plan is not None and cost is not None and measured is not None
+        print_plan(self.console, plan, cost)
+        part = plan.partition
+        n = part.num_layers
+        rule = part.rule if part.rule in RULES else "complete"
+        save_figures(self.folder / "figures", {
+            "distances": distance_heatmap(measured.distances, plan.saes),
+            "amad": amad_curve(curve(measured.distances[:n, :n], rule), part.num_groups,
+                               getattr(self.grouping.choice, "theta", None)),
+        }, trainer.loggers)
+        facts = {"groups/num_groups": part.num_groups, "groups/amad": part.amad,
+                 "groups/max_diameter": part.max_diameter, "groups/saving": cost.saving}
+        for logger in trainer.loggers:
+            logger.log_metrics(facts, step=trainer.global_step)
+            if isinstance(logger, WandbLogger):
+                logger.log_table("groups", columns=["group", "layers", "diameter"], data=[
+                    [name, str(group), diameter] for name, group, diameter in zip(
+                        plan.names, plan.saes, [*part.diameters, 0.0], strict=False)])

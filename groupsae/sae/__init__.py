@@ -1,0 +1,1 @@
+"""Sparse autoencoders as plain modules."""

@@ -1,0 +1,37 @@
+"""Train Group-SAEs: `python -m groupsae.train model=pythia-1b groups=amad`."""
+
+import sys
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from groupsae.config import CONF, check_choices
+from groupsae.errors import UserError
+from groupsae.run import open_run, register_resolver
+
+
+def train(cfg: DictConfig, overrides: list[str]) -> int:
+    """Run one configuration; return the exit status."""
+    cfg, folder, checkpoint = open_run(cfg, overrides)
+    from groupsae.fit import fit  # slow imports only after the cheap checks
+
+    return fit(cfg, folder, checkpoint)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
+def main(cfg: DictConfig) -> None:
+    """Hydra entry point."""
+    try:
+        status = train(cfg, list(HydraConfig.get().overrides.task))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    if status:
+        sys.exit(status)
+
+
+if __name__ == "__main__":
+    register_resolver()
+    check_choices(sys.argv[1:])
+    main()

@@ -1,0 +1,80 @@
+"""Before fitting: measure the layers, choose the groups, hand them to the suite."""
+
+import json
+from pathlib import Path
+
+
+import lightning as L
+
+from groupsae.data.activations import ActivationDataModule
+from groupsae.data.writer import write_json
+from groupsae.errors import UserError
+from groupsae.grouping.choices import Choice
+from groupsae.grouping.plan import GroupPlan
+from groupsae.training.cost import RunCost, run_cost
+from groupsae.training.measure import Measurement, measure
+from groupsae.training.suite import GroupSAESuite
+
+
+class GroupLayers(L.Callback):
+    """Computes distances and AMAD in `setup`, before the SAEs are built.
+
+    The partition is an artefact: `groups.json` and `angles.npz` in the run folder. A resumed
+    run reads them back; its checkpoint only confirms the partition.
+
+    Args:
+        choice: the rule that makes the groups.
+        folder: run folder.
+        cache: folder for measurements shared between runs.
+        tokens: calibration tokens to measure on.
+        centring: `none` (the paper's formula) or `mean`.
+    """
+
+    def __init__(self, *, choice: Choice, folder: str, cache: str, tokens: int,
+                 centring: str) -> None:
+        self.choice, self.folder, self.cache = choice, Path(folder), Path(cache)
+        self.tokens, self.centring = tokens, centring
+        self.measurement: Measurement | None = None
+        self.plan: GroupPlan | None = None
+        self.cost: RunCost | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Choose the groups, once."""
+        assert isinstance(pl_module, GroupSAESuite)
+        if stage != "fit" or pl_module.plan is not None:
+            return
+        data: ActivationDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        self.choice.check(data.lm.geometry.num_layers)
+        data.steps_for("heldout", None)  # an empty split is found now, not at the end
+        groups_file, angles_file = self.folder / "groups.json", self.folder / "angles.npz"
+        # one answer for all processes, taken before rank 0 writes the files
+        if trainer.strategy.broadcast(groups_file.exists() and angles_file.exists()):
+            self.measurement = Measurement.load(angles_file)
+            self.plan = GroupPlan.from_json(json.loads(groups_file.read_text())["plan"])
+        else:
+            self.measurement = measure(data, trainer, self.tokens, self.centring, self.cache)
+            self.plan = self.choice.plan(self.measurement.distances)
+        if not self.plan.saes:
+            raise UserError("the partition has no group to train.")
+        pl_module.set_plan(self.plan, self.measurement.norm_factors())
+        data.set_slots(self.plan.saes)
+        if trainer.global_rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.measurement.save(angles_file)
+            write_json(groups_file, {
+                "plan": self.plan.to_json(), "hash": self.plan.hash,
+                "saes": dict(zip(self.plan.names, self.plan.saes, strict=True)),
+                "measured": self.measurement.provenance})
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Work out the cost, now that the SAEs and their widths are there."""
+        assert isinstance(pl_module, GroupSAESuite)
+        assert self.plan is not None and self.measurement is not None
+        data: ActivationDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        sae, covered = pl_module.members()[0].sae, data.used_layers()
+        self.cost = run_cost(
+            num_layers=data.lm.geometry.num_layers, layers_run=covered[-1] + 1,
+            num_groups=self.plan.partition.num_groups, num_saes=len(self.plan.saes),
+            num_covered=len(covered), d_model=sae.d_model, d_sae=sae.d_sae, k=sae.k,
+            context=data.packing.context, tokens=data.num_steps * data.tokens_per_step,
+            calibration_tokens=self.measurement.provenance["tokens"])

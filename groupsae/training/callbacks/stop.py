@@ -1,0 +1,53 @@
+"""Stop at the end of the step on SIGINT or SIGTERM, with a checkpoint."""
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+
+
+class StopOnSignal(L.Callback):
+    """Turns the first SIGINT or SIGTERM into a checkpoint and an orderly end.
+
+    A second one ends the process at once. With several processes all of them stop at the same
+    step, whichever was told.
+
+    Args:
+        folder: where the checkpoint goes.
+    """
+
+    def __init__(self, *, folder: str) -> None:
+        self.folder = Path(folder)
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the signals over (from Lightning, which would leave without a checkpoint)."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.received = number
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Save and stop if told to."""
+        stop = self.received is not None
+        if trainer.world_size > 1:
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if stop and not trainer.should_stop:
+            self.received = self.received or signal.SIGTERM
+            trainer.save_checkpoint(self.folder / f"step={trainer.global_step}.ckpt")
+            trainer.should_stop = True
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

@@ -1,0 +1,53 @@
+"""Tokens seen, tokens per second and time left."""
+
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+
+
+class Throughput(L.Callback):
+    """Logs `tokens_seen` and `time/tokens_per_sec` at every logging step.
+
+    The rate is wall clock between logging steps over all processes, evaluation and checkpoints
+    included: it is what the user waits for. It never waits for the device itself. Where the
+    output is no terminal, and so no progress bar moves, a line is printed every half minute.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = self.total_seconds = self._silent = 0.0
+        self.tokens = self.total_tokens = 0
+
+    def overall(self) -> float:
+        """Return tokens per second since the start."""
+        return self.total_tokens / self.total_seconds if self.total_seconds else float("nan")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._last = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule,
+                           *_: Any) -> None:
+        """Log the rate since the last logging step."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        now = time.perf_counter()
+        passed, self._last = now - self._last, now
+        self.seconds += passed
+        self.total_seconds += passed
+        self._silent += passed
+        self.tokens += data.tokens_per_step
+        self.total_tokens += data.tokens_per_step
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            rate = self.tokens / self.seconds
+            pl_module.log("time/tokens_per_sec", rate, rank_zero_only=True)
+            pl_module.log("tok/s", rate, prog_bar=True, logger=False, rank_zero_only=True)
+            pl_module.log("tokens_seen", float(data.blocks_seen * data.packing.context),
+                          rank_zero_only=True)
+            self.seconds, self.tokens = 0.0, 0
+        if self._silent > 30 and trainer.is_global_zero and not sys.stdout.isatty():
+            self._silent = 0.0
+            left = (data.num_steps - trainer.global_step) * data.tokens_per_step / self.overall()
+            print(f"step {trainer.global_step}/{data.num_steps}, {self.overall():,.0f} tokens/s, "
+                  f"{timedelta(seconds=round(left))} left", flush=True)

@@ -1,0 +1,102 @@
+"""Where metrics go: a tidy csv in the run folder, or Weights & Biases."""
+
+import csv
+import netrc
+import os
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+COLUMNS = ("step", "metric", "value")
+
+
+class MetricsCSV(Logger):
+    """`metrics.csv` with one row per value: step, metric, value.
+
+    Long form, so that new metrics need no new header and a resumed run appends; rows that a
+    killed run wrote after its last checkpoint are dropped when their steps come again.
+
+    Args:
+        folder: run folder.
+    """
+
+    def __init__(self, *, folder: str) -> None:
+        super().__init__()
+        self.path = Path(folder) / "metrics.csv"
+        self._checked = False
+
+    @property
+    def name(self) -> str:
+        """Return the logger's name."""
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        """Return nothing: the run folder is the version."""
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
+        """Do nothing: the config is in `.hydra/`."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Append one row for each metric."""
+        if not self._checked:
+            self._start(step or 0)
+        with self.path.open("a", newline="") as handle:
+            csv.writer(handle).writerows(
+                (step, name, value) for name, value in metrics.items() if name != "epoch")
+
+    def _start(self, step: int) -> None:
+        """Write the header, or drop what a killed run wrote from this step on."""
+        self._checked = True
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_metrics(self.path) if row[0] < step]
+        with self.path.open("w", newline="") as handle:
+            csv.writer(handle).writerows([COLUMNS, *kept])
+
+
+def read_metrics(path: Path) -> list[tuple[int, str, float]]:
+    """Return the (step, metric, value) rows of a `metrics.csv`; none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as handle:
+        rows = list(csv.reader(handle))[1:]
+    return [(int(r[0]), r[1], float(r[2])) for r in rows if len(r) == len(COLUMNS)]
+
+
+def has_wandb_account() -> bool:
+    """Return whether W&B could log in without asking: an API key, or an entry in netrc."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    try:
+        path = os.environ.get("NETRC")
+        return netrc.netrc(path).authenticators(host) is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False
+
+
+def make_wandb(*, project: str, folder: str, tags: list[str]) -> WandbLogger:
+    """Return a W&B logger: online with an account, offline without one, never a prompt.
+
+    WANDB_MODE, if set, wins. A resumed run goes on under the same id, made from its folder.
+
+    Args:
+        project: W&B project.
+        folder: run folder; its last two parts name the run.
+        tags: W&B tags.
+    """
+    os.environ.setdefault("WANDB_MODE", "online" if has_wandb_account() else "offline")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    name = "-".join(path.parts[-2:])
+    return WandbLogger(
+        project=project, save_dir=str(path), name=name, id=name[-64:], resume="allow",
+        tags=list(tags), offline=os.environ["WANDB_MODE"] != "online")

@@ -1,0 +1,71 @@
+"""All groups of a partition, fed by one forward of the language model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from groupsae.errors import UserError
+from groupsae.grouping.plan import GroupPlan
+from groupsae.training.group import GroupSAE, SAEFactory, SAETraining
+from groupsae.training.optim import Adam
+
+
+class GroupSAESuite(SAETraining):
+    """One `GroupSAE` for each group of the plan; the plan arrives after construction.
+
+    The grouping callback measures the layers in its `setup` and calls `set_plan`; Lightning then
+    calls `configure_model`, which builds the SAEs.
+
+    Args:
+        sae: factory of an SAE.
+        d_model: width of the residual stream.
+        optim: the optimiser's recipe.
+        dead_after: tokens without firing after which a latent counts as dead.
+        seed: of the initial weights.
+    """
+
+    def __init__(self, *, sae: SAEFactory, d_model: int, optim: Adam, dead_after: int,
+                 seed: int) -> None:
+        super().__init__()
+        self.make_sae, self.d_model, self.optim = sae, d_model, optim
+        self.dead_after, self.seed = dead_after, seed
+        self.plan: GroupPlan | None = None
+
+    def set_plan(self, plan: GroupPlan, norm_factors: Mapping[int, float]) -> None:
+        """Tell the suite which groups to train and how to scale each layer."""
+        self.plan, self.norm_factors = plan, dict(norm_factors)
+
+    def configure_model(self) -> None:
+        """Build the SAEs; called again by Lightning for validation, then does nothing."""
+        if hasattr(self, "groups"):
+            return
+        assert self.plan is not None, "set_plan comes first"
+        self.groups = nn.ModuleList([
+            GroupSAE(name=name, layers=layers, norm_factors=self.norm_factors, sae=self.make_sae,
+                     d_model=self.d_model, optim=self.optim, dead_after=self.dead_after,
+                     seed=self.seed)
+            for name, layers in zip(self.plan.names, self.plan.saes, strict=True)])
+
+    def members(self) -> list[GroupSAE]:
+        """Return the groups in the order of the plan."""
+        return list(self.groups)  # type: ignore[arg-type]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note which partition the weights belong to."""
+        super().on_save_checkpoint(checkpoint)
+        assert self.plan is not None
+        checkpoint["plan"] = self.plan.hash
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Confirm that checkpoint and run folder speak of the same partition.
+
+        Raises:
+            UserError: they do not; said here, before the weights fail on their shapes.
+        """
+        assert self.plan is not None
+        if checkpoint["plan"] != self.plan.hash:
+            raise UserError(
+                f"the checkpoint holds the partition {checkpoint['plan'][:8]}, but groups.json "
+                f"now gives {self.plan.hash[:8]} ({self.plan.saes}). Bring back the groups.json "
+                "that belongs to the checkpoint, or start a new run.")
