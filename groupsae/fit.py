@@ -6,7 +6,7 @@ import resource
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import transformers
@@ -31,6 +31,17 @@ from groupsae.training.loggers import read_metrics
 from groupsae.training.suite import GroupSAESuite
 
 
+class Run(NamedTuple):
+    """The objects of one run."""
+
+    trainer: L.Trainer
+    suite: GroupSAESuite
+    data: ActivationDataModule
+    grouping: GroupLayers
+    throughput: Throughput
+    stop: StopOnSignal
+
+
 def fit(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> int:
     """Train (or go on training) one suite; return the exit status.
 
@@ -47,24 +58,48 @@ def fit(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> int:
         _verify(checkpoint)
         console.print(f"going on from {checkpoint}")
 
+    run = build(cfg, folder, console)
+    trainer, suite, data = run.trainer, run.suite, run.data
+    trainer.fit(suite, datamodule=data, ckpt_path=checkpoint)
+    if run.stop.received is not None:
+        console.print(f"stopped at step {trainer.global_step} of {data.num_steps}; go on with\n"
+                      f"  python -m groupsae.train resume={folder}")
+        return 128 + run.stop.received
+    trainer.save_checkpoint(folder / "checkpoints" / f"step={trainer.global_step}.ckpt")
+    trainer.validate(suite, datamodule=data, verbose=False)
+    if trainer.is_global_zero:
+        save_suite(folder, suite, cfg)
+        figures = {"training": training_curves(read_metrics(folder / "metrics.csv"),
+                                               data.tokens_per_step)}
+        save_figures(folder / "figures", figures, trainer.loggers)
+        summary = summarise(run, folder)
+        write_json(folder / "summary.json", summary)
+        print_result(console, summary)
+    return 0
+
+
+def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
+    """Return everything that a run consists of, ready to fit."""
     keep_freed_memory()
     L.seed_everything(cfg.seed, verbose=False)
     lm, choice = instantiate(cfg.model), instantiate(cfg.groups, _convert_="all")
     choice.check(lm.geometry.num_layers)
-    data = ActivationDataModule(
-        lm=lm, source=instantiate(cfg.data), cache=str(Path(cfg.output) / "cache"),
-        tokens=cfg.tokens, seed=cfg.seed, **cfg.stream)
+    cache = Path(cfg.output) / "cache"
+    data = ActivationDataModule(lm=lm, source=instantiate(cfg.data), cache=str(cache),
+                                tokens=cfg.tokens, seed=cfg.seed, **cfg.stream)
     suite = GroupSAESuite(
         sae=instantiate(cfg.sae), d_model=lm.geometry.d_model, seed=cfg.seed,
         optim=instantiate(cfg.optim, _convert_="all"), dead_after=cfg.dead_after)
-    grouping = GroupLayers(choice=choice, folder=str(folder), cache=str(data.cache),
+    grouping = GroupLayers(choice=choice, folder=str(folder), cache=str(cache),
                            **cfg.calibration)
-    stop = StopOnSignal(folder=str(folder / "checkpoints"))
-    throughput = Throughput()
+    stop, throughput = StopOnSignal(folder=str(folder / "checkpoints")), Throughput()
     loggers = [instantiate(logger) for logger in (cfg.logger or {}).values()]
+    for logger in loggers:
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     trainer = L.Trainer(
         **instantiate(cfg.trainer, _convert_="all"), logger=loggers or False,
-        max_steps=data.num_steps, log_every_n_steps=cfg.log_every,
+        max_epochs=1,  # the loader is as long as the run
+        log_every_n_steps=min(cfg.log_every, data.num_steps),
         val_check_interval=min(cfg.eval_every, data.num_steps), num_sanity_val_steps=0,
         use_distributed_sampler=False, enable_model_summary=False,
         callbacks=[
@@ -74,24 +109,7 @@ def fit(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> int:
                             every_n_train_steps=cfg.checkpoint_every, monitor="step",
                             mode="max", save_top_k=2, enable_version_counter=False),
             stop])
-    for logger in loggers:
-        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
-
-    trainer.fit(suite, datamodule=data, ckpt_path=checkpoint)
-    if stop.received is not None:
-        console.print(f"stopped at step {trainer.global_step} of {data.num_steps}; go on with\n"
-                      f"  python -m groupsae.train resume={folder}")
-        return 128 + stop.received
-    trainer.validate(suite, datamodule=data, verbose=False)
-    if trainer.is_global_zero:
-        save_suite(folder, suite, cfg)
-        figures = {"training": training_curves(read_metrics(folder / "metrics.csv"),
-                                               data.tokens_per_step)}
-        save_figures(folder / "figures", figures, trainer.loggers)
-        summary = summarise(trainer, suite, grouping, throughput, folder)
-        write_json(folder / "summary.json", summary)
-        print_result(console, summary)
-    return 0
+    return Run(trainer, suite, data, grouping, throughput, stop)
 
 
 def quiet() -> None:
@@ -133,9 +151,9 @@ def save_suite(folder: Path, suite: GroupSAESuite, cfg: DictConfig) -> None:
             "tokens": int(member.tokens_per_layer.sum()), "groupsae": __version__})
 
 
-def summarise(trainer: L.Trainer, suite: GroupSAESuite, grouping: GroupLayers,
-              throughput: Throughput, folder: Path) -> dict[str, Any]:
+def summarise(run: Run, folder: Path) -> dict[str, Any]:
     """Return the figures of a finished run."""
+    trainer, suite, grouping, throughput = run.trainer, run.suite, run.grouping, run.throughput
     values = {name: float(value) for name, value in trainer.callback_metrics.items()}
     assert grouping.plan is not None and grouping.cost is not None
     groups = {}

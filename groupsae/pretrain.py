@@ -1,30 +1,34 @@
 """Pretrain the bundled language model: `python -m groupsae.pretrain`."""
 
 import json
+import platform
+from datetime import date
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import hydra
 import lightning as L
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
+from groupsae.config import CONF
 from groupsae.data.loader import StepSampler, make_loader
 from groupsae.data.splits import split_of
 from groupsae.data.tokens import Packing, load_token_blocks
+from groupsae.data.writer import write_json
 from groupsae.lm.build import build_gpt_neox, stack_layers, train_tokenizer
 from groupsae.training.allocator import keep_freed_memory
+from groupsae.training.loggers import MetricsCSV, read_metrics
+from groupsae.training.model_card import model_card
 from groupsae.training.pretraining import LanguageModel, bits_per_byte
 
-CONF = Path(__file__).parent / "conf"
-CONF = CONF if CONF.exists() else Path(__file__).parent.parent / "conf"
 
-
-def pretrain(cfg: DictConfig) -> dict[str, float]:
+def pretrain(cfg: DictConfig) -> dict[str, Any]:
     """Train, evaluate on the held-out files, save; return the held-out figures."""
     keep_freed_memory()
     L.seed_everything(cfg.seed, verbose=False)
@@ -62,9 +66,10 @@ def pretrain(cfg: DictConfig) -> dict[str, float]:
             num_steps=num_steps, seed=seed, first_step=first_step, rank=0, world_size=1)
         return make_loader(blocks.blocks[split], sampler, num_workers=0)
 
-    all_heldout = len(blocks.blocks["heldout"]) // cfg.data.blocks_per_step
+    all_heldout = min(len(blocks.blocks["heldout"]), cfg.final_eval_blocks
+                      ) // cfg.data.blocks_per_step
     trainer = L.Trainer(
-        **cfg.trainer, max_steps=num_steps, logger=CSVLogger(output, name="", version=""),
+        **cfg.trainer, max_steps=num_steps, logger=MetricsCSV(folder=str(output)),
         val_check_interval=cfg.eval_every, limit_val_batches=cfg.eval_blocks //
         cfg.data.blocks_per_step, gradient_clip_val=1.0, log_every_n_steps=10,
         num_sanity_val_steps=0, enable_model_summary=False,
@@ -78,14 +83,42 @@ def pretrain(cfg: DictConfig) -> dict[str, float]:
     tokens = blocks.blocks["heldout"][: all_heldout * cfg.data.blocks_per_step]
     num_bytes = sum(len(t.encode()) for t in tokenizer.batch_decode(tokens[:, 1:]))
     nats = heldout[0]["heldout/loss"]
-    result = {"heldout_nats_per_token": nats, "heldout_tokens": int(tokens[:, 1:].size),
-              "heldout_bits_per_byte": bits_per_byte(nats, tokens[:, 1:].size, num_bytes),
-              "train_tokens": num_steps * cfg.data.blocks_per_step * cfg.model.context}
+    stage = {
+        "num_layers": cfg.model.num_layers, "command": command(),
+        "train_tokens": num_steps * cfg.data.blocks_per_step * cfg.model.context,
+        "heldout_history": read_history(output / "metrics.csv", cfg)}
+    before = json.loads((Path(cfg.init).parent / "result.json").read_text()) if cfg.init else None
+    stages = [*(before["stages"] if before else []), stage]
+    result = {
+        "name": cfg.name, **cfg.model, **OmegaConf.to_container(cfg.optim),
+        "tokens_per_step": cfg.data.blocks_per_step * cfg.model.context,
+        "corpus": f"{blocks.manifest['documents']:,} distinct Python files: the standard library "
+                  "and the source of the packages pinned in constraints.txt",
+        "train_tokens": sum(s["train_tokens"] for s in stages),
+        "heldout_nats_per_token": nats, "heldout_tokens": int(tokens[:, 1:].size),
+        "heldout_bits_per_byte": bits_per_byte(nats, tokens[:, 1:].size, num_bytes),
+        "hardware": f"{torch.get_num_threads()} threads of {platform.machine()} "
+                    f"({torch.backends.cpu.get_cpu_capability()})"
+                    if trainer.strategy.root_device.type == "cpu"
+                    else torch.cuda.get_device_name(),
+        "date": date.today().isoformat(), "stages": stages}
     lm.to(torch.bfloat16).save_pretrained(output / "model")
     tokenizer.save_pretrained(output / "model")
-    (output / "result.json").write_text(json.dumps(result, indent=1))
+    write_json(output / "result.json", result)
+    (output / "model" / "README.md").write_text(model_card(result))
     print(json.dumps(result, indent=1))
     return result
+
+
+def command() -> str:
+    """Return the command line of this run."""
+    return " ".join(["python -m groupsae.pretrain", *HydraConfig.get().overrides.task])
+
+
+def read_history(path: Path, cfg: DictConfig) -> list[tuple[int, float]]:
+    """Return (tokens, held-out loss) of every evaluation in a `metrics.csv`."""
+    return [(step * cfg.data.blocks_per_step * cfg.model.context, value)
+            for step, name, value in read_metrics(path) if name == "heldout/loss"]
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="pretrain")

@@ -20,8 +20,8 @@ def train(cfg: DictConfig, overrides: list[str]) -> int:
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
-def main(cfg: DictConfig) -> None:
-    """Hydra entry point."""
+def run(cfg: DictConfig) -> None:
+    """Run one configuration of the command (of a sweep: of each of its points)."""
     try:
         status = train(cfg, list(HydraConfig.get().overrides.task))
     except UserError as error:
@@ -31,7 +31,12 @@ def main(cfg: DictConfig) -> None:
         sys.exit(status)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Start `groupsae-train`, which is `python -m groupsae.train`."""
     register_resolver()
     check_choices(sys.argv[1:])
+    run()
+
+
+if __name__ == "__main__":
     main()

@@ -74,7 +74,7 @@ class ActivationDataModule(L.LightningDataModule):
         if context > lm.geometry.context:
             raise UserError(f"stream.context is {context}, but {lm.name} reads at most "
                             f"{lm.geometry.context} tokens.")
-        self.lm, self.source, self.cache = lm, source, Path(cache) / "tokens"
+        self.lm, self.source, self.cache = lm, source, Path(cache)
         self.packing = Packing(
             context=context, heldout_fraction=heldout_fraction,
             calibration_fraction=calibration_fraction, prepend_bos=prepend_bos,
@@ -99,8 +99,8 @@ class ActivationDataModule(L.LightningDataModule):
         """Return the packed corpus, packing it first if need be."""
         if self._blocks is None:
             self._blocks = load_token_blocks(
-                self.source, self.lm.tokenizer(), self.packing, self.cache,
-                vocab_size=self.lm.geometry.vocab_size)
+                self.source, self.lm.tokenizer(), self.packing,
+                self.cache / "tokens",                vocab_size=self.lm.geometry.vocab_size)
         return self._blocks
 
     def epochs(self) -> float:

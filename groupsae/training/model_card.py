@@ -1,0 +1,55 @@
+"""The card that travels with a model pretrained here."""
+
+from collections.abc import Mapping
+from typing import Any
+
+CARD = """---
+license: mit
+library_name: transformers
+tags: [gpt_neox, python, groupsae]
+---
+# {name}: a small GPT-NeoX trained on Python source
+
+The bundled language model of `groupsae`: the Pythia architecture (`GPTNeoXForCausalLM`) with
+{num_layers} layers, d_model {d_model}, {num_heads} heads, context {context} and a byte-level BPE
+of {vocab_size:,} tokens that was learnt on the same corpus. It exists so that training sparse
+autoencoders can be tried without a download; it writes plausible Python and knows nothing else.
+
+| | |
+|---|---|
+| corpus | {corpus} |
+| training tokens | {train_tokens:,} |
+| held-out loss | **{heldout_nats_per_token:.3f} nats per token** = {heldout_bits_per_byte:.3f} bits per byte, on {heldout_tokens:,} tokens of files never trained on (chosen by a hash of the path) |
+| stored as | bf16 safetensors |
+| hardware | {hardware} |
+| date | {date} |
+
+## How it was trained
+
+AdamW {betas}, peak learning rate {lr:g}, {warmup_steps} steps of warm-up, linear decay to zero, weight
+decay {weight_decay:g}, gradient norm clipped at 1, {tokens_per_step:,} tokens a step, float32.
+
+{commands}
+
+Held-out loss in nats per token while training (interim evaluations on fewer files):
+
+| layers | tokens | held-out loss |
+|---|---|---|
+{history}
+
+The loss was still falling when the budget ended: the run stopped because its token budget and
+the learning rate's decay ended, not because it had converged.
+"""
+
+
+def model_card(facts: Mapping[str, Any]) -> str:
+    """Return the model card in Markdown.
+
+    Args:
+        facts: the pretraining run's `result.json`.
+    """
+    history = "\n".join(
+        f"| {stage['num_layers']} | {tokens:,} | {loss:.3f} |"
+        for stage in facts["stages"] for tokens, loss in stage["heldout_history"])
+    commands = "\n".join(f"    {stage['command']}" for stage in facts["stages"])
+    return CARD.format(**{**facts, "history": history, "commands": commands})
