@@ -3,6 +3,13 @@
 import difflib
 import sys
 from pathlib import Path
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from groupsae.errors import UserError
 
 _INSTALLED = Path(__file__).parent / "conf"
 CONF = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parent.parent / "conf"
@@ -28,3 +35,17 @@ def check_choices(arguments: list[str]) -> None:
                 print(f"error: {group}={choice} is unknown.{hint} Valid: {', '.join(known)}.",
                       file=sys.stderr)
                 sys.exit(2)
+
+
+def make(cfg: DictConfig, **kwargs: Any) -> Any:
+    """Return the object that a conf node describes, built from plain Python values.
+
+    Raises:
+        UserError: of the constructor, without Hydra's wrapping.
+    """
+    try:
+        return instantiate(cfg, _convert_="all", **kwargs)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import transformers
-from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from groupsae import __version__
+from groupsae.config import make
 from groupsae.data.activations import ActivationDataModule
 from groupsae.data.writer import write_json
 from groupsae.errors import UserError
@@ -82,22 +82,22 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
     """Return everything that a run consists of, ready to fit."""
     keep_freed_memory()
     L.seed_everything(cfg.seed, verbose=False)
-    lm, choice = instantiate(cfg.model), instantiate(cfg.groups, _convert_="all")
+    lm, choice = make(cfg.model), make(cfg.groups)
     choice.check(lm.geometry.num_layers)
     cache = Path(cfg.output) / "cache"
-    data = ActivationDataModule(lm=lm, source=instantiate(cfg.data), cache=str(cache),
+    data = ActivationDataModule(lm=lm, source=make(cfg.data), cache=str(cache),
                                 tokens=cfg.tokens, seed=cfg.seed, **cfg.stream)
     suite = GroupSAESuite(
-        sae=instantiate(cfg.sae), d_model=lm.geometry.d_model, seed=cfg.seed,
-        optim=instantiate(cfg.optim, _convert_="all"), dead_after=cfg.dead_after)
+        sae=make(cfg.sae), d_model=lm.geometry.d_model, seed=cfg.seed,
+        optim=make(cfg.optim), dead_after=cfg.dead_after)
     grouping = GroupLayers(choice=choice, folder=str(folder), cache=str(cache),
                            **cfg.calibration)
     stop, throughput = StopOnSignal(folder=str(folder / "checkpoints")), Throughput()
-    loggers = [instantiate(logger) for logger in (cfg.logger or {}).values()]
+    loggers = [make(logger) for logger in (cfg.logger or {}).values()]
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     trainer = L.Trainer(
-        **instantiate(cfg.trainer, _convert_="all"), logger=loggers or False,
+        **make(cfg.trainer), logger=loggers or False,
         max_epochs=1,  # the loader is as long as the run
         log_every_n_steps=min(cfg.log_every, data.num_steps),
         val_check_interval=min(cfg.eval_every, data.num_steps), num_sanity_val_steps=0,

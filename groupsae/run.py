@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from groupsae.config import make
 from groupsae.errors import UserError
 
 # what may differ between two starts of one run: where and how fast it computes, who watches
@@ -41,7 +41,7 @@ def run_folder(cfg: DictConfig) -> Path:
     model = Path(cfg.model.name).name
     tokens = f"{cfg.tokens / 1e6:g}M"
     name = f"{tokens}-k{cfg.sae.k}-x{cfg.sae.expansion}-s{cfg.seed}-{content_hash(cfg)}"
-    return Path(cfg.output) / model / instantiate(cfg.groups).label / name
+    return Path(cfg.output) / model / make(cfg.groups).label / name
 
 
 def register_resolver() -> None:

@@ -1,7 +1,6 @@
-"""What every test stands on: no network, fixed seeds, a small language model and some text.
+"""What every test stands on: shape checks, no network, fixed seeds, a small model and some text.
 
-`groupsae` is imported inside the fixtures only: pytest must be able to put the shape checks of
-jaxtyping into the package before anything loads it.
+`groupsae` is imported inside the fixtures only: after the import hook stands.
 """
 
 import random
@@ -13,6 +12,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jaxtyping import install_import_hook
+
+# Types and shapes in signatures are checked in the tests, and only there. (As an option of
+# jaxtyping's own pytest plugin this would have to be `beartype.beartype` as it is, which takes
+# no int for a float.)
+install_import_hook(
+    [
+        "groupsae.data.draws",
+        "groupsae.data.loader",
+        "groupsae.grouping",
+        "groupsae.interop",
+        "groupsae.lm",
+        "groupsae.report",
+        "groupsae.sae",
+        "groupsae.training.cost",
+        "groupsae.training.measure",
+        "groupsae.training.optim",
+    ],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
 
 LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
 

@@ -4,12 +4,15 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from groupsae.errors import UserError
 
 
 def find_blocks(model: nn.Module, num_layers: int) -> nn.ModuleList:
     """Return the list of transformer blocks: the one ModuleList as long as the model is deep.
+
+    Lists inside another such list (experts of a block) do not count.
 
     Args:
         model: any Hugging Face model.
@@ -19,9 +22,10 @@ def find_blocks(model: nn.Module, num_layers: int) -> nn.ModuleList:
         UserError: none or several lists of that length exist; names what was found.
     """
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    fitting = [m for m in lists.values() if len(m) == num_layers]
-    if len(fitting) == 1:
-        return fitting[0]
+    names = [name for name, module in lists.items() if len(module) == num_layers]
+    outer = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
+    if len(outer) == 1:
+        return lists[outer[0]]
     found = ", ".join(f"{name} ({len(m)})" for name, m in lists.items()) or "none at all"
     raise UserError(
         f"{type(model).__name__} should have exactly one list of {num_layers} blocks; "
@@ -64,8 +68,10 @@ def run_blocks(
             return replaced if isinstance(output, Tensor) else (replaced, *output[1:])
         return hook
 
-    handles = [blocks[layer].register_forward_hook(hook_for(layer)) for layer in wanted]
+    handles: list[RemovableHandle] = []
     try:
+        for layer in wanted:
+            handles.append(blocks[layer].register_forward_hook(hook_for(layer)))
         return model(**inputs, use_cache=False)
     except _StopForward:
         return None

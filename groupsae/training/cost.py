@@ -46,6 +46,25 @@ def paper_saving(activation: float, sae: float, num_groups: int, num_layers: int
     return 1 - (activation + num_groups * sae) / (activation + num_layers * sae)
 
 
+def paper_saving_both_sides(activation: float, sae: float, num_groups: int,
+                            num_layers: int) -> float:
+    """Return 1 - (A + (G + 1) T) / (A + L T): the last layer's own SAE is paid on both sides.
+
+    The paper leaves the last layer out of the G groups but counts it in L; a run that gives it
+    an SAE of its own trains G + 1. The published groups then save 35.2, 49.6 and 48.4 % (Pythia
+    160M, 410M, 1B) instead of 42.3, 53.2 and 53.8 %.
+
+    >>> round(paper_saving_both_sides(207.62, 94.37, 6, 12), 3)
+    0.352
+    """
+    return paper_saving(activation, sae, num_groups + 1, num_layers)
+
+
+def distance_flops(num_layers: int, d_model: int) -> int:
+    """Return the FLOPs per token of the angular distances: one product of all pairs, 2 L^2 d."""
+    return 2 * num_layers**2 * d_model
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunCost:
     """FLOPs of one run, and of training one SAE per layer on as many tokens.
@@ -97,9 +116,7 @@ def run_cost(*, num_layers: int, layers_run: int, num_groups: int, num_saes: int
     """
     paper_a, paper_t = activation_flops(num_layers, d_model, context), sae_flops(d_model, d_sae)
     forward, sae = activation_flops(layers_run, d_model, context), topk_flops(d_model, d_sae, k)
-    pairs = num_layers * (num_layers - 1) // 2
-    per_token = activation_flops(num_layers, d_model, context) + 2 * pairs * d_model
-    distances = calibration_tokens * per_token
+    distances = calibration_tokens * (paper_a + distance_flops(num_layers, d_model))
     total = tokens * (forward + num_saes * sae) + distances
     total_per_layer = tokens * (forward + num_covered * sae)
     return RunCost(

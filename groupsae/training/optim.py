@@ -1,6 +1,7 @@
 """Adam with the width law of the paper."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ class Adam:
 
     base_lr: float
     base_d_sae: int
-    betas: tuple[float, float]
+    betas: Sequence[float]
     eps: float
     clip_norm: float
 
@@ -34,4 +35,4 @@ class Adam:
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Return one fused Adam over named parameter groups, each with its own `lr`."""
-        return torch.optim.Adam(groups, betas=tuple(self.betas), eps=self.eps, fused=True)
+        return torch.optim.Adam(groups, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=True)

@@ -1,6 +1,7 @@
 """Pretraining of a small language model, so that the embedded default needs no download."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -22,11 +23,11 @@ class LanguageModel(L.LightningModule):
         num_steps: steps of the run; the rate is zero at the end.
     """
 
-    def __init__(self, *, lm: GPTNeoXForCausalLM, lr: float, betas: tuple[float, float],
+    def __init__(self, *, lm: GPTNeoXForCausalLM, lr: float, betas: Sequence[float],
                  weight_decay: float, warmup_steps: int, num_steps: int) -> None:
         super().__init__()
         self.lm = lm
-        self.lr, self.betas, self.weight_decay = lr, tuple(betas), weight_decay
+        self.lr, self.betas, self.weight_decay = lr, (betas[0], betas[1]), weight_decay
         self.warmup_steps, self.num_steps = warmup_steps, num_steps
 
     def loss(self, tokens: Tensor) -> Tensor:

@@ -1,0 +1,55 @@
+"""Small real runs for the tests: the yaml files, a 4-layer model, a few steps."""
+
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from groupsae.config import CONF
+from groupsae.run import open_run, register_resolver
+
+
+def overrides(lm: Path, text: Path, output: Path, *more: str) -> list[str]:
+    """Return the command line of a six-step run (the smallest with two checkpoints)."""
+    return [
+        f"output={output}", "model=hf", f"model.name={lm}", "data=files", f"data.path={text}",
+        "tokens=3072", "stream.context=64", "stream.blocks_per_step=8",
+        "stream.blocks_per_forward=4", "stream.heldout_fraction=0.1",
+        "stream.calibration_fraction=0.1", "stream.heldout_tokens=1024", "stream.num_workers=0",
+        "calibration.tokens=1024", "sae.expansion=2", "sae.k=4", "dead_after=1000",
+        "optim.base_lr=1e-3", "log_every=1", "eval_every=6", "checkpoint_every=3",
+        "+trainer.enable_progress_bar=false", *more,
+    ]
+
+
+def composed(arguments: list[str]) -> DictConfig:
+    """Return the configuration that a command line gives."""
+    register_resolver()
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        cfg = compose("train", arguments)
+    return cfg
+
+
+def run(arguments: list[str]) -> tuple[int, Path]:
+    """Train as the command line would; return the exit status and the run folder."""
+    from groupsae.fit import fit
+
+    cfg, folder, checkpoint = open_run(composed(arguments), arguments)
+    return fit(cfg, folder, checkpoint), folder
+
+
+def saved(folder: Path) -> dict[str, Any]:
+    """Return every SAE's tensors in a finished run folder, by group and name."""
+    from safetensors.torch import load_file
+
+    return {f"{file.parent.name}/{name}": tensor
+            for file in sorted(folder.glob("saes/*/sae.safetensors"))
+            for name, tensor in load_file(file).items()}
+
+
+def config_of(folder: Path) -> DictConfig:
+    """Return the configuration that a run folder remembers."""
+    cfg = OmegaConf.load(folder / ".hydra" / "config.yaml")
+    assert isinstance(cfg, DictConfig)
+    return cfg

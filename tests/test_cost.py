@@ -1,0 +1,149 @@
+"""FLOP counts: the paper's figures, and the true count against a FLOP counter."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel, GPTNeoXConfig
+
+from groupsae.lm.blocks import find_blocks, run_blocks
+from groupsae.sae.topk import TopK
+from groupsae.training.cost import (
+    activation_flops,
+    distance_flops,
+    paper_saving,
+    paper_saving_both_sides,
+    run_cost,
+    sae_flops,
+    topk_flops,
+)
+
+# layers, d_model, A and T in PFLOPs for 1e9 tokens at 16x width and context 1024, the published
+# number of groups, and savings in per cent: the paper's, and with the last layer on both sides.
+PUBLISHED = {
+    "160m": (12, 768, 207.62, 94.37, 6, 42.25, 35.2),
+    "410m": (24, 1024, 704.64, 167.77, 9, 53.19, 49.6),
+    "1b": (16, 2048, 1744.83, 671.09, 6, 53.76, 48.4),
+}
+
+
+@pytest.fixture(params=PUBLISHED)
+def published(request):
+    return PUBLISHED[request.param]
+
+
+def test_flops_per_billion_tokens_are_the_published_ones(published):
+    layers, width, activations, sae, *_ = published
+    assert round(activation_flops(layers, width, 1024) / 1e6, 2) == activations
+    assert round(sae_flops(width, 16 * width) / 1e6, 2) == sae
+
+
+def test_savings_are_the_published_ones(published):
+    layers, width, _, _, groups, saving, both_sides = published
+    a, t = activation_flops(layers, width, 1024), sae_flops(width, 16 * width)
+    assert round(100 * paper_saving(a, t, groups, layers), 2) == saving
+    assert round(100 * paper_saving_both_sides(a, t, groups, layers), 1) == both_sides
+
+
+def test_both_sides_equals_the_quotient_of_the_two_totals():
+    assert paper_saving_both_sides(10.0, 2.0, 3, 8) == pytest.approx(1 - (10 + 4 * 2) / (10 + 16))
+    assert paper_saving_both_sides(10.0, 2.0, 7, 8) == 0.0
+
+
+def tiny_model(attention):
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128,
+        vocab_size=50, max_position_embeddings=24, bos_token_id=0, eos_token_id=0,
+        attn_implementation=attention,
+    )  # fmt: skip
+    return AutoModel.from_config(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("last", [0, 1, 3])
+def test_the_forward_count_is_what_a_flop_counter_sees(last):
+    """Counted: the matrix products of the blocks that run, attention in full (eager).
+
+    Beside the formula there is only the table of rotary angles, an outer product of the positions
+    and of (rotary dimensions / 2) frequencies: rotary dimensions x context FLOPs per sequence.
+    """
+    model, context, batch = tiny_model("eager"), 24, 3
+    blocks = find_blocks(model, 4)
+    tokens = torch.zeros(batch, context, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        run_blocks(model, blocks, [0, last], lambda *_: None, True, input_ids=tokens)
+    counted = counter.get_total_flops()
+    rotary = 2 * context * len(model.rotary_emb.inv_freq)
+    expected = batch * context * activation_flops(last + 1, 32, context)
+    assert counted - expected in (rotary, batch * rotary)
+
+
+@pytest.mark.parametrize("k", [1, 4, 16])
+def test_the_sae_count_is_what_a_flop_counter_sees_plus_the_sparse_decoder(k):
+    """The counter sees the encoder's two dense products, 2 d n each for forward and gradient.
+
+    It knows no formula for the gather-and-add of embedding_bag (2 d k forward, 2 d k for each of
+    its two gradients): that part of `topk_flops` is checked against its definition. Products with
+    b_dec, which are paid once for the batch and not for each row, are subtracted.
+    """
+    d_model, rows = 16, 64
+    generator = torch.Generator().manual_seed(0)
+    sae = TopK(
+        d_model=d_model, expansion=4, k=k, auxk_alpha=0, auxk_share=0.5, generator=generator
+    )
+    x = torch.randn(rows, d_model, generator=generator)
+    with FlopCounterMode(display=False) as counter:
+        sum(sae(x, torch.tensor(1.0), torch.zeros(64, dtype=torch.bool)).losses.values()).backward()
+    counted = counter.get_total_flops()
+    sparse = 6 * d_model * k
+    per_batch = counted - rows * (topk_flops(d_model, 64, k) - sparse)
+    assert 0 <= per_batch <= 6 * d_model * 64  # at most three products with a single vector
+
+
+def test_a_dense_sae_costs_the_papers_count():
+    d_model, d_sae, rows = 16, 64, 32
+    encoder = torch.nn.Linear(d_model, d_sae)
+    decoder = torch.nn.Linear(d_sae, d_model)
+    with FlopCounterMode(display=False) as counter:
+        decoder(encoder(torch.ones(rows, d_model)).relu()).sum().backward()
+    assert counter.get_total_flops() == rows * sae_flops(d_model, d_sae)
+
+
+def test_the_distance_count_is_what_a_flop_counter_sees():
+    from groupsae.grouping.angles import AngularDistance
+
+    metric = AngularDistance(num_layers=5, d_model=8, centring="none")
+    acts = torch.randn(5, 30, 8, generator=torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter:
+        metric.update(acts)
+    gathering = 2 * 30 * math.comb(5, 2)  # the sum over tokens, as a product with the mask
+    assert counter.get_total_flops() in (
+        30 * distance_flops(5, 8),
+        30 * distance_flops(5, 8) + gathering,
+    )
+
+
+RUN = {
+    "num_layers": 6, "layers_run": 5, "num_groups": 2, "num_saes": 3, "num_covered": 5,
+    "d_model": 32, "d_sae": 128, "k": 8, "context": 64, "tokens": 1000, "calibration_tokens": 100,
+}  # fmt: skip
+
+
+def test_the_true_cost_of_a_run_adds_up():
+    cost = run_cost(**RUN)
+    assert cost.activations == 24 * 5 * 32**2 + 4 * 5 * 64 * 32
+    assert cost.sae == 4 * 32 * 128 + 6 * 32 * 8
+    assert cost.distances == 100 * (activation_flops(6, 32, 64) + distance_flops(6, 32))
+    assert cost.total == 1000 * (cost.activations + 3 * cost.sae) + cost.distances
+    assert cost.total_per_layer == 1000 * (cost.activations + 5 * cost.sae)
+    assert cost.saving == 1 - cost.total / cost.total_per_layer
+    assert cost.paper_saving == paper_saving(cost.paper_activations, cost.paper_sae, 2, 6)
+    assert cost.as_dict()["total"] == cost.total
+
+
+def test_one_sae_per_layer_saves_nothing_and_cached_distances_cost_nothing():
+    cost = run_cost(**RUN | {"num_saes": 5, "calibration_tokens": 0})
+    assert cost.distances == 0
+    assert cost.saving == 0
+    assert run_cost(**RUN | {"num_saes": 5}).saving < 0
