@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import transformers
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -103,7 +103,7 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
         val_check_interval=min(cfg.eval_every, data.num_steps), num_sanity_val_steps=0,
         use_distributed_sampler=False, enable_model_summary=False,
         callbacks=[
-            grouping, throughput, RichProgressBar(leave=True),
+            grouping, throughput,
             Dashboard(grouping=grouping, folder=folder, console=console),
             ModelCheckpoint(dirpath=folder / "checkpoints", filename="{step}",
                             every_n_train_steps=cfg.checkpoint_every, monitor="step",

@@ -51,32 +51,29 @@ def test_both_sides_equals_the_quotient_of_the_two_totals():
     assert paper_saving_both_sides(10.0, 2.0, 7, 8) == 0.0
 
 
-def tiny_model(attention):
+def tiny_model():
     torch.manual_seed(0)
     config = GPTNeoXConfig(
         hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128,
         vocab_size=50, max_position_embeddings=24, bos_token_id=0, eos_token_id=0,
-        attn_implementation=attention,
+        attn_implementation="eager",
     )  # fmt: skip
     return AutoModel.from_config(config).eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("last", [0, 1, 3])
 def test_the_forward_count_is_what_a_flop_counter_sees(last):
-    """Counted: the matrix products of the blocks that run, attention in full (eager).
+    """Counted: every matrix product of the blocks that run, attention in full.
 
-    Beside the formula there is only the table of rotary angles, an outer product of the positions
-    and of (rotary dimensions / 2) frequencies: rotary dimensions x context FLOPs per sequence.
+    Eager attention, because the counter knows no formula for the CPU's fused kernel. Rotary angles
+    are elementwise products here and count nothing, as norms and activation functions.
     """
-    model, context, batch = tiny_model("eager"), 24, 3
+    model, context, batch = tiny_model(), 24, 3
     blocks = find_blocks(model, 4)
     tokens = torch.zeros(batch, context, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         run_blocks(model, blocks, [0, last], lambda *_: None, True, input_ids=tokens)
-    counted = counter.get_total_flops()
-    rotary = 2 * context * len(model.rotary_emb.inv_freq)
-    expected = batch * context * activation_flops(last + 1, 32, context)
-    assert counted - expected in (rotary, batch * rotary)
+    assert counter.get_total_flops() == batch * context * activation_flops(last + 1, 32, context)
 
 
 @pytest.mark.parametrize("k", [1, 4, 16])

@@ -140,10 +140,10 @@ def test_auxk_worked_by_hand_on_three_latents():
     # would fire with 2: its share of the reconstruction, without the bias, is just the error.
     x, one = torch.tensor([[3.0, 2.0, 5.0]]), torch.tensor(1.0)
     losses = sae(x, one, torch.tensor([False, True, False])).losses
-    assert float(losses["fvu"]) == 4.0
-    assert float(losses["auxk"]) == 0.0  # sign wrong: 0.5 * 16; with the bias: 0.5 * 25
+    assert losses["fvu"].item() == 4.0
+    assert losses["auxk"].item() == 0.0  # sign wrong: 0.5 * 16; with the bias: 0.5 * 25
     # With latent 2 dead instead, nothing can predict the error: 0.5 * 2^2.
-    assert float(sae(x, one, torch.tensor([False, False, True])).losses["auxk"]) == 2.0
+    assert sae(x, one, torch.tensor([False, False, True])).losses["auxk"].item() == 2.0
 
 
 def test_auxk_trains_dead_latents_only_and_not_the_error_that_they_predict():
@@ -263,7 +263,7 @@ def test_a_sparse_dictionary_is_recovered_by_the_recipe():
         group.sae.normalize_decoder()
     torch.testing.assert_close(group.sae.W_dec.norm(dim=1), torch.ones(128), rtol=0, atol=1e-6)
     found = (dictionary @ group.sae.W_dec.T).max(dim=1).values
-    assert found.mean() > 0.9, f"mean max cosine {found.mean():.3f}, fvu {float(loss):.3f}"
+    assert found.mean() > 0.9, f"mean max cosine {found.mean():.3f}, fvu {loss.item():.3f}"
 
 
 def test_decode_takes_latents_from_anywhere():

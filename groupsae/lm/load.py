@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers import PreTrainedTokenizerBase
@@ -40,12 +41,14 @@ class FrozenLM:
 
     def __init__(self, *, name: str, revision: str | None, dtype: str) -> None:
         self.name, self.revision = name, revision
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        found = getattr(torch, dtype, None)
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
             raise UserError(f"model.dtype is '{dtype}'; use float32, bfloat16 or float16.")
-        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.dtype = found
         self.path = str(BUNDLED.get(name, name))
         config = self._pretrained(AutoConfig)
-        missing = [k for k in ("num_hidden_layers", "hidden_size") if not hasattr(config, k)]
+        needed = ("num_hidden_layers", "hidden_size", "vocab_size")
+        missing = [key for key in needed if not hasattr(config, key)]
         if missing:
             raise UserError(f"model {name}: its config has no {' and no '.join(missing)}.")
         self.geometry = Geometry(
@@ -57,7 +60,7 @@ class FrozenLM:
     def _pretrained(self, auto: Any, **kwargs: Any) -> Any:
         try:
             return auto.from_pretrained(self.path, revision=self.revision or "main", **kwargs)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise UserError(
                 f"cannot load model '{self.name}' (revision {self.revision or 'main'}): {reason} "

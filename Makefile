@@ -1,0 +1,46 @@
+# `make` alone lists the targets. Every command runs in .venv, which is made on first use.
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+BIN := .venv/bin
+READY := .venv/.ready
+ARGS ?=
+
+.PHONY: help train test check format sweep pretrain bench clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo '  ARGS="..." is passed on: make train ARGS="groups=count groups.num_groups=3"'
+
+$(READY): pyproject.toml constraints.txt .ci/install
+	@.ci/install
+	@touch $@
+
+train: $(READY)  ## Train Group-SAEs: the bundled model and text, minutes on a CPU
+	@$(BIN)/python -m groupsae.train $(ARGS)
+
+test: $(READY)  ## Run the tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY)  ## Lint, types, import contracts, tests: what CI runs
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python -m pytest
+
+format: $(READY)  ## Format the code, and mend what lint can mend
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+sweep: $(READY)  ## Train with one to six groups
+	@$(BIN)/python -m groupsae.train -m groups=count groups.num_groups=1,2,3,4,5,6 $(ARGS)
+
+pretrain: $(READY)  ## Train the bundled language model anew (hours)
+	@$(BIN)/python -m groupsae.pretrain $(ARGS)
+
+bench: $(READY)  ## Show where the time of a training step goes
+	@$(BIN)/python -m benchmarks.profile_step $(ARGS)
+
+clean:  ## Remove caches and build products; .venv and outputs stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,161 @@
+"""The yaml files: every option composes, and every value reaches a parameter of the same name."""
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+from groupsae.config import CONF
+from groupsae.data.activations import ActivationDataModule
+from groupsae.lm.build import build_gpt_neox
+from groupsae.run import register_resolver
+from groupsae.training.callbacks.grouping import GroupLayers
+from groupsae.training.optim import Adam
+from groupsae.training.pretraining import LanguageModel
+
+GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
+OPTIONS = [
+    (group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))
+]
+
+# what a user has to name: any value will do here
+NAMED = {
+    ("model", "hf"): ["model.name=some/model"],
+    ("data", "files"): ["data.path=some/folder"],
+    ("data", "hf"): ["data.name=some/data"],
+    ("groups", "count"): ["groups.num_groups=3"],
+    ("groups", "even"): ["groups.num_groups=3"],
+    ("groups", "explicit"): ["groups.groups=[[0,1],[2]]"],
+}
+# what a class gets from the program, not from its yaml file
+FROM_PROGRAM = {"groupsae.sae": {"d_model", "generator"}}
+
+
+def composed(*overrides: str, name: str = "train") -> DictConfig:
+    register_resolver()
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        return compose(name, overrides=list(overrides))
+
+
+def chosen(group: str, option: str) -> DictConfig:
+    return composed(f"{group}={option}", *NAMED.get((group, option), []))
+
+
+def targets(node: Any) -> Iterator[DictConfig]:
+    """Yield every node that names a class, at any depth."""
+    if isinstance(node, DictConfig):
+        if "_target_" in node:
+            yield node
+        for key in node:
+            if not OmegaConf.is_missing(node, key):
+                yield from targets(node[key])
+
+
+def without_defaults(made: Callable[..., Any]) -> set[str]:
+    """Return the names of the parameters, all of which must be keyword-only, without a default."""
+    parameters = inspect.signature(made).parameters.values()
+    for p in parameters:
+        assert p.kind is inspect.Parameter.KEYWORD_ONLY, f"{made}: {p.name} is not keyword-only"
+        assert p.default is inspect.Parameter.empty, f"{made}: {p.name} has a default in Python"
+    return {p.name for p in parameters}
+
+
+def test_there_are_options_to_test():
+    assert {"data", "groups", "model", "sae", "trainer", "logger", "experiment"} <= set(GROUPS)
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes_with_nothing_left_open(group, option):
+    cfg = chosen(group, option)
+    assert OmegaConf.missing_keys(cfg) == set()
+    assert OmegaConf.to_container(cfg, resolve=True)
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_yaml_keys_are_the_parameters_of_our_classes(group, option):
+    for node in targets(chosen(group, option)):
+        made = get_object(node._target_)
+        if not node._target_.startswith("groupsae."):
+            continue
+        given = {key for key in node if not str(key).startswith("_")}
+        room = ".".join(node._target_.split(".")[:2])
+        assert given | FROM_PROGRAM.get(room, set()) == without_defaults(made), node._target_
+
+
+@pytest.mark.parametrize("name", ["train", "pretrain"])
+def test_every_target_exists(name):
+    found = list(targets(composed(name=name)))
+    assert found
+    for node in found:
+        assert callable(get_object(node._target_))
+
+
+def test_stream_keys_are_the_parameters_of_the_data_module():
+    runtime = {"lm", "source", "cache", "tokens", "seed"}
+    assert set(composed().stream) | runtime == without_defaults(ActivationDataModule)
+
+
+def test_calibration_keys_are_the_parameters_of_the_grouping_callback():
+    runtime = {"choice", "folder", "cache"}
+    assert set(composed().calibration) | runtime == without_defaults(GroupLayers)
+
+
+def test_pretraining_keys_are_the_parameters_they_reach():
+    cfg = composed(name="pretrain")
+    assert set(cfg.model) == without_defaults(build_gpt_neox)
+    assert set(cfg.optim) | {"lm", "num_steps"} == without_defaults(LanguageModel)
+
+
+def test_no_option_is_dead():
+    """Every key at the top of train.yaml is read by the entry points."""
+    package = Path(inspect.getfile(register_resolver)).parent
+    code = "".join((package / f"{name}.py").read_text() for name in ("train", "run", "fit"))
+    for key in composed():
+        assert re.search(rf"\bcfg\.{key}\b", code), f"nobody reads {key}"
+
+
+@pytest.mark.parametrize(
+    ("experiment", "model", "tokens_per_step"),
+    [
+        ("paper-160m", "EleutherAI/pythia-160m", 131072),
+        ("paper-410m", "EleutherAI/pythia-410m", 65536),
+        ("paper-1b", "EleutherAI/pythia-1b", 32768),
+    ],
+)
+def test_the_paper_experiments_hold_the_papers_recipe(experiment, model, tokens_per_step):
+    cfg = composed(f"experiment={experiment}")
+    assert cfg.model.name == model
+    assert cfg.data.name == "NeelNanda/pile-small-tokenized-2b"
+    assert cfg.stream.blocks_per_step * cfg.stream.context == tokens_per_step
+    assert cfg.stream.context == 1024
+    assert cfg.tokens == 1_000_000_000
+    assert (cfg.sae.k, cfg.sae.expansion) == (128, 16)
+    assert (cfg.groups.theta, cfg.groups.last_layer) == (0.2, "own")
+    assert cfg.calibration.tokens == 10_000_000
+    assert cfg.calibration.centring == "none"
+    optim = Adam(**{k: v for k, v in cfg.optim.items() if k != "_target_"})
+    d_sae = 16 * 768
+    assert optim.lr(d_sae) == pytest.approx(2e-4 / math.sqrt(d_sae / 2**14))
+
+
+def test_the_embedded_default_brings_its_own_sizes():
+    assert composed().tokens < composed("model=pythia-160m").tokens == 1_000_000_000
+
+
+def test_a_pythia_model_brings_the_pile_along():
+    assert composed("model=pythia-70m").data.name == "NeelNanda/pile-small-tokenized-2b"
+
+
+def test_the_readme_names_only_options_that_exist():
+    readme = CONF.parent / "README.md"
+    if not readme.exists():
+        pytest.skip("no README beside the packaged conf")
+    for group, option in re.findall(rf"\b({'|'.join(GROUPS)})=([\w.-]+)", readme.read_text()):
+        assert (group, option) in OPTIONS, f"README: {group}={option}"
