@@ -44,6 +44,27 @@ def run_folder(cfg: DictConfig) -> Path:
     return Path(cfg.output) / model / make(cfg.groups).label / name
 
 
+POSITIVE = (
+    "tokens", "dead_after", "log_every", "eval_every", "checkpoint_every", "calibration.tokens",
+    "stream.context", "stream.blocks_per_step", "stream.blocks_per_forward",
+    "stream.heldout_tokens")
+
+
+def check_numbers(cfg: DictConfig) -> None:
+    """Raise UserError if a count is not a positive whole number."""
+    for key in POSITIVE:
+        value = OmegaConf.select(cfg, key)
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{key} is {value!r}; it must be a whole number of at least 1.")
+    for key in ("stream.heldout_fraction", "stream.calibration_fraction"):
+        value = OmegaConf.select(cfg, key)
+        if not isinstance(value, float) or not 0 < value < 0.5:
+            raise UserError(f"{key} is {value!r}; it must lie between 0 and 0.5.")
+    if cfg.calibration.centring not in ("none", "mean"):
+        raise UserError(f"calibration.centring is {cfg.calibration.centring!r}: use none (the "
+                        "paper's formula) or mean.")
+
+
 def register_resolver() -> None:
     """Make `${run_folder:}` available to the yaml files."""
     OmegaConf.register_new_resolver(
@@ -66,6 +87,7 @@ def open_run(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Path, P
         UserError: `resume` names no run, or the command asks for something else than the run
             was started with, or the folder cannot be written.
     """
+    check_numbers(cfg)
     folder = run_folder(cfg)
     if cfg.resume is not None:
         cfg = _config_to_resume(cfg, folder, overrides)

@@ -91,7 +91,9 @@ def test_the_sae_count_is_what_a_flop_counter_sees_plus_the_sparse_decoder(k):
     )
     x = torch.randn(rows, d_model, generator=generator)
     with FlopCounterMode(display=False) as counter:
-        sum(sae(x, torch.tensor(1.0), torch.zeros(64, dtype=torch.bool)).losses.values()).backward()
+        sum(
+            sae(x, torch.tensor(1.0), torch.zeros(64, dtype=torch.bool)).losses.values()
+        ).backward()
     counted = counter.get_total_flops()
     sparse = 6 * d_model * k
     per_batch = counted - rows * (topk_flops(d_model, 64, k) - sparse)

@@ -114,7 +114,9 @@ def test_stacked_layers_are_copies_of_the_shallow_ones():
             assert value.data_ptr() != source.data_ptr()
     for name in ("gpt_neox.embed_in", "gpt_neox.final_layer_norm", "lm_head"):
         ours, theirs = deep.get_submodule(name), shallow.get_submodule(name)
-        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
+        )
 
 
 def test_a_stack_of_the_same_depth_gives_the_same_logits():

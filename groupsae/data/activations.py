@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from groupsae.data.draws import draw_layers
 from groupsae.data.loader import StepSampler, make_loader
 from groupsae.data.sources import Source
-from groupsae.data.splits import Split
+from groupsae.data.splits import SPLITS, Split
 from groupsae.data.tokens import Packing, TokenBlocks, load_token_blocks
 from groupsae.errors import UserError
 from groupsae.lm.blocks import run_blocks
@@ -74,6 +74,10 @@ class ActivationDataModule(L.LightningDataModule):
         if context > lm.geometry.context:
             raise UserError(f"stream.context is {context}, but {lm.name} reads at most "
                             f"{lm.geometry.context} tokens.")
+        if tokens < blocks_per_step * context:
+            raise UserError(
+                f"tokens={tokens:,} is less than one step of stream.blocks_per_step="
+                f"{blocks_per_step} blocks of {context} tokens: raise it, or lower the step.")
         self.lm, self.source, self.cache = lm, source, Path(cache)
         self.packing = Packing(
             context=context, heldout_fraction=heldout_fraction,
@@ -83,7 +87,7 @@ class ActivationDataModule(L.LightningDataModule):
         self.blocks_per_step, self.blocks_per_forward = blocks_per_step, blocks_per_forward
         self.heldout_tokens, self.num_workers, self.seed = heldout_tokens, num_workers, seed
         self.tokens_per_step = blocks_per_step * context
-        self.num_steps = max(1, tokens // self.tokens_per_step)
+        self.num_steps = tokens // self.tokens_per_step
         self.slots: list[list[int]] = []
         self.blocks_seen = 0
         self._blocks: TokenBlocks | None = None
@@ -108,7 +112,9 @@ class ActivationDataModule(L.LightningDataModule):
         return self.num_steps * self.blocks_per_step / len(self.blocks.blocks["train"])
 
     def setup(self, stage: str) -> None:
-        """Load the language model onto this process's device."""
+        """Check that every split fills a step; load the model onto this process's device."""
+        for split in SPLITS:
+            self.steps_for(split, None)
         if not hasattr(self, "model"):
             device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
             self.model, self.lm_blocks = self.lm.load(device)
@@ -140,8 +146,8 @@ class ActivationDataModule(L.LightningDataModule):
         if available == 0:
             raise UserError(
                 f"the {split} split has {len(self.blocks.blocks[split])} blocks, less than one "
-                f"step of {self.blocks_per_step}: give more text, raise "
-                f"stream.{split}_fraction, or lower stream.blocks_per_step.")
+                f"step of {self.blocks_per_step}: give more text, or lower stream.blocks_per_step"
+                + (f" or raise stream.{split}_fraction." if split != "train" else "."))
         wanted = available if tokens is None else max(1, tokens // self.tokens_per_step)
         return min(available, wanted)
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +70,14 @@ class Suite:
     @torch.no_grad()
     def encode(self, acts: Float[Tensor, "*batch d_model"],
                layer: int) -> Float[Tensor, "*batch d_sae"]:
-        """Return the latent activations, dense.
+        """Return the latent activations, dense, in the SAE's precision (float32 as saved).
 
         Args:
-            acts: raw residual activations of `layer`, any leading shape.
+            acts: raw residual activations of `layer`, any leading shape and precision.
             layer: where they come from.
         """
         sae = self.saes[self.group_of(layer)]
-        rows = acts.reshape(-1, acts.shape[-1])
+        rows = acts.reshape(-1, acts.shape[-1]).to(sae.b_dec.dtype)
         values, indices = sae.encode(rows * self.norm_factor(layer))
         dense = torch.zeros(len(rows), sae.d_sae, dtype=values.dtype, device=values.device)
         return dense.scatter_(1, indices, values).reshape(*acts.shape[:-1], sae.d_sae)
@@ -112,18 +113,39 @@ def load_suite(path: str | Path) -> Suite:
         raise UserError(
             f"no SAEs under {path}: expected saes/<group>/cfg.json, as a finished run leaves "
             "them. An unfinished run is finished by resume=<run folder>.")
-    saes, configs = {}, {}
-    for file in found:
+    loaded = {file.parent.name: _load_sae(file) for file in found}
+    return Suite({name: sae for name, (sae, _) in loaded.items()},
+                 {name: config for name, (_, config) in loaded.items()})
+
+
+def _load_sae(file: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the SAE beside a `cfg.json`, and what the file says."""
+    try:
         config = json.loads(file.read_text())
-        module, name = config["architecture"].rsplit(".", 1)
-        if not module.startswith("groupsae.sae."):
-            raise UserError(f"{file} names the architecture {config['architecture']}, which is "
-                            "not one of groupsae.sae.")
-        sae = getattr(importlib.import_module(module), name)(
+        if config["format"] != FORMAT:
+            raise UserError(f"{file} has format {config['format']}, this version of groupsae reads "
+                            f"{FORMAT}: use the version that wrote it.")
+        sae = _architecture(config["architecture"], file)(
             **config["arguments"], generator=torch.Generator())
-        try:
-            sae.load_state_dict(load_file(file.with_name("sae.safetensors")))
-        except Exception as error:
-            raise UserError(f"{file.parent} is damaged: {error}") from error
-        saes[file.parent.name], configs[file.parent.name] = sae.eval(), config
-    return Suite(saes, configs)
+        sae.load_state_dict(load_file(file.with_name("sae.safetensors")))
+        for layer in config["layers"]:
+            float(config["norm_factors"][str(layer)])
+    except UserError:
+        raise
+    except Exception as error:  # whatever a cut or edited file leads to
+        raise UserError(
+            f"{file.parent} is damaged: {type(error).__name__}: {error}. Train it again, or copy "
+            "it anew from where it was whole.") from error
+    return sae.eval(), config
+
+
+def _architecture(path: str, file: Path) -> type[nn.Module]:
+    """Return the class that a `cfg.json` names, if it is an SAE of ours: never foreign code."""
+    module, _, name = path.rpartition(".")
+    found = None
+    if module.startswith("groupsae.sae."):
+        with suppress(ImportError):
+            found = getattr(importlib.import_module(module), name, None)
+    if isinstance(found, type) and issubclass(found, nn.Module) and found.__module__ == module:
+        return found
+    raise UserError(f"{file} names the architecture '{path}', which is not one of groupsae.sae.")

@@ -10,7 +10,9 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 END_OF_TEXT = "<|endoftext|>"
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, context: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, context: int
+) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer of `vocab_size` entries, learnt on `texts`.
 
     Entry 0 is the end-of-text token (also BOS), as in Pythia's tokenizer. Every byte is in the

@@ -1,7 +1,7 @@
 """Shows a run while it happens: groups on screen, figures in the run folder and on W&B."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from lightning.pytorch.loggers import WandbLogger
@@ -11,7 +11,9 @@ from rich.console import Console
 from groupsae.grouping.rules import RULES, curve
 from groupsae.report.figures import amad_curve, distance_heatmap
 from groupsae.report.tables import print_plan
-from groupsae.training.callbacks.grouping import GroupLayers
+
+if TYPE_CHECKING:  # the report room draws what it is handed; it does not run the training stack
+    from groupsae.training.callbacks.grouping import GroupLayers
 
 
 def save_figures(folder: Path, figures: dict[str, Figure], loggers: list[Any]) -> None:
@@ -34,7 +36,7 @@ class Dashboard(L.Callback):
         console: where to print.
     """
 
-    def __init__(self, *, grouping: GroupLayers, folder: Path, console: Console) -> None:
+    def __init__(self, *, grouping: "GroupLayers", folder: Path, console: Console) -> None:
         self.grouping, self.folder, self.console = grouping, folder, console
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -44,6 +46,10 @@ class Dashboard(L.Callback):
         plan, cost, measured = (self.grouping.plan, self.grouping.cost, self.grouping.measurement)
         assert plan is not None and cost is not None and measured is not None
         print_plan(self.console, plan, cost)
+        epochs = trainer.datamodule.epochs()  # type: ignore[attr-defined]
+        if epochs > 1:
+            self.console.print(f"The budget is {epochs:.1f} times the training text: it is read "
+                               "again, newly shuffled, in each epoch.")
         part = plan.partition
         n = part.num_layers
         rule = part.rule if part.rule in RULES else "complete"

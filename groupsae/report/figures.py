@@ -89,12 +89,19 @@ def training_curves(rows: Sequence[tuple[int, str, float]], tokens_per_step: int
         names = list(dict.fromkeys(name for _, name, _ in rows if name.startswith(prefix)))
         for i, name in enumerate(names):
             points = [(step, value) for step, n, value in rows if n == name]
-            axes.plot([s * tokens_per_step / 1e6 for s, _ in points], [v for _, v in points],
+            axes.plot([(s + 1) * tokens_per_step / 1e6 for s, _ in points], [v for _, v in points],
                       color=COLOURS[i % len(COLOURS)], ls=("-", "--", ":")[i // len(COLOURS) % 3],
                       marker="." if stage == "val" else None,
-                      label=name.rsplit("/", 1)[1].replace("layers.", "layers "))
-        axes.set(xlabel="tokens per SAE (millions)", ylabel=label, ylim=(0, None))
+                      label=_label(name.rsplit("/", 1)[1]))
+        axes.set(xlabel="tokens per SAE (millions)", ylabel=label, xlim=(0, None), ylim=(0, None))
+        axes.locator_params(nbins=6)
         if names and stage == "val":
             axes.legend(frameon=False, fontsize=8, ncols=2)
     figure.suptitle("Training")
     return figure
+
+
+def _label(name: str) -> str:
+    """Return `layers 3-5` for `layers.3-5`, `layer 3` for `layers.3`."""
+    span = name.removeprefix("layers.")
+    return f"layers {span}" if "-" in span else f"layer {span}"

@@ -1,16 +1,18 @@
 """What a run prints: the groups before training, the result after it."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from groupsae.grouping.plan import GroupPlan
-from groupsae.training.cost import RunCost
+
+if TYPE_CHECKING:
+    from groupsae.training.cost import RunCost
 
 
-def print_plan(console: Console, plan: GroupPlan, cost: RunCost) -> None:
+def print_plan(console: Console, plan: GroupPlan, cost: "RunCost") -> None:
     """Print the chosen groups and the saving they promise."""
     part = plan.partition
     table = Table(title=f"{part.num_groups} groups, rule {part.rule}, AMAD {part.amad:.4f}, "

@@ -45,7 +45,6 @@ class GroupLayers(L.Callback):
             return
         data: ActivationDataModule = trainer.datamodule  # type: ignore[attr-defined]
         self.choice.check(data.lm.geometry.num_layers)
-        data.steps_for("heldout", None)  # an empty split is found now, not at the end
         groups_file, angles_file = self.folder / "groups.json", self.folder / "angles.npz"
         # one answer for all processes, taken before rank 0 writes the files
         if trainer.strategy.broadcast(groups_file.exists() and angles_file.exists()):

@@ -1,0 +1,168 @@
+"""What goes wrong is said in one sentence that names the value and the way out."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs import composed, overrides, run
+
+from groupsae.errors import UserError
+from groupsae.run import open_run
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "groupsae.train", *arguments],
+                          capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize(("argument", "sentence"), [
+    ("model=pythia-1bb", "Did you mean pythia-1b"),
+    ("groups=amda", "Did you mean amad"),
+    ("groups.theta=1.5", "theta"),
+    ("groups.rule=compleet", "complete"),
+])
+def test_the_command_line_answers_with_one_sentence_and_status_2(
+    argument: str, sentence: str, tmp_path: Path
+) -> None:
+    done = command(argument, f"output={tmp_path}")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert sentence in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (["groups.theta=0"], "theta"),
+    (["tokens=0"], "tokens is 0"),
+    (["tokens=lots"], "tokens is 'lots'"),
+    (["tokens=100"], "less than one step"),
+    (["stream.heldout_fraction=0.9"], "stream.heldout_fraction is 0.9"),
+    (["stream.context=4096"], "reads at most 64"),
+    (["calibration.centring=median"], "none"),
+    (["sae.k=1000"], "sae.k is 1000"),
+    (["model.dtype=float3"], "float32"),
+    (["model.name=no/such-model"], "cannot load model 'no/such-model'"),
+    (["groups=count", "groups.num_groups=9"], "9"),
+    (["groups=explicit", "groups.groups=[[0,1],[1,2]]"], "1"),
+    (["groups=explicit", "groups.groups=[[0],[2]]"], "1"),
+    (["data.path=/no/such/folder"], "/no/such/folder"),
+    (["stream.blocks_per_step=3000", "tokens=1000000"], "less than one step of 3000"),
+])
+def test_bad_values_are_named_before_training_starts(
+    arguments: list[str], sentence: str, tiny_lm: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=sentence.replace("(", r"\(")):
+        run(overrides(tiny_lm, tiny_text, tmp_path, *arguments))
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_file_that_is_not_text_is_named(tiny_lm: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "picture.txt").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00" * 50)
+    with pytest.raises(UserError, match=r"picture\.txt"):
+        run(overrides(tiny_lm, tmp_path / "text", tmp_path / "out"))
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    tiny_lm: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="Set output="):
+        run(overrides(tiny_lm, tiny_text, tmp_path / "file"))
+
+
+def test_a_small_corpus_becomes_epochs_and_says_so(
+    tiny_lm: Path, tiny_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = tmp_path / "text"
+    few.mkdir()
+    for file in sorted(tiny_text.glob("*.txt"))[:40]:
+        shutil.copy(file, few)
+    status, _ = run(overrides(tiny_lm, few, tmp_path / "out", "tokens=102400",
+                              "stream.heldout_tokens=512", "eval_every=999", "log_every=99"))
+    assert status == 0
+    assert "times the training text" in capsys.readouterr().out
+
+
+@pytest.fixture
+def half(tiny_lm: Path, tiny_text: Path, tmp_path: Path) -> Path:
+    """Return a run folder with a checkpoint and no result."""
+    status, folder = run(overrides(tiny_lm, tiny_text, tmp_path))
+    assert status == 0
+    (folder / "summary.json").unlink()
+    return folder
+
+
+def test_resume_refuses_another_config_partition_text_and_a_damaged_checkpoint(
+    half: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match="tokens=9999 differs"):
+        run([f"resume={half}", "tokens=9999"])
+    with pytest.raises(UserError, match="groups=even differs"):
+        run([f"resume={half}", "groups=even", "groups.num_groups=2"])
+    with pytest.raises(UserError, match="no run there"):
+        run([f"resume={half.parent}"])
+
+    newest = half / "checkpoints" / "step=6.ckpt"
+    whole = newest.read_bytes()
+    checkpoint = torch.load(newest, weights_only=False)
+    torch.save({**checkpoint, "plan": "f" * 64}, newest)
+    with pytest.raises(UserError, match="holds the partition ffffffff"):
+        run([f"resume={half}"])
+    newest.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cut short or damaged"):
+        run([f"resume={half}"])
+    newest.unlink()
+    assert run([f"resume={half}"])[0] == 0
+    assert "going on from" in capsys.readouterr().out
+
+
+def test_overwrite_starts_again_and_nothing_else_does(half: Path) -> None:
+    arguments = (half / ".hydra" / "overrides.yaml").read_text().splitlines()
+    arguments = [a.removeprefix("- ").strip("'") for a in arguments]
+    _, _, checkpoint = open_run(composed(arguments), arguments)
+    assert checkpoint is not None
+    _, folder, checkpoint = open_run(composed([*arguments, "overwrite=true"]), arguments)
+    assert folder == half
+    assert checkpoint is None
+
+
+def test_a_non_finite_activation_is_named_with_its_layer(
+    tiny_lm: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    from transformers import GPTNeoXForCausalLM
+
+    broken = tmp_path / "lm"
+    shutil.copytree(tiny_lm, broken)
+    lm = GPTNeoXForCausalLM.from_pretrained(tiny_lm)
+    with torch.no_grad():
+        lm.gpt_neox.layers[2].mlp.dense_4h_to_h.bias[0] = torch.nan
+    lm.save_pretrained(broken)
+    with pytest.raises(UserError, match="layer 2"):
+        run(overrides(broken, tiny_text, tmp_path / "out"))
+
+
+def test_a_loss_that_becomes_nan_stops_the_run_and_keeps_the_checkpoints(
+    tiny_lm: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from groupsae.data.activations import ActivationDataModule
+
+    original = ActivationDataModule.activations
+
+    def poisoned(self, tokens, slots, first_position=0):  # noqa: ANN001, ANN202
+        batch = original(self, tokens, slots, first_position)
+        if first_position >= 4 * 512:
+            batch.acts[0, 0, 0] = torch.nan
+        return batch
+
+    monkeypatch.setattr(ActivationDataModule, "activations", poisoned)
+    with pytest.raises(UserError, match="not a finite number at step"):
+        run(overrides(tiny_lm, tiny_text, tmp_path))
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    assert checkpoint.name == "step=3.ckpt"
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert all(t.isfinite().all() for name, t in state.items() if "sae." in name)

@@ -1,0 +1,235 @@
+"""A saved suite encodes and decodes as the modules it was trained as, without Lightning."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from groupsae import load_suite
+from groupsae.errors import UserError
+from groupsae.interop.suite import save_sae
+from groupsae.sae.topk import TopK
+from groupsae.training.group import GroupSAE
+from groupsae.training.optim import Adam
+
+D_MODEL, D_SAE, K = 8, 32, 4
+ARGUMENTS = {"expansion": 4, "k": K, "auxk_alpha": 1 / 32, "auxk_share": 0.5}
+GROUPS = {"layers.0-1": [0, 1], "layers.2": [2], "layers.4-5": [4, 5]}
+NORMS = {layer: 0.1 * 1.7**layer for layer in range(6)}
+
+
+def trained_group(name, layers):
+    """Return a group as training leaves it: untied weights, biases, unit decoder."""
+    group = GroupSAE(
+        name=name, layers=layers, norm_factors=NORMS, d_model=D_MODEL, dead_after=100, seed=0,
+        sae=lambda **kwargs: TopK(**ARGUMENTS, **kwargs),
+        optim=Adam(base_lr=1e-3, base_d_sae=32, betas=(0.9, 0.999), eps=1e-8, clip_norm=1.0),
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(layers[0])
+    with torch.no_grad():
+        for parameter in group.sae.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    group.sae.normalize_decoder()
+    return group
+
+
+@pytest.fixture
+def groups():
+    return {name: trained_group(name, layers) for name, layers in GROUPS.items()}
+
+
+@pytest.fixture
+def run_folder(groups, tmp_path):
+    for name, group in groups.items():
+        factors = {layer: float(group.norm_factors[layer]) for layer in group.layers}
+        save_sae(tmp_path / "saes" / name, group.sae, {
+            "architecture": "groupsae.sae.topk.TopK",
+            "arguments": {"d_model": D_MODEL, **ARGUMENTS},
+            "layers": group.layers, "norm_factors": factors,
+        })  # fmt: skip
+    return tmp_path
+
+
+def edit(folder, group="layers.2", **changes):
+    file = folder / "saes" / group / "cfg.json"
+    config = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def activations(rows=50):
+    return 5 * torch.randn(rows, D_MODEL, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2, 4, 5])
+def test_a_loaded_suite_encodes_and_decodes_as_the_trained_modules(run_folder, groups, layer):
+    suite, x = load_suite(run_folder), activations()
+    group = groups[suite.group_of(layer)]
+    x_hat, latents = group.reconstruct(x, layer)
+    dense = torch.zeros(len(x), D_SAE).scatter(1, latents.indices, latents.acts)
+    assert torch.equal(suite.encode(x, layer), dense.detach())
+    # the dense product adds in another order than the sparse one
+    torch.testing.assert_close(suite.decode(dense, layer), x_hat, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(suite.reconstruct(x, layer), x_hat, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (2, 3), (2, 1, 3), (0,)])
+def test_leading_dimensions_are_kept(run_folder, shape):
+    suite = load_suite(run_folder)
+    x = torch.randn(*shape, D_MODEL, generator=torch.Generator().manual_seed(0))
+    latents = suite.encode(x, layer=2)
+    assert latents.shape == (*shape, D_SAE)
+    assert suite.decode(latents, layer=2).shape == x.shape
+    flat = suite.encode(x.reshape(-1, D_MODEL), layer=2)
+    assert torch.equal(latents.reshape(-1, D_SAE), flat)
+    assert ((latents > 0).sum(-1) <= K).all()
+
+
+def test_each_layer_has_its_own_norm_factor_on_the_way_in_and_out(run_folder, groups):
+    suite, x = load_suite(run_folder), activations()
+    assert all(suite.norm_factor(layer) == pytest.approx(NORMS[layer]) for layer in suite.layers)
+    # The same SAE at two layers: equal after scaling means equal latents, and the
+    # reconstructions differ by the quotient of the factors.
+    scaled = x * (NORMS[4] / NORMS[5])
+    here, there = suite.encode(x, layer=4), suite.encode(scaled, layer=5)
+    torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(here, suite.encode(x, layer=5), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        suite.decode(here, layer=4) * NORMS[4], suite.decode(here, layer=5) * NORMS[5]
+    )
+    by_hand = groups["layers.4-5"].sae.pre_acts(x * NORMS[4]).relu().topk(K).values
+    torch.testing.assert_close(here.topk(K).values, by_hand.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_suite_knows_which_group_a_layer_belongs_to(run_folder):
+    suite = load_suite(run_folder)
+    assert suite.layers == [0, 1, 2, 4, 5]
+    assert [suite.group_of(layer) for layer in (0, 1, 2, 4, 5)] == [
+        "layers.0-1", "layers.0-1", "layers.2", "layers.4-5", "layers.4-5",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("use", ["group_of", "norm_factor", "encode", "decode"])
+def test_a_layer_without_an_sae_is_refused_with_those_that_have_one(run_folder, use):
+    suite = load_suite(run_folder)
+    first = {"encode": [activations()], "decode": [torch.zeros(1, D_SAE)]}.get(use, [])
+    with pytest.raises(UserError, match=r"no SAE for layer 3.*\[0, 1, 2, 4, 5\]"):
+        getattr(suite, use)(*first, layer=3)
+
+
+def test_the_saes_folder_itself_can_be_loaded_and_paths_can_be_strings(run_folder):
+    x = activations()
+    expected = load_suite(run_folder).encode(x, layer=0)
+    assert torch.equal(load_suite(str(run_folder / "saes")).encode(x, layer=0), expected)
+
+
+def test_half_precision_activations_are_encoded_in_the_saes_precision(run_folder):
+    suite, x = load_suite(run_folder), activations().bfloat16()
+    latents = suite.encode(x, layer=2)
+    assert latents.dtype == torch.float32
+    assert torch.equal(latents, suite.encode(x.float(), layer=2))
+
+
+def test_encoding_builds_no_graph(run_folder):
+    suite = load_suite(run_folder)
+    assert not suite.reconstruct(activations().requires_grad_(), layer=2).requires_grad
+
+
+def test_a_folder_without_saes_is_refused_with_what_was_expected(tmp_path):
+    with pytest.raises(UserError, match="expected saes/<group>/cfg.json"):
+        load_suite(tmp_path)
+    with pytest.raises(UserError, match=r"no SAEs under .*/nowhere"):
+        load_suite(tmp_path / "nowhere")
+
+
+def test_weights_cut_short_or_missing_are_damage(run_folder):
+    weights = run_folder / "saes" / "layers.2" / "sae.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"layers\.2 is damaged"):
+        load_suite(run_folder)
+    weights.unlink()
+    with pytest.raises(UserError, match=r"layers\.2 is damaged"):
+        load_suite(run_folder)
+
+
+def test_weights_of_another_shape_or_with_a_tensor_missing_are_damage(run_folder):
+    weights = run_folder / "saes" / "layers.2" / "sae.safetensors"
+    tensors = load_file(weights)
+    save_file({**tensors, "b_enc": torch.zeros(5)}, weights)
+    with pytest.raises(UserError, match=r"layers\.2 is damaged"):
+        load_suite(run_folder)
+    save_file({k: v for k, v in tensors.items() if k != "b_enc"}, weights)
+    with pytest.raises(UserError, match=r"layers\.2 is damaged"):
+        load_suite(run_folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 1}'])
+def test_a_config_that_is_not_one_is_damage(run_folder, text):
+    (run_folder / "saes" / "layers.2" / "cfg.json").write_text(text)
+    with pytest.raises(UserError, match=r"layers\.2.*damaged"):
+        load_suite(run_folder)
+
+
+@pytest.mark.parametrize("key", ["architecture", "arguments", "layers", "norm_factors"])
+def test_a_config_without_a_needed_key_is_damage(run_folder, key):
+    edit(run_folder, **{key: None})
+    with pytest.raises(UserError, match=rf"layers\.2.*damaged.*{key}"):
+        load_suite(run_folder)
+
+
+def test_arguments_that_the_class_does_not_take_are_damage(run_folder):
+    edit(run_folder, arguments={"d_model": 8, "wings": 2})
+    with pytest.raises(UserError, match=r"layers\.2.*damaged"):
+        load_suite(run_folder)
+
+
+def test_a_norm_factor_missing_for_a_layer_is_found_on_loading(run_folder):
+    edit(run_folder, norm_factors={"1": 0.5})
+    with pytest.raises(UserError, match=r"layers\.2.*damaged"):
+        load_suite(run_folder)
+
+
+@pytest.mark.parametrize("name", [
+    "os.system", "subprocess.Popen", "groupsae.interop.suite.save_sae", "TopK", "",
+    "groupsae.sae.topk.nn", "groupsae.sae.topk.Tensor", "groupsae.sae.topk.TopJ",
+    "groupsae.sae.base.SAEOutput", "groupsae.sae.nowhere.TopK", "groupsae.sae..TopK",
+    "groupsae.sae.topk.nn.Linear", "groupsae.saeevil.TopK",
+])  # fmt: skip
+def test_a_class_that_is_no_sae_of_ours_is_refused(run_folder, name):
+    edit(run_folder, architecture=name)
+    with pytest.raises(UserError, match="not one of groupsae.sae"):
+        load_suite(run_folder)
+
+
+def test_a_format_of_the_future_is_refused(run_folder):
+    edit(run_folder, format=99)
+    with pytest.raises(UserError, match="format 99"):
+        load_suite(run_folder)
+
+
+def test_saving_again_replaces_and_leaves_no_partial_file(run_folder, groups):
+    group = groups["layers.2"]
+    save_sae(run_folder / "saes" / "layers.2", group.sae, {"architecture": "x", "layers": [2]})
+    folder = run_folder / "saes" / "layers.2"
+    assert sorted(f.name for f in folder.iterdir()) == ["cfg.json", "sae.safetensors"]
+
+
+def test_loading_needs_neither_lightning_nor_the_training_stack(run_folder):
+    code = f"""
+import sys
+for name in ("lightning", "pytorch_lightning", "hydra", "omegaconf", "wandb", "datasets",
+             "transformers", "torchmetrics"):
+    sys.modules[name] = None   # importing it raises ImportError
+import groupsae, torch
+suite = groupsae.load_suite({str(run_folder)!r})
+print(suite.encode(torch.ones(3, {D_MODEL}), layer=5).shape[1])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONPATH": os.getcwd()}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(D_SAE)
