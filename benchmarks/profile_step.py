@@ -1,4 +1,4 @@
-"""Where a step's time goes in the embedded default: `python -m benchmarks.profile_step [overrides]`.
+"""Where a step's time goes: `python -m benchmarks.profile_step [overrides of the default]`.
 
 Lightning's own profiler times every hook of a real run. What is neither the language model's
 forward nor the SAEs' forward and backward nor the optimiser is overhead: the loop, callbacks,
@@ -25,8 +25,11 @@ RESULT = Path(__file__).parent / "results" / "profile_step.md"
 
 def total(profiler: SimpleProfiler, *ends: str) -> float:
     """Return the seconds of all actions whose name ends so, over the training loop."""
-    return sum(sum(seconds) for action, seconds in profiler.recorded_durations.items()
-               if action.endswith(ends))
+    return sum(
+        sum(seconds)
+        for action, seconds in profiler.recorded_durations.items()
+        if action.endswith(ends)
+    )
 
 
 def main(overrides: list[str]) -> None:
@@ -35,8 +38,16 @@ def main(overrides: list[str]) -> None:
     register_resolver()
     with tempfile.TemporaryDirectory() as folder:
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-            cfg = compose("train", [f"output={folder}", "tokens=204_800", "eval_every=1_000_000",
-                                    "calibration.tokens=20_000", *overrides])
+            cfg = compose(
+                "train",
+                [
+                    f"output={folder}",
+                    "tokens=204_800",
+                    "eval_every=1_000_000",
+                    "calibration.tokens=20_000",
+                    *overrides,
+                ],
+            )
         run = build(cfg, Path(folder) / "run", Console())
         profiler = SimpleProfiler()
         run.trainer.profiler = profiler
@@ -54,9 +65,11 @@ def main(overrides: list[str]) -> None:
     parts["optimiser (clip, Adam, renorm)"] = whole - parts["SAE forward"] - parts["SAE backward"]
     parts["everything else"] = epoch - sum(parts.values())
     lines = [
-        "| part | ms per step | share |", "|---|---|---|",
+        "| part | ms per step | share |",
+        "|---|---|---|",
         *(f"| {name} | {1000 * s / steps:.1f} | {s / epoch:.1%} |" for name, s in parts.items()),
-        f"| step | {1000 * epoch / steps:.1f} | 100 % |", "",
+        f"| step | {1000 * epoch / steps:.1f} | 100 % |",
+        "",
         f"{steps} steps of {run.data.tokens_per_step:,} tokens, {len(run.data.slots)} SAEs; "
         f"{torch.get_num_threads()} threads of {platform.machine()} "
         f"({torch.backends.cpu.get_cpu_capability()}), torch {torch.__version__}, "

@@ -32,8 +32,10 @@ def check_choices(arguments: list[str]) -> None:
             if choice not in (*known, "null"):
                 near = difflib.get_close_matches(choice, known, n=3)
                 hint = f" Did you mean {' or '.join(near)}?" if near else ""
-                print(f"error: {group}={choice} is unknown.{hint} Valid: {', '.join(known)}.",
-                      file=sys.stderr)
+                print(
+                    f"error: {group}={choice} is unknown.{hint} Valid: {', '.join(known)}.",
+                    file=sys.stderr,
+                )
                 sys.exit(2)
 
 

@@ -62,15 +62,18 @@ def fit(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> int:
     trainer, suite, data = run.trainer, run.suite, run.data
     trainer.fit(suite, datamodule=data, ckpt_path=checkpoint)
     if run.stop.received is not None:
-        console.print(f"stopped at step {trainer.global_step} of {data.num_steps}; go on with\n"
-                      f"  python -m groupsae.train resume={folder}")
+        console.print(
+            f"stopped at step {trainer.global_step} of {data.num_steps}; go on with\n"
+            f"  python -m groupsae.train resume={folder}"
+        )
         return 128 + run.stop.received
     trainer.save_checkpoint(folder / "checkpoints" / f"step={trainer.global_step}.ckpt")
     trainer.validate(suite, datamodule=data, verbose=False)
     if trainer.is_global_zero:
         save_suite(folder, suite, cfg)
-        figures = {"training": training_curves(read_metrics(folder / "metrics.csv"),
-                                               data.tokens_per_step)}
+        figures = {
+            "training": training_curves(read_metrics(folder / "metrics.csv"), data.tokens_per_step)
+        }
         save_figures(folder / "figures", figures, trainer.loggers)
         summary = summarise(run, folder)
         write_json(folder / "summary.json", summary)
@@ -85,30 +88,51 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
     lm, choice = make(cfg.model), make(cfg.groups)
     choice.check(lm.geometry.num_layers)
     cache = Path(cfg.output) / "cache"
-    data = ActivationDataModule(lm=lm, source=make(cfg.data), cache=str(cache),
-                                tokens=cfg.tokens, seed=cfg.seed, **cfg.stream)
+    data = ActivationDataModule(
+        lm=lm,
+        source=make(cfg.data),
+        cache=str(cache),
+        tokens=cfg.tokens,
+        seed=cfg.seed,
+        **cfg.stream,
+    )
     suite = GroupSAESuite(
-        sae=make(cfg.sae), d_model=lm.geometry.d_model, seed=cfg.seed,
-        optim=make(cfg.optim), dead_after=cfg.dead_after)
-    grouping = GroupLayers(choice=choice, folder=str(folder), cache=str(cache),
-                           **cfg.calibration)
+        sae=make(cfg.sae),
+        d_model=lm.geometry.d_model,
+        seed=cfg.seed,
+        optim=make(cfg.optim),
+        dead_after=cfg.dead_after,
+    )
+    grouping = GroupLayers(choice=choice, folder=str(folder), cache=str(cache), **cfg.calibration)
     stop, throughput = StopOnSignal(folder=str(folder / "checkpoints")), Throughput()
     loggers = [make(logger) for logger in (cfg.logger or {}).values()]
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     trainer = L.Trainer(
-        **make(cfg.trainer), logger=loggers or False,
+        **make(cfg.trainer),
+        logger=loggers or False,
         max_epochs=1,  # the loader is as long as the run
         log_every_n_steps=min(cfg.log_every, data.num_steps),
-        val_check_interval=min(cfg.eval_every, data.num_steps), num_sanity_val_steps=0,
-        use_distributed_sampler=False, enable_model_summary=False,
+        val_check_interval=min(cfg.eval_every, data.num_steps),
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
         callbacks=[
-            grouping, throughput,
+            grouping,
+            throughput,
             Dashboard(grouping=grouping, folder=folder, console=console),
-            ModelCheckpoint(dirpath=folder / "checkpoints", filename="{step}",
-                            every_n_train_steps=cfg.checkpoint_every, monitor="step",
-                            mode="max", save_top_k=2, enable_version_counter=False),
-            stop])
+            ModelCheckpoint(
+                dirpath=folder / "checkpoints",
+                filename="{step}",
+                every_n_train_steps=cfg.checkpoint_every,
+                monitor="step",
+                mode="max",
+                save_top_k=2,
+                enable_version_counter=False,
+            ),
+            stop,
+        ],
+    )
     return Run(trainer, suite, data, grouping, throughput, stop)
 
 
@@ -131,46 +155,74 @@ def _verify(checkpoint: Path) -> None:
     except (zipfile.BadZipFile, OSError):
         damaged = True
     if damaged:
-        raise UserError(f"{checkpoint} is cut short or damaged. Delete it: the run then goes on "
-                        "from the checkpoint before it, or from the start.")
+        raise UserError(
+            f"{checkpoint} is cut short or damaged. Delete it: the run then goes on "
+            "from the checkpoint before it, or from the start."
+        )
 
 
 def save_suite(folder: Path, suite: GroupSAESuite, cfg: DictConfig) -> None:
     """Write every group's SAE into `saes/<group>/`."""
     architecture = cfg.sae._target_
     for member in suite.members():
-        arguments = {"d_model": member.sae.d_model, **{
-            k: v for k, v in cfg.sae.items() if not k.startswith("_")}}
-        save_sae(folder / "saes" / member.name, member.sae, {
-            "architecture": architecture, "arguments": arguments, "d_sae": member.sae.d_sae,
-            "layers": member.layers, "hookpoint": "resid_post",
-            "norm_factors": {layer: float(member.norm_factors[layer]) for layer in member.layers},
-            "model": cfg.model.name, "revision": cfg.model.revision, "dtype": cfg.model.dtype,
-            "context": cfg.stream.context, "prepend_bos": cfg.stream.prepend_bos,
-            "exclude_special_tokens": cfg.stream.exclude_special_tokens,
-            "tokens": int(member.tokens_per_layer.sum()), "groupsae": __version__})
+        arguments = {
+            "d_model": member.sae.d_model,
+            **{k: v for k, v in cfg.sae.items() if not k.startswith("_")},
+        }
+        save_sae(
+            folder / "saes" / member.name,
+            member.sae,
+            {
+                "architecture": architecture,
+                "arguments": arguments,
+                "d_sae": member.sae.d_sae,
+                "layers": member.layers,
+                "hookpoint": "resid_post",
+                "norm_factors": {
+                    layer: float(member.norm_factors[layer]) for layer in member.layers
+                },
+                "model": cfg.model.name,
+                "revision": cfg.model.revision,
+                "dtype": cfg.model.dtype,
+                "context": cfg.stream.context,
+                "prepend_bos": cfg.stream.prepend_bos,
+                "exclude_special_tokens": cfg.stream.exclude_special_tokens,
+                "tokens": int(member.tokens_per_layer.sum()),
+                "groupsae": __version__,
+            },
+        )
 
 
 def summarise(run: Run, folder: Path) -> dict[str, Any]:
     """Return the figures of a finished run."""
     trainer, suite, grouping, throughput = run.trainer, run.suite, run.grouping, run.throughput
     values = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    assert grouping.plan is not None and grouping.cost is not None
+    assert grouping.plan is not None
+    assert grouping.cost is not None
     groups = {}
     for member in suite.members():
         groups[member.name] = {
             "layers": member.layers,
             "tokens_per_layer": {x: int(member.tokens_per_layer[x]) for x in member.layers},
-            "fvu": values[f"val/fvu/{member.name}"], "l0": values[f"val/l0/{member.name}"],
+            "fvu": values[f"val/fvu/{member.name}"],
+            "l0": values[f"val/l0/{member.name}"],
             "dead": values[f"val/dead/{member.name}"],
-            "fvu_per_layer": {x: values[f"val/fvu/layer.{x}"] for x in member.layers}}
+            "fvu_per_layer": {x: values[f"val/fvu/layer.{x}"] for x in member.layers},
+        }
     part = grouping.plan.partition
     return {
-        "folder": str(folder), "groups": groups, "fvu": values["val/fvu/mean"],
-        "num_groups": part.num_groups, "amad": part.amad, "max_diameter": part.max_diameter,
+        "folder": str(folder),
+        "groups": groups,
+        "fvu": values["val/fvu/mean"],
+        "num_groups": part.num_groups,
+        "amad": part.amad,
+        "max_diameter": part.max_diameter,
         "size_weighted_amad": part.size_weighted_amad,
         "tokens": next(int(m.tokens_per_layer.sum()) for m in suite.members()),
-        "steps": trainer.global_step, "tokens_per_second": throughput.overall(),
+        "steps": trainer.global_step,
+        "tokens_per_second": throughput.overall(),
         "seconds_training": throughput.total_seconds,
         "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "cost": grouping.cost.as_dict(), "groupsae": __version__}
+        "cost": grouping.cost.as_dict(),
+        "groupsae": __version__,
+    }

@@ -13,12 +13,12 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from groupsae.config import CONF
 from groupsae.data.loader import StepSampler, make_loader
-from groupsae.data.splits import split_of
+from groupsae.data.splits import Split, split_of
 from groupsae.data.tokens import Packing, load_token_blocks
 from groupsae.data.writer import write_json
 from groupsae.lm.build import build_gpt_neox, stack_layers, train_tokenizer
@@ -34,9 +34,13 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
     L.seed_everything(cfg.seed, verbose=False)
     output, cache = Path(cfg.output), Path(cfg.cache)
     source = instantiate(cfg.source)
-    packing = Packing(context=cfg.model.context + 1, prepend_bos=False, max_tokens=None,
-                      heldout_fraction=cfg.data.heldout_fraction,
-                      calibration_fraction=cfg.data.calibration_fraction)
+    packing = Packing(
+        context=cfg.model.context + 1,
+        prepend_bos=False,
+        max_tokens=None,
+        heldout_fraction=cfg.data.heldout_fraction,
+        calibration_fraction=cfg.data.calibration_fraction,
+    )
 
     tokenizer_file = cache / f"tokenizer-{cfg.model.vocab_size}"
     if not tokenizer_file.exists():
@@ -44,8 +48,9 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
         texts = [d.text for d in source.documents() if split_of(d.name, *fractions) == "train"]
         every = max(1, sum(map(len, texts)) // int(cfg.data.tokenizer_megabytes * 1e6))
         print(f"learning a tokenizer on every {every}th of {len(texts):,} files")
-        train_tokenizer(islice(texts, 0, None, every), cfg.model.vocab_size,
-                        cfg.model.context).save_pretrained(tokenizer_file)
+        train_tokenizer(
+            islice(texts, 0, None, every), cfg.model.vocab_size, cfg.model.context
+        ).save_pretrained(tokenizer_file)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_file)
     blocks = load_token_blocks(source, tokenizer, packing, cache / "tokens")
     print({s: f"{len(b):,} blocks" for s, b in blocks.blocks.items()})
@@ -54,29 +59,52 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
     if cfg.init is not None:
         stack_layers(GPTNeoXForCausalLM.from_pretrained(cfg.init), lm)
     num_steps = cfg.tokens // (cfg.data.blocks_per_step * cfg.model.context)
-    module = LanguageModel(lm=lm, num_steps=num_steps, **OmegaConf.to_container(cfg.optim))
+    module = LanguageModel(lm=lm, num_steps=num_steps, **cfg.optim)
 
     checkpoint = output / "checkpoints" / "last.ckpt" if cfg.resume else None
     done = torch.load(checkpoint, mmap=True)["global_step"] if checkpoint else 0
 
-    def loader(split: str, num_steps: int, seed: int | None,
-               first_step: int = 0) -> torch.utils.data.DataLoader:
+    def loader(
+        split: Split, num_steps: int, seed: int | None, first_step: int = 0
+    ) -> torch.utils.data.DataLoader[torch.Tensor]:
         sampler = StepSampler(
-            num_blocks=len(blocks.blocks[split]), blocks_per_step=cfg.data.blocks_per_step,
-            num_steps=num_steps, seed=seed, first_step=first_step, rank=0, world_size=1)
+            num_blocks=len(blocks.blocks[split]),
+            blocks_per_step=cfg.data.blocks_per_step,
+            num_steps=num_steps,
+            seed=seed,
+            first_step=first_step,
+            rank=0,
+            world_size=1,
+        )
         return make_loader(blocks.blocks[split], sampler, num_workers=0)
 
-    all_heldout = min(len(blocks.blocks["heldout"]), cfg.final_eval_blocks
-                      ) // cfg.data.blocks_per_step
+    all_heldout = (
+        min(len(blocks.blocks["heldout"]), cfg.final_eval_blocks) // cfg.data.blocks_per_step
+    )
     trainer = L.Trainer(
-        **cfg.trainer, max_steps=num_steps, logger=MetricsCSV(folder=str(output)),
-        val_check_interval=cfg.eval_every, limit_val_batches=cfg.eval_blocks //
-        cfg.data.blocks_per_step, gradient_clip_val=1.0, log_every_n_steps=10,
-        num_sanity_val_steps=0, enable_model_summary=False,
-        callbacks=[ModelCheckpoint(dirpath=output / "checkpoints", save_last=True,
-                                   every_n_train_steps=cfg.checkpoint_every)])
-    trainer.fit(module, loader("train", num_steps, cfg.seed, done),
-                loader("heldout", all_heldout, None), ckpt_path=checkpoint)
+        **cfg.trainer,
+        max_steps=num_steps,
+        logger=MetricsCSV(folder=str(output)),
+        val_check_interval=cfg.eval_every,
+        limit_val_batches=cfg.eval_blocks // cfg.data.blocks_per_step,
+        gradient_clip_val=1.0,
+        log_every_n_steps=10,
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+        callbacks=[
+            ModelCheckpoint(
+                dirpath=output / "checkpoints",
+                save_last=True,
+                every_n_train_steps=cfg.checkpoint_every,
+            )
+        ],
+    )
+    trainer.fit(
+        module,
+        loader("train", num_steps, cfg.seed, done),
+        loader("heldout", all_heldout, None),
+        ckpt_path=checkpoint,
+    )
 
     trainer.limit_val_batches = 1.0
     heldout = trainer.validate(module, loader("heldout", all_heldout, None), verbose=False)
@@ -84,25 +112,33 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
     num_bytes = sum(len(t.encode()) for t in tokenizer.batch_decode(tokens[:, 1:]))
     nats = heldout[0]["heldout/loss"]
     stage = {
-        "num_layers": cfg.model.num_layers, "command": command(),
+        "num_layers": cfg.model.num_layers,
+        "command": command(),
         "train_tokens": num_steps * cfg.data.blocks_per_step * cfg.model.context,
-        "heldout_history": read_history(output / "metrics.csv", cfg)}
+        "heldout_history": read_history(output / "metrics.csv", cfg),
+    }
     before = json.loads((Path(cfg.init).parent / "result.json").read_text()) if cfg.init else None
     stages = [*(before["stages"] if before else []), stage]
     result = {
-        "name": cfg.name, **cfg.model, **OmegaConf.to_container(cfg.optim),
+        "name": cfg.name,
+        **cfg.model,
+        **cfg.optim,
+        "betas": list(cfg.optim.betas),
         "tokens_per_step": cfg.data.blocks_per_step * cfg.model.context,
         "corpus": f"{blocks.manifest['documents']:,} distinct Python files: the standard library "
-                  "and the source of the packages pinned in constraints.txt",
+        "and the source of the packages pinned in constraints.txt",
         "train_tokens": sum(s["train_tokens"] for s in stages),
-        "heldout_nats_per_token": nats, "heldout_tokens": int(tokens[:, 1:].size),
+        "heldout_nats_per_token": nats,
+        "heldout_tokens": int(tokens[:, 1:].size),
         "heldout_bits_per_byte": bits_per_byte(nats, tokens[:, 1:].size, num_bytes),
         "hardware": f"{torch.get_num_threads()} threads of {platform.machine()} "
-                    f"({torch.backends.cpu.get_cpu_capability()})"
-                    if trainer.strategy.root_device.type == "cpu"
-                    else torch.cuda.get_device_name(),
-        "date": date.today().isoformat(), "stages": stages}
-    lm.to(torch.bfloat16).save_pretrained(output / "model")
+        f"({torch.backends.cpu.get_cpu_capability()})"
+        if trainer.strategy.root_device.type == "cpu"
+        else torch.cuda.get_device_name(),
+        "date": date.today().isoformat(),
+        "stages": stages,
+    }
+    lm.bfloat16().save_pretrained(output / "model")
     tokenizer.save_pretrained(output / "model")
     write_json(output / "result.json", result)
     (output / "model" / "README.md").write_text(model_card(result))
@@ -117,8 +153,11 @@ def command() -> str:
 
 def read_history(path: Path, cfg: DictConfig) -> list[tuple[int, float]]:
     """Return (tokens, held-out loss) of every evaluation in a `metrics.csv`."""
-    return [(step * cfg.data.blocks_per_step * cfg.model.context, value)
-            for step, name, value in read_metrics(path) if name == "heldout/loss"]
+    return [
+        (step * cfg.data.blocks_per_step * cfg.model.context, value)
+        for step, name, value in read_metrics(path)
+        if name == "heldout/loss"
+    ]
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="pretrain")

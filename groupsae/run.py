@@ -12,21 +12,28 @@ from groupsae.config import make
 from groupsae.errors import UserError
 
 # what may differ between two starts of one run: where and how fast it computes, who watches
-RUNTIME = ("trainer", "logger", "output", "resume", "overwrite", "log_every",
-           "stream.num_workers", "checkpoint_every")
+RUNTIME = (
+    "trainer",
+    "logger",
+    "output",
+    "resume",
+    "overwrite",
+    "log_every",
+    "stream.num_workers",
+    "checkpoint_every",
+)
 
 
 def content(cfg: DictConfig) -> dict[str, Any]:
     """Return the part of the configuration that decides the result."""
-    values = OmegaConf.to_container(cfg, resolve=False)
-    assert isinstance(values, dict)
+    values: Any = OmegaConf.to_container(cfg, resolve=False)
     for key in RUNTIME:
         *parents, last = key.split(".")
         holder: Any = values
         for parent in parents:
             holder = holder.get(parent, {})
         holder.pop(last, None)
-    return values
+    return dict(values)
 
 
 def content_hash(cfg: DictConfig) -> str:
@@ -45,9 +52,17 @@ def run_folder(cfg: DictConfig) -> Path:
 
 
 POSITIVE = (
-    "tokens", "dead_after", "log_every", "eval_every", "checkpoint_every", "calibration.tokens",
-    "stream.context", "stream.blocks_per_step", "stream.blocks_per_forward",
-    "stream.heldout_tokens")
+    "tokens",
+    "dead_after",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "calibration.tokens",
+    "stream.context",
+    "stream.blocks_per_step",
+    "stream.blocks_per_forward",
+    "stream.heldout_tokens",
+)
 
 
 def check_numbers(cfg: DictConfig) -> None:
@@ -61,14 +76,17 @@ def check_numbers(cfg: DictConfig) -> None:
         if not isinstance(value, float) or not 0 < value < 0.5:
             raise UserError(f"{key} is {value!r}; it must lie between 0 and 0.5.")
     if cfg.calibration.centring not in ("none", "mean"):
-        raise UserError(f"calibration.centring is {cfg.calibration.centring!r}: use none (the "
-                        "paper's formula) or mean.")
+        raise UserError(
+            f"calibration.centring is {cfg.calibration.centring!r}: use none (the "
+            "paper's formula) or mean."
+        )
 
 
 def register_resolver() -> None:
     """Make `${run_folder:}` available to the yaml files."""
     OmegaConf.register_new_resolver(
-        "run_folder", lambda *, _root_: str(run_folder(_root_)), replace=True)
+        "run_folder", lambda *, _root_: str(run_folder(_root_)), replace=True
+    )
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -98,16 +116,20 @@ def open_run(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Path, P
         OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
         OmegaConf.save(overrides, folder / ".hydra" / "overrides.yaml")
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}. Set output=<folder> to a "
-                        "place that can be written.") from error
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror}. Set output=<folder> to a "
+            "place that can be written."
+        ) from error
     return cfg, folder, last_checkpoint(folder)
 
 
 def _config_to_resume(cfg: DictConfig, folder: Path, overrides: list[str]) -> DictConfig:
     saved_file = folder / ".hydra" / "config.yaml"
     if not saved_file.exists():
-        raise UserError(f"resume={folder}: no run there (no .hydra/config.yaml). Name a run "
-                        "folder such as outputs/tiny/amad-0.2/<...>.")
+        raise UserError(
+            f"resume={folder}: no run there (no .hydra/config.yaml). Name a run "
+            "folder such as outputs/tiny/amad-0.2/<...>."
+        )
     saved = OmegaConf.load(saved_file)
     assert isinstance(saved, DictConfig)
     for override in overrides:
@@ -119,6 +141,7 @@ def _config_to_resume(cfg: DictConfig, folder: Path, overrides: list[str]) -> Di
             raise UserError(
                 f"resume={folder}: {override} differs from what the run was started with "
                 f"({key}={OmegaConf.select(saved, key)}). Leave it out to go on, or start a new "
-                "run without resume.")
+                "run without resume."
+            )
     saved.resume = str(folder)
     return saved

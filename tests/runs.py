@@ -13,13 +13,29 @@ from groupsae.run import open_run, register_resolver
 def overrides(lm: Path, text: Path, output: Path, *more: str) -> list[str]:
     """Return the command line of a six-step run (the smallest with two checkpoints)."""
     return [
-        f"output={output}", "model=hf", f"model.name={lm}", "data=files", f"data.path={text}",
-        "tokens=3072", "stream.context=64", "stream.blocks_per_step=8",
-        "stream.blocks_per_forward=4", "stream.heldout_fraction=0.1",
-        "stream.calibration_fraction=0.1", "stream.heldout_tokens=1024", "stream.num_workers=0",
-        "calibration.tokens=1024", "sae.expansion=2", "sae.k=4", "dead_after=1000",
-        "optim.base_lr=1e-3", "log_every=1", "eval_every=6", "checkpoint_every=3",
-        "+trainer.enable_progress_bar=false", *more,
+        f"output={output}",
+        "model=hf",
+        f"model.name={lm}",
+        "data=files",
+        f"data.path={text}",
+        "tokens=3072",
+        "stream.context=64",
+        "stream.blocks_per_step=8",
+        "stream.blocks_per_forward=4",
+        "stream.heldout_fraction=0.1",
+        "stream.calibration_fraction=0.1",
+        "stream.heldout_tokens=1024",
+        "stream.num_workers=0",
+        "calibration.tokens=1024",
+        "sae.expansion=2",
+        "sae.k=4",
+        "dead_after=1000",
+        "optim.base_lr=1e-3",
+        "log_every=1",
+        "eval_every=6",
+        "checkpoint_every=3",
+        "+trainer.enable_progress_bar=false",
+        *more,
     ]
 
 
@@ -27,8 +43,7 @@ def composed(arguments: list[str]) -> DictConfig:
     """Return the configuration that a command line gives."""
     register_resolver()
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        cfg = compose("train", arguments)
-    return cfg
+        return compose("train", arguments)
 
 
 def run(arguments: list[str]) -> tuple[int, Path]:
@@ -43,9 +58,11 @@ def saved(folder: Path) -> dict[str, Any]:
     """Return every SAE's tensors in a finished run folder, by group and name."""
     from safetensors.torch import load_file
 
-    return {f"{file.parent.name}/{name}": tensor
-            for file in sorted(folder.glob("saes/*/sae.safetensors"))
-            for name, tensor in load_file(file).items()}
+    return {
+        f"{file.parent.name}/{name}": tensor
+        for file in sorted(folder.glob("saes/*/sae.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def config_of(folder: Path) -> DictConfig:

@@ -14,16 +14,24 @@ from groupsae.run import open_run
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "groupsae.train", *arguments],
-                          capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "groupsae.train", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
-@pytest.mark.parametrize(("argument", "sentence"), [
-    ("model=pythia-1bb", "Did you mean pythia-1b"),
-    ("groups=amda", "Did you mean amad"),
-    ("groups.theta=1.5", "theta"),
-    ("groups.rule=compleet", "complete"),
-])
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("model=pythia-1bb", "Did you mean pythia-1b"),
+        ("groups=amda", "Did you mean amad"),
+        ("groups.theta=1.5", "theta"),
+        ("groups.rule=compleet", "complete"),
+    ],
+)
 def test_the_command_line_answers_with_one_sentence_and_status_2(
     argument: str, sentence: str, tmp_path: Path
 ) -> None:
@@ -35,23 +43,26 @@ def test_the_command_line_answers_with_one_sentence_and_status_2(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("arguments", "sentence"), [
-    (["groups.theta=0"], "theta"),
-    (["tokens=0"], "tokens is 0"),
-    (["tokens=lots"], "tokens is 'lots'"),
-    (["tokens=100"], "less than one step"),
-    (["stream.heldout_fraction=0.9"], "stream.heldout_fraction is 0.9"),
-    (["stream.context=4096"], "reads at most 64"),
-    (["calibration.centring=median"], "none"),
-    (["sae.k=1000"], "sae.k is 1000"),
-    (["model.dtype=float3"], "float32"),
-    (["model.name=no/such-model"], "cannot load model 'no/such-model'"),
-    (["groups=count", "groups.num_groups=9"], "9"),
-    (["groups=explicit", "groups.groups=[[0,1],[1,2]]"], "1"),
-    (["groups=explicit", "groups.groups=[[0],[2]]"], "1"),
-    (["data.path=/no/such/folder"], "/no/such/folder"),
-    (["stream.blocks_per_step=3000", "tokens=1000000"], "less than one step of 3000"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["groups.theta=0"], "theta"),
+        (["tokens=0"], "tokens is 0"),
+        (["tokens=lots"], "tokens is 'lots'"),
+        (["tokens=100"], "less than one step"),
+        (["stream.heldout_fraction=0.9"], "stream.heldout_fraction is 0.9"),
+        (["stream.context=4096"], "reads at most 64"),
+        (["calibration.centring=median"], "none"),
+        (["sae.k=1000"], "sae.k is 1000"),
+        (["model.dtype=float3"], "float32"),
+        (["model.name=no/such-model"], "cannot load model 'no/such-model'"),
+        (["groups=count", "groups.num_groups=9"], "9"),
+        (["groups=explicit", "groups.groups=[[0,1],[1,2]]"], "1"),
+        (["groups=explicit", "groups.groups=[[0],[2]]"], "1"),
+        (["data.path=/no/such/folder"], "/no/such/folder"),
+        (["stream.blocks_per_step=3000", "tokens=1000000"], "less than one step of 3000"),
+    ],
+)
 def test_bad_values_are_named_before_training_starts(
     arguments: list[str], sentence: str, tiny_lm: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
@@ -82,8 +93,17 @@ def test_a_small_corpus_becomes_epochs_and_says_so(
     few.mkdir()
     for file in sorted(tiny_text.glob("*.txt"))[:40]:
         shutil.copy(file, few)
-    status, _ = run(overrides(tiny_lm, few, tmp_path / "out", "tokens=102400",
-                              "stream.heldout_tokens=512", "eval_every=999", "log_every=99"))
+    status, _ = run(
+        overrides(
+            tiny_lm,
+            few,
+            tmp_path / "out",
+            "tokens=102400",
+            "stream.heldout_tokens=512",
+            "eval_every=999",
+            "log_every=99",
+        )
+    )
     assert status == 0
     assert "times the training text" in capsys.readouterr().out
 

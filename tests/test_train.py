@@ -21,9 +21,18 @@ def finished(tiny_lm: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFa
 
 
 def test_a_run_leaves_everything_it_promises(finished: Path) -> None:
-    for name in ("groups.json", "angles.npz", "metrics.csv", "summary.json",
-                 ".hydra/config.yaml", ".hydra/overrides.yaml", "figures/distances.png",
-                 "figures/amad.png", "figures/training.png", "checkpoints/step=6.ckpt"):
+    for name in (
+        "groups.json",
+        "angles.npz",
+        "metrics.csv",
+        "summary.json",
+        ".hydra/config.yaml",
+        ".hydra/overrides.yaml",
+        "figures/distances.png",
+        "figures/amad.png",
+        "figures/training.png",
+        "checkpoints/step=6.ckpt",
+    ):
         assert (finished / name).stat().st_size > 0, name
     assert list(finished.glob("saes/*/cfg.json"))
 
@@ -53,14 +62,26 @@ def test_the_saved_suite_reconstructs_as_well_as_validation_said(
     data = ActivationDataModule(
         lm=FrozenLM(name=str(tiny_lm), revision=None, dtype="float32"),
         source=FileSource(path=str(tiny_text), text_column=None),
-        cache=str(finished.parents[2] / "cache"), context=64, heldout_fraction=0.1,
-        calibration_fraction=0.1, prepend_bos=False, exclude_special_tokens=False,
-        max_tokens=1_200_000_000, blocks_per_step=8, blocks_per_forward=4, tokens=3072,
-        heldout_tokens=1024, num_workers=0, seed=0)
+        cache=str(finished.parents[2] / "cache"),
+        context=64,
+        heldout_fraction=0.1,
+        calibration_fraction=0.1,
+        prepend_bos=False,
+        exclude_special_tokens=False,
+        max_tokens=1_200_000_000,
+        blocks_per_step=8,
+        blocks_per_forward=4,
+        tokens=3072,
+        heldout_tokens=1024,
+        num_workers=0,
+        seed=0,
+    )
     data.setup("validate")
     suite = groupsae.load_suite(finished)
-    parts = [data.activations(b, [[layer] for layer in suite.layers]).acts
-             for b in data.val_dataloader()]
+    parts = [
+        data.activations(b, [[layer] for layer in suite.layers]).acts
+        for b in data.val_dataloader()
+    ]
     acts = torch.cat(parts, dim=1).double()
     for layer, x in zip(suite.layers, acts, strict=True):
         x_hat = suite.reconstruct(x.float(), layer)
@@ -80,7 +101,10 @@ def test_a_finished_run_is_shown_again_and_not_repeated(
 
 
 def test_three_steps_a_stop_and_three_more_equal_six_bit_for_bit(
-    finished: Path, tiny_lm: Path, tiny_text: Path, tmp_path: Path,
+    finished: Path,
+    tiny_lm: Path,
+    tiny_text: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from groupsae.training.callbacks.stop import StopOnSignal
@@ -105,13 +129,19 @@ def test_three_steps_a_stop_and_three_more_equal_six_bit_for_bit(
     assert whole.keys() == parts.keys()
     for name, tensor in whole.items():
         assert torch.equal(tensor, parts[name]), name
-    checkpoints = [torch.load(f / "checkpoints" / "step=6.ckpt", weights_only=True)
-                   for f in (finished, folder)]
+    checkpoints = [
+        torch.load(f / "checkpoints" / "step=6.ckpt", weights_only=True)
+        for f in (finished, folder)
+    ]
     for name, tensor in checkpoints[0]["state_dict"].items():
-        torch.testing.assert_close(tensor, checkpoints[1]["state_dict"][name],
-                                   rtol=0, atol=0, equal_nan=True)
-    steps = [line.split(",")[0] for line in (folder / "metrics.csv").read_text().splitlines()
-             if ",tokens_seen," in line]
+        torch.testing.assert_close(
+            tensor, checkpoints[1]["state_dict"][name], rtol=0, atol=0, equal_nan=True
+        )
+    steps = [
+        line.split(",")[0]
+        for line in (folder / "metrics.csv").read_text().splitlines()
+        if ",tokens_seen," in line
+    ]
     assert steps == [str(s) for s in range(6)]
 
 
@@ -126,10 +156,16 @@ def test_sigkill_loses_nothing_before_the_last_checkpoint(
         "    old(self, trainer, *a)\n"
         "    if trainer.global_step == 5: os.kill(os.getpid(), 9)\n"
         "Throughput.on_train_batch_end = kill\n"
-        "runs.run(sys.argv[2:])\n")
+        "runs.run(sys.argv[2:])\n"
+    )
     arguments = overrides(tiny_lm, tiny_text, tmp_path)
-    done = subprocess.run([sys.executable, "-c", script, str(Path(__file__).parent), *arguments],
-                          capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(Path(__file__).parent), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     status, folder = run(arguments)  # the same command again finds the checkpoint of step 3
     assert status == 0
@@ -140,17 +176,31 @@ def test_sigkill_loses_nothing_before_the_last_checkpoint(
 def test_two_processes_give_what_one_gives(
     finished: Path, tiny_lm: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
-    arguments = overrides(tiny_lm, tiny_text, tmp_path, "trainer=ddp", "trainer.accelerator=cpu",
-                          "trainer.devices=2", "logger=none")
-    done = subprocess.run([sys.executable, "-m", "groupsae.train", *arguments],
-                          capture_output=True, text=True, timeout=400, check=False)
+    arguments = overrides(
+        tiny_lm,
+        tiny_text,
+        tmp_path,
+        "trainer=ddp",
+        "trainer.accelerator=cpu",
+        "trainer.devices=2",
+        "logger=none",
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "groupsae.train", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (p.parent for p in tmp_path.rglob("summary.json"))
     assert folder.name == finished.name
     plans = [json.loads((f / "groups.json").read_text()) for f in (finished, folder)]
     assert plans[0]["saes"] == plans[1]["saes"]
     assert plans[0]["plan"]["amad"] == pytest.approx(plans[1]["plan"]["amad"], abs=1e-7)
-    summaries = [json.loads((f / "summary.json").read_text())["groups"] for f in (finished, folder)]
+    summaries = [
+        json.loads((f / "summary.json").read_text())["groups"] for f in (finished, folder)
+    ]
     for name, group in summaries[0].items():
         assert group["tokens_per_layer"] == summaries[1][name]["tokens_per_layer"]
         assert group["fvu"] == pytest.approx(summaries[1][name]["fvu"], rel=1e-3)
@@ -160,8 +210,17 @@ def test_two_processes_give_what_one_gives(
 
 
 def test_training_learns(tiny_lm: Path, tiny_text: Path, tmp_path: Path, finished: Path) -> None:
-    status, folder = run(overrides(tiny_lm, tiny_text, tmp_path, "tokens=102400",
-                                   "eval_every=200", "checkpoint_every=200", "log_every=50"))
+    status, folder = run(
+        overrides(
+            tiny_lm,
+            tiny_text,
+            tmp_path,
+            "tokens=102400",
+            "eval_every=200",
+            "checkpoint_every=200",
+            "log_every=50",
+        )
+    )
     assert status == 0
     short, long = (json.loads((f / "summary.json").read_text())["fvu"] for f in (finished, folder))
     assert long < 0.7 * short
@@ -182,8 +241,16 @@ def test_a_sweep_over_group_counts_measures_the_layers_once(
     monkeypatch.setattr(measure, "AngularDistance", counted)
     folders = set()
     for count in (1, 2):
-        status, folder = run(overrides(tiny_lm, tiny_text, tmp_path, "groups=count",
-                                       f"groups.num_groups={count}", "tokens=512"))
+        status, folder = run(
+            overrides(
+                tiny_lm,
+                tiny_text,
+                tmp_path,
+                "groups=count",
+                f"groups.num_groups={count}",
+                "tokens=512",
+            )
+        )
         assert status == 0
         folders.add(folder)
         assert json.loads((folder / "groups.json").read_text())["plan"]["num_layers"] == 4
@@ -195,6 +262,8 @@ def test_pythia_conf_names_the_hub() -> None:
     from runs import composed
 
     cfg = composed(["model=pythia-1b", "groups=amad"])
-    assert (cfg.model.name, cfg.data.name) == ("EleutherAI/pythia-1b",
-                                               "NeelNanda/pile-small-tokenized-2b")
+    assert (cfg.model.name, cfg.data.name) == (
+        "EleutherAI/pythia-1b",
+        "NeelNanda/pile-small-tokenized-2b",
+    )
     assert cfg.tokens == 1_000_000_000

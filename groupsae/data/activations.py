@@ -64,25 +64,43 @@ class ActivationDataModule(L.LightningDataModule):
     """
 
     def __init__(
-        self, *, lm: FrozenLM, source: Source, cache: str, context: int,
-        heldout_fraction: float, calibration_fraction: float, prepend_bos: bool,
-        exclude_special_tokens: bool, max_tokens: int | None, blocks_per_step: int,
-        blocks_per_forward: int, tokens: int, heldout_tokens: int | None, num_workers: int,
+        self,
+        *,
+        lm: FrozenLM,
+        source: Source,
+        cache: str,
+        context: int,
+        heldout_fraction: float,
+        calibration_fraction: float,
+        prepend_bos: bool,
+        exclude_special_tokens: bool,
+        max_tokens: int | None,
+        blocks_per_step: int,
+        blocks_per_forward: int,
+        tokens: int,
+        heldout_tokens: int | None,
+        num_workers: int,
         seed: int,
     ) -> None:
         super().__init__()
         if context > lm.geometry.context:
-            raise UserError(f"stream.context is {context}, but {lm.name} reads at most "
-                            f"{lm.geometry.context} tokens.")
+            raise UserError(
+                f"stream.context is {context}, but {lm.name} reads at most "
+                f"{lm.geometry.context} tokens."
+            )
         if tokens < blocks_per_step * context:
             raise UserError(
                 f"tokens={tokens:,} is less than one step of stream.blocks_per_step="
-                f"{blocks_per_step} blocks of {context} tokens: raise it, or lower the step.")
+                f"{blocks_per_step} blocks of {context} tokens: raise it, or lower the step."
+            )
         self.lm, self.source, self.cache = lm, source, Path(cache)
         self.packing = Packing(
-            context=context, heldout_fraction=heldout_fraction,
-            calibration_fraction=calibration_fraction, prepend_bos=prepend_bos,
-            max_tokens=max_tokens)
+            context=context,
+            heldout_fraction=heldout_fraction,
+            calibration_fraction=calibration_fraction,
+            prepend_bos=prepend_bos,
+            max_tokens=max_tokens,
+        )
         self.exclude_special_tokens = exclude_special_tokens
         self.blocks_per_step, self.blocks_per_forward = blocks_per_step, blocks_per_forward
         self.heldout_tokens, self.num_workers, self.seed = heldout_tokens, num_workers, seed
@@ -103,8 +121,12 @@ class ActivationDataModule(L.LightningDataModule):
         """Return the packed corpus, packing it first if need be."""
         if self._blocks is None:
             self._blocks = load_token_blocks(
-                self.source, self.lm.tokenizer(), self.packing,
-                self.cache / "tokens",                vocab_size=self.lm.geometry.vocab_size)
+                self.source,
+                self.lm.tokenizer(),
+                self.packing,
+                self.cache / "tokens",
+                vocab_size=self.lm.geometry.vocab_size,
+            )
         return self._blocks
 
     def epochs(self) -> float:
@@ -121,20 +143,26 @@ class ActivationDataModule(L.LightningDataModule):
             special = self.lm.tokenizer().all_special_ids
             self.special_ids = torch.tensor(special, device=device)
 
-    def loader(self, split: Split, num_steps: int, seed: int | None,
-               first_step: int = 0) -> DataLoader[Tensor]:
+    def loader(
+        self, split: Split, num_steps: int, seed: int | None, first_step: int = 0
+    ) -> DataLoader[Tensor]:
         """Return this rank's share of the batches of a split."""
         sampler = StepSampler(
-            num_blocks=len(self.blocks.blocks[split]), blocks_per_step=self.blocks_per_step,
-            num_steps=num_steps, seed=seed, first_step=first_step,
+            num_blocks=len(self.blocks.blocks[split]),
+            blocks_per_step=self.blocks_per_step,
+            num_steps=num_steps,
+            seed=seed,
+            first_step=first_step,
             rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self.trainer.world_size if self.trainer else 1)
+            world_size=self.trainer.world_size if self.trainer else 1,
+        )
         return make_loader(self.blocks.blocks[split], sampler, self.num_workers)
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Return the training batches from `blocks_seen` on."""
-        return self.loader("train", self.num_steps, self.seed,
-                           first_step=self.blocks_seen // self.blocks_per_step)
+        return self.loader(
+            "train", self.num_steps, self.seed, first_step=self.blocks_seen // self.blocks_per_step
+        )
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """Return the held-out batches, in order."""
@@ -147,7 +175,8 @@ class ActivationDataModule(L.LightningDataModule):
             raise UserError(
                 f"the {split} split has {len(self.blocks.blocks[split])} blocks, less than one "
                 f"step of {self.blocks_per_step}: give more text, or lower stream.blocks_per_step"
-                + (f" or raise stream.{split}_fraction." if split != "train" else "."))
+                + (f" or raise stream.{split}_fraction." if split != "train" else ".")
+            )
         wanted = available if tokens is None else max(1, tokens // self.tokens_per_step)
         return min(available, wanted)
 
@@ -172,8 +201,9 @@ class ActivationDataModule(L.LightningDataModule):
         return sorted({layer for slot in self.slots for layer in slot})
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the SAEs' backward
-    def activations(self, tokens: Int[Tensor, "block pos"], slots: list[list[int]],
-                    first_position: int = 0) -> ActivationBatch:
+    def activations(
+        self, tokens: Int[Tensor, "block pos"], slots: list[list[int]], first_position: int = 0
+    ) -> ActivationBatch:
         """Return one row per slot and token, from one truncated forward.
 
         Args:
@@ -187,7 +217,7 @@ class ActivationDataModule(L.LightningDataModule):
         acts = torch.empty(len(slots), len(ids), self.lm.geometry.d_model, device=ids.device)
         needed = sorted({layer for slot in slots for layer in slot})
         for start in range(0, len(tokens), self.blocks_per_forward):
-            part = tokens[start:start + self.blocks_per_forward]
+            part = tokens[start : start + self.blocks_per_forward]
             where = slice(start * tokens.shape[1], start * tokens.shape[1] + part.numel())
 
             def keep_rows(layer: int, residual: Tensor, where: slice = where) -> None:
@@ -200,8 +230,11 @@ class ActivationDataModule(L.LightningDataModule):
                         acts[slot, where].index_copy_(0, mine, rows[mine])
 
             run_blocks(self.model, self.lm_blocks, needed, keep_rows, stop=True, input_ids=part)
-        keep = (~torch.isin(ids, self.special_ids) if self.exclude_special_tokens
-                else torch.ones_like(ids, dtype=torch.bool))
+        keep = (
+            ~torch.isin(ids, self.special_ids)
+            if self.exclude_special_tokens
+            else torch.ones_like(ids, dtype=torch.bool)
+        )
         return ActivationBatch(acts, layers, keep)
 
     def calibration_batches(self, tokens: int) -> Iterator[ActivationBatch]:
@@ -227,5 +260,6 @@ class ActivationDataModule(L.LightningDataModule):
             raise UserError(
                 f"this run was trained on packed text {state_dict['tokens_key']}, but data now "
                 f"gives {self.blocks.key}: the source, tokenizer or packing has changed. Start "
-                "a new run, or bring back the old text.")
+                "a new run, or bring back the old text."
+            )
         self.blocks_seen = state_dict["blocks_seen"]

@@ -173,6 +173,7 @@ class Show:
         self.task = progress.add_task("", total=total, completed=before, state="")
 
     def __call__(self, writer: BlockWriter) -> None:
+        """Show how far the writer is."""
         rate = (writer.num_tokens - self.before) / max(time.monotonic() - self.began, 1e-3)
         state = (
             f"{writer.num_tokens:,} tokens of {writer.num_documents:,} documents, "

@@ -111,7 +111,7 @@ def check_last_layer(last_layer: str) -> LastLayer:
     """
     for allowed in get_args(LastLayer):
         if last_layer == allowed:
-            return allowed  # type: ignore[no-any-return]
+            return allowed
     raise UserError(
         f"last_layer is {last_layer!r}: use own (an SAE of its own, as in the paper), skip (no "
         f"SAE) or group (grouped like any other layer)."

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from groupsae.data.writer import write_json
 from groupsae.errors import UserError
+from groupsae.sae.base import SAE
 
 FORMAT = 1
 
 
-def save_sae(folder: Path, sae: nn.Module, config: dict[str, Any]) -> None:
+def save_sae(folder: Path, sae: SAE, config: dict[str, Any]) -> None:
     """Write `sae.safetensors` and `cfg.json`.
 
     Args:
@@ -44,7 +45,7 @@ class Suite:
         configs: name -> its `cfg.json`.
     """
 
-    def __init__(self, saes: dict[str, nn.Module], configs: dict[str, dict[str, Any]]) -> None:
+    def __init__(self, saes: dict[str, SAE], configs: dict[str, dict[str, Any]]) -> None:
         self.saes, self.configs = saes, configs
         self._owner = {layer: name for name, c in configs.items() for layer in c["layers"]}
 
@@ -68,8 +69,9 @@ class Suite:
         return float(self.configs[self.group_of(layer)]["norm_factors"][str(layer)])
 
     @torch.no_grad()
-    def encode(self, acts: Float[Tensor, "*batch d_model"],
-               layer: int) -> Float[Tensor, "*batch d_sae"]:
+    def encode(
+        self, acts: Float[Tensor, "*batch d_model"], layer: int
+    ) -> Float[Tensor, "*batch d_sae"]:
         """Return the latent activations, dense, in the SAE's precision (float32 as saved).
 
         Args:
@@ -83,8 +85,9 @@ class Suite:
         return dense.scatter_(1, indices, values).reshape(*acts.shape[:-1], sae.d_sae)
 
     @torch.no_grad()
-    def decode(self, latents: Float[Tensor, "*batch d_sae"],
-               layer: int) -> Float[Tensor, "*batch d_model"]:
+    def decode(
+        self, latents: Float[Tensor, "*batch d_sae"], layer: int
+    ) -> Float[Tensor, "*batch d_model"]:
         """Return the reconstruction at the scale of `layer`'s raw activations.
 
         Args:
@@ -92,10 +95,11 @@ class Suite:
             layer: whose activations to reconstruct.
         """
         sae = self.saes[self.group_of(layer)]
-        return (latents @ sae.W_dec + sae.b_dec) / self.norm_factor(layer)
+        return sae.decode_dense(latents) / self.norm_factor(layer)
 
-    def reconstruct(self, acts: Float[Tensor, "*batch d_model"],
-                    layer: int) -> Float[Tensor, "*batch d_model"]:
+    def reconstruct(
+        self, acts: Float[Tensor, "*batch d_model"], layer: int
+    ) -> Float[Tensor, "*batch d_model"]:
         """Return decode(encode(acts)) for one layer."""
         return self.decode(self.encode(acts, layer), layer)
 
@@ -112,21 +116,27 @@ def load_suite(path: str | Path) -> Suite:
     if not found:
         raise UserError(
             f"no SAEs under {path}: expected saes/<group>/cfg.json, as a finished run leaves "
-            "them. An unfinished run is finished by resume=<run folder>.")
+            "them. An unfinished run is finished by resume=<run folder>."
+        )
     loaded = {file.parent.name: _load_sae(file) for file in found}
-    return Suite({name: sae for name, (sae, _) in loaded.items()},
-                 {name: config for name, (_, config) in loaded.items()})
+    return Suite(
+        {name: sae for name, (sae, _) in loaded.items()},
+        {name: config for name, (_, config) in loaded.items()},
+    )
 
 
-def _load_sae(file: Path) -> tuple[nn.Module, dict[str, Any]]:
+def _load_sae(file: Path) -> tuple[SAE, dict[str, Any]]:
     """Return the SAE beside a `cfg.json`, and what the file says."""
     try:
         config = json.loads(file.read_text())
         if config["format"] != FORMAT:
-            raise UserError(f"{file} has format {config['format']}, this version of groupsae reads "
-                            f"{FORMAT}: use the version that wrote it.")
+            raise UserError(
+                f"{file} has format {config['format']}, this version of groupsae reads "
+                f"{FORMAT}: use the version that wrote it."
+            )
         sae = _architecture(config["architecture"], file)(
-            **config["arguments"], generator=torch.Generator())
+            **config["arguments"], generator=torch.Generator()
+        )
         sae.load_state_dict(load_file(file.with_name("sae.safetensors")))
         for layer in config["layers"]:
             float(config["norm_factors"][str(layer)])
@@ -135,17 +145,18 @@ def _load_sae(file: Path) -> tuple[nn.Module, dict[str, Any]]:
     except Exception as error:  # whatever a cut or edited file leads to
         raise UserError(
             f"{file.parent} is damaged: {type(error).__name__}: {error}. Train it again, or copy "
-            "it anew from where it was whole.") from error
+            "it anew from where it was whole."
+        ) from error
     return sae.eval(), config
 
 
-def _architecture(path: str, file: Path) -> type[nn.Module]:
+def _architecture(path: str, file: Path) -> type[SAE]:
     """Return the class that a `cfg.json` names, if it is an SAE of ours: never foreign code."""
     module, _, name = path.rpartition(".")
     found = None
     if module.startswith("groupsae.sae."):
         with suppress(ImportError):
             found = getattr(importlib.import_module(module), name, None)
-    if isinstance(found, type) and issubclass(found, nn.Module) and found.__module__ == module:
+    if isinstance(found, type) and issubclass(found, SAE) and found.__module__ == module:
         return found
     raise UserError(f"{file} names the architecture '{path}', which is not one of groupsae.sae.")

@@ -29,7 +29,8 @@ def find_blocks(model: nn.Module, num_layers: int) -> nn.ModuleList:
     found = ", ".join(f"{name} ({len(m)})" for name, m in lists.items()) or "none at all"
     raise UserError(
         f"{type(model).__name__} should have exactly one list of {num_layers} blocks; "
-        f"its module lists are: {found}. This architecture is not supported.")
+        f"its module lists are: {found}. This architecture is not supported."
+    )
 
 
 class _StopForward(Exception):
@@ -37,8 +38,12 @@ class _StopForward(Exception):
 
 
 def run_blocks(
-    model: nn.Module, blocks: nn.ModuleList, layers: Iterable[int],
-    visit: Callable[[int, Tensor], Tensor | None], stop: bool, **inputs: Any,
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    layers: Iterable[int],
+    visit: Callable[[int, Tensor], Tensor | None],
+    stop: bool,
+    **inputs: Any,
 ) -> Any:
     """Run the model once and show `visit` the residual stream after each of `layers`.
 
@@ -66,6 +71,7 @@ def run_blocks(
             if replaced is None:
                 return None
             return replaced if isinstance(output, Tensor) else (replaced, *output[1:])
+
         return hook
 
     handles: list[RemovableHandle] = []

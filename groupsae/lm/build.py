@@ -22,12 +22,19 @@ def train_tokenizer(
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     backend.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT,
-        model_max_length=context, clean_up_tokenization_spaces=False)
+        tokenizer_object=backend,
+        eos_token=END_OF_TEXT,
+        bos_token=END_OF_TEXT,
+        model_max_length=context,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def build_gpt_neox(
@@ -35,9 +42,15 @@ def build_gpt_neox(
 ) -> GPTNeoXForCausalLM:
     """Return a randomly initialised GPT-NeoX, proportioned as Pythia (MLP of 4 d_model)."""
     config = GPTNeoXConfig(
-        num_hidden_layers=num_layers, hidden_size=d_model, intermediate_size=4 * d_model,
-        num_attention_heads=num_heads, vocab_size=vocab_size, max_position_embeddings=context,
-        bos_token_id=0, eos_token_id=0)
+        num_hidden_layers=num_layers,
+        hidden_size=d_model,
+        intermediate_size=4 * d_model,
+        num_attention_heads=num_heads,
+        vocab_size=vocab_size,
+        max_position_embeddings=context,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     return GPTNeoXForCausalLM(config)
 
 

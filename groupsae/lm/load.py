@@ -57,9 +57,11 @@ class FrozenLM:
         if missing:
             raise UserError(f"model {name}: its config has no {' and no '.join(missing)}.")
         self.geometry = Geometry(
-            num_layers=config.num_hidden_layers, d_model=config.hidden_size,
+            num_layers=config.num_hidden_layers,
+            d_model=config.hidden_size,
             context=getattr(config, "max_position_embeddings", None) or 2048,
-            vocab_size=config.vocab_size)
+            vocab_size=config.vocab_size,
+        )
         self.config_json: str = config.to_json_string()
 
     def _pretrained(self, auto: Any, **kwargs: Any) -> Any:
@@ -70,7 +72,8 @@ class FrozenLM:
             raise UserError(
                 f"cannot load model '{self.name}' (revision {self.revision or 'main'}): {reason} "
                 "Name a folder with a Hugging Face model, or an id on the Hub that this machine "
-                "can reach or has cached; model=tiny needs no network.") from error
+                "can reach or has cached; model=tiny needs no network."
+            ) from error
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the model's own tokenizer."""

@@ -23,8 +23,9 @@ def save_figures(folder: Path, figures: dict[str, Figure], loggers: list[Any]) -
         figure.savefig(folder / f"{name}.png")
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_image("figures", [str(folder / f"{n}.png") for n in figures],
-                             caption=list(figures))
+            logger.log_image(
+                "figures", [str(folder / f"{n}.png") for n in figures], caption=list(figures)
+            )
 
 
 class Dashboard(L.Callback):
@@ -44,25 +45,47 @@ class Dashboard(L.Callback):
         if trainer.global_rank != 0:
             return
         plan, cost, measured = (self.grouping.plan, self.grouping.cost, self.grouping.measurement)
-        assert plan is not None and cost is not None and measured is not None
+        assert plan is not None
+        assert cost is not None
+        assert measured is not None
         print_plan(self.console, plan, cost)
         epochs = trainer.datamodule.epochs()  # type: ignore[attr-defined]
         if epochs > 1:
-            self.console.print(f"The budget is {epochs:.1f} times the training text: it is read "
-                               "again, newly shuffled, in each epoch.")
+            self.console.print(
+                f"The budget is {epochs:.1f} times the training text: it is read "
+                "again, newly shuffled, in each epoch."
+            )
         part = plan.partition
         n = part.num_layers
         rule = part.rule if part.rule in RULES else "complete"
-        save_figures(self.folder / "figures", {
-            "distances": distance_heatmap(measured.distances, plan.saes),
-            "amad": amad_curve(curve(measured.distances[:n, :n], rule), part.num_groups,
-                               getattr(self.grouping.choice, "theta", None)),
-        }, trainer.loggers)
-        facts = {"groups/num_groups": part.num_groups, "groups/amad": part.amad,
-                 "groups/max_diameter": part.max_diameter, "groups/saving": cost.saving}
+        save_figures(
+            self.folder / "figures",
+            {
+                "distances": distance_heatmap(measured.distances, plan.saes),
+                "amad": amad_curve(
+                    curve(measured.distances[:n, :n], rule),
+                    part.num_groups,
+                    getattr(self.grouping.choice, "theta", None),
+                ),
+            },
+            trainer.loggers,
+        )
+        facts = {
+            "groups/num_groups": part.num_groups,
+            "groups/amad": part.amad,
+            "groups/max_diameter": part.max_diameter,
+            "groups/saving": cost.saving,
+        }
         for logger in trainer.loggers:
             logger.log_metrics(facts, step=trainer.global_step)
             if isinstance(logger, WandbLogger):
-                logger.log_table("groups", columns=["group", "layers", "diameter"], data=[
-                    [name, str(group), diameter] for name, group, diameter in zip(
-                        plan.names, plan.saes, [*part.diameters, 0.0], strict=False)])
+                logger.log_table(
+                    "groups",
+                    columns=["group", "layers", "diameter"],
+                    data=[
+                        [name, str(group), diameter]
+                        for name, group, diameter in zip(
+                            plan.names, plan.saes, [*part.diameters, 0.0], strict=False
+                        )
+                    ],
+                )

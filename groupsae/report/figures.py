@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from groupsae.grouping.partition import Partition
 
@@ -30,16 +31,29 @@ def distance_heatmap(distances: np.ndarray, groups: Sequence[Sequence[int]]) -> 
     figure.colorbar(image, label="mean angular distance (fractions of π)")
     for group in groups:
         corner, size = (group[0] - 0.5, group[0] - 0.5), len(group)
-        axes.add_patch(Rectangle(corner, size, size, fill=False, lw=2.2, ec="#D55E00",
-                                 clip_on=False))
+        axes.add_patch(
+            Rectangle(corner, size, size, fill=False, lw=2.2, ec="#D55E00", clip_on=False)
+        )
     if layers <= 16:
         for (i, j), value in np.ndenumerate(distances):
             if i != j:
-                axes.text(j, i, f"{value:.2f}".lstrip("0"), ha="center", va="center", fontsize=6,
-                          color="white" if value < 0.6 * distances.max() else "black")
+                axes.text(
+                    j,
+                    i,
+                    f"{value:.2f}".lstrip("0"),
+                    ha="center",
+                    va="center",
+                    fontsize=6,
+                    color="white" if value < 0.6 * distances.max() else "black",
+                )
     ticks = range(0, layers, max(1, layers // 16))
-    axes.set(xlabel="layer", ylabel="layer", xticks=ticks, yticks=ticks,
-             title="Residual streams of the layers, and their groups")
+    axes.set(
+        xlabel="layer",
+        ylabel="layer",
+        xticks=ticks,
+        yticks=ticks,
+        title="Residual streams of the layers, and their groups",
+    )
     return figure
 
 
@@ -54,20 +68,44 @@ def amad_curve(curve: Sequence[Partition], chosen: int, theta: float | None) -> 
     figure, axes = _axes(5.6, 4.0)
     counts = [p.num_groups for p in curve]
     axes.plot(counts, [p.amad for p in curve], "o-", color=COLOURS[0], label="AMAD")
-    axes.plot(counts, [p.max_diameter for p in curve], "--", color=COLOURS[4], lw=1,
-              label="largest diameter")
-    axes.plot(counts, [p.size_weighted_amad for p in curve], ":", color=COLOURS[2], lw=1.4,
-              label="size-weighted AMAD")
+    axes.plot(
+        counts,
+        [p.max_diameter for p in curve],
+        "--",
+        color=COLOURS[4],
+        lw=1,
+        label="largest diameter",
+    )
+    axes.plot(
+        counts,
+        [p.size_weighted_amad for p in curve],
+        ":",
+        color=COLOURS[2],
+        lw=1.4,
+        label="size-weighted AMAD",
+    )
     if theta is not None:
         axes.axhline(theta, color="0.4", lw=1)
         axes.text(counts[-1], theta, f"θ = {theta:g}", ha="right", va="bottom", color="0.3")
     at = next((p for p in curve if p.num_groups == chosen), None)
     if at is not None:
-        axes.plot([chosen], [at.amad], "o", ms=13, mfc="none", mec=COLOURS[1], mew=2,
-                  label=f"this run: G = {chosen}")
-    axes.set(xlabel="number of groups G", ylabel="fractions of π", ylim=(0, None),
-             title="How close the layers of a group are")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.plot(
+            [chosen],
+            [at.amad],
+            "o",
+            ms=13,
+            mfc="none",
+            mec=COLOURS[1],
+            mew=2,
+            label=f"this run: G = {chosen}",
+        )
+    axes.set(
+        xlabel="number of groups G",
+        ylabel="fractions of π",
+        ylim=(0, None),
+        title="How close the layers of a group are",
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     return figure
 
@@ -89,10 +127,14 @@ def training_curves(rows: Sequence[tuple[int, str, float]], tokens_per_step: int
         names = list(dict.fromkeys(name for _, name, _ in rows if name.startswith(prefix)))
         for i, name in enumerate(names):
             points = [(step, value) for step, n, value in rows if n == name]
-            axes.plot([(s + 1) * tokens_per_step / 1e6 for s, _ in points], [v for _, v in points],
-                      color=COLOURS[i % len(COLOURS)], ls=("-", "--", ":")[i // len(COLOURS) % 3],
-                      marker="." if stage == "val" else None,
-                      label=_label(name.rsplit("/", 1)[1]))
+            axes.plot(
+                [(s + 1) * tokens_per_step / 1e6 for s, _ in points],
+                [v for _, v in points],
+                color=COLOURS[i % len(COLOURS)],
+                ls=("-", "--", ":")[i // len(COLOURS) % 3],
+                marker="." if stage == "val" else None,
+                label=_label(name.rsplit("/", 1)[1]),
+            )
         axes.set(xlabel="tokens per SAE (millions)", ylabel=label, xlim=(0, None), ylim=(0, None))
         axes.locator_params(nbins=6)
         if names and stage == "val":

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 def print_plan(console: Console, plan: GroupPlan, cost: "RunCost") -> None:
     """Print the chosen groups and the saving they promise."""
     part = plan.partition
-    table = Table(title=f"{part.num_groups} groups, rule {part.rule}, AMAD {part.amad:.4f}, "
-                        f"largest diameter {part.max_diameter:.4f} (fractions of pi)")
+    table = Table(
+        title=f"{part.num_groups} groups, rule {part.rule}, AMAD {part.amad:.4f}, "
+        f"largest diameter {part.max_diameter:.4f} (fractions of pi)"
+    )
     table.add_column("group")
     table.add_column("layers")
     table.add_column("diameter", justify="right")
@@ -28,26 +30,41 @@ def print_plan(console: Console, plan: GroupPlan, cost: "RunCost") -> None:
     console.print(
         f"{len(plan.saes)} SAEs instead of {sum(map(len, plan.saes))}: saves {cost.saving:.1%} of "
         f"{cost.total_per_layer / 1e15:.4g} PFLOPs (the paper's count, last layer left out on one "
-        f"side: {cost.paper_saving:.1%})")
+        f"side: {cost.paper_saving:.1%})"
+    )
 
 
 def print_result(console: Console, summary: Mapping[str, Any]) -> None:
     """Print the table at the end of a run from its `summary.json`."""
     table = Table(title="held-out reconstruction")
-    for column, justify in (("group", "left"), ("layers", "left"), ("tokens per layer", "right"),
-                            ("FVU", "right"), ("L0", "right"), ("dead %", "right")):
+    for column, justify in (
+        ("group", "left"),
+        ("layers", "left"),
+        ("tokens per layer", "right"),
+        ("FVU", "right"),
+        ("L0", "right"),
+        ("dead %", "right"),
+    ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for name, group in summary["groups"].items():
         per_layer = sum(group["tokens_per_layer"].values()) / len(group["layers"])
-        table.add_row(name, _span(group["layers"]), f"{per_layer:,.0f}", f"{group['fvu']:.4f}",
-                      f"{group['l0']:.1f}", f"{100 * group['dead']:.1f}")
+        table.add_row(
+            name,
+            _span(group["layers"]),
+            f"{per_layer:,.0f}",
+            f"{group['fvu']:.4f}",
+            f"{group['l0']:.1f}",
+            f"{100 * group['dead']:.1f}",
+        )
     table.add_section()
     table.add_row("mean over layers", "", "", f"{summary['fvu']:.4f}", "", "")
     console.print(table)
     cost, speed = summary["cost"], summary["tokens_per_second"]
     console.print(
-        f"{summary['tokens']:,} tokens per SAE at {speed:,.0f} tokens/s; saved {cost['saving']:.1%} "
-        f"of the FLOPs of one SAE per layer.\nRun folder: {summary['folder']}")
+        f"{summary['tokens']:,} tokens per SAE at {speed:,.0f} tokens/s; saved "
+        f"{cost['saving']:.1%} of the FLOPs of one SAE per layer.\n"
+        f"Run folder: {summary['folder']}"
+    )
 
 
 def _span(layers: list[int]) -> str:

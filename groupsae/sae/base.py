@@ -1,9 +1,10 @@
 """What every sparse autoencoder gives back and how it keeps its books."""
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
 
 class SparseLatents(NamedTuple):
@@ -30,3 +31,50 @@ class SAEOutput(NamedTuple):
     reconstruction: Float[Tensor, "batch d_model"]
     latents: SparseLatents
     losses: dict[str, Float[Tensor, ""]]
+
+
+class SAE(nn.Module, ABC):
+    """What every architecture offers to training, evaluation and export.
+
+    All work on activations that are already scaled by their layer's norm factor.
+
+    Attributes:
+        d_model: width of the residual stream.
+        d_sae: number of latents.
+        k: active latents per row, at most or on average.
+    """
+
+    d_model: int
+    d_sae: int
+    k: int
+
+    @abstractmethod
+    def encode(self, x: Float[Tensor, "batch d_model"]) -> SparseLatents:
+        """Return the active latents."""
+
+    @abstractmethod
+    def decode(self, latents: SparseLatents) -> Float[Tensor, "batch d_model"]:
+        """Return the reconstruction."""
+
+    @abstractmethod
+    def decode_dense(
+        self, latents: Float[Tensor, "*batch d_sae"]
+    ) -> Float[Tensor, "*batch d_model"]:
+        """Return the reconstruction from dense latents."""
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Float[Tensor, "batch d_model"],
+        total_variance: Float[Tensor, ""],
+        dead: Bool[Tensor, "d_sae"],
+    ) -> SAEOutput:
+        """Return reconstruction, latents and loss terms of a training batch."""
+
+    @abstractmethod
+    def project_gradient(self) -> None:
+        """Called between backward and clipping."""
+
+    @abstractmethod
+    def normalize_decoder(self) -> None:
+        """Called after the optimiser's step."""

@@ -37,8 +37,12 @@ class Reconstruction(Metric):
         self.add_state("count", zero.clone(), dist_reduce_fx="sum")
         self.add_state("fired", torch.zeros(d_sae, dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, x: Float[Tensor, "batch d_model"], x_hat: Float[Tensor, "batch d_model"],
-               latents: SparseLatents) -> None:
+    def update(
+        self,
+        x: Float[Tensor, "batch d_model"],
+        x_hat: Float[Tensor, "batch d_model"],
+        latents: SparseLatents,
+    ) -> None:
         """Add a batch of activations and their reconstructions."""
         active = latents.acts > 0
         self.squared_error += (x - x_hat).double().square().sum()
@@ -51,8 +55,11 @@ class Reconstruction(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Return fvu, l0 and the boolean mask of latents that fired."""
         variance = self.sum_squares - self.sum_x.square().sum() / self.count
-        return {"fvu": self.squared_error / variance, "l0": self.active / self.count,
-                "fired": self.fired > 0}
+        return {
+            "fvu": self.squared_error / variance,
+            "l0": self.active / self.count,
+            "fired": self.fired > 0,
+        }
 
 
 def dead_share(fired: Bool[Tensor, "d_sae"]) -> float:

@@ -6,10 +6,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from groupsae.errors import UserError
-from groupsae.sae.base import SAEOutput, SparseLatents
+from groupsae.sae.base import SAE, SAEOutput, SparseLatents
 
 
-class TopK(nn.Module):
+class TopK(SAE):
     """f(x) = TopK(ReLU(W_enc (x - b_dec) + b_enc)), x_hat = W_dec f(x) + b_dec.
 
     The encoder starts as the transpose of the decoder, whose latents have unit norm; all biases
@@ -29,8 +29,16 @@ class TopK(nn.Module):
         generator: for the initial weights.
     """
 
-    def __init__(self, *, d_model: int, expansion: int, k: int, auxk_alpha: float,
-                 auxk_share: float, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        expansion: int,
+        k: int,
+        auxk_alpha: float,
+        auxk_share: float,
+        generator: torch.Generator,
+    ) -> None:
         super().__init__()
         if expansion < 1:
             raise UserError(f"sae.expansion is {expansion}; it must be at least 1.")
@@ -47,8 +55,10 @@ class TopK(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d_model))
 
     def pre_acts(self, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_sae"]:
-        """Return W_enc (x - b_dec) + b_enc; b_dec goes through the bias, which saves the
-        backward pass a full-size product."""
+        """Return W_enc (x - b_dec) + b_enc.
+
+        b_dec goes through the bias, which saves the backward pass a full-size product.
+        """
         return F.linear(x, self.W_enc, self.b_enc - self.W_enc @ self.b_dec)
 
     def select(self, pre_acts: Float[Tensor, "batch d_sae"], k: int) -> SparseLatents:
@@ -64,12 +74,23 @@ class TopK(nn.Module):
         """Return the reconstruction; touches only the k rows of the decoder that are active."""
         return self._combine(latents) + self.b_dec
 
-    def _combine(self, latents: SparseLatents) -> Tensor:
-        return F.embedding_bag(latents.indices, self.W_dec, mode="sum",
-                               per_sample_weights=latents.acts)
+    def decode_dense(
+        self, latents: Float[Tensor, "*batch d_sae"]
+    ) -> Float[Tensor, "*batch d_model"]:
+        """Return the reconstruction from dense latents, any number of them active."""
+        return latents @ self.W_dec + self.b_dec
 
-    def forward(self, x: Float[Tensor, "batch d_model"], total_variance: Float[Tensor, ""],
-                dead: Bool[Tensor, "d_sae"]) -> SAEOutput:
+    def _combine(self, latents: SparseLatents) -> Tensor:
+        return F.embedding_bag(
+            latents.indices, self.W_dec, mode="sum", per_sample_weights=latents.acts
+        )
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch d_model"],
+        total_variance: Float[Tensor, ""],
+        dead: Bool[Tensor, "d_sae"],
+    ) -> SAEOutput:
         """Return reconstruction, latents and loss terms of a training batch.
 
         Losses: fvu = sum |x - x_hat|^2 / total_variance and
@@ -107,4 +128,4 @@ class TopK(nn.Module):
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Make every latent's direction a unit vector again."""
-        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))

@@ -46,8 +46,9 @@ def paper_saving(activation: float, sae: float, num_groups: int, num_layers: int
     return 1 - (activation + num_groups * sae) / (activation + num_layers * sae)
 
 
-def paper_saving_both_sides(activation: float, sae: float, num_groups: int,
-                            num_layers: int) -> float:
+def paper_saving_both_sides(
+    activation: float, sae: float, num_groups: int, num_layers: int
+) -> float:
     """Return 1 - (A + (G + 1) T) / (A + L T): the last layer's own SAE is paid on both sides.
 
     The paper leaves the last layer out of the G groups but counts it in L; a run that gives it
@@ -96,9 +97,20 @@ class RunCost:
         return asdict(self)
 
 
-def run_cost(*, num_layers: int, layers_run: int, num_groups: int, num_saes: int,
-             num_covered: int, d_model: int, d_sae: int, k: int, context: int, tokens: int,
-             calibration_tokens: int) -> RunCost:
+def run_cost(
+    *,
+    num_layers: int,
+    layers_run: int,
+    num_groups: int,
+    num_saes: int,
+    num_covered: int,
+    d_model: int,
+    d_sae: int,
+    k: int,
+    context: int,
+    tokens: int,
+    calibration_tokens: int,
+) -> RunCost:
     """Return the cost of a run.
 
     Args:
@@ -120,7 +132,13 @@ def run_cost(*, num_layers: int, layers_run: int, num_groups: int, num_saes: int
     total = tokens * (forward + num_saes * sae) + distances
     total_per_layer = tokens * (forward + num_covered * sae)
     return RunCost(
-        paper_activations=paper_a, paper_sae=paper_t,
+        paper_activations=paper_a,
+        paper_sae=paper_t,
         paper_saving=paper_saving(paper_a, paper_t, num_groups, num_layers),
-        activations=forward, sae=sae, distances=distances, total=total,
-        total_per_layer=total_per_layer, saving=1 - total / total_per_layer)
+        activations=forward,
+        sae=sae,
+        distances=distances,
+        total=total,
+        total_per_layer=total_per_layer,
+        saving=1 - total / total_per_layer,
+    )

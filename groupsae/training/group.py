@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from groupsae.data.activations import ActivationBatch
 from groupsae.data.draws import stream_key
 from groupsae.errors import UserError
-from groupsae.sae.base import SAEOutput, SparseLatents
+from groupsae.sae.base import SAE, SparseLatents
 from groupsae.sae.metrics import Reconstruction
 from groupsae.training.optim import Adam
 
@@ -19,7 +19,7 @@ from groupsae.training.optim import Adam
 class SAEFactory(Protocol):
     """Makes an SAE for a residual stream of width `d_model`."""
 
-    def __call__(self, *, d_model: int, generator: torch.Generator) -> nn.Module:
+    def __call__(self, *, d_model: int, generator: torch.Generator) -> SAE:
         """Return a fresh SAE."""
         ...
 
@@ -41,15 +41,18 @@ class SAETraining(L.LightningModule):
     def training_step(self, batch: ActivationBatch, batch_idx: int) -> Tensor:
         """Return the summed loss of all members."""
         members = self.members()
-        rows = [(batch.acts[i][batch.keep], batch.layers[i][batch.keep])
-                for i in range(len(members))]
+        rows = [
+            (batch.acts[i][batch.keep], batch.layers[i][batch.keep]) for i in range(len(members))
+        ]
         moments = [self.all_sum(m.moments(*row)) for m, row in zip(members, rows, strict=True)]
-        losses = [m.step(*row, moment)
-                  for m, row, moment in zip(members, rows, moments, strict=True)]
+        losses = [
+            m.step(*row, moment) for m, row, moment in zip(members, rows, moments, strict=True)
+        ]
         fired = self.all_sum(torch.stack([m.fired for m in members]))
         for member, mine in zip(members, fired, strict=True):
             member.count_dead(mine > 0)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (self.global_step + 1) % every == 0:
             self.log_training()
         # DDP averages gradients over processes; the loss's denominators are already global
         return torch.stack(losses).sum() * self.trainer.world_size
@@ -75,7 +78,8 @@ class SAETraining(L.LightningModule):
             raise UserError(
                 f"{member.name}: the loss is not a finite number at step {self.global_step}. "
                 "Earlier checkpoints are whole. Lower optim.base_lr, or look for non-finite "
-                "activations in the language model (try model.dtype=float32).")
+                "activations in the language model (try model.dtype=float32)."
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to save weights that are already spoilt."""
@@ -86,9 +90,16 @@ class SAETraining(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return one Adam with a named parameter group for each member."""
-        return self.optim.build([
-            {"params": list(m.sae.parameters()), "name": m.name, "lr": self.optim.lr(m.sae.d_sae)}
-            for m in self.members()])
+        return self.optim.build(
+            [
+                {
+                    "params": list(m.sae.parameters()),
+                    "name": m.name,
+                    "lr": self.optim.lr(m.sae.d_sae),
+                }
+                for m in self.members()
+            ]
+        )
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Project the decoders' gradients, then clip each member on its own (in that order)."""
@@ -108,7 +119,9 @@ class SAETraining(L.LightningModule):
         """Start empty metrics, one for each layer."""
         self.val_metrics = {
             layer: Reconstruction(d_model=m.sae.d_model, d_sae=m.sae.d_sae).to(self.device)
-            for m in self.members() for layer in m.layers}
+            for m in self.members()
+            for layer in m.layers
+        }
 
     def validation_step(self, batch: ActivationBatch, batch_idx: int) -> None:
         """Reconstruct every layer with its group's SAE."""
@@ -152,8 +165,23 @@ class GroupSAE(SAETraining):
         seed: of the initial weights, together with the layers.
     """
 
-    def __init__(self, *, name: str, layers: list[int], norm_factors: Mapping[int, float],
-                 sae: SAEFactory, d_model: int, optim: Adam, dead_after: int, seed: int) -> None:
+    norm_factors: Tensor
+    tokens_since_fired: Tensor
+    tokens_per_layer: Tensor
+    running: Tensor
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        layers: list[int],
+        norm_factors: Mapping[int, float],
+        sae: SAEFactory,
+        d_model: int,
+        optim: Adam,
+        dead_after: int,
+        seed: int,
+    ) -> None:
         super().__init__()
         self.name, self.layers, self.optim, self.dead_after = name, layers, optim, dead_after
         generator = torch.Generator().manual_seed(stream_key(seed, layers) % 2**63)
@@ -177,15 +205,20 @@ class GroupSAE(SAETraining):
         """Return each row's norm factor."""
         return self.norm_factors[layers].unsqueeze(1)
 
-    def moments(self, acts: Float[Tensor, "batch d_model"],
-                layers: Int[Tensor, "batch"]) -> Float[Tensor, "d_model+1+layer"]:
+    def moments(
+        self, acts: Float[Tensor, "batch d_model"], layers: Int[Tensor, "batch"]
+    ) -> Float[Tensor, "d_model+1+layer"]:
         """Return sum of x, sum of |x|^2 and rows per layer of scaled rows, in float64."""
         x = (acts * self.scale(layers)).double()
         counts = torch.bincount(layers, minlength=len(self.norm_factors)).double()
         return torch.cat([x.sum(0), x.square().sum().reshape(1), counts])
 
-    def step(self, acts: Float[Tensor, "batch d_model"], layers: Int[Tensor, "batch"],
-             moments: Float[Tensor, "d_model+1+layer"]) -> Float[Tensor, ""]:
+    def step(
+        self,
+        acts: Float[Tensor, "batch d_model"],
+        layers: Int[Tensor, "batch"],
+        moments: Float[Tensor, "d_model+1+layer"],
+    ) -> Float[Tensor, ""]:
         """Return this process's part of the loss; remembers what fired.
 
         Args:
@@ -195,7 +228,7 @@ class GroupSAE(SAETraining):
         """
         sum_x, sum_squares, counts = moments.split([self.sae.d_model, 1, len(self.norm_factors)])
         variance = sum_squares[0] - sum_x.square().sum() / counts.sum()
-        output: SAEOutput = self.sae(acts * self.scale(layers), variance.float(), self.dead())
+        output = self.sae.forward(acts * self.scale(layers), variance.float(), self.dead())
         with torch.no_grad():
             active = output.latents.acts > 0
             self.fired = torch.zeros_like(self.tokens_since_fired)
@@ -203,8 +236,9 @@ class GroupSAE(SAETraining):
             self.tokens_per_layer += counts.long()
             self.tokens_since_fired += counts.sum().long()
             auxk = output.losses.get("auxk", torch.zeros_like(output.losses["fvu"]))
-            self.running += torch.stack([output.losses["fvu"], auxk, active.sum() / counts.sum()]
-                                        ).double()
+            self.running += torch.stack(
+                [output.losses["fvu"], auxk, active.sum() / counts.sum()]
+            ).double()
             self.running_steps += 1
         return torch.stack(list(output.losses.values())).sum()
 
@@ -228,8 +262,9 @@ class GroupSAE(SAETraining):
         return {"fvu": fvu, "auxk": auxk, "l0": l0, "dead": float(self.dead().double().mean())}
 
     @torch.no_grad()
-    def reconstruct(self, x: Float[Tensor, "batch d_model"],
-                    layer: int) -> tuple[Float[Tensor, "batch d_model"], SparseLatents]:
+    def reconstruct(
+        self, x: Float[Tensor, "batch d_model"], layer: int
+    ) -> tuple[Float[Tensor, "batch d_model"], SparseLatents]:
         """Return the reconstruction of one layer's raw activations, and the latents."""
         factor = self.norm_factors[layer]
         latents = self.sae.encode(x * factor)

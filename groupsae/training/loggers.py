@@ -50,7 +50,8 @@ class MetricsCSV(Logger):
             self._start(step or 0)
         with self.path.open("a", newline="") as handle:
             csv.writer(handle).writerows(
-                (step, name, value) for name, value in metrics.items() if name != "epoch")
+                (step, name, value) for name, value in metrics.items() if name != "epoch"
+            )
 
     def _start(self, step: int) -> None:
         """Write the header, or drop what a killed run wrote from this step on."""
@@ -98,5 +99,11 @@ def make_wandb(*, project: str, folder: str, tags: list[str]) -> WandbLogger:
     path.mkdir(parents=True, exist_ok=True)
     name = "-".join(path.parts[-2:])
     return WandbLogger(
-        project=project, save_dir=str(path), name=name, id=name[-64:], resume="allow",
-        tags=list(tags), offline=os.environ["WANDB_MODE"] != "online")
+        project=project,
+        save_dir=str(path),
+        name=name,
+        id=name[-64:],
+        resume="allow",
+        tags=list(tags),
+        offline=os.environ["WANDB_MODE"] != "online",
+    )

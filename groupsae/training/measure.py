@@ -40,20 +40,29 @@ class Measurement:
         """Write everything into one npz, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(f".tmp{id(self)}.npz")
-        np.savez(beside, distances=self.distances, rms_norms=self.rms_norms,
-                 provenance=np.array(json.dumps(self.provenance)))
+        np.savez(
+            beside,
+            distances=self.distances,
+            rms_norms=self.rms_norms,
+            provenance=np.array(json.dumps(self.provenance)),
+        )
         beside.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> "Measurement":
         """Read what `save` wrote."""
         with np.load(path) as stored:
-            return cls(stored["distances"], stored["rms_norms"],
-                       json.loads(str(stored["provenance"])), cached=True)
+            return cls(
+                stored["distances"],
+                stored["rms_norms"],
+                json.loads(str(stored["provenance"])),
+                cached=True,
+            )
 
 
-def measure(data: ActivationDataModule, trainer: L.Trainer, tokens: int, centring: str,
-            cache: Path) -> Measurement:
+def measure(
+    data: ActivationDataModule, trainer: L.Trainer, tokens: int, centring: str, cache: Path
+) -> Measurement:
     """Return distances and norms, from the cache if this content was measured before.
 
     The key is (model, weights, text, tokens, options), so a sweep over the number of groups
@@ -61,10 +70,16 @@ def measure(data: ActivationDataModule, trainer: L.Trainer, tokens: int, centrin
     """
     steps = data.steps_for("calibration", tokens)
     provenance = {
-        "model": data.lm.name, "revision": data.lm.revision, "weights": data.lm.fingerprint(),
-        "text": data.blocks.key, "split": "calibration", "context": data.packing.context,
-        "tokens": steps * data.tokens_per_step, "centring": centring,
-        "exclude_special_tokens": data.exclude_special_tokens, "hookpoint": "resid_post",
+        "model": data.lm.name,
+        "revision": data.lm.revision,
+        "weights": data.lm.fingerprint(),
+        "text": data.blocks.key,
+        "split": "calibration",
+        "context": data.packing.context,
+        "tokens": steps * data.tokens_per_step,
+        "centring": centring,
+        "exclude_special_tokens": data.exclude_special_tokens,
+        "hookpoint": "resid_post",
     }
     key = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:16]
     path = cache / "angles" / f"{key}.npz"
@@ -76,21 +91,29 @@ def measure(data: ActivationDataModule, trainer: L.Trainer, tokens: int, centrin
     moments = LayerMoments(**size).to(device)
     angles = AngularDistance(**size, centring=centring).to(device)
     passes = [moments, angles] if centring == "mean" else [None]
-    columns = (TextColumn("measuring layers"), BarColumn(), TextColumn("{task.fields[rate]}"),
-               TimeRemainingColumn())
+    columns = (
+        TextColumn("measuring layers"),
+        BarColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, transient=True, disable=trainer.global_rank != 0) as progress:
         task = progress.add_task("", total=steps * len(passes), rate="")
         for metric in passes:
             if metric is angles:
                 angles.set_mean(moments.mean())
             for batch in data.calibration_batches(tokens):
-                for each in ([moments, angles] if metric is None else [metric]):
+                for each in [moments, angles] if metric is None else [metric]:
                     each.update(batch.acts, batch.keep)
                 speed = progress.tasks[task].speed or 0.0
-                progress.update(task, advance=1,
-                                rate=f"{speed * data.tokens_per_step:,.0f} tokens/s")
-    result = Measurement(angles.compute().cpu().numpy(),
-                         torch.as_tensor(moments.rms_norm()).cpu().numpy(), provenance)
+                progress.update(
+                    task, advance=1, rate=f"{speed * data.tokens_per_step:,.0f} tokens/s"
+                )
+    result = Measurement(
+        angles.compute().cpu().numpy(),
+        torch.as_tensor(moments.rms_norm()).cpu().numpy(),
+        provenance,
+    )
     if trainer.global_rank == 0:
         result.save(path)
     return result

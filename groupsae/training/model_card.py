@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - lines of a Markdown table cannot be broken
 """The card that travels with a model pretrained here."""
 
 from collections.abc import Mapping
@@ -50,6 +51,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
     """
     history = "\n".join(
         f"| {stage['num_layers']} | {tokens:,} | {loss:.3f} |"
-        for stage in facts["stages"] for tokens, loss in stage["heldout_history"])
+        for stage in facts["stages"]
+        for tokens, loss in stage["heldout_history"]
+    )
     commands = "\n".join(f"    {stage['command']}" for stage in facts["stages"])
     return CARD.format(**{**facts, "history": history, "commands": commands})

@@ -35,4 +35,6 @@ class Adam:
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Return one fused Adam over named parameter groups, each with its own `lr`."""
-        return torch.optim.Adam(groups, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=True)
+        return torch.optim.Adam(
+            groups, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=True
+        )

@@ -23,8 +23,16 @@ class LanguageModel(L.LightningModule):
         num_steps: steps of the run; the rate is zero at the end.
     """
 
-    def __init__(self, *, lm: GPTNeoXForCausalLM, lr: float, betas: Sequence[float],
-                 weight_decay: float, warmup_steps: int, num_steps: int) -> None:
+    def __init__(
+        self,
+        *,
+        lm: GPTNeoXForCausalLM,
+        lr: float,
+        betas: Sequence[float],
+        weight_decay: float,
+        warmup_steps: int,
+        num_steps: int,
+    ) -> None:
         super().__init__()
         self.lm = lm
         self.lr, self.betas, self.weight_decay = lr, (betas[0], betas[1]), weight_decay
@@ -50,9 +58,14 @@ class LanguageModel(L.LightningModule):
         matrices = [p for p in self.parameters() if p.ndim >= 2]
         vectors = [p for p in self.parameters() if p.ndim < 2]
         optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": self.weight_decay},
-             {"params": vectors, "weight_decay": 0.0}],
-            lr=self.lr, betas=self.betas, fused=True)
+            [
+                {"params": matrices, "weight_decay": self.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            lr=self.lr,
+            betas=self.betas,
+            fused=True,
+        )
 
         def factor(step: int) -> float:
             warm = (step + 1) / max(1, self.warmup_steps)
@@ -60,8 +73,10 @@ class LanguageModel(L.LightningModule):
             return max(0.0, min(warm, left))
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule,
-                                                         "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
 
 
 def bits_per_byte(nats_per_token: float, num_tokens: int, num_bytes: int) -> float:

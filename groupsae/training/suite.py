@@ -25,8 +25,9 @@ class GroupSAESuite(SAETraining):
         seed: of the initial weights.
     """
 
-    def __init__(self, *, sae: SAEFactory, d_model: int, optim: Adam, dead_after: int,
-                 seed: int) -> None:
+    def __init__(
+        self, *, sae: SAEFactory, d_model: int, optim: Adam, dead_after: int, seed: int
+    ) -> None:
         super().__init__()
         self.make_sae, self.d_model, self.optim = sae, d_model, optim
         self.dead_after, self.seed = dead_after, seed
@@ -41,11 +42,21 @@ class GroupSAESuite(SAETraining):
         if hasattr(self, "groups"):
             return
         assert self.plan is not None, "set_plan comes first"
-        self.groups = nn.ModuleList([
-            GroupSAE(name=name, layers=layers, norm_factors=self.norm_factors, sae=self.make_sae,
-                     d_model=self.d_model, optim=self.optim, dead_after=self.dead_after,
-                     seed=self.seed)
-            for name, layers in zip(self.plan.names, self.plan.saes, strict=True)])
+        self.groups = nn.ModuleList(
+            [
+                GroupSAE(
+                    name=name,
+                    layers=layers,
+                    norm_factors=self.norm_factors,
+                    sae=self.make_sae,
+                    d_model=self.d_model,
+                    optim=self.optim,
+                    dead_after=self.dead_after,
+                    seed=self.seed,
+                )
+                for name, layers in zip(self.plan.names, self.plan.saes, strict=True)
+            ]
+        )
 
     def members(self) -> list[GroupSAE]:
         """Return the groups in the order of the plan."""
@@ -68,4 +79,5 @@ class GroupSAESuite(SAETraining):
             raise UserError(
                 f"the checkpoint holds the partition {checkpoint['plan'][:8]}, but groups.json "
                 f"now gives {self.plan.hash[:8]} ({self.plan.saes}). Bring back the groups.json "
-                "that belongs to the checkpoint, or start a new run.")
+                "that belongs to the checkpoint, or start a new run."
+            )

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-
 import lightning as L
 
 from groupsae.data.activations import ActivationDataModule
@@ -30,8 +29,9 @@ class GroupLayers(L.Callback):
         centring: `none` (the paper's formula) or `mean`.
     """
 
-    def __init__(self, *, choice: Choice, folder: str, cache: str, tokens: int,
-                 centring: str) -> None:
+    def __init__(
+        self, *, choice: Choice, folder: str, cache: str, tokens: int, centring: str
+    ) -> None:
         self.choice, self.folder, self.cache = choice, Path(folder), Path(cache)
         self.tokens, self.centring = tokens, centring
         self.measurement: Measurement | None = None
@@ -60,20 +60,33 @@ class GroupLayers(L.Callback):
         if trainer.global_rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.measurement.save(angles_file)
-            write_json(groups_file, {
-                "plan": self.plan.to_json(), "hash": self.plan.hash,
-                "saes": dict(zip(self.plan.names, self.plan.saes, strict=True)),
-                "measured": self.measurement.provenance})
+            write_json(
+                groups_file,
+                {
+                    "plan": self.plan.to_json(),
+                    "hash": self.plan.hash,
+                    "saes": dict(zip(self.plan.names, self.plan.saes, strict=True)),
+                    "measured": self.measurement.provenance,
+                },
+            )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Work out the cost, now that the SAEs and their widths are there."""
         assert isinstance(pl_module, GroupSAESuite)
-        assert self.plan is not None and self.measurement is not None
+        assert self.plan is not None
+        assert self.measurement is not None
         data: ActivationDataModule = trainer.datamodule  # type: ignore[attr-defined]
         sae, covered = pl_module.members()[0].sae, data.used_layers()
         self.cost = run_cost(
-            num_layers=data.lm.geometry.num_layers, layers_run=covered[-1] + 1,
-            num_groups=self.plan.partition.num_groups, num_saes=len(self.plan.saes),
-            num_covered=len(covered), d_model=sae.d_model, d_sae=sae.d_sae, k=sae.k,
-            context=data.packing.context, tokens=data.num_steps * data.tokens_per_step,
-            calibration_tokens=self.measurement.provenance["tokens"])
+            num_layers=data.lm.geometry.num_layers,
+            layers_run=covered[-1] + 1,
+            num_groups=self.plan.partition.num_groups,
+            num_saes=len(self.plan.saes),
+            num_covered=len(covered),
+            d_model=sae.d_model,
+            d_sae=sae.d_sae,
+            k=sae.k,
+            context=data.packing.context,
+            tokens=data.num_steps * data.tokens_per_step,
+            calibration_tokens=self.measurement.provenance["tokens"],
+        )

@@ -28,8 +28,9 @@ class Throughput(L.Callback):
         """Start the clock."""
         self._last = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule,
-                           *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
+    ) -> None:
         """Log the rate since the last logging step."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         now = time.perf_counter()
@@ -39,15 +40,20 @@ class Throughput(L.Callback):
         self._silent += passed
         self.tokens += data.tokens_per_step
         self.total_tokens += data.tokens_per_step
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if trainer.global_step % every == 0:
             rate = self.tokens / self.seconds
             pl_module.log("time/tokens_per_sec", rate, rank_zero_only=True)
             pl_module.log("tok/s", rate, prog_bar=True, logger=False, rank_zero_only=True)
-            pl_module.log("tokens_seen", float(data.blocks_seen * data.packing.context),
-                          rank_zero_only=True)
+            pl_module.log(
+                "tokens_seen", float(data.blocks_seen * data.packing.context), rank_zero_only=True
+            )
             self.seconds, self.tokens = 0.0, 0
         if self._silent > 30 and trainer.is_global_zero and not sys.stdout.isatty():
             self._silent = 0.0
             left = (data.num_steps - trainer.global_step) * data.tokens_per_step / self.overall()
-            print(f"step {trainer.global_step}/{data.num_steps}, {self.overall():,.0f} tokens/s, "
-                  f"{timedelta(seconds=round(left))} left", flush=True)
+            print(
+                f"step {trainer.global_step}/{data.num_steps}, {self.overall():,.0f} tokens/s, "
+                f"{timedelta(seconds=round(left))} left",
+                flush=True,
+            )
