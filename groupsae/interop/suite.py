@@ -54,6 +54,12 @@ class Suite:
         """Return all layers that have an SAE."""
         return sorted(self._owner)
 
+    def to(self, device: torch.device | str) -> "Suite":
+        """Move every SAE to a device; returns the suite itself."""
+        for sae in self.saes.values():
+            sae.to(device)
+        return self
+
     def group_of(self, layer: int) -> str:
         """Return the name of the group that a layer belongs to.
 
@@ -79,7 +85,7 @@ class Suite:
             layer: where they come from.
         """
         sae = self.saes[self.group_of(layer)]
-        rows = acts.reshape(-1, acts.shape[-1]).to(sae.b_dec.dtype)
+        rows = acts.reshape(-1, acts.shape[-1]).to(next(sae.parameters()).dtype)
         values, indices = sae.encode(rows * self.norm_factor(layer))
         dense = torch.zeros(len(rows), sae.d_sae, dtype=values.dtype, device=values.device)
         return dense.scatter_(1, indices, values).reshape(*acts.shape[:-1], sae.d_sae)

@@ -16,7 +16,7 @@ def print_plan(console: Console, plan: GroupPlan, cost: "RunCost") -> None:
     """Print the chosen groups and the saving they promise."""
     part = plan.partition
     table = Table(
-        title=f"{part.num_groups} groups, rule {part.rule}, AMAD {part.amad:.4f}, "
+        title=f"{part.num_groups} group{'s' * (part.num_groups > 1)}, rule {part.rule}, AMAD {part.amad:.4f}, "
         f"largest diameter {part.max_diameter:.4f} (fractions of pi)"
     )
     table.add_column("group")
