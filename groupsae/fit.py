@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -48,7 +49,7 @@ def fit(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> int:
     A finished run is shown again, not repeated. A run that was told to stop leaves a checkpoint
     and returns 128 + the signal's number.
     """
-    console = Console()
+    console = Console(quiet=rank_zero_only.rank != 0)
     quiet()
     if (folder / "summary.json").exists():
         print_result(console, json.loads((folder / "summary.json").read_text()))

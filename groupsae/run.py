@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from groupsae.config import make
@@ -107,10 +108,13 @@ def open_run(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Path, P
     """
     check_numbers(cfg)
     folder = run_folder(cfg)
+    leader = rank_zero_only.rank == 0  # processes started later must not touch what it began
     if cfg.resume is not None:
         cfg = _config_to_resume(cfg, folder, overrides)
-    elif cfg.overwrite and folder.exists():
+    elif cfg.overwrite and folder.exists() and leader:
         shutil.rmtree(folder)
+    if not leader:
+        return cfg, folder, last_checkpoint(folder)
     try:
         (folder / ".hydra").mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")

@@ -19,6 +19,8 @@ from groupsae.errors import UserError
 from groupsae.lm.blocks import run_blocks
 from groupsae.lm.load import FrozenLM
 
+LEAST_TEXT = 20_000_000  # tokens
+
 
 class ActivationBatch(NamedTuple):
     """Residual activations of one batch of tokens.
@@ -27,12 +29,18 @@ class ActivationBatch(NamedTuple):
         acts: raw (unscaled) `resid_post`, one row for each slot and token. A slot is a set of
             layers; each token shows one of them.
         layers: the layer that each row comes from.
-        keep: tokens that count; False at special tokens if these are excluded.
+        keep: tokens that count, False at special tokens; None if none are excluded.
     """
 
     acts: Float[Tensor, "slot token d_model"]
     layers: Int[Tensor, "slot token"]
-    keep: Bool[Tensor, "token"]
+    keep: Bool[Tensor, "token"] | None
+
+    def rows(self, slot: int) -> tuple[Float[Tensor, "row d_model"], Int[Tensor, "row"]]:
+        """Return the activations that count in one slot, and their layers."""
+        if self.keep is None:
+            return self.acts[slot], self.layers[slot]
+        return self.acts[slot][self.keep], self.layers[slot][self.keep]
 
 
 class ActivationDataModule(L.LightningDataModule):
@@ -54,7 +62,8 @@ class ActivationDataModule(L.LightningDataModule):
         calibration_fraction: share for layer distances and norm factors.
         prepend_bos: start every block with BOS (the paper does not).
         exclude_special_tokens: leave rows at BOS, EOS and padding out of everything.
-        max_tokens: read no more text than this; None reads the whole source.
+        max_tokens: read no more text than this; None reads 1.25 times the training budget, at
+            least 20 million tokens (so that small budgets share one packed corpus).
         blocks_per_step: blocks in an SAE step over all ranks.
         blocks_per_forward: blocks in one forward of the language model; bounds its memory.
         tokens: training budget, tokens per SAE.
@@ -99,7 +108,7 @@ class ActivationDataModule(L.LightningDataModule):
             heldout_fraction=heldout_fraction,
             calibration_fraction=calibration_fraction,
             prepend_bos=prepend_bos,
-            max_tokens=max_tokens,
+            max_tokens=max_tokens or max(LEAST_TEXT, tokens * 5 // 4),
         )
         self.exclude_special_tokens = exclude_special_tokens
         self.blocks_per_step, self.blocks_per_forward = blocks_per_step, blocks_per_forward
@@ -230,11 +239,7 @@ class ActivationDataModule(L.LightningDataModule):
                         acts[slot, where].index_copy_(0, mine, rows[mine])
 
             run_blocks(self.model, self.lm_blocks, needed, keep_rows, stop=True, input_ids=part)
-        keep = (
-            ~torch.isin(ids, self.special_ids)
-            if self.exclude_special_tokens
-            else torch.ones_like(ids, dtype=torch.bool)
-        )
+        keep = ~torch.isin(ids, self.special_ids) if self.exclude_special_tokens else None
         return ActivationBatch(acts, layers, keep)
 
     def calibration_batches(self, tokens: int) -> Iterator[ActivationBatch]:

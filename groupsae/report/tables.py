@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 def print_plan(console: Console, plan: GroupPlan, cost: "RunCost") -> None:
     """Print the chosen groups and the saving they promise."""
     part = plan.partition
+    groups = "1 group" if part.num_groups == 1 else f"{part.num_groups} groups"
     table = Table(
-        title=f"{part.num_groups} group{'s' * (part.num_groups > 1)}, rule {part.rule}, AMAD {part.amad:.4f}, "
+        title=f"{groups}, rule {part.rule}, AMAD {part.amad:.4f}, "
         f"largest diameter {part.max_diameter:.4f} (fractions of pi)"
     )
     table.add_column("group")
@@ -29,9 +30,14 @@ def print_plan(console: Console, plan: GroupPlan, cost: "RunCost") -> None:
     console.print(table)
     console.print(
         f"{len(plan.saes)} SAEs instead of {sum(map(len, plan.saes))}: saves {cost.saving:.1%} of "
-        f"{cost.total_per_layer / 1e15:.4g} PFLOPs (the paper's count, last layer left out on one "
-        f"side: {cost.paper_saving:.1%})"
+        f"{cost.total_per_layer / 1e15:.4g} PFLOPs, distances and the last layer counted (the "
+        f"paper's count: {cost.paper_saving:.1%})."
     )
+    if cost.saving < 0:
+        console.print(
+            "At this budget measuring the distances costs more than sharing saves; it is paid "
+            "once, whatever the budget."
+        )
 
 
 def print_result(console: Console, summary: Mapping[str, Any]) -> None:

@@ -124,7 +124,8 @@ def run_cost(
         k: active latents.
         context: tokens in a block.
         tokens: training tokens, the same for every SAE.
-        calibration_tokens: tokens that the distances were measured on; 0 if they were cached.
+        calibration_tokens: tokens that passed through the model to measure the distances; counted
+            in full even where they came from the cache, so that the cache changes no figure.
     """
     paper_a, paper_t = activation_flops(num_layers, d_model, context), sae_flops(d_model, d_sae)
     forward, sae = activation_flops(layers_run, d_model, context), topk_flops(d_model, d_sae, k)

@@ -41,9 +41,7 @@ class SAETraining(L.LightningModule):
     def training_step(self, batch: ActivationBatch, batch_idx: int) -> Tensor:
         """Return the summed loss of all members."""
         members = self.members()
-        rows = [
-            (batch.acts[i][batch.keep], batch.layers[i][batch.keep]) for i in range(len(members))
-        ]
+        rows = [batch.rows(slot) for slot in range(len(members))]
         moments = [self.all_sum(m.moments(*row)) for m, row in zip(members, rows, strict=True)]
         losses = [
             m.step(*row, moment) for m, row, moment in zip(members, rows, moments, strict=True)
@@ -126,8 +124,8 @@ class SAETraining(L.LightningModule):
     def validation_step(self, batch: ActivationBatch, batch_idx: int) -> None:
         """Reconstruct every layer with its group's SAE."""
         owner = {layer: m for m in self.members() for layer in m.layers}
-        for acts, layer in zip(batch.acts, sorted(owner), strict=True):
-            x = acts[batch.keep]
+        for slot, layer in enumerate(sorted(owner)):
+            x, _ = batch.rows(slot)
             x_hat, latents = owner[layer].reconstruct(x, layer)
             self.val_metrics[layer].update(x, x_hat, latents)
 
@@ -227,7 +225,9 @@ class GroupSAE(SAETraining):
             moments: of the batch over all processes, as `moments` gives them.
         """
         sum_x, sum_squares, counts = moments.split([self.sae.d_model, 1, len(self.norm_factors)])
-        variance = sum_squares[0] - sum_x.square().sum() / counts.sum()
+        # at least 1 row and a positive variance: a batch of excluded tokens only has loss zero
+        num_rows = counts.sum().clamp_min(1)
+        variance = (sum_squares[0] - sum_x.square().sum() / num_rows).clamp_min(1e-12)
         output = self.sae.forward(acts * self.scale(layers), variance.float(), self.dead())
         with torch.no_grad():
             active = output.latents.acts > 0
@@ -237,7 +237,7 @@ class GroupSAE(SAETraining):
             self.tokens_since_fired += counts.sum().long()
             auxk = output.losses.get("auxk", torch.zeros_like(output.losses["fvu"]))
             self.running += torch.stack(
-                [output.losses["fvu"], auxk, active.sum() / counts.sum()]
+                [output.losses["fvu"], auxk, active.sum() / num_rows]
             ).double()
             self.running_steps += 1
         return torch.stack(list(output.losses.values())).sum()

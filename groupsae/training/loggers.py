@@ -5,6 +5,7 @@ import netrc
 import os
 from argparse import Namespace
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class MetricsCSV(Logger):
             self._start(step or 0)
         with self.path.open("a", newline="") as handle:
             csv.writer(handle).writerows(
-                (step, name, value) for name, value in metrics.items() if name != "epoch"
+                (step or 0, name, value) for name, value in metrics.items() if name != "epoch"
             )
 
     def _start(self, step: int) -> None:
@@ -67,8 +68,13 @@ def read_metrics(path: Path) -> list[tuple[int, str, float]]:
     if not path.exists():
         return []
     with path.open(newline="") as handle:
-        rows = list(csv.reader(handle))[1:]
-    return [(int(r[0]), r[1], float(r[2])) for r in rows if len(r) == len(COLUMNS)]
+        lines = list(csv.reader(handle))[1:]
+    rows = []
+    for line in lines:
+        with suppress(ValueError):  # a kill may have cut the last line short
+            step, name, value = line
+            rows.append((int(step), name, float(value)))
+    return rows
 
 
 def has_wandb_account() -> bool:
@@ -105,5 +111,5 @@ def make_wandb(*, project: str, folder: str, tags: list[str]) -> WandbLogger:
         id=name[-64:],
         resume="allow",
         tags=list(tags),
-        offline=os.environ["WANDB_MODE"] != "online",
+        offline=os.environ["WANDB_MODE"] in ("offline", "dryrun"),
     )

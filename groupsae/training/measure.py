@@ -32,6 +32,12 @@ class Measurement:
     provenance: dict[str, Any]
     cached: bool = False
 
+    @property
+    def forward_tokens(self) -> int:
+        """Return the tokens that passed through the model; centring needs a second pass."""
+        passes = 2 if self.provenance["centring"] == "mean" else 1
+        return passes * int(self.provenance["tokens"])
+
     def norm_factors(self) -> dict[int, float]:
         """Return 1 / rms norm per layer, so that scaled activations have mean squared norm 1."""
         return {layer: 1.0 / float(norm) for layer, norm in enumerate(self.rms_norms)}

@@ -88,5 +88,5 @@ class GroupLayers(L.Callback):
             k=sae.k,
             context=data.packing.context,
             tokens=data.num_steps * data.tokens_per_step,
-            calibration_tokens=self.measurement.provenance["tokens"],
+            calibration_tokens=self.measurement.forward_tokens,
         )
