@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import lightning as L
 import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -24,6 +23,7 @@ from groupsae.interop.suite import save_sae
 from groupsae.report.dashboard import Dashboard, save_figures
 from groupsae.report.figures import training_curves
 from groupsae.report.tables import print_result
+from groupsae.run import is_leader
 from groupsae.training.allocator import keep_freed_memory
 from groupsae.training.callbacks.grouping import GroupLayers
 from groupsae.training.callbacks.stop import StopOnSignal
@@ -49,7 +49,7 @@ def fit(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> int:
     A finished run is shown again, not repeated. A run that was told to stop leaves a checkpoint
     and returns 128 + the signal's number.
     """
-    console = Console(quiet=rank_zero_only.rank != 0)
+    console = Console(quiet=not is_leader())
     quiet()
     if (folder / "summary.json").exists():
         print_result(console, json.loads((folder / "summary.json").read_text()))

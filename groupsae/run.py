@@ -2,11 +2,11 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from groupsae.config import make
@@ -83,6 +83,12 @@ def check_numbers(cfg: DictConfig) -> None:
         )
 
 
+def is_leader() -> bool:
+    """Return whether this is the first process: the others must not touch what it began."""
+    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+    return all(os.environ.get(name, "0") == "0" for name in ranks)
+
+
 def register_resolver() -> None:
     """Make `${run_folder:}` available to the yaml files."""
     OmegaConf.register_new_resolver(
@@ -108,12 +114,11 @@ def open_run(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Path, P
     """
     check_numbers(cfg)
     folder = run_folder(cfg)
-    leader = rank_zero_only.rank == 0  # processes started later must not touch what it began
     if cfg.resume is not None:
         cfg = _config_to_resume(cfg, folder, overrides)
-    elif cfg.overwrite and folder.exists() and leader:
+    elif cfg.overwrite and folder.exists() and is_leader():
         shutil.rmtree(folder)
-    if not leader:
+    if not is_leader():
         return cfg, folder, last_checkpoint(folder)
     try:
         (folder / ".hydra").mkdir(parents=True, exist_ok=True)

@@ -76,4 +76,4 @@ def stack_layers(shallow: GPTNeoXForCausalLM, deep: GPTNeoXForCausalLM) -> None:
         copy(shallow.gpt_neox.layers[i % n], layer)
     copy(shallow.gpt_neox.embed_in, deep.gpt_neox.embed_in)
     copy(shallow.gpt_neox.final_layer_norm, deep.gpt_neox.final_layer_norm)
-    copy(shallow.lm_head, deep.lm_head)
+    copy(shallow.get_output_embeddings(), deep.get_output_embeddings())
