@@ -25,7 +25,7 @@ def check_choices(arguments: list[str]) -> None:
         return
     for argument in arguments:
         group, _, value = argument.lstrip("+").partition("=")
-        if not value or not (CONF / group).is_dir() or "/" in group:
+        if not value or "(" in value or not (CONF / group).is_dir() or "/" in group:
             continue
         known = sorted(p.stem for p in (CONF / group).glob("*.yaml") if p.stem != "base")
         for choice in value.split(","):

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
+import torch
 import transformers
+import wandb
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -51,18 +53,33 @@ def fit(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> int:
     """
     console = Console(quiet=not is_leader())
     quiet()
-    if (folder / "summary.json").exists():
-        print_result(console, json.loads((folder / "summary.json").read_text()))
+    if checkpoint is not None:
+        _verify(checkpoint)
+    run = build(cfg, folder, console)
+    summary_file = folder / "summary.json"
+    if summary_file.exists() and not cfg.overwrite:
+        run.grouping.confirm(run.data)
+        print_result(console, json.loads(summary_file.read_text()))
         console.print("This run was finished before; overwrite=true trains it again.")
         return 0
     if checkpoint is not None:
-        _verify(checkpoint)
         console.print(f"going on from {checkpoint}")
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    for logger in run.trainer.loggers:
+        logger.log_hyperparams(config)
+    try:
+        return _train(run, cfg, folder, checkpoint, console)
+    finally:
+        if wandb.run is not None:  # or the next point of a sweep would log into this run
+            wandb.finish()
 
-    run = build(cfg, folder, console)
+
+def _train(
+    run: Run, cfg: DictConfig, folder: Path, checkpoint: Path | None, console: Console
+) -> int:
     trainer, suite, data = run.trainer, run.suite, run.data
     trainer.fit(suite, datamodule=data, ckpt_path=checkpoint)
-    if run.stop.received is not None:
+    if run.stop.received is not None and trainer.global_step < data.num_steps:
         console.print(
             f"stopped at step {trainer.global_step} of {data.num_steps}; go on with\n"
             f"  python -m groupsae.train resume={folder}"
@@ -71,7 +88,7 @@ def fit(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> int:
     trainer.save_checkpoint(folder / "checkpoints" / f"step={trainer.global_step}.ckpt")
     trainer.validate(suite, datamodule=data, verbose=False)
     if trainer.is_global_zero:
-        save_suite(folder, suite, cfg)
+        save_suite(folder, run, cfg)
         figures = {
             "training": training_curves(read_metrics(folder / "metrics.csv"), data.tokens_per_step)
         }
@@ -88,6 +105,7 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
     L.seed_everything(cfg.seed, verbose=False)
     lm, choice = make(cfg.model), make(cfg.groups)
     choice.check(lm.geometry.num_layers)
+    make(cfg.sae)(d_model=lm.geometry.d_model, generator=torch.Generator())  # fails now if ever
     cache = Path(cfg.output) / "cache"
     data = ActivationDataModule(
         lm=lm,
@@ -107,8 +125,6 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
     grouping = GroupLayers(choice=choice, folder=str(folder), cache=str(cache), **cfg.calibration)
     stop, throughput = StopOnSignal(folder=str(folder / "checkpoints")), Throughput()
     loggers = [make(logger) for logger in (cfg.logger or {}).values()]
-    for logger in loggers:
-        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     trainer = L.Trainer(
         **make(cfg.trainer),
         logger=loggers or False,
@@ -134,6 +150,11 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
             stop,
         ],
     )
+    if cfg.stream.blocks_per_step % trainer.world_size:
+        raise UserError(
+            f"stream.blocks_per_step={cfg.stream.blocks_per_step} cannot be shared out equally "
+            f"over {trainer.world_size} processes: use a multiple."
+        )
     return Run(trainer, suite, data, grouping, throughput, stop)
 
 
@@ -145,6 +166,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # lightning 2.6 on torch 2.13
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # tokens are a memmap
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # our metrics are synchronised sums
     warnings.filterwarnings("ignore", ".*dataloader is not resumable.*")  # ours is: StepSampler
 
 
@@ -162,10 +184,11 @@ def _verify(checkpoint: Path) -> None:
         )
 
 
-def save_suite(folder: Path, suite: GroupSAESuite, cfg: DictConfig) -> None:
+def save_suite(folder: Path, run: Run, cfg: DictConfig) -> None:
     """Write every group's SAE into `saes/<group>/`."""
-    architecture = cfg.sae._target_
-    for member in suite.members():
+    architecture, measurement = cfg.sae._target_, run.grouping.measurement
+    assert measurement is not None
+    for member in run.suite.members():
         arguments = {
             "d_model": member.sae.d_model,
             **{k: v for k, v in cfg.sae.items() if not k.startswith("_")},
@@ -188,6 +211,8 @@ def save_suite(folder: Path, suite: GroupSAESuite, cfg: DictConfig) -> None:
                 "context": cfg.stream.context,
                 "prepend_bos": cfg.stream.prepend_bos,
                 "exclude_special_tokens": cfg.stream.exclude_special_tokens,
+                "weights": measurement.provenance["weights"],
+                "text": measurement.provenance["text"],
                 "tokens": int(member.tokens_per_layer.sum()),
                 "groupsae": __version__,
             },
@@ -207,7 +232,8 @@ def summarise(run: Run, folder: Path) -> dict[str, Any]:
             "tokens_per_layer": {x: int(member.tokens_per_layer[x]) for x in member.layers},
             "fvu": values[f"val/fvu/{member.name}"],
             "l0": values[f"val/l0/{member.name}"],
-            "dead": values[f"val/dead/{member.name}"],
+            "dead": float(member.dead().double().mean()),
+            "unfired": values[f"val/unfired/{member.name}"],
             "fvu_per_layer": {x: values[f"val/fvu/layer.{x}"] for x in member.layers},
         }
     part = grouping.plan.partition

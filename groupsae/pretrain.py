@@ -2,6 +2,7 @@
 
 import json
 import platform
+import sys
 from datetime import date
 from itertools import islice
 from pathlib import Path
@@ -16,11 +17,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from groupsae.config import CONF
+from groupsae.config import CONF, check_choices
 from groupsae.data.loader import StepSampler, make_loader
 from groupsae.data.splits import Split, split_of
 from groupsae.data.tokens import Packing, load_token_blocks
 from groupsae.data.writer import write_json
+from groupsae.errors import UserError
 from groupsae.lm.build import build_gpt_neox, stack_layers, train_tokenizer
 from groupsae.training.allocator import keep_freed_memory
 from groupsae.training.loggers import MetricsCSV, read_metrics
@@ -109,7 +111,9 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
     trainer.limit_val_batches = 1.0
     heldout = trainer.validate(module, loader("heldout", all_heldout, None), verbose=False)
     tokens = blocks.blocks["heldout"][: all_heldout * cfg.data.blocks_per_step]
-    num_bytes = sum(len(t.encode()) for t in tokenizer.batch_decode(tokens[:, 1:]))
+    num_bytes = sum(
+        len(t.encode()) for t in tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True)
+    )
     nats = heldout[0]["heldout/loss"]
     stage = {
         "num_layers": cfg.model.num_layers,
@@ -161,9 +165,19 @@ def read_history(path: Path, cfg: DictConfig) -> list[tuple[int, float]]:
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="pretrain")
-def main(cfg: DictConfig) -> None:
-    """Hydra entry point."""
-    pretrain(cfg)
+def run(cfg: DictConfig) -> None:
+    """Run one configuration of the command."""
+    try:
+        pretrain(cfg)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main() -> None:
+    """Start `python -m groupsae.pretrain`."""
+    check_choices(sys.argv[1:])
+    run()
 
 
 if __name__ == "__main__":

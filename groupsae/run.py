@@ -20,9 +20,11 @@ RUNTIME = (
     "resume",
     "overwrite",
     "log_every",
-    "stream.num_workers",
     "checkpoint_every",
+    "stream.num_workers",
+    "stream.blocks_per_forward",
 )
+PLACE = ("accelerator", "devices", "num_nodes", "strategy", "precision", "profiler")
 
 
 def content(cfg: DictConfig) -> dict[str, Any]:
@@ -34,7 +36,11 @@ def content(cfg: DictConfig) -> dict[str, Any]:
         for parent in parents:
             holder = holder.get(parent, {})
         holder.pop(last, None)
-    return dict(values)
+    # of the trainer only what someone added that is neither a place nor a display counts
+    added = {
+        k: v for k, v in cfg.trainer.items() if k not in PLACE and not k.startswith("enable_")
+    }
+    return {**values, "trainer": added} if added else dict(values)
 
 
 def content_hash(cfg: DictConfig) -> str:
@@ -52,7 +58,7 @@ def run_folder(cfg: DictConfig) -> Path:
     return Path(cfg.output) / model / make(cfg.groups).label / name
 
 
-POSITIVE = (
+POSITIVE = (  # counts
     "tokens",
     "dead_after",
     "log_every",
@@ -66,8 +72,11 @@ POSITIVE = (
 )
 
 
-def check_numbers(cfg: DictConfig) -> None:
-    """Raise UserError if a count is not a positive whole number."""
+def check_values(cfg: DictConfig) -> None:
+    """Raise UserError if a mandatory value is missing or a number is out of range."""
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise UserError(f"{missing[0]} has no default: give {missing[0]}=<value>.")
     for key in POSITIVE:
         value = OmegaConf.select(cfg, key)
         if not isinstance(value, int) or value < 1:
@@ -76,6 +85,19 @@ def check_numbers(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if not isinstance(value, float) or not 0 < value < 0.5:
             raise UserError(f"{key} is {value!r}; it must lie between 0 and 0.5.")
+    for key in ("stream.num_workers", "seed"):
+        value = OmegaConf.select(cfg, key)
+        if not isinstance(value, int) or value < 0:
+            raise UserError(f"{key} is {value!r}; it must be a whole number of at least 0.")
+    for key in ("optim.base_lr", "optim.clip_norm"):
+        value = OmegaConf.select(cfg, key)
+        if not isinstance(value, int | float) or not value > 0:
+            raise UserError(f"{key} is {value!r}; it must be a number above 0.")
+    if cfg.trainer.precision != "32-true":
+        raise UserError(
+            f"trainer.precision is {cfg.trainer.precision!r}; the SAEs train in 32-true. The "
+            "language model's own precision is model.dtype=bfloat16."
+        )
     if cfg.calibration.centring not in ("none", "mean"):
         raise UserError(
             f"calibration.centring is {cfg.calibration.centring!r}: use none (the "
@@ -112,24 +134,25 @@ def open_run(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Path, P
         UserError: `resume` names no run, or the command asks for something else than the run
             was started with, or the folder cannot be written.
     """
-    check_numbers(cfg)
+    check_values(cfg)
     folder = run_folder(cfg)
     if cfg.resume is not None:
         cfg = _config_to_resume(cfg, folder, overrides)
     elif cfg.overwrite and folder.exists() and is_leader():
         shutil.rmtree(folder)
     if not is_leader():
-        return cfg, folder, last_checkpoint(folder)
+        return cfg, folder, None if cfg.overwrite else last_checkpoint(folder)
     try:
         (folder / ".hydra").mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
-        OmegaConf.save(overrides, folder / ".hydra" / "overrides.yaml")
+        if cfg.resume is None:
+            OmegaConf.save(overrides, folder / ".hydra" / "overrides.yaml")
     except OSError as error:
         raise UserError(
             f"cannot write to {folder}: {error.strerror}. Set output=<folder> to a "
             "place that can be written."
         ) from error
-    return cfg, folder, last_checkpoint(folder)
+    return cfg, folder, None if cfg.overwrite else last_checkpoint(folder)
 
 
 def _config_to_resume(cfg: DictConfig, folder: Path, overrides: list[str]) -> DictConfig:
@@ -141,16 +164,18 @@ def _config_to_resume(cfg: DictConfig, folder: Path, overrides: list[str]) -> Di
         )
     saved = OmegaConf.load(saved_file)
     assert isinstance(saved, DictConfig)
+    before = content_hash(saved)
     for override in overrides:
         key = override.split("=")[0].lstrip("+~").split("@")[0].replace("/", ".")
-        new = OmegaConf.select(cfg, key)
+        new, old = OmegaConf.select(cfg, key), OmegaConf.select(saved, key)
         if key.startswith(RUNTIME):
-            OmegaConf.update(saved, key, new, force_add=True)
-        elif new != OmegaConf.select(saved, key):
+            OmegaConf.update(saved, key, new, merge=False, force_add=True)
+        if key.split(".")[0] not in saved or (new != old and not key.startswith(RUNTIME)):
             raise UserError(
                 f"resume={folder}: {override} differs from what the run was started with "
-                f"({key}={OmegaConf.select(saved, key)}). Leave it out to go on, or start a new "
-                "run without resume."
+                f"({key}={old}). Leave it out to go on, or start a new run without resume."
             )
-    saved.resume = str(folder)
+    if content_hash(saved) != before:
+        raise UserError(f"resume={folder}: {overrides} would change the result; leave it out.")
+    saved.resume, saved.overwrite = str(folder), False
     return saved

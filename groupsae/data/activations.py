@@ -67,7 +67,7 @@ class ActivationDataModule(L.LightningDataModule):
         blocks_per_step: blocks in an SAE step over all ranks.
         blocks_per_forward: blocks in one forward of the language model; bounds its memory.
         tokens: training budget, tokens per SAE.
-        heldout_tokens: tokens of one validation; null takes all there are.
+        heldout_tokens: tokens of one validation.
         num_workers: loader processes.
         seed: of shuffle and layer draws.
     """
@@ -87,7 +87,7 @@ class ActivationDataModule(L.LightningDataModule):
         blocks_per_step: int,
         blocks_per_forward: int,
         tokens: int,
-        heldout_tokens: int | None,
+        heldout_tokens: int,
         num_workers: int,
         seed: int,
     ) -> None:
@@ -195,11 +195,16 @@ class ActivationDataModule(L.LightningDataModule):
         """Choose the sets of layers that training batches draw from, one row each."""
         self.slots = groups
 
-    def on_after_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> ActivationBatch:
-        """Turn a batch of tokens into activations; validation batches show every used layer."""
+    def on_after_batch_transfer(
+        self, batch: Tensor, dataloader_idx: int
+    ) -> ActivationBatch | Iterator[ActivationBatch]:
+        """Turn a batch of tokens into activations.
+
+        A validation batch shows every used layer, so it comes in parts of `blocks_per_forward`.
+        """
         assert self.trainer is not None
         if not self.trainer.training:
-            return self.activations(batch, [[layer] for layer in self.used_layers()])
+            return self.every_layer(batch, self.used_layers())
         share = self.blocks_per_step // self.trainer.world_size
         first = self.blocks_seen + self.trainer.global_rank * share
         self.blocks_seen += self.blocks_per_step
@@ -244,10 +249,17 @@ class ActivationDataModule(L.LightningDataModule):
 
     def calibration_batches(self, tokens: int) -> Iterator[ActivationBatch]:
         """Yield every layer's activations over this rank's share of the calibration split."""
-        every = [[layer] for layer in range(self.lm.geometry.num_layers)]
+        every = list(range(self.lm.geometry.num_layers))
         device = next(self.model.parameters()).device
         for batch in self.loader("calibration", self.steps_for("calibration", tokens), None):
-            yield self.activations(batch.to(device), every)
+            yield from self.every_layer(batch.to(device), every)
+
+    def every_layer(
+        self, tokens: Int[Tensor, "block pos"], layers: list[int]
+    ) -> Iterator[ActivationBatch]:
+        """Yield all activations of `layers`, one slot each, `blocks_per_forward` at a time."""
+        for part in tokens.split(self.blocks_per_forward):
+            yield self.activations(part, [[layer] for layer in layers])
 
     # ---- state --------------------------------------------------------------------------
 

@@ -79,7 +79,7 @@ class StepSampler(Sampler[list[int]]):
         if left or share < 1:
             nearest = max(1, round(blocks_per_step / world_size)) * world_size
             raise UserError(
-                f"data.blocks_per_step={blocks_per_step} cannot be shared out equally over "
+                f"stream.blocks_per_step={blocks_per_step} cannot be shared out equally over "
                 f"{world_size} processes: take a multiple of {world_size}, for example {nearest}"
             )
         self.mine = slice(rank * share, (rank + 1) * share)

@@ -91,7 +91,7 @@ def pack(
 def _bos(tokenizer: PreTrainedTokenizerBase) -> int:
     bos: int | None = tokenizer.bos_token_id
     if bos is None:
-        raise UserError("data.prepend_bos=true, but the tokenizer has no BOS token: use false")
+        raise UserError("stream.prepend_bos=true, but the tokenizer has no BOS token: use false")
     return bos
 
 

@@ -119,15 +119,15 @@ def check_packing(packing: Packing) -> None:
     heldout, calibration = packing.heldout_fraction, packing.calibration_fraction
     if not (0 <= heldout <= 1 and 0 <= calibration <= 1 and heldout + calibration <= 1):
         raise UserError(
-            f"data.heldout_fraction={heldout} and data.calibration_fraction={calibration} must "
-            "lie in [0, 1] and leave something to train on: their sum may not exceed 1"
+            f"stream.heldout_fraction={heldout} and stream.calibration_fraction={calibration} "
+            "must lie in [0, 1] and leave something to train on: their sum may not exceed 1"
         )
     shortest = 2 if packing.prepend_bos else 1
     if packing.context < shortest:
         raise UserError(f"a block of {packing.context} tokens is too short: at least {shortest}")
     if packing.max_tokens is not None and packing.max_tokens < 1:
         raise UserError(
-            f"data.max_tokens={packing.max_tokens} must be at least 1, or null for the whole text"
+            f"stream.max_tokens={packing.max_tokens} must be at least 1, or null for what it takes"
         )
 
 
@@ -146,9 +146,9 @@ def check_filled(blocks: TokenBlocks, packing: Packing) -> None:
         tokens, documents = manifest["split_tokens"], manifest["split_documents"]
         way_out = f"raise data.{split}_fraction (now {shares[split]}), "
         if split == "train":
-            way_out = "lower data.heldout_fraction and data.calibration_fraction, "
+            way_out = "lower stream.heldout_fraction and stream.calibration_fraction, "
         if packing.max_tokens is not None:
-            way_out += f"raise data.max_tokens (now {packing.max_tokens:,}), "
+            way_out += f"raise stream.max_tokens (now {packing.max_tokens:,}), "
         raise UserError(
             f"the {split} split has not one whole block of {packing.context} tokens: of "
             f"{manifest['documents']:,} documents with {sum(tokens.values()):,} tokens it got "

@@ -152,7 +152,7 @@ def explained(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"cannot write the token cache in {folder}: {error.strerror or error}. Free or choose "
-            "another place with cache=..."
+            "another place with output=..."
         ) from error
 
 

@@ -58,13 +58,20 @@ class Dashboard(L.Callback):
         part = plan.partition
         n = part.num_layers
         rule = part.rule if part.rule in RULES else "complete"
+        wanted, got = self.grouping.tokens, measured.provenance["tokens"]
+        if got < wanted // 2:
+            self.console.print(
+                f"Distances and norms come from {got:,} tokens, all that the calibration split "
+                f"holds, instead of {wanted:,}: raise stream.calibration_fraction or "
+                "stream.max_tokens for more."
+            )
         save_figures(
             self.folder / "figures",
             {
                 "distances": distance_heatmap(measured.distances, plan.saes),
                 "amad": amad_curve(
                     curve(measured.distances[:n, :n], rule),
-                    part.num_groups,
+                    part,
                     getattr(self.grouping.choice, "theta", None),
                 ),
             },

@@ -57,12 +57,12 @@ def distance_heatmap(distances: np.ndarray, groups: Sequence[Sequence[int]]) -> 
     return figure
 
 
-def amad_curve(curve: Sequence[Partition], chosen: int, theta: float | None) -> Figure:
+def amad_curve(curve: Sequence[Partition], chosen: Partition, theta: float | None) -> Figure:
     """Return AMAD and the largest diameter against the number of groups.
 
     Args:
         curve: the rule's partition for every G from 1.
-        chosen: the G of this run.
+        chosen: the partition of this run.
         theta: the threshold that chose it, if one did.
     """
     figure, axes = _axes(5.6, 4.0)
@@ -87,18 +87,16 @@ def amad_curve(curve: Sequence[Partition], chosen: int, theta: float | None) -> 
     if theta is not None:
         axes.axhline(theta, color="0.4", lw=1)
         axes.text(counts[-1], theta, f"θ = {theta:g}", ha="right", va="bottom", color="0.3")
-    at = next((p for p in curve if p.num_groups == chosen), None)
-    if at is not None:
-        axes.plot(
-            [chosen],
-            [at.amad],
-            "o",
-            ms=13,
-            mfc="none",
-            mec=COLOURS[1],
-            mew=2,
-            label=f"this run: G = {chosen}",
-        )
+    axes.plot(
+        [chosen.num_groups],
+        [chosen.amad],
+        "o",
+        ms=13,
+        mfc="none",
+        mec=COLOURS[1],
+        mew=2,
+        label=f"this run: G = {chosen.num_groups}",
+    )
     axes.set(
         xlabel="number of groups G",
         ylabel="fractions of π",

@@ -33,7 +33,7 @@ def print_plan(console: Console, plan: GroupPlan, cost: "RunCost") -> None:
         f"{cost.total_per_layer / 1e15:.4g} PFLOPs, distances and the last layer counted (the "
         f"paper's count: {cost.paper_saving:.1%})."
     )
-    if cost.saving < 0:
+    if cost.saving < 0 and len(plan.saes) < sum(map(len, plan.saes)):
         console.print(
             "At this budget measuring the distances costs more than sharing saves; it is paid "
             "once, whatever the budget."

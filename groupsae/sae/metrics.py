@@ -1,7 +1,7 @@
 """Reconstruction quality per layer, from sums that are right over batches and processes."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -60,8 +60,3 @@ class Reconstruction(Metric):
             "l0": self.active / self.count,
             "fired": self.fired > 0,
         }
-
-
-def dead_share(fired: Bool[Tensor, "d_sae"]) -> float:
-    """Return the fraction of latents that never fired."""
-    return 1.0 - float(fired.float().mean())

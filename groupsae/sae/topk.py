@@ -47,7 +47,10 @@ class TopK(SAE):
             raise UserError(f"sae.k is {k}; it must lie between 1 and the {d_sae} latents.")
         self.d_model, self.d_sae, self.k = d_model, d_sae, k
         self.auxk_alpha, self.max_auxk = auxk_alpha, max(1, round(auxk_share * d_model))
-        directions = torch.randn(d_sae, d_model, generator=generator)
+        # the generator's device, not the default one: Lightning builds modules on the accelerator
+        directions = torch.randn(d_sae, d_model, generator=generator, device=generator.device).to(
+            torch.get_default_device()
+        )
         directions /= directions.norm(dim=1, keepdim=True)
         self.W_enc = nn.Parameter(directions.clone())
         self.b_enc = nn.Parameter(torch.zeros(d_sae))

@@ -76,7 +76,9 @@ class RunCost:
         paper_saving: as the paper counts: L SAEs against G without the last layer's.
         activations: true FLOPs per token of the truncated forward.
         sae: true FLOPs per token of one SAE.
-        distances: true FLOPs of the calibration pass, once for the run.
+        calibration: true FLOPs of the forward over the calibration text, once for the run;
+            per-layer SAEs need it as well, for their norm factors.
+        distances: true FLOPs of the angular distances, which only groups need.
         total: true FLOPs of the run.
         total_per_layer: the same with one SAE per layer, which needs no distances.
         saving: 1 - total / total_per_layer, the last layer alike on both sides.
@@ -87,6 +89,7 @@ class RunCost:
     paper_saving: float
     activations: int
     sae: int
+    calibration: int
     distances: int
     total: int
     total_per_layer: int
@@ -129,15 +132,17 @@ def run_cost(
     """
     paper_a, paper_t = activation_flops(num_layers, d_model, context), sae_flops(d_model, d_sae)
     forward, sae = activation_flops(layers_run, d_model, context), topk_flops(d_model, d_sae, k)
-    distances = calibration_tokens * (paper_a + distance_flops(num_layers, d_model))
-    total = tokens * (forward + num_saes * sae) + distances
-    total_per_layer = tokens * (forward + num_covered * sae)
+    calibration = calibration_tokens * paper_a
+    distances = calibration_tokens * distance_flops(num_layers, d_model)
+    total = tokens * (forward + num_saes * sae) + calibration + distances
+    total_per_layer = tokens * (forward + num_covered * sae) + calibration
     return RunCost(
         paper_activations=paper_a,
         paper_sae=paper_t,
         paper_saving=paper_saving(paper_a, paper_t, num_groups, num_layers),
         activations=forward,
         sae=sae,
+        calibration=calibration,
         distances=distances,
         total=total,
         total_per_layer=total_per_layer,

@@ -1,6 +1,7 @@
 """One group of layers and its SAE, and the training step that one or many of them share."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import lightning as L
@@ -62,17 +63,17 @@ class SAETraining(L.LightningModule):
         return self.trainer.strategy.reduce(value, reduce_op="sum")
 
     def log_training(self) -> None:
-        """Log what accumulated since the last time; the only place that reads from the device."""
+        """Log what accumulated since the last time: nothing is read for the log in between."""
         for member in self.members():
-            self.check_finite(member)
             for name, value in member.read_running(self.all_sum).items():
+                self.check_finite(member, value)  # a sum over all processes: all stop together
                 self.log(f"train/{name}/{member.name}", value, rank_zero_only=True)
         mean = sum(m.last_fvu for m in self.members()) / len(self.members())
         self.log("fvu", mean, prog_bar=True, logger=False)
 
-    def check_finite(self, member: "GroupSAE") -> None:
-        """Raise UserError if the member's loss has become NaN or infinite."""
-        if not bool(member.running.isfinite().all()):
+    def check_finite(self, member: "GroupSAE", value: float) -> None:
+        """Raise UserError if a value of the member has become NaN or infinite."""
+        if not math.isfinite(value):
             raise UserError(
                 f"{member.name}: the loss is not a finite number at step {self.global_step}. "
                 "Earlier checkpoints are whole. Lower optim.base_lr, or look for non-finite "
@@ -82,7 +83,8 @@ class SAETraining(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to save weights that are already spoilt."""
         for member in self.members():
-            self.check_finite(member)
+            weights = sum(float(p.detach().abs().sum()) for p in member.sae.parameters())
+            self.check_finite(member, weights + float(member.running.sum()))
 
     # ---- optimiser ----------------------------------------------------------------------
 
@@ -121,16 +123,17 @@ class SAETraining(L.LightningModule):
             for layer in m.layers
         }
 
-    def validation_step(self, batch: ActivationBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: Iterable[ActivationBatch], batch_idx: int) -> None:
         """Reconstruct every layer with its group's SAE."""
         owner = {layer: m for m in self.members() for layer in m.layers}
-        for slot, layer in enumerate(sorted(owner)):
-            x, _ = batch.rows(slot)
-            x_hat, latents = owner[layer].reconstruct(x, layer)
-            self.val_metrics[layer].update(x, x_hat, latents)
+        for part in batch:
+            for slot, layer in enumerate(sorted(owner)):
+                x, _ = part.rows(slot)
+                x_hat, latents = owner[layer].reconstruct(x, layer)
+                self.val_metrics[layer].update(x, x_hat, latents)
 
     def on_validation_epoch_end(self) -> None:
-        """Log fvu, l0 per layer, and mean fvu and dead share per group."""
+        """Log fvu and l0 per layer; per group their means and the latents that never fired."""
         results = {layer: metric.compute() for layer, metric in self.val_metrics.items()}
         for layer, result in results.items():
             self.log(f"val/fvu/layer.{layer}", result["fvu"].float(), rank_zero_only=True)
@@ -140,10 +143,10 @@ class SAETraining(L.LightningModule):
             fired = torch.stack([r["fired"] for r in mine]).any(0)
             fvu = torch.stack([r["fvu"] for r in mine]).mean()
             l0 = torch.stack([r["l0"] for r in mine]).mean()
-            dead = 1 - fired.float().mean()
+            unfired = 1 - fired.float().mean()
             self.log(f"val/fvu/{member.name}", fvu.float(), rank_zero_only=True)
             self.log(f"val/l0/{member.name}", l0.float(), rank_zero_only=True)
-            self.log(f"val/dead/{member.name}", dead, rank_zero_only=True)
+            self.log(f"val/unfired/{member.name}", unfired, rank_zero_only=True)
         everywhere = torch.stack([r["fvu"] for r in results.values()]).mean()
         self.log("val/fvu/mean", everywhere.float(), prog_bar=True, rank_zero_only=True)
 

@@ -3,12 +3,14 @@
 import csv
 import netrc
 import os
+import warnings
 from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -104,12 +106,24 @@ def make_wandb(*, project: str, folder: str, tags: list[str]) -> WandbLogger:
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     name = "-".join(path.parts[-2:])
-    return WandbLogger(
-        project=project,
-        save_dir=str(path),
-        name=name,
-        id=name[-64:],
-        resume="allow",
-        tags=list(tags),
-        offline=os.environ["WANDB_MODE"] in ("offline", "dryrun"),
-    )
+
+    def logger() -> WandbLogger:
+        return WandbLogger(
+            project=project,
+            save_dir=str(path),
+            name=name,
+            id=name[-64:],
+            resume="allow",
+            tags=list(tags),
+            offline=os.environ["WANDB_MODE"] in ("offline", "dryrun"),
+        )
+
+    made = logger()
+    if os.environ["WANDB_MODE"] == "online":
+        try:
+            made.experiment  # noqa: B018 - connects now, while falling back is still possible
+        except wandb.Error as error:
+            warnings.warn(f"W&B: {error}; this run is recorded offline", stacklevel=2)
+            os.environ["WANDB_MODE"] = "offline"
+            made = logger()
+    return made

@@ -24,13 +24,11 @@ class Measurement:
         distances: mean angular distance of every pair of layers, fractions of pi, [L, L].
         rms_norms: sqrt(mean |x|^2) of every layer, [L].
         provenance: model, text, tokens and options behind them.
-        cached: whether this came from the cache.
     """
 
     distances: np.ndarray
     rms_norms: np.ndarray
     provenance: dict[str, Any]
-    cached: bool = False
 
     @property
     def forward_tokens(self) -> int:
@@ -62,20 +60,13 @@ class Measurement:
                 stored["distances"],
                 stored["rms_norms"],
                 json.loads(str(stored["provenance"])),
-                cached=True,
             )
 
 
-def measure(
-    data: ActivationDataModule, trainer: L.Trainer, tokens: int, centring: str, cache: Path
-) -> Measurement:
-    """Return distances and norms, from the cache if this content was measured before.
-
-    The key is (model, weights, text, tokens, options), so a sweep over the number of groups
-    measures once. With several processes each takes its share and all get the same sums.
-    """
+def provenance_of(data: ActivationDataModule, tokens: int, centring: str) -> dict[str, Any]:
+    """Return what a measurement depends on: model and weights, text, tokens, options."""
     steps = data.steps_for("calibration", tokens)
-    provenance = {
+    return {
         "model": data.lm.name,
         "revision": data.lm.revision,
         "weights": data.lm.fingerprint(),
@@ -87,6 +78,17 @@ def measure(
         "exclude_special_tokens": data.exclude_special_tokens,
         "hookpoint": "resid_post",
     }
+
+
+def measure(
+    data: ActivationDataModule, trainer: L.Trainer, tokens: int, centring: str, cache: Path
+) -> Measurement:
+    """Return distances and norms, from the cache if this content was measured before.
+
+    The key is (model, weights, text, tokens, options), so a sweep over the number of groups
+    measures once. With several processes each takes its share and all get the same sums.
+    """
+    provenance = provenance_of(data, tokens, centring)
     key = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:16]
     path = cache / "angles" / f"{key}.npz"
     if trainer.strategy.broadcast(path.exists()):
@@ -104,17 +106,16 @@ def measure(
         TimeRemainingColumn(),
     )
     with Progress(*columns, transient=True, disable=trainer.global_rank != 0) as progress:
-        task = progress.add_task("", total=steps * len(passes), rate="")
+        task = progress.add_task("", total=provenance["tokens"] * len(passes), rate="")
         for metric in passes:
             if metric is angles:
                 angles.set_mean(moments.mean())
             for batch in data.calibration_batches(tokens):
                 for each in [moments, angles] if metric is None else [metric]:
                     each.update(batch.acts, batch.keep)
+                done = batch.acts.shape[1] * trainer.world_size
                 speed = progress.tasks[task].speed or 0.0
-                progress.update(
-                    task, advance=1, rate=f"{speed * data.tokens_per_step:,.0f} tokens/s"
-                )
+                progress.update(task, advance=done, rate=f"{speed:,.0f} tokens/s")
     result = Measurement(
         angles.compute().cpu().numpy(),
         torch.as_tensor(moments.rms_norm()).cpu().numpy(),

@@ -38,8 +38,8 @@ Held-out loss in nats per token while training (interim evaluations on fewer fil
 |---|---|---|
 {history}
 
-The loss was still falling when the budget ended: the run stopped because its token budget and
-the learning rate's decay ended, not because it had converged.
+Between the last two lines the held-out loss went from {before_last:.3f} to {last:.3f}; the run
+ended because its token budget and the learning rate's decay did.
 """
 
 
@@ -54,5 +54,14 @@ def model_card(facts: Mapping[str, Any]) -> str:
         for stage in facts["stages"]
         for tokens, loss in stage["heldout_history"]
     )
+    before_last, last = [loss for _, loss in facts["stages"][-1]["heldout_history"][-2:]]
     commands = "\n".join(f"    {stage['command']}" for stage in facts["stages"])
-    return CARD.format(**{**facts, "history": history, "commands": commands})
+    return CARD.format(
+        **{
+            **facts,
+            "history": history,
+            "commands": commands,
+            "before_last": before_last,
+            "last": last,
+        }
+    )

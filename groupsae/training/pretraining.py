@@ -39,12 +39,12 @@ class LanguageModel(L.LightningModule):
         self.warmup_steps, self.num_steps = warmup_steps, num_steps
 
     def loss(self, tokens: Tensor) -> Tensor:
-        """Return the mean cross-entropy in nats over the context-1 predictions of each block."""
+        """Return the mean cross-entropy in nats over the context predictions of each block."""
         logits = self.lm(tokens[:, :-1], use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
     def training_step(self, tokens: Tensor, batch_idx: int) -> Tensor:
-        """Return the loss of one batch, int64 [blocks, context]."""
+        """Return the loss of one batch, int64 [blocks, context + 1]."""
         loss = self.loss(tokens)
         self.log("train/loss", loss, prog_bar=True)
         return loss

@@ -11,7 +11,7 @@ from groupsae.errors import UserError
 from groupsae.grouping.choices import Choice
 from groupsae.grouping.plan import GroupPlan
 from groupsae.training.cost import RunCost, run_cost
-from groupsae.training.measure import Measurement, measure
+from groupsae.training.measure import Measurement, measure, provenance_of
 from groupsae.training.suite import GroupSAESuite
 
 
@@ -48,6 +48,7 @@ class GroupLayers(L.Callback):
         groups_file, angles_file = self.folder / "groups.json", self.folder / "angles.npz"
         # one answer for all processes, taken before rank 0 writes the files
         if trainer.strategy.broadcast(groups_file.exists() and angles_file.exists()):
+            self.confirm(data)
             self.measurement = Measurement.load(angles_file)
             self.plan = GroupPlan.from_json(json.loads(groups_file.read_text())["plan"])
         else:
@@ -68,6 +69,22 @@ class GroupLayers(L.Callback):
                     "saes": dict(zip(self.plan.names, self.plan.saes, strict=True)),
                     "measured": self.measurement.provenance,
                 },
+            )
+
+    def confirm(self, data: ActivationDataModule) -> None:
+        """Check that the run folder was made with today's model, weights and text.
+
+        Raises:
+            UserError: something has changed since; names what.
+        """
+        stored = json.loads((self.folder / "groups.json").read_text())["measured"]
+        today = provenance_of(data, self.tokens, self.centring)
+        changed = [name for name, value in today.items() if stored.get(name) != value]
+        if changed:
+            raise UserError(
+                f"{self.folder} was made with another {' and another '.join(changed)} (the files "
+                "have changed since). overwrite=true starts the run again; output=<folder> keeps "
+                "both."
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

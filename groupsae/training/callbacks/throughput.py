@@ -20,6 +20,15 @@ class Throughput(L.Callback):
         self.seconds = self.total_seconds = self._silent = 0.0
         self.tokens = self.total_tokens = 0
 
+    def state_dict(self) -> dict[str, float]:
+        """Return the totals, so that a resumed run goes on counting."""
+        return {"seconds": self.total_seconds, "tokens": self.total_tokens}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Go on counting."""
+        self.total_seconds = state_dict["seconds"]
+        self.total_tokens = int(state_dict["tokens"])
+
     def overall(self) -> float:
         """Return tokens per second since the start."""
         return self.total_tokens / self.total_seconds if self.total_seconds else float("nan")
