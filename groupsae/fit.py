@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import resource
 import warnings
 import zipfile
@@ -63,7 +64,8 @@ def fit(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> int:
         console.print("This run was finished before; overwrite=true trains it again.")
         return 0
     if checkpoint is not None:
-        console.print(f"going on from {checkpoint}")
+        console.print(f"going on from {checkpoint}", soft_wrap=True)
+    announce(run, cfg, console)
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     for logger in run.trainer.loggers:
         logger.log_hyperparams(config)
@@ -82,7 +84,8 @@ def _train(
     if run.stop.received is not None and trainer.global_step < data.num_steps:
         console.print(
             f"stopped at step {trainer.global_step} of {data.num_steps}; go on with\n"
-            f"  python -m groupsae.train resume={folder}"
+            f"  python -m groupsae.train resume={folder}",
+            soft_wrap=True,  # a command must come out in one piece
         )
         return 128 + run.stop.received
     trainer.save_checkpoint(folder / "checkpoints" / f"step={trainer.global_step}.ckpt")
@@ -90,7 +93,9 @@ def _train(
     if trainer.is_global_zero:
         save_suite(folder, run, cfg)
         figures = {
-            "training": training_curves(read_metrics(folder / "metrics.csv"), data.tokens_per_step)
+            "training": training_curves(
+                read_metrics(folder / "metrics.csv"), data.tokens_per_step, data.num_steps
+            )
         }
         save_figures(folder / "figures", figures, trainer.loggers)
         summary = summarise(run, folder)
@@ -166,8 +171,23 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # lightning 2.6 on torch 2.13
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # tokens are a memmap
     warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", ".*broadcast_buffers.*")  # torch 2.13, no other way
     warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # our metrics are synchronised sums
     warnings.filterwarnings("ignore", ".*dataloader is not resumable.*")  # ours is: StepSampler
+
+
+def announce(run: Run, cfg: DictConfig, console: Console) -> None:
+    """Say what is about to be trained, and where it is recorded."""
+    data, geometry = run.data, run.data.lm.geometry
+    tokens = data.num_steps * data.tokens_per_step
+    console.print(
+        f"{cfg.model.name}: {geometry.num_layers} layers, d_model {geometry.d_model}; "
+        f"{tokens:,} tokens per SAE in {data.num_steps:,} steps of {data.tokens_per_step:,}"
+        + (f" (whole steps of the {cfg.tokens:,} asked for)" if tokens != cfg.tokens else "")
+    )
+    if "wandb" in (cfg.logger or {}) and os.environ.get("WANDB_MODE") == "offline":
+        place = run.grouping.folder / "wandb"
+        console.print(f"W&B records offline; later: wandb sync {place}/offline-*", soft_wrap=True)
 
 
 def _verify(checkpoint: Path) -> None:

@@ -108,6 +108,8 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
         ckpt_path=checkpoint,
     )
 
+    history = read_history(output / "metrics.csv", cfg)  # before the last, larger evaluation
+
     trainer.limit_val_batches = 1.0
     heldout = trainer.validate(module, loader("heldout", all_heldout, None), verbose=False)
     tokens = blocks.blocks["heldout"][: all_heldout * cfg.data.blocks_per_step]
@@ -119,15 +121,16 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
         "num_layers": cfg.model.num_layers,
         "command": command(),
         "train_tokens": num_steps * cfg.data.blocks_per_step * cfg.model.context,
-        "heldout_history": read_history(output / "metrics.csv", cfg),
+        "heldout_history": history,
     }
-    before = json.loads((Path(cfg.init).parent / "result.json").read_text()) if cfg.init else None
+    before = json.loads((Path(cfg.init) / "training.json").read_text()) if cfg.init else None
     stages = [*(before["stages"] if before else []), stage]
     result = {
         "name": cfg.name,
         **cfg.model,
         **cfg.optim,
         "betas": list(cfg.optim.betas),
+        "eval_tokens": cfg.eval_blocks * cfg.model.context,
         "tokens_per_step": cfg.data.blocks_per_step * cfg.model.context,
         "corpus": f"{blocks.manifest['documents']:,} distinct Python files: the standard library "
         "and the source of the packages pinned in constraints.txt",
@@ -144,7 +147,7 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
     }
     lm.bfloat16().save_pretrained(output / "model")
     tokenizer.save_pretrained(output / "model")
-    write_json(output / "result.json", result)
+    write_json(output / "model" / "training.json", result)
     (output / "model" / "README.md").write_text(model_card(result))
     print(json.dumps(result, indent=1))
     return result
@@ -158,7 +161,7 @@ def command() -> str:
 def read_history(path: Path, cfg: DictConfig) -> list[tuple[int, float]]:
     """Return (tokens, held-out loss) of every evaluation in a `metrics.csv`."""
     return [
-        (step * cfg.data.blocks_per_step * cfg.model.context, value)
+        ((step + 1) * cfg.data.blocks_per_step * cfg.model.context, value)
         for step, name, value in read_metrics(path)
         if name == "heldout/loss"
     ]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from groupsae.data.writer import write_json
@@ -29,8 +29,9 @@ def save_sae(folder: Path, sae: SAE, config: dict[str, Any]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().float().cpu().contiguous() for name, p in sae.named_parameters()}
-    save_file(tensors, folder / "sae.safetensors.tmp")
-    (folder / "sae.safetensors.tmp").replace(folder / "sae.safetensors")
+    beside = folder / "sae.safetensors.tmp"
+    beside.write_bytes(save(tensors))  # (save_file would make it readable by its owner only)
+    beside.replace(folder / "sae.safetensors")
     write_json(folder / "cfg.json", {"format": FORMAT, **config})
 
 
@@ -53,6 +54,10 @@ class Suite:
     def layers(self) -> list[int]:
         """Return all layers that have an SAE."""
         return sorted(self._owner)
+
+    def __repr__(self) -> str:
+        """Return the groups and their widths."""
+        return f"Suite({', '.join(f'{n}: {s.d_sae} latents' for n, s in self.saes.items())})"
 
     def to(self, device: torch.device | str) -> "Suite":
         """Move every SAE to a device; returns the suite itself."""

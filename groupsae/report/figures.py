@@ -108,12 +108,15 @@ def amad_curve(curve: Sequence[Partition], chosen: Partition, theta: float | Non
     return figure
 
 
-def training_curves(rows: Sequence[tuple[int, str, float]], tokens_per_step: int) -> Figure:
+def training_curves(
+    rows: Sequence[tuple[int, str, float]], tokens_per_step: int, num_steps: int
+) -> Figure:
     """Return held-out FVU per group and dead latents per group against tokens.
 
     Args:
         rows: (step, metric, value) of `metrics.csv`.
         tokens_per_step: turns steps into tokens.
+        num_steps: of the run; the evaluation after the last step is logged one step later.
     """
     figure = Figure(figsize=(9.0, 3.8), layout="constrained", dpi=150)
     left, right = figure.subplots(1, 2)
@@ -126,7 +129,7 @@ def training_curves(rows: Sequence[tuple[int, str, float]], tokens_per_step: int
         for i, name in enumerate(names):
             points = [(step, value) for step, n, value in rows if n == name]
             axes.plot(
-                [(s + 1) * tokens_per_step / 1e6 for s, _ in points],
+                [min(s + 1, num_steps) * tokens_per_step / 1e6 for s, _ in points],
                 [v for _, v in points],
                 color=COLOURS[i % len(COLOURS)],
                 ls=("-", "--", ":")[i // len(COLOURS) % 3],

@@ -16,10 +16,11 @@ def print_plan(console: Console, plan: GroupPlan, cost: "RunCost") -> None:
     """Print the chosen groups and the saving they promise."""
     part = plan.partition
     groups = "1 group" if part.num_groups == 1 else f"{part.num_groups} groups"
-    table = Table(
-        title=f"{groups}, rule {part.rule}, AMAD {part.amad:.4f}, "
-        f"largest diameter {part.max_diameter:.4f} (fractions of pi)"
+    console.print(
+        f"{groups}, rule {part.rule}, AMAD {part.amad:.4f}, largest diameter "
+        f"{part.max_diameter:.4f} (fractions of pi)"
     )
+    table = Table()
     table.add_column("group")
     table.add_column("layers")
     table.add_column("diameter", justify="right")
@@ -30,8 +31,9 @@ def print_plan(console: Console, plan: GroupPlan, cost: "RunCost") -> None:
     console.print(table)
     console.print(
         f"{len(plan.saes)} SAEs instead of {sum(map(len, plan.saes))}: saves {cost.saving:.1%} of "
-        f"{cost.total_per_layer / 1e15:.4g} PFLOPs, distances and the last layer counted (the "
-        f"paper's count: {cost.paper_saving:.1%})."
+        f"the {_flops(cost.total_per_layer)} of one SAE per layer, with distances, sparse "
+        "decoding and the last layer counted "
+        f"(the paper's count, dense and without them: {cost.paper_saving:.1%})."
     )
     if cost.saving < 0 and len(plan.saes) < sum(map(len, plan.saes)):
         console.print(
@@ -68,9 +70,17 @@ def print_result(console: Console, summary: Mapping[str, Any]) -> None:
     cost, speed = summary["cost"], summary["tokens_per_second"]
     console.print(
         f"{summary['tokens']:,} tokens per SAE at {speed:,.0f} tokens/s; saved "
-        f"{cost['saving']:.1%} of the FLOPs of one SAE per layer.\n"
-        f"Run folder: {summary['folder']}"
+        f"{cost['saving']:.1%} of the FLOPs of one SAE per layer."
     )
+    console.print(f"Run folder: {summary['folder']}", soft_wrap=True)
+
+
+def _flops(count: float) -> str:
+    """Return a count of FLOPs with a readable prefix."""
+    for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T")):
+        if count >= size:
+            return f"{count / size:.3g} {prefix}FLOP"
+    return f"{count / 1e9:.3g} GFLOP"
 
 
 def _span(layers: list[int]) -> str:

@@ -32,14 +32,15 @@ decay {weight_decay:g}, gradient norm clipped at 1, {tokens_per_step:,} tokens a
 
 {commands}
 
-Held-out loss in nats per token while training (interim evaluations on fewer files):
+Held-out loss in nats per token while training, on the same {eval_tokens:,} held-out tokens each
+time (the figure above is over more of them):
 
 | layers | tokens | held-out loss |
 |---|---|---|
 {history}
 
-Between the last two lines the held-out loss went from {before_last:.3f} to {last:.3f}; the run
-ended because its token budget and the learning rate's decay did.
+The loss went from {first:.3f} to {last:.3f} in the last run and was {trend}: the run ended because
+its token budget and the learning rate's decay did. {notes}
 """
 
 
@@ -47,21 +48,24 @@ def model_card(facts: Mapping[str, Any]) -> str:
     """Return the model card in Markdown.
 
     Args:
-        facts: the pretraining run's `result.json`.
+        facts: the model's `training.json`, as pretraining writes it.
     """
     history = "\n".join(
         f"| {stage['num_layers']} | {tokens:,} | {loss:.3f} |"
         for stage in facts["stages"]
         for tokens, loss in stage["heldout_history"]
     )
-    before_last, last = [loss for _, loss in facts["stages"][-1]["heldout_history"][-2:]]
     commands = "\n".join(f"    {stage['command']}" for stage in facts["stages"])
+    losses = [loss for _, loss in facts["stages"][-1]["heldout_history"]]
+    trend = "still falling at its end" if losses[-1] < losses[-2] else "no longer falling"
     return CARD.format(
         **{
             **facts,
             "history": history,
             "commands": commands,
-            "before_last": before_last,
-            "last": last,
+            "first": losses[0],
+            "last": losses[-1],
+            "trend": trend,
+            "notes": " ".join(stage["notes"] for stage in facts["stages"] if "notes" in stage),
         }
     )
