@@ -27,7 +27,7 @@ autoencoders can be tried without a download; it writes plausible Python and kno
 
 ## How it was trained
 
-AdamW {betas}, peak learning rate {lr:g}, {warmup_steps} steps of warm-up, linear decay to zero, weight
+AdamW {betas}, peak learning rate {lr:g} in the last run, {warmup_steps} steps of warm-up, linear decay to zero, weight
 decay {weight_decay:g}, gradient norm clipped at 1, {tokens_per_step:,} tokens a step, float32.
 
 {commands}
