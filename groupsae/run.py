@@ -74,7 +74,9 @@ POSITIVE = (  # counts
 
 def check_values(cfg: DictConfig) -> None:
     """Raise UserError if a mandatory value is missing or a number is out of range."""
-    missing = sorted(OmegaConf.missing_keys(cfg))
+    # (the loggers' folder is worked out from the rest, so it cannot be looked at yet)
+    rest = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "logger"])
+    missing = sorted(OmegaConf.missing_keys(rest))
     if missing:
         raise UserError(f"{missing[0]} has no default: give {missing[0]}=<value>.")
     for key in POSITIVE:

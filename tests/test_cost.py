@@ -137,7 +137,7 @@ def test_the_true_cost_of_a_run_adds_up():
     assert cost.distances == 100 * distance_flops(6, 32)
     measured = cost.calibration + cost.distances
     assert cost.total == 1000 * (cost.activations + 3 * cost.sae) + measured
-    assert cost.total_per_layer == 1000 * (cost.activations + 5 * cost.sae)
+    assert cost.total_per_layer == 1000 * (cost.activations + 5 * cost.sae) + cost.calibration
     assert cost.saving == 1 - cost.total / cost.total_per_layer
     assert cost.paper_saving == paper_saving(cost.paper_activations, cost.paper_sae, 2, 6)
     assert cost.as_dict()["total"] == cost.total

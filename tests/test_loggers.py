@@ -6,6 +6,7 @@ import struct
 import warnings
 
 import pytest
+import wandb
 
 from groupsae.training.loggers import MetricsCSV, has_wandb_account, make_wandb, read_metrics
 
@@ -97,7 +98,15 @@ def test_the_mode_is_online_only_with_an_account_unless_the_user_says_so(
         monkeypatch.setenv("WANDB_API_KEY", "0123")
     if mode:
         monkeypatch.setenv("WANDB_MODE", mode)
+    monkeypatch.setattr("lightning.pytorch.loggers.WandbLogger.experiment", None)  # no connecting
     assert make(no_account / "run")._offline is offline
+
+
+def test_a_key_that_does_not_work_means_offline_and_not_a_crash(no_account, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0123")
+    with pytest.warns(UserWarning, match="recorded offline"):
+        assert make(no_account / "run")._offline
+    wandb.teardown()  # it remembers the key for the rest of the process
 
 
 def test_a_run_goes_on_under_the_name_of_its_folder(no_account):
