@@ -186,3 +186,31 @@ def test_a_loss_that_becomes_nan_stops_the_run_and_keeps_the_checkpoints(
     assert checkpoint.name == "step=3.ckpt"
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert all(t.isfinite().all() for name, t in state.items() if "sae." in name)
+
+
+def test_a_finished_run_is_not_shown_for_text_that_has_changed(
+    tiny_lm: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text"
+    shutil.copytree(tiny_text, text)
+    arguments = overrides(tiny_lm, text, tmp_path / "out")
+    assert run(arguments)[0] == 0
+    (text / "000.txt").write_text("other words\n" * 200)
+    with pytest.raises(UserError, match="another text"):
+        run(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["groups=count"], "groups.num_groups has no default"),
+        (["output=/dev/null/x"], "Set output="),
+    ],
+)
+def test_the_command_line_names_a_missing_value_and_a_folder_that_cannot_be(
+    arguments: list[str], sentence: str
+) -> None:
+    done = command(*arguments)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

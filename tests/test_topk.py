@@ -273,3 +273,17 @@ def test_decode_takes_latents_from_anywhere():
     sae = make_sae()
     latents = SparseLatents(torch.tensor([[2.0]], dtype=torch.float64), torch.tensor([[7]]))
     torch.testing.assert_close(sae.decode(latents)[0], 2 * sae.W_dec[7] + sae.b_dec, **EXACT)
+
+
+def test_weights_are_drawn_on_the_generators_device_and_go_to_the_default_one():
+    # Lightning builds modules with the accelerator as the default device
+    with torch.device("meta"):
+        sae = TopK(
+            d_model=8,
+            expansion=2,
+            k=2,
+            auxk_alpha=0.0,
+            auxk_share=0.5,
+            generator=torch.Generator("cpu"),
+        )
+    assert {p.device.type for p in sae.parameters()} == {"meta"}
