@@ -110,7 +110,8 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
     L.seed_everything(cfg.seed, verbose=False)
     lm, choice = make(cfg.model), make(cfg.groups)
     choice.check(lm.geometry.num_layers)
-    make(cfg.sae)(d_model=lm.geometry.d_model, generator=torch.Generator())  # fails now if ever
+    sae = make(cfg.sae)
+    sae(d_model=lm.geometry.d_model, generator=torch.Generator())  # fails now if ever
     cache = Path(cfg.output) / "cache"
     data = ActivationDataModule(
         lm=lm,
@@ -121,7 +122,7 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
         **cfg.stream,
     )
     suite = GroupSAESuite(
-        sae=make(cfg.sae),
+        sae=sae,
         d_model=lm.geometry.d_model,
         seed=cfg.seed,
         optim=make(cfg.optim),

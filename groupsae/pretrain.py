@@ -12,12 +12,11 @@ import hydra
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from groupsae.config import CONF, check_choices
+from groupsae.config import CONF, check_choices, make
 from groupsae.data.loader import StepSampler, make_loader
 from groupsae.data.splits import Split, split_of
 from groupsae.data.tokens import Packing, load_token_blocks
@@ -35,7 +34,7 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
     keep_freed_memory()
     L.seed_everything(cfg.seed, verbose=False)
     output, cache = Path(cfg.output), Path(cfg.cache)
-    source = instantiate(cfg.source)
+    source = make(cfg.source)
     packing = Packing(
         context=cfg.model.context + 1,
         prepend_bos=False,

@@ -142,8 +142,13 @@ def open_run(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Path, P
         cfg = _config_to_resume(cfg, folder, overrides)
     elif cfg.overwrite and folder.exists() and is_leader():
         shutil.rmtree(folder)
-    if not is_leader():
-        return cfg, folder, None if cfg.overwrite else last_checkpoint(folder)
+    if is_leader():
+        _remember(cfg, folder, overrides)
+    return cfg, folder, None if cfg.overwrite else last_checkpoint(folder)
+
+
+def _remember(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
+    """Write the configuration into the run folder; a resumed run keeps its first command."""
     try:
         (folder / ".hydra").mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
@@ -154,7 +159,6 @@ def open_run(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Path, P
             f"cannot write to {folder}: {error.strerror}. Set output=<folder> to a "
             "place that can be written."
         ) from error
-    return cfg, folder, None if cfg.overwrite else last_checkpoint(folder)
 
 
 def _config_to_resume(cfg: DictConfig, folder: Path, overrides: list[str]) -> DictConfig:
