@@ -17,7 +17,8 @@ from lightning.pytorch.profilers import SimpleProfiler
 from rich.console import Console
 
 from groupsae.config import CONF
-from groupsae.fit import build, quiet
+from groupsae.fit import build
+from groupsae.screen import quiet
 from groupsae.run import register_resolver
 
 RESULT = Path(__file__).parent / "results" / "profile_step.md"

@@ -1,23 +1,21 @@
 """Build the objects of one configuration, fit, and leave the results in the run folder."""
 
 import json
-import logging
 import os
 import resource
-import warnings
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-import transformers
 import wandb
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from groupsae import __version__
+from groupsae.assess import assess
 from groupsae.config import make
 from groupsae.data.activations import ActivationDataModule
 from groupsae.data.writer import write_json
@@ -27,10 +25,12 @@ from groupsae.report.dashboard import Dashboard, save_figures
 from groupsae.report.figures import training_curves
 from groupsae.report.tables import print_result
 from groupsae.run import is_leader
+from groupsae.screen import quiet
 from groupsae.training.allocator import keep_freed_memory
 from groupsae.training.callbacks.grouping import GroupLayers
 from groupsae.training.callbacks.stop import StopOnSignal
 from groupsae.training.callbacks.throughput import Throughput
+from groupsae.training.ledger import ledger
 from groupsae.training.loggers import read_metrics
 from groupsae.training.suite import GroupSAESuite
 
@@ -62,6 +62,8 @@ def fit(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> int:
         run.grouping.confirm(run.data)
         print_result(console, json.loads(summary_file.read_text()))
         console.print("This run was finished before; overwrite=true trains it again.")
+        if cfg.evaluate and not (folder / "evaluation" / "evaluation.json").exists():
+            assess(folder, cfg, cfg.evaluation, "auto")
         return 0
     if checkpoint is not None:
         console.print(f"going on from {checkpoint}", soft_wrap=True)
@@ -98,9 +100,12 @@ def _train(
             )
         }
         save_figures(folder / "figures", figures, trainer.loggers)
+        write_json(folder / "ledger.json", ledger(suite, data, run.grouping, run.throughput))
         summary = summarise(run, folder)
         write_json(folder / "summary.json", summary)
         print_result(console, summary)
+        if cfg.evaluate:
+            assess(folder, cfg, cfg.evaluation, str(suite.device))
     return 0
 
 
@@ -123,12 +128,19 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
     )
     suite = GroupSAESuite(
         sae=sae,
+        expansion=cfg.sae.expansion,
         d_model=lm.geometry.d_model,
         seed=cfg.seed,
         optim=make(cfg.optim),
         dead_after=cfg.dead_after,
     )
-    grouping = GroupLayers(choice=choice, folder=str(folder), cache=str(cache), **cfg.calibration)
+    grouping = GroupLayers(
+        choice=choice,
+        folder=str(folder),
+        cache=str(cache),
+        say=console.print,
+        **cfg.calibration,
+    )
     stop, throughput = StopOnSignal(folder=str(folder / "checkpoints")), Throughput()
     loggers = [make(logger) for logger in (cfg.logger or {}).values()]
     trainer = L.Trainer(
@@ -164,19 +176,6 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
     return Run(trainer, suite, data, grouping, throughput, stop)
 
 
-def quiet() -> None:
-    """Keep third-party chatter off the screen: what remains is ours or a warning that matters."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # lightning 2.6 on torch 2.13
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # tokens are a memmap
-    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", ".*broadcast_buffers.*")  # torch 2.13, no other way
-    warnings.filterwarnings("ignore", ".*sync_dist=True.*")  # our metrics are synchronised sums
-    warnings.filterwarnings("ignore", ".*dataloader is not resumable.*")  # ours is: StepSampler
-
-
 def announce(run: Run, cfg: DictConfig, console: Console) -> None:
     """Say what is about to be trained, and where it is recorded."""
     data, geometry = run.data, run.data.lm.geometry
@@ -208,11 +207,14 @@ def _verify(checkpoint: Path) -> None:
 def save_suite(folder: Path, run: Run, cfg: DictConfig) -> None:
     """Write every group's SAE into `saes/<group>/`."""
     architecture, measurement = cfg.sae._target_, run.grouping.measurement
+    plan = run.grouping.plan
     assert measurement is not None
-    for member in run.suite.members():
+    assert plan is not None
+    for member, planned in zip(run.suite.members(), plan.members, strict=True):
         arguments = {
             "d_model": member.sae.d_model,
             **{k: v for k, v in cfg.sae.items() if not k.startswith("_")},
+            "expansion": cfg.sae.expansion * planned.width,
         }
         save_sae(
             folder / "saes" / member.name,
@@ -221,6 +223,7 @@ def save_suite(folder: Path, run: Run, cfg: DictConfig) -> None:
                 "architecture": architecture,
                 "arguments": arguments,
                 "d_sae": member.sae.d_sae,
+                "width": planned.width,
                 "layers": member.layers,
                 "hookpoint": "resid_post",
                 "norm_factors": {
@@ -255,7 +258,9 @@ def summarise(run: Run, folder: Path) -> dict[str, Any]:
             "l0": values[f"val/l0/{member.name}"],
             "dead": float(member.dead().double().mean()),
             "unfired": values[f"val/unfired/{member.name}"],
-            "fvu_per_layer": {x: values[f"val/fvu/layer.{x}"] for x in member.layers},
+            "fvu_per_layer": {
+                x: float(suite.val_results[member.name, x]["fvu"]) for x in member.layers
+            },
         }
     part = grouping.plan.partition
     return {

@@ -21,6 +21,8 @@ RUNTIME = (
     "overwrite",
     "log_every",
     "checkpoint_every",
+    "evaluate",
+    "evaluation",
     "stream.num_workers",
     "stream.blocks_per_forward",
 )
@@ -147,6 +149,34 @@ def open_run(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Path, P
     return cfg, folder, None if cfg.overwrite else last_checkpoint(folder)
 
 
+def finished_run(folder: Path) -> DictConfig:
+    """Return the configuration of a finished run.
+
+    Raises:
+        UserError: there is no run, or it is not finished.
+    """
+    saved = _saved_config(folder, "run")
+    if not (folder / "summary.json").exists():
+        raise UserError(
+            f"run={folder} has no SAEs yet: it was not finished. Finish it with\n"
+            f"  python -m groupsae.train resume={folder}"
+        )
+    saved.resume = str(folder)
+    return saved
+
+
+def _saved_config(folder: Path, key: str) -> DictConfig:
+    saved_file = folder / ".hydra" / "config.yaml"
+    if not saved_file.exists():
+        raise UserError(
+            f"{key}={folder}: no run there (no .hydra/config.yaml). Name a run "
+            "folder such as outputs/tiny/amad-0.2/<...>."
+        )
+    saved = OmegaConf.load(saved_file)
+    assert isinstance(saved, DictConfig)
+    return saved
+
+
 def _remember(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     """Write the configuration into the run folder; a resumed run keeps its first command."""
     try:
@@ -162,14 +192,7 @@ def _remember(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
 
 
 def _config_to_resume(cfg: DictConfig, folder: Path, overrides: list[str]) -> DictConfig:
-    saved_file = folder / ".hydra" / "config.yaml"
-    if not saved_file.exists():
-        raise UserError(
-            f"resume={folder}: no run there (no .hydra/config.yaml). Name a run "
-            "folder such as outputs/tiny/amad-0.2/<...>."
-        )
-    saved = OmegaConf.load(saved_file)
-    assert isinstance(saved, DictConfig)
+    saved = _saved_config(folder, "resume")
     before = content_hash(saved)
     for override in overrides:
         key = override.split("=")[0].lstrip("+~").split("@")[0].replace("/", ".")

@@ -1,19 +1,22 @@
 """FLOP counts: the paper's figures, and the true count against a FLOP counter."""
 
+import dataclasses
 import math
+import time
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, GPTNeoXConfig
 
+from groupsae.cost.stopwatch import Stopwatch
 from groupsae.lm.blocks import find_blocks, run_blocks
 from groupsae.sae.topk import TopK
-from groupsae.training.cost import (
+from groupsae.cost.model import (
+    Workload,
     activation_flops,
     distance_flops,
     paper_saving,
-    paper_saving_both_sides,
     run_cost,
     sae_flops,
     topk_flops,
@@ -43,12 +46,7 @@ def test_savings_are_the_published_ones(published):
     layers, width, _, _, groups, saving, both_sides = published
     a, t = activation_flops(layers, width, 1024), sae_flops(width, 16 * width)
     assert round(100 * paper_saving(a, t, groups, layers), 2) == saving
-    assert round(100 * paper_saving_both_sides(a, t, groups, layers), 1) == both_sides
-
-
-def test_both_sides_equals_the_quotient_of_the_two_totals():
-    assert paper_saving_both_sides(10.0, 2.0, 3, 8) == pytest.approx(1 - (10 + 4 * 2) / (10 + 16))
-    assert paper_saving_both_sides(10.0, 2.0, 7, 8) == 0.0
+    assert round(100 * paper_saving(a, t, groups + 1, layers), 1) == both_sides
 
 
 def tiny_model():
@@ -123,14 +121,13 @@ def test_the_distance_count_is_what_a_flop_counter_sees():
     )
 
 
-RUN = {
-    "num_layers": 6, "layers_run": 5, "num_groups": 2, "num_saes": 3, "num_covered": 5,
-    "d_model": 32, "d_sae": 128, "k": 8, "context": 64, "tokens": 1000, "calibration_tokens": 100,
-}  # fmt: skip
+WORK = Workload(
+    num_layers=6, layers_run=5, d_model=32, k=8, context=64, tokens=1000, calibration_tokens=100
+)
 
 
 def test_the_true_cost_of_a_run_adds_up():
-    cost = run_cost(**RUN)
+    cost = run_cost(WORK, num_groups=2, num_saes=3, d_sae=128)
     assert cost.activations == 24 * 5 * 32**2 + 4 * 5 * 64 * 32
     assert cost.sae == 4 * 32 * 128 + 6 * 32 * 8
     assert cost.calibration == 100 * activation_flops(6, 32, 64)
@@ -140,11 +137,34 @@ def test_the_true_cost_of_a_run_adds_up():
     assert cost.total_per_layer == 1000 * (cost.activations + 5 * cost.sae) + cost.calibration
     assert cost.saving == 1 - cost.total / cost.total_per_layer
     assert cost.paper_saving == paper_saving(cost.paper_activations, cost.paper_sae, 2, 6)
+    both = paper_saving(cost.paper_activations, cost.paper_sae, 3, 5)
+    assert cost.paper_saving_both_sides == both
     assert cost.as_dict()["total"] == cost.total
 
 
 def test_one_sae_per_layer_saves_nothing_and_cached_distances_cost_nothing():
-    cost = run_cost(**RUN | {"num_saes": 5, "calibration_tokens": 0})
+    unmeasured = dataclasses.replace(WORK, calibration_tokens=0)
+    cost = run_cost(unmeasured, num_groups=5, num_saes=5, d_sae=128)
     assert cost.distances == 0
     assert cost.saving == 0
-    assert run_cost(**RUN | {"num_saes": 5}).saving < 0
+    assert run_cost(WORK, num_groups=5, num_saes=5, d_sae=128).saving < 0
+
+
+def test_smaller_saes_cost_what_the_groups_they_stand_for_cost():
+    groups, smaller = [128] * 2, [128 * 2 // 4] * 4  # two groups of four layers
+    assert WORK.paper_total(groups) == WORK.paper_total(smaller)
+    decoding = 6 * 32 * 8 * 1000  # k rows a token, whatever the width: the only difference
+    assert WORK.saes(smaller) - WORK.saes(groups) == 2 * decoding
+
+
+def test_the_stopwatch_adds_up_and_goes_on_from_a_stored_sum():
+    watch = Stopwatch()
+    watch.stop()  # never started
+    assert watch.seconds == 0
+    watch.seconds = 5.0
+    with watch:
+        time.sleep(0.01)
+    watch.start()
+    time.sleep(0.01)
+    watch.stop()
+    assert 5.02 <= watch.seconds < 6

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from groupsae.cost.stopwatch import Stopwatch
 from groupsae.data.draws import draw_layers
 from groupsae.data.loader import StepSampler, make_loader
 from groupsae.data.sources import Source
@@ -117,6 +118,7 @@ class ActivationDataModule(L.LightningDataModule):
         self.num_steps = tokens // self.tokens_per_step
         self.slots: list[list[int]] = []
         self.blocks_seen = 0
+        self.stopwatch = Stopwatch()  # of the language model's forwards in training
         self._blocks: TokenBlocks | None = None
 
     # ---- data ---------------------------------------------------------------------------
@@ -148,9 +150,13 @@ class ActivationDataModule(L.LightningDataModule):
             self.steps_for(split, None)
         if not hasattr(self, "model"):
             device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-            self.model, self.lm_blocks = self.lm.load(device)
-            special = self.lm.tokenizer().all_special_ids
-            self.special_ids = torch.tensor(special, device=device)
+            self.use(*self.lm.load(device), device)
+
+    def use(self, model: nn.Module, blocks: nn.ModuleList, device: torch.device) -> None:
+        """Run this copy of the language model, with or without its head, and no other."""
+        self.model, self.lm_blocks = model, blocks
+        special = self.lm.tokenizer().all_special_ids
+        self.special_ids = torch.tensor(special, device=device)
 
     def loader(
         self, split: Split, num_steps: int, seed: int | None, first_step: int = 0
@@ -208,7 +214,10 @@ class ActivationDataModule(L.LightningDataModule):
         share = self.blocks_per_step // self.trainer.world_size
         first = self.blocks_seen + self.trainer.global_rank * share
         self.blocks_seen += self.blocks_per_step
-        return self.activations(batch, self.slots, first * self.packing.context)
+        self.stopwatch.start(batch.device)
+        made = self.activations(batch, self.slots, first * self.packing.context)
+        self.stopwatch.stop()
+        return made
 
     def used_layers(self) -> list[int]:
         """Return every layer that some slot draws from, sorted."""
@@ -265,7 +274,11 @@ class ActivationDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the data, and what it is a position in."""
-        return {"blocks_seen": self.blocks_seen, "tokens_key": self.blocks.key}
+        return {
+            "blocks_seen": self.blocks_seen,
+            "tokens_key": self.blocks.key,
+            "seconds": self.stopwatch.seconds,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved position.
@@ -280,3 +293,4 @@ class ActivationDataModule(L.LightningDataModule):
                 "a new run, or bring back the old text."
             )
         self.blocks_seen = state_dict["blocks_seen"]
+        self.stopwatch.seconds = state_dict["seconds"]

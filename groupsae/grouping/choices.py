@@ -17,7 +17,14 @@ from groupsae.grouping.partition import (
     validate_distances,
 )
 from groupsae.grouping.plan import GroupPlan, check_last_layer, num_groupable
-from groupsae.grouping.rules import check_num_groups, check_rule, check_theta, choose, partition
+from groupsae.grouping.rules import (
+    check_num_groups,
+    check_rule,
+    check_theta,
+    choose,
+    curve,
+    partition,
+)
 
 
 class Choice(ABC):
@@ -29,6 +36,8 @@ class Choice(ABC):
     Raises:
         UserError: last_layer is none of them.
     """
+
+    theta: float | None = None  # the bound on AMAD, where one chooses
 
     def __init__(self, *, last_layer: str) -> None:
         self.last_layer = check_last_layer(last_layer)
@@ -54,8 +63,15 @@ class Choice(ABC):
         square = validate_distances(distances)
         self.check(len(square))
         groupable = num_groupable(len(square), self.last_layer)
-        groups = self._partition(square[:groupable, :groupable])
-        return GroupPlan(groups, self.last_layer, len(square))
+        return self._plan(square[:groupable, :groupable], len(square))
+
+    def least_saes(self, num_layers: int) -> int:
+        """Return a number of SAEs that this choice will not go below, known before measuring."""
+        return 1
+
+    def _plan(self, grouped: Distances, num_layers: int) -> GroupPlan:
+        """Return the plan from the distances of the layers that are grouped."""
+        return GroupPlan(self._partition(grouped), self.last_layer, num_layers, self.theta)
 
     @abstractmethod
     def _name(self) -> str: ...
@@ -203,6 +219,65 @@ class Published(Choice):
 
     def _partition(self, distances: Distances) -> Partition:
         return choose(distances, self.theta, "published")
+
+
+class All(Choice):
+    """Every number of groups at once, from one stream, as the paper trained them.
+
+    For each rule the partitions for G = 1..n of the n layers to group; a group that several
+    partitions share is trained once. G = n is the baseline of one SAE per layer. The first rule
+    and theta decide which partition the run is summarised by.
+
+    Args:
+        rules: how groups are made for a given number; see `groupsae.grouping.partition`.
+        theta: bound on AMAD, in fractions of pi, between 0 and 1.
+        smaller: numbers of groups whose cost is matched by smaller SAEs on every layer, or
+            "chosen" for the number that AMAD picks with the first rule.
+        last_layer: see `Choice`; its own SAE is the same in all partitions.
+    """
+
+    def __init__(
+        self, *, rules: Sequence[str], theta: float, smaller: Sequence[int] | str, last_layer: str
+    ) -> None:
+        super().__init__(last_layer=last_layer)
+        check_theta(theta)
+        if isinstance(rules, str) or not rules or len(set(rules)) < len(rules):
+            raise UserError(f"groups.rules is {rules!r}: give a list such as [complete,even].")
+        for rule in rules:
+            check_rule(rule)
+        if smaller != "chosen":
+            if isinstance(smaller, str):
+                raise UserError(
+                    f"groups.smaller is {smaller!r}: use chosen, or a list of numbers of groups "
+                    "such as [2,4], or [] for none."
+                )
+            for num_groups in smaller:
+                check_num_groups(num_groups)
+        self.rules, self.theta, self.smaller = list(rules), theta, smaller
+
+    def least_saes(self, num_layers: int) -> int:
+        """Return the SAEs on single layers and, of the first rule, one merged group for each G."""
+        groupable = num_groupable(num_layers, self.last_layer)
+        return groupable + (groupable - 1) + (self.last_layer == "own")
+
+    def _name(self) -> str:
+        return "-".join(["all", *self.rules])
+
+    def _check(self, groupable: int) -> None:
+        for num_groups in self.smaller if self.smaller != "chosen" else ():
+            check_num_groups(num_groups, groupable - 1)
+
+    def _plan(self, grouped: Distances, num_layers: int) -> GroupPlan:
+        chosen = self._partition(grouped)
+        others = tuple(each for rule in self.rules for each in curve(grouped, rule))
+        smaller = self.smaller
+        if smaller == "chosen":
+            smaller = [chosen.num_groups] if chosen.num_groups < len(grouped) else []
+        sizes = tuple(sorted({int(count) for count in smaller}))
+        return GroupPlan(chosen, self.last_layer, num_layers, self.theta, others, sizes)
+
+    def _partition(self, distances: Distances) -> Partition:
+        return choose(distances, self.theta, self.rules[0])
 
 
 def _unless_complete(rule: str) -> str:

@@ -1,7 +1,8 @@
 """What a partition of the layers is, and the figures that are read off it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +55,25 @@ class Partition:
     def max_diameter(self) -> float:
         """Return the largest distance between two layers that share a group."""
         return max(self.diameters)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values; `from_json` reads groups, diameters and rule, the rest is shown."""
+        return {
+            "rule": self.rule,
+            "num_groups": self.num_groups,
+            "groups": [list(group) for group in self.groups],
+            "diameters": list(self.diameters),
+            "amad": self.amad,
+            "size_weighted_amad": self.size_weighted_amad,
+            "max_diameter": self.max_diameter,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Partition":
+        """Return the partition that `to_json` wrote; raises KeyError if a key is missing."""
+        return cls(
+            [list(group) for group in values["groups"]], list(values["diameters"]), values["rule"]
+        )
 
     def group_of(self, layer: int) -> int:
         """Return the index of the group that holds this layer.

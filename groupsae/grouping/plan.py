@@ -2,14 +2,28 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from groupsae.errors import UserError
 from groupsae.grouping.partition import Partition, check_groups
 
 LastLayer = Literal["own", "skip", "group"]
+
+
+class PlannedSAE(NamedTuple):
+    """One SAE that will be trained.
+
+    Attributes:
+        name: folder-safe, such as `layers.0-2`, `layers.5` or `layers.5.smaller-2`.
+        layers: that it serves, ascending.
+        width: its latents, as a share of the configured number.
+    """
+
+    name: str
+    layers: list[int]
+    width: float
 
 
 @dataclass(frozen=True)
@@ -23,37 +37,76 @@ class GroupPlan:
         partition: the groups, of L layers with last_layer "group" and else of L-1.
         last_layer: "own" (an SAE of its own), "skip" (no SAE) or "group" (as any other layer).
         num_layers: L, all layers of the language model.
+        theta: the bound on AMAD that chose the partition; None where none did.
+        others: further partitions to train beside it (groups=all); a group that several share
+            is trained once.
+        smaller: numbers of groups G whose cost is matched by smaller SAEs on every layer, the
+            baseline of arXiv 2410.21508, 4.2: width G/n on each of the n grouped layers.
 
     Raises:
-        UserError: the three do not fit together.
+        UserError: they do not fit together.
     """
 
     partition: Partition
     last_layer: LastLayer
     num_layers: int
+    theta: float | None = None
+    others: tuple[Partition, ...] = ()
+    smaller: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check that the partition covers the layers that last_layer leaves to it."""
-        check_groups(self.partition.groups, num_groupable(self.num_layers, self.last_layer))
+        """Check that the partitions cover the layers that last_layer leaves to them."""
+        groupable = num_groupable(self.num_layers, self.last_layer)
+        for each in self.partitions:
+            check_groups(each.groups, groupable)
+        for num_groups in self.smaller:
+            if not 1 <= num_groups < groupable:
+                raise UserError(
+                    f"groups.smaller names {num_groups}: smaller SAEs can match the cost of 1 to "
+                    f"{groupable - 1} groups of the {groupable} layers."
+                )
+
+    @property
+    def partitions(self) -> list[Partition]:
+        """Return the chosen partition and all others."""
+        return [self.partition, *self.others]
 
     @property
     def saes(self) -> list[list[int]]:
-        """Return the layers of each SAE, in ascending order."""
-        own = [[self.num_layers - 1]] if self.last_layer == "own" else []
-        return [list(group) for group in self.partition.groups] + own
+        """Return the layers of each SAE of the chosen partition, in ascending order."""
+        return [*(list(group) for group in self.partition.groups), *self._own]
 
     @property
     def names(self) -> list[str]:
-        """Return a folder-safe name per SAE, such as `layers.0-2` or `layers.5`."""
-        return [
-            f"layers.{layers[0]}" + (f"-{layers[-1]}" if len(layers) > 1 else "")
-            for layers in self.saes
+        """Return the name of each SAE of the chosen partition, such as `layers.0-2`."""
+        return [name_of(layers) for layers in self.saes]
+
+    @property
+    def members(self) -> list[PlannedSAE]:
+        """Return every SAE to train, once: the chosen partition's first."""
+        groups = [*self.saes, *(list(g) for each in self.others for g in each.groups)]
+        full = {name_of(group): PlannedSAE(name_of(group), group, 1.0) for group in groups}
+        grouped = self.partition.num_layers
+        return list(full.values()) + [
+            PlannedSAE(smaller_name_of(layer, count), [layer], count / grouped)
+            for count in self.smaller
+            for layer in range(grouped)
         ]
 
     @property
+    def slots(self) -> list[list[int]]:
+        """Return the distinct sets of layers that the SAEs' rows are drawn from."""
+        return [list(x) for x in dict.fromkeys(tuple(m.layers) for m in self.members)]
+
+    @property
+    def _own(self) -> list[list[int]]:
+        return [[self.num_layers - 1]] if self.last_layer == "own" else []
+
+    @property
     def hash(self) -> str:
-        """Return SHA-256 in hex over last_layer and saes: equal plans train equal SAEs."""
-        return hashlib.sha256(json.dumps([self.last_layer, self.saes]).encode()).hexdigest()
+        """Return SHA-256 in hex over last_layer and SAEs: equal plans train equal SAEs."""
+        trained = self.members if self.others or self.smaller else self.saes
+        return hashlib.sha256(json.dumps([self.last_layer, trained]).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values that `from_json` turns into an equal plan; amad etc. unrounded.
@@ -63,15 +116,12 @@ class GroupPlan:
         return {
             "num_layers": self.num_layers,
             "last_layer": self.last_layer,
-            "rule": self.partition.rule,
-            "num_groups": self.partition.num_groups,
-            "groups": [list(group) for group in self.partition.groups],
-            "diameters": list(self.partition.diameters),
-            "amad": self.partition.amad,
-            "size_weighted_amad": self.partition.size_weighted_amad,
-            "max_diameter": self.partition.max_diameter,
+            "theta": self.theta,
+            **self.partition.to_json(),
             "saes": self.saes,
             "names": self.names,
+            "others": [each.to_json() for each in self.others],
+            "smaller": list(self.smaller),
             "hash": self.hash,
         }
 
@@ -83,24 +133,38 @@ class GroupPlan:
             UserError: a key is missing, or the groups were changed and no longer fit the hash.
         """
         try:
-            groups, diameters = values["groups"], values["diameters"]
-            partition = Partition(
-                [list(group) for group in groups], list(diameters), values["rule"]
+            plan = cls(
+                Partition.from_json(values),
+                values["last_layer"],
+                values["num_layers"],
+                values["theta"],
+                tuple(Partition.from_json(each) for each in values["others"]),
+                tuple(values["smaller"]),
             )
-            plan = cls(partition, values["last_layer"], values["num_layers"])
             recorded = values["hash"]
         except KeyError as missing:
             raise UserError(
-                f"The stored groups lack {missing}: they were not written by this program. "
-                f"Remove the file and let the layers be grouped anew."
+                f"The stored groups lack {missing}: they were not written by this version of "
+                f"the program. Remove the file and let the layers be grouped anew."
             ) from missing
-        if plan.hash != recorded or len(diameters) != len(groups):
+        counts_fit = all(len(p.diameters) == len(p.groups) for p in plan.partitions)
+        if plan.hash != recorded or not counts_fit:
             raise UserError(
                 f"The stored groups {plan.saes} have hash {plan.hash[:8]}, but {recorded[:8]} "
                 f"was recorded: the file was changed by hand. Give your own groups as "
                 f"groups=explicit, or remove the file."
             )
         return plan
+
+
+def name_of(layers: Sequence[int]) -> str:
+    """Return the folder-safe name of a group's SAE: `layers.0-2`, or `layers.5` for one layer."""
+    return f"layers.{layers[0]}" + (f"-{layers[-1]}" if len(layers) > 1 else "")
+
+
+def smaller_name_of(layer: int, num_groups: int) -> str:
+    """Return the name of a layer's smaller SAE that matches the cost of num_groups groups."""
+    return f"{name_of([layer])}.smaller-{num_groups}"
 
 
 def check_last_layer(last_layer: str) -> LastLayer:

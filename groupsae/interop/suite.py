@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from groupsae.data.writer import write_json
 from groupsae.errors import UserError
-from groupsae.sae.base import SAE
+from groupsae.grouping.groupings import groupings
+from groupsae.grouping.plan import GroupPlan
+from groupsae.sae.base import SAE, SparseLatents
 
 FORMAT = 1
 
@@ -48,7 +51,20 @@ class Suite:
 
     def __init__(self, saes: dict[str, SAE], configs: dict[str, dict[str, Any]]) -> None:
         self.saes, self.configs = saes, configs
-        self._owner = {layer: name for name, c in configs.items() for layer in c["layers"]}
+        self._owner: dict[int, str] = {}
+        for name, config in configs.items():
+            for layer in config["layers"]:
+                if layer in self._owner:
+                    raise UserError(
+                        f"layer {layer} has two SAEs, {self._owner[layer]} and {name}: a suite "
+                        "has one for each layer. Choose with load_suite(path, grouping=...)."
+                    )
+                self._owner[layer] = name
+
+    @property
+    def d_model(self) -> int:
+        """Return the width of the residual stream."""
+        return next(iter(self.saes.values())).d_model
 
     @property
     def layers(self) -> list[int]:
@@ -90,10 +106,21 @@ class Suite:
             layer: where they come from.
         """
         sae = self.saes[self.group_of(layer)]
-        rows = acts.reshape(-1, acts.shape[-1]).to(next(sae.parameters()).dtype)
-        values, indices = sae.encode(rows * self.norm_factor(layer))
-        dense = torch.zeros(len(rows), sae.d_sae, dtype=values.dtype, device=values.device)
+        values, indices = self.encode_sparse(acts.reshape(-1, acts.shape[-1]), layer)
+        dense = torch.zeros(len(values), sae.d_sae, dtype=values.dtype, device=values.device)
         return dense.scatter_(1, indices, values).reshape(*acts.shape[:-1], sae.d_sae)
+
+    @torch.no_grad()
+    def encode_sparse(self, acts: Float[Tensor, "row d_model"], layer: int) -> SparseLatents:
+        """Return the active latents of raw rows of one layer, as values and indices."""
+        sae = self.saes[self.group_of(layer)]
+        rows = acts.to(next(sae.parameters()).dtype)
+        return sae.encode(rows * self.norm_factor(layer))
+
+    @torch.no_grad()
+    def decode_sparse(self, latents: SparseLatents, layer: int) -> Float[Tensor, "row d_model"]:
+        """Return the reconstruction at the scale of `layer`'s raw activations."""
+        return self.saes[self.group_of(layer)].decode(latents) / self.norm_factor(layer)
 
     @torch.no_grad()
     def decode(
@@ -115,25 +142,54 @@ class Suite:
         return self.decode(self.encode(acts, layer), layer)
 
 
-def load_suite(path: str | Path) -> Suite:
+def load_suite(path: str | Path, grouping: str | None = None) -> Suite:
     """Return the SAEs of a run folder (or of its `saes` folder).
 
+    Args:
+        path: the run folder.
+        grouping: of a run with groups=all: which of its groupings, such as `complete-3`,
+            `per_layer` or `smaller-2`; None is the one that AMAD chose.
+
     Raises:
-        UserError: there are none, or one is damaged.
+        UserError: there are no SAEs, one is damaged, or there is no such grouping.
     """
     folder = Path(path)
     folder = folder / "saes" if (folder / "saes").is_dir() else folder
-    found = sorted(folder.glob("*/cfg.json"))
-    if not found:
+    names = sorted(file.parent.name for file in folder.glob("*/cfg.json"))
+    if not names:
         raise UserError(
             f"no SAEs under {path}: expected saes/<group>/cfg.json, as a finished run leaves "
             "them. An unfinished run is finished by resume=<run folder>."
         )
-    loaded = {file.parent.name: _load_sae(file) for file in found}
+    plan = load_plan(folder.parent)
+    if plan is not None:
+        known = {each.name: each for each in groupings(plan)}
+        chosen = next(iter(known)) if grouping is None else grouping
+        if chosen not in known:
+            raise UserError(f"no grouping '{chosen}' in {path}; it has {', '.join(known)}.")
+        names = list(dict.fromkeys(known[chosen].sae_of_layer.values()))
+    elif grouping is not None:
+        raise UserError(f"{path} has no groups.json: its SAEs belong to one grouping only.")
+    return load_saes(folder, names)
+
+
+def load_saes(folder: Path, names: Iterable[str]) -> Suite:
+    """Return the named SAEs of a `saes` folder, which must not share a layer.
+
+    Raises:
+        UserError: one is missing or damaged, or two serve one layer.
+    """
+    loaded = {name: _load_sae(folder / name / "cfg.json") for name in names}
     return Suite(
         {name: sae for name, (sae, _) in loaded.items()},
         {name: config for name, (_, config) in loaded.items()},
     )
+
+
+def load_plan(run: Path) -> GroupPlan | None:
+    """Return the plan in a run folder's `groups.json`, if it has one."""
+    file = run / "groups.json"
+    return GroupPlan.from_json(json.loads(file.read_text())["plan"]) if file.exists() else None
 
 
 def _load_sae(file: Path) -> tuple[SAE, dict[str, Any]]:

@@ -3,19 +3,14 @@
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+from scipy.cluster.hierarchy import dendrogram, linkage
+from scipy.spatial.distance import squareform
 
-from groupsae.grouping.partition import Partition
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-
-
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=150)
-    return figure, figure.subplots()
+from groupsae.grouping.partition import Distances, Partition
+from groupsae.report.canvas import COLOURS, new_axes
 
 
 def distance_heatmap(distances: np.ndarray, groups: Sequence[Sequence[int]]) -> Figure:
@@ -26,7 +21,8 @@ def distance_heatmap(distances: np.ndarray, groups: Sequence[Sequence[int]]) -> 
         groups: contiguous groups of layers.
     """
     layers = len(distances)
-    figure, axes = _axes(5.6, 4.8)
+    figure, axes = new_axes(5.6, 4.8)
+    axes.spines[:].set_visible(True)
     image = axes.imshow(distances, cmap="viridis", vmin=0)
     figure.colorbar(image, label="mean angular distance (fractions of π)")
     for group in groups:
@@ -57,6 +53,40 @@ def distance_heatmap(distances: np.ndarray, groups: Sequence[Sequence[int]]) -> 
     return figure
 
 
+def linkage_tree(distances: Distances, groups: Sequence[Sequence[int]]) -> Figure:
+    """Return the dendrogram of complete linkage, its leaves in the colours of the groups.
+
+    Args:
+        distances: fractions of pi, [n, n], of at least two layers.
+        groups: groups of these layers; they need not come from this linkage.
+    """
+    layers = len(distances)
+    figure, axes = new_axes(max(5.6, min(12.0, 1.6 + 0.3 * layers)))
+    tree = linkage(squareform(distances, checks=False), method="complete")
+    first = list(range(layers))  # the lowest layer of each cluster: it stands on the left
+    for i, (a, b) in enumerate(tree[:, :2].astype(int)):
+        if first[a] > first[b]:
+            tree[i, :2] = b, a
+        first.append(min(first[a], first[b]))
+    drawn = dendrogram(tree, no_plot=True)
+    for x, heights in zip(drawn["icoord"], drawn["dcoord"], strict=True):
+        axes.plot(x, heights, color="0.35", lw=1.4)
+    colours = {layer: COLOURS[i % len(COLOURS)] for i, g in enumerate(groups) for layer in g}
+    places = [10 * i + 5 for i in range(layers)]
+    for place, leaf in zip(places, drawn["leaves"], strict=True):
+        axes.plot(place, 0, "o", ms=7, color=colours.get(leaf, "0.6"), clip_on=False, zorder=3)
+    axes.set_xticks(places, [str(leaf) for leaf in drawn["leaves"]])
+    axes.tick_params(axis="x", length=0, pad=7, labelsize=10 if layers <= 24 else 6.5)
+    axes.spines["bottom"].set_visible(False)
+    axes.set(
+        xlabel="layer (colour: its group)",
+        ylabel="largest angle at the merge (fractions of π)",
+        ylim=(0, None),
+        title="Complete linkage of the layers",
+    )
+    return figure
+
+
 def amad_curve(curve: Sequence[Partition], chosen: Partition, theta: float | None) -> Figure:
     """Return AMAD and the largest diameter against the number of groups.
 
@@ -65,7 +95,7 @@ def amad_curve(curve: Sequence[Partition], chosen: Partition, theta: float | Non
         chosen: the partition of this run.
         theta: the threshold that chose it, if one did.
     """
-    figure, axes = _axes(5.6, 4.0)
+    figure, axes = new_axes(5.6, 4.0)
     counts = [p.num_groups for p in curve]
     axes.plot(counts, [p.amad for p in curve], "o-", color=COLOURS[0], label="AMAD")
     axes.plot(
@@ -134,7 +164,7 @@ def training_curves(
                 color=COLOURS[i % len(COLOURS)],
                 ls=("-", "--", ":")[i // len(COLOURS) % 3],
                 marker="." if stage == "val" else None,
-                label=_label(name.rsplit("/", 1)[1]),
+                label=label_of(name.rsplit("/", 1)[1]),
             )
         axes.set(xlabel="tokens per SAE (millions)", ylabel=label, xlim=(0, None), ylim=(0, None))
         axes.locator_params(nbins=6)
@@ -144,7 +174,7 @@ def training_curves(
     return figure
 
 
-def _label(name: str) -> str:
+def label_of(name: str) -> str:
     """Return `layers 3-5` for `layers.3-5`, `layer 3` for `layers.3`."""
-    span = name.removeprefix("layers.")
+    span = name.removeprefix("layers.").split(".")[0]
     return f"layers {span}" if "-" in span else f"layer {span}"

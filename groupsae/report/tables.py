@@ -1,15 +1,18 @@
 """What a run prints: the groups before training, the result after it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from groupsae.grouping.plan import GroupPlan
+from groupsae.report.load import chosen_grouping, interval
+from groupsae.report.words import flops, number, percent
 
 if TYPE_CHECKING:
-    from groupsae.training.cost import RunCost
+    from groupsae.cost.model import RunCost
 
 
 def print_plan(console: Console, plan: GroupPlan, cost: "RunCost") -> None:
@@ -31,7 +34,7 @@ def print_plan(console: Console, plan: GroupPlan, cost: "RunCost") -> None:
     console.print(table)
     console.print(
         f"{len(plan.saes)} SAEs instead of {sum(map(len, plan.saes))}: saves {cost.saving:.1%} of "
-        f"the {_flops(cost.total_per_layer)} of one SAE per layer, with distances, sparse "
+        f"the {flops(cost.total_per_layer)} of one SAE per layer, with distances, sparse "
         "decoding and the last layer counted "
         f"(the paper's count, dense and without them: {cost.paper_saving:.1%})."
     )
@@ -75,12 +78,85 @@ def print_result(console: Console, summary: Mapping[str, Any]) -> None:
     console.print(f"Run folder: {summary['folder']}", soft_wrap=True)
 
 
-def _flops(count: float) -> str:
-    """Return a count of FLOPs with a readable prefix."""
-    for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T")):
-        if count >= size:
-            return f"{count / size:.3g} {prefix}FLOP"
-    return f"{count / 1e9:.3g} GFLOP"
+def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
+    """Print the layers of the chosen grouping and, where there are several, all groupings.
+
+    Args:
+        console: where to print.
+        evaluation: what `evaluation.json` holds.
+    """
+    chosen = chosen_grouping(evaluation["groupings"], None)
+    if chosen is None:
+        return
+    results = {(r["sae"], int(r["layer"])): r for r in evaluation["results"]}
+    level = 100 * evaluation["bootstrap"]["level"]
+    table = _numbers(
+        f"{evaluation['tokens']:,} held-out tokens, {chosen['name']} "
+        f"(± half of the {level:g} % interval)",
+        ["layer", "SAE"],
+        ["FVU", "ΔCE, nats", "ΔCE, %", "CE score"],
+    )
+    for layer, sae in sorted((int(x), name) for x, name in chosen["sae_of_layer"].items()):
+        row = results.get((sae, layer))
+        if row is not None:
+            table.add_row(str(layer), sae, *_quality(row))
+    table.add_section()
+    for name in ("grouped", "all"):
+        table.add_row("mean", f"{name} layers", *_quality(chosen[f"{name}_layers"]))
+    console.print(table)
+    if len(evaluation["groupings"]) > 1:
+        console.print(_groupings(evaluation["groupings"], chosen))
+
+
+def _quality(row: Mapping[str, Any]) -> list[str]:
+    return [
+        _with_half(row.get("fvu"), 4),
+        _with_half(row.get("delta_ce"), 4),
+        _alone(row.get("delta_ce_percent"), 2),
+        _alone(row.get("ce_score"), 3),
+    ]
+
+
+def _groupings(groupings: Sequence[Mapping[str, Any]], chosen: Mapping[str, Any]) -> Table:
+    table = _numbers(
+        "every grouping: mean over the grouped layers; lost: against one SAE per layer",
+        ["grouping"],
+        ["AMAD", "FVU", "FVU lost", "ΔCE, %", "ΔCE lost, %", "FLOPs"],
+    )
+    for grouping in groupings:
+        means, lost = grouping["grouped_layers"], grouping.get("against_per_layer") or {}
+        table.add_row(
+            grouping["name"],
+            number(grouping.get("amad"), 3),
+            _alone(means.get("fvu"), 4),
+            _with_half(lost.get("fvu"), 4),
+            _alone(means.get("delta_ce_percent"), 2),
+            _with_half(lost.get("delta_ce_percent"), 2),
+            percent((grouping.get("cost") or {}).get("flops"), 0),
+            style="bold" if grouping is chosen else None,
+        )
+    return table
+
+
+def _numbers(title: str, text: Sequence[str], numbers: Sequence[str]) -> Table:
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)  # fits 80 columns
+    for column in text:
+        table.add_column(column, no_wrap=True)
+    for column in numbers:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _alone(stored: Any, digits: int) -> str:
+    found = interval(stored)
+    return number(found.value if found else None, digits)
+
+
+def _with_half(stored: Any, digits: int) -> str:
+    found = interval(stored)
+    if found is None or found.low is None or found.high is None:
+        return _alone(stored, digits)
+    return f"{number(found.value, digits)} ±{number((found.high - found.low) / 2, digits)}"
 
 
 def _span(layers: list[int]) -> str:

@@ -72,6 +72,10 @@ class SAE(nn.Module, ABC):
         """Return reconstruction, latents and loss terms of a training batch."""
 
     @abstractmethod
+    def directions(self) -> Float[Tensor, "d_sae d_model"]:
+        """Return the decoder, one latent's direction a row."""
+
+    @abstractmethod
     def project_gradient(self) -> None:
         """Called between backward and clipping."""
 

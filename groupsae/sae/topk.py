@@ -21,7 +21,7 @@ class TopK(SAE):
 
     Args:
         d_model: width of the residual stream.
-        expansion: latents per dimension; d_sae = expansion * d_model.
+        expansion: latents per dimension; d_sae = round(expansion * d_model).
         k: active latents per row.
         auxk_alpha: weight of the AuxK term (paper: 1/32); 0 switches it off.
         auxk_share: AuxK uses up to auxk_share * d_model dead latents (0.5, as Gao et al. and the
@@ -33,16 +33,16 @@ class TopK(SAE):
         self,
         *,
         d_model: int,
-        expansion: int,
+        expansion: float,
         k: int,
         auxk_alpha: float,
         auxk_share: float,
         generator: torch.Generator,
     ) -> None:
         super().__init__()
-        if expansion < 1:
-            raise UserError(f"sae.expansion is {expansion}; it must be at least 1.")
-        d_sae = expansion * d_model
+        d_sae = round(expansion * d_model)
+        if d_sae < 1:
+            raise UserError(f"sae.expansion is {expansion}; it must be above 0, such as 16.")
         if not 1 <= k <= d_sae:
             raise UserError(f"sae.k is {k}; it must lie between 1 and the {d_sae} latents.")
         self.d_model, self.d_sae, self.k = d_model, d_sae, k
@@ -82,6 +82,10 @@ class TopK(SAE):
     ) -> Float[Tensor, "*batch d_model"]:
         """Return the reconstruction from dense latents, any number of them active."""
         return latents @ self.W_dec + self.b_dec
+
+    def directions(self) -> Float[Tensor, "d_sae d_model"]:
+        """Return the decoder; its rows have unit norm."""
+        return self.W_dec.detach()
 
     def _combine(self, latents: SparseLatents) -> Tensor:
         return F.embedding_bag(

@@ -20,8 +20,8 @@ from groupsae.training.optim import Adam
 class SAEFactory(Protocol):
     """Makes an SAE for a residual stream of width `d_model`."""
 
-    def __call__(self, *, d_model: int, generator: torch.Generator) -> SAE:
-        """Return a fresh SAE."""
+    def __call__(self, *, d_model: int, generator: torch.Generator, **changed: Any) -> SAE:
+        """Return a fresh SAE; `changed` takes the place of configured arguments."""
         ...
 
 
@@ -42,13 +42,14 @@ class SAETraining(L.LightningModule):
     def training_step(self, batch: ActivationBatch, batch_idx: int) -> Tensor:
         """Return the summed loss of all members."""
         members = self.members()
-        rows = [batch.rows(slot) for slot in range(len(members))]
+        rows = [batch.rows(m.slot) for m in members]
         moments = [self.all_sum(m.moments(*row)) for m, row in zip(members, rows, strict=True)]
         losses = [
             m.step(*row, moment) for m, row, moment in zip(members, rows, moments, strict=True)
         ]
-        fired = self.all_sum(torch.stack([m.fired for m in members]))
-        for member, mine in zip(members, fired, strict=True):
+        fired = self.all_sum(torch.cat([m.fired for m in members]))
+        widths = [m.sae.d_sae for m in members]
+        for member, mine in zip(members, fired.split(widths), strict=True):
             member.count_dead(mine > 0)
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if (self.global_step + 1) % every == 0:
@@ -68,7 +69,8 @@ class SAETraining(L.LightningModule):
             for name, value in member.read_running(self.all_sum).items():
                 self.check_finite(member, value)  # a sum over all processes: all stop together
                 self.log(f"train/{name}/{member.name}", value, rank_zero_only=True)
-        mean = sum(m.last_fvu for m in self.members()) / len(self.members())
+        shown = set(self.serving().values())
+        mean = sum(m.last_fvu for m in shown) / len(shown)
         self.log("fvu", mean, prog_bar=True, logger=False)
 
     def check_finite(self, member: "GroupSAE", value: float) -> None:
@@ -115,31 +117,35 @@ class SAETraining(L.LightningModule):
 
     # ---- validation ---------------------------------------------------------------------
 
+    def serving(self) -> dict[int, "GroupSAE"]:
+        """Return layer -> the member that stands for it in the figures per layer."""
+        raise NotImplementedError
+
     def on_validation_epoch_start(self) -> None:
-        """Start empty metrics, one for each layer."""
+        """Start empty metrics, one for each member and layer."""
         self.val_metrics = {
-            layer: Reconstruction(d_model=m.sae.d_model, d_sae=m.sae.d_sae).to(self.device)
+            (m.name, layer): Reconstruction(d_model=m.sae.d_model, d_sae=m.sae.d_sae).to(
+                self.device
+            )
             for m in self.members()
             for layer in m.layers
         }
 
     def validation_step(self, batch: Iterable[ActivationBatch], batch_idx: int) -> None:
-        """Reconstruct every layer with its group's SAE."""
-        owner = {layer: m for m in self.members() for layer in m.layers}
+        """Reconstruct every layer with each of its SAEs."""
+        slots = {layer: i for i, layer in enumerate(sorted(self.serving()))}
         for part in batch:
-            for slot, layer in enumerate(sorted(owner)):
-                x, _ = part.rows(slot)
-                x_hat, latents = owner[layer].reconstruct(x, layer)
-                self.val_metrics[layer].update(x, x_hat, latents)
+            for member in self.members():
+                for layer in member.layers:
+                    x, _ = part.rows(slots[layer])
+                    x_hat, latents = member.reconstruct(x, layer)
+                    self.val_metrics[member.name, layer].update(x, x_hat, latents)
 
     def on_validation_epoch_end(self) -> None:
-        """Log fvu and l0 per layer; per group their means and the latents that never fired."""
-        results = {layer: metric.compute() for layer, metric in self.val_metrics.items()}
-        for layer, result in results.items():
-            self.log(f"val/fvu/layer.{layer}", result["fvu"].float(), rank_zero_only=True)
-            self.log(f"val/l0/layer.{layer}", result["l0"].float(), rank_zero_only=True)
+        """Log fvu and l0 per layer; per SAE their means and the latents that never fired."""
+        self.val_results = {key: metric.compute() for key, metric in self.val_metrics.items()}
         for member in self.members():
-            mine = [results[layer] for layer in member.layers]
+            mine = [self.val_results[member.name, layer] for layer in member.layers]
             fired = torch.stack([r["fired"] for r in mine]).any(0)
             fvu = torch.stack([r["fvu"] for r in mine]).mean()
             l0 = torch.stack([r["l0"] for r in mine]).mean()
@@ -147,7 +153,13 @@ class SAETraining(L.LightningModule):
             self.log(f"val/fvu/{member.name}", fvu.float(), rank_zero_only=True)
             self.log(f"val/l0/{member.name}", l0.float(), rank_zero_only=True)
             self.log(f"val/unfired/{member.name}", unfired, rank_zero_only=True)
-        everywhere = torch.stack([r["fvu"] for r in results.values()]).mean()
+        served = {
+            layer: self.val_results[m.name, layer] for layer, m in sorted(self.serving().items())
+        }
+        for layer, result in served.items():
+            self.log(f"val/fvu/layer.{layer}", result["fvu"].float(), rank_zero_only=True)
+            self.log(f"val/l0/layer.{layer}", result["l0"].float(), rank_zero_only=True)
+        everywhere = torch.stack([r["fvu"] for r in served.values()]).mean()
         self.log("val/fvu/mean", everywhere.float(), prog_bar=True, rank_zero_only=True)
 
 
@@ -164,6 +176,7 @@ class GroupSAE(SAETraining):
         optim: the optimiser's recipe.
         dead_after: tokens without firing after which a latent counts as dead.
         seed: of the initial weights, together with the layers.
+        slot: which rows of a batch are this group's.
     """
 
     norm_factors: Tensor
@@ -182,9 +195,11 @@ class GroupSAE(SAETraining):
         optim: Adam,
         dead_after: int,
         seed: int,
+        slot: int = 0,
     ) -> None:
         super().__init__()
         self.name, self.layers, self.optim, self.dead_after = name, layers, optim, dead_after
+        self.slot = slot
         generator = torch.Generator().manual_seed(stream_key(seed, layers) % 2**63)
         self.sae = sae(d_model=d_model, generator=generator)
         factors = torch.full((max(layers) + 1,), torch.nan)  # NaN: a foreign layer must not pass
@@ -201,6 +216,10 @@ class GroupSAE(SAETraining):
     def members(self) -> list["GroupSAE"]:
         """Return itself."""
         return [self]
+
+    def serving(self) -> dict[int, "GroupSAE"]:
+        """Return itself for each of its layers."""
+        return dict.fromkeys(self.layers, self)
 
     def scale(self, layers: Int[Tensor, "batch"]) -> Float[Tensor, "batch 1"]:
         """Return each row's norm factor."""

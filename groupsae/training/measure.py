@@ -11,9 +11,12 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from groupsae.cost.stopwatch import Stopwatch
 from groupsae.data.activations import ActivationDataModule
 from groupsae.grouping.angles import AngularDistance
 from groupsae.grouping.moments import LayerMoments
+
+FORMAT = 2  # of the cached file
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,13 @@ class Measurement:
         distances: mean angular distance of every pair of layers, fractions of pi, [L, L].
         rms_norms: sqrt(mean |x|^2) of every layer, [L].
         provenance: model, text, tokens and options behind them.
+        seconds: that the measurement took, when it was made.
     """
 
     distances: np.ndarray
     rms_norms: np.ndarray
     provenance: dict[str, Any]
+    seconds: float
 
     @property
     def forward_tokens(self) -> int:
@@ -49,6 +54,7 @@ class Measurement:
             distances=self.distances,
             rms_norms=self.rms_norms,
             provenance=np.array(json.dumps(self.provenance)),
+            seconds=self.seconds,
         )
         beside.replace(path)
 
@@ -60,6 +66,7 @@ class Measurement:
                 stored["distances"],
                 stored["rms_norms"],
                 json.loads(str(stored["provenance"])),
+                float(stored["seconds"]),
             )
 
 
@@ -89,7 +96,8 @@ def measure(
     measures once. With several processes each takes its share and all get the same sums.
     """
     provenance = provenance_of(data, tokens, centring)
-    key = hashlib.sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()[:16]
+    content = json.dumps({**provenance, "format": FORMAT}, sort_keys=True)
+    key = hashlib.sha256(content.encode()).hexdigest()[:16]
     path = cache / "angles" / f"{key}.npz"
     if trainer.strategy.broadcast(path.exists()):
         return Measurement.load(path)
@@ -105,7 +113,8 @@ def measure(
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, transient=True, disable=trainer.global_rank != 0) as progress:
+    watch = Stopwatch()
+    with watch, Progress(*columns, transient=True, disable=trainer.global_rank != 0) as progress:
         task = progress.add_task("", total=provenance["tokens"] * len(passes), rate="")
         for metric in passes:
             if metric is angles:
@@ -120,6 +129,7 @@ def measure(
         angles.compute().cpu().numpy(),
         torch.as_tensor(moments.rms_norm()).cpu().numpy(),
         provenance,
+        watch.seconds,
     )
     if trainer.global_rank == 0:
         result.save(path)

@@ -1,6 +1,7 @@
 """All groups of a partition, fed by one forward of the language model."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,7 @@ class GroupSAESuite(SAETraining):
 
     Args:
         sae: factory of an SAE.
+        expansion: latents per dimension that the factory is configured with.
         d_model: width of the residual stream.
         optim: the optimiser's recipe.
         dead_after: tokens without firing after which a latent counts as dead.
@@ -26,11 +28,18 @@ class GroupSAESuite(SAETraining):
     """
 
     def __init__(
-        self, *, sae: SAEFactory, d_model: int, optim: Adam, dead_after: int, seed: int
+        self,
+        *,
+        sae: SAEFactory,
+        expansion: float,
+        d_model: int,
+        optim: Adam,
+        dead_after: int,
+        seed: int,
     ) -> None:
         super().__init__()
-        self.make_sae, self.d_model, self.optim = sae, d_model, optim
-        self.dead_after, self.seed = dead_after, seed
+        self.make_sae, self.expansion, self.d_model = sae, expansion, d_model
+        self.optim, self.dead_after, self.seed = optim, dead_after, seed
         self.plan: GroupPlan | None = None
 
     def set_plan(self, plan: GroupPlan, norm_factors: Mapping[int, float]) -> None:
@@ -42,21 +51,35 @@ class GroupSAESuite(SAETraining):
         if hasattr(self, "groups"):
             return
         assert self.plan is not None, "set_plan comes first"
+        slots = self.plan.slots
         self.groups = nn.ModuleList(
             [
                 GroupSAE(
-                    name=name,
-                    layers=layers,
+                    name=planned.name,
+                    layers=planned.layers,
                     norm_factors=self.norm_factors,
-                    sae=self.make_sae,
+                    sae=self.sized(planned.width),
                     d_model=self.d_model,
                     optim=self.optim,
                     dead_after=self.dead_after,
                     seed=self.seed,
+                    slot=slots.index(planned.layers),
                 )
-                for name, layers in zip(self.plan.names, self.plan.saes, strict=True)
+                for planned in self.plan.members
             ]
         )
+
+    def sized(self, width: float) -> SAEFactory:
+        """Return the factory of SAEs with a share of the configured number of latents."""
+        if width == 1:
+            return self.make_sae
+        return partial(self.make_sae, expansion=self.expansion * width)
+
+    def serving(self) -> dict[int, GroupSAE]:
+        """Return layer -> its SAE in the chosen partition."""
+        assert self.plan is not None
+        chosen = set(self.plan.names)
+        return {x: m for m in self.members() if m.name in chosen for x in m.layers}
 
     def members(self) -> list[GroupSAE]:
         """Return the groups in the order of the plan."""

@@ -1,16 +1,18 @@
 """Before fitting: measure the layers, choose the groups, hand them to the suite."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
 
+from groupsae.cost.model import RunCost, Workload, run_cost
 from groupsae.data.activations import ActivationDataModule
 from groupsae.data.writer import write_json
 from groupsae.errors import UserError
 from groupsae.grouping.choices import Choice
 from groupsae.grouping.plan import GroupPlan
-from groupsae.training.cost import RunCost, run_cost
+from groupsae.training.forecast import Forecast, bytes_free, bytes_needed, forecast, refuse
 from groupsae.training.measure import Measurement, measure, provenance_of
 from groupsae.training.suite import GroupSAESuite
 
@@ -27,15 +29,24 @@ class GroupLayers(L.Callback):
         cache: folder for measurements shared between runs.
         tokens: calibration tokens to measure on.
         centring: `none` (the paper's formula) or `mean`.
+        say: prints what a run of all groupings will need.
     """
 
     def __init__(
-        self, *, choice: Choice, folder: str, cache: str, tokens: int, centring: str
+        self,
+        *,
+        choice: Choice,
+        folder: str,
+        cache: str,
+        tokens: int,
+        centring: str,
+        say: Callable[[str], object],
     ) -> None:
-        self.choice, self.folder, self.cache = choice, Path(folder), Path(cache)
+        self.choice, self.folder, self.cache, self.say = choice, Path(folder), Path(cache), say
         self.tokens, self.centring = tokens, centring
         self.measurement: Measurement | None = None
         self.plan: GroupPlan | None = None
+        self.work: Workload | None = None
         self.cost: RunCost | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -52,12 +63,18 @@ class GroupLayers(L.Callback):
             self.measurement = Measurement.load(angles_file)
             self.plan = GroupPlan.from_json(json.loads(groups_file.read_text())["plan"])
         else:
+            least = [1.0] * self.choice.least_saes(data.lm.geometry.num_layers)
+            self._check_memory(trainer, pl_module, data, least)
             self.measurement = measure(data, trainer, self.tokens, self.centring, self.cache)
             self.plan = self.choice.plan(self.measurement.distances)
         if not self.plan.saes:
             raise UserError("the partition has no group to train.")
+        widths = [planned.width for planned in self.plan.members]
+        self._check_memory(trainer, pl_module, data, widths)
+        if self.plan.others:
+            self.say(str(self._forecast(trainer, pl_module, data)))
         pl_module.set_plan(self.plan, self.measurement.norm_factors())
-        data.set_slots(self.plan.saes)
+        data.set_slots(self.plan.slots)
         if trainer.global_rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.measurement.save(angles_file)
@@ -66,10 +83,29 @@ class GroupLayers(L.Callback):
                 {
                     "plan": self.plan.to_json(),
                     "hash": self.plan.hash,
-                    "saes": dict(zip(self.plan.names, self.plan.saes, strict=True)),
+                    "saes": {planned.name: planned.layers for planned in self.plan.members},
                     "measured": self.measurement.provenance,
                 },
             )
+
+    def _check_memory(
+        self,
+        trainer: L.Trainer,
+        suite: GroupSAESuite,
+        data: ActivationDataModule,
+        widths: list[float],
+    ) -> None:
+        device = trainer.strategy.root_device
+        needed = bytes_needed(suite, data, widths, trainer.world_size)
+        refuse(needed, bytes_free(device), len(widths), device)
+
+    def _forecast(
+        self, trainer: L.Trainer, suite: GroupSAESuite, data: ActivationDataModule
+    ) -> Forecast:
+        assert self.plan is not None
+        assert self.measurement is not None
+        factors, device = self.measurement.norm_factors(), trainer.strategy.root_device
+        return forecast(suite, data, self.plan, factors, device, trainer.world_size)
 
     def confirm(self, data: ActivationDataModule) -> None:
         """Check that the run folder was made with today's model, weights and text.
@@ -93,17 +129,19 @@ class GroupLayers(L.Callback):
         assert self.plan is not None
         assert self.measurement is not None
         data: ActivationDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        sae, covered = pl_module.members()[0].sae, data.used_layers()
-        self.cost = run_cost(
+        sae = pl_module.members()[0].sae
+        self.work = Workload(
             num_layers=data.lm.geometry.num_layers,
-            layers_run=covered[-1] + 1,
-            num_groups=self.plan.partition.num_groups,
-            num_saes=len(self.plan.saes),
-            num_covered=len(covered),
+            layers_run=data.used_layers()[-1] + 1,
             d_model=sae.d_model,
-            d_sae=sae.d_sae,
             k=sae.k,
             context=data.packing.context,
             tokens=data.num_steps * data.tokens_per_step,
             calibration_tokens=self.measurement.forward_tokens,
+        )
+        self.cost = run_cost(
+            self.work,
+            num_groups=self.plan.partition.num_groups,
+            num_saes=len(self.plan.saes),
+            d_sae=sae.d_sae,
         )

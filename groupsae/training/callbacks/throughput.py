@@ -6,6 +6,9 @@ from datetime import timedelta
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+
+from groupsae.cost.stopwatch import Stopwatch
 
 
 class Throughput(L.Callback):
@@ -19,28 +22,62 @@ class Throughput(L.Callback):
     def __init__(self) -> None:
         self.seconds = self.total_seconds = self._silent = 0.0
         self.tokens = self.total_tokens = 0
+        self.saes, self.validation, self.all = Stopwatch(), Stopwatch(), Stopwatch()
 
     def state_dict(self) -> dict[str, float]:
         """Return the totals, so that a resumed run goes on counting."""
-        return {"seconds": self.total_seconds, "tokens": self.total_tokens}
+        return {
+            "seconds": self.total_seconds,
+            "tokens": self.total_tokens,
+            "saes": self.saes.seconds,
+            "validation": self.validation.seconds,
+            "all": self.all.seconds,
+        }
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
         """Go on counting."""
         self.total_seconds = state_dict["seconds"]
         self.total_tokens = int(state_dict["tokens"])
+        self.saes.seconds = state_dict["saes"]
+        self.validation.seconds = state_dict["validation"]
+        self.all.seconds = state_dict["all"]
 
     def overall(self) -> float:
         """Return tokens per second since the start."""
         return self.total_tokens / self.total_seconds if self.total_seconds else float("nan")
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock of everything."""
+        self.all.start()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop it."""
+        self.all.stop()
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock of the rate."""
         self._last = time.perf_counter()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
+    ) -> None:
+        """Start the clock of the SAEs: the batch comes with its activations made."""
+        self.saes.start(pl_module.device)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock of the validations during training."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.validation.start()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop it."""
+        self.validation.stop()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
     ) -> None:
         """Log the rate since the last logging step."""
+        self.saes.stop()
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         now = time.perf_counter()
         passed, self._last = now - self._last, now

@@ -1,0 +1,208 @@
+"""What training costs in FLOPs: the paper's model, and the true count of a run."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+def activation_flops(num_layers: int, d_model: int, context: int) -> int:
+    """Return the paper's A: FLOPs per token of the language model's forward pass.
+
+    A = 24 L d^2 + 4 L ctx d (paper section 3.3): 2 FLOPs for each of the 12 d^2 weights of a
+    layer, and full (not causally halved) attention; no embedding, no head.
+
+    >>> round(activation_flops(12, 768, 1024) * 1e9 / 1e15, 2)  # Pythia-160M, PFLOPs per 1e9
+    207.62
+    """
+    return 24 * num_layers * d_model**2 + 4 * num_layers * context * d_model
+
+
+def sae_flops(d_model: int, d_sae: int) -> int:
+    """Return the paper's T: FLOPs per token of training one dense SAE, 10 d n.
+
+    Encoder forward and weight gradient 2 d n each, decoder forward 2 d n and both its gradients
+    4 d n.
+
+    >>> round(sae_flops(768, 16 * 768) * 1e9 / 1e15, 2)
+    94.37
+    """
+    return 10 * d_model * d_sae
+
+
+def topk_flops(d_model: int, d_sae: int, k: int) -> int:
+    """Return the FLOPs per token that our TopK step really does.
+
+    Encoder forward and weight gradient are dense, 2 d n each; decoding and its two gradients
+    touch k rows, 2 d k each. AuxK, which runs only while latents are dead, is not counted.
+    """
+    return 4 * d_model * d_sae + 6 * d_model * k
+
+
+def paper_saving(activation: float, sae: float, num_groups: int, num_layers: int) -> float:
+    """Return 1 - (A + G T) / (A + L T), the saving as the paper counts it.
+
+    The paper leaves the last layer out of its G groups but counts it in L. A run that gives it an
+    SAE of its own trains G + 1: with those on both sides the published groups save 35.2, 49.6
+    and 48.4 % (Pythia 160M, 410M, 1B) instead of 42.3, 53.2 and 53.8 %.
+
+    >>> round(paper_saving(207.62, 94.37, 6, 12), 4)
+    0.4225
+    >>> round(paper_saving(207.62, 94.37, 6 + 1, 12), 3)
+    0.352
+    """
+    return 1 - (activation + num_groups * sae) / (activation + num_layers * sae)
+
+
+def distance_flops(num_layers: int, d_model: int) -> int:
+    """Return the FLOPs per token of the angular distances: one product of all pairs, 2 L^2 d."""
+    return 2 * num_layers**2 * d_model
+
+
+def evaluation_flops(
+    *,
+    num_layers: int,
+    d_model: int,
+    context: int,
+    vocab_size: int,
+    served: Sequence[Sequence[int]],
+) -> int:
+    """Return the FLOPs per token of an evaluation on held-out text.
+
+    One clean forward with the head, 2 d V; for every layer the blocks above it and the head once
+    for each of two ablations and each SAE; for each SAE encoder and decoder, 2 d n + 2 d k, which
+    is small beside it and given with them.
+
+    Args:
+        num_layers: L, blocks of the language model.
+        d_model: width of the residual stream.
+        context: tokens in a block.
+        vocab_size: V.
+        served: for each layer with SAEs, what encoding and decoding cost with each of them.
+    """
+    head = 2 * d_model * vocab_size
+    total = activation_flops(num_layers, d_model, context) + head
+    for layer, saes in enumerate(served):
+        rest = activation_flops(num_layers - 1 - layer, d_model, context) + head
+        total += (2 + len(saes)) * rest + sum(saes)
+    return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What every way to train SAEs on one stream shares: the model, the text, the budget.
+
+    Attributes:
+        num_layers: L, blocks of the language model.
+        layers_run: blocks the truncated forward needs.
+        d_model: width of the residual stream.
+        k: active latents.
+        context: tokens in a block.
+        tokens: training tokens, the same for every SAE.
+        calibration_tokens: tokens that passed through the model to measure the distances; counted
+            in full even where they came from the cache, so that the cache changes no figure.
+    """
+
+    num_layers: int
+    layers_run: int
+    d_model: int
+    k: int
+    context: int
+    tokens: int
+    calibration_tokens: int
+
+    @property
+    def activations(self) -> int:
+        """Return the FLOPs per token of the truncated forward."""
+        return activation_flops(self.layers_run, self.d_model, self.context)
+
+    @property
+    def calibration(self) -> int:
+        """Return the FLOPs of the forward over the calibration text, once for a run.
+
+        Smaller and per-layer SAEs need it as well, for their norm factors.
+        """
+        return self.calibration_tokens * activation_flops(
+            self.num_layers, self.d_model, self.context
+        )
+
+    @property
+    def distances(self) -> int:
+        """Return the FLOPs of the angular distances, which only groups need."""
+        return self.calibration_tokens * distance_flops(self.num_layers, self.d_model)
+
+    def saes(self, d_saes: Sequence[int]) -> int:
+        """Return the FLOPs of all steps of SAEs with these numbers of latents."""
+        return self.tokens * sum(topk_flops(self.d_model, n, self.k) for n in d_saes)
+
+    def total(self, d_saes: Sequence[int], distances: bool) -> int:
+        """Return the true FLOPs of training these SAEs, the language model's included."""
+        shared = self.tokens * self.activations + self.calibration
+        return shared + self.saes(d_saes) + (self.distances if distances else 0)
+
+    def paper_total(self, d_saes: Sequence[int]) -> int:
+        """Return A + sum T per token, as the paper counts: dense SAEs, all layers run."""
+        paper = activation_flops(self.num_layers, self.d_model, self.context)
+        return paper + sum(sae_flops(self.d_model, n) for n in d_saes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCost:
+    """FLOPs of one run, and of training one SAE per layer on as many tokens.
+
+    Attributes:
+        paper_activations: A of the paper, per token.
+        paper_sae: T of the paper, per token.
+        paper_saving: as the paper counts: L SAEs against G without the last layer's.
+        paper_saving_both_sides: the same with every SAE counted on both sides.
+        activations: true FLOPs per token of the truncated forward.
+        sae: true FLOPs per token of one SAE.
+        calibration: true FLOPs of the forward over the calibration text.
+        distances: true FLOPs of the angular distances.
+        total: true FLOPs of the run.
+        total_per_layer: the same with one SAE per layer, which needs no distances.
+        saving: 1 - total / total_per_layer, the last layer alike on both sides.
+    """
+
+    paper_activations: int
+    paper_sae: int
+    paper_saving: float
+    paper_saving_both_sides: float
+    activations: int
+    sae: int
+    calibration: int
+    distances: int
+    total: int
+    total_per_layer: int
+    saving: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields."""
+        return asdict(self)
+
+
+def run_cost(work: Workload, *, num_groups: int, num_saes: int, d_sae: int) -> RunCost:
+    """Return the cost of serving the layers with groups, against one SAE for each of them.
+
+    Args:
+        work: what both sides share.
+        num_groups: G, groups of the partition, without an SAE of the last layer's own.
+        num_saes: SAEs trained.
+        d_sae: latents of each.
+    """
+    paper_a = activation_flops(work.num_layers, work.d_model, work.context)
+    paper_t = sae_flops(work.d_model, d_sae)
+    total = work.total([d_sae] * num_saes, distances=True)
+    total_per_layer = work.total([d_sae] * work.layers_run, distances=False)
+    return RunCost(
+        paper_activations=paper_a,
+        paper_sae=paper_t,
+        paper_saving=paper_saving(paper_a, paper_t, num_groups, work.num_layers),
+        paper_saving_both_sides=paper_saving(paper_a, paper_t, num_saes, work.layers_run),
+        activations=work.activations,
+        sae=topk_flops(work.d_model, d_sae, work.k),
+        calibration=work.calibration,
+        distances=work.distances,
+        total=total,
+        total_per_layer=total_per_layer,
+        saving=1 - total / total_per_layer,
+    )

@@ -1,0 +1,42 @@
+"""Evaluate a run on held-out text: `python -m groupsae.evaluate run=<run folder>`."""
+
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from groupsae.config import CONF, check_choices
+from groupsae.errors import UserError
+from groupsae.run import finished_run, register_resolver
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")
+def run(cfg: DictConfig) -> None:
+    """Evaluate one run."""
+    try:
+        if OmegaConf.is_missing(cfg, "run"):
+            raise UserError(
+                "which run? Give run=<folder>, such as run=outputs/tiny/amad-0.2/<...>"
+            )
+        folder = Path(cfg.run)
+        trained = finished_run(folder)
+        if OmegaConf.select(cfg, "logger") is not None:
+            trained.logger = cfg.logger
+        from groupsae.assess import assess  # slow imports only after the cheap checks
+
+        assess(folder, trained, cfg.evaluation, cfg.device)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main() -> None:
+    """Start `groupsae-evaluate`, which is `python -m groupsae.evaluate`."""
+    register_resolver()
+    check_choices(sys.argv[1:])
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How well SAEs do: reconstruction, effect on the language model, latents, similarity."""

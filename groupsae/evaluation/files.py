@@ -1,0 +1,87 @@
+"""What an evaluation leaves on disk: json for programs, csv for tables, npz for more analysis."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from groupsae.data.writer import write_json
+from groupsae.evaluation.heldout import HeldoutSums
+from groupsae.evaluation.results import Results
+
+FORMAT = 1
+
+
+def save_evaluation(
+    folder: Path, head: Mapping[str, Any], figures: Mapping[str, Any], results: Results
+) -> dict[str, Any]:
+    """Write `evaluation.json`, the tables and the sums; return what is in the json.
+
+    Args:
+        folder: `<run>/evaluation`.
+        head: where the figures come from.
+        figures: of `Results.to_json`.
+        results: the rest of what was computed.
+    """
+    (folder / "latents").mkdir(parents=True, exist_ok=True)
+    for name, suite in results.sums.saes.items():
+        np.savez_compressed(
+            folder / "latents" / f"{name}.npz",
+            fired=results.fired(name),
+            layers=np.array(suite.layers),
+            tokens=np.full(len(suite.layers), results.tokens()),
+        )
+    np.savez_compressed(folder / "sequences.npz", **_sequences(results.sums))  # type: ignore[arg-type]
+    write_csv(folder / "results.csv", [_flat(row) for row in figures["results"]])
+    write_csv(
+        folder / "groupings.csv",
+        [
+            {
+                **{k: row[k] for k in ("name", "kind", "num_groups", "amad", "max_diameter")},
+                **{f"cost_{k}": v for k, v in (row["cost"] or {}).items()},
+                **_flat(row["grouped_layers"]),
+                **{f"against_{k}": v for k, v in _flat(row["against_per_layer"] or {}).items()},
+            }
+            for row in figures["groupings"]
+        ],
+    )
+    evaluation = {"format": FORMAT, **head, **figures}
+    write_json(folder / "evaluation.json", evaluation)  # last: it says that the rest is there
+    return evaluation
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows with all columns that any of them has."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row with three columns for each interval: fvu, fvu_low, fvu_high."""
+    flat: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            flat |= {name: value["value"]}
+            flat |= {f"{name}_{end}": value[end] for end in ("low", "high")}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _sequences(sums: HeldoutSums) -> dict[str, np.ndarray]:
+    """Return the sums per sequence: enough to compare this evaluation with another, paired."""
+    arrays = {"clean_ce": sums.clean_ce.values, "predictions": sums.predictions.values}
+    for layer, effects in sums.layers.items():
+        x = effects.sums
+        arrays |= {f"count/{layer}": x.count, f"sum_squares/{layer}": x.sum_squares}
+        arrays |= {f"sum_x/{layer}": x.sum_x}
+        arrays |= {f"zero_ce/{layer}": effects.zero.ce, f"mean_ce/{layer}": effects.mean.ce}
+    for (name, layer), pair in sums.pairs.items():
+        arrays[f"squared_error/{name}/{layer}"] = pair.reconstruction.squared_error
+        arrays |= {f"ce/{name}/{layer}": pair.effect.ce, f"kl/{name}/{layer}": pair.effect.kl}
+    return arrays

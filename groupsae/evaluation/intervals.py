@@ -1,0 +1,113 @@
+"""Confidence intervals by resampling sequences."""
+
+from typing import TypedDict
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from jaxtyping import Float64
+
+from groupsae.errors import UserError
+from groupsae.evaluation.reconstruction import LayerSums, ReconstructionSums
+
+
+class Interval(TypedDict):
+    """A value with its confidence interval; None for what is not defined."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class Bootstrap:
+    """Resamples of the sequences, the same for every metric: so differences are paired.
+
+    Tokens of one text depend on each other, so whole sequences are drawn, with replacement
+    (Efron and Tibshirani 1993, chapter 8). A resample is a row of weights, how often each
+    sequence was drawn; a pooled ratio on it is the ratio of two weighted sums.
+
+    Attributes:
+        weights: float64 [resample, sequence]; each row adds up to the number of sequences.
+
+    Args:
+        sequences: S, number of sequences.
+        resamples: B, number of resamples.
+        level: of the intervals, e.g. 0.95.
+        seed: of the draws.
+
+    Raises:
+        UserError: no sequence, no resample or a level outside (0, 1).
+    """
+
+    weights: Float64[np.ndarray, "resample sequence"]
+
+    def __init__(self, sequences: int, resamples: int, level: float, seed: int) -> None:
+        if sequences < 1:
+            raise UserError("There is no sequence to evaluate on; give more tokens.")
+        if resamples < 1:
+            raise UserError(f"bootstrap.resamples is {resamples}; it must be at least 1.")
+        if not 0 < level < 1:
+            raise UserError(f"bootstrap.level is {level}; it must lie between 0 and 1, e.g. 0.95.")
+        self.sequences, self.level = sequences, level
+        chances = np.full(sequences, 1 / sequences)
+        draws = np.random.default_rng(seed).multinomial(sequences, chances, size=resamples)
+        self.weights = draws.astype(np.float64)
+        # A layer serves many SAEs; its part, the slow one, is computed once.
+        self._variances: WeakKeyDictionary[LayerSums, np.ndarray] = WeakKeyDictionary()
+
+    def interval(self, value: float | None, samples: Float64[np.ndarray, " resample"]) -> Interval:
+        """Return the percentile interval, low and high being quantiles of the samples.
+
+        They are None for a single sequence, which says nothing about spread, and if a resample
+        has no value (a ratio with a denominator of zero).
+
+        Args:
+            value: the metric on all sequences.
+            samples: the metric on each resample.
+        """
+        if value is None or not np.isfinite(value):
+            return {"value": None, "low": None, "high": None}
+        if self.sequences < 2 or not np.isfinite(samples).all():
+            return {"value": float(value), "low": None, "high": None}
+        tail = (1 - self.level) / 2
+        low, high = np.quantile(samples, [tail, 1 - tail])
+        return {"value": float(value), "low": float(low), "high": float(high)}
+
+    def fvu(self, layer: LayerSums, sums: ReconstructionSums) -> Float64[np.ndarray, " resample"]:
+        """Return the FVU on each resample, around the resample's own mean: exact, no shortcut.
+
+        Args:
+            layer: sums of the layer, complete: it must not be updated afterwards.
+            sums: sums of an SAE on that layer.
+
+        Raises:
+            ValueError: not as many sequences as the bootstrap was made for.
+        """
+        self._check(layer.count, sums.squared_error)
+        if layer not in self._variances:
+            total = np.square(self.weights @ layer.sum_x).sum(1)
+            squares, count = self.weights @ layer.sum_squares, self.weights @ layer.count
+            self._variances[layer] = squares - total / np.maximum(count, 1)
+        return _divide(self.weights @ sums.squared_error, self._variances[layer])
+
+    def ratio(
+        self,
+        numerator: Float64[np.ndarray, " sequence"],
+        denominator: Float64[np.ndarray, " sequence"],
+    ) -> Float64[np.ndarray, " resample"]:
+        """Return sum(numerator) / sum(denominator) on each resample; nan where it is 0 / 0.
+
+        Raises:
+            ValueError: not as many sequences as the bootstrap was made for.
+        """
+        self._check(numerator, denominator)
+        return _divide(self.weights @ numerator, self.weights @ denominator)
+
+    def _check(self, *arrays: np.ndarray) -> None:
+        lengths = [len(array) for array in arrays]
+        if lengths != [self.sequences] * len(lengths):
+            raise ValueError(f"sums of {lengths} sequences for a bootstrap of {self.sequences}")
+
+
+def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(numerator / denominator)

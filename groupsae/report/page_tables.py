@@ -1,0 +1,191 @@
+"""The tables of the page, as plain cells."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from groupsae.report.canvas import RULE_NAMES
+from groupsae.report.load import Interval, RunFiles, interval
+from groupsae.report.per_layer import similarities
+from groupsae.report.quality import cost_of
+from groupsae.report.words import DIGITS, NONE, number, percent, spans
+
+
+class Cell(NamedTuple):
+    """A value and what stands small beside it, such as its interval."""
+
+    value: str
+    note: str = ""
+
+
+@dataclass
+class Table:
+    """A table of the page.
+
+    Attributes:
+        caption: what it holds.
+        columns: headings; the first `text` of them are left-aligned, the others are numbers.
+        rows: cells.
+        text: number of columns with text.
+        marked: indices of the rows that are set off.
+    """
+
+    caption: str
+    columns: list[str]
+    rows: list[list[Cell]] = field(default_factory=list)
+    text: int = 1
+    marked: list[int] = field(default_factory=list)
+
+
+def cell(stored: Any, metric: str) -> Cell:
+    """Return a value with its interval as the note."""
+    found = stored if isinstance(stored, Interval) else interval(stored)
+    if found is None:
+        return Cell(NONE)
+    digits = DIGITS.get(metric, 4)
+    if found.low is None or found.high is None:
+        return Cell(number(found.value, digits))
+    return Cell(
+        number(found.value, digits), f"{number(found.low, digits)} to {number(found.high, digits)}"
+    )
+
+
+def layers_table(run: RunFiles) -> Table | None:
+    """Return the figures of every layer with the SAE of its group."""
+    metrics = ("fvu", "delta_ce", "delta_ce_percent", "ce_score", "kl")
+    names = ["FVU", "ΔCE, nats", "ΔCE, %", "CE score", "KL, nats"]
+    table = Table("Every layer with the SAE of its group", ["layer", "SAE", *names, "L0"], text=2)
+    for layer, sae, result in _served(run):
+        table.rows.append(
+            [
+                Cell(str(layer)),
+                Cell(sae),
+                *(cell(result.get(m), m) for m in metrics),
+                Cell(number(result.get("l0"), 1)),
+            ]
+        )
+    return table if table.rows else None
+
+
+def variants_table(run: RunFiles) -> Table | None:
+    """Return reconstruction as other tools name and count it."""
+    keys = {
+        "fvu": "FVU",
+        "explained_variance_legacy": "EV legacy",
+        "explained_variance_dictionary_learning": "EV dictionary_learning",
+        "explained_variance_saebench": "EV saebench",
+        "mse": "MSE",
+        "cosine": "cosine",
+        "norm_ratio": "norm ratio",
+        "relative_bias": "relative bias",
+    }
+    table = Table(
+        "Reconstruction in the definitions of other tools (EV: explained variance)",
+        ["layer", *keys.values()],
+    )
+    for layer, _, result in _served(run):
+        values = (interval(result.get(key)) for key in keys)
+        table.rows.append([Cell(str(layer)), *(Cell(number(v and v.value, 4)) for v in values)])
+    return table if table.rows else None
+
+
+def groupings_table(run: RunFiles) -> Table | None:
+    """Return every grouping with quality over the grouped layers, and cost."""
+    table = Table(
+        "Every grouping: mean over the grouped layers, and the change against one SAE per layer",
+        ["grouping", "groups", "G", "AMAD", "FVU", "ΔCE, nats", "ΔCE, %"],
+        text=2,
+    )
+    paired = any(g.get("against_per_layer") for g in run.groupings)
+    table.columns += ["FVU lost", "ΔCE lost, nats"] if paired else []
+    table.columns += ["FLOPs", "seconds"]
+    for i, grouping in enumerate(run.groupings):
+        means, lost = grouping["grouped_layers"], grouping.get("against_per_layer") or {}
+        if grouping is run.chosen:
+            table.marked.append(i)
+        table.rows.append(
+            [
+                Cell(grouping["name"], _made_by(grouping)),
+                Cell(
+                    "one each"
+                    if grouping["kind"] != "groups"
+                    else spans([list(g) for g in grouping["groups"]])
+                ),
+                Cell(str(grouping["num_groups"])),
+                Cell(number(grouping.get("amad"), 3)),
+                *(cell(means.get(m), m) for m in ("fvu", "delta_ce", "delta_ce_percent")),
+                *(cell(lost.get(m), m) for m in ("fvu", "delta_ce") if paired),
+                Cell(percent(cost_of(grouping))),
+                Cell(percent((grouping.get("cost") or {}).get("seconds"))),
+            ]
+        )
+    return table if table.rows else None
+
+
+def together_table(run: RunFiles) -> Table | None:
+    """Return the effect of all layers replaced at once, where it was measured."""
+    metrics = {"ce": "CE, nats", "delta_ce": "ΔCE, nats", "delta_ce_percent": "ΔCE, %", "kl": "KL"}
+    table = Table("All layers replaced at once", ["grouping", *metrics.values()])
+    for grouping in run.groupings:
+        together = grouping.get("spliced_together")
+        if together:
+            table.rows.append(
+                [Cell(grouping["name"]), *(cell(together.get(m), m) for m in metrics)]
+            )
+    return table if table.rows else None
+
+
+def saes_table(run: RunFiles) -> Table | None:
+    """Return the latents of every SAE that the report is about."""
+    saes = {s["name"]: s for s in (run.evaluation or {}).get("saes", [])}
+    table = Table(
+        "Latents of each SAE. Specific: more than 90 % of the firings in one layer",
+        ["SAE", "latents", "k", "dead", "dense", "specific", "mean layers in use"],
+    )
+    for name in run.saes:
+        if name in saes:
+            sae = saes[name]
+            profile = sae.get("profile") or {}
+            shared = len(sae["layers"]) > 1
+            table.rows.append(
+                [
+                    Cell(name),
+                    Cell(f"{sae['d_sae']:,}"),
+                    Cell(str(sae["k"])),
+                    Cell(percent(sae.get("dead"))),
+                    Cell(percent(sae.get("dense"))),
+                    Cell(percent(profile.get("specific") if shared else None)),
+                    Cell(number(profile.get("mean_effective_layers") if shared else None, 2)),
+                ]
+            )
+    return table if table.rows else None
+
+
+def similarity_table(run: RunFiles) -> Table | None:
+    """Return MMCS and MMCO of every layer that shares an SAE."""
+    table = Table(
+        "The layer's own SAE against its group's",
+        ["layer", "SAE of the group", "MMCS", "MMCO"],
+        text=2,
+    )
+    for layer, row in similarities(run).items():
+        values = (Cell(number(row.get(key), 3)) for key in ("mmcs", "mmco"))
+        table.rows.append([Cell(str(layer)), Cell(row["sae"]), *values])
+    return table if table.rows else None
+
+
+def _served(run: RunFiles) -> Sequence[tuple[int, str, dict[str, Any]]]:
+    if run.chosen is None:
+        return []
+    pairs = sorted((int(x), sae) for x, sae in run.chosen["sae_of_layer"].items())
+    return [(x, sae, found) for x, sae in pairs if (found := run.result(sae, x)) is not None]
+
+
+def _made_by(grouping: dict[str, Any]) -> str:
+    names = [RULE_NAMES.get(rule, rule) for rule in grouping.get("rules") or []]
+    if grouping["kind"] == "per_layer":
+        return "one SAE per layer"
+    if grouping["kind"] == "smaller":
+        return "smaller SAEs on every layer"
+    chosen = ", chosen" if grouping.get("chosen_by") else ""
+    return ", ".join(names) + chosen

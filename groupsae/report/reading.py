@@ -1,0 +1,76 @@
+"""Reads the files of a run folder: JSON, YAML, csv, npz."""
+
+import csv
+import json
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml  # type: ignore[import-untyped,unused-ignore]
+
+from groupsae.errors import UserError
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of an npz file.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise _damaged(path) from error
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the object in a JSON file; None if there is no file.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _damaged(path) from error
+    if not isinstance(values, dict):
+        raise _damaged(path)
+    return values
+
+
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file holds; None if there is no file.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise _damaged(path) from error
+
+
+def read_metrics(path: Path) -> list[tuple[int, str, float]]:
+    """Return the (step, metric, value) rows of a `metrics.csv`; none if there is no file."""
+    rows: list[tuple[int, str, float]] = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as handle:
+            for line in list(csv.reader(handle))[1:]:
+                with suppress(ValueError):  # a kill may have cut the last line short
+                    step, name, value = line
+                    rows.append((int(step), name, float(value)))
+    return rows
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(
+        f"{path} is cut short or damaged: remove it and make it anew (evaluation/ by "
+        "python -m groupsae.evaluate, the rest by training again)."
+    )

@@ -1,0 +1,74 @@
+"""Runs that differ in their seed only, and what their figures have in common."""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from groupsae.report.load import Interval, RunFiles, interval
+
+IGNORED = ("seed", "output", "resume", "overwrite", "logger", "trainer", "hydra")
+
+
+class Family(NamedTuple):
+    """Runs that differ in their seed only.
+
+    Attributes:
+        label: short and unique among those compared.
+        runs: in the order given.
+    """
+
+    label: str
+    runs: list[RunFiles]
+
+
+class Spread(NamedTuple):
+    """A value over seeds: mean, smallest and largest."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def families(runs: Sequence[RunFiles]) -> list[Family]:
+    """Return the runs by configuration without the seed."""
+    found: dict[str, list[RunFiles]] = {}
+    for run in runs:
+        kept = {k: v for k, v in run.config.items() if k not in IGNORED}
+        key = json.dumps([kept or str(run.folder), run.plan.get("last_layer")], default=str)
+        found.setdefault(key, []).append(run)
+    grouped = list(found.values())
+    labels = [_label(members[0], depth=1) for members in grouped]
+    for depth in (2, 3):
+        if len(set(labels)) < len(labels):
+            labels = [_label(members[0], depth) for members in grouped]
+    if len(set(labels)) < len(labels):
+        labels = [f"{label} ({i + 1})" for i, label in enumerate(labels)]
+    return [Family(label, members) for label, members in zip(labels, grouped, strict=True)]
+
+
+def _label(run: RunFiles, depth: int) -> str:
+    *_, model, grouping, name = ("", "", "", *run.folder.parts)
+    stem = re.sub(r"-s\d+-[0-9a-f]{8}$", "", name)
+    return ", ".join([grouping, stem, model][:depth])
+
+
+def means(run: RunFiles, metric: str) -> dict[str, Interval]:
+    """Return grouping name -> mean over the grouped layers."""
+    found = {g["name"]: interval(g["grouped_layers"].get(metric)) for g in run.groupings}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def spread(family: Family, metric: str, name: str) -> Spread | None:
+    """Return a grouping's metric over the seeds; None if no run has it."""
+    values = [v[name].value for run in family.runs if name in (v := means(run, metric))]
+    return Spread(sum(values) / len(values), min(values), max(values)) if values else None
+
+
+def difference(family: Family, metric: str, name: str, other: str) -> Spread | None:
+    """Return one grouping minus another over seeds, each seed within itself."""
+    if name == other:
+        return None
+    found = [means(run, metric) for run in family.runs]
+    gaps = [v[name].value - v[other].value for v in found if name in v and other in v]
+    return Spread(sum(gaps) / len(gaps), min(gaps), max(gaps)) if gaps else None

@@ -1,0 +1,24 @@
+"""What reaches the user's screen besides our own words."""
+
+import logging
+import warnings
+
+import transformers
+
+EXPECTED = (
+    ".*treespec, LeafSpec.*",  # lightning 2.6 on torch 2.13
+    ".*does not have many workers.*",  # tokens are a memmap
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*broadcast_buffers.*",  # torch 2.13, no other way
+    ".*sync_dist=True.*",  # our metrics are synchronised sums
+    ".*dataloader is not resumable.*",  # ours is: StepSampler
+)
+
+
+def quiet() -> None:
+    """Keep third-party chatter off the screen: what remains is ours or a warning that matters."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for pattern in EXPECTED:
+        warnings.filterwarnings("ignore", pattern)

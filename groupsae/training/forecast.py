@@ -1,0 +1,144 @@
+"""Memory and time of a run before it starts, by arithmetic and by a short trial."""
+
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import psutil
+import torch
+
+from groupsae.data.activations import ActivationDataModule
+from groupsae.errors import UserError
+from groupsae.grouping.plan import GroupPlan
+from groupsae.training.group import GroupSAE
+from groupsae.training.suite import GroupSAESuite
+
+FLOAT = 4  # bytes
+STATE = 4  # weights, gradients and Adam's two moments
+ROWS = 4  # raw and scaled activations, reconstruction and error wait for the backward pass
+WIDE = 3  # pre-activations, their top k's gradient and a temporary, of one SAE at a time
+TRIAL = 2  # steps
+
+
+def bytes_needed(
+    suite: GroupSAESuite, data: ActivationDataModule, widths: list[float], world_size: int
+) -> int:
+    """Return the memory in bytes that one process needs to train SAEs of these widths.
+
+    Counted are weights with gradients and optimiser state, the activations of one step, and the
+    language model; not the interpreter with its libraries (about half a gigabyte).
+
+    Args:
+        suite: makes the SAEs.
+        data: the stream and the language model.
+        widths: of the SAEs, as shares of the configured number of latents.
+        world_size: processes that share a step.
+    """
+    sae = suite.make_sae(d_model=suite.d_model, generator=torch.Generator())
+    parameters = sum(p.numel() for p in sae.parameters()) * sum(widths)
+    tokens = data.tokens_per_step // world_size
+    rows = tokens * suite.d_model * len(widths) * ROWS
+    wide = tokens * sae.d_sae * max(widths) * WIDE
+    lm = sum(p.numel() * p.element_size() for p in data.model.parameters())
+    return round(FLOAT * (parameters * STATE + rows + wide)) + lm
+
+
+def bytes_free(device: torch.device) -> int:
+    """Return the free memory of a device; for the CPU, the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def refuse(needed: int, free: int, num_saes: int, device: torch.device) -> None:
+    """Raise UserError if the SAEs do not fit into the free memory; says what to reduce."""
+    if needed > free:
+        raise UserError(
+            f"training {num_saes} SAEs at once needs about {needed / 1e9:.1f} GB, but {device} "
+            f"has {free / 1e9:.1f} GB free. Lower sae.expansion or stream.blocks_per_step, train "
+            "fewer SAEs (groups.rules with one rule, groups.smaller=[]), or the numbers of "
+            "groups one after the other (-m groups=count groups.num_groups=1,2,3)."
+        )
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will need.
+
+    Attributes:
+        num_saes: trained at once.
+        memory: bytes in one process.
+        activation_seconds: the language model's forwards.
+        sae_seconds: the steps of all SAEs.
+    """
+
+    num_saes: int
+    memory: int
+    activation_seconds: float
+    sae_seconds: float
+
+    def __str__(self) -> str:
+        """Return one sentence."""
+        total = timedelta(seconds=round(self.activation_seconds + self.sae_seconds))
+        share = self.activation_seconds / (self.activation_seconds + self.sae_seconds)
+        return (
+            f"{self.num_saes} SAEs from one stream: about {total} of training ({share:.0%} of it "
+            f"the language model's) and {self.memory / 1e9:.1f} GB of memory, by a trial of "
+            f"{TRIAL} steps."
+        )
+
+
+def forecast(
+    suite: GroupSAESuite,
+    data: ActivationDataModule,
+    plan: GroupPlan,
+    norm_factors: dict[int, float],
+    device: torch.device,
+    world_size: int,
+) -> Forecast:
+    """Return what the plan will need, after a trial of a few steps that changes nothing.
+
+    Args:
+        suite: makes the SAEs.
+        data: the stream.
+        plan: the SAEs to train.
+        norm_factors: per layer.
+        device: that trains.
+        world_size: processes that share a step.
+    """
+    first = plan.members[0]
+    trial = GroupSAE(
+        name="trial",
+        layers=first.layers,
+        norm_factors=norm_factors,
+        sae=suite.make_sae,
+        d_model=suite.d_model,
+        optim=suite.optim,
+        dead_after=suite.dead_after,
+        seed=suite.seed,
+    ).to(device)
+    optimizer = trial.configure_optimizers()
+    tokens = next(iter(data.loader("train", TRIAL, data.seed))).to(device)
+    batch = data.activations(tokens, plan.slots)  # warms up
+    lm = sae = 0.0
+    for _ in range(TRIAL):
+        start = _now(device)
+        batch = data.activations(tokens, plan.slots)
+        between = _now(device)
+        trial.step(*batch.rows(0), trial.moments(*batch.rows(0))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        lm, sae = lm + between - start, sae + _now(device) - between
+    widths = [planned.width for planned in plan.members]
+    return Forecast(
+        num_saes=len(widths),
+        memory=bytes_needed(suite, data, widths, world_size),
+        activation_seconds=lm / TRIAL * data.num_steps,
+        sae_seconds=sae / TRIAL * data.num_steps * sum(widths),
+    )
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

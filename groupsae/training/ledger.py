@@ -1,0 +1,127 @@
+"""The cost ledger of a run: FLOPs planned, FLOPs and seconds measured, part by part."""
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from groupsae.cost.counter import flop_counter
+from groupsae.cost.model import Workload
+from groupsae.data.activations import ActivationDataModule
+from groupsae.grouping.groupings import groupings
+from groupsae.grouping.plan import GroupPlan
+from groupsae.training.callbacks.grouping import GroupLayers
+from groupsae.training.callbacks.throughput import Throughput
+from groupsae.training.group import GroupSAE
+from groupsae.training.suite import GroupSAESuite
+
+
+def ledger(
+    suite: GroupSAESuite,
+    data: ActivationDataModule,
+    grouping: GroupLayers,
+    throughput: Throughput,
+) -> dict[str, Any]:
+    """Return what the run cost and what its groups saved, as plain values.
+
+    Seconds are wall clock (on a GPU its own clock) of this run. Those of per-layer training at
+    equal tokens are not a second run's: the language model's are the same, and an SAE costs what
+    this run's SAEs cost per planned FLOP.
+    """
+    plan, work, cost = grouping.plan, grouping.work, grouping.cost
+    assert plan is not None
+    assert work is not None
+    assert cost is not None
+    assert grouping.measurement is not None
+    members = suite.members()
+    planned = work.saes([m.sae.d_sae for m in members])
+    lm_flops, sae_flops = _measured_flops(data, members)
+    activations, saes = data.stopwatch.seconds, throughput.saes.seconds
+    validation, distances = throughput.validation.seconds, grouping.measurement.seconds
+    per_flop = saes / planned
+    d_sae = members[0].sae.d_sae
+    groups_seconds = activations + distances + per_flop * work.saes([d_sae] * len(plan.saes))
+    layers = [d_sae] * work.layers_run
+    per_layer_seconds = activations + distances + per_flop * work.saes(layers)
+    return {
+        "device": str(suite.device),
+        "threads": torch.get_num_threads(),
+        "tokens": work.tokens,
+        "num_saes": len(members),
+        "workload": asdict(work),
+        "seconds_per_sae_flop": per_flop,
+        "parts": [
+            _part("activations", work.tokens * work.activations, lm_flops, activations),
+            _part("distances", work.calibration + work.distances, None, distances),
+            _part("saes", planned, sae_flops, saes),
+            _part("validation", None, None, validation),
+            _part("other", None, None, throughput.all.seconds - activations - saes - validation),
+        ],
+        "per_layer": {"planned_flops": cost.total_per_layer, "seconds": per_layer_seconds},
+        "saving": {
+            "paper": cost.paper_saving,
+            "paper_both_sides": cost.paper_saving_both_sides,
+            "flops": cost.saving,
+            "seconds": 1 - groups_seconds / per_layer_seconds,
+        },
+        "sharing": _sharing(plan, work, d_sae, per_flop, activations, distances, saes),
+    }
+
+
+def _sharing(
+    plan: GroupPlan,
+    work: Workload,
+    d_sae: int,
+    per_flop: float,
+    activations: float,
+    distances: float,
+    saes: float,
+) -> dict[str, Any] | None:
+    """Return what training all groupings at once saved against one run for each of them."""
+    if not plan.others:
+        return None
+    widths = {planned.name: planned.width for planned in plan.members}
+    separate = 0.0
+    found = groupings(plan)
+    for each in found:
+        names = set(each.sae_of_layer.values())
+        latents = [round(d_sae * widths[name]) for name in names]
+        separate += activations + per_flop * work.saes(latents)
+    together = activations + saes
+    return {
+        "groupings": len(found),
+        "seconds": together + distances,
+        "seconds_separately": separate + distances,  # distances are measured once, from the cache
+        "factor": (separate + distances) / (together + distances),
+        "bound_seconds": 2 * activations + saes,
+    }
+
+
+def _part(part: str, planned: int | None, measured: int | None, seconds: float) -> dict[str, Any]:
+    return {
+        "part": part,
+        "planned_flops": planned,
+        "measured_flops": measured,
+        "seconds": seconds,
+    }
+
+
+def _measured_flops(data: ActivationDataModule, members: list[GroupSAE]) -> tuple[int, int]:
+    """Return what a FLOP counter sees of the run: of one block, extrapolated.
+
+    The SAEs run as they are in training, but for AuxK, and nothing of them is changed.
+    """
+    device = members[0].device
+    tokens = next(iter(data.loader("train", 1, data.seed)))[:1].to(device)
+    scale = data.num_steps * data.tokens_per_step / tokens.numel()
+    with flop_counter() as lm:
+        batch = data.activations(tokens, data.slots)
+    with flop_counter() as saes, torch.enable_grad():
+        for member in members:
+            acts, layers = batch.rows(member.slot)
+            alive = torch.zeros_like(member.dead())
+            variance = torch.ones((), device=device)
+            output = member.sae.forward(acts * member.scale(layers), variance, alive)
+            torch.stack(list(output.losses.values())).sum().backward()
+            member.zero_grad()
+    return round(lm.get_total_flops() * scale), round(saes.get_total_flops() * scale)
