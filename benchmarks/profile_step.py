@@ -18,8 +18,8 @@ from rich.console import Console
 
 from groupsae.config import CONF
 from groupsae.fit import build
-from groupsae.screen import quiet
 from groupsae.run import register_resolver
+from groupsae.screen import quiet
 
 RESULT = Path(__file__).parent / "results" / "profile_step.md"
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +61,8 @@ def assess(folder: Path, cfg: DictConfig, options: DictConfig, device: str) -> d
     console, watch = Console(), Stopwatch()
     quiet()
     place = torch.device(_device(device))
-    bootstrap = partial(Bootstrap, **options.bootstrap)
-    bootstrap(1)  # fails now if ever
+    resampling: dict[str, Any] = dict(options.bootstrap)
+    Bootstrap(1, **resampling)  # fails now if ever
     subject = _open(folder, cfg, place)
     data, plan = subject.data, subject.plan
     steps = _steps(data, options.tokens, options.tokens or cfg.stream.heldout_tokens)
@@ -74,7 +73,7 @@ def assess(folder: Path, cfg: DictConfig, options: DictConfig, device: str) -> d
     with watch:
         tokens = steps * data.tokens_per_step
         flops = _run(subject, sums, steps, place, f"evaluating {len(sums.pairs)} pairs")
-        results = Results(sums, bootstrap(steps * data.blocks_per_step))
+        results = Results(sums, Bootstrap(steps * data.blocks_per_step, **resampling))
         figures = results.to_json(_costs(folder, found, subject.saes))
     geometry = data.lm.geometry
     head = {
@@ -91,7 +90,7 @@ def assess(folder: Path, cfg: DictConfig, options: DictConfig, device: str) -> d
         "tokens": results.tokens(),
         "predictions": int(sums.predictions.values.sum()),
         "exclude_special_tokens": data.exclude_special_tokens,
-        "bootstrap": dict(options.bootstrap),
+        "bootstrap": resampling,
         "cost": {
             "planned_flops": tokens * _planned_flops(subject),
             "measured_flops": flops,

@@ -9,9 +9,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, GPTNeoXConfig
 
-from groupsae.cost.stopwatch import Stopwatch
-from groupsae.lm.blocks import find_blocks, run_blocks
-from groupsae.sae.topk import TopK
 from groupsae.cost.model import (
     Workload,
     activation_flops,
@@ -21,6 +18,9 @@ from groupsae.cost.model import (
     sae_flops,
     topk_flops,
 )
+from groupsae.cost.stopwatch import Stopwatch
+from groupsae.lm.blocks import find_blocks, run_blocks
+from groupsae.sae.topk import TopK
 
 # layers, d_model, A and T in PFLOPs for 1e9 tokens at 16x width and context 1024, the published
 # number of groups, and savings in per cent: the paper's, and with the last layer on both sides.

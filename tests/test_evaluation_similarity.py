@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from groupsae.evaluation import similarity
-from groupsae.evaluation.similarity import CoFiring, mmcs
+from groupsae.evaluation.similarity import Firings, max_jaccard, mmco, mmcs
 from groupsae.sae.base import SparseLatents
 
 TOKENS, K = 60, 4
@@ -67,59 +67,58 @@ def jaccards(first, second):
     return best
 
 
+def firings(latents, n, keep=None):
+    seen = Firings(n)
+    seen.update(latents, keep)
+    return seen
+
+
 @pytest.mark.usefixtures("chunk")
 def test_co_firing_equals_a_loop_over_all_pairs():
     first, second = latents_of(20), latents_of(30)
-    meter = CoFiring(20, 30)
-    meter.update(first, second, None)
+    pair = firings(first, 20), firings(second, 30)
     expected = jaccards(on(first, 20), on(second, 30))
     assert np.isnan(expected).sum() >= 4
-    np.testing.assert_allclose(meter.per_latent(), expected, rtol=1e-12)
-    assert meter.compute() == pytest.approx(np.nanmean(expected), rel=1e-12)
+    np.testing.assert_allclose(max_jaccard(*pair), expected, rtol=1e-12)
+    assert mmco(*pair) == pytest.approx(np.nanmean(expected), rel=1e-12)
 
 
 def test_batches_and_left_out_tokens():
     first, second, keep = latents_of(20), latents_of(30), torch.rand(TOKENS) > 0.4
-    meter = CoFiring(20, 30)
+    pair = Firings(20), Firings(30)
     for rows in torch.randperm(TOKENS).split(17):
-        pair = [SparseLatents(*(t[rows] for t in latents)) for latents in (first, second)]
-        meter.update(*pair, keep[rows])
+        for seen, latents in zip(pair, (first, second), strict=True):
+            seen.update(SparseLatents(*(t[rows] for t in latents)), keep[rows])
     expected = jaccards(on(first, 20)[keep], on(second, 30)[keep])
-    np.testing.assert_allclose(meter.per_latent(), expected, rtol=1e-12)
+    np.testing.assert_allclose(max_jaccard(*pair), expected, rtol=1e-12)
 
 
 def test_an_sae_fires_with_itself_under_other_numbers():
     latents, order = latents_of(40), torch.randperm(40)
-    meter = CoFiring(40, 40)
-    meter.update(latents, SparseLatents(latents.acts, order[latents.indices]), None)
-    assert meter.compute() == 1
+    renamed = SparseLatents(latents.acts, order[latents.indices])
+    assert mmco(firings(latents, 40), firings(renamed, 40)) == 1
 
 
 def test_latents_that_never_fire_together_have_zero():
     fires = SparseLatents(torch.tensor([[1.0], [0.0]]), torch.tensor([[0], [0]]))
     later = SparseLatents(torch.tensor([[0.0], [1.0]]), torch.tensor([[0], [0]]))
-    meter = CoFiring(2, 1)
-    meter.update(fires, later, None)
-    np.testing.assert_array_equal(meter.per_latent(), [0, np.nan])
-    assert meter.compute() == 0
+    pair = firings(fires, 2), firings(later, 1)
+    np.testing.assert_array_equal(max_jaccard(*pair), [0, np.nan])
+    assert mmco(*pair) == 0
 
 
 def test_nothing_fired():
-    meter = CoFiring(3, 3)
-    assert meter.compute() is None
+    assert mmco(Firings(3), Firings(3)) is None
     silent = SparseLatents(torch.zeros(2, 1), torch.zeros(2, 1, dtype=torch.int64))
-    meter.update(silent, silent, None)
-    assert meter.compute() is None
+    assert mmco(firings(silent, 3), firings(silent, 3)) is None
 
 
 def test_many_latents_need_wider_indices():
     latents = SparseLatents(torch.ones(2, 1), torch.tensor([[65_536], [0]]))
-    meter = CoFiring(65_537, 65_537)
-    meter.update(latents, latents, None)
-    best = meter.per_latent()
+    best = max_jaccard(firings(latents, 65_537), firings(latents, 65_537))
     assert (best[0], best[65_536]) == (1, 1)
 
 
 def test_different_tokens_are_refused():
     with pytest.raises(ValueError, match="different tokens"):
-        CoFiring(20, 20).update(latents_of(20), latents_of(20, 10), None)
+        max_jaccard(firings(latents_of(20), 20), firings(latents_of(20, 10), 20))

@@ -180,6 +180,31 @@ def test_a_negative_saving_is_not_called_a_saving(tmp_path: Path):
     assert "cost 5.0 % more FLOPs" in verdict_of(folder)
 
 
+def test_the_rule_of_the_plan_decides_which_grouping_sums_a_run_up(every: Path):
+    from groupsae.report.load import chosen_grouping
+
+    groupings = json.loads((every / "evaluation" / "evaluation.json").read_text())["groupings"]
+    next(g for g in groupings if g["name"] == "even-3")["chosen_by"] = ["even"]
+    for plan, name in (({"rule": "even"}, "even-3"), ({"rule": "x"}, "complete-2")):
+        chosen = chosen_grouping(groupings, plan)
+        assert chosen is not None
+        assert chosen["name"] == name
+    first = chosen_grouping(groupings, None)
+    assert first is not None
+    assert first["name"] == "complete-2"
+
+
+def test_a_baseline_that_is_missing_is_said_to_be(tmp_path: Path):
+    folder = write_run(tmp_path / "r", every=True)
+
+    def drop(values: dict[str, Any]) -> None:
+        kept = [g for g in values["groupings"] if "even" not in g["rules"] or g["num_groups"] > 10]
+        values["groupings"] = kept
+
+    change(folder, drop)
+    assert "Evenly spaced groups were not trained" in verdict_of(folder)
+
+
 # ---- the page ----------------------------------------------------------------------------------
 
 
@@ -275,17 +300,15 @@ def test_seeds_of_one_configuration_are_put_together(tmp_path: Path):
 
     found = families([read_run(each) for each in (a, b, c)])
     assert [(f.label, len(f.runs)) for f in found] == [("all", 2), ("amad", 1)]
-    values, gap = (
-        spread(found[0], "fvu", "complete-2"),
-        difference(found[0], "fvu", "complete-2", "even-2"),
-    )
+    values = spread(found[0], "fvu", "complete-2")
+    gap = difference(found[0], "fvu", "complete-2", "even-2")
     assert values is not None
     assert gap is not None
     assert values.high - values.low == pytest.approx(0.001)
     assert values.mean == pytest.approx((values.high + values.low) / 2)
     assert gap.low == pytest.approx(gap.high)  # the seed shifts all alike
-    text = html_of(a, b, c)
-    assert "3 runs of 2 configurations" in text
+    text = html_of(a, b)
+    assert "2 runs of 1 configuration." in text
     assert "lower in 2 of 2" in text
     page = next((tmp_path / "all").glob("report-*"))
     assert (page / "fvu_runs.png").exists()

@@ -92,6 +92,8 @@ class ByAmad(Choice):
         last_layer: see `Choice`.
     """
 
+    theta: float
+
     def __init__(self, *, theta: float, rule: str, last_layer: str) -> None:
         super().__init__(last_layer=last_layer)
         check_theta(theta)
@@ -209,6 +211,8 @@ class Published(Choice):
         last_layer: see `Choice`; the published groups leave it out.
     """
 
+    theta: float
+
     def __init__(self, *, theta: float, last_layer: str) -> None:
         super().__init__(last_layer=last_layer)
         check_theta(theta)
@@ -235,6 +239,8 @@ class All(Choice):
             "chosen" for the number that AMAD picks with the first rule.
         last_layer: see `Choice`; its own SAE is the same in all partitions.
     """
+
+    theta: float
 
     def __init__(
         self, *, rules: Sequence[str], theta: float, smaller: Sequence[int] | str, last_layer: str

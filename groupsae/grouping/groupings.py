@@ -83,8 +83,8 @@ def _picked(plan: GroupPlan) -> dict[str, int]:
     """Return rule -> the smallest number of groups with AMAD < theta."""
     if plan.theta is None:
         return {}
-    theta, picked = plan.theta, {}
+    picked: dict[str, int] = {}
     for part in sorted(plan.partitions, key=lambda p: p.num_groups):
-        if part.amad < theta:
+        if part.amad < plan.theta:
             picked.setdefault(part.rule, part.num_groups)
     return picked

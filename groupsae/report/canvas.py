@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 
 from groupsae.report.load import Interval
 
-# Okabe and Ito: told apart with every kind of colour blindness
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito: told apart with every kind of colour blindness; black is kept for the baseline
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 RULES = {"complete": 0, "minmax": 2, "even": 4, "published": 3}  # rule -> index into COLOURS
 MARKERS = {"complete": "o", "minmax": "^", "even": "s", "published": "v"}
 RULE_NAMES = {
@@ -20,7 +20,7 @@ RULE_NAMES = {
     "explicit": "groups by hand",
 }
 CHOSEN = COLOURS[1]
-PER_LAYER = COLOURS[6]
+PER_LAYER = "#000000"
 SMALLER = COLOURS[5]
 
 
@@ -37,7 +37,7 @@ def legend_below(figure: Figure, columns: int = 3) -> None:
     found: dict[str, Artist] = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
-        found.update(zip(labels, handles, strict=True))
+        found = dict(zip(labels, handles, strict=True)) | found  # the first one stands
     if found:
         figure.legend(
             list(found.values()),

@@ -30,7 +30,6 @@ class Captioned(NamedTuple):
         figure: the figure.
         title: short, for readers who cannot see it.
         caption: what one sees.
-        wide: whether it needs the whole width.
     """
 
     name: str
@@ -38,7 +37,11 @@ class Captioned(NamedTuple):
     figure: Figure
     title: str
     caption: str
-    wide: bool = False
+
+    @property
+    def wide(self) -> bool:
+        """Return whether the figure needs the whole width of the page."""
+        return bool(self.figure.get_size_inches()[0] > 6.5)
 
 
 def evaluation_figures(run: RunFiles) -> dict[str, Figure]:
@@ -191,7 +194,6 @@ def latent_figures(run: RunFiles) -> list[Captioned]:
                 "Share of each latent's firings per layer, for every shared SAE",
                 "Each row is a latent, sorted by the mean layer on which it fires. Yellow: it "
                 "fires on that layer only; an even colour: on all layers of the group alike.",
-                wide=True,
             )
         )
     figure = density(run)
@@ -232,6 +234,5 @@ def training_figures(run: RunFiles) -> list[Captioned]:
             "Held-out FVU and dead latents against training tokens",
             "Left: FVU on held-out text during training. Right: latents that have not fired for "
             "long; they come back to life where the curve falls.",
-            wide=True,
         )
     ]

@@ -64,8 +64,10 @@ def against_in_words(run: RunFiles, kind: str) -> str:
     names = {"even": "evenly spaced groups", "smaller": "smaller SAEs on every layer"}
     where = {"even": "at the same number of groups", "smaller": "at equal cost"}
     baseline = run.baseline(kind)
-    if baseline is None or run.chosen is None:
+    if run.chosen is None:
         return ""
+    if baseline is None:
+        return _absent(run, kind)
     if baseline is run.chosen:
         return "The chosen groups are the evenly spaced ones: there is nothing to compare."
     compared = compare(run, baseline)
@@ -111,3 +113,10 @@ def change_in_words(name: str, change: Interval, metric: str) -> str:
         f"{name} is {word} by {amount}{unit} (interval {number(abs(low), 4)} to "
         f"{number(abs(high), 4)})"
     )
+
+
+def _absent(run: RunFiles, kind: str) -> str:
+    """Say how a baseline is had, in a run that has others."""
+    if kind != "even" or run.per_layer is None or run.chosen is run.per_layer:
+        return ""
+    return "Evenly spaced groups were not trained: groups.rules=[complete,even] trains them too."

@@ -10,7 +10,9 @@ from scipy.cluster.hierarchy import dendrogram, linkage
 from scipy.spatial.distance import squareform
 
 from groupsae.grouping.partition import Distances, Partition
-from groupsae.report.canvas import COLOURS, new_axes
+from groupsae.report.canvas import COLOURS, layer_ticks, legend_below, new_axes
+
+MOST_LABELS = 15  # lines with a legend; more would need more room than the curves
 
 
 def distance_heatmap(distances: np.ndarray, groups: Sequence[Sequence[int]]) -> Figure:
@@ -42,7 +44,7 @@ def distance_heatmap(distances: np.ndarray, groups: Sequence[Sequence[int]]) -> 
                     fontsize=6,
                     color="white" if value < 0.6 * distances.max() else "black",
                 )
-    ticks = range(0, layers, max(1, layers // 16))
+    ticks = layer_ticks(range(layers))
     axes.set(
         xlabel="layer",
         ylabel="layer",
@@ -148,7 +150,7 @@ def training_curves(
         tokens_per_step: turns steps into tokens.
         num_steps: of the run; the evaluation after the last step is logged one step later.
     """
-    figure = Figure(figsize=(9.0, 3.8), layout="constrained", dpi=150)
+    figure = Figure(figsize=(9.0, 4.2), layout="constrained", dpi=150)
     left, right = figure.subplots(1, 2)
     for axes, stage, metric, label in (
         (left, "val", "fvu", "held-out FVU, mean over the group's layers"),
@@ -168,9 +170,12 @@ def training_curves(
             )
         axes.set(xlabel="tokens per SAE (millions)", ylabel=label, xlim=(0, None), ylim=(0, None))
         axes.locator_params(nbins=6)
-        if names and stage == "val":
-            axes.legend(frameon=False, fontsize=8, ncols=2)
-    figure.suptitle("Training")
+    drawn = {line.get_label() for line in left.lines}
+    if len(drawn) <= MOST_LABELS:
+        legend_below(figure, columns=5)
+        figure.suptitle("Training")
+    else:
+        figure.suptitle(f"Training of {len(drawn)} SAEs")
     return figure
 
 

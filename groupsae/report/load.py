@@ -173,17 +173,16 @@ class RunFiles:
 def chosen_grouping(
     groupings: Sequence[dict[str, Any]], plan: Mapping[str, Any] | None
 ) -> dict[str, Any] | None:
-    """Return the grouping that sums a run up: the one its rule chose.
+    """Return the grouping that sums a run up: the one the rule of its plan chose.
 
-    Where several rules chose, the rule of the plan counts, then the order in which a reader
-    would look: complete, minmax, published, even. A run without a threshold has one grouping.
+    Without a plan it is the first that any rule chose, and in a run without a threshold the one
+    grouping there is.
     """
     plan = plan or {}
     scored = [g for g in groupings if g["kind"] != "smaller"]
-    for rule in (plan.get("rule"), "complete", "minmax", "published", "even"):
-        for grouping in scored:
-            if rule in (grouping.get("chosen_by") or []):
-                return grouping
+    picked = [g for g in scored if g.get("chosen_by")]
+    for grouping in [*(g for g in picked if plan.get("rule") in g["chosen_by"]), *picked]:
+        return grouping
     for grouping in scored:
         if grouping.get("groups") == plan.get("groups"):
             return grouping

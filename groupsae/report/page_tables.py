@@ -10,6 +10,8 @@ from groupsae.report.per_layer import similarities
 from groupsae.report.quality import cost_of
 from groupsae.report.words import DIGITS, NONE, number, percent, spans
 
+JOIN = "\N{WORD JOINER}"  # no line ends inside a span of layers
+
 
 class Cell(NamedTuple):
     """A value and what stands small beside it, such as its interval."""
@@ -84,8 +86,16 @@ def variants_table(run: RunFiles) -> Table | None:
         ["layer", *keys.values()],
     )
     for layer, _, result in _served(run):
-        values = (interval(result.get(key)) for key in keys)
-        table.rows.append([Cell(str(layer)), *(Cell(number(v and v.value, 4)) for v in values)])
+        values = {key: interval(result.get(key)) for key in keys}
+        table.rows.append(
+            [
+                Cell(str(layer)),
+                *(
+                    Cell(number(v and v.value, 2 if key == "mse" else 4))
+                    for key, v in values.items()
+                ),
+            ]
+        )
     return table if table.rows else None
 
 
@@ -109,7 +119,7 @@ def groupings_table(run: RunFiles) -> Table | None:
                 Cell(
                     "one each"
                     if grouping["kind"] != "groups"
-                    else spans([list(g) for g in grouping["groups"]])
+                    else spans([list(g) for g in grouping["groups"]]).replace(NONE, NONE + JOIN)
                 ),
                 Cell(str(grouping["num_groups"])),
                 Cell(number(grouping.get("amad"), 3)),

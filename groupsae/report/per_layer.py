@@ -3,6 +3,7 @@
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 from groupsae.report.canvas import (
     COLOURS,
@@ -59,6 +60,7 @@ def layer_bars(run: RunFiles, metric: str) -> Figure | None:
             color=colour,
             mec="black",
             label=label,
+            path_effects=[withStroke(linewidth=4, foreground="white")] if marker == "_" else [],
         )
     axes.set(
         xlabel="layer",

@@ -21,6 +21,11 @@ class Family(NamedTuple):
     label: str
     runs: list[RunFiles]
 
+    @property
+    def evaluated(self) -> list[RunFiles]:
+        """Return those of the runs that have figures to compare."""
+        return [run for run in self.runs if run.groupings]
+
 
 class Spread(NamedTuple):
     """A value over seeds: mean, smallest and largest."""

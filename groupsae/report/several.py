@@ -90,13 +90,13 @@ def _point(family: Family, metric: str, name: str) -> tuple[float, float, float,
     if not costs or values is None:
         return None
     low, high = values.low, values.high
-    if len(family.runs) == 1:
-        low, high = means(family.runs[0], metric)[name].bounds
+    if len(family.evaluated) == 1:
+        low, high = means(family.evaluated[0], metric)[name].bounds
     return sum(costs) / len(costs), values.mean, low, high
 
 
 def _seeds(family: Family) -> str:
-    count = len(family.runs)
+    count = len(family.evaluated)
     return f"{family.label} ({count} seeds, range)" if count > 1 else family.label
 
 
@@ -130,10 +130,10 @@ def side_by_side(runs: Sequence[RunFiles], names: Sequence[str]) -> Table:
 
 def seeds_table(family: Family) -> Table | None:
     """Return mean and range over seeds of each grouping, and against even spacing."""
-    if len(family.runs) < 2:
+    if len(family.evaluated) < 2:
         return None
     table = Table(
-        f"{family.label}: {plural(len(family.runs), 'seed')}, mean and range",
+        f"{family.label}: {plural(len(family.evaluated), 'seed')}, mean and range",
         ["grouping", "FVU", "ΔCE, nats", "FVU lost by sharing", "ΔCE lost by sharing, nats"],
     )
     names = list(dict.fromkeys(g["name"] for run in family.runs for g in run.groupings))
@@ -186,7 +186,7 @@ def judge_runs(found: Sequence[Family]) -> Verdict:
     verdict = Verdict(f"{plural(count, 'run')} of {plural(len(found), 'configuration')}.")
     for family in found:
         chosen = [run.chosen for run in family.runs if run.chosen is not None]
-        if len(family.runs) < 2 or not chosen:
+        if len(chosen) < 2:
             continue
         picks = sorted({g["num_groups"] for g in chosen})
         text = (
@@ -200,7 +200,7 @@ def judge_runs(found: Sequence[Family]) -> Verdict:
             ("smaller", "smaller SAEs of equal cost"),
         ):
             text += _over_seeds(family, kind, words)
-        title = f"{family.label}, {plural(len(family.runs), 'seed')}"
+        title = f"{family.label}, {plural(len(chosen), 'seed')}"
         verdict.findings.append(Finding(title, text + "."))
     verdict.caveats.append(
         "Ranges over seeds show how far training varies; intervals of single runs show how far "

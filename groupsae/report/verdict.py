@@ -59,7 +59,7 @@ def judge(run: RunFiles) -> Verdict:
         )
     else:
         verdict.headline = f"{trained} save {percent(saved)} of the FLOPs of one SAE per layer"
-        verdict.headline += f"; {_loss_in_words(fvu)}." if fvu is not None else "."
+        verdict.headline += f"; {_loss_in_words(run, fvu)}." if fvu is not None else "."
     verdict.tiles = _tiles(run, saved, fvu, delta_ce)
     verdict.findings = [
         Finding(title, text)
@@ -77,12 +77,17 @@ def judge(run: RunFiles) -> Verdict:
     return verdict
 
 
-def _loss_in_words(fvu: Interval) -> str:
-    if fvu.sign > 0 or fvu.low is None:
-        return f"FVU rises by {number(fvu.value, 3)}"
-    if fvu.sign < 0:
-        return f"FVU falls by {number(-fvu.value, 3)}"
-    return "no difference in FVU can be made out"
+def _loss_in_words(run: RunFiles, fvu: Interval) -> str:
+    if fvu.sign == 0 and fvu.low is not None:
+        return "no difference in FVU can be made out"
+    word = "rises" if fvu.value > 0 else "falls"
+    ends = [
+        value.value
+        for grouping in (run.per_layer, run.chosen)
+        if (value := interval(((grouping or {}).get("grouped_layers") or {}).get("fvu")))
+    ]
+    tail = f", from {number(ends[0], 3)} to {number(ends[1], 3)}" if len(ends) == 2 else ""
+    return f"FVU {word} by {number(abs(fvu.value), 3)}{tail}"
 
 
 def _tiles(
