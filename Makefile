@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 ARGS ?=
 
-.PHONY: help train test check format sweep pretrain bench clean
+.PHONY: help train evaluate report test check format sweep replicate pretrain bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,6 +17,12 @@ $(READY): pyproject.toml constraints.txt .ci/install
 
 train: $(READY)  ## Train Group-SAEs: the bundled model and text, minutes on a CPU
 	@$(BIN)/python -m groupsae.train $(ARGS)
+
+evaluate: $(READY)  ## Measure what a run costs the model: make evaluate ARGS="run=<run folder>"
+	@$(BIN)/python -m groupsae.evaluate $(ARGS)
+
+report: $(READY)  ## Write the report page of one or more runs: ARGS="run=<folder>[,<folder>]"
+	@$(BIN)/python -m groupsae.report $(ARGS)
 
 test: $(READY)  ## Run the tests
 	@$(BIN)/python -m pytest $(ARGS)
@@ -34,6 +40,10 @@ format: $(READY)  ## Format the code, and mend what lint can mend
 
 sweep: $(READY)  ## Train with one to six groups
 	@$(BIN)/python -m groupsae.train -m groups=count groups.num_groups=1,2,3,4,5,6 $(ARGS)
+
+replicate: $(READY)  ## All rules, all numbers of groups, three seeds: docs/replication.md (an hour)
+	@$(BIN)/python -m groupsae.train -m experiment=replication $(or $(ARGS),seed=0,1,2)
+	@$(BIN)/python -m benchmarks.replication $(ARGS)
 
 pretrain: $(READY)  ## Train the bundled language model anew (hours)
 	@$(BIN)/python -m groupsae.pretrain $(ARGS)

@@ -23,7 +23,7 @@ from groupsae.errors import UserError
 from groupsae.interop.suite import save_sae
 from groupsae.report.dashboard import Dashboard, save_figures
 from groupsae.report.figures import training_curves
-from groupsae.report.tables import print_result
+from groupsae.report.tables import print_ledger, print_result
 from groupsae.run import is_leader
 from groupsae.screen import quiet
 from groupsae.training.allocator import keep_freed_memory
@@ -100,10 +100,12 @@ def _train(
             )
         }
         save_figures(folder / "figures", figures, trainer.loggers)
-        write_json(folder / "ledger.json", ledger(suite, data, run.grouping, run.throughput))
+        costs = ledger(suite, data, run.grouping, run.throughput)
+        write_json(folder / "ledger.json", costs)
         summary = summarise(run, folder)
         write_json(folder / "summary.json", summary)
         print_result(console, summary)
+        print_ledger(console, costs)
         if cfg.evaluate:
             assess(folder, cfg, cfg.evaluation, str(suite.device))
     return 0
@@ -266,6 +268,7 @@ def summarise(run: Run, folder: Path) -> dict[str, Any]:
     return {
         "folder": str(folder),
         "groups": groups,
+        "chosen": grouping.plan.names,
         "fvu": values["val/fvu/mean"],
         "num_groups": part.num_groups,
         "amad": part.amad,

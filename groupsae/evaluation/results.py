@@ -77,6 +77,7 @@ class Results:
                 {**self._grouping(g, baseline), "cost": dict(costs.get(g.name, {})) or None}
                 for g in self.sums.groupings
             ],
+            "comparisons": self._comparisons(),
             "similarity": self._similarity(baseline),
         }
 
@@ -183,6 +184,28 @@ class Results:
             "against_per_layer": against,
             "spliced_together": self._spliced_together(grouping),
         }
+
+    def _comparisons(self) -> list[dict[str, Any]]:
+        """Return each grouping against even spacing and smaller SAEs of equal cost, paired."""
+        rows = []
+        for mine in self.sums.groupings:
+            for other in self.sums.groupings:
+                rival = other.kind == "smaller" or (
+                    other.kind == "groups" and "even" in other.rules
+                )
+                if mine is other or mine.kind != "groups" or not rival:
+                    continue
+                if mine.num_groups != other.num_groups:
+                    continue
+                ours, theirs = self.over(mine, mine.grouped), self.over(other, other.grouped)
+                rows.append(
+                    {
+                        "grouping": mine.name,
+                        "baseline": other.name,
+                        **{name: self._interval(ours[name] - theirs[name]) for name in COMPARED},
+                    }
+                )
+        return rows
 
     def over(self, grouping: Grouping, layers: Sequence[int]) -> dict[str, Estimate]:
         """Return the means of a grouping's metrics over some layers."""

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from groupsae.grouping.plan import GroupPlan
 from groupsae.report.load import chosen_grouping, interval
-from groupsae.report.words import flops, number, percent
+from groupsae.report.words import duration, flops, number, percent
 
 if TYPE_CHECKING:
     from groupsae.cost.model import RunCost
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 def print_plan(console: Console, plan: GroupPlan, cost: "RunCost") -> None:
     """Print the chosen groups and the saving they promise."""
     part = plan.partition
+    if plan.others:
+        console.print(
+            f"{len(plan.members)} SAEs are trained for all groupings; the one that AMAD chooses:"
+        )
     groups = "1 group" if part.num_groups == 1 else f"{part.num_groups} groups"
     console.print(
         f"{groups}, rule {part.rule}, AMAD {part.amad:.4f}, largest diameter "
@@ -58,6 +62,8 @@ def print_result(console: Console, summary: Mapping[str, Any]) -> None:
     ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for name, group in summary["groups"].items():
+        if name not in summary["chosen"]:
+            continue
         per_layer = sum(group["tokens_per_layer"].values()) / len(group["layers"])
         table.add_row(
             name,
@@ -75,7 +81,35 @@ def print_result(console: Console, summary: Mapping[str, Any]) -> None:
         f"{summary['tokens']:,} tokens per SAE at {speed:,.0f} tokens/s; saved "
         f"{cost['saving']:.1%} of the FLOPs of one SAE per layer."
     )
+    beside = len(summary["groups"]) - len(summary["chosen"])
+    if beside:
+        console.print(f"{beside} more SAEs were trained beside these; figures in summary.json.")
     console.print(f"Run folder: {summary['folder']}", soft_wrap=True)
+
+
+def print_ledger(console: Console, ledger: Mapping[str, Any]) -> None:
+    """Print what a run cost, planned and measured, from its `ledger.json`."""
+    table = _numbers("cost", ["part"], ["FLOPs planned", "FLOPs measured", "time"])
+    for part in ledger["parts"]:
+        table.add_row(
+            part["part"],
+            flops(part["planned_flops"]),
+            flops(part["measured_flops"]),
+            duration(part["seconds"]),
+        )
+    console.print(table)
+    saving = ledger["saving"]
+    console.print(
+        f"Against one SAE per layer at equal tokens the chosen groups save {saving['flops']:.1%} "
+        f"of the FLOPs and {saving['seconds']:.1%} of the time."
+    )
+    sharing = ledger["sharing"]
+    if sharing:
+        console.print(
+            f"All {sharing['groupings']} groupings from one stream took "
+            f"{duration(sharing['seconds'])}, one run for each would take "
+            f"{duration(sharing['seconds_separately'])}: {sharing['factor']:.1f} times as long."
+        )
 
 
 def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
