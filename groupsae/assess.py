@@ -1,33 +1,36 @@
 """Build the objects of a finished run, evaluate its SAEs, and leave the results in its folder."""
 
-import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+import wandb
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from groupsae import __version__
 from groupsae.config import make
-from groupsae.cost.model import Workload, evaluation_flops
 from groupsae.cost.stopwatch import Stopwatch
 from groupsae.data.activations import ActivationDataModule
 from groupsae.errors import UserError
+from groupsae.evaluation.cost import planned_flops, relative_costs
 from groupsae.evaluation.files import save_evaluation
 from groupsae.evaluation.heldout import HeldoutSums, run_heldout
 from groupsae.evaluation.intervals import Bootstrap
+from groupsae.evaluation.options import check_options
 from groupsae.evaluation.results import Results
-from groupsae.grouping.groupings import Grouping, groupings
+from groupsae.grouping.groupings import groupings
 from groupsae.grouping.plan import GroupPlan
 from groupsae.interop.suite import Suite, load_plan, load_saes
 from groupsae.report.collection import evaluation_figures
 from groupsae.report.dashboard import save_figures
 from groupsae.report.load import read_run
+from groupsae.report.reading import read_json
 from groupsae.report.tables import print_evaluation
 from groupsae.screen import quiet
 
@@ -55,14 +58,18 @@ def assess(folder: Path, cfg: DictConfig, options: DictConfig, device: str) -> d
         What is in `evaluation/evaluation.json`.
 
     Raises:
-        UserError: the SAEs belong to another model or text, or there is less held-out text than
-            asked for.
+        UserError: an option is not allowed, a file of the run is missing or damaged, the SAEs
+            belong to another model or text, or there is less held-out text than asked for.
     """
     console, watch = Console(), Stopwatch()
     quiet()
-    place = torch.device(_device(device))
+    # Logging goes on in the W&B run of the training, if that is still open.
+    warnings.filterwarnings("ignore", ".*wandb run already in progress.*")
+    place = _device(device)
+    plain: Any = OmegaConf.to_container(options)
+    check_options(plain)
     resampling: dict[str, Any] = dict(options.bootstrap)
-    Bootstrap(1, **resampling)  # fails now if ever
+    ledger, summary = (_file(folder / name) for name in ("ledger.json", "summary.json"))
     subject = _open(folder, cfg, place)
     data, plan = subject.data, subject.plan
     steps = _steps(data, options.tokens, options.tokens or cfg.stream.heldout_tokens)
@@ -74,7 +81,7 @@ def assess(folder: Path, cfg: DictConfig, options: DictConfig, device: str) -> d
         tokens = steps * data.tokens_per_step
         flops = _run(subject, sums, steps, place, f"evaluating {len(sums.pairs)} pairs")
         results = Results(sums, Bootstrap(steps * data.blocks_per_step, **resampling))
-        figures = results.to_json(_costs(folder, found, subject.saes))
+        figures = results.to_json(relative_costs(ledger, found, subject.saes))
     geometry = data.lm.geometry
     head = {
         "groupsae": __version__,
@@ -92,18 +99,26 @@ def assess(folder: Path, cfg: DictConfig, options: DictConfig, device: str) -> d
         "exclude_special_tokens": data.exclude_special_tokens,
         "bootstrap": resampling,
         "cost": {
-            "planned_flops": tokens * _planned_flops(subject),
+            "planned_flops": tokens
+            * planned_flops(
+                geometry,
+                data.packing.context,
+                subject.saes,
+                found if options.together else [],
+            ),
             "measured_flops": flops,
             "seconds": watch.seconds,
         },
     }
     evaluation = save_evaluation(folder / "evaluation", head, figures, results)
-    _log(folder, evaluation, [make(logger) for logger in (cfg.logger or {}).values()])
+    # one step later than training, so that evaluating again replaces these rows and no others
+    loggers = [make(logger) for logger in (cfg.logger or {}).values()]
+    _log(folder, evaluation, loggers, summary["steps"] + 1)
     print_evaluation(console, evaluation)
     return evaluation
 
 
-def _log(folder: Path, evaluation: dict[str, Any], loggers: list[Any]) -> None:
+def _log(folder: Path, evaluation: dict[str, Any], loggers: list[Any], step: int) -> None:
     """Send the chosen grouping's figures per layer, every grouping's means, and the figures."""
     chosen = evaluation["groupings"][0]["sae_of_layer"]
     values = {
@@ -115,23 +130,40 @@ def _log(folder: Path, evaluation: dict[str, Any], loggers: list[Any]) -> None:
     for each in evaluation["groupings"]:
         for metric in ("fvu", "delta_ce", "kl"):
             values[f"eval/{metric}/{each['name']}"] = each["all_layers"][metric]["value"]
-    # one step later than training, so that evaluating again replaces these rows and no others
-    step = json.loads((folder / "summary.json").read_text())["steps"] + 1
-    for logger in loggers:
-        logger.log_metrics({k: v for k, v in values.items() if v is not None}, step=step)
-    save_figures(folder / "figures", evaluation_figures(read_run(folder)), loggers)
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device is {name}, but there is no GPU here: use device=cpu or auto.")
+    ours = wandb.run is None
     try:
-        torch.device(name)
+        for logger in loggers:
+            logger.log_metrics({k: v for k, v in values.items() if v is not None}, step=step)
+        save_figures(folder / "figures", evaluation_figures(read_run(folder)), loggers)
+    finally:
+        if ours and wandb.run is not None:  # or the next point of a sweep would log into this run
+            wandb.finish()
+
+
+def _file(path: Path) -> dict[str, Any]:
+    values = read_json(path)
+    if values is None:
+        raise UserError(
+            f"{path} is missing, which a finished run leaves: copy it from where the run was "
+            "made, or train again."
+        )
+    return values
+
+
+def _device(name: object) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(str(name))
     except RuntimeError:
-        raise UserError(f"device is {name!r}; use auto, cpu, cuda or cuda:<index>.") from None
-    return name
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise UserError(f"device is {name!r}; use auto, cpu, cuda or cuda:<index>.")
+    count = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= count:
+        there = f"the last GPU here is cuda:{count - 1}" if count else "there is no GPU here"
+        raise UserError(f"device is {name}, but {there}: use device=cpu or auto.")
+    return found
 
 
 def _open(folder: Path, cfg: DictConfig, device: torch.device) -> Subject:
@@ -183,7 +215,7 @@ def _steps(data: ActivationDataModule, asked: int | None, wanted: int) -> int:
     if asked is not None and asked < data.tokens_per_step:
         raise UserError(
             f"evaluation.tokens={asked:,} is less than one step of {data.tokens_per_step:,} "
-            "tokens: ask for more."
+            f"tokens: ask for at least {data.tokens_per_step:,}."
         )
     return data.steps_for("heldout", wanted)
 
@@ -223,48 +255,3 @@ def _layer_means(data: ActivationDataModule, tokens: int) -> Tensor:
         total = total.to(acts.device) + acts.double().sum(1)
         count += acts.shape[1]
     return (total / count).float()
-
-
-def _costs(
-    folder: Path, found: list[Grouping], saes: dict[str, Suite]
-) -> dict[str, dict[str, float | None]]:
-    """Return what each grouping costs relative to one SAE of full width per layer."""
-    ledger = json.loads((folder / "ledger.json").read_text())
-    work = Workload(**ledger["workload"])
-    widths = {name: suite.saes[name].d_sae for name, suite in saes.items()}
-    seconds = {part["part"]: part["seconds"] for part in ledger["parts"]}
-    shared = seconds["activations"] + seconds["distances"]
-    full = [max(widths.values())] * work.layers_run
-    paper = work.paper_total(full)
-    flops = work.total(full, distances=False)
-    wall = shared + ledger["seconds_per_sae_flop"] * work.saes(full)
-    costs: dict[str, dict[str, float | None]] = {}
-    for each in found:
-        mine = [widths[name] for name in set(each.sae_of_layer.values())]
-        measured = each.kind == "groups" and each.rules != ["even"]
-        costs[each.name] = {
-            "paper": work.paper_total(mine) / paper,
-            "flops": work.total(mine, distances=measured) / flops,
-            "seconds": (shared + ledger["seconds_per_sae_flop"] * work.saes(mine)) / wall,
-        }
-    return costs
-
-
-def _planned_flops(subject: Subject) -> int:
-    geometry, served = subject.data.lm.geometry, []
-    for layer in range(geometry.num_layers):
-        served.append(
-            [
-                2 * sae.d_model * (sae.d_sae + sae.k)
-                for name, suite in subject.saes.items()
-                for sae in [suite.saes[name]]
-                if layer in suite.layers
-            ]
-        )
-    return evaluation_flops(
-        num_layers=geometry.num_layers,
-        d_model=geometry.d_model,
-        context=subject.data.packing.context,
-        vocab_size=geometry.vocab_size,
-        served=[each for each in served if each],
-    )

@@ -107,7 +107,7 @@ def _train(
         print_result(console, summary)
         print_ledger(console, costs)
         if cfg.evaluate:
-            assess(folder, cfg, cfg.evaluation, str(suite.device))
+            assess(folder, cfg, cfg.evaluation, str(trainer.strategy.root_device))
     return 0
 
 

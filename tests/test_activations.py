@@ -127,7 +127,7 @@ def test_slots_of_early_layers_stop_the_model_early(make_data):
 def test_the_model_is_frozen_and_belongs_to_no_checkpoint(make_data):
     data = make_data()
     assert not any(p.requires_grad for p in data.model.parameters())
-    assert data.state_dict().keys() == {"blocks_seen", "tokens_key"}
+    assert data.state_dict().keys() == {"blocks_seen", "tokens_key", "seconds"}
 
 
 def test_validation_shows_every_used_layer_and_moves_nothing(make_data):
@@ -159,7 +159,9 @@ def test_a_resumed_run_sees_the_batches_of_the_undisturbed_one(make_data):
     for mine, expected in zip(rest, whole[2:], strict=True):
         assert torch.equal(mine.acts, expected.acts)
         assert torch.equal(mine.layers, expected.layers)
-    assert resumed.state_dict() == {**killed.state_dict(), "blocks_seen": 24}
+    before, after = killed.state_dict(), resumed.state_dict()
+    assert after.pop("seconds") > before.pop("seconds") > 0
+    assert after == {**before, "blocks_seen": 24}
 
 
 def test_two_ranks_together_see_what_one_process_sees(make_data):

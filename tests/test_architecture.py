@@ -15,7 +15,16 @@ import groupsae
 
 PACKAGE = Path(groupsae.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-ENTRY_POINTS = {"train.py", "pretrain.py", "fit.py", "run.py", "config.py"}
+ENTRY_POINTS = {
+    "train.py",
+    "pretrain.py",
+    "evaluate.py",
+    "report/__main__.py",
+    "fit.py",
+    "assess.py",
+    "run.py",
+    "config.py",
+}
 MAX_LINES = 300
 
 
@@ -54,9 +63,11 @@ def test_the_partition_core_needs_neither_torch_nor_lightning_nor_hydra():
     assert not loaded & {"torch", "lightning", "transformers", "hydra", "wandb", "matplotlib"}
 
 
-def test_the_command_answers_before_it_loads_torch():
+@pytest.mark.parametrize("command", ["train", "evaluate", "report.__main__"])
+def test_the_command_answers_before_it_loads_torch(command):
     """A wrong option is told at once: slow imports come after the cheap checks."""
-    assert not loaded_by("import groupsae.train") & {"torch", "lightning", "transformers"}
+    heavy = {"torch", "lightning", "transformers", "matplotlib"}
+    assert not loaded_by(f"import groupsae.{command}") & heavy
 
 
 def test_saved_suites_load_without_lightning_and_transformers():

@@ -30,6 +30,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("groups=amda", "Did you mean amad"),
         ("groups.theta=1.5", "theta"),
         ("groups.rule=compleet", "complete"),
+        ("groups.rule=[complete,even]", "There is no rule ['complete', 'even']"),
     ],
 )
 def test_the_command_line_answers_with_one_sentence_and_status_2(
@@ -59,6 +60,13 @@ def test_the_command_line_answers_with_one_sentence_and_status_2(
         (["groups=count", "groups.num_groups=9"], "9"),
         (["groups=explicit", "groups.groups=[[0,1],[1,2]]"], "1"),
         (["groups=explicit", "groups.groups=[[0],[2]]"], "1"),
+        (["groups=all", "groups.rules=[]"], "groups.rules is"),
+        (["groups=all", "groups.rules=[even,compleet]"], "Did you mean 'complete'"),
+        (["groups=all", "groups.smaller=[1,3]"], "groups.smaller holds 3, but 3 layers"),
+        (
+            ["groups=all", "groups.smaller=[1]", "sae.expansion=0.2"],
+            "the smaller SAE layers.0.smaller-1: sae.k is 4",
+        ),
         (["data.path=/no/such/folder"], "/no/such/folder"),
         (["stream.blocks_per_step=3000", "tokens=1000000"], "less than one step of 3000"),
     ],

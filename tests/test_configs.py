@@ -14,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from groupsae.config import CONF
 from groupsae.data.activations import ActivationDataModule
+from groupsae.evaluation.intervals import Bootstrap
+from groupsae.grouping.rules import RULES
 from groupsae.lm.build import build_gpt_neox
 from groupsae.run import register_resolver
 from groupsae.training.callbacks.grouping import GroupLayers
@@ -103,7 +105,7 @@ def test_stream_keys_are_the_parameters_of_the_data_module():
 
 
 def test_calibration_keys_are_the_parameters_of_the_grouping_callback():
-    runtime = {"choice", "folder", "cache"}
+    runtime = {"choice", "folder", "cache", "say"}
     assert set(composed().calibration) | runtime == without_defaults(GroupLayers)
 
 
@@ -113,12 +115,45 @@ def test_pretraining_keys_are_the_parameters_they_reach():
     assert set(cfg.optim) | {"lm", "num_steps"} == without_defaults(LanguageModel)
 
 
-def test_no_option_is_dead():
-    """Every key at the top of train.yaml is read by the entry points."""
+@pytest.mark.parametrize(
+    ("name", "readers"),
+    [
+        ("train", ["train", "run", "fit"]),
+        ("evaluate", ["evaluate"]),
+        ("report", ["report/__main__"]),
+    ],
+)
+def test_no_option_is_dead(name, readers):
+    """Every key at the top of a command's yaml file is read by its entry points."""
     package = Path(inspect.getfile(register_resolver)).parent
-    code = "".join((package / f"{name}.py").read_text() for name in ("train", "run", "fit"))
-    for key in composed():
-        assert re.search(rf"\bcfg\.{key}\b", code), f"nobody reads {key}"
+    code = "".join((package / f"{reader}.py").read_text() for reader in readers)
+    for key in composed(name=name):
+        assert re.search(rf"\bcfg\.{key}\b|\(cfg, \"{key}\"\)", code), f"nobody reads {key}"
+
+
+def test_no_option_of_the_evaluation_is_dead():
+    package = Path(inspect.getfile(register_resolver)).parent
+    code = (package / "assess.py").read_text()
+    for key in composed().evaluation:
+        assert re.search(rf"\boptions\.{key}\b", code), f"nobody reads evaluation.{key}"
+
+
+def test_training_and_the_evaluation_command_share_their_values():
+    assert composed().evaluation == composed(name="evaluate").evaluation
+
+
+def test_bootstrap_keys_are_the_parameters_of_the_bootstrap():
+    assert set(composed().evaluation.bootstrap) | {"sequences"} == set(
+        inspect.signature(Bootstrap).parameters
+    )
+
+
+def test_the_replication_has_every_rule_and_the_sizes_of_the_embedded_default():
+    cfg, embedded = composed("experiment=replication"), composed()
+    assert set(cfg.groups.rules) == set(RULES)
+    assert cfg.evaluate
+    for key in ("model", "data", "sae", "optim", "stream", "tokens", "calibration", "dead_after"):
+        assert cfg[key] == embedded[key], key
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, GPTNeoXConfig
 
+from groupsae.cost.counter import flop_counter
 from groupsae.cost.model import (
     Workload,
     activation_flops,
@@ -49,12 +50,12 @@ def test_savings_are_the_published_ones(published):
     assert round(100 * paper_saving(a, t, groups + 1, layers), 1) == both_sides
 
 
-def tiny_model():
+def tiny_model(attention="eager"):
     torch.manual_seed(0)
     config = GPTNeoXConfig(
         hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128,
         vocab_size=50, max_position_embeddings=24, bos_token_id=0, eos_token_id=0,
-        attn_implementation="eager",
+        attn_implementation=attention,
     )  # fmt: skip
     return AutoModel.from_config(config).eval().requires_grad_(False)
 
@@ -72,6 +73,43 @@ def test_the_forward_count_is_what_a_flop_counter_sees(last):
     with FlopCounterMode(display=False) as counter:
         run_blocks(model, blocks, [0, last], lambda *_: None, True, input_ids=tokens)
     assert counter.get_total_flops() == batch * context * activation_flops(last + 1, 32, context)
+
+
+@pytest.mark.parametrize("last", [0, 3])
+def test_our_counter_knows_the_fused_attention_of_the_cpu(last):
+    model, context, batch = tiny_model("sdpa"), 24, 3
+    blocks = find_blocks(model, 4)
+    tokens = torch.zeros(batch, context, dtype=torch.int64)
+    with flop_counter() as counter:
+        run_blocks(model, blocks, [last], lambda *_: None, True, input_ids=tokens)
+    assert counter.get_total_flops() == batch * context * activation_flops(last + 1, 32, context)
+
+
+@pytest.mark.parametrize("k", [1, 4, 16])
+def test_our_counter_sees_all_of_an_sae_step(k):
+    """Products with a single vector, paid once for a batch, are not counted on either side."""
+    d_model, rows = 16, 64
+    generator = torch.Generator().manual_seed(0)
+    sae = TopK(
+        d_model=d_model, expansion=4, k=k, auxk_alpha=0, auxk_share=0.5, generator=generator
+    )
+    x = torch.randn(rows, d_model, generator=generator)
+    with flop_counter() as counter:
+        output = sae(x, torch.tensor(1.0), torch.zeros(64, dtype=torch.bool))
+        assert counter.get_total_flops() == rows * (2 * d_model * 64 + 2 * d_model * k)
+        sum(output.losses.values()).backward()
+    assert counter.get_total_flops() == rows * topk_flops(d_model, 64, k)
+
+
+def test_our_counter_counts_the_gradient_of_rows_once_for_each_use():
+    weight = torch.randn(10, 8, requires_grad=True)
+    indices = torch.tensor([[0, 1, 1], [9, 0, 2]])  # three rows each, some of them twice
+    shares = torch.ones(2, 3, requires_grad=True)
+    with flop_counter() as counter:
+        torch.nn.functional.embedding_bag(
+            indices, weight, mode="sum", per_sample_weights=shares
+        ).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 6 * 8  # forward, and two gradients
 
 
 @pytest.mark.parametrize("k", [1, 4, 16])

@@ -169,8 +169,9 @@ def test_every_member_has_a_named_parameter_group_of_its_own():
 
 def suite_of(members, optim=None):
     suite = GroupSAESuite(
-        sae=make_sae, d_model=D_MODEL, optim=optim or make_optim(), dead_after=100, seed=0
-    )
+        sae=make_sae, expansion=4, d_model=D_MODEL, optim=optim or make_optim(), dead_after=100,
+        seed=0,
+    )  # fmt: skip
     suite.groups = nn.ModuleList(members)
     return suite
 
@@ -271,8 +272,8 @@ def tiny_group(layers, dead_after=200):
 def tiny_suite():
     choice = Explicit(groups=GROUPS[:2], last_layer="own")
     suite = GroupSAESuite(
-        sae=tiny_sae, d_model=32, optim=make_optim(base_lr=5e-3, clip_norm=0.05), dead_after=200,
-        seed=0,
+        sae=tiny_sae, expansion=4, d_model=32, optim=make_optim(base_lr=5e-3, clip_norm=0.05),
+        dead_after=200, seed=0,
     )  # fmt: skip
     suite.set_plan(choice.plan(torch.ones(4, 4).fill_diagonal_(0).double().numpy()), TINY)
     return suite

@@ -5,13 +5,16 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from groupsae import load_suite
 from groupsae.errors import UserError
-from groupsae.interop.suite import save_sae
+from groupsae.grouping.choices import All
+from groupsae.grouping.groupings import groupings
+from groupsae.interop.suite import load_plan, load_saes, save_sae
 from groupsae.sae.topk import TopK
 from groupsae.training.group import GroupSAE
 from groupsae.training.optim import Adam
@@ -233,3 +236,78 @@ print(suite.encode(torch.ones(3, {D_MODEL}), layer=5).shape[1])
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(D_SAE)
+
+
+# ---- a run with several groupings -----------------------------------------------------------
+
+
+PLACES = [0.0, 0.1, 0.12, 0.3, 0.31, 0.9]
+
+
+@pytest.fixture
+def all_folder(tmp_path):
+    """Return a run folder with the SAEs of all groupings of six layers."""
+    choice = All(rules=["complete", "even"], theta=0.2, smaller=[2], last_layer="own")
+    plan = choice.plan(np.abs(np.subtract.outer(PLACES, PLACES)))
+    for number, planned in enumerate(plan.members):
+        arguments = {"d_model": D_MODEL, **ARGUMENTS, "expansion": 4 * planned.width}
+        sae = TopK(**arguments, generator=torch.Generator().manual_seed(number))
+        save_sae(tmp_path / "saes" / planned.name, sae, {
+            "architecture": "groupsae.sae.topk.TopK", "arguments": arguments,
+            "layers": planned.layers, "norm_factors": {x: NORMS[x] for x in planned.layers},
+        })  # fmt: skip
+    (tmp_path / "groups.json").write_text(json.dumps({"plan": plan.to_json()}))
+    return tmp_path
+
+
+def owners(suite):
+    return {layer: suite.group_of(layer) for layer in suite.layers}
+
+
+def test_every_grouping_of_a_run_can_be_loaded(all_folder):
+    found = groupings(load_plan(all_folder))
+    assert {each.kind for each in found} == {"groups", "per_layer", "smaller"}
+    for each in found:
+        suite = load_suite(all_folder, grouping=each.name)
+        assert owners(suite) == each.sae_of_layer
+        assert set(suite.saes) == set(each.sae_of_layer.values())
+    smaller = load_suite(all_folder, grouping="smaller-2")
+    assert [smaller.saes[f"layers.{x}.smaller-2"].d_sae for x in range(5)] == [13] * 5
+    assert smaller.saes["layers.5"].d_sae == D_SAE
+    assert smaller.encode(activations(), layer=0).shape == (50, 13)
+
+
+def test_the_default_is_the_grouping_that_amad_chose(all_folder):
+    chosen = {0: "layers.0-2", 1: "layers.0-2", 2: "layers.0-2", 3: "layers.3-4", 4: "layers.3-4"}
+    for path in (all_folder, str(all_folder), all_folder / "saes"):
+        assert owners(load_suite(path)) == chosen | {5: "layers.5"}
+
+
+def test_an_unknown_grouping_is_refused_with_those_there_are(all_folder):
+    with pytest.raises(UserError, match="no grouping 'minmax-2'") as error:
+        load_suite(all_folder, grouping="minmax-2")
+    for each in groupings(load_plan(all_folder)):
+        assert each.name in str(error.value)
+    with pytest.raises(UserError, match="no grouping ''"):
+        load_suite(all_folder, grouping="")
+
+
+def test_saes_without_their_plan_belong_to_one_grouping(all_folder):
+    (all_folder / "groups.json").unlink()
+    with pytest.raises(UserError, match=r"has no groups\.json"):
+        load_suite(all_folder, grouping="per_layer")
+    with pytest.raises(UserError, match="layer 0 has two SAEs"):
+        load_suite(all_folder)
+
+
+def test_saes_that_share_a_layer_are_no_suite(all_folder):
+    assert load_saes(all_folder / "saes", ["layers.0-2", "layers.3"]).layers == [0, 1, 2, 3]
+    with pytest.raises(UserError, match=r"layer 1 has two SAEs, layers\.0-2 and layers\.1:"):
+        load_saes(all_folder / "saes", ["layers.0-2", "layers.1"])
+
+
+def test_a_missing_sae_of_a_grouping_is_damage_of_that_grouping_only(all_folder):
+    (all_folder / "saes" / "layers.1" / "sae.safetensors").unlink()
+    assert load_suite(all_folder).layers == list(range(6))
+    with pytest.raises(UserError, match=r"layers\.1 is damaged"):
+        load_suite(all_folder, grouping="per_layer")

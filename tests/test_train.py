@@ -26,6 +26,7 @@ def test_a_run_leaves_everything_it_promises(finished: Path) -> None:
         "angles.npz",
         "metrics.csv",
         "summary.json",
+        "ledger.json",
         ".hydra/config.yaml",
         ".hydra/overrides.yaml",
         "figures/distances.png",

@@ -16,7 +16,12 @@ from groupsae.grouping.partition import (
     sort_groups,
     validate_distances,
 )
-from groupsae.grouping.plan import GroupPlan, check_last_layer, num_groupable
+from groupsae.grouping.plan import (
+    GroupPlan,
+    check_last_layer,
+    check_smaller,
+    num_groupable,
+)
 from groupsae.grouping.rules import (
     check_num_groups,
     check_rule,
@@ -247,22 +252,22 @@ class All(Choice):
     ) -> None:
         super().__init__(last_layer=last_layer)
         check_theta(theta)
-        if isinstance(rules, str) or not rules or len(set(rules)) < len(rules):
+        if isinstance(rules, str) or not isinstance(rules, Sequence) or not rules:
             raise UserError(f"groups.rules is {rules!r}: give a list such as [complete,even].")
         for rule in rules:
             check_rule(rule)
+        if len(set(rules)) < len(rules):
+            raise UserError(f"groups.rules names a rule twice, {rules!r}: name each once.")
         if smaller != "chosen":
-            if isinstance(smaller, str):
-                raise UserError(
-                    f"groups.smaller is {smaller!r}: use chosen, or a list of numbers of groups "
-                    "such as [2,4], or [] for none."
-                )
-            for num_groups in smaller:
-                check_num_groups(num_groups)
+            check_smaller(smaller)
         self.rules, self.theta, self.smaller = list(rules), theta, smaller
 
     def least_saes(self, num_layers: int) -> int:
-        """Return the SAEs on single layers and, of the first rule, one merged group for each G."""
+        """Return the SAEs on single layers and one merged group for each smaller G.
+
+        A rule that merges step by step makes one new group in each step. minmax may make fewer
+        where distances are exactly equal, which measured ones are not.
+        """
         groupable = num_groupable(num_layers, self.last_layer)
         return groupable + (groupable - 1) + (self.last_layer == "own")
 
@@ -270,8 +275,8 @@ class All(Choice):
         return "-".join(["all", *self.rules])
 
     def _check(self, groupable: int) -> None:
-        for num_groups in self.smaller if self.smaller != "chosen" else ():
-            check_num_groups(num_groups, groupable - 1)
+        if self.smaller != "chosen":
+            check_smaller(self.smaller, groupable)
 
     def _plan(self, grouped: Distances, num_layers: int) -> GroupPlan:
         chosen = self._partition(grouped)

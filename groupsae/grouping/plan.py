@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
+
 from groupsae.errors import UserError
 from groupsae.grouping.partition import Partition, check_groups
 
@@ -59,12 +61,7 @@ class GroupPlan:
         groupable = num_groupable(self.num_layers, self.last_layer)
         for each in self.partitions:
             check_groups(each.groups, groupable)
-        for num_groups in self.smaller:
-            if not 1 <= num_groups < groupable:
-                raise UserError(
-                    f"groups.smaller names {num_groups}: smaller SAEs can match the cost of 1 to "
-                    f"{groupable - 1} groups of the {groupable} layers."
-                )
+        check_smaller(self.smaller, groupable)
 
     @property
     def partitions(self) -> list[Partition]:
@@ -165,6 +162,31 @@ def name_of(layers: Sequence[int]) -> str:
 def smaller_name_of(layer: int, num_groups: int) -> str:
     """Return the name of a layer's smaller SAE that matches the cost of num_groups groups."""
     return f"{name_of([layer])}.smaller-{num_groups}"
+
+
+def check_smaller(counts: object, groupable: int | None = None) -> None:
+    """Raise UserError unless these are numbers of groups that smaller SAEs can match.
+
+    Args:
+        counts: a list of whole numbers from 1 up; more groups than one less than there are
+            layers would make the SAEs no smaller.
+        groupable: how many layers are grouped; None: not known yet.
+    """
+    if isinstance(counts, str) or not isinstance(counts, Sequence):
+        raise UserError(
+            f"groups.smaller is {counts!r}: use chosen, or a list of numbers of groups such as "
+            "[2,4], or [] for none."
+        )
+    for count in counts:
+        if not isinstance(count, int | np.integer) or count is True or count < 1:
+            raise UserError(
+                f"groups.smaller holds {count!r}: numbers of groups are whole, from 1 up."
+            )
+        if groupable is not None and count >= groupable:
+            raise UserError(
+                f"groups.smaller holds {count}, but {groupable} layers are grouped, and only for "
+                "fewer groups than layers are there smaller SAEs of equal cost. Remove it."
+            )
 
 
 def check_last_layer(last_layer: str) -> LastLayer:

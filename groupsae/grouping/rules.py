@@ -74,9 +74,9 @@ def choose(distances: npt.ArrayLike, theta: float = 0.2, rule: str = "complete")
     return next(candidate for candidate in candidates if candidate.amad < theta)
 
 
-def check_rule(rule: str) -> None:
+def check_rule(rule: object) -> None:
     """Raise UserError, with the nearest valid name, if there is no such rule."""
-    if rule not in RULES:
+    if not isinstance(rule, str) or rule not in RULES:
         near = difflib.get_close_matches(str(rule), RULES, n=1, cutoff=0.5)
         hint = f"Did you mean {near[0]!r}?" if near else "Use one of those."
         raise UserError(f"There is no rule {rule!r}: the rules are {', '.join(RULES)}. {hint}")

@@ -45,7 +45,7 @@ def ledger(
     layers = [d_sae] * work.layers_run
     per_layer_seconds = activations + distances + per_flop * work.saes(layers)
     return {
-        "device": str(suite.device),
+        "device": str(next(data.model.parameters()).device),
         "threads": torch.get_num_threads(),
         "tokens": work.tokens,
         "num_saes": len(members),
@@ -128,7 +128,8 @@ def _measured_flops(
     included) and for the SAEs, which run as they do in training, but for AuxK. Nothing of them
     is changed.
     """
-    device, geometry = members[0].device, data.lm.geometry
+    # after fitting Lightning leaves the SAEs on the CPU; the language model is where it ran
+    device, geometry = next(data.model.parameters()).device, data.lm.geometry
     tokens = next(iter(data.loader("train", 1, data.seed)))[:1].to(device)
     with flop_counter() as lm:
         batch = data.activations(tokens, data.slots)
@@ -139,7 +140,7 @@ def _measured_flops(
         for each in data.every_layer(tokens, list(range(geometry.num_layers))):
             angles.update(each.acts, each.keep)
     with flop_counter() as saes, torch.enable_grad():
-        for member in members:
+        for member in (m.to(device) for m in members):
             acts, layers = batch.rows(member.slot)
             alive = torch.zeros_like(member.dead())
             variance = torch.ones((), device=device)

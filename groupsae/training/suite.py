@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from groupsae.errors import UserError
-from groupsae.grouping.plan import GroupPlan
+from groupsae.grouping.plan import GroupPlan, PlannedSAE
 from groupsae.training.group import GroupSAE, SAEFactory, SAETraining
 from groupsae.training.optim import Adam
 
@@ -52,22 +52,27 @@ class GroupSAESuite(SAETraining):
             return
         assert self.plan is not None, "set_plan comes first"
         slots = self.plan.slots
-        self.groups = nn.ModuleList(
-            [
-                GroupSAE(
-                    name=planned.name,
-                    layers=planned.layers,
-                    norm_factors=self.norm_factors,
-                    sae=self.sized(planned.width),
-                    d_model=self.d_model,
-                    optim=self.optim,
-                    dead_after=self.dead_after,
-                    seed=self.seed,
-                    slot=slots.index(planned.layers),
-                )
-                for planned in self.plan.members
-            ]
-        )
+        members = [self._made(each, slots.index(each.layers)) for each in self.plan.members]
+        self.groups = nn.ModuleList(members)
+
+    def _made(self, planned: PlannedSAE, slot: int) -> GroupSAE:
+        try:
+            return GroupSAE(
+                name=planned.name,
+                layers=planned.layers,
+                norm_factors=self.norm_factors,
+                sae=self.sized(planned.width),
+                d_model=self.d_model,
+                optim=self.optim,
+                dead_after=self.dead_after,
+                seed=self.seed,
+                slot=slot,
+            )
+        except UserError as error:  # too few latents: at full width that was seen before
+            raise UserError(
+                f"the smaller SAE {planned.name}: {error} Raise sae.expansion, or leave small "
+                "numbers out of groups.smaller."
+            ) from None
 
     def sized(self, width: float) -> SAEFactory:
         """Return the factory of SAEs with a share of the configured number of latents."""

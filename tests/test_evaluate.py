@@ -1,0 +1,312 @@
+"""The command that evaluates a run: what it leaves behind, what it logs, and what it refuses."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+from evaluated import KINDS, evaluate, evaluated, read, set_option, without_seconds
+from runs import config_of, overrides, run
+from safetensors.torch import load_file, save_file
+from test_loggers import recorded, values
+
+from groupsae.errors import UserError
+from groupsae.training.loggers import read_metrics
+
+Folder = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_lm: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    return lambda kind: evaluated(kind, tiny_lm, tiny_text, tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def copy(folder: Folder, tmp_path: Path) -> Path:
+    """Return a copy of an evaluated run."""
+    return Path(shutil.copytree(folder("ordinary"), tmp_path / "run"))
+
+
+def comparable(evaluation: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in without_seconds(evaluation).items() if k != "run"}
+
+
+# ---- the results ------------------------------------------------------------------------------
+
+
+def test_the_command_evaluates_a_run_and_says_what_it_found(copy: Path) -> None:
+    at_the_end_of_training = read(copy)
+    shutil.rmtree(copy / "evaluation")
+    done = subprocess.run(
+        [sys.executable, "-m", "groupsae.evaluate", f"run={copy}", "evaluation.together=true"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1,024 held-out tokens" in done.stdout
+    assert comparable(read(copy)) == comparable(at_the_end_of_training)
+    assert read(copy)["run"] == str(copy)
+
+
+def test_evaluating_again_gives_the_same_and_replaces_its_own_rows_only(copy: Path) -> None:
+    before, files = read(copy), {p.relative_to(copy) for p in copy.rglob("*")}
+    rows = read_metrics(copy / "metrics.csv")
+    mine = [row for row in rows if row[1].startswith("eval/")]
+    steps = json.loads((copy / "summary.json").read_text())["steps"]
+    assert {step for step, _, _ in mine} == {steps + 1}
+    assert len({name for _, name, _ in mine}) == len(mine) == 3 * (4 + 1)
+    assert max(step for step, name, _ in rows if not name.startswith("eval/")) <= steps
+
+    assert comparable(evaluate(copy, "evaluation.together=true")) == comparable(before)
+    assert read_metrics(copy / "metrics.csv") == rows
+    evaluate(copy, "evaluation.tokens=512")
+    fewer = read_metrics(copy / "metrics.csv")
+    assert read(copy)["tokens"] == 512
+    assert [row[:2] for row in fewer] == [row[:2] for row in rows]
+    assert [r for r in fewer if not r[1].startswith("eval/")] == [r for r in rows if r not in mine]
+    assert [r for r in fewer if r[1].startswith("eval/")] != mine
+    assert {p.relative_to(copy) for p in copy.rglob("*")} == files
+
+
+def test_what_is_logged_is_what_the_json_says(folder: Folder) -> None:
+    evaluation = read(folder("all"))
+    rows = read_metrics(folder("all") / "metrics.csv")
+    logged = {name: value for _, name, value in rows if name.startswith("eval/")}
+    for each in evaluation["groupings"]:
+        assert logged[f"eval/kl/{each['name']}"] == each["all_layers"]["kl"]["value"]
+    chosen = evaluation["groupings"][0]["sae_of_layer"]
+    for each in evaluation["results"]:
+        if chosen[str(each["layer"])] == each["sae"]:
+            assert logged[f"eval/fvu/layer.{each['layer']}"] == each["fvu"]["value"]
+            assert logged[f"eval/delta_ce/layer.{each['layer']}"] == each["delta_ce"]["value"]
+
+
+def test_loggers_can_be_left_out(copy: Path) -> None:
+    (copy / "metrics.csv").unlink()
+    evaluate(copy, "logger=none")
+    assert not (copy / "metrics.csv").exists()
+
+
+def test_a_finished_run_started_again_with_evaluate_is_only_evaluated(
+    tiny_lm: Path, tiny_text: Path, folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finished = folder("ordinary")
+    before = comparable(read(finished))
+    kept = {p: p.stat().st_mtime_ns for p in finished.glob("saes/*/sae.safetensors")}
+    shutil.rmtree(finished / "evaluation")
+    output = Path(config_of(finished).output)
+    command = overrides(tiny_lm, tiny_text, output, *KINDS["ordinary"])
+    assert run(command) == (0, finished)
+    assert not (finished / "evaluation").exists()
+    capsys.readouterr()
+    assert run([*command, "evaluate=true"]) == (0, finished)
+    printed = capsys.readouterr().out
+    assert "finished before" in printed
+    assert "1,024 held-out tokens" in printed
+    assert comparable(read(finished)) == before
+    assert {p: p.stat().st_mtime_ns for p in finished.glob("saes/*/sae.safetensors")} == kept
+
+
+def test_less_held_out_text_than_the_default_asks_for_is_taken_as_it_is(copy: Path) -> None:
+    set_option(copy, "stream.heldout_tokens", 10_000_000)
+    evaluation = evaluate(copy)
+    assert evaluation["tokens"] == evaluation["sequences"] * 64
+    assert 1024 < evaluation["tokens"] < 10_000_000
+
+
+# ---- W&B --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Take away whatever account this machine has, and what W&B leaves in the process."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_SILENT", "WANDB_BASE_URL"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for kind in ("CONFIG", "CACHE", "DATA"):
+        monkeypatch.setenv(f"WANDB_{kind}_DIR", str(tmp_path / kind))
+    yield
+    wandb.finish()
+    wandb.teardown()
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+    assert files
+    return [
+        values(record.history.item)
+        for file in files
+        for record in recorded(file)
+        if record.HasField("history")
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb")
+@pytest.mark.usefixtures("offline")
+def test_wandb_gets_the_metrics_and_the_figures(copy: Path) -> None:
+    evaluation = evaluate(copy, "logger=wandb")
+    wandb.finish()
+    rows = history(copy)
+    (logged,) = (row for row in rows if "eval/fvu/complete-2" in row)
+    steps = json.loads((copy / "summary.json").read_text())["steps"]
+    assert logged["trainer/global_step"] == steps + 1
+    assert logged["eval/kl/complete-2"] == evaluation["groupings"][0]["all_layers"]["kl"]["value"]
+    assert {f"eval/delta_ce/layer.{x}" for x in range(4)} < set(logged)
+    (figures,) = (row for row in rows if "figures/filenames" in row)
+    assert {"fvu_layers", "delta_ce_layers", "profiles", "density"} <= set(
+        figures["figures/captions"]
+    )
+    media = next(copy.glob("wandb/offline-run-*/files"))
+    for name in figures["figures/filenames"]:
+        assert (media / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb")
+@pytest.mark.usefixtures("offline")
+def test_wandb_gets_training_and_evaluation_in_one_run(
+    tiny_lm: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    command = overrides(tiny_lm, tiny_text, tmp_path, *KINDS["ordinary"], "logger=wandb")
+    _, folder = run([*command, "evaluate=true"])
+    assert wandb.run is None  # closed: the next point of a sweep is another run
+    rows = history(folder)
+    assert any("train/fvu/layers.0" in row for row in rows)
+    assert any("eval/fvu/complete-2" in row for row in rows)
+    assert len(list(folder.glob("wandb/offline-run-*"))) == 1
+    shutil.rmtree(folder / "evaluation")
+    run([*command, "evaluate=true"])  # finished: evaluated only
+    assert wandb.run is None
+
+
+# ---- what is refused --------------------------------------------------------------------------
+
+
+def refused(capsys: pytest.CaptureFixture[str], run_folder: Path, *arguments: str) -> str:
+    """Return the sentence on stderr; nothing may have been written."""
+    before = {p: p.stat().st_mtime_ns for p in run_folder.rglob("*")}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        evaluate(run_folder, *arguments)
+    assert stopped.value.code == 2
+    assert {p: p.stat().st_mtime_ns for p in run_folder.rglob("*")} == before
+    lines = capsys.readouterr().err.strip().splitlines()
+    lines = [line for line in lines if not line.startswith("packed ")]
+    assert lines[0].startswith("error: ")
+    return " ".join(" ".join(lines).split())
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("evaluation.tokens=10000000", "10,000,000 is more than the 14,336 tokens that the"),
+        ("evaluation.tokens=100", "is less than one step of 512 tokens: ask for at least 512."),
+        ("evaluation.tokens=0", "evaluation.tokens is 0; it must be a whole number of at least 1"),
+        ("evaluation.tokens=lots", "evaluation.tokens is 'lots'; it must be a whole number"),
+        ("evaluation.tokens=999.5", "evaluation.tokens is 999.5; it must be a whole number"),
+        ("device=gpu", "device is 'gpu'; use auto, cpu, cuda or cuda:<index>."),
+        ("device=mps", "device is 'mps'; use auto, cpu, cuda or cuda:<index>."),
+        ("device=null", "device is None; use auto"),
+        ("device=0", "device is 0; use auto"),
+        ("device=cuda:99", "device is cuda:99, but"),
+        ("evaluation.bootstrap.resamples=0", "bootstrap.resamples is 0; it must be a whole"),
+        ("evaluation.bootstrap.resamples=many", "resamples is 'many'; it must be a whole number"),
+        ("evaluation.bootstrap.level=95", "level is 95; it must lie between 0 and 1"),
+        ("evaluation.bootstrap.level=high", "level is 'high'; it must lie between 0 and 1"),
+        ("evaluation.bootstrap.seed=-1", "seed is -1; it must be a whole number of at least 0."),
+        ("evaluation.bootstrap=null", "evaluation.bootstrap is None; it must have resamples"),
+        ("+evaluation.bootstrap.more=1", "'more': 1}; it must have resamples, level and seed"),
+        ("evaluation.similarity_tokens=-1", "similarity_tokens is -1; it must be a whole number"),
+        ("evaluation.together=maybe", "evaluation.together is 'maybe'; it must be true or false."),
+        ("evaluation.exclude_special_tokens=some", "is 'some'; it must be true, false, or null"),
+        ("run=null", "which run? Give run=<folder>"),
+    ],
+)
+def test_bad_options_are_named_with_what_is_allowed(
+    argument: str, sentence: str, folder: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sentence in refused(capsys, folder("ordinary"), argument)
+
+
+def test_a_folder_that_is_no_finished_run_is_named(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for wrong in (tmp_path / "nowhere", tmp_path):
+        sentence = refused(capsys, wrong)
+        assert f"run={wrong}: no run there" in sentence
+        assert "Name a run folder such as" in sentence
+    (copy / "groups.json").rename(copy / "gone.json")
+    assert "has no groups.json: it is not a run folder" in refused(capsys, copy)
+    (copy / "gone.json").rename(copy / "groups.json")
+    sae = copy / "saes" / "layers.0" / "sae.safetensors"
+    sae.write_bytes(sae.read_bytes()[:100])
+    assert "saes/layers.0 is damaged" in refused(capsys, copy)
+    shutil.rmtree(copy / "saes")
+    assert "saes/layers.0 is damaged" in refused(capsys, copy)
+    (copy / "ledger.json").write_text("{")
+    assert "ledger.json is cut short or damaged" in refused(capsys, copy)
+    (copy / "ledger.json").unlink()
+    assert "ledger.json is missing, which a finished run leaves" in refused(capsys, copy)
+    (copy / "summary.json").unlink()
+    sentence = refused(capsys, copy)
+    assert "has no SAEs yet: it was not finished" in sentence
+    assert f"python -m groupsae.train resume={copy}" in sentence
+
+
+def test_other_weights_are_refused(
+    copy: Path, tiny_lm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = Path(shutil.copytree(tiny_lm, tmp_path / "lm"))
+    set_option(copy, "model.name", str(changed))
+    evaluate(copy)  # the same weights elsewhere are the same model
+    weights = load_file(changed / "model.safetensors")
+    name = next(iter(weights))
+    save_file(
+        {**weights, name: weights[name] + 1}, changed / "model.safetensors", {"format": "pt"}
+    )
+    sentence = refused(capsys, copy)
+    assert f"the SAEs in {copy} were trained on other weights of {tiny_lm}" in sentence
+    assert sentence.endswith("bring the old ones back, or train again.")
+
+
+def test_other_text_is_refused(
+    copy: Path, tiny_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = Path(shutil.copytree(tiny_text, tmp_path / "text"))
+    (changed / "007.txt").write_text("def other(a, b):\n    return a\n" * 60)
+    set_option(copy, "data.path", str(changed))
+    sentence = refused(capsys, copy)
+    assert "were trained on packed text" in sentence
+    assert sentence.endswith("Bring the old text back, or train again.")
+
+
+def test_the_command_line_asks_which_run() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "groupsae.evaluate"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: which run? Give run=<folder>, such as")
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_wrong_option_of_the_evaluation_costs_no_training(
+    tiny_lm: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    command = overrides(tiny_lm, tiny_text, tmp_path, *KINDS["ordinary"], "evaluate=true")
+    with pytest.raises(UserError, match=r"evaluation\.bootstrap\.level is 95"):
+        run([*command, "evaluation.bootstrap.level=95"])
+    kept = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("sae.safetensors")}
+    status, folder = run(command)
+    assert status == 0
+    assert read(folder)["tokens"] == 1024
+    for file, time in kept.items():
+        assert file.stat().st_mtime_ns == time
