@@ -168,10 +168,18 @@ def test_the_refusal_names_the_numbers_and_what_to_reduce() -> None:
 
 
 def test_the_forecast_is_one_sentence() -> None:
-    said = str(Forecast(num_saes=12, memory=3_400_000_000, activation_seconds=30, sae_seconds=90))
+    said = str(
+        Forecast(
+            num_saes=12,
+            memory=3_400_000_000,
+            activation_seconds=30,
+            sae_seconds=90,
+            step_seconds={1.0: 0.1},
+        )
+    )
     assert said == (
         "12 SAEs from one stream: about 0:02:00 of training (25% of it the language model's) and "
-        "3.4 GB of memory, by a trial of 2 steps."
+        "3.4 GB of memory, by a trial of 3 steps."
     )
 
 
@@ -255,7 +263,7 @@ def test_a_run_of_all_groupings_says_first_what_it_will_need(
     number = len(json.loads((folder / "groups.json").read_text())["saes"])
     sentence = (
         rf"{number} SAEs from one stream: about \d+:\d\d:\d\d of training \(\d+% of it the "
-        r"language model's\) and \d+\.\d GB of memory, by a trial of 2 steps\."
+        r"language model's\) and \d+\.\d GB of memory, by a trial of 3 steps\."
     )
     found = re.search(sentence, said)
     assert found is not None

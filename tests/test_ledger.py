@@ -148,11 +148,12 @@ def test_the_saving_in_seconds_follows_from_the_parts(everything: Path, ordinary
         ledger, seconds = ledger_of(folder), seconds_of(folder)
         work = Workload(**ledger["workload"])
         plan = GroupPlan.from_json(json.loads((folder / "groups.json").read_text())["plan"])
-        rate = ledger["seconds_per_sae_flop"]
-        assert rate * work.saes(list(widths_of(folder).values())) == pytest.approx(seconds["saes"])
+        each = ledger["seconds_per_sae"]
+        total = sum(each[str(d_sae)] for d_sae in widths_of(folder).values())
+        assert total == pytest.approx(seconds["saes"])
         shared = seconds["activations"] + seconds["distances"]
-        groups = shared + rate * work.saes([64] * len(plan.saes))
-        per_layer = shared + rate * work.saes([64] * 4)
+        groups = shared + each["64"] * len(plan.saes)
+        per_layer = shared + each["64"] * 4
         assert ledger["per_layer"]["seconds"] == pytest.approx(per_layer)
         assert ledger["saving"]["seconds"] == pytest.approx(1 - groups / per_layer)
         assert ledger["per_layer"]["planned_flops"] == work.total([64] * 4, distances=False)
@@ -176,20 +177,28 @@ def test_groups_of_a_run_of_their_own_take_the_seconds_that_were_measured(ordina
 
 def test_sharing_is_counted_against_one_run_for_each_grouping(everything: Path) -> None:
     ledger, seconds, widths = ledger_of(everything), seconds_of(everything), widths_of(everything)
-    work, sharing = Workload(**ledger["workload"]), ledger["sharing"]
+    sharing = ledger["sharing"]
     plan = GroupPlan.from_json(json.loads((everything / "groups.json").read_text())["plan"])
     found = groupings(plan)
     assert sharing["groupings"] == len(found) >= 5
     separately = 0.0
     for each in found:
-        mine = [widths[name] for name in set(each.sae_of_layer.values())]
         separately += seconds["activations"]
-        separately += ledger["seconds_per_sae_flop"] * work.saes(mine)
+        for name in set(each.sae_of_layer.values()):
+            separately += ledger["seconds_per_sae"][str(widths[name])]
     together = seconds["activations"] + seconds["saes"] + seconds["other"]
     assert sharing["seconds_separately"] == pytest.approx(separately)
     assert sharing["seconds"] == pytest.approx(together)
     assert sharing["factor"] == pytest.approx(separately / together)
     assert sharing["bound_seconds"] == pytest.approx(2 * seconds["activations"] + seconds["saes"])
+
+
+def test_every_width_has_seconds_of_its_own(everything: Path, ordinary: Path) -> None:
+    each = ledger_of(everything)["seconds_per_sae"]
+    assert {int(d_sae) for d_sae in each} == set(widths_of(everything).values())
+    assert len(each) == 3  # full, and two sizes of smaller SAEs
+    assert all(seconds > 0 for seconds in each.values())
+    assert list(ledger_of(ordinary)["seconds_per_sae"]) == ["64"]
 
 
 def test_an_ordinary_run_shares_nothing(ordinary: Path) -> None:

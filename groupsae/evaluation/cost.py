@@ -24,12 +24,14 @@ def relative_costs(
     """
     work = Workload(**ledger["workload"])
     widths = {name: suite.saes[name].d_sae for name, suite in saes.items()}
-    seconds = {part["part"]: part["seconds"] for part in ledger["parts"]}
-    shared = seconds["activations"] + seconds["distances"]
+    parts = {part["part"]: part["seconds"] for part in ledger["parts"]}
+    each_sae = {int(d_sae): seconds for d_sae, seconds in ledger["seconds_per_sae"].items()}
+
+    def seconds(d_saes: Sequence[int]) -> float:
+        return parts["activations"] + parts["distances"] + sum(each_sae[n] for n in d_saes)
+
     full = [max(widths.values())] * work.layers_run
-    paper = work.paper_total(full)
-    flops = work.total(full, distances=False)
-    wall = shared + ledger["seconds_per_sae_flop"] * work.saes(full)
+    paper, flops, wall = work.paper_total(full), work.total(full, distances=False), seconds(full)
     costs: dict[str, dict[str, float | None]] = {}
     for each in found:
         mine = [widths[name] for name in set(each.sae_of_layer.values())]
@@ -37,7 +39,7 @@ def relative_costs(
         costs[each.name] = {
             "paper": work.paper_total(mine) / paper,
             "flops": work.total(mine, distances=measured) / flops,
-            "seconds": (shared + ledger["seconds_per_sae_flop"] * work.saes(mine)) / wall,
+            "seconds": seconds(mine) / wall,
         }
     return costs
 

@@ -7,7 +7,7 @@ from datetime import timedelta
 import psutil
 import torch
 
-from groupsae.data.activations import ActivationDataModule
+from groupsae.data.activations import ActivationBatch, ActivationDataModule
 from groupsae.errors import UserError
 from groupsae.grouping.plan import GroupPlan
 from groupsae.training.group import GroupSAE
@@ -17,7 +17,7 @@ FLOAT = 4  # bytes
 STATE = 4  # weights, gradients and Adam's two moments
 ROWS = 4  # raw and scaled activations, reconstruction and error wait for the backward pass
 WIDE = 3  # pre-activations, their top k's gradient and a temporary, of one SAE at a time
-TRIAL = 2  # steps
+TRIAL = 3  # steps
 
 
 def bytes_needed(
@@ -70,12 +70,14 @@ class Forecast:
         memory: bytes in one process.
         activation_seconds: the language model's forwards.
         sae_seconds: the steps of all SAEs.
+        step_seconds: width of an SAE, as a share of the configured number of latents -> one step.
     """
 
     num_saes: int
     memory: int
     activation_seconds: float
     sae_seconds: float
+    step_seconds: dict[float, float]
 
     def __str__(self) -> str:
         """Return one sentence."""
@@ -98,6 +100,8 @@ def forecast(
 ) -> Forecast:
     """Return what the plan will need, after a trial of a few steps that changes nothing.
 
+    Each width is tried: a small SAE takes longer than its share of the FLOPs says.
+
     Args:
         suite: makes the SAEs.
         data: the stream.
@@ -106,36 +110,52 @@ def forecast(
         device: that trains.
         world_size: processes that share a step.
     """
+    widths = [planned.width for planned in plan.members]
     first = plan.members[0]
-    trial = GroupSAE(
-        name="trial",
-        layers=first.layers,
-        norm_factors=norm_factors,
-        sae=suite.make_sae,
-        d_model=suite.d_model,
-        optim=suite.optim,
-        dead_after=suite.dead_after,
-        seed=suite.seed,
-    ).to(device)
-    optimizer = trial.configure_optimizers()
+    trials = {
+        width: GroupSAE(
+            name="trial",
+            layers=first.layers,
+            norm_factors=norm_factors,
+            sae=suite.sized(width),
+            d_model=suite.d_model,
+            optim=suite.optim,
+            dead_after=suite.dead_after,
+            seed=suite.seed,
+        ).to(device)
+        for width in sorted(set(widths))
+    }
+    optimizers = {width: trial.configure_optimizers() for width, trial in trials.items()}
     tokens = next(iter(data.loader("train", TRIAL, data.seed))).to(device)
-    batch = data.activations(tokens, plan.slots)  # warms up
-    lm = sae = 0.0
-    for _ in range(TRIAL):
+    lm, saes = 0.0, dict.fromkeys(trials, 0.0)
+    for measured in [False] + [True] * TRIAL:  # the first round warms up
         start = _now(device)
         batch = data.activations(tokens, plan.slots)
         between = _now(device)
-        trial.step(*batch.rows(0), trial.moments(*batch.rows(0))).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        lm, sae = lm + between - start, sae + _now(device) - between
-    widths = [planned.width for planned in plan.members]
+        lm += measured * (between - start)
+        # every width in every round: as in training, each finds the cache full of the others
+        for width, trial in trials.items():
+            _step(trial, optimizers[width], batch)
+            start, between = between, _now(device)
+            saes[width] += measured * (between - start)
+    steps = {width: seconds / TRIAL for width, seconds in saes.items()}
     return Forecast(
         num_saes=len(widths),
         memory=bytes_needed(suite, data, widths, world_size),
         activation_seconds=lm / TRIAL * data.num_steps,
-        sae_seconds=sae / TRIAL * data.num_steps * sum(widths),
+        sae_seconds=sum(steps[width] for width in widths) * data.num_steps,
+        step_seconds=steps,
     )
+
+
+def _step(trial: GroupSAE, optimizer: torch.optim.Optimizer, batch: ActivationBatch) -> None:
+    """Do what a step of training does."""
+    rows = batch.rows(0)
+    trial.step(*rows, trial.moments(*rows)).backward()
+    trial.configure_gradient_clipping(optimizer)
+    optimizer.step()
+    optimizer.zero_grad()
+    trial.sae.normalize_decoder()
 
 
 def _now(device: torch.device) -> float:

@@ -26,8 +26,9 @@ def ledger(
     """Return what the run cost and what its groups saved, as plain values.
 
     Seconds are wall clock (on a GPU its own clock) of this run. Those of per-layer training at
-    equal tokens are not a second run's: the language model's are the same, and an SAE costs what
-    this run's SAEs cost per planned FLOP.
+    equal tokens are not a second run's: the language model's are the same, and an SAE takes what
+    one of this run's takes. SAEs of several widths are stepped together, so what all of them took
+    is shared out among the widths as the trial before the start found it.
     """
     plan, work, cost = grouping.plan, grouping.work, grouping.cost
     assert plan is not None
@@ -39,18 +40,22 @@ def ledger(
     lm_flops, distance_flops, sae_flops = _measured_flops(data, members, work)
     activations, saes = data.stopwatch.seconds, throughput.saes.seconds
     validation, distances = throughput.validation.seconds, grouping.measurement.seconds
-    per_flop = saes / planned
-    d_sae = members[0].sae.d_sae
-    groups_seconds = activations + distances + per_flop * work.saes([d_sae] * len(plan.saes))
-    layers = [d_sae] * work.layers_run
-    per_layer_seconds = activations + distances + per_flop * work.saes(layers)
+    trial = {1.0: 1.0} if grouping.forecast is None else grouping.forecast.step_seconds
+    unit = saes / sum(trial[planned.width] for planned in plan.members)
+    seconds_of = {p.name: unit * trial[p.width] for p in plan.members}
+    full = unit * trial[1.0]
+    groups_seconds = activations + distances + full * len(plan.saes)
+    per_layer_seconds = activations + distances + full * work.layers_run
     return {
         "device": str(next(data.model.parameters()).device),
         "threads": torch.get_num_threads(),
         "tokens": work.tokens,
         "num_saes": len(members),
         "workload": asdict(work),
-        "seconds_per_sae_flop": per_flop,
+        "seconds_per_sae": {
+            str(m.sae.d_sae): seconds_of[p.name]
+            for p, m in zip(plan.members, members, strict=True)
+        },
         "parts": [
             _part("activations", work.tokens * work.activations, lm_flops, activations),
             _part("distances", work.calibration + work.distances, distance_flops, distances),
@@ -67,9 +72,7 @@ def ledger(
         },
         "sharing": _sharing(
             plan,
-            work,
-            widths={p.name: m.sae.d_sae for p, m in zip(plan.members, members, strict=True)},
-            per_flop=per_flop,
+            seconds_of,
             activations=activations,
             saes=saes,
             wall=throughput.all.seconds - validation,
@@ -79,10 +82,8 @@ def ledger(
 
 def _sharing(
     plan: GroupPlan,
-    work: Workload,
+    seconds_of: dict[str, float],
     *,
-    widths: dict[str, int],
-    per_flop: float,
     activations: float,
     saes: float,
     wall: float,
@@ -97,10 +98,10 @@ def _sharing(
     if not plan.others:
         return None
     found = groupings(plan)
-    separate = 0.0
-    for each in found:
-        names = set(each.sae_of_layer.values())
-        separate += activations + per_flop * work.saes([widths[name] for name in names])
+    separate = sum(
+        activations + sum(seconds_of[name] for name in set(each.sae_of_layer.values()))
+        for each in found
+    )
     return {
         "groupings": len(found),
         "seconds": wall,

@@ -48,6 +48,7 @@ class GroupLayers(L.Callback):
         self.plan: GroupPlan | None = None
         self.work: Workload | None = None
         self.cost: RunCost | None = None
+        self.forecast: Forecast | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Choose the groups, once."""
@@ -72,7 +73,11 @@ class GroupLayers(L.Callback):
         widths = [planned.width for planned in self.plan.members]
         self._check_memory(trainer, pl_module, data, widths)
         if self.plan.others:
-            self.say(str(self._forecast(trainer, pl_module, data)))
+            factors, device = self.measurement.norm_factors(), trainer.strategy.root_device
+            self.forecast = forecast(
+                pl_module, data, self.plan, factors, device, trainer.world_size
+            )
+            self.say(str(self.forecast))
         pl_module.set_plan(self.plan, self.measurement.norm_factors())
         data.set_slots(self.plan.slots)
         if trainer.global_rank == 0:
@@ -98,14 +103,6 @@ class GroupLayers(L.Callback):
         device = trainer.strategy.root_device
         needed = bytes_needed(suite, data, widths, trainer.world_size)
         refuse(needed, bytes_free(device), len(widths), device)
-
-    def _forecast(
-        self, trainer: L.Trainer, suite: GroupSAESuite, data: ActivationDataModule
-    ) -> Forecast:
-        assert self.plan is not None
-        assert self.measurement is not None
-        factors, device = self.measurement.norm_factors(), trainer.strategy.root_device
-        return forecast(suite, data, self.plan, factors, device, trainer.world_size)
 
     def confirm(self, data: ActivationDataModule) -> None:
         """Check that the run folder was made with today's model, weights and text.
