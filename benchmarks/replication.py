@@ -1,7 +1,8 @@
-"""The tables of docs/replication.md: `python -m benchmarks.replication [seed=0,1,2]`.
+"""The tables of docs/replication.md: `python -m benchmarks.replication seed=0,1,2`.
 
 Reads the evaluated runs of `experiment=replication` and writes the part between the two marks in
-docs/replication.md, and docs/replication.png. `make replicate` trains the runs first.
+docs/replication.md, and docs/replication.png. `make replicate` trains the runs first; whatever
+else they were trained with is given here too.
 
 Two intervals stand beside every difference, both at 95 %, since they answer two questions:
 - over seeds (Student's t, one value a seed): would other initial weights and another order of the
@@ -52,13 +53,15 @@ def summed_up(intervals: Sequence[dict[str, float]]) -> Difference:
     return Difference(float(values.mean()), spread, sequences)
 
 
-def evaluations(seeds: Sequence[str]) -> list[Evaluation]:
+def evaluations(seeds: Sequence[str], overrides: Sequence[str]) -> list[Evaluation]:
     """Return the evaluations of the replication's runs."""
     register_resolver()
     found = []
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         for seed in seeds:
-            folder = run_folder(compose("train", ["experiment=replication", f"seed={seed}"]))
+            folder = run_folder(
+                compose("train", ["experiment=replication", f"seed={seed}", *overrides])
+            )
             file = folder / "evaluation" / "evaluation.json"
             if not file.exists():
                 sys.exit(f"{file} is not there: run `make replicate`, which trains and evaluates")
@@ -194,7 +197,10 @@ def draw(runs: Sequence[Evaluation], path: Path) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Write figures and tables."""
     asked = [a.removeprefix("seed=") for a in arguments if a.startswith("seed=")]
-    runs = evaluations((asked[0] if asked else "0,1,2").split(","))
+    if len(asked) != 1:
+        sys.exit("which seeds? python -m benchmarks.replication seed=0,1,2")
+    rest = [a for a in arguments if not a.startswith("seed=")]
+    runs = evaluations(asked[0].split(","), rest)
     first = runs[0]
     lines = [
         f"{len(runs)} seeds; {first['saes'][0]['tokens']:,} tokens per SAE; {len(first['saes'])} "

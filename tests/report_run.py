@@ -216,6 +216,8 @@ def _evaluate(
                 "k": K,
                 "width": 0.18 if "smaller" in name else 1.0,
                 "tokens": 1024000,
+                "fvu": near(0.1 + 0.01 * len(layers), width),
+                "delta_ce": near(0.02, width / 2),
                 "dead": 0.0,
                 "dense": 0.004,
                 "density_histogram": {

@@ -1,6 +1,7 @@
 """Our metrics equal those of SAELens, SAEBench and dictionary_learning, run on the same numbers.
 
 Needs those libraries, which are no dependencies of ours: each test is skipped without its own.
+Run on 2026-11-25 with sae-lens 6.54.12, sae-bench 0.6.0 and dictionary-learning 0.1.0: all pass.
 """
 
 import importlib

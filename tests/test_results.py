@@ -14,7 +14,7 @@ from evaluated import evaluate, evaluated, read
 
 from groupsae.evaluation.heldout import HeldoutSums, run_heldout
 from groupsae.evaluation.intervals import Bootstrap
-from groupsae.evaluation.results import COMPARED, Results
+from groupsae.evaluation.results import AVERAGED, COMPARED, Results
 from groupsae.grouping.groupings import Grouping
 from groupsae.grouping.partition import build_partition
 from groupsae.interop.suite import Suite, load_suite
@@ -263,6 +263,19 @@ def test_an_sae_is_found_again_in_itself(twins: dict[str, Any]) -> None:
     }
 
 
+# ---- one SAE ----------------------------------------------------------------------------------
+
+
+def test_a_groups_figures_are_the_means_over_its_layers(everything: dict[str, Any]) -> None:
+    for sae in everything["saes"]:
+        mine = [row(everything, sae["name"], layer) for layer in sae["layers"]]
+        for metric in AVERAGED:
+            mean = np.mean([each[metric]["value"] for each in mine])
+            assert sae[metric]["value"] == pytest.approx(mean, rel=1e-12)
+        if len(mine) == 1:
+            assert all(sae[metric] == mine[0][metric] for metric in AVERAGED)
+
+
 # ---- files ------------------------------------------------------------------------------------
 
 
@@ -284,6 +297,15 @@ def test_tables_hold_what_the_json_says(kind: str, folder: Folder) -> None:
                 assert [float(x) for x in ends] == [value[k] for k in ("value", "low", "high")]
             elif name != "sae":
                 assert float(line[name]) == value
+    rows = table(place / "saes.csv")
+    for line, each in zip(rows, evaluation["saes"], strict=True):
+        assert line["name"] == each["name"]
+        assert [int(x) for x in line["layers"].split()] == each["layers"]
+        for metric in AVERAGED:
+            ends = [line[metric], line[f"{metric}_low"], line[f"{metric}_high"]]
+            assert [float(x) for x in ends] == list(each[metric].values())
+        assert float(line["dead"]) == each["dead"]
+        assert float(line["specific"]) == each["profile"]["specific"]
     rows = table(place / "groupings.csv")
     for line, each in zip(rows, evaluation["groupings"], strict=True):
         assert line["name"] == each["name"]

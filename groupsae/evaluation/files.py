@@ -12,6 +12,7 @@ from groupsae.evaluation.heldout import HeldoutSums
 from groupsae.evaluation.results import Results
 
 FORMAT = 1
+NESTED = ("layers", "density_histogram", "profile")  # of an SAE: too much for a cell of a table
 
 
 def save_evaluation(
@@ -35,6 +36,13 @@ def save_evaluation(
         )
     np.savez_compressed(folder / "sequences.npz", **_sequences(results.sums))  # type: ignore[arg-type]
     write_csv(folder / "results.csv", [_flat(row) for row in figures["results"]])
+    write_csv(
+        folder / "saes.csv",
+        [
+            {**_flat({k: v for k, v in row.items() if k not in NESTED}), **_profile(row)}
+            for row in figures["saes"]
+        ],
+    )
     write_csv(
         folder / "groupings.csv",
         [
@@ -71,6 +79,13 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
+
+
+def _profile(sae: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the layers of an SAE, and of its profile what fits into cells."""
+    profile = sae["profile"]
+    kept = ("mean_max_share", "specific", "mean_effective_layers", "mean_layer")
+    return {"layers": " ".join(map(str, sae["layers"])), **{k: profile[k] for k in kept}}
 
 
 def _sequences(sums: HeldoutSums) -> dict[str, np.ndarray]:

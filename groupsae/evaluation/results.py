@@ -152,6 +152,7 @@ class Results:
             "k": sae.k,
             "width": config.get("width", 1.0),
             "tokens": config.get("tokens"),
+            **self._shown(self._mean([(name, layer) for layer in suite.layers])),
             "dead": float((everywhere == 0).mean()),
             "dense": float((everywhere > DENSE * seen).mean()),
             "density_histogram": density_histogram(everywhere, seen),
@@ -209,8 +210,11 @@ class Results:
 
     def over(self, grouping: Grouping, layers: Sequence[int]) -> dict[str, Estimate]:
         """Return the means of a grouping's metrics over some layers."""
-        pairs = [self.estimates[grouping.sae_of_layer[layer], layer] for layer in layers]
-        return {name: Estimate.mean([each[name] for each in pairs]) for name in AVERAGED}
+        return self._mean([(grouping.sae_of_layer[layer], layer) for layer in layers])
+
+    def _mean(self, pairs: Sequence[Pair]) -> dict[str, Estimate]:
+        found = [self.estimates[pair] for pair in pairs]
+        return {name: Estimate.mean([each[name] for each in found]) for name in AVERAGED}
 
     def _spliced_together(self, grouping: Grouping) -> dict[str, Interval] | None:
         sums = self.sums.together.get(grouping.name)

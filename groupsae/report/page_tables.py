@@ -146,11 +146,22 @@ def together_table(run: RunFiles) -> Table | None:
 
 
 def saes_table(run: RunFiles) -> Table | None:
-    """Return the latents of every SAE that the report is about."""
+    """Return every SAE that the report is about: means over its layers, and its latents."""
     saes = {s["name"]: s for s in (run.evaluation or {}).get("saes", [])}
     table = Table(
-        "Latents of each SAE. Specific: more than 90 % of the firings in one layer",
-        ["SAE", "latents", "k", "dead", "dense", "specific", "mean layers in use"],
+        "Each SAE: means over its layers, and its latents (specific: more than 90 % of the "
+        "firings in one layer)",
+        [
+            "SAE",
+            "FVU",
+            "ΔCE, nats",
+            "latents",
+            "k",
+            "dead",
+            "dense",
+            "specific",
+            "mean layers in use",
+        ],
     )
     for name in run.saes:
         if name in saes:
@@ -160,6 +171,7 @@ def saes_table(run: RunFiles) -> Table | None:
             table.rows.append(
                 [
                     Cell(name),
+                    *(cell(sae.get(m), m) for m in ("fvu", "delta_ce")),
                     Cell(f"{sae['d_sae']:,}"),
                     Cell(str(sae["k"])),
                     Cell(percent(sae.get("dead"))),

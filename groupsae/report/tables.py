@@ -135,6 +135,9 @@ def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
         if row is not None:
             table.add_row(str(layer), sae, *_quality(row))
     table.add_section()
+    for sae in evaluation["saes"]:
+        if sae["name"] in chosen["saes"] and len(sae["layers"]) > 1:
+            table.add_row("mean", sae["name"], *_quality(sae))
     for name in ("grouped", "all"):
         table.add_row("mean", f"{name} layers", *_quality(chosen[f"{name}_layers"]))
     console.print(table)
