@@ -166,6 +166,8 @@ def training_curves(
                 color=COLOURS[i % len(COLOURS)],
                 ls=("-", "--", ":")[i // len(COLOURS) % 3],
                 marker="." if stage == "val" else None,
+                clip_on=False,  # a curve at zero is seen on top of the axis
+                zorder=3,
                 label=label_of(name.rsplit("/", 1)[1]),
             )
         axes.set(xlabel="tokens per SAE (millions)", ylabel=label, xlim=(0, None), ylim=(0, None))

@@ -2,6 +2,7 @@
 
 import numpy as np
 from jaxtyping import Float
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
 
@@ -34,7 +35,11 @@ def layer_profiles(run: RunFiles) -> Figure | None:
     image = None
     for axes, (name, layers, shares) in zip(grid.flat, panels, strict=False):
         image = axes.imshow(
-            shares, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest"
+            shares,
+            aspect="auto",
+            cmap="viridis",
+            norm=PowerNorm(0.5, 0, 1),  # even shares of a large group are small, and must be seen
+            interpolation="nearest",
         )
         ticks = layer_ticks(layers)[:: 2 if len(layers) > 8 else 1]
         axes.set_xticks([layers.index(x) for x in ticks], [str(x) for x in ticks])

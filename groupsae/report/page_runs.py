@@ -4,7 +4,7 @@ from typing import Any
 
 from groupsae.report.load import RunFiles
 from groupsae.report.page_tables import Cell, Table
-from groupsae.report.words import duration, flops, number, percent, span
+from groupsae.report.words import PARTS, duration, flops, number, percent, span
 
 
 def groups_table(run: RunFiles) -> Table | None:
@@ -47,7 +47,7 @@ def ledger_tables(run: RunFiles) -> list[Table]:
     evaluated = (run.evaluation or {}).get("cost")
     rows += [{"part": "evaluation", **evaluated}] if evaluated else []
     for row in rows:
-        parts.rows.append(_ledger_row(row["part"], row))
+        parts.rows.append(_ledger_row(PARTS.get(row["part"], row["part"]), row))
     per_layer = run.ledger.get("per_layer")
     if per_layer:
         parts.rows.append(_ledger_row("for comparison: one SAE per layer", per_layer))

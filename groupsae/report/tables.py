@@ -9,7 +9,7 @@ from rich.table import Table
 
 from groupsae.grouping.plan import GroupPlan
 from groupsae.report.load import chosen_grouping, interval
-from groupsae.report.words import duration, flops, number, percent
+from groupsae.report.words import PARTS, duration, flops, number, percent
 
 if TYPE_CHECKING:
     from groupsae.cost.model import RunCost
@@ -92,7 +92,7 @@ def print_ledger(console: Console, ledger: Mapping[str, Any]) -> None:
     table = _numbers("cost", ["part"], ["FLOPs planned", "FLOPs measured", "time"])
     for part in ledger["parts"]:
         table.add_row(
-            part["part"],
+            PARTS.get(part["part"], part["part"]),
             flops(part["planned_flops"]),
             flops(part["measured_flops"]),
             duration(part["seconds"]),

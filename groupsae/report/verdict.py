@@ -188,19 +188,20 @@ def _saved(run: RunFiles, saved: float | None) -> str:
         return ""
     cost = (run.chosen or {}).get("cost") or {}
     stored = (run.ledger or {}).get("saving") or {}
-    paper = 1 - cost["paper"] if cost.get("paper") is not None else stored.get("paper")
+    paper = 1 - cost["paper"] if cost.get("paper") is not None else stored.get("paper_both_sides")
     seconds = 1 - cost["seconds"] if cost.get("seconds") is not None else stored.get("seconds")
     text = (
         f"Saved against one SAE per layer at equal tokens: {percent(saved)} of the FLOPs, with "
         "the language model's forward pass, the distances and the last layer counted"
     )
     text += f"; {percent(seconds)} of the seconds" if seconds is not None else ""
-    text += f"; {percent(paper)} as the paper counts" if paper is not None else ""
+    if paper is not None:
+        text += f"; {percent(paper)} as the paper counts, with the last layer on both sides"
     sharing = (run.ledger or {}).get("sharing")
     if sharing:
         text += (
-            f". Training all {sharing['groupings']} groupings from one stream took "
-            f"{number(sharing['factor'], 1)} times less than one after the other"
+            f". One run for each of the {sharing['groupings']} groupings would take "
+            f"{number(sharing['factor'], 1)} times as long as all from one stream"
         )
     return text + "."
 
