@@ -7,7 +7,7 @@ else they were trained with is given here too.
 Two intervals stand beside every difference, both at 95 %, since they answer two questions:
 - over seeds (Student's t, one value a seed): would other initial weights and another order of the
   text give the same?
-- over sequences (bootstrap, the mean over seeds of its half-widths): would other held-out text?
+- over documents (bootstrap, the mean over seeds of its half-widths): would other held-out text?
 """
 
 import json
@@ -36,21 +36,25 @@ class Difference(NamedTuple):
 
     mean: float
     seeds: float
-    sequences: float
+    text: float
 
     def show(self, digits: int) -> str:
-        """Return `mean ± seeds (± sequences)`."""
-        return f"{self.mean:+.{digits}f} ± {self.seeds:.{digits}f} (± {self.sequences:.{digits}f})"
+        """Return `mean ± seeds (± text)`."""
+        return f"{self.mean:+.{digits}f} ± {self.seeds:.{digits}f} (± {self.text:.{digits}f})"
 
 
 def summed_up(intervals: Sequence[dict[str, float]]) -> Difference:
     """Return mean, t-interval and mean bootstrap half-width of one figure over seeds."""
     values = np.array([each["value"] for each in intervals])
-    sequences = float(np.mean([(each["high"] - each["low"]) / 2 for each in intervals]))
+    text = float(np.mean([(each["high"] - each["low"]) / 2 for each in intervals]))
+    return Difference(*over_seeds(values), text)
+
+
+def over_seeds(values: np.ndarray) -> tuple[float, float]:
+    """Return the mean and the half-width of its 95 % t-interval; nan for one seed."""
     if len(values) < 2:
-        return Difference(float(values.mean()), float("nan"), sequences)
-    spread = float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
-    return Difference(float(values.mean()), spread, sequences)
+        return float(values.mean()), float("nan")
+    return float(values.mean()), float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
 
 
 def evaluations(seeds: Sequence[str], overrides: Sequence[str]) -> list[Evaluation]:
@@ -138,7 +142,7 @@ def rival_table(runs: Sequence[Evaluation], baseline: str) -> list[str]:
 
 def _verdict(gap: Difference) -> str:
     """Return who is better if both intervals leave out 0."""
-    if abs(gap.mean) <= max(gap.seeds, gap.sequences):
+    if abs(gap.mean) <= max(gap.seeds, gap.text):
         return "not distinguishable"
     return "groups better" if gap.mean < 0 else "groups worse"
 
@@ -160,6 +164,68 @@ def absolute_table(runs: Sequence[Evaluation]) -> list[str]:
         label = each["name"] + (f" ({', '.join(each['rules'])})" if each["rules"] else "")
         rows.append([label, f"{figures[0]:.4f}", f"{figures[1]:.2f}", f"{score:.4f}"])
     return table(["SAEs", "FVU", "ΔCE, %", "CE score"], rows)
+
+
+def choice_table(runs: Sequence[Evaluation]) -> list[str]:
+    """Return how far each number of groups closes the gap between one group and one per layer.
+
+    The knee is the G that lies furthest below the straight line from G = 1 to one SAE per layer.
+    """
+    layers = _grouped(runs[0])
+    counts = list(range(1, layers + 1))
+    rows, knees = [], dict[str, list[int]]()
+    closed: dict[str, np.ndarray] = {}
+    for metric in METRICS:
+        lost = np.array([[_lost(run, "complete", g, metric) for g in counts] for run in runs])
+        chord = lost[:, :1] + (lost[:, -1:] - lost[:, :1]) * np.linspace(0, 1, layers)
+        knees[metric] = [counts[i] for i in (chord - lost).argmax(1)]
+        closed[metric] = 100 * (1 - lost / lost[:, :1])
+    for i, count in enumerate(counts[:-1]):
+        found = grouping(runs[0], "complete", count)
+        assert found is not None
+        cells = []
+        for metric in METRICS:
+            mean, half = over_seeds(closed[metric][:, i])
+            cells.append(f"{mean:.0f} ± {half:.0f} %")
+        marked = f"**{count}**" if "complete" in found["chosen_by"] else str(count)
+        rows.append([marked, f"{found['amad']:.3f}", *cells])
+    lines = table(["G", "AMAD", *(f"of the gap in {n}, %" for n, _ in METRICS.values())], rows)
+    said = (f"{name}: G = {knees[metric]}" for metric, (name, _) in METRICS.items())
+    return [*lines, f"Knee of the curve in each seed, {'; '.join(said)}.", ""]
+
+
+def halving_table(runs: Sequence[Evaluation]) -> list[str]:
+    """Return what is lost when the SAEs' budget is halved, between measured G linear in log G."""
+    layers = _grouped(runs[0])
+    kinds = ("complete", "even", "smaller")
+    rows = []
+    for halvings in (1, 2, 3):
+        cells = []
+        for metric, (_, digits) in METRICS.items():
+            for kind in kinds:
+                values = np.array(
+                    [_between(run, kind, layers / 2**halvings, metric) for run in runs]
+                )
+                mean, half = over_seeds(values)
+                cells.append(f"{mean:+.{digits}f} ± {half:.{digits}f}")
+        rows.append([f"1/{2**halvings}", *cells])
+    columns = [f"{name}, {kind}" for name, _ in METRICS.values() for kind in kinds]
+    return table(["SAE budget", *columns], rows)
+
+
+def _between(run: Evaluation, kind: str, num_groups: float, metric: str) -> float:
+    layers = _grouped(run)
+    counts = [g for g in range(1, layers) if grouping(run, kind, g) is not None] + [layers]
+    lost = [_lost(run, kind, g, metric) for g in counts]
+    return float(np.interp(np.log2(num_groups), np.log2(counts), lost))
+
+
+def _lost(run: Evaluation, kind: str, num_groups: int, metric: str) -> float:
+    """Return what a grouping loses against one SAE per layer; nothing for one SAE per layer."""
+    found = grouping(run, kind, num_groups)
+    if num_groups == _grouped(run) or found is None:
+        return 0.0
+    return float(found["against_per_layer"][metric]["value"])
 
 
 def draw(runs: Sequence[Evaluation], path: Path) -> None:
@@ -205,7 +271,8 @@ def main(arguments: Sequence[str]) -> None:
     lines = [
         f"{len(runs)} seeds; {first['saes'][0]['tokens']:,} tokens per SAE; {len(first['saes'])} "
         f"SAEs a seed from one stream; evaluated on {first['tokens']:,} held-out tokens "
-        f"({first['sequences']} sequences); clean CE {first['ce']['value']:.3f} nats.",
+        f"({first['sequences']} sequences from {first['documents']} documents); clean CE "
+        f"{first['ce']['value']:.3f} nats.",
         "",
         "### Levels: mean over the 11 grouped layers and the seeds",
         "",
@@ -219,6 +286,15 @@ def main(arguments: Sequence[str]) -> None:
             "",
             *rival_table(runs, baseline),
         ]
+    lines += [
+        "### Does AMAD at theta 0.2 pick a good G: complete linkage, the gap from one group to "
+        "one SAE per layer",
+        "",
+        *choice_table(runs),
+        "### What is lost when the budget of the SAEs on the grouped layers is halved",
+        "",
+        *halving_table(runs),
+    ]
     draw(runs, DOC.with_suffix(".png"))
     text = DOC.read_text() if DOC.exists() else f"{BEGIN}\n{END}\n"
     head, rest = text.split(BEGIN)

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,18 @@ import torch
 import wandb
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from groupsae import __version__
 from groupsae.config import make
+from groupsae.cost.counter import flop_counter
+from groupsae.cost.model import activation_flops
 from groupsae.cost.stopwatch import Stopwatch
 from groupsae.data.activations import ActivationDataModule
+from groupsae.data.reading import read_json
 from groupsae.errors import UserError
 from groupsae.evaluation.cost import planned_flops, relative_costs
-from groupsae.evaluation.files import save_evaluation
+from groupsae.evaluation.files import begin_evaluation, save_evaluation
 from groupsae.evaluation.heldout import HeldoutSums, run_heldout
 from groupsae.evaluation.intervals import Bootstrap
 from groupsae.evaluation.options import check_options
@@ -27,10 +30,10 @@ from groupsae.evaluation.results import Results
 from groupsae.grouping.groupings import groupings
 from groupsae.grouping.plan import GroupPlan
 from groupsae.interop.suite import Suite, load_plan, load_saes
+from groupsae.progress import token_progress
 from groupsae.report.collection import evaluation_figures
 from groupsae.report.dashboard import save_figures
-from groupsae.report.load import read_run
-from groupsae.report.reading import read_json
+from groupsae.report.load import interval, read_run
 from groupsae.report.tables import print_evaluation
 from groupsae.screen import quiet
 
@@ -39,7 +42,6 @@ from groupsae.screen import quiet
 class Subject:
     """What is evaluated."""
 
-    folder: Path
     plan: GroupPlan
     saes: dict[str, Suite]
     data: ActivationDataModule
@@ -68,21 +70,27 @@ def assess(folder: Path, cfg: DictConfig, options: DictConfig, device: str) -> d
     place = _device(device)
     plain: Any = OmegaConf.to_container(options)
     check_options(plain)
-    resampling: dict[str, Any] = dict(options.bootstrap)
     ledger, summary = (_file(folder / name) for name in ("ledger.json", "summary.json"))
     subject = _open(folder, cfg, place)
-    data, plan = subject.data, subject.plan
-    steps = _steps(data, options.tokens, options.tokens or cfg.stream.heldout_tokens)
+    data, plan, saes = subject.data, subject.plan, subject.saes
+    steps = steps_to_evaluate(data, options.tokens)
     if options.exclude_special_tokens is not None:
         data.exclude_special_tokens = options.exclude_special_tokens
     found = groupings(plan)
-    sums = HeldoutSums(subject.saes, found, options.together, options.similarity_tokens)
+    costs = relative_costs(ledger, found, saes)
+    bootstrap = Bootstrap(data.heldout_documents(steps), **options.bootstrap)
+    sums = HeldoutSums(saes, found, options.together, options.similarity_tokens)
+    geometry, context = data.lm.geometry, data.packing.context
+    tokens = steps * data.tokens_per_step
+    begin_evaluation(folder / "evaluation")
     with watch:
-        tokens = steps * data.tokens_per_step
-        flops = _run(subject, sums, steps, place, f"evaluating {len(sums.pairs)} pairs")
-        results = Results(sums, Bootstrap(steps * data.blocks_per_step, **resampling))
-        figures = results.to_json(relative_costs(ledger, found, subject.saes))
-    geometry = data.lm.geometry
+        means, averaged, flops = _layer_means(data, tokens)
+        flops += _run(subject, sums, steps, means)
+        results = Results(sums, bootstrap)
+        figures = results.to_json(costs)
+    together = found if options.together else []
+    planned = averaged * activation_flops(geometry.num_layers, geometry.d_model, context)
+    planned += tokens * planned_flops(geometry, context, saes, together)
     head = {
         "groupsae": __version__,
         "run": str(folder),
@@ -92,52 +100,50 @@ def assess(folder: Path, cfg: DictConfig, options: DictConfig, device: str) -> d
         "d_model": geometry.d_model,
         "last_layer": plan.last_layer,
         "theta": plan.theta,
-        "sequences": steps * data.blocks_per_step,
-        "context": data.packing.context,
+        "sequences": bootstrap.sequences,
+        "documents": bootstrap.documents,
+        "context": context,
         "tokens": results.tokens(),
         "predictions": int(sums.predictions.values.sum()),
         "exclude_special_tokens": data.exclude_special_tokens,
-        "bootstrap": resampling,
-        "cost": {
-            "planned_flops": tokens
-            * planned_flops(
-                geometry,
-                data.packing.context,
-                subject.saes,
-                found if options.together else [],
-            ),
-            "measured_flops": flops,
-            "seconds": watch.seconds,
-        },
+        "bootstrap": plain["bootstrap"],
+        "cost": {"planned_flops": planned, "measured_flops": flops, "seconds": watch.seconds},
     }
     evaluation = save_evaluation(folder / "evaluation", head, figures, results)
-    # one step later than training, so that evaluating again replaces these rows and no others
-    loggers = [make(logger) for logger in (cfg.logger or {}).values()]
-    _log(folder, evaluation, loggers, summary["steps"] + 1)
+    # one step later than training, so that evaluating again replaces these rows of the csv only
+    _log(folder, evaluation, cfg.logger or {}, summary["steps"] + 1)
     print_evaluation(console, evaluation)
     return evaluation
 
 
-def _log(folder: Path, evaluation: dict[str, Any], loggers: list[Any], step: int) -> None:
+def _log(folder: Path, evaluation: dict[str, Any], configs: Any, step: int) -> None:
     """Send the chosen grouping's figures per layer, every grouping's means, and the figures."""
     chosen = evaluation["groupings"][0]["sae_of_layer"]
     values = {
-        f"eval/{metric}/layer.{row['layer']}": row[metric]["value"]
+        f"eval/{metric}/layer.{row['layer']}": plain
         for row in evaluation["results"]
         if chosen.get(str(row["layer"])) == row["sae"]
-        for metric in ("fvu", "delta_ce", "kl")
+        for metric, stored in row.items()
+        if metric not in ("sae", "layer") and (plain := _value(stored)) is not None
     }
     for each in evaluation["groupings"]:
-        for metric in ("fvu", "delta_ce", "kl"):
-            values[f"eval/{metric}/{each['name']}"] = each["all_layers"][metric]["value"]
+        for metric, stored in each["all_layers"].items():
+            if (plain := _value(stored)) is not None:
+                values[f"eval/{metric}/{each['name']}"] = plain
     ours = wandb.run is None
     try:
+        loggers = [make(config) for config in configs.values()]
         for logger in loggers:
-            logger.log_metrics({k: v for k, v in values.items() if v is not None}, step=step)
+            logger.log_metrics(values, step=step)
         save_figures(folder / "figures", evaluation_figures(read_run(folder)), loggers)
     finally:
         if ours and wandb.run is not None:  # or the next point of a sweep would log into this run
             wandb.finish()
+
+
+def _value(stored: Any) -> float | None:
+    found = interval(stored)
+    return None if found is None else found.value
 
 
 def _file(path: Path) -> dict[str, Any]:
@@ -200,58 +206,65 @@ def _open(folder: Path, cfg: DictConfig, device: torch.device) -> Subject:
         )
     model, blocks = lm.load_with_head(device)
     data.use(model, blocks, device)
-    return Subject(folder, plan, saes, data)
+    return Subject(plan, saes, data)
 
 
-def _steps(data: ActivationDataModule, asked: int | None, wanted: int) -> int:
-    """Return the steps to evaluate on; what was asked for must be there, a default need not."""
+def steps_to_evaluate(data: ActivationDataModule, tokens: int | None) -> int:
+    """Return the steps to evaluate on: what is asked for must be there, a default need not.
+
+    Args:
+        data: the stream; packs its text first if need be.
+        tokens: evaluation.tokens.
+
+    Raises:
+        UserError: the held-out split has fewer tokens, or they are less than one step.
+    """
     available = data.steps_for("heldout", None) * data.tokens_per_step
-    if asked is not None and asked > available:
+    if tokens is not None and tokens > available:
         raise UserError(
-            f"evaluation.tokens={asked:,} is more than the {available:,} tokens that the held-out "
-            f"split has: ask for at most {available:,}, or train with a larger "
+            f"evaluation.tokens={tokens:,} is more than the {available:,} tokens that the "
+            f"held-out split has: ask for at most {available:,}, or train with a larger "
             "stream.heldout_fraction or more text."
         )
-    if asked is not None and asked < data.tokens_per_step:
+    if tokens is not None and tokens < data.tokens_per_step:
         raise UserError(
-            f"evaluation.tokens={asked:,} is less than one step of {data.tokens_per_step:,} "
+            f"evaluation.tokens={tokens:,} is less than one step of {data.tokens_per_step:,} "
             f"tokens: ask for at least {data.tokens_per_step:,}."
         )
-    return data.steps_for("heldout", wanted)
+    return data.steps_for("heldout", data.heldout_tokens if tokens is None else tokens)
 
 
-def _run(subject: Subject, sums: HeldoutSums, steps: int, device: torch.device, title: str) -> int:
+def _run(subject: Subject, sums: HeldoutSums, steps: int, means: Tensor) -> int:
     data = subject.data
-    means = _layer_means(data, steps * data.tokens_per_step)
-    columns = (
-        TextColumn(title),
-        BarColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, transient=True) as progress:
-        task = progress.add_task("", total=steps * data.tokens_per_step, rate="")
-
-        def advance(tokens: int) -> None:
-            speed = progress.tasks[task].speed or 0.0
-            progress.update(task, advance=tokens, rate=f"{speed:,.0f} tokens/s")
+    title, total = f"evaluating {len(sums.pairs)} pairs", steps * data.tokens_per_step
+    with token_progress(title, total, show=True) as advance:
 
         def parts() -> Iterator[Tensor]:
-            for batch in data.loader("heldout", steps, None):
-                yield from batch.to(device).split(data.blocks_per_forward)
+            for batch in data.heldout(steps):
+                yield from batch.to(means.device).split(data.blocks_per_forward)
 
         special = data.special_ids if data.exclude_special_tokens else None
         return run_heldout(sums, parts(), data.model, data.lm_blocks, means, special, advance)
 
 
-def _layer_means(data: ActivationDataModule, tokens: int) -> Tensor:
+def _layer_means(data: ActivationDataModule, tokens: int) -> tuple[Tensor, int, int]:
     """Return the mean activation of every layer, [layer, d_model], over calibration text.
 
     Not over held-out text: what mean ablation puts in must not know what it is measured on.
+
+    Returns:
+        The means; the tokens that passed through the model; the FLOPs that takes, measured.
     """
-    total, count = torch.zeros(()), 0
-    for batch in data.calibration_batches(tokens):
-        acts = batch.acts if batch.keep is None else batch.acts[:, batch.keep]
-        total = total.to(acts.device) + acts.double().sum(1)
-        count += acts.shape[1]
-    return (total / count).float()
+    total, count, seen = torch.zeros(()), 0, 0
+    batches = data.calibration_batches(tokens)
+    with flop_counter() as counter:
+        first = next(batches)
+    with token_progress("averaging layers", tokens, show=True) as advance:
+        for batch in chain([first], batches):
+            seen += batch.acts.shape[1]
+            acts = batch.acts if batch.keep is None else batch.acts[:, batch.keep]
+            total = total.to(acts.device) + acts.sum(1, dtype=torch.float64)
+            count += acts.shape[1]
+            advance(batch.acts.shape[1])
+    per_token = counter.get_total_flops() / first.acts.shape[1]
+    return (total / count).float(), seen, round(seen * per_token)

@@ -15,9 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from groupsae import __version__
-from groupsae.assess import assess
+from groupsae.assess import assess, steps_to_evaluate
 from groupsae.config import make
 from groupsae.data.activations import ActivationDataModule
+from groupsae.data.reading import read_metrics
 from groupsae.data.writer import write_json
 from groupsae.errors import UserError
 from groupsae.interop.suite import save_sae
@@ -31,7 +32,6 @@ from groupsae.training.callbacks.grouping import GroupLayers
 from groupsae.training.callbacks.stop import StopOnSignal
 from groupsae.training.callbacks.throughput import Throughput
 from groupsae.training.ledger import ledger
-from groupsae.training.loggers import read_metrics
 from groupsae.training.suite import GroupSAESuite
 
 
@@ -57,25 +57,38 @@ def fit(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> int:
     if checkpoint is not None:
         _verify(checkpoint)
     run = build(cfg, folder, console)
-    summary_file = folder / "summary.json"
-    if summary_file.exists() and not cfg.overwrite:
-        run.grouping.confirm(run.data)
-        print_result(console, json.loads(summary_file.read_text()))
-        console.print("This run was finished before; overwrite=true trains it again.")
-        if cfg.evaluate and not (folder / "evaluation" / "evaluation.json").exists():
-            assess(folder, cfg, cfg.evaluation, "auto")
-        return 0
-    if checkpoint is not None:
-        console.print(f"going on from {checkpoint}", soft_wrap=True)
-    announce(run, cfg, console)
-    config: Any = OmegaConf.to_container(cfg, resolve=True)
-    for logger in run.trainer.loggers:
-        logger.log_hyperparams(config)
     try:
+        if (folder / "summary.json").exists() and not cfg.overwrite:
+            return _show_finished(run, cfg, folder, console)
+        if checkpoint is not None:
+            console.print(f"going on from {checkpoint}", soft_wrap=True)
+        announce(run, cfg, console)
+        if cfg.evaluate and is_leader():
+            steps_to_evaluate(run.data, cfg.evaluation.tokens)  # fails now if ever
+        config: Any = OmegaConf.to_container(cfg, resolve=True)
+        for logger in run.trainer.loggers:
+            logger.log_hyperparams(config)
         return _train(run, cfg, folder, checkpoint, console)
     finally:
         if wandb.run is not None:  # or the next point of a sweep would log into this run
             wandb.finish()
+
+
+def _show_finished(run: Run, cfg: DictConfig, folder: Path, console: Console) -> int:
+    """Show a finished run again; evaluate it if it never was."""
+    run.grouping.confirm(run.data)
+    print_result(console, json.loads((folder / "summary.json").read_text()))
+    console.print("This run was finished before; overwrite=true trains it again.")
+    if cfg.evaluate and is_leader():
+        if (folder / "evaluation" / "evaluation.json").exists():
+            console.print(
+                "It was evaluated before, too; to evaluate it again:\n"
+                f"  python -m groupsae.evaluate run={folder}",
+                soft_wrap=True,
+            )
+        else:
+            assess(folder, cfg, cfg.evaluation, str(run.trainer.strategy.root_device))
+    return 0
 
 
 def _train(

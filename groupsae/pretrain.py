@@ -18,13 +18,14 @@ from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from groupsae.config import CONF, check_choices, make
 from groupsae.data.loader import StepSampler, make_loader
+from groupsae.data.reading import read_metrics
 from groupsae.data.splits import Split, split_of
 from groupsae.data.tokens import Packing, load_token_blocks
 from groupsae.data.writer import write_json
 from groupsae.errors import UserError
 from groupsae.lm.build import build_gpt_neox, stack_layers, train_tokenizer
 from groupsae.training.allocator import keep_freed_memory
-from groupsae.training.loggers import MetricsCSV, read_metrics
+from groupsae.training.loggers import MetricsCSV
 from groupsae.training.model_card import model_card
 from groupsae.training.pretraining import LanguageModel, bits_per_byte
 

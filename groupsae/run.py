@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError  # type: ignore[import-untyped,unused-ignore]
 
 from groupsae.config import make
 from groupsae.errors import UserError
+from groupsae.evaluation.options import check_options
 
 # what may differ between two starts of one run: where and how fast it computes, who watches
 RUNTIME = (
@@ -102,6 +104,9 @@ def check_values(cfg: DictConfig) -> None:
             f"trainer.precision is {cfg.trainer.precision!r}; the SAEs train in 32-true. The "
             "language model's own precision is model.dtype=bfloat16."
         )
+    if cfg.evaluate:
+        options: Any = OmegaConf.to_container(cfg.evaluation)
+        check_options(options)
     if cfg.calibration.centring not in ("none", "mean"):
         raise UserError(
             f"calibration.centring is {cfg.calibration.centring!r}: use none (the "
@@ -172,8 +177,14 @@ def _saved_config(folder: Path, key: str) -> DictConfig:
             f"{key}={folder}: no run there (no .hydra/config.yaml). Name a run "
             "folder such as outputs/tiny/amad-0.2/<...>."
         )
-    saved = OmegaConf.load(saved_file)
-    assert isinstance(saved, DictConfig)
+    try:
+        saved = OmegaConf.load(saved_file)
+    except (YAMLError, OSError):
+        saved = None
+    if not isinstance(saved, DictConfig):
+        raise UserError(
+            f"{saved_file} is cut short or damaged: copy it anew, or start the run again."
+        )
     return saved
 
 

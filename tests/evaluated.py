@@ -142,7 +142,9 @@ def reference(folder: Path, exclude: bool) -> dict[Any, dict[str, float]]:
     A grouping's are of all layers spliced at once.
     """
     plain, evaluation = Plain(folder), read(folder)
-    text = blocks(folder, "heldout")[: evaluation["sequences"]]
+    text = blocks(folder, "heldout")
+    order = np.random.default_rng([0, 0]).permutation(len(text))  # the sample that all take
+    text = text[order[: evaluation["sequences"]]]
     special = torch.tensor(plain.special if exclude else [])
     means = _means(plain, blocks(folder, "calibration")[: len(text)], special)
     suites = {g["name"]: load_suite(folder, grouping=g["name"]) for g in evaluation["groupings"]}

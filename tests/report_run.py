@@ -269,6 +269,7 @@ def _evaluate(
             "last_layer": "own",
             "theta": 0.2,
             "sequences": 128,
+            "documents": 30,
             "context": 256,
             "tokens": 32768,
             "predictions": 32640,

@@ -143,7 +143,7 @@ def test_training_and_the_evaluation_command_share_their_values():
 
 
 def test_bootstrap_keys_are_the_parameters_of_the_bootstrap():
-    assert set(composed().evaluation.bootstrap) | {"sequences"} == set(
+    assert set(composed().evaluation.bootstrap) | {"documents"} == set(
         inspect.signature(Bootstrap).parameters
     )
 

@@ -160,12 +160,13 @@ def test_the_distance_count_is_what_a_flop_counter_sees():
 
 
 WORK = Workload(
-    num_layers=6, layers_run=5, d_model=32, k=8, context=64, tokens=1000, calibration_tokens=100
-)
+    num_layers=6, layers_run=5, d_model=32, k=8, context=64, tokens=1000, calibration_tokens=100,
+    calibration_passes=1,
+)  # fmt: skip
 
 
 def test_the_true_cost_of_a_run_adds_up():
-    cost = run_cost(WORK, num_groups=2, num_saes=3, d_sae=128)
+    cost = run_cost(WORK, num_groups=2, num_saes=3, d_sae=128, distances=True)
     assert cost.activations == 24 * 5 * 32**2 + 4 * 5 * 64 * 32
     assert cost.sae == 4 * 32 * 128 + 6 * 32 * 8
     assert cost.calibration == 100 * activation_flops(6, 32, 64)
@@ -180,12 +181,17 @@ def test_the_true_cost_of_a_run_adds_up():
     assert cost.as_dict()["total"] == cost.total
 
 
-def test_one_sae_per_layer_saves_nothing_and_cached_distances_cost_nothing():
-    unmeasured = dataclasses.replace(WORK, calibration_tokens=0)
-    cost = run_cost(unmeasured, num_groups=5, num_saes=5, d_sae=128)
+def test_groups_that_need_no_distances_pay_for_none():
+    cost = run_cost(WORK, num_groups=5, num_saes=5, d_sae=128, distances=False)
     assert cost.distances == 0
     assert cost.saving == 0
-    assert run_cost(WORK, num_groups=5, num_saes=5, d_sae=128).saving < 0
+    assert run_cost(WORK, num_groups=5, num_saes=5, d_sae=128, distances=True).saving < 0
+
+
+def test_centring_costs_a_second_forward_but_no_second_distances():
+    twice = dataclasses.replace(WORK, calibration_passes=2)
+    assert twice.calibration == 2 * WORK.calibration
+    assert twice.distances == WORK.distances
 
 
 def test_smaller_saes_cost_what_the_groups_they_stand_for_cost():

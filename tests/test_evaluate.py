@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,8 +16,9 @@ from runs import config_of, overrides, run
 from safetensors.torch import load_file, save_file
 from test_loggers import recorded, values
 
+from groupsae.data.reading import read_metrics
 from groupsae.errors import UserError
-from groupsae.training.loggers import read_metrics
+from groupsae.evaluation.results import AVERAGED
 
 Folder = Callable[[str], Path]
 
@@ -61,7 +63,8 @@ def test_evaluating_again_gives_the_same_and_replaces_its_own_rows_only(copy: Pa
     mine = [row for row in rows if row[1].startswith("eval/")]
     steps = json.loads((copy / "summary.json").read_text())["steps"]
     assert {step for step, _, _ in mine} == {steps + 1}
-    assert len({name for _, name, _ in mine}) == len(mine) == 3 * (4 + 1)
+    of_a_layer = len(before["results"][0]) - 2  # without its SAE and number
+    assert len({name for _, name, _ in mine}) == len(mine) == 4 * of_a_layer + len(AVERAGED)
     assert max(step for step, name, _ in rows if not name.startswith("eval/")) <= steps
 
     assert comparable(evaluate(copy, "evaluation.together=true")) == comparable(before)
@@ -298,15 +301,55 @@ def test_the_command_line_asks_which_run() -> None:
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ("evaluation.bootstrap.level=95", r"evaluation\.bootstrap\.level is 95"),
+        ("evaluation.tokens=10000000", "10,000,000 is more than the 14,336 tokens"),
+    ],
+)
 def test_a_wrong_option_of_the_evaluation_costs_no_training(
-    tiny_lm: Path, tiny_text: Path, tmp_path: Path
+    wrong: str, sentence: str, tiny_lm: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
     command = overrides(tiny_lm, tiny_text, tmp_path, *KINDS["ordinary"], "evaluate=true")
-    with pytest.raises(UserError, match=r"evaluation\.bootstrap\.level is 95"):
-        run([*command, "evaluation.bootstrap.level=95"])
-    kept = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("sae.safetensors")}
-    status, folder = run(command)
-    assert status == 0
-    assert read(folder)["tokens"] == 1024
-    for file, time in kept.items():
-        assert file.stat().st_mtime_ns == time
+    with pytest.raises(UserError, match=sentence):
+        run([*command, wrong])
+    assert not list(tmp_path.rglob("angles.npz"))  # not even the layers were measured
+
+
+def test_sigterm_ends_an_evaluation_at_once(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training gives the signals back when it ends."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    folder("ordinary")
+    assert {n: signal.getsignal(n) for n in before} == before
+
+
+def test_a_run_of_an_older_version_is_refused_before_the_work(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = copy / "ledger.json"
+    old = {k: v for k, v in json.loads(file.read_text()).items() if k != "format"}
+    file.write_text(json.dumps(old))
+    assert "ledger.json has format None, this version of groupsae reads 1" in refused(capsys, copy)
+
+
+def test_damaged_files_of_a_run_are_named(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("groups.json", ".hydra/config.yaml"):
+        whole = (copy / name).read_text()
+        (copy / name).write_text(whole[: len(whole) // 2] + "{[")
+        assert f"{copy / name} is cut short or damaged" in refused(capsys, copy)
+        (copy / name).write_text(whole)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "touch", fail)
+    with pytest.raises(SystemExit):
+        evaluate(copy)
+    assert "cannot write to" in capsys.readouterr().err

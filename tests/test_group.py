@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from groupsae.data.activations import ActivationBatch, ActivationDataModule
+from groupsae.data.activations import ActivationDataModule
+from groupsae.data.batch import ActivationBatch
 from groupsae.data.draws import draw_layers
 from groupsae.data.files import FileSource
 from groupsae.errors import UserError

@@ -8,7 +8,8 @@ import warnings
 import pytest
 import wandb
 
-from groupsae.training.loggers import MetricsCSV, has_wandb_account, make_wandb, read_metrics
+from groupsae.data.reading import read_metrics
+from groupsae.training.loggers import MetricsCSV, has_wandb_account, make_wandb
 
 
 def log(folder, *rows):

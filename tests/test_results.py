@@ -229,7 +229,7 @@ def twins(tiny_lm: Path) -> dict[str, Any]:
     run_heldout(
         sums, iter(tokens.split(4)), model, blocks, torch.zeros(4, 32), None, lambda _: None
     )
-    return Results(sums, Bootstrap(8, 200, 0.95, 0)).to_json({})
+    return Results(sums, Bootstrap(np.arange(8), 200, 0.95, 0)).to_json({})
 
 
 NOTHING = {"value": 0.0, "low": 0.0, "high": 0.0}
@@ -269,11 +269,18 @@ def test_an_sae_is_found_again_in_itself(twins: dict[str, Any]) -> None:
 def test_a_groups_figures_are_the_means_over_its_layers(everything: dict[str, Any]) -> None:
     for sae in everything["saes"]:
         mine = [row(everything, sae["name"], layer) for layer in sae["layers"]]
-        for metric in AVERAGED:
-            mean = np.mean([each[metric]["value"] for each in mine])
-            assert sae[metric]["value"] == pytest.approx(mean, rel=1e-12)
-        if len(mine) == 1:
-            assert all(sae[metric] == mine[0][metric] for metric in AVERAGED)
+        for metric, found in mine[0].items():
+            if metric in ("sae", "layer", "dead", "dense"):
+                continue
+            if isinstance(found, dict):
+                mean = np.mean([each[metric]["value"] for each in mine])
+                assert sae[metric]["value"] == pytest.approx(mean, rel=1e-12)
+                assert sae[metric]["low"] < mean < sae[metric]["high"] or metric == "l0"
+            else:
+                mean = np.mean([each[metric] for each in mine])
+                assert sae[metric] == pytest.approx(mean, rel=1e-12)
+            if len(mine) == 1:
+                assert sae[metric] == found
 
 
 # ---- files ------------------------------------------------------------------------------------
@@ -325,9 +332,12 @@ def test_the_sums_per_sequence_are_enough_to_recompute_the_intervals(folder: Fol
         sums = dict(stored)
     n = len(sums["predictions"])
     assert n == evaluation["sequences"]
-    weights = np.random.default_rng(options["seed"]).multinomial(
-        n, np.full(n, 1 / n), size=options["resamples"]
+    documents = len(set(sums["document"]))
+    assert documents == evaluation["documents"]
+    draws = np.random.default_rng(options["seed"]).multinomial(
+        documents, np.full(documents, 1 / documents), size=options["resamples"]
     )
+    weights = draws[:, sums["document"]]
     tail = (1 - options["level"]) / 2
 
     def fvu(w: np.ndarray, sae: str, layer: int) -> float:
@@ -376,7 +386,7 @@ def test_firings_are_stored_for_every_sae_and_layer(
         assert tokens.tolist() == [everything["tokens"]] * len(layers)
         for counts, layer in zip(fired, layers, strict=True):
             found = row(everything, each["name"], int(layer))
-            assert counts.sum() == pytest.approx(found["l0"] * everything["tokens"])
+            assert counts.sum() == pytest.approx(found["l0"]["value"] * everything["tokens"])
             assert (counts == 0).mean() == pytest.approx(found["dead"])
             assert (counts > 0.1 * everything["tokens"]).mean() == pytest.approx(found["dense"])
         never = int((fired.sum(0) == 0).sum())

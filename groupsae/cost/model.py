@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+FORMAT = 1  # of ledger.json
+
 
 def activation_flops(num_layers: int, d_model: int, context: int) -> int:
     """Return the paper's A: FLOPs per token of the language model's forward pass.
@@ -70,18 +72,22 @@ def evaluation_flops(
 
     One clean forward with the head, 2 d V; for every layer the blocks above it and the head once
     for each of two ablations and each SAE; for each SAE encoder and decoder, 2 d n + 2 d k, which
-    is small beside it and given with them.
+    is small beside it and given with them. The pass over calibration text that gives the means
+    for mean ablation comes on top.
 
     Args:
         num_layers: L, blocks of the language model.
         d_model: width of the residual stream.
         context: tokens in a block.
         vocab_size: V.
-        served: for each layer with SAEs, what encoding and decoding cost with each of them.
+        served: for each layer, what encoding and decoding cost with each of its SAEs; a layer
+            without any is not ablated.
     """
     head = 2 * d_model * vocab_size
     total = activation_flops(num_layers, d_model, context) + head
     for layer, saes in enumerate(served):
+        if not saes:
+            continue
         rest = activation_flops(num_layers - 1 - layer, d_model, context) + head
         total += (2 + len(saes)) * rest + sum(saes)
     return total
@@ -98,8 +104,9 @@ class Workload:
         k: active latents.
         context: tokens in a block.
         tokens: training tokens, the same for every SAE.
-        calibration_tokens: tokens that passed through the model to measure the distances; counted
-            in full even where they came from the cache, so that the cache changes no figure.
+        calibration_tokens: tokens that the distances were measured on; counted in full even
+            where they came from the cache, so that the cache changes no figure.
+        calibration_passes: forwards of the model over them; centring takes two.
     """
 
     num_layers: int
@@ -109,6 +116,7 @@ class Workload:
     context: int
     tokens: int
     calibration_tokens: int
+    calibration_passes: int
 
     @property
     def activations(self) -> int:
@@ -121,9 +129,8 @@ class Workload:
 
         Smaller and per-layer SAEs need it as well, for their norm factors.
         """
-        return self.calibration_tokens * activation_flops(
-            self.num_layers, self.d_model, self.context
-        )
+        each = activation_flops(self.num_layers, self.d_model, self.context)
+        return self.calibration_passes * self.calibration_tokens * each
 
     @property
     def distances(self) -> int:
@@ -157,7 +164,7 @@ class RunCost:
         activations: true FLOPs per token of the truncated forward.
         sae: true FLOPs per token of one SAE.
         calibration: true FLOPs of the forward over the calibration text.
-        distances: true FLOPs of the angular distances.
+        distances: true FLOPs of the angular distances; 0 where the groups need none.
         total: true FLOPs of the run.
         total_per_layer: the same with one SAE per layer, which needs no distances.
         saving: 1 - total / total_per_layer, the last layer alike on both sides.
@@ -180,7 +187,9 @@ class RunCost:
         return asdict(self)
 
 
-def run_cost(work: Workload, *, num_groups: int, num_saes: int, d_sae: int) -> RunCost:
+def run_cost(
+    work: Workload, *, num_groups: int, num_saes: int, d_sae: int, distances: bool
+) -> RunCost:
     """Return the cost of serving the layers with groups, against one SAE for each of them.
 
     Args:
@@ -188,10 +197,11 @@ def run_cost(work: Workload, *, num_groups: int, num_saes: int, d_sae: int) -> R
         num_groups: G, groups of the partition, without an SAE of the last layer's own.
         num_saes: SAEs trained.
         d_sae: latents of each.
+        distances: whether the groups were made from the distances.
     """
     paper_a = activation_flops(work.num_layers, work.d_model, work.context)
     paper_t = sae_flops(work.d_model, d_sae)
-    total = work.total([d_sae] * num_saes, distances=True)
+    total = work.total([d_sae] * num_saes, distances=distances)
     total_per_layer = work.total([d_sae] * work.layers_run, distances=False)
     return RunCost(
         paper_activations=paper_a,
@@ -201,7 +211,7 @@ def run_cost(work: Workload, *, num_groups: int, num_saes: int, d_sae: int) -> R
         activations=work.activations,
         sae=topk_flops(work.d_model, d_sae, work.k),
         calibration=work.calibration,
-        distances=work.distances,
+        distances=work.distances if distances else 0,
         total=total,
         total_per_layer=total_per_layer,
         saving=1 - total / total_per_layer,

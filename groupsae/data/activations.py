@@ -2,46 +2,30 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int, Int64
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from groupsae.cost.stopwatch import Stopwatch
+from groupsae.data.batch import ActivationBatch
 from groupsae.data.draws import draw_layers
-from groupsae.data.loader import StepSampler, make_loader
+from groupsae.data.loader import StepSampler, block_order, make_loader
 from groupsae.data.sources import Source
-from groupsae.data.splits import SPLITS, Split
+from groupsae.data.splits import SPLITS, Split, document_numbers
 from groupsae.data.tokens import Packing, TokenBlocks, load_token_blocks
 from groupsae.errors import UserError
 from groupsae.lm.blocks import run_blocks
 from groupsae.lm.load import FrozenLM
 
 LEAST_TEXT = 20_000_000  # tokens
-
-
-class ActivationBatch(NamedTuple):
-    """Residual activations of one batch of tokens.
-
-    Attributes:
-        acts: raw (unscaled) `resid_post`, one row for each slot and token. A slot is a set of
-            layers; each token shows one of them.
-        layers: the layer that each row comes from.
-        keep: tokens that count, False at special tokens; None if none are excluded.
-    """
-
-    acts: Float[Tensor, "slot token d_model"]
-    layers: Int[Tensor, "slot token"]
-    keep: Bool[Tensor, "token"] | None
-
-    def rows(self, slot: int) -> tuple[Float[Tensor, "row d_model"], Int[Tensor, "row"]]:
-        """Return the activations that count in one slot, and their layers."""
-        if self.keep is None:
-            return self.acts[slot], self.layers[slot]
-        return self.acts[slot][self.keep], self.layers[slot][self.keep]
+# Of the sample that all runs are evaluated on, whatever their own seed; without it, the first
+# blocks of the file would be those of a few documents.
+HELDOUT_SEED = 0
 
 
 class ActivationDataModule(L.LightningDataModule):
@@ -180,8 +164,19 @@ class ActivationDataModule(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Tensor]:
-        """Return the held-out batches, in order."""
-        return self.loader("heldout", self.steps_for("heldout", self.heldout_tokens), None)
+        """Return the held-out batches of a validation."""
+        return self.heldout(self.steps_for("heldout", self.heldout_tokens))
+
+    def heldout(self, num_steps: int) -> DataLoader[Tensor]:
+        """Return held-out batches: the same sample of blocks from the whole split every time."""
+        return self.loader("heldout", num_steps, HELDOUT_SEED)
+
+    def heldout_documents(self, num_steps: int) -> Int64[np.ndarray, " block"]:
+        """Return a number of the document that each block of `heldout` begins in."""
+        blocks = self.blocks.blocks["heldout"][:, self.packing.prepend_bos :]
+        numbers = document_numbers(blocks, self.lm.tokenizer().eos_token_id)
+        order = block_order(len(blocks), HELDOUT_SEED, 0, num_steps * self.blocks_per_step)
+        return numbers[order]
 
     def steps_for(self, split: Split, tokens: int | None) -> int:
         """Return the steps that hold at most `tokens` tokens of a split, at least one."""

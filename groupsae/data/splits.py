@@ -3,6 +3,9 @@
 import hashlib
 from typing import Literal
 
+import numpy as np
+from jaxtyping import Int, Int64
+
 Split = Literal["train", "calibration", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "calibration", "heldout")
 
@@ -26,3 +29,18 @@ def split_of(name: str, heldout_fraction: float, calibration_fraction: float) ->
     if u < heldout_fraction + calibration_fraction:
         return "calibration"
     return "train"
+
+
+def document_numbers(
+    blocks: Int[np.ndarray, "block pos"], eos: int | None
+) -> Int64[np.ndarray, " block"]:
+    """Return a number of the document that each block begins in; blocks in the order of the file.
+
+    Documents end at EOS. Where nothing does (text that came tokenised without it), every block
+    counts as a document of its own.
+
+    >>> document_numbers(np.array([[5, 6], [7, 0], [8, 0], [9, 9]]), eos=0).tolist()
+    [0, 0, 1, 2]
+    """
+    ends = (blocks == eos).sum(1) if eos is not None else np.zeros(len(blocks), np.int64)
+    return np.cumsum(ends) - ends if ends.any() else np.arange(len(blocks))

@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from groupsae.cost.model import Workload, evaluation_flops
+from groupsae.cost.model import FORMAT, Workload, evaluation_flops
+from groupsae.errors import UserError
 from groupsae.grouping.groupings import Grouping
+from groupsae.grouping.rules import needs_distances
 from groupsae.interop.suite import Suite
 from groupsae.lm.load import Geometry
 
@@ -16,12 +18,24 @@ def relative_costs(
     """Return grouping -> its cost relative to one SAE of full width per layer.
 
     By the paper's count, in true FLOPs, and in the seconds of the run that trained all of them.
+    The seconds of measuring the layers are charged to every way to train: nearly all of them are
+    the language model's, whose norm factors all need. Of the FLOPs, only ways that need the
+    distances are charged for them.
 
     Args:
         ledger: of that run.
         found: the groupings.
         saes: name -> that SAE alone.
+
+    Raises:
+        UserError: the ledger was written by another version.
     """
+    if ledger.get("format") != FORMAT:
+        raise UserError(
+            f"ledger.json has format {ledger.get('format')}, this version of groupsae reads "
+            f"{FORMAT}: the run was trained with another version. Evaluate it with that one, or "
+            "train it again."
+        )
     work = Workload(**ledger["workload"])
     widths = {name: suite.saes[name].d_sae for name, suite in saes.items()}
     parts = {part["part"]: part["seconds"] for part in ledger["parts"]}
@@ -35,7 +49,7 @@ def relative_costs(
     costs: dict[str, dict[str, float | None]] = {}
     for each in found:
         mine = [widths[name] for name in set(each.sae_of_layer.values())]
-        measured = each.kind == "groups" and each.rules != ["even"]
+        measured = each.kind == "groups" and all(map(needs_distances, each.rules))
         costs[each.name] = {
             "paper": work.paper_total(mine) / paper,
             "flops": work.total(mine, distances=measured) / flops,
@@ -74,4 +88,4 @@ def planned_flops(
         count(served=[]) + sum(each[name] for name in grouping.sae_of_layer.values())
         for grouping in together
     ]
-    return count(served=[costs for costs in served if costs]) + sum(spliced)
+    return count(served=served) + sum(spliced)

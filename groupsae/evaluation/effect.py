@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor
 
+from groupsae.evaluation.reconstruction import PerSequence
+
 # Numbers of a float32 work buffer. On a CPU it should lie in the cache: measured with
 # vocabularies of 4,096 and 50,304 on two cores, 2^17 to 2^21 are alike, 2^16 takes up to 1.5 times
 # as long, 2^24 two to three times. On a GPU it bounds the memory (256 MiB a buffer).
@@ -103,23 +105,22 @@ class EffectSums:
     """
 
     def __init__(self) -> None:
-        self._ce: list[np.ndarray] = []
-        self._kl: list[np.ndarray] = []
+        self._ce, self._kl = PerSequence(), PerSequence()
 
     def update(self, ce: Float64[Tensor, " block"], kl: Float64[Tensor, " block"]) -> None:
         """Add a batch of sequences."""
-        self._ce.append(ce.numpy())
-        self._kl.append(kl.numpy())
+        self._ce.append(ce)
+        self._kl.append(kl)
 
     @property
     def ce(self) -> Float64[np.ndarray, " sequence"]:
         """Sum of the cross-entropies of each sequence so far, in nats."""
-        return np.concatenate([np.empty(0), *self._ce])
+        return self._ce.values
 
     @property
     def kl(self) -> Float64[np.ndarray, " sequence"]:
         """Sum of the KL divergences of each sequence so far, in nats."""
-        return np.concatenate([np.empty(0), *self._kl])
+        return self._kl.values
 
 
 def effect_metrics(

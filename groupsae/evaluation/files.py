@@ -8,11 +8,28 @@ from typing import Any
 import numpy as np
 
 from groupsae.data.writer import write_json
-from groupsae.evaluation.heldout import HeldoutSums
+from groupsae.errors import UserError
 from groupsae.evaluation.results import Results
 
 FORMAT = 1
 NESTED = ("layers", "density_histogram", "profile")  # of an SAE: too much for a cell of a table
+
+
+def begin_evaluation(folder: Path) -> None:
+    """Make the folder ready before the work: what an earlier evaluation found is no longer whole.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    try:
+        (folder / "latents").mkdir(parents=True, exist_ok=True)
+        (folder / "evaluation.json").unlink(missing_ok=True)
+        (folder / "results.csv").touch()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror}. An evaluation is kept beside its run: "
+            "make that folder writable, or copy the run to where you may write."
+        ) from error
 
 
 def save_evaluation(
@@ -26,7 +43,6 @@ def save_evaluation(
         figures: of `Results.to_json`.
         results: the rest of what was computed.
     """
-    (folder / "latents").mkdir(parents=True, exist_ok=True)
     for name, suite in results.sums.saes.items():
         np.savez_compressed(
             folder / "latents" / f"{name}.npz",
@@ -34,7 +50,7 @@ def save_evaluation(
             layers=np.array(suite.layers),
             tokens=np.full(len(suite.layers), results.tokens()),
         )
-    np.savez_compressed(folder / "sequences.npz", **_sequences(results.sums))  # type: ignore[arg-type]
+    np.savez_compressed(folder / "sequences.npz", **_sequences(results))  # type: ignore[arg-type]
     write_csv(folder / "results.csv", [_flat(row) for row in figures["results"]])
     write_csv(
         folder / "saes.csv",
@@ -88,9 +104,14 @@ def _profile(sae: Mapping[str, Any]) -> dict[str, Any]:
     return {"layers": " ".join(map(str, sae["layers"])), **{k: profile[k] for k in kept}}
 
 
-def _sequences(sums: HeldoutSums) -> dict[str, np.ndarray]:
+def _sequences(results: Results) -> dict[str, np.ndarray]:
     """Return the sums per sequence: enough to compare this evaluation with another, paired."""
-    arrays = {"clean_ce": sums.clean_ce.values, "predictions": sums.predictions.values}
+    sums = results.sums
+    arrays = {
+        "document": results.bootstrap.owner,
+        "clean_ce": sums.clean_ce.values,
+        "predictions": sums.predictions.values,
+    }
     for layer, effects in sums.layers.items():
         x = effects.sums
         arrays |= {f"count/{layer}": x.count, f"sum_squares/{layer}": x.sum_squares}

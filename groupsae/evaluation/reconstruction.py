@@ -18,6 +18,8 @@ from torch import Tensor
 
 from groupsae.sae.base import SparseLatents
 
+# 1 - |e|^2 / |x - batch mean|^2, x . y / (|x| |y|), |y| / |x|, |y|^2 and x . y
+OTHERS = ("legacy", "cosine", "norm_ratio", "squares", "product")
 DENSE = 0.1  # a latent that fires on a larger share of tokens is dense
 
 
@@ -76,7 +78,7 @@ class LayerSums:
         if keep is not None:
             z = torch.where(keep.unsqueeze(-1), z, 0.0)
         self._count.append(_counts(x, keep))
-        self._sum_x.append(z.sum(1))
+        self._sum_x.append(z.sum(1, dtype=torch.float64))
         self._sum_squares.append(_per_sequence(z.square().sum(-1), keep))
 
     @property
@@ -130,7 +132,7 @@ class ReconstructionSums:
         self.d_model, self.d_sae = d_model, d_sae
         self._count, self._squared_error, self._active = (PerSequence() for _ in range(3))
         self._error = np.zeros(d_model)
-        self._totals = dict.fromkeys(("legacy", "cosine", "norm_ratio", "squares", "product"), 0.0)
+        self._others = {name: PerSequence() for name in OTHERS}
         self.fired = np.zeros(d_sae, dtype=np.int64)
 
     @torch.no_grad()
@@ -156,20 +158,20 @@ class ReconstructionSums:
         self._squared_error.append(_per_sequence(squared_error, keep))
         if keep is not None:
             error = torch.where(keep.unsqueeze(-1), error, 0.0)
-        self._error += error.sum(1).cpu().double().sum(0).numpy()
+        self._error += error.sum((0, 1), dtype=torch.float64).cpu().numpy()
 
         mean = (x if keep is None else x[keep]).reshape(-1, self.d_model).mean(0)
         squares, product = x_hat.square().sum(-1), (x * x_hat).sum(-1)
         norm, norm_hat = x.norm(dim=-1), squares.sqrt()
         per_token = {
-            "legacy": 1 - squared_error / (x - mean).square().sum(-1),
+            "legacy": _explained(squared_error, (x - mean).square().sum(-1)),
             "cosine": _zero_unless(norm * norm_hat, product),
             "norm_ratio": _zero_unless(norm, norm_hat),
             "squares": squares,
             "product": product,
         }
         for name, values in per_token.items():
-            self._totals[name] += float(_per_sequence(values, keep).sum())
+            self._others[name].append(_per_sequence(values, keep))
 
         active = latents.acts > 0
         if keep is not None:
@@ -193,14 +195,18 @@ class ReconstructionSums:
         """Return the number of activations above zero of each sequence."""
         return self._active.values
 
-    def total(self, name: str) -> float:
-        """Return a sum over all tokens.
-
-        Args:
-            name: "legacy" (1 - |e|^2 / |x - batch mean|^2), "cosine", "norm_ratio" (|y| / |x|),
-                "squares" (|y|^2) or "product" (x . y).
-        """
-        return self._totals[name]
+    @property
+    def ratios(self) -> dict[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
+        """Return the metrics that are a sum over tokens by another: both, of each sequence."""
+        sums = {name: sums.values for name, sums in self._others.items()}
+        return {
+            "explained_variance_legacy": (sums["legacy"], self.count),
+            "mse": (self.squared_error, self.count),
+            "cosine": (sums["cosine"], self.count),
+            "norm_ratio": (sums["norm_ratio"], self.count),
+            "relative_bias": (sums["squares"], sums["product"]),
+            "l0": (self.active, self.count),
+        }
 
     @property
     def error_variance(self) -> float:
@@ -245,21 +251,18 @@ def layer_metrics(layer: LayerSums, sums: ReconstructionSums) -> dict[str, float
     tokens = float(sums.count.sum())
     squared_error, mean_square = float(sums.squared_error.sum()), _ratio(layer.squares, tokens)
     entries = mean_square / sums.d_model
+    ratios = {name: _ratio(top.sum(), bottom.sum()) for name, (top, bottom) in sums.ratios.items()}
     values = {
         "fvu": _ratio(squared_error, layer.variance),
-        "explained_variance_legacy": _ratio(sums.total("legacy"), tokens),
+        "explained_variance_legacy": ratios["explained_variance_legacy"],
         "explained_variance_dictionary_learning": 1 - _ratio(sums.error_variance, layer.variance),
         "explained_variance_saebench": 1
         - _ratio(_ratio(squared_error, tokens), mean_square - entries**2),
-        "mse": _ratio(squared_error, tokens),
-        "cosine": _ratio(sums.total("cosine"), tokens),
-        "norm_ratio": _ratio(sums.total("norm_ratio"), tokens),
-        "relative_bias": _ratio(sums.total("squares"), sums.total("product")),
-        "l0": _ratio(float(sums.active.sum()), tokens),
+        **ratios,
         "dead": float((sums.fired == 0).mean()),
         "dense": float((sums.fired > DENSE * tokens).mean()),
     }
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+    return {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _counts(x: Tensor, keep: Tensor | None) -> Tensor:
@@ -271,6 +274,11 @@ def _per_sequence(values: Tensor, keep: Tensor | None) -> Tensor:
     if keep is not None:
         values = torch.where(keep, values, 0.0)
     return values.cpu().double().sum(1)
+
+
+def _explained(squared_error: Tensor, variance: Tensor) -> Tensor:
+    """Return 1 - error / variance; 0 for a token that is the batch mean itself."""
+    return torch.where(variance > 0, 1 - squared_error / variance, 0.0)
 
 
 def _zero_unless(denominator: Tensor, numerator: Tensor) -> Tensor:

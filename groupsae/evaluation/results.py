@@ -15,7 +15,12 @@ from groupsae.evaluation.similarity import mmco, mmcs
 from groupsae.grouping.groupings import Grouping
 
 COMPARED = ("fvu", "delta_ce", "delta_ce_percent", "kl")  # against per-layer SAEs
-AVERAGED = (*COMPARED, "ce_score")
+AVERAGED = (*COMPARED, "ce_score")  # of groupings; of an SAE everything is
+# not a ratio of sums of each sequence, so not worth resampling
+WITHOUT_INTERVAL = (
+    "explained_variance_dictionary_learning",
+    "explained_variance_saebench",
+)
 
 
 @dataclass(frozen=True)
@@ -106,19 +111,25 @@ class Results:
     def _estimates(self, pair: Pair) -> dict[str, Estimate]:
         name, layer = pair
         sums, x = self.sums.pairs[pair], self.sums.layers[layer].sums
-        fvu = layer_metrics(x, sums.reconstruction)["fvu"]
-        return {
-            "fvu": Estimate(
-                float("nan") if fvu is None else fvu, self.bootstrap.fvu(x, sums.reconstruction)
-            ),
-            **self._effect(sums.effect, layer),
+        plain = self._plain(pair)
+        samples = {"fvu": self.bootstrap.fvu(x, sums.reconstruction)} | {
+            metric: self.bootstrap.ratio(*both)
+            for metric, both in sums.reconstruction.ratios.items()
         }
+        rebuilt = {
+            metric: Estimate(np.nan if (value := plain[metric]) is None else value, drawn)
+            for metric, drawn in samples.items()
+        }
+        return rebuilt | self._effect(sums.effect, layer)
+
+    def _plain(self, pair: Pair) -> dict[str, float | None]:
+        layer = self.sums.layers[pair[1]].sums
+        return layer_metrics(layer, self.sums.pairs[pair].reconstruction)
 
     def _pair(self, pair: Pair) -> dict[str, Any]:
         name, layer = pair
-        plain = layer_metrics(self.sums.layers[layer].sums, self.sums.pairs[pair].reconstruction)
-        shown = {k: self._interval(estimate) for k, estimate in self.estimates[pair].items()}
-        return {"sae": name, "layer": layer, **plain, **shown}
+        shown = self._shown(self.estimates[pair])
+        return {"sae": name, "layer": layer, **self._plain(pair), **shown}
 
     def _layer(self, layer: int) -> dict[str, Any]:
         x, scale = self.sums.layers[layer].sums, self._layers[layer]
@@ -145,6 +156,7 @@ class Results:
         config, sae = suite.configs[name], suite.saes[name]
         everywhere, seen = fired.sum(0), tokens * len(suite.layers)
         each = np.full(len(suite.layers), tokens)
+        pairs = [(name, layer) for layer in suite.layers]
         return {
             "name": name,
             "layers": suite.layers,
@@ -152,7 +164,8 @@ class Results:
             "k": sae.k,
             "width": config.get("width", 1.0),
             "tokens": config.get("tokens"),
-            **self._shown(self._mean([(name, layer) for layer in suite.layers])),
+            **{metric: self._mean_plain(pairs, metric) for metric in WITHOUT_INTERVAL},
+            **self._shown(self._mean(pairs)),
             "dead": float((everywhere == 0).mean()),
             "dense": float((everywhere > DENSE * seen).mean()),
             "density_histogram": density_histogram(everywhere, seen),
@@ -210,17 +223,22 @@ class Results:
 
     def over(self, grouping: Grouping, layers: Sequence[int]) -> dict[str, Estimate]:
         """Return the means of a grouping's metrics over some layers."""
-        return self._mean([(grouping.sae_of_layer[layer], layer) for layer in layers])
+        means = self._mean([(grouping.sae_of_layer[layer], layer) for layer in layers])
+        return {name: means[name] for name in AVERAGED}
+
+    def _mean_plain(self, pairs: Sequence[Pair], metric: str) -> float | None:
+        values = [self._plain(pair)[metric] for pair in pairs]
+        return None if None in values else float(np.mean(values))  # type: ignore[arg-type]
 
     def _mean(self, pairs: Sequence[Pair]) -> dict[str, Estimate]:
         found = [self.estimates[pair] for pair in pairs]
-        return {name: Estimate.mean([each[name] for each in found]) for name in AVERAGED}
+        return {name: Estimate.mean([each[name] for each in found]) for name in found[0]}
 
     def _spliced_together(self, grouping: Grouping) -> dict[str, Interval] | None:
         sums = self.sums.together.get(grouping.name)
         if sums is None:
             return None
-        first = next(iter(self.sums.layers))  # ablations play no part in these three
+        first = next(iter(self.sums.layers))  # ablations play no part in these
         shown = self._effect(sums, first)
         return {
             name: self._interval(shown[name])

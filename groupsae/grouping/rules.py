@@ -196,6 +196,11 @@ def _diameters_of_runs(square: Distances) -> Distances:
     return diameters
 
 
+def needs_distances(rule: str) -> bool:
+    """Return whether a partition's groups come from the distances; `even` ones are just cut."""
+    return rule not in ("even", "explicit", "per_layer")
+
+
 RULES: dict[str, Callable[[Distances, int], Groups]] = {
     "complete": _complete,
     "minmax": _minmax,

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from groupsae.data.reading import damaged, read_json
 from groupsae.data.writer import write_json
 from groupsae.errors import UserError
 from groupsae.grouping.groupings import groupings
@@ -187,9 +188,17 @@ def load_saes(folder: Path, names: Iterable[str]) -> Suite:
 
 
 def load_plan(run: Path) -> GroupPlan | None:
-    """Return the plan in a run folder's `groups.json`, if it has one."""
-    file = run / "groups.json"
-    return GroupPlan.from_json(json.loads(file.read_text())["plan"]) if file.exists() else None
+    """Return the plan in a run folder's `groups.json`, if it has one.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    stored = read_json(run / "groups.json")
+    if stored is None:
+        return None
+    if "plan" not in stored:
+        raise damaged(run / "groups.json")
+    return GroupPlan.from_json(stored["plan"])
 
 
 def _load_sae(file: Path) -> tuple[SAE, dict[str, Any]]:

@@ -11,7 +11,8 @@ from groupsae.report.figures import amad_curve, distance_heatmap, linkage_tree, 
 from groupsae.report.latents import density, layer_profiles
 from groupsae.report.load import RunFiles
 from groupsae.report.per_layer import layer_bars, similarity
-from groupsae.report.quality import SHORT, against_amad, against_cost, against_groups, lost
+from groupsae.report.quality import against_amad, against_cost, against_groups, lost
+from groupsae.report.words import NAMES
 
 METRICS = ("fvu", "delta_ce")
 WHAT = {
@@ -129,7 +130,7 @@ def quality_figures(run: RunFiles) -> list[Captioned]:
         if kind == "lost" and run.per_layer is None:
             continue
         for metric in METRICS:
-            name = SHORT[metric]
+            name = NAMES[metric]
             title = (
                 f"{name} lost against one SAE per layer"
                 if kind == "lost"
@@ -159,8 +160,8 @@ def layer_figures(run: RunFiles) -> list[Captioned]:
                     f"{metric}_layers",
                     "layers",
                     figure,
-                    f"{SHORT[metric]} of every layer",
-                    f"{SHORT[metric]} of every layer with the SAE of its group; one colour is one "
+                    f"{NAMES[metric]} of every layer",
+                    f"{NAMES[metric]} of every layer with the SAE of its group; one colour is one "
                     "SAE, whiskers are confidence intervals."
                     + (" Marks: the baselines." if len(run.groupings) > 1 else ""),
                 )

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from groupsae.grouping.rules import RULES, curve
-from groupsae.report.figures import amad_curve, distance_heatmap
+from groupsae.report.figures import amad_curve, distance_heatmap, linkage_tree
 from groupsae.report.tables import print_plan
 
 if TYPE_CHECKING:  # the report room draws what it is handed; it does not run the training stack
@@ -57,6 +57,7 @@ class Dashboard(L.Callback):
             )
         part = plan.partition
         n = part.num_layers
+        grouped = measured.distances[:n, :n]
         rule = part.rule if part.rule in RULES else "complete"
         wanted, got = self.grouping.tokens, measured.provenance["tokens"]
         if got < wanted // 2:
@@ -70,11 +71,12 @@ class Dashboard(L.Callback):
             {
                 "distances": distance_heatmap(measured.distances, plan.saes),
                 "amad": amad_curve(
-                    curve(measured.distances[:n, :n], rule),
+                    curve(grouped, rule),
                     part,
                     getattr(self.grouping.choice, "theta", None),
                 ),
-            },
+            }
+            | ({"dendrogram": linkage_tree(grouped, part.groups)} if n > 1 else {}),
             trainer.loggers,
         )
         facts = {

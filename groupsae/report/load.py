@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from groupsae.data.reading import read_json, read_metrics, read_npz, read_yaml
 from groupsae.errors import UserError
 from groupsae.grouping.partition import Distances
-from groupsae.report.reading import read_json, read_metrics, read_npz, read_yaml
 
 FORMAT = 1  # of evaluation.json
 

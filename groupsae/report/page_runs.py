@@ -74,6 +74,10 @@ def ledger_tables(run: RunFiles) -> list[Table]:
             [Cell("time together"), Cell(duration(sharing["seconds"]))],
             [Cell("time one after the other"), Cell(duration(sharing["seconds_separately"]))],
             [Cell("factor"), Cell(number(sharing["factor"], 2))],
+            [
+                Cell("bound: the language model twice, each SAE once"),
+                Cell(duration(sharing["bound_seconds"])),
+            ],
         ]
         found.append(table)
     return found

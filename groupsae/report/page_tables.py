@@ -58,12 +58,13 @@ def layers_table(run: RunFiles) -> Table | None:
     names = ["FVU", "ΔCE, nats", "ΔCE, %", "CE score", "KL, nats"]
     table = Table("Every layer with the SAE of its group", ["layer", "SAE", *names, "L0"], text=2)
     for layer, sae, result in _served(run):
+        l0 = interval(result.get("l0"))
         table.rows.append(
             [
                 Cell(str(layer)),
                 Cell(sae),
                 *(cell(result.get(m), m) for m in metrics),
-                Cell(number(result.get("l0"), 1)),
+                Cell(number(l0 and l0.value, 1)),
             ]
         )
     return table if table.rows else None

@@ -15,7 +15,8 @@ from groupsae.report.canvas import (
     new_axes,
 )
 from groupsae.report.load import Interval, RunFiles, interval
-from groupsae.report.quality import SHORT, UNITS
+from groupsae.report.quality import UNITS
+from groupsae.report.words import NAMES
 
 
 def layer_bars(run: RunFiles, metric: str) -> Figure | None:
@@ -66,7 +67,7 @@ def layer_bars(run: RunFiles, metric: str) -> Figure | None:
         xlabel="layer",
         ylabel=UNITS[metric],
         xticks=layer_ticks(list(own)),
-        title=f"{SHORT[metric]} of every layer",
+        title=f"{NAMES[metric]} of every layer",
     )
     legend_below(figure)
     return figure

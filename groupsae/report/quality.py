@@ -21,13 +21,13 @@ from groupsae.report.canvas import (
     new_axes,
 )
 from groupsae.report.load import Interval, RunFiles, interval
+from groupsae.report.words import NAMES
 
 Grouping = Mapping[str, Any]
 UNITS = {
     "fvu": "FVU (share of variance lost)",
     "delta_ce": "ΔCE (nats per token)",
 }
-SHORT = {"fvu": "FVU", "delta_ce": "ΔCE"}
 
 
 def cost_of(grouping: Grouping) -> float | None:
@@ -41,7 +41,7 @@ def against_groups(run: RunFiles, metric: str) -> Figure:
     figure, axes = new_axes()
     _lines(axes, run, _grouped(metric), lambda g: float(g["num_groups"]))
     _mark(axes, run, _grouped(metric), lambda g: float(g["num_groups"]))
-    axes.set(xlabel="number of groups G", ylabel=UNITS[metric], title=f"{SHORT[metric]} against G")
+    axes.set(xlabel="number of groups G", ylabel=UNITS[metric], title=f"{NAMES[metric]} against G")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_below(figure)
     return figure
@@ -58,7 +58,7 @@ def against_amad(run: RunFiles, metric: str) -> Figure:
         xlabel="AMAD (fractions of π)",
         ylabel=UNITS[metric],
         xlim=(0, None),
-        title=f"{SHORT[metric]} against AMAD",
+        title=f"{NAMES[metric]} against AMAD",
     )
     legend_below(figure)
     return figure
@@ -72,7 +72,7 @@ def against_cost(run: RunFiles, metric: str) -> Figure:
     axes.set(
         xlabel="FLOPs relative to one SAE per layer",
         ylabel=UNITS[metric],
-        title=f"{SHORT[metric]} against cost",
+        title=f"{NAMES[metric]} against cost",
     )
     axes.xaxis.set_major_formatter("{x:.0%}")
     legend_below(figure)
@@ -92,7 +92,7 @@ def lost(run: RunFiles, metric: str) -> Figure:
     axes.set(
         xlabel="number of groups G",
         ylabel=f"change of {UNITS[metric]}",
-        title=f"{SHORT[metric]} lost by sharing",
+        title=f"{NAMES[metric]} lost by sharing",
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_below(figure)

@@ -161,8 +161,8 @@ def _intervals(e: dict[str, Any]) -> str | None:
     if not b:
         return None
     return (
-        f"{percent(b['level'], 0)}, {b['resamples']:,} bootstrap resamples of {e['sequences']:,} "
-        f"sequences, seed {b['seed']}"
+        f"{percent(b['level'], 0)}, {b['resamples']:,} bootstrap resamples of {e['documents']:,} "
+        f"documents, seed {b['seed']}"
     )
 
 

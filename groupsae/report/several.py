@@ -10,10 +10,10 @@ from groupsae.report.collection import Captioned
 from groupsae.report.comparison import saving
 from groupsae.report.load import RunFiles
 from groupsae.report.page_tables import Cell, Table, cell
-from groupsae.report.quality import SHORT, UNITS, cost_of
+from groupsae.report.quality import UNITS, cost_of
 from groupsae.report.seeds import Family, Spread, difference, families, means, spread
 from groupsae.report.verdict import Finding, Verdict
-from groupsae.report.words import NONE, number, percent, plural
+from groupsae.report.words import NAMES, NONE, number, percent, plural
 
 METRICS = ("fvu", "delta_ce")
 
@@ -60,7 +60,7 @@ def against_cost(found: Sequence[Family], metric: str) -> Figure | None:
     axes.set(
         xlabel="FLOPs relative to one SAE per layer",
         ylabel=UNITS[metric],
-        title=f"{SHORT[metric]} against cost, all runs",
+        title=f"{NAMES[metric]} against cost, all runs",
     )
     axes.xaxis.set_major_formatter("{x:.0%}")
     legend_below(figure, columns=2)
@@ -170,7 +170,7 @@ def compare_runs(
     for metric in METRICS:
         figure = against_cost(found, metric)
         if figure is not None:
-            title = f"{SHORT[metric]} against relative cost, all runs"
+            title = f"{NAMES[metric]} against relative cost, all runs"
             caption = (
                 f"{title}; one colour per configuration. Towards the lower left: better and "
                 "cheaper. Several seeds are shown by mean and range, single runs with their "
@@ -224,7 +224,7 @@ def _over_seeds(family: Family, kind: str, words: str) -> str:
             mean, lower = sum(gaps) / len(gaps), sum(gap < 0 for gap in gaps)
             lead = "; against " + words if not text else " and"
             text += (
-                f"{lead} {SHORT[metric]} differs by {number(mean, 4)} "
+                f"{lead} {NAMES[metric]} differs by {number(mean, 4)} "
                 f"({number(min(gaps), 4)} to {number(max(gaps), 4)}; "
                 f"lower in {lower} of {len(gaps)})"
             )

@@ -38,8 +38,8 @@ def print_plan(console: Console, plan: GroupPlan, cost: "RunCost") -> None:
     console.print(table)
     console.print(
         f"{len(plan.saes)} SAEs instead of {sum(map(len, plan.saes))}: saves {cost.saving:.1%} of "
-        f"the {flops(cost.total_per_layer)} of one SAE per layer, with distances, sparse "
-        "decoding and the last layer counted "
+        f"the {flops(cost.total_per_layer)} of one SAE per layer, with "
+        f"{'distances, ' if cost.distances else ''}sparse decoding and the last layer counted "
         f"(the paper's count, dense and without them: {cost.paper_saving:.1%})."
     )
     if cost.saving < 0 and len(plan.saes) < sum(map(len, plan.saes)):
@@ -108,7 +108,9 @@ def print_ledger(console: Console, ledger: Mapping[str, Any]) -> None:
         console.print(
             f"All {sharing['groupings']} groupings from one stream took "
             f"{duration(sharing['seconds'])}, one run for each would take "
-            f"{duration(sharing['seconds_separately'])}: {sharing['factor']:.1f} times as long."
+            f"{duration(sharing['seconds_separately'])}: {sharing['factor']:.1f} times as long. "
+            f"(Bound: the language model's forward twice and each SAE once, "
+            f"{duration(sharing['bound_seconds'])}.)"
         )
 
 

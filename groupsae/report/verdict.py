@@ -192,7 +192,7 @@ def _saved(run: RunFiles, saved: float | None) -> str:
     seconds = 1 - cost["seconds"] if cost.get("seconds") is not None else stored.get("seconds")
     text = (
         f"Saved against one SAE per layer at equal tokens: {percent(saved)} of the FLOPs, with "
-        "the language model's forward pass, the distances and the last layer counted"
+        "the language model's forward pass, what measuring took and the last layer counted"
     )
     text += f"; {percent(seconds)} of the seconds" if seconds is not None else ""
     if paper is not None:
@@ -212,9 +212,10 @@ def _caveats(run: RunFiles) -> list[str]:
         e = run.evaluation
         level = e.get("bootstrap", {}).get("level", 0.95)
         caveats.append(
-            f"Measured on {e['tokens']:,} held-out tokens in {plural(e['sequences'], 'sequence')} "
-            f"of {e['model']}. Intervals are {percent(level, 0)} bootstrap intervals over these "
-            "sequences: they tell how far the text matters, not how far another seed would."
+            f"Measured on {e['tokens']:,} held-out tokens, {plural(e['sequences'], 'sequence')} "
+            f"from {plural(e['documents'], 'document')}, by {e['model']}. Intervals are "
+            f"{percent(level, 0)} bootstrap intervals over these documents: they tell how far the "
+            "text matters, not how far another seed would."
         )
     seed = "" if run.seed is None else f" (seed {run.seed})"
     tokens = (run.summary or {}).get("tokens")

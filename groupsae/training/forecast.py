@@ -1,15 +1,19 @@
 """Memory and time of a run before it starts, by arithmetic and by a short trial."""
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import psutil
 import torch
 
-from groupsae.data.activations import ActivationBatch, ActivationDataModule
+from groupsae.data.activations import ActivationDataModule
+from groupsae.data.batch import ActivationBatch
 from groupsae.errors import UserError
 from groupsae.grouping.plan import GroupPlan
+from groupsae.training.allocator import hand_back_freed_memory
 from groupsae.training.group import GroupSAE
 from groupsae.training.suite import GroupSAESuite
 
@@ -18,19 +22,20 @@ STATE = 4  # weights, gradients and Adam's two moments
 ROWS = 4  # raw and scaled activations, reconstruction and error wait for the backward pass
 WIDE = 3  # pre-activations, their top k's gradient and a temporary, of one SAE at a time
 TRIAL = 3  # steps
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def bytes_needed(
     suite: GroupSAESuite, data: ActivationDataModule, widths: list[float], world_size: int
 ) -> int:
-    """Return the memory in bytes that one process needs to train SAEs of these widths.
+    """Return the memory in bytes that one process still needs to train SAEs of these widths.
 
-    Counted are weights with gradients and optimiser state, the activations of one step, and the
-    language model; not the interpreter with its libraries (about half a gigabyte).
+    Counted are weights with gradients and optimiser state, and the activations of one step. The
+    language model is loaded before this is asked for, and so is no longer free.
 
     Args:
         suite: makes the SAEs.
-        data: the stream and the language model.
+        data: the stream.
         widths: of the SAEs, as shares of the configured number of latents.
         world_size: processes that share a step.
     """
@@ -39,15 +44,32 @@ def bytes_needed(
     tokens = data.tokens_per_step // world_size
     rows = tokens * suite.d_model * len(widths) * ROWS
     wide = tokens * sae.d_sae * max(widths) * WIDE
-    lm = sum(p.numel() * p.element_size() for p in data.model.parameters())
-    return round(FLOAT * (parameters * STATE + rows + wide)) + lm
+    return round(FLOAT * (parameters * STATE + rows + wide))
 
 
-def bytes_free(device: torch.device) -> int:
-    """Return the free memory of a device; for the CPU, the machine's."""
+def bytes_free(device: torch.device, processes: int) -> int:
+    """Return the memory that one process can still have on a device.
+
+    What this process has freed but not yet handed back counts as free. On a CPU the processes of
+    a machine share its memory, or as much of it as their control group may use.
+
+    Args:
+        device: that trains.
+        processes: on this machine.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    hand_back_freed_memory()
+    free = int(psutil.virtual_memory().available)
+    with suppress(OSError, ValueError):  # no control group, or "max": no limit
+        limit, used = (
+            int((CONTROL_GROUP / f"memory.{name}").read_text()) for name in ("max", "current")
+        )
+        lines = (CONTROL_GROUP / "memory.stat").read_text().splitlines()
+        pages = dict(line.split() for line in lines)
+        free = min(free, limit - used + int(pages["inactive_file"]))  # the kernel frees those
+    return free // processes
 
 
 def refuse(needed: int, free: int, num_saes: int, device: torch.device) -> None:
@@ -67,7 +89,7 @@ class Forecast:
 
     Attributes:
         num_saes: trained at once.
-        memory: bytes in one process.
+        memory: bytes in one process, beside the language model's.
         activation_seconds: the language model's forwards.
         sae_seconds: the steps of all SAEs.
         step_seconds: width of an SAE, as a share of the configured number of latents -> one step.
@@ -84,9 +106,9 @@ class Forecast:
         total = timedelta(seconds=round(self.activation_seconds + self.sae_seconds))
         share = self.activation_seconds / (self.activation_seconds + self.sae_seconds)
         return (
-            f"{self.num_saes} SAEs from one stream: about {total} of training ({share:.0%} of it "
-            f"the language model's) and {self.memory / 1e9:.1f} GB of memory, by a trial of "
-            f"{TRIAL} steps."
+            f"{self.num_saes} SAEs from one stream: about {self.memory / 1e9:.1f} GB of memory, "
+            f"and by a trial of {TRIAL} steps {total} of training ({share:.0%} of it the language "
+            "model's)."
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from groupsae.data.activations import ActivationBatch
+from groupsae.data.batch import ActivationBatch
 from groupsae.data.draws import stream_key
 from groupsae.errors import UserError
 from groupsae.sae.base import SAE, SparseLatents

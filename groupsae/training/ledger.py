@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from groupsae.cost.counter import flop_counter
-from groupsae.cost.model import Workload
+from groupsae.cost.model import FORMAT, Workload
 from groupsae.data.activations import ActivationDataModule
 from groupsae.grouping.angles import AngularDistance
 from groupsae.grouping.groupings import groupings
@@ -25,7 +25,8 @@ def ledger(
 ) -> dict[str, Any]:
     """Return what the run cost and what its groups saved, as plain values.
 
-    Seconds are wall clock (on a GPU its own clock) of this run. Those of per-layer training at
+    Seconds are wall clock (on a GPU its own clock) of this run; of the distances, of the run that
+    measured them, if they came from the cache. Those of per-layer training at
     equal tokens are not a second run's: the language model's are the same, and an SAE takes what
     one of this run's takes. SAEs of several widths are stepped together, so what all of them took
     is shared out among the widths as the trial before the start found it.
@@ -47,6 +48,7 @@ def ledger(
     groups_seconds = activations + distances + full * len(plan.saes)
     per_layer_seconds = activations + distances + full * work.layers_run
     return {
+        "format": FORMAT,
         "device": str(next(data.model.parameters()).device),
         "threads": torch.get_num_threads(),
         "tokens": work.tokens,
@@ -137,8 +139,10 @@ def _measured_flops(
     angles = AngularDistance(
         num_layers=geometry.num_layers, d_model=geometry.d_model, centring="none"
     ).to(device)
+    with flop_counter() as calibration:
+        parts = list(data.every_layer(tokens, list(range(geometry.num_layers))))
     with flop_counter() as distances:
-        for each in data.every_layer(tokens, list(range(geometry.num_layers))):
+        for each in parts:
             angles.update(each.acts, each.keep)
     with flop_counter() as saes, torch.enable_grad():
         for member in (m.to(device) for m in members):
@@ -148,12 +152,11 @@ def _measured_flops(
             output = member.sae.forward(acts * member.scale(layers), variance, alive)
             torch.stack(list(output.losses.values())).sum().backward()
             member.zero_grad()
-    counts = (
-        (lm, work.tokens),
-        (distances, work.calibration_tokens),
-        (saes, work.tokens),
+    measured = (counter.get_total_flops() for counter in (lm, calibration, distances, saes))
+    of_lm, of_calibration, of_distances, of_saes = (n / tokens.numel() for n in measured)
+    measuring = work.calibration_passes * of_calibration + of_distances
+    return (
+        round(work.tokens * of_lm),
+        round(work.calibration_tokens * measuring),
+        round(work.tokens * of_saes),
     )
-    first, second, third = (
-        round(counter.get_total_flops() * of / tokens.numel()) for counter, of in counts
-    )
-    return first, second, third

@@ -6,12 +6,13 @@ import os
 import warnings
 from argparse import Namespace
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+
+from groupsae.data.reading import read_metrics
 
 COLUMNS = ("step", "metric", "value")
 
@@ -62,20 +63,6 @@ class MetricsCSV(Logger):
         kept = [row for row in read_metrics(self.path) if row[0] < step]
         with self.path.open("w", newline="") as handle:
             csv.writer(handle).writerows([COLUMNS, *kept])
-
-
-def read_metrics(path: Path) -> list[tuple[int, str, float]]:
-    """Return the (step, metric, value) rows of a `metrics.csv`; none if there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as handle:
-        lines = list(csv.reader(handle))[1:]
-    rows = []
-    for line in lines:
-        with suppress(ValueError):  # a kill may have cut the last line short
-            step, name, value = line
-            rows.append((int(step), name, float(value)))
-    return rows
 
 
 def has_wandb_account() -> bool:

@@ -9,12 +9,12 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from groupsae.cost.stopwatch import Stopwatch
 from groupsae.data.activations import ActivationDataModule
 from groupsae.grouping.angles import AngularDistance
 from groupsae.grouping.moments import LayerMoments
+from groupsae.progress import token_progress
 
 FORMAT = 2  # of the cached file
 
@@ -36,10 +36,14 @@ class Measurement:
     seconds: float
 
     @property
-    def forward_tokens(self) -> int:
-        """Return the tokens that passed through the model; centring needs a second pass."""
-        passes = 2 if self.provenance["centring"] == "mean" else 1
-        return passes * int(self.provenance["tokens"])
+    def tokens(self) -> int:
+        """Return the tokens that it was made on."""
+        return int(self.provenance["tokens"])
+
+    @property
+    def passes(self) -> int:
+        """Return the forwards of the model over them; centring needs a second one."""
+        return 2 if self.provenance["centring"] == "mean" else 1
 
     def norm_factors(self) -> dict[int, float]:
         """Return 1 / rms norm per layer, so that scaled activations have mean squared norm 1."""
@@ -107,24 +111,16 @@ def measure(
     moments = LayerMoments(**size).to(device)
     angles = AngularDistance(**size, centring=centring).to(device)
     passes = [moments, angles] if centring == "mean" else [None]
-    columns = (
-        TextColumn("measuring layers"),
-        BarColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
     watch = Stopwatch()
-    with watch, Progress(*columns, transient=True, disable=trainer.global_rank != 0) as progress:
-        task = progress.add_task("", total=provenance["tokens"] * len(passes), rate="")
+    total = provenance["tokens"] * len(passes)
+    with watch, token_progress("measuring layers", total, trainer.global_rank == 0) as advance:
         for metric in passes:
             if metric is angles:
                 angles.set_mean(moments.mean())
             for batch in data.calibration_batches(tokens):
                 for each in [moments, angles] if metric is None else [metric]:
                     each.update(batch.acts, batch.keep)
-                done = batch.acts.shape[1] * trainer.world_size
-                speed = progress.tasks[task].speed or 0.0
-                progress.update(task, advance=done, rate=f"{speed:,.0f} tokens/s")
+                advance(batch.acts.shape[1] * trainer.world_size)
     result = Measurement(
         angles.compute().cpu().numpy(),
         torch.as_tensor(moments.rms_norm()).cpu().numpy(),

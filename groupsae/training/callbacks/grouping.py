@@ -1,6 +1,5 @@
 """Before fitting: measure the layers, choose the groups, hand them to the suite."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,10 +7,13 @@ import lightning as L
 
 from groupsae.cost.model import RunCost, Workload, run_cost
 from groupsae.data.activations import ActivationDataModule
+from groupsae.data.reading import read_json
 from groupsae.data.writer import write_json
 from groupsae.errors import UserError
 from groupsae.grouping.choices import Choice
 from groupsae.grouping.plan import GroupPlan
+from groupsae.grouping.rules import needs_distances
+from groupsae.interop.suite import load_plan
 from groupsae.training.forecast import Forecast, bytes_free, bytes_needed, forecast, refuse
 from groupsae.training.measure import Measurement, measure, provenance_of
 from groupsae.training.suite import GroupSAESuite
@@ -62,7 +64,8 @@ class GroupLayers(L.Callback):
         if trainer.strategy.broadcast(groups_file.exists() and angles_file.exists()):
             self.confirm(data)
             self.measurement = Measurement.load(angles_file)
-            self.plan = GroupPlan.from_json(json.loads(groups_file.read_text())["plan"])
+            self.plan = load_plan(self.folder)
+            assert self.plan is not None
         else:
             least = [1.0] * self.choice.least_saes(data.lm.geometry.num_layers)
             self._check_memory(trainer, pl_module, data, least)
@@ -102,7 +105,7 @@ class GroupLayers(L.Callback):
     ) -> None:
         device = trainer.strategy.root_device
         needed = bytes_needed(suite, data, widths, trainer.world_size)
-        refuse(needed, bytes_free(device), len(widths), device)
+        refuse(needed, bytes_free(device, trainer.num_devices), len(widths), device)
 
     def confirm(self, data: ActivationDataModule) -> None:
         """Check that the run folder was made with today's model, weights and text.
@@ -110,7 +113,7 @@ class GroupLayers(L.Callback):
         Raises:
             UserError: something has changed since; names what.
         """
-        stored = json.loads((self.folder / "groups.json").read_text())["measured"]
+        stored = (read_json(self.folder / "groups.json") or {}).get("measured", {})
         today = provenance_of(data, self.tokens, self.centring)
         changed = [name for name, value in today.items() if stored.get(name) != value]
         if changed:
@@ -134,11 +137,13 @@ class GroupLayers(L.Callback):
             k=sae.k,
             context=data.packing.context,
             tokens=data.num_steps * data.tokens_per_step,
-            calibration_tokens=self.measurement.forward_tokens,
+            calibration_tokens=self.measurement.tokens,
+            calibration_passes=self.measurement.passes,
         )
         self.cost = run_cost(
             self.work,
             num_groups=self.plan.partition.num_groups,
             num_saes=len(self.plan.saes),
             d_sae=sae.d_sae,
+            distances=needs_distances(self.plan.partition.rule),
         )

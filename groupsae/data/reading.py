@@ -23,7 +23,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         with path.open("rb") as handle, np.load(handle, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise _damaged(path) from error
+        raise damaged(path) from error
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -37,9 +37,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise _damaged(path) from error
+        raise damaged(path) from error
     if not isinstance(values, dict):
-        raise _damaged(path)
+        raise damaged(path)
     return values
 
 
@@ -54,7 +54,7 @@ def read_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise _damaged(path) from error
+        raise damaged(path) from error
 
 
 def read_metrics(path: Path) -> list[tuple[int, str, float]]:
@@ -69,7 +69,8 @@ def read_metrics(path: Path) -> list[tuple[int, str, float]]:
     return rows
 
 
-def _damaged(path: Path) -> UserError:
+def damaged(path: Path) -> UserError:
+    """Return the error that says a file is not whole, and how to mend it."""
     return UserError(
         f"{path} is cut short or damaged: remove it and make it anew (evaluation/ by "
         "python -m groupsae.evaluate, the rest by training again)."
