@@ -1,8 +1,10 @@
 """Small real runs for the tests: the yaml files, a 4-layer model, a few steps."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
@@ -52,6 +54,22 @@ def run(arguments: list[str]) -> tuple[int, Path]:
 
     cfg, folder, checkpoint = open_run(composed(arguments), arguments)
     return fit(cfg, folder, checkpoint), folder
+
+
+def stopped(arguments: list[str]) -> tuple[int, Path]:
+    """Train until SIGTERM comes in the third step; return the exit status and the run folder."""
+    from groupsae.training.callbacks.stop import StopOnSignal
+
+    inherited = StopOnSignal.on_train_batch_end
+
+    def stop(self: StopOnSignal, trainer: Any, *args: Any) -> None:
+        if trainer.global_step == 3:
+            signal.raise_signal(signal.SIGTERM)
+        inherited(self, trainer, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopOnSignal, "on_train_batch_end", stop)
+        return run(arguments)
 
 
 def saved(folder: Path) -> dict[str, Any]:

@@ -206,3 +206,20 @@ def test_calibration_gives_all_layers_of_the_calibration_split_in_order(make_dat
         assert batch.layers[:, 0].tolist() == list(range(LAYERS))
         for mine, expected in zip(batch.acts, all_residuals(data, tokens), strict=True):
             assert torch.equal(mine, expected)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_held_out_batches_are_one_sample_of_the_whole_split_with_its_documents(make_data, bos):
+    first, other = (make_data(prepend_bos=bos, seed=seed) for seed in (0, 1))
+    steps = max(1, first.steps_for("heldout", None) // 2)
+    read = torch.cat(list(first.heldout(steps)))
+    assert torch.equal(read, torch.cat(list(other.heldout(steps))))  # whatever the run's seed
+    text = torch.from_numpy(first.blocks.blocks["heldout"].astype("int64"))
+    found = first.heldout_documents(steps)
+    assert len(found) == len(read)
+    ends = (text[:, int(bos) :] == first.lm.tokenizer().eos_token_id).sum(1)
+    numbers = ends.cumsum(0) - ends
+    for tokens, document in zip(read, found, strict=True):
+        assert document in numbers[(text == tokens).all(1)]  # a block's text may come twice
+    assert not torch.equal(read, text[: len(read)])  # not simply the first ones
+    assert len(set(found.tolist())) > len(set(numbers[: len(read)].tolist()))

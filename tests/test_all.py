@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runs import overrides, run, saved
+from runs import overrides, run, saved, stopped
 
 from groupsae.errors import UserError
 from groupsae.grouping.choices import All, ByAmad, ByCount, Even, PerLayer
@@ -389,20 +389,8 @@ def test_a_stopped_run_of_all_groupings_goes_on_bit_for_bit(
     tiny_lm: Path,
     tiny_text: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from groupsae.training.callbacks.stop import StopOnSignal
-
-    inherited = StopOnSignal.on_train_batch_end
-
-    def stopped_at_three(self, trainer, *args):  # noqa: ANN001, ANN002, ANN202
-        if trainer.global_step == 3:
-            signal.raise_signal(signal.SIGTERM)
-        inherited(self, trainer, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StopOnSignal, "on_train_batch_end", stopped_at_three)
-        status, folder = run(overrides(tiny_lm, tiny_text, tmp_path, *EVERYTHING))
+    status, folder = stopped(overrides(tiny_lm, tiny_text, tmp_path, *EVERYTHING))
     assert status == 128 + signal.SIGTERM
     status, again = run([f"resume={folder}"])
     assert (status, again) == (0, folder)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import overrides, run
+from runs import overrides, run, stopped
 
 from groupsae.cost.model import Workload
 from groupsae.grouping.groupings import groupings
@@ -212,21 +212,8 @@ def test_the_ledger_names_the_place_of_the_measurement(ordinary: Path) -> None:
     assert ledger["threads"] == torch.get_num_threads()
 
 
-def test_seconds_go_on_in_a_resumed_run(
-    tiny_lm: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from groupsae.training.callbacks.stop import StopOnSignal
-
-    inherited = StopOnSignal.on_train_batch_end
-
-    def stopped_at_three(self, trainer, *args):  # noqa: ANN001, ANN002, ANN202
-        if trainer.global_step == 3:
-            signal.raise_signal(signal.SIGTERM)
-        inherited(self, trainer, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(StopOnSignal, "on_train_batch_end", stopped_at_three)
-        status, folder = run(overrides(tiny_lm, tiny_text, tmp_path, *ALL))
+def test_seconds_go_on_in_a_resumed_run(tiny_lm: Path, tiny_text: Path, tmp_path: Path) -> None:
+    status, folder = stopped(overrides(tiny_lm, tiny_text, tmp_path, *ALL))
     assert status == 128 + signal.SIGTERM
     assert not (folder / "ledger.json").exists()
 

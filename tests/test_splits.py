@@ -2,11 +2,12 @@
 
 import hashlib
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from groupsae.data.splits import SPLITS, split_of
+from groupsae.data.splits import SPLITS, document_numbers, split_of
 
 
 @given(st.text(), st.floats(0, 0.5), st.floats(0, 0.5))
@@ -40,3 +41,13 @@ def test_known_names_stay_where_they_were_in_every_version():
         "train",
         "train",
     ]
+
+
+def test_a_blocks_document_is_the_one_it_begins_in():
+    blocks = np.array([[5, 6, 1], [7, 0, 2], [3, 0, 0], [9, 9, 9], [0, 4, 4], [4, 4, 4]])
+    assert document_numbers(blocks, eos=0).tolist() == [0, 0, 1, 3, 3, 4]
+
+
+@pytest.mark.parametrize("eos", [None, 0])
+def test_without_any_end_of_text_every_block_is_a_document(eos):
+    assert document_numbers(np.ones((4, 3), np.int32), eos).tolist() == [0, 1, 2, 3]

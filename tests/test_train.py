@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import overrides, run, saved
+from runs import overrides, run, saved, stopped
 
 import groupsae
 
@@ -106,21 +106,8 @@ def test_three_steps_a_stop_and_three_more_equal_six_bit_for_bit(
     tiny_lm: Path,
     tiny_text: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from groupsae.training.callbacks.stop import StopOnSignal
-
-    inherited = StopOnSignal.on_train_batch_end
-
-    def stopped_at_three(self, trainer, *args):  # noqa: ANN001, ANN002, ANN202
-        if trainer.global_step == 3:
-            signal.raise_signal(signal.SIGTERM)
-        inherited(self, trainer, *args)
-
-    arguments = overrides(tiny_lm, tiny_text, tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(StopOnSignal, "on_train_batch_end", stopped_at_three)
-        status, folder = run(arguments)
+    status, folder = stopped(overrides(tiny_lm, tiny_text, tmp_path))
     assert status == 128 + signal.SIGTERM
     assert not (folder / "summary.json").exists()
 

@@ -12,7 +12,6 @@ import torch
 from groupsae.data.activations import ActivationDataModule
 from groupsae.data.batch import ActivationBatch
 from groupsae.errors import UserError
-from groupsae.grouping.plan import GroupPlan
 from groupsae.training.allocator import hand_back_freed_memory
 from groupsae.training.group import GroupSAE
 from groupsae.training.suite import GroupSAESuite
@@ -115,44 +114,33 @@ class Forecast:
 def forecast(
     suite: GroupSAESuite,
     data: ActivationDataModule,
-    plan: GroupPlan,
-    norm_factors: dict[int, float],
     device: torch.device,
     world_size: int,
 ) -> Forecast:
-    """Return what the plan will need, after a trial of a few steps that changes nothing.
+    """Return what the suite's plan will need, after a trial of a few steps that changes nothing.
 
     Each width is tried: a small SAE takes longer than its share of the FLOPs says.
 
     Args:
-        suite: makes the SAEs.
+        suite: knows its plan, and makes the SAEs.
         data: the stream.
-        plan: the SAEs to train.
-        norm_factors: per layer.
         device: that trains.
         world_size: processes that share a step.
     """
-    widths = [planned.width for planned in plan.members]
-    first = plan.members[0]
+    plan = suite.plan
+    assert plan is not None
+    slots, widths = plan.slots, [planned.width for planned in plan.members]
+    one_of = {planned.width: planned for planned in reversed(plan.members)}
     trials = {
-        width: GroupSAE(
-            name="trial",
-            layers=first.layers,
-            norm_factors=norm_factors,
-            sae=suite.sized(width),
-            d_model=suite.d_model,
-            optim=suite.optim,
-            dead_after=suite.dead_after,
-            seed=suite.seed,
-        ).to(device)
-        for width in sorted(set(widths))
+        width: suite.make_member(planned, slots.index(planned.layers)).to(device)
+        for width, planned in one_of.items()
     }
     optimizers = {width: trial.configure_optimizers() for width, trial in trials.items()}
     tokens = next(iter(data.loader("train", TRIAL, data.seed))).to(device)
     lm, saes = 0.0, dict.fromkeys(trials, 0.0)
     for measured in [False] + [True] * TRIAL:  # the first round warms up
         start = _now(device)
-        batch = data.activations(tokens, plan.slots)
+        batch = data.activations(tokens, slots)
         between = _now(device)
         lm += measured * (between - start)
         # every width in every round: as in training, each finds the cache full of the others
@@ -172,7 +160,7 @@ def forecast(
 
 def _step(trial: GroupSAE, optimizer: torch.optim.Optimizer, batch: ActivationBatch) -> None:
     """Do what a step of training does."""
-    rows = batch.rows(0)
+    rows = batch.rows(trial.slot)
     trial.step(*rows, trial.moments(*rows)).backward()
     trial.configure_gradient_clipping(optimizer)
     optimizer.step()

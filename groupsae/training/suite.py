@@ -52,16 +52,25 @@ class GroupSAESuite(SAETraining):
             return
         assert self.plan is not None, "set_plan comes first"
         slots = self.plan.slots
-        members = [self._made(each, slots.index(each.layers)) for each in self.plan.members]
+        members = [self.make_member(each, slots.index(each.layers)) for each in self.plan.members]
         self.groups = nn.ModuleList(members)
 
-    def _made(self, planned: PlannedSAE, slot: int) -> GroupSAE:
+    def make_member(self, planned: PlannedSAE, slot: int) -> GroupSAE:
+        """Return a fresh member.
+
+        Args:
+            planned: of the plan.
+            slot: which rows of a batch are its own.
+
+        Raises:
+            UserError: its width leaves too few latents; names it.
+        """
         try:
             return GroupSAE(
                 name=planned.name,
                 layers=planned.layers,
                 norm_factors=self.norm_factors,
-                sae=self.sized(planned.width),
+                sae=self._sized(planned.width),
                 d_model=self.d_model,
                 optim=self.optim,
                 dead_after=self.dead_after,
@@ -74,7 +83,7 @@ class GroupSAESuite(SAETraining):
                 "numbers out of groups.smaller."
             ) from None
 
-    def sized(self, width: float) -> SAEFactory:
+    def _sized(self, width: float) -> SAEFactory:
         """Return the factory of SAEs with a share of the configured number of latents."""
         if width == 1:
             return self.make_sae

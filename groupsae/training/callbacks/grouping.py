@@ -75,13 +75,11 @@ class GroupLayers(L.Callback):
             raise UserError("the partition has no group to train.")
         widths = [planned.width for planned in self.plan.members]
         self._check_memory(trainer, pl_module, data, widths)
-        if self.plan.others:
-            factors, device = self.measurement.norm_factors(), trainer.strategy.root_device
-            self.forecast = forecast(
-                pl_module, data, self.plan, factors, device, trainer.world_size
-            )
-            self.say(str(self.forecast))
         pl_module.set_plan(self.plan, self.measurement.norm_factors())
+        if self.plan.others:
+            device = trainer.strategy.root_device
+            self.forecast = forecast(pl_module, data, device, trainer.world_size)
+            self.say(str(self.forecast))
         data.set_slots(self.plan.slots)
         if trainer.global_rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
