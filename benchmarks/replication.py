@@ -189,9 +189,11 @@ def choice_table(runs: Sequence[Evaluation]) -> list[str]:
             cells.append(f"{mean:.0f} ± {half:.0f} %")
         marked = f"**{count}**" if "complete" in found["chosen_by"] else str(count)
         rows.append([marked, f"{found['amad']:.3f}", *cells])
-    lines = table(["G", "AMAD", *(f"of the gap in {n}, %" for n, _ in METRICS.values())], rows)
-    said = (f"{name}: G = {knees[metric]}" for metric, (name, _) in METRICS.items())
-    return [*lines, f"Knee of the curve in each seed, {'; '.join(said)}.", ""]
+    lines = table(
+        ["G", "AMAD", *(f"{n.split(',')[0]} gap closed" for n, _ in METRICS.values())], rows
+    )
+    said = (f"{n.split(',')[0]}: {knees[m]}" for m, (n, _) in METRICS.items())
+    return [*lines, f"G at the knee of the curve, seed by seed: {'; '.join(said)}.", ""]
 
 
 def halving_table(runs: Sequence[Evaluation]) -> list[str]:
