@@ -104,12 +104,11 @@ def groupings_table(run: RunFiles) -> Table | None:
     """Return every grouping with quality over the grouped layers, and cost."""
     table = Table(
         "Every grouping: mean over the grouped layers, and the change against one SAE per layer",
-        ["grouping", "groups", "G", "AMAD", "FVU", "ΔCE, nats", "ΔCE, %"],
+        ["grouping", "groups", "G", "AMAD", "FLOPs", "seconds", "FVU", "ΔCE, nats", "ΔCE, %"],
         text=2,
     )
     paired = any(g.get("against_per_layer") for g in run.groupings)
     table.columns += ["FVU lost", "ΔCE lost, nats"] if paired else []
-    table.columns += ["FLOPs", "seconds"]
     for i, grouping in enumerate(run.groupings):
         means, lost = grouping["grouped_layers"], grouping.get("against_per_layer") or {}
         if grouping is run.chosen:
@@ -124,10 +123,10 @@ def groupings_table(run: RunFiles) -> Table | None:
                 ),
                 Cell(str(grouping["num_groups"])),
                 Cell(number(grouping.get("amad"), 3)),
+                Cell(percent(cost_of(grouping), 0)),
+                Cell(percent((grouping.get("cost") or {}).get("seconds"), 0)),
                 *(cell(means.get(m), m) for m in ("fvu", "delta_ce", "delta_ce_percent")),
                 *(cell(lost.get(m), m) for m in ("fvu", "delta_ce") if paired),
-                Cell(percent(cost_of(grouping))),
-                Cell(percent((grouping.get("cost") or {}).get("seconds"))),
             ]
         )
     return table if table.rows else None
