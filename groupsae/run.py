@@ -11,40 +11,22 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError  # type: ignore[import-untyped,unused-ignore]
 
 from groupsae.config import make
+from groupsae.content import RUNTIME, without
 from groupsae.errors import UserError
 from groupsae.evaluation.options import check_options
 
-# what may differ between two starts of one run: where and how fast it computes, who watches
-RUNTIME = (
-    "trainer",
-    "logger",
-    "output",
-    "resume",
-    "overwrite",
-    "log_every",
-    "checkpoint_every",
-    "evaluate",
-    "evaluation",
-    "stream.num_workers",
-    "stream.blocks_per_forward",
-)
 PLACE = ("accelerator", "devices", "num_nodes", "strategy", "precision", "profiler")
 
 
 def content(cfg: DictConfig) -> dict[str, Any]:
     """Return the part of the configuration that decides the result."""
-    values: Any = OmegaConf.to_container(cfg, resolve=False)
-    for key in RUNTIME:
-        *parents, last = key.split(".")
-        holder: Any = values
-        for parent in parents:
-            holder = holder.get(parent, {})
-        holder.pop(last, None)
+    plain: Any = OmegaConf.to_container(cfg, resolve=False)
+    values = without(plain, RUNTIME)
     # of the trainer only what someone added that is neither a place nor a display counts
     added = {
         k: v for k, v in cfg.trainer.items() if k not in PLACE and not k.startswith("enable_")
     }
-    return {**values, "trainer": added} if added else dict(values)
+    return {**values, "trainer": added} if added else values
 
 
 def content_hash(cfg: DictConfig) -> str:

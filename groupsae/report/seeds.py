@@ -5,9 +5,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from groupsae.content import RUNTIME, without
 from groupsae.report.load import Interval, RunFiles, interval
-
-IGNORED = ("seed", "output", "resume", "overwrite", "logger", "trainer", "hydra")
 
 
 class Family(NamedTuple):
@@ -36,11 +35,14 @@ class Spread(NamedTuple):
 
 
 def families(runs: Sequence[RunFiles]) -> list[Family]:
-    """Return the runs by configuration without the seed."""
+    """Return the runs by configuration without the seed, and by what they were evaluated on."""
     found: dict[str, list[RunFiles]] = {}
     for run in runs:
-        kept = {k: v for k, v in run.config.items() if k not in IGNORED}
-        key = json.dumps([kept or str(run.folder), run.plan.get("last_layer")], default=str)
+        kept = without(run.config, (*RUNTIME, "seed", "hydra"))
+        measured = run.evaluation or {}
+        where = [measured.get(key) for key in ("tokens", "exclude_special_tokens")]
+        parts = [kept or str(run.folder), run.plan.get("last_layer"), where]
+        key = json.dumps(parts, default=str)
         found.setdefault(key, []).append(run)
     grouped = list(found.values())
     labels = [_label(members[0], depth=1) for members in grouped]

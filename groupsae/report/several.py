@@ -16,6 +16,7 @@ from groupsae.report.verdict import Finding, Verdict
 from groupsae.report.words import NAMES, NONE, number, percent, plural
 
 METRICS = ("fvu", "delta_ce")
+LONG = 40  # characters of a legend's label that leave no room for a second column
 
 
 def against_cost(found: Sequence[Family], metric: str) -> Figure | None:
@@ -63,7 +64,7 @@ def against_cost(found: Sequence[Family], metric: str) -> Figure | None:
         title=f"{NAMES[metric]} against cost, all runs",
     )
     axes.xaxis.set_major_formatter("{x:.0%}")
-    legend_below(figure, columns=2)
+    legend_below(figure, columns=1 if len(max(map(_seeds, found), key=len)) > LONG else 2)
     return figure
 
 

@@ -1,0 +1,32 @@
+"""Which values of a configuration decide the result, and which may differ between two starts."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+# where and how fast a run computes, who watches, and what is measured afterwards
+RUNTIME = (
+    "trainer",
+    "logger",
+    "output",
+    "resume",
+    "overwrite",
+    "log_every",
+    "checkpoint_every",
+    "evaluate",
+    "evaluation",
+    "stream.num_workers",
+    "stream.blocks_per_forward",
+)
+
+
+def without(values: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """Return plain values without some dotted keys; those that are not there are no matter."""
+    kept = deepcopy(dict(values))
+    for key in keys:
+        *parents, last = key.split(".")
+        holder: Any = kept
+        for parent in parents:
+            holder = holder.get(parent, {})
+        holder.pop(last, None)
+    return kept
