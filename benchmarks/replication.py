@@ -189,10 +189,9 @@ def choice_table(runs: Sequence[Evaluation]) -> list[str]:
             cells.append(f"{mean:.0f} ± {half:.0f} %")
         marked = f"**{count}**" if "complete" in found["chosen_by"] else str(count)
         rows.append([marked, f"{found['amad']:.3f}", *cells])
-    lines = table(
-        ["G", "AMAD", *(f"{n.split(',')[0]} gap closed" for n, _ in METRICS.values())], rows
-    )
-    said = (f"{n.split(',')[0]}: {knees[m]}" for m, (n, _) in METRICS.items())
+    names = {metric: name.split(",")[0] for metric, (name, _) in METRICS.items()}
+    lines = table(["G", "AMAD", *(f"{name} gap closed" for name in names.values())], rows)
+    said = (f"{name}: {knees[metric]}" for metric, name in names.items())
     return [*lines, f"G at the knee of the curve, seed by seed: {'; '.join(said)}.", ""]
 
 

@@ -62,6 +62,10 @@ class Results:
             }
             for layer, effects in sums.layers.items()
         }
+        self._plain = {
+            (name, layer): layer_metrics(sums.layers[layer].sums, pair.reconstruction)
+            for (name, layer), pair in sums.pairs.items()
+        }
         self.estimates: dict[Pair, dict[str, Estimate]] = {
             pair: self._estimates(pair) for pair in sums.pairs
         }
@@ -111,7 +115,7 @@ class Results:
     def _estimates(self, pair: Pair) -> dict[str, Estimate]:
         name, layer = pair
         sums, x = self.sums.pairs[pair], self.sums.layers[layer].sums
-        plain = self._plain(pair)
+        plain = self._plain[pair]
         samples = {"fvu": self.bootstrap.fvu(x, sums.reconstruction)} | {
             metric: self.bootstrap.ratio(*both)
             for metric, both in sums.reconstruction.ratios.items()
@@ -122,14 +126,10 @@ class Results:
         }
         return rebuilt | self._effect(sums.effect, layer)
 
-    def _plain(self, pair: Pair) -> dict[str, float | None]:
-        layer = self.sums.layers[pair[1]].sums
-        return layer_metrics(layer, self.sums.pairs[pair].reconstruction)
-
     def _pair(self, pair: Pair) -> dict[str, Any]:
         name, layer = pair
         shown = self._shown(self.estimates[pair])
-        return {"sae": name, "layer": layer, **self._plain(pair), **shown}
+        return {"sae": name, "layer": layer, **self._plain[pair], **shown}
 
     def _layer(self, layer: int) -> dict[str, Any]:
         x, scale = self.sums.layers[layer].sums, self._layers[layer]
@@ -165,7 +165,7 @@ class Results:
             "width": config.get("width", 1.0),
             "tokens": config.get("tokens"),
             **{metric: self._mean_plain(pairs, metric) for metric in WITHOUT_INTERVAL},
-            **self._shown(self._mean(pairs)),
+            **self._shown(self._mean(pairs, list(self.estimates[pairs[0]]))),
             "dead": float((everywhere == 0).mean()),
             "dense": float((everywhere > DENSE * seen).mean()),
             "density_histogram": density_histogram(everywhere, seen),
@@ -223,16 +223,15 @@ class Results:
 
     def over(self, grouping: Grouping, layers: Sequence[int]) -> dict[str, Estimate]:
         """Return the means of a grouping's metrics over some layers."""
-        means = self._mean([(grouping.sae_of_layer[layer], layer) for layer in layers])
-        return {name: means[name] for name in AVERAGED}
+        return self._mean([(grouping.sae_of_layer[layer], layer) for layer in layers], AVERAGED)
 
     def _mean_plain(self, pairs: Sequence[Pair], metric: str) -> float | None:
-        values = [self._plain(pair)[metric] for pair in pairs]
+        values = [self._plain[pair][metric] for pair in pairs]
         return None if None in values else float(np.mean(values))  # type: ignore[arg-type]
 
-    def _mean(self, pairs: Sequence[Pair]) -> dict[str, Estimate]:
+    def _mean(self, pairs: Sequence[Pair], metrics: Sequence[str]) -> dict[str, Estimate]:
         found = [self.estimates[pair] for pair in pairs]
-        return {name: Estimate.mean([each[name] for each in found]) for name in found[0]}
+        return {name: Estimate.mean([each[name] for each in found]) for name in metrics}
 
     def _spliced_together(self, grouping: Grouping) -> dict[str, Interval] | None:
         sums = self.sums.together.get(grouping.name)
