@@ -131,7 +131,7 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
     lm, choice = make(cfg.model), make(cfg.groups)
     choice.check(lm.geometry.num_layers)
     sae = make(cfg.sae)
-    sae(d_model=lm.geometry.d_model, generator=torch.Generator())  # fails now if ever
+    example = sae(d_model=lm.geometry.d_model, generator=torch.Generator())  # fails now if ever
     cache = Path(cfg.output) / "cache"
     data = ActivationDataModule(
         lm=lm,
@@ -143,11 +143,12 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
     )
     suite = GroupSAESuite(
         sae=sae,
-        expansion=cfg.sae.expansion,
+        d_sae=example.d_sae,
         d_model=lm.geometry.d_model,
         seed=cfg.seed,
         optim=make(cfg.optim),
         dead_after=cfg.dead_after,
+        b_dec_start=cfg.b_dec_start,
     )
     grouping = GroupLayers(
         choice=choice,
@@ -221,21 +222,23 @@ def _verify(checkpoint: Path) -> None:
 
 def save_suite(folder: Path, run: Run, cfg: DictConfig) -> None:
     """Write every group's SAE into `saes/<group>/`."""
-    architecture, measurement = cfg.sae._target_, run.grouping.measurement
+    measurement, configured = run.grouping.measurement, OmegaConf.to_container(cfg.sae)
+    assert isinstance(configured, dict)
     plan = run.grouping.plan
     assert measurement is not None
     assert plan is not None
     for member, planned in zip(run.suite.members(), plan.members, strict=True):
         arguments = {
             "d_model": member.sae.d_model,
-            **{k: v for k, v in cfg.sae.items() if not k.startswith("_")},
-            "expansion": cfg.sae.expansion * planned.width,
+            **{k: v for k, v in configured.items() if not str(k).startswith("_")},
+            "expansion": None,
+            "d_sae": member.sae.d_sae,
         }
         save_sae(
             folder / "saes" / member.name,
             member.sae,
             {
-                "architecture": architecture,
+                "architecture": configured["_target_"],
                 "arguments": arguments,
                 "d_sae": member.sae.d_sae,
                 "width": planned.width,

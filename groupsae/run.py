@@ -35,12 +35,14 @@ def content_hash(cfg: DictConfig) -> str:
 
 
 def run_folder(cfg: DictConfig) -> Path:
-    """Return outputs/<model>/<grouping>/<tokens>-<k>-<width>-<seed>-<hash>."""
+    """Return outputs/<model>/<grouping>/<tokens>-<sae>-<width>-<seed>-<hash>."""
     if cfg.resume is not None:
         return Path(cfg.resume)
     model = Path(cfg.model.name).name
     tokens = f"{cfg.tokens / 1e6:g}M"
-    name = f"{tokens}-k{cfg.sae.k}-x{cfg.sae.expansion}-s{cfg.seed}-{content_hash(cfg)}"
+    sae = cfg.sae._target_.split(".")[-2] + (f"-k{cfg.sae.k}" if "k" in cfg.sae else "")
+    width = f"n{cfg.sae.d_sae}" if cfg.sae.expansion is None else f"x{cfg.sae.expansion}"
+    name = f"{tokens}-{sae}-{width}-s{cfg.seed}-{content_hash(cfg)}"
     return Path(cfg.output) / model / make(cfg.groups).label / name
 
 

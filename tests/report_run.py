@@ -213,7 +213,7 @@ def _evaluate(
                 "name": name,
                 "layers": layers,
                 "d_sae": D_SAE,
-                "k": K,
+                "architecture": "TopK",
                 "width": 0.18 if "smaller" in name else 1.0,
                 "tokens": 1024000,
                 "fvu": near(0.1 + 0.01 * len(layers), width),

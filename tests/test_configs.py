@@ -61,12 +61,20 @@ def targets(node: Any) -> Iterator[DictConfig]:
 
 
 def without_defaults(made: Callable[..., Any]) -> set[str]:
-    """Return the names of the parameters, all of which must be keyword-only, without a default."""
-    parameters = inspect.signature(made).parameters.values()
-    for p in parameters:
+    """Return the names of the parameters, all of which must be keyword-only, without a default.
+
+    A class that hands `**others` on to the class above it has that one's parameters as well.
+    """
+    names = set()
+    for p in inspect.signature(made).parameters.values():
+        if p.kind is inspect.Parameter.VAR_KEYWORD:
+            assert isinstance(made, type)
+            names |= without_defaults(made.__mro__[1])
+            continue
         assert p.kind is inspect.Parameter.KEYWORD_ONLY, f"{made}: {p.name} is not keyword-only"
         assert p.default is inspect.Parameter.empty, f"{made}: {p.name} has a default in Python"
-    return {p.name for p in parameters}
+        names.add(p.name)
+    return names
 
 
 def test_there_are_options_to_test():

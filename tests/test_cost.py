@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from saes import REST
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, GPTNeoXConfig
 
@@ -17,7 +18,6 @@ from groupsae.cost.model import (
     paper_saving,
     run_cost,
     sae_flops,
-    topk_flops,
 )
 from groupsae.cost.stopwatch import Stopwatch
 from groupsae.lm.blocks import find_blocks, run_blocks
@@ -91,14 +91,20 @@ def test_our_counter_sees_all_of_an_sae_step(k):
     d_model, rows = 16, 64
     generator = torch.Generator().manual_seed(0)
     sae = TopK(
-        d_model=d_model, expansion=4, k=k, auxk_alpha=0, auxk_share=0.5, generator=generator
+        d_model=d_model,
+        expansion=4,
+        **REST,
+        k=k,
+        auxk_alpha=0,
+        auxk_share=0.5,
+        generator=generator,
     )
     x = torch.randn(rows, d_model, generator=generator)
     with flop_counter() as counter:
         output = sae(x, torch.tensor(1.0), torch.zeros(64, dtype=torch.bool))
         assert counter.get_total_flops() == rows * (2 * d_model * 64 + 2 * d_model * k)
         sum(output.losses.values()).backward()
-    assert counter.get_total_flops() == rows * topk_flops(d_model, 64, k)
+    assert counter.get_total_flops() == rows * sae.training_flops()
 
 
 def test_our_counter_counts_the_gradient_of_rows_once_for_each_use():
@@ -117,13 +123,19 @@ def test_the_sae_count_is_what_a_flop_counter_sees_plus_the_sparse_decoder(k):
     """The counter sees the encoder's two dense products, 2 d n each for forward and gradient.
 
     It knows no formula for the gather-and-add of embedding_bag (2 d k forward, 2 d k for each of
-    its two gradients): that part of `topk_flops` is checked against its definition. Products with
-    b_dec, which are paid once for the batch and not for each row, are subtracted.
+    its two gradients): that part of `training_flops` is checked against its definition.
+    Products with b_dec, which are paid once for the batch and not for each row, are subtracted.
     """
     d_model, rows = 16, 64
     generator = torch.Generator().manual_seed(0)
     sae = TopK(
-        d_model=d_model, expansion=4, k=k, auxk_alpha=0, auxk_share=0.5, generator=generator
+        d_model=d_model,
+        expansion=4,
+        **REST,
+        k=k,
+        auxk_alpha=0,
+        auxk_share=0.5,
+        generator=generator,
     )
     x = torch.randn(rows, d_model, generator=generator)
     with FlopCounterMode(display=False) as counter:
@@ -132,7 +144,7 @@ def test_the_sae_count_is_what_a_flop_counter_sees_plus_the_sparse_decoder(k):
         ).backward()
     counted = counter.get_total_flops()
     sparse = 6 * d_model * k
-    per_batch = counted - rows * (topk_flops(d_model, 64, k) - sparse)
+    per_batch = counted - rows * (sae.training_flops() - sparse)
     assert 0 <= per_batch <= 6 * d_model * 64  # at most three products with a single vector
 
 
@@ -160,7 +172,9 @@ def test_the_distance_count_is_what_a_flop_counter_sees():
 
 
 WORK = Workload(
-    num_layers=6, layers_run=5, d_model=32, k=8, context=64, tokens=1000, calibration_tokens=100,
+    num_layers=6, layers_run=5, d_model=32, context=64, tokens=1000,
+    sae_flops={n: 4 * 32 * n + 6 * 32 * 8 for n in (64, 128)},
+    calibration_tokens=100,
     calibration_passes=1,
 )  # fmt: skip
 

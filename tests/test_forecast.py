@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 from runs import overrides, run
+from saes import CONSTANT, REST
 from torch.profiler import ProfilerActivity, profile
 
 from groupsae.data.batch import ActivationBatch
@@ -28,10 +29,11 @@ LAYERS, D_MODEL, EXPANSION, TOKENS = 6, 64, 8, 512
 CPU = torch.device("cpu")
 
 
-def make_sae(*, d_model: int, generator: torch.Generator, expansion: float = EXPANSION) -> TopK:
+def make_sae(*, d_model: int, generator: torch.Generator, **changed: float | None) -> TopK:
+    size = {"expansion": EXPANSION, "d_sae": None, **changed}
     return TopK(
         d_model=d_model,
-        expansion=expansion,
+        **REST | size,
         k=8,
         auxk_alpha=1 / 32,
         auxk_share=0.5,
@@ -43,10 +45,13 @@ def make_suite(smaller: list[int]) -> GroupSAESuite:
     """Return a suite of all groupings of a model of six layers, ready to train."""
     suite = GroupSAESuite(
         sae=make_sae,
-        expansion=EXPANSION,
+        d_sae=EXPANSION * D_MODEL,
         d_model=D_MODEL,
-        optim=Adam(base_lr=1e-3, base_d_sae=512, betas=(0.9, 0.999), eps=1e-8, clip_norm=1.0),
+        optim=Adam(
+            base_lr=1e-3, base_d_sae=512, betas=(0.9, 0.999), eps=1e-8, clip_norm=1.0, **CONSTANT
+        ),
         dead_after=10**9,
+        b_dec_start="zero",
         seed=0,
     )
     places = np.array([0.0, 0.1, 0.13, 0.3, 0.5, 0.9])
@@ -55,7 +60,11 @@ def make_suite(smaller: list[int]) -> GroupSAESuite:
     suite.set_plan(plan, dict.fromkeys(range(LAYERS), 1.0))
     suite.configure_model()
     suite._trainer = SimpleNamespace(
-        global_step=0, world_size=1, log_every_n_steps=10**9, optimizers=[]
+        global_step=0,
+        world_size=1,
+        log_every_n_steps=10**9,
+        optimizers=[],
+        datamodule=SimpleNamespace(num_steps=1),
     )
     return suite
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from saes import CONSTANT, REST
 from torch import nn
 
 from groupsae.data.activations import ActivationDataModule
@@ -27,19 +28,26 @@ NORMS = {0: 0.5, 1: 0.25, 2: 2.0, 3: 1.5, 4: 3.0}
 
 def make_sae(*, d_model, generator, k=K):
     return TopK(
-        d_model=d_model, expansion=4, k=k, auxk_alpha=1 / 32, auxk_share=0.5, generator=generator
+        d_model=d_model,
+        expansion=4,
+        **REST,
+        k=k,
+        auxk_alpha=1 / 32,
+        auxk_share=0.5,
+        generator=generator,
     )
 
 
 def make_optim(**changes):
     values = {"base_lr": 1e-3, "base_d_sae": 32, "betas": (0.9, 0.999), "eps": 1e-8}
-    return Adam(**(values | {"clip_norm": 1.0} | changes))
+    return Adam(**(values | {"clip_norm": 1.0, **CONSTANT} | changes))
 
 
 def make_group(layers=(1, 3), dead_after=10_000, **changes):
     values = {
         "name": f"layers.{layers[0]}-{layers[-1]}", "layers": list(layers), "norm_factors": NORMS,
         "sae": make_sae, "d_model": D_MODEL, "optim": make_optim(), "dead_after": dead_after,
+        "b_dec_start": "zero",
         "seed": 0,
     }  # fmt: skip
     return GroupSAE(**(values | changes))
@@ -158,7 +166,7 @@ def test_the_learning_rate_follows_the_papers_law(d_sae, lr):
 
 def test_every_member_has_a_named_parameter_group_of_its_own():
     suite = suite_of([make_group((0, 1)), make_group((2, 3), sae=lambda **kwargs: TopK(
-        expansion=16, k=2, auxk_alpha=0, auxk_share=0.5, **kwargs))])  # fmt: skip
+        expansion=16, **REST, k=2, auxk_alpha=0, auxk_share=0.5, **kwargs))])  # fmt: skip
     groups = suite.configure_optimizers().param_groups
     assert [g["name"] for g in groups] == ["layers.0-1", "layers.2-3"]
     assert [g["lr"] for g in groups] == [pytest.approx(1e-3), pytest.approx(5e-4)]
@@ -170,7 +178,8 @@ def test_every_member_has_a_named_parameter_group_of_its_own():
 
 def suite_of(members, optim=None):
     suite = GroupSAESuite(
-        sae=make_sae, expansion=4, d_model=D_MODEL, optim=optim or make_optim(), dead_after=100,
+        sae=make_sae, d_sae=4 * D_MODEL, d_model=D_MODEL, optim=optim or make_optim(),
+        dead_after=100, b_dec_start="zero",
         seed=0,
     )  # fmt: skip
     suite.groups = nn.ModuleList(members)
@@ -227,7 +236,7 @@ TINY = {0: 1.1, 1: 0.7, 2: 0.4, 3: 0.2}  # norm factors
 
 
 def tiny_sae(**kwargs):
-    return TopK(expansion=4, k=4, auxk_alpha=1 / 32, auxk_share=0.5, **kwargs)
+    return TopK(expansion=4, **REST, k=4, auxk_alpha=1 / 32, auxk_share=0.5, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -266,15 +275,16 @@ def fit(module, data, max_steps=None):
 def tiny_group(layers, dead_after=200):
     return GroupSAE(
         name=f"layers.{layers[0]}", layers=layers, norm_factors=TINY, sae=tiny_sae, d_model=32,
-        optim=make_optim(base_lr=5e-3, clip_norm=0.05), dead_after=dead_after, seed=0,
+        optim=make_optim(base_lr=5e-3, clip_norm=0.05), dead_after=dead_after,
+        b_dec_start="zero", seed=0,
     )  # fmt: skip
 
 
 def tiny_suite():
     choice = Explicit(groups=GROUPS[:2], last_layer="own")
     suite = GroupSAESuite(
-        sae=tiny_sae, expansion=4, d_model=32, optim=make_optim(base_lr=5e-3, clip_norm=0.05),
-        dead_after=200, seed=0,
+        sae=tiny_sae, d_sae=128, d_model=32, optim=make_optim(base_lr=5e-3, clip_norm=0.05),
+        dead_after=200, b_dec_start="zero", seed=0,
     )  # fmt: skip
     suite.set_plan(choice.plan(torch.ones(4, 4).fill_diagonal_(0).double().numpy()), TINY)
     return suite

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from evaluated import evaluate, evaluated, read, reference, set_option
+from saes import REST
 from torch import Tensor
 
 from groupsae.evaluation.heldout import HeldoutSums, run_heldout
@@ -146,7 +147,7 @@ class Zeros(Stub):
 
 def stub(kind: type[Suite], name: str, layers: list[int]) -> Suite:
     sae = TopK(
-        d_model=32, expansion=2, k=4, auxk_alpha=0.03, auxk_share=0.5,
+        d_model=32, expansion=2, **REST, k=4, auxk_alpha=0.03, auxk_share=0.5,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     config = {"layers": layers, "norm_factors": {str(layer): 1.0 for layer in layers}}

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from saes import CONSTANT, REST
 from safetensors.torch import load_file, save_file
 
 from groupsae import load_suite
@@ -20,7 +21,7 @@ from groupsae.training.group import GroupSAE
 from groupsae.training.optim import Adam
 
 D_MODEL, D_SAE, K = 8, 32, 4
-ARGUMENTS = {"expansion": 4, "k": K, "auxk_alpha": 1 / 32, "auxk_share": 0.5}
+ARGUMENTS = {"expansion": 4, **REST, "k": K, "auxk_alpha": 1 / 32, "auxk_share": 0.5}
 GROUPS = {"layers.0-1": [0, 1], "layers.2": [2], "layers.4-5": [4, 5]}
 NORMS = {layer: 0.1 * 1.7**layer for layer in range(6)}
 
@@ -28,9 +29,11 @@ NORMS = {layer: 0.1 * 1.7**layer for layer in range(6)}
 def trained_group(name, layers):
     """Return a group as training leaves it: untied weights, biases, unit decoder."""
     group = GroupSAE(
-        name=name, layers=layers, norm_factors=NORMS, d_model=D_MODEL, dead_after=100, seed=0,
-        sae=lambda **kwargs: TopK(**ARGUMENTS, **kwargs),
-        optim=Adam(base_lr=1e-3, base_d_sae=32, betas=(0.9, 0.999), eps=1e-8, clip_norm=1.0),
+        name=name, layers=layers, norm_factors=NORMS, d_model=D_MODEL, dead_after=100,
+        b_dec_start="zero", seed=0, sae=lambda **kwargs: TopK(**ARGUMENTS, **kwargs),
+        optim=Adam(
+            base_lr=1e-3, base_d_sae=32, betas=(0.9, 0.999), eps=1e-8, clip_norm=1.0, **CONSTANT
+        ),
     )  # fmt: skip
     generator = torch.Generator().manual_seed(layers[0])
     with torch.no_grad():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from evaluated import evaluate, evaluated, read
+from saes import REST
 
 from groupsae.evaluation.heldout import HeldoutSums, run_heldout
 from groupsae.evaluation.intervals import Bootstrap
@@ -193,11 +194,11 @@ def twins(tiny_lm: Path) -> dict[str, Any]:
     model, blocks = lm.load_with_head(torch.device("cpu"))
     tokens = torch.randint(0, 512, (8, 64), generator=torch.Generator().manual_seed(1))
     sae = TopK(
-        d_model=32, expansion=2, k=4, auxk_alpha=0.03, auxk_share=0.5,
+        d_model=32, expansion=2, **REST, k=4, auxk_alpha=0.03, auxk_share=0.5,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     worse = TopK(
-        d_model=32, expansion=1, k=1, auxk_alpha=0.03, auxk_share=0.5,
+        d_model=32, expansion=1, **REST, k=1, auxk_alpha=0.03, auxk_share=0.5,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
 

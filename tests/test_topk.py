@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from saes import CONSTANT, REST
 from torch import nn
 
 from groupsae.errors import UserError
@@ -22,7 +23,14 @@ def generator(seed=0):
 
 def make_sae(dtype=torch.float64, noise=0.3, **changes):
     """Return an SAE away from its symmetric start: untied, with biases."""
-    values = {"d_model": 6, "expansion": 4, "k": 3, "auxk_alpha": 1 / 32, "auxk_share": 0.5}
+    values = {
+        "d_model": 6,
+        "expansion": 4,
+        **REST,
+        "k": 3,
+        "auxk_alpha": 1 / 32,
+        "auxk_share": 0.5,
+    }
     sae = TopK(**(values | changes), generator=generator()).to(dtype)
     with torch.no_grad():
         for parameter in sae.parameters():
@@ -125,7 +133,13 @@ def test_gradients_equal_autograd_through_the_dense_version(dead):
 def three_latents(k=1):
     """Latents along x, y and -x in the plane; all biases zero but the decoder's."""
     sae = TopK(
-        d_model=3, expansion=1, k=k, auxk_alpha=0.5, auxk_share=1 / 3, generator=generator()
+        d_model=3,
+        expansion=1,
+        **REST,
+        k=k,
+        auxk_alpha=0.5,
+        auxk_share=1 / 3,
+        generator=generator(),
     )
     directions = torch.tensor([[1.0, 0, 0], [0, 1, 0], [-1, 0, 0]])
     with torch.no_grad():
@@ -180,11 +194,11 @@ def test_auxk_is_absent_without_dead_latents_or_without_weight():
 
 def group_of(sae_factory, d_model, layers=(0,), dead_after=10, optim=None):
     optim = optim or Adam(
-        base_lr=1e-3, base_d_sae=2**10, betas=(0.9, 0.999), eps=1e-8, clip_norm=1.0
+        base_lr=1e-3, base_d_sae=2**10, betas=(0.9, 0.999), eps=1e-8, clip_norm=1.0, **CONSTANT
     )
     return GroupSAE(
         name="g", layers=list(layers), norm_factors=dict.fromkeys(layers, 1.0), sae=sae_factory,
-        d_model=d_model, optim=optim, dead_after=dead_after, seed=0,
+        d_model=d_model, optim=optim, dead_after=dead_after, b_dec_start="zero", seed=0,
     )  # fmt: skip
 
 
@@ -248,8 +262,12 @@ def test_a_sparse_dictionary_is_recovered_by_the_recipe():
     source = generator(4)
     dictionary = torch.randn(num_true, d_model, generator=source)
     dictionary /= dictionary.norm(dim=1, keepdim=True)
-    factory = functools.partial(TopK, expansion=4, k=active, auxk_alpha=1 / 32, auxk_share=0.5)
-    optim = Adam(base_lr=1e-2, base_d_sae=128, betas=(0.9, 0.999), eps=1e-8, clip_norm=1.0)
+    factory = functools.partial(
+        TopK, expansion=4, **REST, k=active, auxk_alpha=1 / 32, auxk_share=0.5
+    )
+    optim = Adam(
+        base_lr=1e-2, base_d_sae=128, betas=(0.9, 0.999), eps=1e-8, clip_norm=1.0, **CONSTANT
+    )
     group = group_of(factory, d_model, dead_after=20 * rows, optim=optim)
     optimizer = group.configure_optimizers()
     layers = torch.zeros(rows, dtype=torch.int64)
@@ -281,6 +299,7 @@ def test_weights_are_drawn_on_the_generators_device_and_go_to_the_default_one():
         sae = TopK(
             d_model=8,
             expansion=2,
+            **REST,
             k=2,
             auxk_alpha=0.0,
             auxk_share=0.5,

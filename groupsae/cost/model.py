@@ -1,10 +1,10 @@
 """What training costs in FLOPs: the paper's model, and the true count of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-FORMAT = 1  # of ledger.json
+FORMAT = 2  # of ledger.json
 
 
 def activation_flops(num_layers: int, d_model: int, context: int) -> int:
@@ -29,15 +29,6 @@ def sae_flops(d_model: int, d_sae: int) -> int:
     94.37
     """
     return 10 * d_model * d_sae
-
-
-def topk_flops(d_model: int, d_sae: int, k: int) -> int:
-    """Return the FLOPs per token that our TopK step really does.
-
-    Encoder forward and weight gradient are dense, 2 d n each; decoding and its two gradients
-    touch k rows, 2 d k each. AuxK, which runs only while latents are dead, is not counted.
-    """
-    return 4 * d_model * d_sae + 6 * d_model * k
 
 
 def paper_saving(activation: float, sae: float, num_groups: int, num_layers: int) -> float:
@@ -101,7 +92,7 @@ class Workload:
         num_layers: L, blocks of the language model.
         layers_run: blocks the truncated forward needs.
         d_model: width of the residual stream.
-        k: active latents.
+        sae_flops: number of latents -> true FLOPs per token of training such an SAE.
         context: tokens in a block.
         tokens: training tokens, the same for every SAE.
         calibration_tokens: tokens that the distances were measured on; counted in full even
@@ -112,11 +103,21 @@ class Workload:
     num_layers: int
     layers_run: int
     d_model: int
-    k: int
+    sae_flops: Mapping[int, int]
     context: int
     tokens: int
     calibration_tokens: int
     calibration_passes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields, for a file."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> "Workload":
+        """Return what `to_json` gave; JSON's keys are strings."""
+        flops = {int(d_sae): value for d_sae, value in stored["sae_flops"].items()}
+        return cls(**{**stored, "sae_flops": flops})
 
     @property
     def activations(self) -> int:
@@ -139,7 +140,7 @@ class Workload:
 
     def saes(self, d_saes: Sequence[int]) -> int:
         """Return the FLOPs of all steps of SAEs with these numbers of latents."""
-        return self.tokens * sum(topk_flops(self.d_model, n, self.k) for n in d_saes)
+        return self.tokens * sum(self.sae_flops[n] for n in d_saes)
 
     def total(self, d_saes: Sequence[int], distances: bool) -> int:
         """Return the true FLOPs of training these SAEs, the language model's included."""
@@ -209,7 +210,7 @@ def run_cost(
         paper_saving=paper_saving(paper_a, paper_t, num_groups, work.num_layers),
         paper_saving_both_sides=paper_saving(paper_a, paper_t, num_saes, work.layers_run),
         activations=work.activations,
-        sae=topk_flops(work.d_model, d_sae, work.k),
+        sae=work.sae_flops[d_sae],
         calibration=work.calibration,
         distances=work.distances if distances else 0,
         total=total,

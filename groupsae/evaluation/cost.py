@@ -36,7 +36,7 @@ def relative_costs(
             f"{FORMAT}: the run was trained with another version. Evaluate it with that one, or "
             "train it again."
         )
-    work = Workload(**ledger["workload"])
+    work = Workload.from_json(ledger["workload"])
     widths = {name: suite.saes[name].d_sae for name, suite in saes.items()}
     parts = {part["part"]: part["seconds"] for part in ledger["parts"]}
     each_sae = {int(d_sae): seconds for d_sae, seconds in ledger["seconds_per_sae"].items()}
@@ -69,10 +69,7 @@ def planned_flops(
         saes: name -> that SAE alone.
         together: groupings with all layers spliced at once, which is one more whole forward each.
     """
-    each = {
-        name: 2 * suite.d_model * (suite.saes[name].d_sae + suite.saes[name].k)
-        for name, suite in saes.items()
-    }
+    each = {name: suite.saes[name].inference_flops() for name, suite in saes.items()}
     served = [
         [each[name] for name, suite in saes.items() if layer in suite.layers]
         for layer in range(geometry.num_layers)

@@ -161,7 +161,7 @@ class Results:
             "name": name,
             "layers": suite.layers,
             "d_sae": sae.d_sae,
-            "k": sae.k,
+            "architecture": type(sae).__name__,
             "width": config.get("width", 1.0),
             "tokens": config.get("tokens"),
             **{metric: self._mean_plain(pairs, metric) for metric in WITHOUT_INTERVAL},

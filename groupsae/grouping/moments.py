@@ -15,14 +15,15 @@ CHUNK_CPU, CHUNK_ACCELERATOR = 2**20, 2**25
 
 
 class Moments(NamedTuple):
-    """Per layer: mean [layer, d_model] and RMS norm [layer], float64."""
+    """Per layer: mean [layer, d_model], RMS norm and mean norm [layer], float64."""
 
     mean: Tensor
     rms_norm: Tensor
+    mean_norm: Tensor
 
 
 class LayerMoments(Metric):
-    """The mean activation and the root of the mean squared norm of each layer.
+    """The mean activation, the root of the mean squared norm and the mean norm of each layer.
 
     Sums and counts are float64, so neither the batch size nor the number of ranks matters.
 
@@ -35,6 +36,7 @@ class LayerMoments(Metric):
     full_state_update = False
     sum: Tensor
     sum_of_squares: Tensor
+    sum_of_norms: Tensor
     count: Tensor
 
     def __init__(self, *, num_layers: int, d_model: int) -> None:
@@ -43,6 +45,7 @@ class LayerMoments(Metric):
         zeros = torch.zeros(num_layers, d_model, dtype=torch.float64)
         self.add_state("sum", zeros, dist_reduce_fx="sum")
         self.add_state("sum_of_squares", zeros[:, 0].clone(), dist_reduce_fx="sum")
+        self.add_state("sum_of_norms", zeros[:, 0].clone(), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(
@@ -57,28 +60,36 @@ class LayerMoments(Metric):
         """
         acts = select_tokens(acts, mask, self.num_layers, self.d_model)
         total, squares = torch.zeros_like(self.sum), torch.zeros_like(self.sum_of_squares)
+        norms = torch.zeros_like(squares)
         tokens = tokens_per_chunk(acts)
         for first in range(0, acts.shape[1], tokens):
             # A copy in float64, since reductions with dtype=float64 take five times as long.
             x = acts[:, first : first + tokens].double()
             total += x.sum(dim=1)
-            squares += x.square().sum(dim=(1, 2))
+            of_tokens = x.square().sum(dim=2)
+            squares += of_tokens.sum(dim=1)
+            norms += of_tokens.sqrt().sum(dim=1)
         check_finite(squares.isfinite())
         self.sum += total
         self.sum_of_squares += squares
+        self.sum_of_norms += norms
         self.count += acts.shape[1]
 
     def compute(self) -> Moments:
-        """Return both moments; `mean` and `rms_norm` give them one by one.
+        """Return all moments; the other methods give them one by one.
 
         Raises:
             UserError: no token was counted.
         """
         if self.count == 0:
             raise UserError(no_tokens())
-        return Moments(self.sum / self.count, (self.sum_of_squares / self.count).sqrt())
+        return Moments(
+            self.sum / self.count,
+            (self.sum_of_squares / self.count).sqrt(),
+            self.sum_of_norms / self.count,
+        )
 
-    # Both go through compute, which is where torchmetrics sums over the ranks. It hands out a
+    # All go through compute, which is where torchmetrics sums over the ranks. It hands out a
     # single number as a scalar, hence the reshape for models with one layer.
     def mean(self) -> Float[Tensor, "layer d_model"]:
         """Return the mean activation of each layer, float64."""
@@ -91,6 +102,10 @@ class LayerMoments(Metric):
         reference code divides by the mean norm instead.
         """
         return self.compute().rms_norm.reshape(self.num_layers)
+
+    def mean_norm(self) -> Float[Tensor, " layer"]:
+        """Return mean ||x|| of each layer, float64."""
+        return self.compute().mean_norm.reshape(self.num_layers)
 
 
 def select_tokens(

@@ -27,12 +27,12 @@ def save_sae(folder: Path, sae: SAE, config: dict[str, Any]) -> None:
 
     Args:
         folder: of this group.
-        sae: the SAE; its parameters are saved in float32.
+        sae: the SAE; its state is saved in float32.
         config: `architecture` (import path of the class), `arguments` (of its constructor),
             `layers`, `norm_factors` (layer -> factor) and whatever else is worth keeping.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().float().cpu().contiguous() for name, p in sae.named_parameters()}
+    tensors = {name: p.detach().float().cpu().contiguous() for name, p in sae.state_dict().items()}
     beside = folder / "sae.safetensors.tmp"
     beside.write_bytes(save(tensors))  # (save_file would make it readable by its owner only)
     beside.replace(folder / "sae.safetensors")
@@ -107,7 +107,7 @@ class Suite:
             layer: where they come from.
         """
         sae = self.saes[self.group_of(layer)]
-        values, indices = self.encode_sparse(acts.reshape(-1, acts.shape[-1]), layer)
+        values, indices, _ = self.encode_sparse(acts.reshape(-1, acts.shape[-1]), layer)
         dense = torch.zeros(len(values), sae.d_sae, dtype=values.dtype, device=values.device)
         return dense.scatter_(1, indices, values).reshape(*acts.shape[:-1], sae.d_sae)
 

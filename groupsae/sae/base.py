@@ -1,22 +1,31 @@
-"""What every sparse autoencoder gives back and how it keeps its books."""
+"""What every sparse autoencoder is made of, what it gives back and how it keeps its books."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from groupsae.errors import UserError
+
 
 class SparseLatents(NamedTuple):
-    """Latent activations of a batch, k a row; a value of zero means not active.
+    """Latent activations of a batch; a value of zero means not active.
+
+    `encode` gives k a row. Where the rows of a training batch have different numbers of active
+    latents, `offsets` says where each row begins, and the other two have one dimension.
 
     Attributes:
         acts: activations, never negative.
         indices: which latents they belong to.
+        offsets: None, or the first entry of each row.
     """
 
-    acts: Float[Tensor, "batch k"]
-    indices: Int[Tensor, "batch k"]
+    acts: Float[Tensor, "batch k"] | Float[Tensor, "entry"]
+    indices: Int[Tensor, "batch k"] | Int[Tensor, "entry"]
+    offsets: Int[Tensor, "batch"] | None = None
 
 
 class SAEOutput(NamedTuple):
@@ -34,33 +43,81 @@ class SAEOutput(NamedTuple):
 
 
 class SAE(nn.Module, ABC):
-    """What every architecture offers to training, evaluation and export.
+    """f(x) = sigma(W_enc (x - b_dec) + b_enc), x_hat = W_dec f(x) + b_dec.
 
-    All work on activations that are already scaled by their layer's norm factor.
+    Architectures differ in sigma and in what they add to the loss. All work on activations that
+    are already scaled by their layer's norm factor. Weights are [d_sae, d_model] both, one latent
+    a row; the decoder's rows have unit norm before and after every step; biases start at zero.
 
-    Attributes:
+    Args:
         d_model: width of the residual stream.
-        d_sae: number of latents.
-        k: active latents per row, at most or on average.
+        expansion: latents per dimension, d_sae = round(expansion * d_model); null if `d_sae` says
+            how many.
+        d_sae: number of latents; null if `expansion` says how many.
+        tied: start the encoder as the decoder's transpose; otherwise from directions of its own.
+        generator: for the initial weights.
+
+    Raises:
+        UserError: not exactly one of `expansion` and `d_sae` is given, or it leaves no latent.
     """
 
-    d_model: int
-    d_sae: int
-    k: int
+    terms: ClassVar[tuple[str, ...]]  # of the loss, that `forward` can give
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        expansion: float | None,
+        d_sae: int | None,
+        tied: bool,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.d_model, self.d_sae = d_model, _width(d_model, expansion, d_sae)
+        decoder = self._directions(generator)
+        self.W_enc = nn.Parameter(decoder.clone() if tied else self._directions(generator))
+        self.W_dec = nn.Parameter(decoder)
+        self.b_dec = nn.Parameter(torch.zeros(d_model))
+
+    def _directions(self, generator: torch.Generator) -> Tensor:
+        """Return random unit vectors, one for each latent."""
+        # the generator's device, not the default one: Lightning builds modules on the accelerator
+        drawn = torch.randn(
+            self.d_sae, self.d_model, generator=generator, device=generator.device
+        ).to(torch.get_default_device())
+        return drawn / drawn.norm(dim=1, keepdim=True)
+
+    # ---- inference ----------------------------------------------------------------------
 
     @abstractmethod
     def encode(self, x: Float[Tensor, "batch d_model"]) -> SparseLatents:
-        """Return the active latents."""
+        """Return the active latents, as many entries a row as the row with most needs."""
 
-    @abstractmethod
     def decode(self, latents: SparseLatents) -> Float[Tensor, "batch d_model"]:
-        """Return the reconstruction."""
+        """Return the reconstruction; touches only the active rows of the decoder."""
+        return self.combine(latents) + self.b_dec
 
-    @abstractmethod
+    def combine(self, latents: SparseLatents) -> Float[Tensor, "batch d_model"]:
+        """Return what the latents add up to, without the bias."""
+        return F.embedding_bag(
+            latents.indices,
+            self.W_dec,
+            latents.offsets,
+            mode="sum",
+            per_sample_weights=latents.acts,
+        )
+
     def decode_dense(
         self, latents: Float[Tensor, "*batch d_sae"]
     ) -> Float[Tensor, "*batch d_model"]:
-        """Return the reconstruction from dense latents."""
+        """Return the reconstruction from dense latents, any number of them active."""
+        return latents @ self.W_dec + self.b_dec
+
+    def directions(self) -> Float[Tensor, "d_sae d_model"]:
+        """Return the decoder, one latent's direction a row; the rows have unit norm."""
+        return self.W_dec.detach()
+
+    # ---- training -----------------------------------------------------------------------
 
     @abstractmethod
     def forward(
@@ -68,17 +125,85 @@ class SAE(nn.Module, ABC):
         x: Float[Tensor, "batch d_model"],
         total_variance: Float[Tensor, ""],
         dead: Bool[Tensor, "d_sae"],
+        progress: float = 1.0,
+        share: float | Float[Tensor, ""] = 1.0,
     ) -> SAEOutput:
-        """Return reconstruction, latents and loss terms of a training batch."""
+        """Return reconstruction, latents and loss terms of a training batch.
 
-    @abstractmethod
-    def directions(self) -> Float[Tensor, "d_sae d_model"]:
-        """Return the decoder, one latent's direction a row."""
+        Every term is this process's part of a sum over processes. The first, `fvu`, is
+        sum |x - x_hat|^2 / total_variance.
 
-    @abstractmethod
+        Args:
+            x: scaled activations.
+            total_variance: sum over the *global* batch of |x - mean|^2; with several processes
+                it is more than this batch's own.
+            dead: latents that have not fired for long.
+            progress: share of the training that is done, for schedules of sparsity.
+            share: of the global batch's rows that are in `x`.
+        """
+
+    @torch.no_grad()
     def project_gradient(self) -> None:
-        """Called between backward and clipping."""
+        """Remove from the decoder's gradient what would only change the latents' norms.
 
-    @abstractmethod
+        Called between backward and clipping.
+        """
+        gradient = self.W_dec.grad
+        if gradient is not None:
+            gradient -= (gradient * self.W_dec).sum(dim=1, keepdim=True) * self.W_dec
+
+    @torch.no_grad()
     def normalize_decoder(self) -> None:
-        """Called after the optimiser's step."""
+        """Make every latent's direction a unit vector again; called after the step."""
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
+
+    # ---- cost ---------------------------------------------------------------------------
+
+    def training_flops(self) -> int:
+        """Return the FLOPs per token of a training step: dense, 10 d n.
+
+        Encoder forward and weight gradient 2 d n each, decoder forward and its two gradients as
+        well (paper section 3.3).
+        """
+        return 10 * self.d_model * self.d_sae
+
+    def inference_flops(self) -> int:
+        """Return the FLOPs per token of encoding and decoding, at most: 4 d n."""
+        return 4 * self.d_model * self.d_sae
+
+
+def _width(d_model: int, expansion: float | None, d_sae: int | None) -> int:
+    if (expansion is None) == (d_sae is None):
+        raise UserError(
+            f"sae.expansion is {expansion} and sae.d_sae is {d_sae}: give one of them and null "
+            "for the other, such as sae.expansion=null sae.d_sae=16384."
+        )
+    if expansion is not None:
+        d_sae = round(expansion * d_model)
+        if d_sae < 1:
+            raise UserError(f"sae.expansion is {expansion}; it must be above 0, such as 16.")
+    assert d_sae is not None
+    if d_sae < 1:
+        raise UserError(f"sae.d_sae is {d_sae}; it must be at least 1.")
+    return d_sae
+
+
+def linear_pre_acts(
+    x: Float[Tensor, "batch d_model"], sae: SAE, bias: Float[Tensor, "d_sae"]
+) -> Float[Tensor, "batch d_sae"]:
+    """Return W_enc (x - b_dec) + bias.
+
+    b_dec goes through the bias, which saves the backward pass a full-size product.
+    """
+    return F.linear(x, sae.W_enc, bias - sae.W_enc @ sae.b_dec)
+
+
+def every_latent(acts: Float[Tensor, "batch d_sae"]) -> SparseLatents:
+    """Return dense latents as they are, all of them listed; nothing is copied."""
+    return SparseLatents(acts, torch.arange(acts.shape[1], device=acts.device).expand_as(acts))
+
+
+def active_latents(acts: Float[Tensor, "batch d_sae"]) -> SparseLatents:
+    """Return the latents above zero of dense ones, as many columns as the fullest row needs."""
+    most = max(1, int((acts > 0).sum(dim=1).max())) if len(acts) else 1
+    return SparseLatents(*acts.topk(most, dim=1, sorted=False))

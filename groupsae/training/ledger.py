@@ -1,6 +1,5 @@
 """The cost ledger of a run: FLOPs planned, FLOPs and seconds measured, part by part."""
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -53,7 +52,7 @@ def ledger(
         "threads": torch.get_num_threads(),
         "tokens": work.tokens,
         "num_saes": len(members),
-        "workload": asdict(work),
+        "workload": work.to_json(),
         "seconds_per_sae": {
             str(m.sae.d_sae): seconds_of[p.name]
             for p, m in zip(plan.members, members, strict=True)
@@ -129,7 +128,7 @@ def _measured_flops(
 
     For the language model in training, for the distances (the forward over the calibration text
     included) and for the SAEs, which run as they do in training, but for AuxK. Nothing of them
-    is changed.
+    is changed (eval: a running threshold stands still).
     """
     # after fitting Lightning leaves the SAEs on the CPU; the language model is where it ran
     device, geometry = next(data.model.parameters()).device, data.lm.geometry
@@ -149,7 +148,7 @@ def _measured_flops(
             acts, layers = batch.rows(member.slot)
             alive = torch.zeros_like(member.dead())
             variance = torch.ones((), device=device)
-            output = member.sae.forward(acts * member.scale(layers), variance, alive)
+            output = member.sae.eval().forward(member.scaled(acts, layers), variance, alive)
             torch.stack(list(output.losses.values())).sum().backward()
             member.zero_grad()
     measured = (counter.get_total_flops() for counter in (lm, calibration, distances, saes))

@@ -8,15 +8,24 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
 
 from groupsae.cost.stopwatch import Stopwatch
 from groupsae.data.activations import ActivationDataModule
+from groupsae.errors import UserError
 from groupsae.grouping.angles import AngularDistance
 from groupsae.grouping.moments import LayerMoments
 from groupsae.progress import token_progress
 
-FORMAT = 2  # of the cached file
+FORMAT = 3  # of the cached file
+
+
+SCALES = ("rms", "mean_norm", "sqrt_d", "none")
+
+
+def check_scale(scale: str) -> None:
+    """Raise UserError if there is no such rule for norm factors."""
+    if scale not in SCALES:
+        raise UserError(f"calibration.scale is {scale!r}: use {', '.join(SCALES)}.")
 
 
 @dataclass(frozen=True)
@@ -26,12 +35,16 @@ class Measurement:
     Attributes:
         distances: mean angular distance of every pair of layers, fractions of pi, [L, L].
         rms_norms: sqrt(mean |x|^2) of every layer, [L].
+        mean_norms: mean |x| of every layer, [L].
+        d_model: width of the activations.
         provenance: model, text, tokens and options behind them.
         seconds: that the measurement took, when it was made.
     """
 
     distances: np.ndarray
     rms_norms: np.ndarray
+    mean_norms: np.ndarray
+    d_model: int
     provenance: dict[str, Any]
     seconds: float
 
@@ -45,9 +58,21 @@ class Measurement:
         """Return the forwards of the model over them; centring needs a second one."""
         return 2 if self.provenance["centring"] == "mean" else 1
 
-    def norm_factors(self) -> dict[int, float]:
-        """Return 1 / rms norm per layer, so that scaled activations have mean squared norm 1."""
-        return {layer: 1.0 / float(norm) for layer, norm in enumerate(self.rms_norms)}
+    def norm_factors(self, scale: str) -> dict[int, float]:
+        """Return what the activations of each layer are multiplied by.
+
+        Args:
+            scale: `rms` makes the mean squared norm 1 (paper, appendix A), `mean_norm` the mean
+                norm 1 (the reference code), `sqrt_d` the mean norm sqrt(d_model); `none` leaves
+                them as they are.
+        """
+        factors = {
+            "rms": 1 / self.rms_norms,
+            "mean_norm": 1 / self.mean_norms,
+            "sqrt_d": self.d_model**0.5 / self.mean_norms,
+            "none": np.ones_like(self.rms_norms),
+        }
+        return {layer: float(factor) for layer, factor in enumerate(factors[scale])}
 
     def save(self, path: Path) -> None:
         """Write everything into one npz, whole or not at all."""
@@ -57,6 +82,8 @@ class Measurement:
             beside,
             distances=self.distances,
             rms_norms=self.rms_norms,
+            mean_norms=self.mean_norms,
+            d_model=self.d_model,
             provenance=np.array(json.dumps(self.provenance)),
             seconds=self.seconds,
         )
@@ -69,6 +96,8 @@ class Measurement:
             return cls(
                 stored["distances"],
                 stored["rms_norms"],
+                stored["mean_norms"],
+                int(stored["d_model"]),
                 json.loads(str(stored["provenance"])),
                 float(stored["seconds"]),
             )
@@ -123,7 +152,9 @@ def measure(
                 advance(batch.acts.shape[1] * trainer.world_size)
     result = Measurement(
         angles.compute().cpu().numpy(),
-        torch.as_tensor(moments.rms_norm()).cpu().numpy(),
+        moments.rms_norm().cpu().numpy(),
+        moments.mean_norm().cpu().numpy(),
+        geometry.d_model,
         provenance,
         watch.seconds,
     )

@@ -1,18 +1,27 @@
 """Adam with the width law of the paper."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from groupsae.errors import UserError
+
+DECAYS: dict[str, Callable[[float], float]] = {  # share of the decay that is left -> factor
+    "constant": lambda _left: 1.0,
+    "linear": lambda left: left,
+    "cosine": lambda left: (1 - math.cos(math.pi * left)) / 2,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adam:
     """The optimiser of every SAE.
 
-    lr = base_lr / sqrt(d_sae / base_d_sae), constant (paper: 2e-4 at 2^14 latents).
+    lr = base_lr / sqrt(d_sae / base_d_sae) (paper: 2e-4 at 2^14 latents), times a factor that
+    rises from zero at the start and falls to zero at the end, each over a share of the training.
 
     Args:
         base_lr: learning rate at base_d_sae latents.
@@ -21,6 +30,12 @@ class Adam:
         eps: of Adam.
         clip_norm: largest gradient norm of one SAE, after the projection (the reference code
             clips at 1.0, unmentioned in the paper).
+        warmup: share of the training in which the rate rises, linearly (paper: 0).
+        decay: how it falls: constant (not at all, as in the paper), linear or cosine.
+        decay_share: share of the training, at its end, in which it falls.
+
+    Raises:
+        UserError: warmup, decay or decay_share is not one of these.
     """
 
     base_lr: float
@@ -28,6 +43,29 @@ class Adam:
     betas: Sequence[float]
     eps: float
     clip_norm: float
+    warmup: float
+    decay: str
+    decay_share: float
+
+    def __post_init__(self) -> None:
+        """Check the schedule."""
+        if self.decay not in DECAYS:
+            raise UserError(f"optim.decay is {self.decay!r}: use {', '.join(DECAYS)}.")
+        for name in ("warmup", "decay_share"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise UserError(f"optim.{name} is {value}; it must lie between 0 and 1.")
+
+    def factor(self, progress: float) -> float:
+        """Return what the learning rate is multiplied by after a share of the training."""
+        rise = min(1.0, progress / self.warmup) if self.warmup > 0 else 1.0
+        left = min(1.0, (1 - progress) / self.decay_share) if self.decay_share > 0 else 1.0
+        return rise * DECAYS[self.decay](left)
+
+    def schedule(self, optimizer: torch.optim.Optimizer, progress: float) -> None:
+        """Set the rate of every parameter group: a function of the position, it has no state."""
+        for group in optimizer.param_groups:
+            group["lr"] = group["full_lr"] * self.factor(progress)
 
     def lr(self, d_sae: int) -> float:
         """Return the learning rate of an SAE with `d_sae` latents."""
@@ -35,6 +73,8 @@ class Adam:
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Return one fused Adam over named parameter groups, each with its own `lr`."""
+        for group in groups:
+            group["full_lr"] = group["lr"]
         return torch.optim.Adam(
             groups, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=True
         )

@@ -8,8 +8,10 @@ from torch import nn
 
 from groupsae.errors import UserError
 from groupsae.grouping.plan import GroupPlan, PlannedSAE
-from groupsae.training.group import GroupSAE, SAEFactory, SAETraining
+from groupsae.training.group import GroupSAE, SAEFactory
 from groupsae.training.optim import Adam
+from groupsae.training.start import check_b_dec_start
+from groupsae.training.step import SAETraining
 
 
 class GroupSAESuite(SAETraining):
@@ -20,10 +22,11 @@ class GroupSAESuite(SAETraining):
 
     Args:
         sae: factory of an SAE.
-        expansion: latents per dimension that the factory is configured with.
+        d_sae: number of latents that the factory is configured with.
         d_model: width of the residual stream.
         optim: the optimiser's recipe.
         dead_after: tokens without firing after which a latent counts as dead.
+        b_dec_start: where the decoders' biases start, see `start_b_dec`.
         seed: of the initial weights.
     """
 
@@ -31,15 +34,18 @@ class GroupSAESuite(SAETraining):
         self,
         *,
         sae: SAEFactory,
-        expansion: float,
+        d_sae: int,
         d_model: int,
         optim: Adam,
         dead_after: int,
+        b_dec_start: str,
         seed: int,
     ) -> None:
         super().__init__()
-        self.make_sae, self.expansion, self.d_model = sae, expansion, d_model
+        self.make_sae, self.d_sae, self.d_model = sae, d_sae, d_model
         self.optim, self.dead_after, self.seed = optim, dead_after, seed
+        check_b_dec_start(b_dec_start)
+        self.b_dec_start = b_dec_start
         self.plan: GroupPlan | None = None
 
     def set_plan(self, plan: GroupPlan, norm_factors: Mapping[int, float]) -> None:
@@ -74,20 +80,21 @@ class GroupSAESuite(SAETraining):
                 d_model=self.d_model,
                 optim=self.optim,
                 dead_after=self.dead_after,
+                b_dec_start=self.b_dec_start,
                 seed=self.seed,
                 slot=slot,
             )
         except UserError as error:  # too few latents: at full width that was seen before
             raise UserError(
-                f"the smaller SAE {planned.name}: {error} Raise sae.expansion, or leave small "
-                "numbers out of groups.smaller."
+                f"the smaller SAE {planned.name}: {error} Raise sae.expansion (or sae.d_sae), or "
+                "leave small numbers out of groups.smaller."
             ) from None
 
     def _sized(self, width: float) -> SAEFactory:
         """Return the factory of SAEs with a share of the configured number of latents."""
         if width == 1:
             return self.make_sae
-        return partial(self.make_sae, expansion=self.expansion * width)
+        return partial(self.make_sae, expansion=None, d_sae=round(self.d_sae * width))
 
     def serving(self) -> dict[int, GroupSAE]:
         """Return layer -> its SAE in the chosen partition."""

@@ -15,7 +15,7 @@ from groupsae.grouping.plan import GroupPlan
 from groupsae.grouping.rules import needs_distances
 from groupsae.interop.suite import load_plan
 from groupsae.training.forecast import Forecast, bytes_free, bytes_needed, forecast, refuse
-from groupsae.training.measure import Measurement, measure, provenance_of
+from groupsae.training.measure import Measurement, check_scale, measure, provenance_of
 from groupsae.training.suite import GroupSAESuite
 
 
@@ -31,6 +31,7 @@ class GroupLayers(L.Callback):
         cache: folder for measurements shared between runs.
         tokens: calibration tokens to measure on.
         centring: `none` (the paper's formula) or `mean`.
+        scale: the rule for norm factors, see `Measurement.norm_factors`.
         say: prints what a run of all groupings will need.
     """
 
@@ -42,10 +43,13 @@ class GroupLayers(L.Callback):
         cache: str,
         tokens: int,
         centring: str,
+        scale: str,
         say: Callable[[str], object],
     ) -> None:
         self.choice, self.folder, self.cache, self.say = choice, Path(folder), Path(cache), say
         self.tokens, self.centring = tokens, centring
+        check_scale(scale)
+        self.scale = scale
         self.measurement: Measurement | None = None
         self.plan: GroupPlan | None = None
         self.work: Workload | None = None
@@ -75,7 +79,7 @@ class GroupLayers(L.Callback):
             raise UserError("the partition has no group to train.")
         widths = [planned.width for planned in self.plan.members]
         self._check_memory(trainer, pl_module, data, widths)
-        pl_module.set_plan(self.plan, self.measurement.norm_factors())
+        pl_module.set_plan(self.plan, self.measurement.norm_factors(self.scale))
         if self.plan.others:
             device = trainer.strategy.root_device
             self.forecast = forecast(pl_module, data, device, trainer.world_size)
@@ -127,12 +131,12 @@ class GroupLayers(L.Callback):
         assert self.plan is not None
         assert self.measurement is not None
         data: ActivationDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        sae = pl_module.members()[0].sae
+        flops = {m.sae.d_sae: m.sae.training_flops() for m in pl_module.members()}
         self.work = Workload(
             num_layers=data.lm.geometry.num_layers,
             layers_run=data.used_layers()[-1] + 1,
-            d_model=sae.d_model,
-            k=sae.k,
+            d_model=pl_module.d_model,
+            sae_flops=flops,
             context=data.packing.context,
             tokens=data.num_steps * data.tokens_per_step,
             calibration_tokens=self.measurement.tokens,
@@ -142,6 +146,6 @@ class GroupLayers(L.Callback):
             self.work,
             num_groups=self.plan.partition.num_groups,
             num_saes=len(self.plan.saes),
-            d_sae=sae.d_sae,
+            d_sae=pl_module.d_sae,
             distances=needs_distances(self.plan.partition.rule),
         )

@@ -1,0 +1,58 @@
+"""BatchTopK sparse autoencoder (Bussmann, Leask, Nanda, arXiv 2412.06410)."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from groupsae.sae.base import SparseLatents, active_latents
+from groupsae.sae.schedule import check_share
+from groupsae.sae.topk import TopK
+
+
+class BatchTopK(TopK):
+    """In training the k * batch largest latents of the whole batch are active.
+
+    So a row has k on average, and as many as it needs. A row must not depend on its neighbours
+    afterwards: `encode` keeps what lies above `threshold`, a running mean of the smallest latent
+    that training kept (section 3 of the paper). With several processes, each takes the largest of
+    its own part of the batch.
+
+    Args:
+        threshold_momentum: of the running mean of the threshold.
+        **arguments: of `TopK`.
+    """
+
+    threshold: Tensor
+
+    def __init__(self, *, threshold_momentum: float, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        check_share("threshold_momentum", threshold_momentum)
+        self.threshold_momentum = threshold_momentum
+        self.register_buffer("threshold", torch.zeros(()))  # 0: training has not begun
+
+    def encode(self, x: Float[Tensor, "batch d_model"]) -> SparseLatents:
+        """Return the latents above the threshold."""
+        pre_acts = self.pre_acts(x)
+        return active_latents(pre_acts.relu() * (pre_acts > self.threshold))
+
+    def select(self, pre_acts: Float[Tensor, "batch d_sae"], k: int) -> SparseLatents:
+        """Return the k * batch largest latents of the batch, after ReLU, in order of rows."""
+        rows, width = pre_acts.shape
+        flat = pre_acts.flatten()
+        kept = flat.detach().topk(k * rows, sorted=False).indices.sort().values
+        acts = flat[kept].relu()
+        if self.training:
+            self._follow(acts.detach())
+        starts = torch.arange(rows, device=kept.device) * width
+        return SparseLatents(acts, kept % width, torch.searchsorted(kept, starts))
+
+    @torch.no_grad()
+    def _follow(self, acts: Float[Tensor, "entry"]) -> None:
+        """Move the threshold towards the smallest of the kept activations."""
+        if acts.numel() == 0:  # every token of the step is left out
+            return
+        smallest = acts.min()
+        slow = self.threshold_momentum * self.threshold + (1 - self.threshold_momentum) * smallest
+        self.threshold.copy_(torch.where(self.threshold == 0, smallest, slow))

@@ -1,0 +1,88 @@
+"""Gated sparse autoencoder (Rajamanoharan et al., arXiv 2404.16014)."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from groupsae.sae.base import (
+    SAE,
+    SAEOutput,
+    SparseLatents,
+    active_latents,
+    every_latent,
+    linear_pre_acts,
+)
+from groupsae.sae.schedule import check_positive, check_share, ramp
+
+
+class Gated(SAE):
+    """Which latents are active and how strongly are two questions: f = 1[gate > 0] ReLU(mag).
+
+    gate = W_enc (x - b_dec) + b_gate and mag = exp(r_mag) W_enc (x - b_dec) + b_mag share their
+    weights. L1 acts on the gate only, so it does not shrink the activations.
+
+    Args:
+        l1_coefficient: weight of the penalty on the gate.
+        sparsity_warmup: share of the training in which the penalty rises from zero, linearly.
+        **size: of `SAE`.
+    """
+
+    terms = ("fvu", "sparsity", "gate")
+
+    def __init__(
+        self,
+        *,
+        l1_coefficient: float,
+        sparsity_warmup: float,
+        **size: Any,
+    ) -> None:
+        super().__init__(**size)
+        check_positive(l1_coefficient=l1_coefficient)
+        check_share("sparsity_warmup", sparsity_warmup)
+        self.l1_coefficient, self.sparsity_warmup = l1_coefficient, sparsity_warmup
+        self.b_gate = nn.Parameter(torch.zeros(self.d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(self.d_sae))
+        self.r_mag = nn.Parameter(torch.zeros(self.d_sae))
+
+    def gate_and_acts(
+        self, x: Float[Tensor, "batch d_model"]
+    ) -> tuple[Float[Tensor, "batch d_sae"], Float[Tensor, "batch d_sae"]]:
+        """Return the gate after ReLU, and all latents."""
+        shared = linear_pre_acts(x, self, torch.zeros_like(self.b_gate))
+        gate, magnitude = shared + self.b_gate, shared * self.r_mag.exp() + self.b_mag
+        return gate.relu(), magnitude.relu() * (gate > 0)
+
+    def encode(self, x: Float[Tensor, "batch d_model"]) -> SparseLatents:
+        """Return the active latents."""
+        return active_latents(self.gate_and_acts(x)[1])
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch d_model"],
+        total_variance: Float[Tensor, ""],
+        dead: Bool[Tensor, "d_sae"],
+        progress: float = 1.0,
+        share: float | Float[Tensor, ""] = 1.0,
+    ) -> SAEOutput:
+        """Return reconstruction, latents and loss terms of a training batch.
+
+        Losses: fvu; sparsity = coefficient * sum ReLU(gate) / total_variance; and gate, the fvu of
+        decoding ReLU(gate) with a decoder that this term does not train: through it the gate
+        learns what to let pass.
+        """
+        gate, acts = self.gate_and_acts(x)
+        reconstruction = self.decode_dense(acts)
+        through_gate = gate @ self.W_dec.detach() + self.b_dec.detach()
+        weight = ramp(0, self.l1_coefficient, self.sparsity_warmup, progress)
+        losses = {
+            "fvu": (x - reconstruction).square().sum() / total_variance,
+            "sparsity": weight * gate.sum() / total_variance,
+            "gate": (x - through_gate).square().sum() / total_variance,
+        }
+        return SAEOutput(reconstruction, every_latent(acts.detach()), losses)
+
+    def training_flops(self) -> int:
+        """Return the FLOPs per token of a training step: dense, and decoding the gate, 14 d n."""
+        return 14 * self.d_model * self.d_sae

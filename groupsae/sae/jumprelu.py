@@ -1,0 +1,126 @@
+"""JumpReLU sparse autoencoder (Rajamanoharan et al., arXiv 2407.14435)."""
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from groupsae.errors import UserError
+from groupsae.sae.base import (
+    SAE,
+    SAEOutput,
+    SparseLatents,
+    active_latents,
+    every_latent,
+    linear_pre_acts,
+)
+from groupsae.sae.schedule import check_positive, check_share, ramp
+
+
+class JumpReLU(SAE):
+    """f(x)_i = z_i if z_i > theta_i, else 0, with z = W_enc (x - b_dec) + b_enc and theta > 0.
+
+    Sparsity is driven to a chosen L0 (as the reference code does): the penalty is
+    coefficient * (L0 / target_l0 - 1)^2. A step has no gradient, so both the activation and the
+    count of active latents get that of the step smoothed over a width around the threshold.
+
+    Args:
+        target_l0: active latents per row that training aims at, on average.
+        l0_coefficient: weight of the penalty.
+        sparsity_warmup: share of the training in which the penalty rises from zero, linearly.
+        threshold: at the start, in units of the scaled activations.
+        bandwidth: width over which the step is smoothed, in the same units.
+        **size: of `SAE`.
+
+    Raises:
+        UserError: a value that must be positive is not, or target_l0 exceeds the latents.
+    """
+
+    terms = ("fvu", "sparsity")
+
+    def __init__(
+        self,
+        *,
+        target_l0: float,
+        l0_coefficient: float,
+        sparsity_warmup: float,
+        threshold: float,
+        bandwidth: float,
+        **size: Any,
+    ) -> None:
+        super().__init__(**size)
+        check_positive(
+            l0_coefficient=l0_coefficient,
+            target_l0=target_l0,
+            threshold=threshold,
+            bandwidth=bandwidth,
+        )
+        check_share("sparsity_warmup", sparsity_warmup)
+        if target_l0 > self.d_sae:
+            raise UserError(
+                f"sae.target_l0 is {target_l0}; it must be at most the {self.d_sae} latents."
+            )
+        self.target_l0, self.l0_coefficient = target_l0, l0_coefficient
+        self.sparsity_warmup, self.bandwidth = sparsity_warmup, bandwidth
+        self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
+        self.log_threshold = nn.Parameter(torch.full((self.d_sae,), math.log(threshold)))
+
+    def pre_acts(self, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_sae"]:
+        """Return W_enc (x - b_dec) + b_enc."""
+        return linear_pre_acts(x, self, self.b_enc)
+
+    def encode(self, x: Float[Tensor, "batch d_model"]) -> SparseLatents:
+        """Return the latents above their thresholds."""
+        pre_acts = self.pre_acts(x)
+        return active_latents(pre_acts * (pre_acts > self.log_threshold.exp()))
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch d_model"],
+        total_variance: Float[Tensor, ""],
+        dead: Bool[Tensor, "d_sae"],
+        progress: float = 1.0,
+        share: float | Float[Tensor, ""] = 1.0,
+    ) -> SAEOutput:
+        """Return reconstruction, latents and loss terms of a training batch.
+
+        Losses: fvu, and sparsity = coefficient * share * (L0 / target_l0 - 1)^2, with L0 the mean
+        number of active latents over this process's rows.
+        """
+        acts, active = Jump.apply(self.pre_acts(x), self.log_threshold.exp(), self.bandwidth)
+        reconstruction = self.decode_dense(acts)
+        l0 = active.sum() / max(1, len(x))
+        weight = ramp(0, self.l0_coefficient, self.sparsity_warmup, progress)
+        losses = {
+            "fvu": (x - reconstruction).square().sum() / total_variance,
+            "sparsity": weight * share * (l0 / self.target_l0 - 1).square(),
+        }
+        return SAEOutput(reconstruction, every_latent(acts.detach()), losses)
+
+
+class Jump(torch.autograd.Function):
+    """z H(z - theta) and H(z - theta), with gradients in theta through a rectangular kernel.
+
+    d/dtheta z H(z - theta) = -theta / eps on |z - theta| < eps / 2, and
+    d/dtheta H(z - theta) = -1 / eps there (arXiv 2407.14435, equations 11 and 12).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, threshold: Tensor, bandwidth: float
+    ) -> tuple[Float[Tensor, "batch d_sae"], Float[Tensor, "batch d_sae"]]:
+        """Return activations, and one where a latent is active."""
+        gate = z > threshold
+        ctx.save_for_backward(z, threshold)
+        ctx.bandwidth = bandwidth
+        return z * gate, gate.to(z.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_acts: Tensor, grad_active: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Return the gradients of z and threshold."""
+        z, threshold = ctx.saved_tensors
+        near = (z - threshold).abs() < ctx.bandwidth / 2
+        jump = torch.where(near, threshold * grad_acts + grad_active, 0)
+        return grad_acts * (z > threshold), -jump.sum(dim=0) / ctx.bandwidth, None

@@ -1,0 +1,68 @@
+"""Matryoshka BatchTopK sparse autoencoder (Bussmann et al., arXiv 2503.17547)."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from groupsae.errors import UserError
+from groupsae.sae.base import SparseLatents
+from groupsae.sae.batchtopk import BatchTopK
+
+
+class Matryoshka(BatchTopK):
+    """BatchTopK whose first latents must reconstruct on their own.
+
+    The latents are nested: the first m_1, the first m_2, ... all. Each such prefix reconstructs
+    the input from its own active latents, and all their errors count: general features settle in
+    the small prefixes and are not split up among the later latents.
+
+    Args:
+        prefixes: shares of the latents, growing, the last one 1.
+        **arguments: of `BatchTopK`.
+
+    Raises:
+        UserError: the prefixes do not grow from at least one latent to all.
+    """
+
+    terms = ("fvu", "nested", "auxk")
+
+    def __init__(self, *, prefixes: Sequence[float], **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.prefixes = [round(share * self.d_sae) for share in prefixes]
+        grows = all(small < large for small, large in pairwise([0, *self.prefixes]))
+        if not self.prefixes or not grows or self.prefixes[-1] != self.d_sae:
+            raise UserError(
+                f"sae.prefixes is {list(prefixes)}; give shares of the {self.d_sae} latents that "
+                "grow and end in 1, such as [0.0625,0.125,0.25,0.5,1], none of them empty."
+            )
+
+    def reconstruct(
+        self,
+        x: Float[Tensor, "batch d_model"],
+        latents: SparseLatents,
+        total_variance: Float[Tensor, ""],
+    ) -> tuple[Float[Tensor, "batch d_model"], dict[str, Float[Tensor, ""]]]:
+        """Return the reconstruction from all latents, and the losses of all prefixes.
+
+        fvu is that of all latents, nested the sum of those of the smaller prefixes.
+        """
+        x_hats = self.b_dec + self.combine(self._by_ring(latents)).unflatten(
+            0, (len(x), len(self.prefixes))
+        ).cumsum(dim=1)
+        squares = (x.unsqueeze(1) - x_hats).square().sum(dim=(0, 2)) / total_variance
+        return x_hats[:, -1], {"fvu": squares[-1], "nested": squares[:-1].sum()}
+
+    def _by_ring(self, latents: SparseLatents) -> SparseLatents:
+        """Cut each row where a prefix ends: the entries are in order of row and latent."""
+        assert latents.offsets is not None
+        begin = torch.tensor([0, *self.prefixes[:-1]], device=latents.indices.device)
+        rows = torch.arange(len(latents.offsets), device=begin.device)
+        entry = torch.arange(len(latents.indices), device=begin.device)
+        row = torch.searchsorted(latents.offsets, entry, right=True) - 1
+        cuts = (rows.unsqueeze(1) * self.d_sae + begin).flatten()
+        offsets = torch.searchsorted(row * self.d_sae + latents.indices, cuts)
+        return latents._replace(offsets=offsets)

@@ -1,0 +1,86 @@
+"""ReLU sparse autoencoder with an L1 penalty (Bricken et al. 2023; Conerly et al. 2024)."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from groupsae.sae.base import (
+    SAE,
+    SAEOutput,
+    SparseLatents,
+    active_latents,
+    every_latent,
+    linear_pre_acts,
+)
+from groupsae.sae.schedule import check_positive, check_share, ramp
+
+
+class ReLU(SAE):
+    """f(x) = ReLU(W_enc (x - b_dec) + b_enc), kept sparse by L1.
+
+    The penalty weighs each activation with its decoder row's norm, so shrinking activations and
+    growing the decoder instead gains nothing. The norms are therefore free within a step; after
+    it they are folded into the encoder, which changes neither reconstruction nor loss.
+
+    Args:
+        l1_coefficient: weight of the penalty.
+        sparsity_warmup: share of the training in which the penalty rises from zero, linearly.
+        **size: of `SAE`.
+    """
+
+    terms = ("fvu", "sparsity")
+
+    def __init__(
+        self,
+        *,
+        l1_coefficient: float,
+        sparsity_warmup: float,
+        **size: Any,
+    ) -> None:
+        super().__init__(**size)
+        check_positive(l1_coefficient=l1_coefficient)
+        check_share("sparsity_warmup", sparsity_warmup)
+        self.l1_coefficient, self.sparsity_warmup = l1_coefficient, sparsity_warmup
+        self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
+
+    def acts(self, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_sae"]:
+        """Return all latents."""
+        return linear_pre_acts(x, self, self.b_enc).relu()
+
+    def encode(self, x: Float[Tensor, "batch d_model"]) -> SparseLatents:
+        """Return the latents above zero."""
+        return active_latents(self.acts(x))
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch d_model"],
+        total_variance: Float[Tensor, ""],
+        dead: Bool[Tensor, "d_sae"],
+        progress: float = 1.0,
+        share: float | Float[Tensor, ""] = 1.0,
+    ) -> SAEOutput:
+        """Return reconstruction, latents and loss terms of a training batch.
+
+        Losses: fvu, and sparsity = coefficient * sum f_i |W_dec,i| / total_variance.
+        """
+        acts = self.acts(x)
+        reconstruction = self.decode_dense(acts)
+        weight = ramp(0, self.l1_coefficient, self.sparsity_warmup, progress)
+        losses = {
+            "fvu": (x - reconstruction).square().sum() / total_variance,
+            "sparsity": weight * (acts.sum(dim=0) @ self.W_dec.norm(dim=1)) / total_variance,
+        }
+        return SAEOutput(reconstruction, every_latent(acts.detach()), losses)
+
+    def project_gradient(self) -> None:
+        """Leave the gradient whole: the norms are free within a step."""
+
+    @torch.no_grad()
+    def normalize_decoder(self) -> None:
+        """Fold the decoder's norms into the encoder."""
+        norms = self.W_dec.norm(dim=1)
+        self.W_dec.div_(norms.unsqueeze(1))
+        self.W_enc.mul_(norms.unsqueeze(1))
+        self.b_enc.mul_(norms)

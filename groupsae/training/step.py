@@ -1,0 +1,168 @@
+"""The training step that one group or many of them share."""
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from groupsae.data.batch import ActivationBatch
+from groupsae.errors import UserError
+from groupsae.sae.metrics import Reconstruction
+from groupsae.training.optim import Adam
+from groupsae.training.start import start_b_dec
+
+if TYPE_CHECKING:
+    from groupsae.training.group import GroupSAE
+
+
+class SAETraining(L.LightningModule):
+    """The step over all `members`: one forward, summed losses, one Adam, clipping per member.
+
+    Summing (not averaging) and clipping each member alone keep the members independent: trained
+    together they get bit for bit what each gets alone.
+    """
+
+    optim: Adam
+    dead_after: int
+    b_dec_start: str
+
+    def members(self) -> list["GroupSAE"]:
+        """Return the groups in training, in the order of the batch's slots."""
+        raise NotImplementedError
+
+    def training_step(self, batch: ActivationBatch, batch_idx: int) -> Tensor:
+        """Return the summed loss of all members."""
+        members, progress = self.members(), self.progress()
+        rows = [batch.rows(m.slot) for m in members]
+        if self.global_step == 0:
+            for member, (acts, layers) in zip(members, rows, strict=True):
+                start_b_dec(
+                    member.sae, member.scaled(acts, layers), self.b_dec_start, self.all_sum
+                )
+        moments = [self.all_sum(m.moments(*row)) for m, row in zip(members, rows, strict=True)]
+        losses = [
+            m.step(*row, moment, progress)
+            for m, row, moment in zip(members, rows, moments, strict=True)
+        ]
+        fired = self.all_sum(torch.cat([m.fired for m in members]))
+        widths = [m.sae.d_sae for m in members]
+        for member, mine in zip(members, fired.split(widths), strict=True):
+            member.count_dead(mine > 0)
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (self.global_step + 1) % every == 0:
+            self.log_training()
+        # DDP averages gradients over processes; the loss's denominators are already global
+        return torch.stack(losses).sum() * self.trainer.world_size
+
+    def progress(self) -> float:
+        """Return the share of the training that is done; schedules are functions of it."""
+        return self.global_step / self.trainer.datamodule.num_steps  # type: ignore[attr-defined]
+
+    def all_sum(self, value: Tensor) -> Tensor:
+        """Return the sum of a tensor over all processes."""
+        if self.trainer.world_size == 1:
+            return value
+        return self.trainer.strategy.reduce(value, reduce_op="sum")
+
+    def log_training(self) -> None:
+        """Log what accumulated since the last time: nothing is read for the log in between."""
+        for member in self.members():
+            for name, value in member.read_running(self.all_sum).items():
+                self.check_finite(member, value)  # a sum over all processes: all stop together
+                self.log(f"train/{name}/{member.name}", value, rank_zero_only=True)
+        shown = set(self.serving().values())
+        mean = sum(m.last_fvu for m in shown) / len(shown)
+        self.log("fvu", mean, prog_bar=True, logger=False)
+
+    def check_finite(self, member: "GroupSAE", value: float) -> None:
+        """Raise UserError if a value of the member has become NaN or infinite."""
+        if not math.isfinite(value):
+            raise UserError(
+                f"{member.name}: the loss is not a finite number at step {self.global_step}. "
+                "Earlier checkpoints are whole. Lower optim.base_lr, or look for non-finite "
+                "activations in the language model (try model.dtype=float32)."
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to save weights that are already spoilt."""
+        for member in self.members():
+            weights = sum(float(p.detach().abs().sum()) for p in member.sae.parameters())
+            self.check_finite(member, weights + float(member.running.sum()))
+
+    # ---- optimiser ----------------------------------------------------------------------
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return one Adam with a named parameter group for each member."""
+        return self.optim.build(
+            [
+                {
+                    "params": list(m.sae.parameters()),
+                    "name": m.name,
+                    "lr": self.optim.lr(m.sae.d_sae),
+                }
+                for m in self.members()
+            ]
+        )
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        """Project the decoders' gradients, then clip each member on its own (in that order)."""
+        for member in self.members():
+            member.sae.project_gradient()
+            nn.utils.clip_grad_norm_(member.sae.parameters(), self.optim.clip_norm)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step at the schedule's rate, then normalise: every checkpoint holds unit decoders."""
+        self.optim.schedule(self.trainer.optimizers[0], self.progress())
+        super().optimizer_step(*args, **kwargs)
+        for member in self.members():
+            member.sae.normalize_decoder()
+
+    # ---- validation ---------------------------------------------------------------------
+
+    def serving(self) -> dict[int, "GroupSAE"]:
+        """Return layer -> the member that stands for it in the figures per layer."""
+        raise NotImplementedError
+
+    def on_validation_epoch_start(self) -> None:
+        """Start empty metrics, one for each member and layer."""
+        self.val_metrics = {
+            (m.name, layer): Reconstruction(d_model=m.sae.d_model, d_sae=m.sae.d_sae).to(
+                self.device
+            )
+            for m in self.members()
+            for layer in m.layers
+        }
+
+    def validation_step(self, batch: Iterable[ActivationBatch], batch_idx: int) -> None:
+        """Reconstruct every layer with each of its SAEs."""
+        slots = {layer: i for i, layer in enumerate(sorted(self.serving()))}
+        for part in batch:
+            for member in self.members():
+                for layer in member.layers:
+                    x, _ = part.rows(slots[layer])
+                    x_hat, latents = member.reconstruct(x, layer)
+                    self.val_metrics[member.name, layer].update(x, x_hat, latents)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log fvu and l0 per layer; per SAE their means and the latents that never fired."""
+        self.val_results = {key: metric.compute() for key, metric in self.val_metrics.items()}
+        for member in self.members():
+            mine = [self.val_results[member.name, layer] for layer in member.layers]
+            fired = torch.stack([r["fired"] for r in mine]).any(0)
+            fvu = torch.stack([r["fvu"] for r in mine]).mean()
+            l0 = torch.stack([r["l0"] for r in mine]).mean()
+            unfired = 1 - fired.float().mean()
+            self.log(f"val/fvu/{member.name}", fvu.float(), rank_zero_only=True)
+            self.log(f"val/l0/{member.name}", l0.float(), rank_zero_only=True)
+            self.log(f"val/unfired/{member.name}", unfired, rank_zero_only=True)
+        served = {
+            layer: self.val_results[m.name, layer] for layer, m in sorted(self.serving().items())
+        }
+        for layer, result in served.items():
+            self.log(f"val/fvu/layer.{layer}", result["fvu"].float(), rank_zero_only=True)
+            self.log(f"val/l0/layer.{layer}", result["l0"].float(), rank_zero_only=True)
+        everywhere = torch.stack([r["fvu"] for r in served.values()]).mean()
+        self.log("val/fvu/mean", everywhere.float(), prog_bar=True, rank_zero_only=True)
