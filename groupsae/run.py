@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped,unused-ignore]
 
 from groupsae.config import make
@@ -163,7 +164,7 @@ def _saved_config(folder: Path, key: str) -> DictConfig:
         )
     try:
         saved = OmegaConf.load(saved_file)
-    except (YAMLError, OSError):
+    except (YAMLError, OmegaConfBaseException, OSError):
         saved = None
     if not isinstance(saved, DictConfig):
         raise UserError(

@@ -1,4 +1,59 @@
-"""What every SAE and optimiser of the tests needs beside the values that a test is about."""
+"""SAEs for the tests: what each needs beside the values that a test is about."""
+
+from typing import Any
+
+import torch
+
+from groupsae.sae.base import SAE
+from groupsae.sae.batchtopk import BatchTopK
+from groupsae.sae.gated import Gated
+from groupsae.sae.jumprelu import JumpReLU
+from groupsae.sae.matryoshka import Matryoshka
+from groupsae.sae.relu import ReLU
+from groupsae.sae.topk import TopK
 
 REST = {"d_sae": None, "tied": True, "k_start": None, "sparsity_warmup": 0.0}  # of a TopK
 CONSTANT = {"warmup": 0.0, "decay": "constant", "decay_share": 0.0}  # of an Adam
+
+TOPK: dict[str, Any] = {**REST, "k": 3, "auxk_alpha": 1 / 32, "auxk_share": 0.5}
+L1 = {"d_sae": None, "tied": True, "l1_coefficient": 0.3, "sparsity_warmup": 0.0}
+FAMILY: dict[str, tuple[type[SAE], dict[str, Any]]] = {
+    "topk": (TopK, TOPK),
+    "batchtopk": (BatchTopK, {**TOPK, "threshold_momentum": 0.95}),
+    "matryoshka": (
+        Matryoshka, {**TOPK, "threshold_momentum": 0.95, "prefixes": [0.25, 0.5, 1.0]}
+    ),
+    "jumprelu": (
+        JumpReLU,
+        {
+            "d_sae": None, "tied": True, "target_l0": 3, "l0_coefficient": 1.0,
+            "sparsity_warmup": 0.0, "threshold": 0.1, "bandwidth": 0.1,
+        },
+    ),
+    "relu": (ReLU, L1),
+    "gated": (Gated, L1),
+}  # fmt: skip
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def make(kind: str, **changes: Any) -> SAE:
+    """Return an SAE of 6 dimensions and 24 latents, unless told otherwise."""
+    architecture, values = FAMILY[kind]
+    fresh = {"d_model": 6, "expansion": 4, "generator": generator()}
+    return architecture(**(fresh | values | changes))
+
+
+def trained(kind: str, noise: float = 0.3, **changes: Any) -> Any:
+    """Return an SAE in float64 away from its symmetric start: untied, with biases."""
+    sae = make(kind, **changes).double()
+    with torch.no_grad():
+        for number, parameter in enumerate(sae.parameters()):
+            drawn = torch.randn(parameter.shape, generator=generator(number), dtype=torch.float64)
+            parameter += noise * drawn
+        if "threshold" in dict(sae.named_buffers()):
+            sae.threshold.fill_(0.4)
+    sae.normalize_decoder()
+    return sae

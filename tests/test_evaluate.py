@@ -332,7 +332,7 @@ def test_a_run_of_an_older_version_is_refused_before_the_work(
     file = copy / "ledger.json"
     old = {k: v for k, v in json.loads(file.read_text()).items() if k != "format"}
     file.write_text(json.dumps(old))
-    assert "ledger.json has format None, this version of groupsae reads 1" in refused(capsys, copy)
+    assert "ledger.json has format None, this version of groupsae reads 2" in refused(capsys, copy)
 
 
 def test_damaged_files_of_a_run_are_named(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,7 @@ def sums_of(batch, keep=None, cuts=()):
     layer, sums = LayerSums(D_MODEL), ReconstructionSums(D_MODEL, D_SAE)
     edges = [0, *cuts, len(x)]
     for start, stop in zip(edges, edges[1:], strict=False):
-        rows = SparseLatents(*(t[start * POS : stop * POS] for t in latents))
+        rows = SparseLatents(*(t[start * POS : stop * POS] for t in latents[:2]))
         kept = None if keep is None else keep[start:stop]
         layer.update(x[start:stop], kept)
         sums.update(x[start:stop], x_hat[start:stop], rows, kept)
@@ -119,7 +119,7 @@ def test_legacy_is_the_mean_over_tokens_with_each_batchs_own_mean(batch):
 def test_order_of_sequences_does_not_matter(batch):
     order = torch.randperm(9)
     rows = (order[:, None] * POS + torch.arange(POS)).flatten()
-    shuffled = (batch[0][order], batch[1][order], SparseLatents(*(t[rows] for t in batch[2])))
+    shuffled = (batch[0][order], batch[1][order], SparseLatents(*(t[rows] for t in batch[2][:2])))
     close(metrics_of(shuffled), metrics_of(batch))
 
 
@@ -163,7 +163,7 @@ def test_undefined_ratios_are_none_and_json(batch):
 def test_a_batch_that_keeps_nothing_adds_nothing(batch):
     keep = some_kept(9)
     keep[:3] = False
-    rest = (batch[0][3:], batch[1][3:], SparseLatents(*(t[3 * POS :] for t in batch[2])))
+    rest = (batch[0][3:], batch[1][3:], SparseLatents(*(t[3 * POS :] for t in batch[2][:2])))
     close(metrics_of(batch, keep, cuts=(3,)), metrics_of(rest, keep[3:]))
 
 

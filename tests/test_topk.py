@@ -1,12 +1,10 @@
 """The TopK autoencoder against loops, against autograd on a dense version, and by hand."""
 
-import functools
 import math
 
 import pytest
 import torch
 from saes import CONSTANT, REST
-from torch import nn
 
 from groupsae.errors import UserError
 from groupsae.sae.base import SparseLatents
@@ -254,37 +252,6 @@ def test_an_impossible_k_is_refused_with_the_number_of_latents(k):
 def test_an_impossible_expansion_is_refused():
     with pytest.raises(UserError, match="sae.expansion is 0"):
         make_sae(expansion=0)
-
-
-def test_a_sparse_dictionary_is_recovered_by_the_recipe():
-    """Group step, fused Adam, projection, clipping, normalisation: as a run does them."""
-    d_model, num_true, active, rows = 32, 64, 3, 256
-    source = generator(4)
-    dictionary = torch.randn(num_true, d_model, generator=source)
-    dictionary /= dictionary.norm(dim=1, keepdim=True)
-    factory = functools.partial(
-        TopK, expansion=4, **REST, k=active, auxk_alpha=1 / 32, auxk_share=0.5
-    )
-    optim = Adam(
-        base_lr=1e-2, base_d_sae=128, betas=(0.9, 0.999), eps=1e-8, clip_norm=1.0, **CONSTANT
-    )
-    group = group_of(factory, d_model, dead_after=20 * rows, optim=optim)
-    optimizer = group.configure_optimizers()
-    layers = torch.zeros(rows, dtype=torch.int64)
-    for _ in range(200):
-        chosen = torch.randint(num_true, (rows, active), generator=source)
-        weights = torch.rand(rows, active, generator=source) + 0.5
-        x = nn.functional.embedding_bag(chosen, dictionary, mode="sum", per_sample_weights=weights)
-        optimizer.zero_grad()
-        loss = group.step(x, layers, group.moments(x, layers))
-        group.count_dead(group.fired > 0)
-        loss.backward()
-        group.configure_gradient_clipping(optimizer)
-        optimizer.step()
-        group.sae.normalize_decoder()
-    torch.testing.assert_close(group.sae.W_dec.norm(dim=1), torch.ones(128), rtol=0, atol=1e-6)
-    found = (dictionary @ group.sae.W_dec.T).max(dim=1).values
-    assert found.mean() > 0.9, f"mean max cosine {found.mean():.3f}, fvu {loss.item():.3f}"
 
 
 def test_decode_takes_latents_from_anywhere():

@@ -42,7 +42,7 @@ def test_the_folder_is_named_by_content_and_not_by_the_clock(finished: Path) -> 
     model, grouping, name = finished.parts[-3:]
     assert model.startswith("lm")
     assert grouping == "amad-0.2"
-    assert name.startswith("0.003072M-k4-x2-s0-")
+    assert name.startswith("0.003072M-topk-k4-x2-s0-")
 
 
 def test_every_sae_sees_the_token_budget_and_each_layer_its_share(finished: Path) -> None:

@@ -1,0 +1,142 @@
+"""The table of docs/saes.md: `python -m benchmarks.saes [seed=0,1,2] [kinds=relu,gated] [...]`.
+
+Trains every kind of SAE on the bundled model at its own settings (conf/tuning/tiny), all of them
+at once on the same activations. SAEs that are trained together get bit for bit what each gets
+alone, so a row is what `python -m groupsae.train sae=<kind>` gives. Penalties are set so that all
+have about the same L0 on held-out text; `relu:l1_coefficient=0.3` adds an SAE with another one,
+which is how they were found.
+
+Writes the part between the two marks in docs/saes.md where all kinds and three seeds are run.
+"""
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from torch import nn
+
+from groupsae.config import CONF, make
+from groupsae.fit import build
+from groupsae.run import register_resolver
+from groupsae.screen import quiet
+from groupsae.training.group import SAEFactory
+from groupsae.training.suite import GroupSAESuite
+
+DOC = Path(__file__).parent.parent / "docs" / "saes.md"
+BEGIN, END = "<!-- figures: python -m benchmarks.saes -->", "<!-- end of figures -->"
+KINDS = ("topk", "batchtopk", "matryoshka", "jumprelu", "gated", "relu")
+SEEDS = ("0", "1", "2")
+
+
+class Zoo(GroupSAESuite):
+    """Several kinds of SAE for each group."""
+
+    kinds: dict[str, SAEFactory]
+
+    def configure_model(self) -> None:
+        """Build one member for each kind and group."""
+        if hasattr(self, "groups"):
+            return
+        assert self.plan is not None
+        made, slots = [], self.plan.slots
+        for kind, factory in self.kinds.items():
+            self.make_sae = factory
+            for planned in self.plan.members:
+                named = planned._replace(name=f"{kind}/{planned.name}")
+                made.append(self.make_member(named, slots.index(planned.layers)))
+        self.groups = nn.ModuleList(made)
+
+    def serving(self):
+        """Return the SAEs of the first kind: what the progress bar shows."""
+        first = next(iter(self.kinds))
+        mine = [m for m in self.members() if m.name.startswith(f"{first}/")]
+        return {layer: m for m in mine for layer in m.layers}
+
+
+def composed(overrides: Sequence[str]) -> DictConfig:
+    """Return the configuration of a training run."""
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+def factory(kind: str, overrides: Sequence[str]) -> SAEFactory:
+    """Return what makes a kind of SAE, such as `relu` or `relu:l1_coefficient=0.3`."""
+    name, _, change = kind.partition(":")
+    return make(composed([f"sae={name}", *([f"sae.{change}"] if change else []), *overrides]).sae)
+
+
+def figures(seed: str, kinds: Sequence[str], overrides: Sequence[str]) -> dict[str, list[float]]:
+    """Return kind -> FVU, L0 and share of unfired latents, means over layers (over SAEs)."""
+    console = Console()
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = composed([f"seed={seed}", "logger=none", *overrides])
+        run = build(cfg, Path(folder), console)
+        suite = run.suite
+        zoo = Zoo(
+            sae=suite.make_sae,
+            d_sae=suite.d_sae,
+            d_model=suite.d_model,
+            optim=suite.optim,
+            dead_after=suite.dead_after,
+            b_dec_start=suite.b_dec_start,
+            seed=suite.seed,
+        )
+        zoo.kinds = {kind: factory(kind, overrides) for kind in kinds}
+        run.trainer.fit(zoo, datamodule=run.data)
+        run.trainer.validate(zoo, datamodule=run.data, verbose=False)
+    values = run.trainer.callback_metrics
+    found = {}
+    for kind in kinds:
+        mine = [m for m in zoo.members() if m.name.startswith(f"{kind}/")]
+        results = [zoo.val_results[m.name, layer] for m in mine for layer in m.layers]
+        unfired = np.mean([float(values[f"val/unfired/{m.name}"]) for m in mine])
+        fvu, l0 = (np.mean([float(r[key]) for r in results]) for key in ("fvu", "l0"))
+        found[kind] = [float(fvu), float(l0), float(unfired)]
+        console.print(f"seed {seed}  {kind}: FVU {fvu:.4f}, L0 {l0:.2f}, unfired {unfired:.1%}")
+    return found
+
+
+def table(every: dict[str, dict[str, list[float]]], cost: dict[str, float]) -> str:
+    """Return the table in Markdown: mean over seeds and, for FVU, their standard deviation."""
+    lines = [
+        "| `sae=` | L0 | FVU | seeds' s.d. | unfired | FLOPs of a step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind in KINDS:
+        values = np.array([each[kind] for each in every.values()])
+        fvu, l0, unfired = values.mean(0)
+        lines.append(
+            f"| `{kind}` | {l0:.1f} | {fvu:.4f} | {values[:, 0].std(ddof=1):.4f} "
+            f"| {unfired:.1%} | {cost[kind]:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Train, print, and write the table if it is complete."""
+    quiet()
+    register_resolver()
+    given = dict(a.split("=", 1) for a in arguments if a.startswith(("seed=", "kinds=")))
+    rest = [a for a in arguments if not a.startswith(("seed=", "kinds="))]
+    seeds = given.get("seed", ",".join(SEEDS)).split(",")
+    kinds = given.get("kinds", ",".join(KINDS)).split(",")
+    every = {seed: figures(seed, kinds, rest) for seed in seeds}
+    if set(kinds) != set(KINDS) or set(seeds) != set(SEEDS):
+        return
+    import torch
+
+    saes = {k: factory(k, rest)(d_model=128, generator=torch.Generator()) for k in kinds}
+    cost = {k: sae.training_flops() / saes["topk"].training_flops() for k, sae in saes.items()}
+    text = DOC.read_text()
+    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    DOC.write_text(f"{text[:begin]}\n\n{table(every, cost)}\n\n{text[end:]}")
+    print(OmegaConf.to_yaml(OmegaConf.create(cost)), end="")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
