@@ -302,6 +302,52 @@ def test_the_command_line_asks_which_run() -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["run=a,a"], "one run is evaluated at a time: give run=a once."),
+        (["run=a,b c"], "give run=a and 'run=b c', each in a command of its own."),
+        (["run=it's/k=1 (b)"], "run=it's/k=1 (b): no run there"),
+        (["run=a", "groups=all"], "groupsae.evaluate has no groups to choose."),
+        (["run=a", "evaluation.tokns=5"], "Did you mean evaluation.tokens?"),
+    ],
+)
+def test_the_command_line_takes_one_folder_of_any_name(
+    arguments: list[str], sentence: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "groupsae.evaluate", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert sentence in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_command_to_copy_is_quoted_for_the_shell(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = copy.rename(tmp_path / "a run")
+    (odd / "summary.json").unlink()
+    assert f"python -m groupsae.train 'resume={odd}'" in refused(capsys, odd)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+def test_the_help_names_the_command_and_no_options_of_others(command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"groupsae.{command}", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"python -m groupsae.{command} run=<run folder>" in done.stdout
+    assert "__main__" not in done.stdout
+    assert "pythia" not in done.stdout
+
+
+@pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
         ("evaluation.bootstrap.level=95", r"evaluation\.bootstrap\.level is 95"),

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -208,7 +209,7 @@ def read_run(folder: Path) -> RunFiles:
         raise UserError(
             f"{folder / 'evaluation' / 'evaluation.json'} has format {evaluation.get('format')}; "
             f"this version reads {FORMAT}. Evaluate the run again: "
-            f"python -m groupsae.evaluate run={folder}"
+            f"python -m groupsae.evaluate {quote(f'run={folder}')}"
         )
     config_file, angles = folder / ".hydra" / "config.yaml", folder / "angles.npz"
     text = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
