@@ -33,7 +33,7 @@ from groupsae.interop.suite import Suite, load_plan, load_saes
 from groupsae.progress import token_progress
 from groupsae.report.collection import evaluation_figures
 from groupsae.report.dashboard import save_figures
-from groupsae.report.load import interval, read_run
+from groupsae.report.load import chosen_grouping, interval, read_run
 from groupsae.report.tables import print_evaluation
 from groupsae.screen import quiet
 
@@ -118,11 +118,12 @@ def assess(folder: Path, cfg: DictConfig, options: DictConfig, device: str) -> d
 
 def _log(folder: Path, evaluation: dict[str, Any], configs: Any, step: int) -> None:
     """Send the chosen grouping's figures per layer, every grouping's means, and the figures."""
-    chosen = evaluation["groupings"][0]["sae_of_layer"]
+    chosen = chosen_grouping(evaluation["groupings"])
+    assert chosen is not None
     values = {
         f"eval/{metric}/layer.{row['layer']}": plain
         for row in evaluation["results"]
-        if chosen.get(str(row["layer"])) == row["sae"]
+        if chosen["sae_of_layer"].get(str(row["layer"])) == row["sae"]
         for metric, stored in row.items()
         if metric not in ("sae", "layer") and (plain := _value(stored)) is not None
     }

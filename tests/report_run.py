@@ -179,6 +179,7 @@ def _evaluate(
         groupings.append(
             _grouping(f"smaller-{CHOSEN}", "smaller", [], CHOSEN, None, 0.22, width, sae_of_layer)
         )
+    groupings.sort(key=lambda g: not g["chosen_by"])  # the chosen one comes first
     base = next((g for g in groupings if g["kind"] == "per_layer"), None)
     for grouping in groupings:
         for layer, name in grouping["sae_of_layer"].items():

@@ -277,6 +277,15 @@ def test_every_grouping_of_a_run_can_be_loaded(all_folder):
     assert smaller.encode(activations(), layer=0).shape == (50, 13)
 
 
+def test_a_grouping_goes_by_the_name_of_every_rule_that_made_it(all_folder):
+    shared = [each for each in groupings(load_plan(all_folder)) if len(each.rules) > 1]
+    assert {each.num_groups for each in shared} > {1, 5}  # some that is neither end
+    for each in shared:
+        for rule in each.rules:
+            suite = load_suite(all_folder, grouping=f"{rule}-{each.num_groups}")
+            assert owners(suite) == each.sae_of_layer
+
+
 def test_the_default_is_the_grouping_that_amad_chose(all_folder):
     chosen = {0: "layers.0-2", 1: "layers.0-2", 2: "layers.0-2", 3: "layers.3-4", 4: "layers.3-4"}
     for path in (all_folder, str(all_folder), all_folder / "saes"):

@@ -180,18 +180,24 @@ def test_a_negative_saving_is_not_called_a_saving(tmp_path: Path):
     assert "cost 5.0 % more FLOPs" in verdict_of(folder)
 
 
-def test_the_rule_of_the_plan_decides_which_grouping_sums_a_run_up(every: Path):
-    from groupsae.report.load import chosen_grouping
+def test_one_grouping_is_called_the_chosen_one_though_theta_picks_one_for_every_rule(
+    tmp_path: Path,
+):
+    from groupsae.report.load import read_run
+    from groupsae.report.page_tables import groupings_table
 
-    groupings = json.loads((every / "evaluation" / "evaluation.json").read_text())["groupings"]
-    next(g for g in groupings if g["name"] == "even-3")["chosen_by"] = ["even"]
-    for plan, name in (({"rule": "even"}, "even-3"), ({"rule": "x"}, "complete-2")):
-        chosen = chosen_grouping(groupings, plan)
-        assert chosen is not None
-        assert chosen["name"] == name
-    first = chosen_grouping(groupings, None)
-    assert first is not None
-    assert first["name"] == "complete-2"
+    folder = write_run(tmp_path / "r", every=True)
+    change(
+        folder,
+        lambda v: next(g for g in v["groupings"] if g["name"] == "even-3").update(
+            chosen_by=["even"]
+        ),
+    )
+    table = groupings_table(read_run(folder))
+    assert table is not None
+    chosen = [row[0].value for row in table.rows if "chosen" in row[0].note]
+    assert chosen == ["complete-2"]
+    assert table.marked == [0]
 
 
 def test_a_baseline_that_is_missing_is_said_to_be(tmp_path: Path):

@@ -15,7 +15,7 @@ from torch import Tensor
 from groupsae.data.reading import damaged, read_json
 from groupsae.data.writer import write_json
 from groupsae.errors import UserError
-from groupsae.grouping.groupings import groupings
+from groupsae.grouping.groupings import by_name
 from groupsae.grouping.plan import GroupPlan
 from groupsae.sae.base import SAE, SparseLatents
 
@@ -164,7 +164,7 @@ def load_suite(path: str | Path, grouping: str | None = None) -> Suite:
         )
     plan = load_plan(folder.parent)
     if plan is not None:
-        known = {each.name: each for each in groupings(plan)}
+        known = by_name(plan)
         chosen = next(iter(known)) if grouping is None else grouping
         if chosen not in known:
             raise UserError(f"no grouping '{chosen}' in {path}; it has {', '.join(known)}.")

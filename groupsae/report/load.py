@@ -119,7 +119,7 @@ class RunFiles:
     @cached_property
     def chosen(self) -> dict[str, Any] | None:
         """Return the grouping the report is about; None before the run was evaluated."""
-        return chosen_grouping(self.groupings, self.plan)
+        return chosen_grouping(self.groupings)
 
     @cached_property
     def groups(self) -> list[list[int]]:
@@ -171,24 +171,9 @@ class RunFiles:
         return read_npz(path) if path.exists() else None
 
 
-def chosen_grouping(
-    groupings: Sequence[dict[str, Any]], plan: Mapping[str, Any] | None
-) -> dict[str, Any] | None:
-    """Return the grouping that sums a run up: the one the rule of its plan chose.
-
-    Without a plan it is the first that any rule chose, and in a run without a threshold the one
-    grouping there is.
-    """
-    plan = plan or {}
-    scored = [g for g in groupings if g["kind"] != "smaller"]
-    picked = [g for g in scored if g.get("chosen_by")]
-    for grouping in [*(g for g in picked if plan.get("rule") in g["chosen_by"]), *picked]:
-        return grouping
-    for grouping in scored:
-        if grouping.get("groups") == plan.get("groups"):
-            return grouping
-    groups = [g for g in scored if g["kind"] == "groups"]
-    return next(iter([*groups, *groupings]), None)
+def chosen_grouping(groupings: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the grouping that sums a run up, which an evaluation puts first."""
+    return groupings[0] if groupings else None
 
 
 def read_run(folder: Path) -> RunFiles:

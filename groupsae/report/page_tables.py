@@ -115,7 +115,7 @@ def groupings_table(run: RunFiles) -> Table | None:
             table.marked.append(i)
         table.rows.append(
             [
-                Cell(grouping["name"], _made_by(grouping)),
+                Cell(grouping["name"], _made_by(grouping, grouping is run.chosen)),
                 Cell(
                     "one each"
                     if grouping["kind"] != "groups"
@@ -203,11 +203,10 @@ def _served(run: RunFiles) -> Sequence[tuple[int, str, dict[str, Any]]]:
     return [(x, sae, found) for x, sae in pairs if (found := run.result(sae, x)) is not None]
 
 
-def _made_by(grouping: dict[str, Any]) -> str:
+def _made_by(grouping: dict[str, Any], chosen: bool) -> str:
     names = [RULE_NAMES.get(rule, rule) for rule in grouping.get("rules") or []]
     if grouping["kind"] == "per_layer":
         return "one SAE per layer"
     if grouping["kind"] == "smaller":
         return "smaller SAEs on every layer"
-    chosen = ", chosen" if grouping.get("chosen_by") else ""
-    return ", ".join(names) + chosen
+    return ", ".join([*names, "chosen"] if chosen else names)

@@ -121,7 +121,7 @@ def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
         console: where to print.
         evaluation: what `evaluation.json` holds.
     """
-    chosen = chosen_grouping(evaluation["groupings"], None)
+    chosen = chosen_grouping(evaluation["groupings"])
     if chosen is None:
         return
     results = {(r["sae"], int(r["layer"])): r for r in evaluation["results"]}
