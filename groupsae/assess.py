@@ -29,7 +29,8 @@ from groupsae.evaluation.options import check_options
 from groupsae.evaluation.results import Results
 from groupsae.grouping.groupings import groupings
 from groupsae.grouping.plan import GroupPlan
-from groupsae.interop.suite import Suite, load_plan, load_saes
+from groupsae.interop.groups_file import load_plan
+from groupsae.interop.suite import Suite, load_saes
 from groupsae.progress import token_progress
 from groupsae.report.collection import evaluation_figures
 from groupsae.report.dashboard import save_figures
@@ -113,6 +114,7 @@ def assess(folder: Path, cfg: DictConfig, options: DictConfig, device: str) -> d
     # one step later than training, so that evaluating again replaces these rows of the csv only
     _log(folder, evaluation, cfg.logger or {}, summary["steps"] + 1)
     print_evaluation(console, evaluation)
+    console.print(f"Results: {folder / 'evaluation'}", soft_wrap=True)
     return evaluation
 
 
@@ -127,10 +129,16 @@ def _log(folder: Path, evaluation: dict[str, Any], configs: Any, step: int) -> N
         for metric, stored in row.items()
         if metric not in ("sae", "layer") and (plain := _value(stored)) is not None
     }
+    found = {"ce/clean": evaluation["ce"]}
+    for row in evaluation["layers"]:
+        found |= {f"{k}/layer.{row['layer']}": v for k, v in row.items() if k.startswith("ce_")}
     for each in evaluation["groupings"]:
-        for metric, stored in each["all_layers"].items():
-            if (plain := _value(stored)) is not None:
-                values[f"eval/{metric}/{each['name']}"] = plain
+        together = each["spliced_together"] or {}
+        found |= {f"{k}/{each['name']}": v for k, v in each["all_layers"].items()}
+        found |= {f"{k}_together/{each['name']}": v for k, v in together.items()}
+    for name, stored in found.items():
+        if (plain := _value(stored)) is not None:
+            values[f"eval/{name}"] = plain
     ours = wandb.run is None
     try:
         loggers = [make(config) for config in configs.values()]

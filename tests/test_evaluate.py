@@ -53,6 +53,13 @@ def test_the_command_evaluates_a_run_and_says_what_it_found(copy: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "1,024 held-out tokens" in done.stdout
+    printed, found = " ".join(done.stdout.split()), read(copy)
+    assert f"Results: {copy / 'evaluation'}" in printed
+    assert f"CE is {found['ce']['value']:.4f} nats" in printed
+    together = found["groupings"][0]["spliced_together"]
+    assert f"All layers replaced at once: CE {together['ce']['value']:.4f}" in printed
+    rows = {name: value for _, name, value in read_metrics(copy / "metrics.csv")}
+    assert rows["eval/delta_ce_together/complete-2"] == together["delta_ce"]["value"]
     assert comparable(read(copy)) == comparable(at_the_end_of_training)
     assert read(copy)["run"] == str(copy)
 
@@ -64,7 +71,8 @@ def test_evaluating_again_gives_the_same_and_replaces_its_own_rows_only(copy: Pa
     steps = json.loads((copy / "summary.json").read_text())["steps"]
     assert {step for step, _, _ in mine} == {steps + 1}
     of_a_layer = len(before["results"][0]) - 2  # without its SAE and number
-    assert len({name for _, name, _ in mine}) == len(mine) == 4 * of_a_layer + len(AVERAGED)
+    logged = 4 * (of_a_layer + 2) + len(AVERAGED) + 4 + 1  # ablated; together; clean CE
+    assert len({name for _, name, _ in mine}) == len(mine) == logged
     assert max(step for step, name, _ in rows if not name.startswith("eval/")) <= steps
 
     assert comparable(evaluate(copy, "evaluation.together=true")) == comparable(before)
@@ -84,6 +92,8 @@ def test_what_is_logged_is_what_the_json_says(folder: Folder) -> None:
     logged = {name: value for _, name, value in rows if name.startswith("eval/")}
     for each in evaluation["groupings"]:
         assert logged[f"eval/kl/{each['name']}"] == each["all_layers"]["kl"]["value"]
+    assert logged["eval/ce/clean"] == evaluation["ce"]["value"]
+    assert logged["eval/ce_zero/layer.2"] == evaluation["layers"][2]["ce_zero"]["value"]
     chosen = evaluation["groupings"][0]["sae_of_layer"]
     for each in evaluation["results"]:
         if chosen[str(each["layer"])] == each["sae"]:

@@ -14,7 +14,8 @@ from groupsae import load_suite
 from groupsae.errors import UserError
 from groupsae.grouping.choices import All
 from groupsae.grouping.groupings import groupings
-from groupsae.interop.suite import load_plan, load_saes, save_sae
+from groupsae.interop.groups_file import load_plan
+from groupsae.interop.suite import load_saes, save_sae
 from groupsae.sae.topk import TopK
 from groupsae.training.group import GroupSAE
 from groupsae.training.optim import Adam
@@ -134,6 +135,14 @@ def test_half_precision_activations_are_encoded_in_the_saes_precision(run_folder
     latents = suite.encode(x, layer=2)
     assert latents.dtype == torch.float32
     assert torch.equal(latents, suite.encode(x.float(), layer=2))
+
+
+def test_activations_of_another_width_are_refused_with_both(run_folder):
+    suite = load_suite(run_folder)
+    sentence = f"layer 5 have width {D_MODEL + 1}, but its SAE takes {D_MODEL}"
+    for use in (suite.encode, suite.encode_sparse, suite.reconstruct):
+        with pytest.raises(UserError, match=sentence):
+            use(torch.ones(3, D_MODEL + 1), layer=5)
 
 
 def test_encoding_builds_no_graph(run_folder):

@@ -40,7 +40,7 @@ class Grouping:
 
 
 def by_name(plan: GroupPlan) -> dict[str, Grouping]:
-    """Return every name that a grouping of a plan goes by -> the grouping, the chosen one first."""
+    """Return every name that the groupings of a plan go by -> grouping, the chosen one first."""
     return {name: each for each in groupings(plan) for name in each.names}
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from groupsae.data.reading import read_json, read_metrics, read_npz, read_yaml
 from groupsae.errors import UserError
 from groupsae.grouping.partition import Distances
+from groupsae.interop.groups_file import load_plan
 
 FORMAT = 1  # of evaluation.json
 
@@ -188,6 +189,7 @@ def read_run(folder: Path) -> RunFiles:
         inside = sorted(folder.glob("**/groups.json"))
         hint = f"Did you mean {inside[0].parent}?" if inside else f"Name one {_EXAMPLE}."
         raise UserError(f"run={folder}: no run there (no groups.json). {hint}")
+    load_plan(folder)  # refuses what was changed by hand, as evaluating does
     groups = read_json(folder / "groups.json") or {}
     evaluation = read_json(folder / "evaluation" / "evaluation.json")
     if evaluation is not None and evaluation.get("format") != FORMAT:
