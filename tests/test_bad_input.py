@@ -31,7 +31,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("groups=amda", "Did you mean amad"),
         ("groups=amd", "Did you mean amad"),
         ("tokns=5", "tokns is unknown. Did you mean tokens? Valid: calibration, checkpoint"),
-        ("sae.kk=3", "sae.kk is unknown. Did you mean sae.k? Valid in sae: auxk_alpha,"),
+        ("sae.kk=3", "sae.kk is unknown. Did you mean sae.k? Valid in sae: a"),
         ("theta=0.3", "Did you mean groups.theta?"),
         ("grups=amad", "Did you mean groups?"),
         ("trainer.max_epochs=3", "of Lightning's Trainer: +trainer.max_epochs=<value>."),

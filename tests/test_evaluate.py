@@ -77,7 +77,7 @@ def test_evaluating_again_gives_the_same_and_replaces_its_own_rows_only(copy: Pa
 
     assert comparable(evaluate(copy, "evaluation.together=true")) == comparable(before)
     assert read_metrics(copy / "metrics.csv") == rows
-    evaluate(copy, "evaluation.tokens=512")
+    evaluate(copy, "evaluation.tokens=512", "evaluation.together=true")
     fewer = read_metrics(copy / "metrics.csv")
     assert read(copy)["tokens"] == 512
     assert [row[:2] for row in fewer] == [row[:2] for row in rows]
