@@ -29,11 +29,12 @@ from groupsae.evaluation.options import check_options
 from groupsae.evaluation.results import Results
 from groupsae.grouping.groupings import groupings
 from groupsae.grouping.plan import GroupPlan
-from groupsae.interop.suite import Suite, load_plan, load_saes
+from groupsae.interop.groups_file import load_plan
+from groupsae.interop.suite import Suite, load_saes
 from groupsae.progress import token_progress
 from groupsae.report.collection import evaluation_figures
 from groupsae.report.dashboard import save_figures
-from groupsae.report.load import interval, read_run
+from groupsae.report.load import chosen_grouping, interval, read_run
 from groupsae.report.tables import print_evaluation
 from groupsae.screen import quiet
 
@@ -113,23 +114,31 @@ def assess(folder: Path, cfg: DictConfig, options: DictConfig, device: str) -> d
     # one step later than training, so that evaluating again replaces these rows of the csv only
     _log(folder, evaluation, cfg.logger or {}, summary["steps"] + 1)
     print_evaluation(console, evaluation)
+    console.print(f"Results: {folder / 'evaluation'}", soft_wrap=True)
     return evaluation
 
 
 def _log(folder: Path, evaluation: dict[str, Any], configs: Any, step: int) -> None:
     """Send the chosen grouping's figures per layer, every grouping's means, and the figures."""
-    chosen = evaluation["groupings"][0]["sae_of_layer"]
+    chosen = chosen_grouping(evaluation["groupings"])
+    assert chosen is not None
     values = {
         f"eval/{metric}/layer.{row['layer']}": plain
         for row in evaluation["results"]
-        if chosen.get(str(row["layer"])) == row["sae"]
+        if chosen["sae_of_layer"].get(str(row["layer"])) == row["sae"]
         for metric, stored in row.items()
         if metric not in ("sae", "layer") and (plain := _value(stored)) is not None
     }
+    found = {"ce/clean": evaluation["ce"]}
+    for row in evaluation["layers"]:
+        found |= {f"{k}/layer.{row['layer']}": v for k, v in row.items() if k.startswith("ce_")}
     for each in evaluation["groupings"]:
-        for metric, stored in each["all_layers"].items():
-            if (plain := _value(stored)) is not None:
-                values[f"eval/{metric}/{each['name']}"] = plain
+        together = each["spliced_together"] or {}
+        found |= {f"{k}/{each['name']}": v for k, v in each["all_layers"].items()}
+        found |= {f"{k}_together/{each['name']}": v for k, v in together.items()}
+    for name, stored in found.items():
+        if (plain := _value(stored)) is not None:
+            values[f"eval/{name}"] = plain
     ours = wandb.run is None
     try:
         loggers = [make(config) for config in configs.values()]

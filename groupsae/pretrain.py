@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from groupsae.config import CONF, check_choices, make
+from groupsae.config import CONF, check_arguments, make
 from groupsae.data.loader import StepSampler, make_loader
 from groupsae.data.reading import read_metrics
 from groupsae.data.splits import Split, split_of
@@ -179,7 +179,7 @@ def run(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Start `python -m groupsae.pretrain`."""
-    check_choices(sys.argv[1:])
+    check_arguments(sys.argv[1:], "pretrain")
     run()
 
 

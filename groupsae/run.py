@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -149,7 +150,7 @@ def finished_run(folder: Path) -> DictConfig:
     if not (folder / "summary.json").exists():
         raise UserError(
             f"run={folder} has no SAEs yet: it was not finished. Finish it with\n"
-            f"  python -m groupsae.train resume={folder}"
+            f"  python -m groupsae.train {quote(f'resume={folder}')}"
         )
     saved.resume = str(folder)
     return saved

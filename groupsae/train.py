@@ -6,7 +6,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from groupsae.config import CONF, check_choices
+from groupsae.config import CONF, check_arguments, plain_folder
 from groupsae.errors import UserError
 from groupsae.run import open_run, register_resolver
 
@@ -34,7 +34,8 @@ def run(cfg: DictConfig) -> None:
 def main() -> None:
     """Start `groupsae-train`, which is `python -m groupsae.train`."""
     register_resolver()
-    check_choices(sys.argv[1:])
+    sys.argv[1:] = [plain_folder(argument) for argument in sys.argv[1:]]
+    check_arguments(sys.argv[1:], "train")
     run()
 
 

@@ -56,6 +56,7 @@ def write_run(
         width: half of every confidence interval.
         seed: shifts the figures a little.
     """
+    from groupsae.grouping.plan import GroupPlan
     from groupsae.grouping.rules import curve
 
     square = distances()
@@ -63,16 +64,9 @@ def write_run(
     parts = {rule: curve(grouped, rule) for rule in ("complete", "even")}
     chosen = parts["complete"][CHOSEN - 1]
     own = [[LAYERS - 1]]
-    plan: dict[str, Any] = {
-        "num_layers": LAYERS,
-        "last_layer": "own",
-        "rule": "complete",
-        "num_groups": chosen.num_groups,
-        "groups": chosen.groups,
-        "amad": chosen.amad,
-        "saes": chosen.groups + own,
-        "names": [_name(g) for g in chosen.groups + own],
-    }
+    others = tuple(part for curve in parts.values() for part in curve) if every else ()
+    smaller = (CHOSEN,) if every else ()
+    plan = GroupPlan(chosen, "own", LAYERS, 0.2, others, smaller)
     folder.mkdir(parents=True)
     (folder / ".hydra").mkdir()
     config = CONFIG.format(seed=seed, choice="All" if every else "ByAmad")
@@ -81,7 +75,7 @@ def write_run(
     _json(
         folder / "groups.json",
         {
-            "plan": plan,
+            "plan": plan.to_json(),
             "saes": {},
             "measured": {"model": "tiny", "tokens": 200704, "context": 256},
         },
@@ -179,6 +173,7 @@ def _evaluate(
         groupings.append(
             _grouping(f"smaller-{CHOSEN}", "smaller", [], CHOSEN, None, 0.22, width, sae_of_layer)
         )
+    groupings.sort(key=lambda g: not g["chosen_by"])  # the chosen one comes first
     base = next((g for g in groupings if g["kind"] == "per_layer"), None)
     for grouping in groupings:
         for layer, name in grouping["sae_of_layer"].items():

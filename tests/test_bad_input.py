@@ -9,6 +9,7 @@ import pytest
 import torch
 from runs import composed, overrides, run
 
+from groupsae.config import check_arguments
 from groupsae.errors import UserError
 from groupsae.run import open_run
 
@@ -28,6 +29,13 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         ("model=pythia-1bb", "Did you mean pythia-1b"),
         ("groups=amda", "Did you mean amad"),
+        ("groups=amd", "Did you mean amad"),
+        ("tokns=5", "tokns is unknown. Did you mean tokens? Valid: calibration, checkpoint"),
+        ("sae.kk=3", "sae.kk is unknown. Did you mean sae.k? Valid in sae: a"),
+        ("theta=0.3", "Did you mean groups.theta?"),
+        ("grups=amad", "Did you mean groups?"),
+        ("trainer.max_epochs=3", "of Lightning's Trainer: +trainer.max_epochs=<value>."),
+        ("groups.theta=0.2 b(", "such as \"groups.theta='0.2 b('\"."),
         ("groups.theta=1.5", "theta"),
         ("groups.rule=compleet", "complete"),
         ("groups.rule=[complete,even]", "There is no rule ['complete', 'even']"),
@@ -42,6 +50,19 @@ def test_the_command_line_answers_with_one_sentence_and_status_2(
     assert sentence in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["sae.k=3", "groups.rules=[even]", "+trainer.limit_train_batches=3", "groups.theta=0.1,0.2"],
+)
+def test_known_keys_pass_also_those_that_another_option_brings(argument: str) -> None:
+    check_arguments(["-m", "groups=all,amad", argument], "train")
+    check_arguments(["model=hf", "model.name=x", "experiment=replication", argument], "train")
+
+
+def test_a_folder_of_the_users_own_yaml_files_is_left_to_hydra() -> None:
+    check_arguments(["--config-dir=mine", "groups=own", "groups.own=3"], "train")
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,13 @@ def test_the_command_evaluates_a_run_and_says_what_it_found(copy: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "1,024 held-out tokens" in done.stdout
+    printed, found = " ".join(done.stdout.split()), read(copy)
+    assert f"Results: {copy / 'evaluation'}" in printed
+    assert f"CE is {found['ce']['value']:.4f} nats" in printed
+    together = found["groupings"][0]["spliced_together"]
+    assert f"All layers replaced at once: CE {together['ce']['value']:.4f}" in printed
+    rows = {name: value for _, name, value in read_metrics(copy / "metrics.csv")}
+    assert rows["eval/delta_ce_together/complete-2"] == together["delta_ce"]["value"]
     assert comparable(read(copy)) == comparable(at_the_end_of_training)
     assert read(copy)["run"] == str(copy)
 
@@ -64,12 +71,13 @@ def test_evaluating_again_gives_the_same_and_replaces_its_own_rows_only(copy: Pa
     steps = json.loads((copy / "summary.json").read_text())["steps"]
     assert {step for step, _, _ in mine} == {steps + 1}
     of_a_layer = len(before["results"][0]) - 2  # without its SAE and number
-    assert len({name for _, name, _ in mine}) == len(mine) == 4 * of_a_layer + len(AVERAGED)
+    logged = 4 * (of_a_layer + 2) + len(AVERAGED) + 4 + 1  # ablated; together; clean CE
+    assert len({name for _, name, _ in mine}) == len(mine) == logged
     assert max(step for step, name, _ in rows if not name.startswith("eval/")) <= steps
 
     assert comparable(evaluate(copy, "evaluation.together=true")) == comparable(before)
     assert read_metrics(copy / "metrics.csv") == rows
-    evaluate(copy, "evaluation.tokens=512")
+    evaluate(copy, "evaluation.tokens=512", "evaluation.together=true")
     fewer = read_metrics(copy / "metrics.csv")
     assert read(copy)["tokens"] == 512
     assert [row[:2] for row in fewer] == [row[:2] for row in rows]
@@ -84,6 +92,8 @@ def test_what_is_logged_is_what_the_json_says(folder: Folder) -> None:
     logged = {name: value for _, name, value in rows if name.startswith("eval/")}
     for each in evaluation["groupings"]:
         assert logged[f"eval/kl/{each['name']}"] == each["all_layers"]["kl"]["value"]
+    assert logged["eval/ce/clean"] == evaluation["ce"]["value"]
+    assert logged["eval/ce_zero/layer.2"] == evaluation["layers"][2]["ce_zero"]["value"]
     chosen = evaluation["groupings"][0]["sae_of_layer"]
     for each in evaluation["results"]:
         if chosen[str(each["layer"])] == each["sae"]:
@@ -299,6 +309,52 @@ def test_the_command_line_asks_which_run() -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: which run? Give run=<folder>, such as")
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["run=a,a"], "one run is evaluated at a time: give run=a once."),
+        (["run=a,b c"], "give run=a and 'run=b c', each in a command of its own."),
+        (["run=it's/k=1 (b)"], "run=it's/k=1 (b): no run there"),
+        (["run=a", "groups=all"], "groupsae.evaluate has no groups to choose."),
+        (["run=a", "evaluation.tokns=5"], "Did you mean evaluation.tokens?"),
+    ],
+)
+def test_the_command_line_takes_one_folder_of_any_name(
+    arguments: list[str], sentence: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "groupsae.evaluate", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert sentence in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_command_to_copy_is_quoted_for_the_shell(
+    copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = copy.rename(tmp_path / "a run")
+    (odd / "summary.json").unlink()
+    assert f"python -m groupsae.train 'resume={odd}'" in refused(capsys, odd)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+def test_the_help_names_the_command_and_no_options_of_others(command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"groupsae.{command}", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"python -m groupsae.{command} run=<run folder>" in done.stdout
+    assert "__main__" not in done.stdout
+    assert "pythia" not in done.stdout
 
 
 @pytest.mark.parametrize(

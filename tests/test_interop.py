@@ -15,7 +15,8 @@ from groupsae import load_suite
 from groupsae.errors import UserError
 from groupsae.grouping.choices import All
 from groupsae.grouping.groupings import groupings
-from groupsae.interop.suite import load_plan, load_saes, save_sae
+from groupsae.interop.groups_file import load_plan
+from groupsae.interop.suite import load_saes, save_sae
 from groupsae.sae.topk import TopK
 from groupsae.training.group import GroupSAE
 from groupsae.training.optim import Adam
@@ -137,6 +138,14 @@ def test_half_precision_activations_are_encoded_in_the_saes_precision(run_folder
     latents = suite.encode(x, layer=2)
     assert latents.dtype == torch.float32
     assert torch.equal(latents, suite.encode(x.float(), layer=2))
+
+
+def test_activations_of_another_width_are_refused_with_both(run_folder):
+    suite = load_suite(run_folder)
+    sentence = f"layer 5 have width {D_MODEL + 1}, but its SAE takes {D_MODEL}"
+    for use in (suite.encode, suite.encode_sparse, suite.reconstruct):
+        with pytest.raises(UserError, match=sentence):
+            use(torch.ones(3, D_MODEL + 1), layer=5)
 
 
 def test_encoding_builds_no_graph(run_folder):
@@ -278,6 +287,15 @@ def test_every_grouping_of_a_run_can_be_loaded(all_folder):
     assert [smaller.saes[f"layers.{x}.smaller-2"].d_sae for x in range(5)] == [13] * 5
     assert smaller.saes["layers.5"].d_sae == D_SAE
     assert smaller.encode(activations(), layer=0).shape == (50, 13)
+
+
+def test_a_grouping_goes_by_the_name_of_every_rule_that_made_it(all_folder):
+    shared = [each for each in groupings(load_plan(all_folder)) if len(each.rules) > 1]
+    assert {each.num_groups for each in shared} > {1, 5}  # some that is neither end
+    for each in shared:
+        for rule in each.rules:
+            suite = load_suite(all_folder, grouping=f"{rule}-{each.num_groups}")
+            assert owners(suite) == each.sae_of_layer
 
 
 def test_the_default_is_the_grouping_that_amad_chose(all_folder):

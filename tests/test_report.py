@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.report_run import near, write_run
+from tests.report_run import LAYERS, near, write_run
 
 
 def verdict_of(folder: Path) -> str:
@@ -119,7 +119,8 @@ def test_numbers_of_the_verdict_are_those_of_the_file(every: Path):
     )
     lost = chosen["against_per_layer"]["fvu"]
     assert f"{1 - chosen['cost']['flops']:.1%}".replace("%", " %") in text
-    assert f"FVU is higher by {lost['value']:.4f} (interval {lost['low']:.4f}" in text
+    assert f"FVU is higher by {lost['value']:.4f} [{lost['low']:.4f}, {lost['high']:.4f}]" in text
+    assert "interval " not in text.split("Measured on")[0]  # one notation for intervals
     assert "2 groups of layers (0–2 · 3–10)" in text
     assert "This is one training run (seed 0)" in text
 
@@ -136,7 +137,7 @@ def test_a_paired_comparison_goes_before_the_cautious_one(tmp_path: Path):
     change(folder, lambda values: values.update(comparisons=[row]))
     text = verdict_of(folder)
     assert "evenly spaced groups at the same number of groups are not distinguishable" in text
-    assert "difference −0.0100, interval −0.0300 to 0.0100" in text
+    assert "difference −0.0100 [−0.0300, 0.0100]" in text
 
 
 def test_a_mixed_result_and_one_in_part(tmp_path: Path):
@@ -180,18 +181,24 @@ def test_a_negative_saving_is_not_called_a_saving(tmp_path: Path):
     assert "cost 5.0 % more FLOPs" in verdict_of(folder)
 
 
-def test_the_rule_of_the_plan_decides_which_grouping_sums_a_run_up(every: Path):
-    from groupsae.report.load import chosen_grouping
+def test_one_grouping_is_called_the_chosen_one_though_theta_picks_one_for_every_rule(
+    tmp_path: Path,
+):
+    from groupsae.report.load import read_run
+    from groupsae.report.page_tables import groupings_table
 
-    groupings = json.loads((every / "evaluation" / "evaluation.json").read_text())["groupings"]
-    next(g for g in groupings if g["name"] == "even-3")["chosen_by"] = ["even"]
-    for plan, name in (({"rule": "even"}, "even-3"), ({"rule": "x"}, "complete-2")):
-        chosen = chosen_grouping(groupings, plan)
-        assert chosen is not None
-        assert chosen["name"] == name
-    first = chosen_grouping(groupings, None)
-    assert first is not None
-    assert first["name"] == "complete-2"
+    folder = write_run(tmp_path / "r", every=True)
+    change(
+        folder,
+        lambda v: next(g for g in v["groupings"] if g["name"] == "even-3").update(
+            chosen_by=["even"]
+        ),
+    )
+    table = groupings_table(read_run(folder))
+    assert table is not None
+    chosen = [row[0].value for row in table.rows if "chosen" in row[0].note]
+    assert chosen == ["complete-2"]
+    assert table.marked == [0]
 
 
 def test_a_baseline_that_is_missing_is_said_to_be(tmp_path: Path):
@@ -278,11 +285,13 @@ def test_a_cut_metrics_file_is_read_as_far_as_it_goes(tmp_path: Path):
 def test_few_layers(tmp_path: Path, last_layer: str, layers: int):
     import numpy as np
 
+    from groupsae.grouping.partition import build_partition
+    from groupsae.grouping.plan import GroupPlan
+
     folder = write_run(tmp_path / "r", evaluated=False)
     values = json.loads((folder / "groups.json").read_text())
-    grouped = [[0]]
-    values["plan"] |= {"last_layer": last_layer, "groups": grouped, "saes": grouped}
-    values["plan"] |= {"names": ["layers.0"], "num_layers": layers}
+    part = build_partition(np.zeros((1, 1)), [[0]], "complete")
+    values["plan"] = GroupPlan(part, last_layer, layers).to_json()
     (folder / "groups.json").write_text(json.dumps(values))
     np.savez(folder / "angles.npz", distances=0.1 * (1 - np.eye(layers)))
     assert "1 group of layers (0)" in html_of(folder).replace("\N{NO-BREAK SPACE}", " ")
@@ -314,6 +323,36 @@ def test_seeds_of_one_configuration_are_put_together(tmp_path: Path):
     assert (page / "fvu_runs.png").exists()
 
 
+def test_runs_that_were_not_evaluated_alike_are_said_to_be_and_marked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    from groupsae.report.load import read_run
+    from groupsae.report.several import compare_runs
+
+    a, b, c, d = (write_run(tmp_path / name, seed=i) for i, name in enumerate("abcd"))
+    change(b, lambda v: v.update(tokens=512, exclude_special_tokens=True))
+    alike = [read_run(a), read_run(c)]
+    verdict, tables, _ = compare_runs(alike, ["a", "c"])
+    assert not any("alike" in text for text in verdict.caveats)
+    assert tables[0].marked == []
+    assert "evaluated on" not in tables[0].columns
+    groups = json.loads((d / "groups.json").read_text())
+    groups["measured"]["text"] = "0123456789"
+    (d / "groups.json").write_text(json.dumps(groups))
+    for other, what in (
+        (b, "(held-out tokens: 32,768 and 512; special tokens: counted and left out)"),
+        (d, "(text: unknown and 01234567)"),
+    ):
+        verdict, tables, _ = compare_runs([read_run(a), read_run(other)], ["a", "other"])
+        assert f"The runs were not evaluated alike {what}" in verdict.caveats[0]
+        assert tables[0].marked == [1]
+        assert tables[0].columns[-1] == "evaluated on"
+        assert all(len(row) == len(tables[0].columns) for row in tables[0].rows)
+    capsys.readouterr()
+    assert "not evaluated alike" in html_of(a, b, output=tmp_path / "out")
+    assert capsys.readouterr().out.startswith("warning: The runs were not evaluated alike")
+
+
 def test_runs_without_evaluation_can_be_compared(tmp_path: Path):
     a = write_run(tmp_path / "a", evaluated=False)
     b = write_run(tmp_path / "b", evaluated=False, seed=1)
@@ -334,6 +373,49 @@ def test_evaluation_figures_are_those_of_the_evaluation(ordinary: Path, every: P
     assert set(few) < set(many)
     assert all(isinstance(figure, Figure) for figure in many.values())
     assert "distances" not in many
+
+
+def test_no_line_turns_back_though_even_groups_may_be_less_close_with_more_of_them(
+    tmp_path: Path,
+):
+    from groupsae.report.load import read_run
+    from groupsae.report.quality import against_amad
+
+    folder = write_run(tmp_path / "r", every=True)
+
+    def less_close(values: dict[str, Any]) -> None:
+        next(g for g in values["groupings"] if g["name"] == "even-4")["amad"] = 0.3
+
+    change(folder, less_close)
+    axes = against_amad(read_run(folder), "fvu").axes[0]
+    (line,) = (each for each in axes.lines if each.get_label() == "evenly spaced")
+    x = line.get_xdata()
+    assert len(x) > 3
+    assert list(x) == sorted(x)
+
+
+def test_rules_are_told_apart_in_the_figure_of_several_runs(every: Path, ordinary: Path):
+    from groupsae.report.load import read_run
+    from groupsae.report.seeds import families
+    from groupsae.report.several import against_cost
+
+    figure = against_cost(families([read_run(every), read_run(ordinary)]), "fvu")
+    assert figure is not None
+    lines = [
+        bar.lines[0] for bar in figure.axes[0].containers if len(bar.lines[0].get_xdata()) > 1
+    ]
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}
+    assert {look[2] for look in looks if look[1] in "os"} == {"-", "--"}
+    assert len({look[0] for look in looks}) == 1  # a colour is a configuration
+
+
+def test_a_table_with_one_grouping_does_not_promise_every_one(ordinary_html: str):
+    assert "Every grouping:" not in ordinary_html
+    assert "Mean over the grouped layers; cost against one SAE per layer" in ordinary_html
+
+
+def test_a_table_that_goes_on_beyond_the_edge_shows_a_shadow_there(ordinary_html: str):
+    assert re.search(r"\.scroll \{[^}]*overflow-x: auto;[^}]*no-repeat local", ordinary_html)
 
 
 def test_the_dendrogram_keeps_the_layers_in_order():
@@ -358,6 +440,43 @@ def test_print_evaluation_fits_a_terminal(every: Path, ordinary: Path):
         assert "0.1300 ±0.0040" in out.getvalue()
         assert "…" not in out.getvalue()
         assert ("even-10" in out.getvalue()) == groupings
+
+
+def test_the_scale_of_the_ce_score_is_shown(every: Path, every_html: str):
+    from groupsae.report.load import read_run
+    from groupsae.report.page_tables import scale_table
+
+    table = scale_table(read_run(every))
+    assert table is not None
+    assert "2.7000 [2.6800, 2.7200] nats" in table.caption
+    assert [[c.value for c in row] for row in table.rows][1] == ["1", "9.0000", "6.0000", "2.00"]
+    assert "becomes with a layer set to zero" in every_html
+
+
+def test_print_result_shows_the_tokens_that_each_layer_got():
+    import io
+
+    from rich.console import Console
+
+    from groupsae.report.tables import print_result
+
+    group = {"fvu": 0.1, "l0": 4.0, "dead": 0.0}
+    summary = {
+        "groups": {
+            "layers.0-1": {"layers": [0, 1], "tokens_per_layer": {0: 1980, 1: 2020}, **group},
+            "layers.2": {"layers": [2], "tokens_per_layer": {2: 4000}, **group},
+        },
+        "chosen": ["layers.0-1", "layers.2"],
+        "fvu": 0.1,
+        "cost": {"saving": 0.3},
+        "tokens": 4000,
+        "tokens_per_second": 1.0,
+        "folder": "x",
+    }
+    out = io.StringIO()
+    print_result(Console(file=out, width=80), summary)
+    assert "1,980 to 2,020" in out.getvalue()
+    assert " 4,000 " in out.getvalue()
 
 
 # ---- bad input ---------------------------------------------------------------------------------
@@ -385,6 +504,20 @@ def test_damaged_files_are_named(tmp_path: Path):
         data = (folder / name).read_bytes()
         (folder / name).write_bytes(data[: len(data) // 2])
         assert f"{folder / name} is cut short or damaged" in refusal(folder)
+
+
+def test_groups_that_were_changed_by_hand_are_refused_with_the_file(tmp_path: Path):
+    folder = write_run(tmp_path / "r")
+    file = folder / "groups.json"
+    values = json.loads(file.read_text())
+    values["plan"]["groups"] = [[0], list(range(1, LAYERS - 1))]
+    file.write_text(json.dumps(values))
+    sentence = refusal(folder)
+    assert sentence.startswith(f"{file}: ")
+    assert "changed by hand" in sentence
+    for damage in ({}, {"plan": 3}, {"plan": {**values["plan"], "groups": "x"}}):
+        file.write_text(json.dumps(damage))
+        assert str(file) in refusal(folder)
 
 
 def test_another_format_is_refused(tmp_path: Path):

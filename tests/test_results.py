@@ -314,12 +314,22 @@ def test_tables_hold_what_the_json_says(kind: str, folder: Folder) -> None:
             assert [float(x) for x in ends] == list(each[metric].values())
         assert float(line["dead"]) == each["dead"]
         assert float(line["specific"]) == each["profile"]["specific"]
+    rows = table(place / "layers.csv")
+    for line, each in zip(rows, evaluation["layers"], strict=True):
+        assert int(line["layer"]) == each["layer"]
+        assert float(line["ce_zero"]) == each["ce_zero"]["value"]
+        assert float(line["ce_mean_low"]) == each["ce_mean"]["low"]
+        assert float(line["ce_clean"]) == evaluation["ce"]["value"]
     rows = table(place / "groupings.csv")
     for line, each in zip(rows, evaluation["groupings"], strict=True):
         assert line["name"] == each["name"]
         assert int(line["num_groups"]) == each["num_groups"]
         assert float(line["cost_paper"]) == each["cost"]["paper"]
         assert float(line["fvu"]) == each["grouped_layers"]["fvu"]["value"]
+        if each["spliced_together"]:
+            assert float(line["together_kl"]) == each["spliced_together"]["kl"]["value"]
+        else:
+            assert kind == "all"
         if each["against_per_layer"]:
             assert float(line["against_kl_high"]) == each["against_per_layer"]["kl"]["high"]
         elif kind == "all":

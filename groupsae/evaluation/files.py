@@ -52,6 +52,8 @@ def save_evaluation(
         )
     np.savez_compressed(folder / "sequences.npz", **_sequences(results))  # type: ignore[arg-type]
     write_csv(folder / "results.csv", [_flat(row) for row in figures["results"]])
+    clean = _flat({"ce_clean": figures["ce"]})
+    write_csv(folder / "layers.csv", [{**_flat(row), **clean} for row in figures["layers"]])
     write_csv(
         folder / "saes.csv",
         [
@@ -67,6 +69,7 @@ def save_evaluation(
                 **{f"cost_{k}": v for k, v in (row["cost"] or {}).items()},
                 **_flat(row["grouped_layers"]),
                 **{f"against_{k}": v for k, v in _flat(row["against_per_layer"] or {}).items()},
+                **{f"together_{k}": v for k, v in _flat(row["spliced_together"] or {}).items()},
             }
             for row in figures["groupings"]
         ],

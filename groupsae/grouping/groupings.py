@@ -32,6 +32,17 @@ class Grouping:
     sae_of_layer: dict[int, str]
     grouped: list[int]
 
+    @property
+    def names(self) -> list[str]:
+        """Return its name, and those by which the other rules that made it would call it."""
+        by_rule = [f"{rule}-{self.num_groups}" for rule in self.rules]
+        return list(dict.fromkeys([self.name, *by_rule]))
+
+
+def by_name(plan: GroupPlan) -> dict[str, Grouping]:
+    """Return every name that the groupings of a plan go by -> grouping, the chosen one first."""
+    return {name: each for each in groupings(plan) for name in each.names}
+
 
 def groupings(plan: GroupPlan) -> list[Grouping]:
     """Return the groupings of a plan, the chosen one first, then by rule and number of groups.

@@ -12,11 +12,10 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from groupsae.data.reading import damaged, read_json
 from groupsae.data.writer import write_json
 from groupsae.errors import UserError
-from groupsae.grouping.groupings import groupings
-from groupsae.grouping.plan import GroupPlan
+from groupsae.grouping.groupings import by_name
+from groupsae.interop.groups_file import load_plan
 from groupsae.sae.base import SAE, SparseLatents
 
 FORMAT = 1
@@ -115,6 +114,11 @@ class Suite:
     def encode_sparse(self, acts: Float[Tensor, "row d_model"], layer: int) -> SparseLatents:
         """Return the active latents of raw rows of one layer, as values and indices."""
         sae = self.saes[self.group_of(layer)]
+        if acts.shape[-1] != sae.d_model:
+            raise UserError(
+                f"activations of layer {layer} have width {acts.shape[-1]}, but its SAE takes "
+                f"{sae.d_model}: give the residual stream of the model it was trained on."
+            )
         rows = acts.to(next(sae.parameters()).dtype)
         return sae.encode(rows * self.norm_factor(layer))
 
@@ -164,7 +168,7 @@ def load_suite(path: str | Path, grouping: str | None = None) -> Suite:
         )
     plan = load_plan(folder.parent)
     if plan is not None:
-        known = {each.name: each for each in groupings(plan)}
+        known = by_name(plan)
         chosen = next(iter(known)) if grouping is None else grouping
         if chosen not in known:
             raise UserError(f"no grouping '{chosen}' in {path}; it has {', '.join(known)}.")
@@ -185,20 +189,6 @@ def load_saes(folder: Path, names: Iterable[str]) -> Suite:
         {name: sae for name, (sae, _) in loaded.items()},
         {name: config for name, (_, config) in loaded.items()},
     )
-
-
-def load_plan(run: Path) -> GroupPlan | None:
-    """Return the plan in a run folder's `groups.json`, if it has one.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    stored = read_json(run / "groups.json")
-    if stored is None:
-        return None
-    if "plan" not in stored:
-        raise damaged(run / "groups.json")
-    return GroupPlan.from_json(stored["plan"])
 
 
 def _load_sae(file: Path) -> tuple[SAE, dict[str, Any]]:

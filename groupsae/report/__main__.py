@@ -6,7 +6,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from groupsae.config import CONF
+from groupsae.config import CONF, check_arguments, plain_folder
 from groupsae.errors import UserError
 
 
@@ -21,26 +21,6 @@ def report(cfg: DictConfig) -> Path:
     return write_report([Path(str(folder)) for folder in named], output)
 
 
-def as_list(argument: str) -> str:
-    """Return `run=[a,b]` for `run=a,b`, which Hydra would take for a sweep.
-
-    Folders are quoted, so that any character may be in their names.
-
-    >>> as_list("run=outputs/a,outputs/b")
-    "run=['outputs/a','outputs/b']"
-    """
-    key, _, value = argument.partition("=")
-    if key != "run" or not value or value[0] in "['\"":
-        return argument
-    folders = [_quoted(folder) for folder in value.split(",") if folder]
-    return f"run=[{','.join(folders)}]"
-
-
-def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
-
-
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="report")
 def run(cfg: DictConfig) -> None:
     """Run one configuration of the command."""
@@ -53,7 +33,8 @@ def run(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Start `python -m groupsae.report`."""
-    sys.argv[1:] = [as_list(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = [plain_folder(argument) for argument in sys.argv[1:]]
+    check_arguments(sys.argv[1:], "report")
     run()
 
 

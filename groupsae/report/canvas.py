@@ -12,6 +12,7 @@ from groupsae.report.load import Interval
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 RULES = {"complete": 0, "minmax": 2, "even": 4, "published": 3}  # rule -> index into COLOURS
 MARKERS = {"complete": "o", "minmax": "^", "even": "s", "published": "v"}
+LINES = {"complete": "-", "minmax": "-.", "even": "--", "published": ":"}
 RULE_NAMES = {
     "complete": "complete linkage",
     "minmax": "min-max",

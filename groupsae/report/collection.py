@@ -12,9 +12,8 @@ from groupsae.report.latents import density, layer_profiles
 from groupsae.report.load import RunFiles
 from groupsae.report.per_layer import layer_bars, similarity
 from groupsae.report.quality import against_amad, against_cost, against_groups, lost
-from groupsae.report.words import NAMES
+from groupsae.report.words import METRICS, NAMES
 
-METRICS = ("fvu", "delta_ce")
 WHAT = {
     "fvu": "FVU is the share of the variance of the activations that the reconstruction loses",
     "delta_ce": "ΔCE is what the cross-entropy of the language model rises by with one layer's "

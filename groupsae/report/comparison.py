@@ -5,9 +5,7 @@ from typing import Any, NamedTuple
 
 from groupsae.report.load import Interval, RunFiles, interval
 from groupsae.report.quality import cost_of
-from groupsae.report.words import NAMES, UNIT, number
-
-METRICS = ("fvu", "delta_ce")
+from groupsae.report.words import METRICS, NAMES, UNIT, number, within
 
 
 class Comparison(NamedTuple):
@@ -97,22 +95,14 @@ def against_in_words(run: RunFiles, kind: str) -> str:
 def change_in_words(name: str, change: Interval, metric: str) -> str:
     """Return one difference, with its interval: higher, lower or not distinguishable."""
     unit = UNIT[metric]
-    amount = number(abs(change.value), 4)
     if change.low is None:
         return f"{name} differs by {number(change.value, 4)}{unit} (no interval)"
-    low, high = change.bounds
     if change.sign == 0:
-        return (
-            f"{name} is not distinguishable (difference {number(change.value, 4)}{unit}, "
-            f"interval {number(low, 4)} to {number(high, 4)})"
-        )
-    if change.sign < 0:
-        low, high = -high, -low
-    word = "higher" if change.sign > 0 else "lower"
-    return (
-        f"{name} is {word} by {amount}{unit} (interval {number(abs(low), 4)} to "
-        f"{number(abs(high), 4)})"
-    )
+        return f"{name} is not distinguishable (difference {within(change, metric)}{unit})"
+    if change.sign > 0:
+        return f"{name} is higher by {within(change, metric)}{unit}"
+    low, high = change.bounds
+    return f"{name} is lower by {within(Interval(-change.value, -high, -low), metric)}{unit}"
 
 
 def _absent(run: RunFiles, kind: str) -> str:

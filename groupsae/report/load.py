@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from groupsae.data.reading import read_json, read_metrics, read_npz, read_yaml
 from groupsae.errors import UserError
 from groupsae.grouping.partition import Distances
+from groupsae.interop.groups_file import load_plan
 
 FORMAT = 1  # of evaluation.json
 
@@ -118,7 +120,7 @@ class RunFiles:
     @cached_property
     def chosen(self) -> dict[str, Any] | None:
         """Return the grouping the report is about; None before the run was evaluated."""
-        return chosen_grouping(self.groupings, self.plan)
+        return chosen_grouping(self.groupings)
 
     @cached_property
     def groups(self) -> list[list[int]]:
@@ -170,24 +172,9 @@ class RunFiles:
         return read_npz(path) if path.exists() else None
 
 
-def chosen_grouping(
-    groupings: Sequence[dict[str, Any]], plan: Mapping[str, Any] | None
-) -> dict[str, Any] | None:
-    """Return the grouping that sums a run up: the one the rule of its plan chose.
-
-    Without a plan it is the first that any rule chose, and in a run without a threshold the one
-    grouping there is.
-    """
-    plan = plan or {}
-    scored = [g for g in groupings if g["kind"] != "smaller"]
-    picked = [g for g in scored if g.get("chosen_by")]
-    for grouping in [*(g for g in picked if plan.get("rule") in g["chosen_by"]), *picked]:
-        return grouping
-    for grouping in scored:
-        if grouping.get("groups") == plan.get("groups"):
-            return grouping
-    groups = [g for g in scored if g["kind"] == "groups"]
-    return next(iter([*groups, *groupings]), None)
+def chosen_grouping(groupings: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the grouping that sums a run up, which an evaluation puts first."""
+    return groupings[0] if groupings else None
 
 
 def read_run(folder: Path) -> RunFiles:
@@ -202,13 +189,14 @@ def read_run(folder: Path) -> RunFiles:
         inside = sorted(folder.glob("**/groups.json"))
         hint = f"Did you mean {inside[0].parent}?" if inside else f"Name one {_EXAMPLE}."
         raise UserError(f"run={folder}: no run there (no groups.json). {hint}")
+    load_plan(folder)  # refuses what was changed by hand, as evaluating does
     groups = read_json(folder / "groups.json") or {}
     evaluation = read_json(folder / "evaluation" / "evaluation.json")
     if evaluation is not None and evaluation.get("format") != FORMAT:
         raise UserError(
             f"{folder / 'evaluation' / 'evaluation.json'} has format {evaluation.get('format')}; "
             f"this version reads {FORMAT}. Evaluate the run again: "
-            f"python -m groupsae.evaluate run={folder}"
+            f"python -m groupsae.evaluate {quote(f'run={folder}')}"
         )
     config_file, angles = folder / ".hydra" / "config.yaml", folder / "angles.npz"
     text = config_file.read_text(encoding="utf-8") if config_file.exists() else ""

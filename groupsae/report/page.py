@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from groupsae.errors import UserError
 from groupsae.report.collection import Captioned, run_figures
 from groupsae.report.load import RunFiles, read_run
 from groupsae.report.sections import run_sections
+from groupsae.report.seeds import not_alike
 from groupsae.report.several import compare_runs
 from groupsae.report.words import plural
 
@@ -31,13 +32,16 @@ class Image(NamedTuple):
     wide: bool
 
 
-def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
+def write_report(
+    folders: Sequence[Path], output: Path | None = None, say: Callable[[str], None] = print
+) -> Path:
     """Write `report.html` and the figures of one or several runs; return the page's path.
 
     Args:
         folders: of the runs.
         output: where to write; None: `<run>/report` for one run, and for several a folder named
             by them beside the first.
+        say: told what the reader must know before believing a comparison.
 
     Raises:
         UserError: a folder is no run, a file in it is damaged, a run is named twice, or the
@@ -50,6 +54,9 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     for i, folder in enumerate(resolved):
         if folder in resolved[:i]:
             raise UserError(f"run={runs[i].folder} is named twice: name each run once.")
+    warning = not_alike(runs)
+    if warning is not None:
+        say(f"warning: {warning}")
     place = output if output is not None else default_output(resolved)
     try:
         place.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from groupsae.report.canvas import RULE_NAMES
 from groupsae.report.load import Interval, RunFiles, interval
 from groupsae.report.per_layer import similarities
 from groupsae.report.quality import cost_of
-from groupsae.report.words import DIGITS, NONE, number, percent, spans
+from groupsae.report.words import DIGITS, NONE, number, percent, spans, within
 
 JOIN = "\N{WORD JOINER}"  # no line ends inside a span of layers
 
@@ -70,6 +70,21 @@ def layers_table(run: RunFiles) -> Table | None:
     return table if table.rows else None
 
 
+def scale_table(run: RunFiles) -> Table | None:
+    """Return the CE with a layer ablated: the ends of the scale that a CE score is on."""
+    e = run.evaluation or {}
+    table = Table(
+        f"What the language model's CE, {within(e.get('ce'), 'ce')} nats, becomes with a layer "
+        "set to zero (where the CE score is 0) or to its mean",
+        ["layer", "CE at zero, nats", "CE at the mean, nats", "RMS norm"],
+    )
+    for row in e.get("layers", []):
+        norm = Cell(number(row.get("rms_norm"), 2))
+        ends = (cell(row.get(key), "ce") for key in ("ce_zero", "ce_mean"))
+        table.rows.append([Cell(str(row["layer"])), *ends, norm])
+    return table if table.rows else None
+
+
 def variants_table(run: RunFiles) -> Table | None:
     """Return reconstruction as other tools name and count it."""
     keys = {
@@ -103,7 +118,9 @@ def variants_table(run: RunFiles) -> Table | None:
 def groupings_table(run: RunFiles) -> Table | None:
     """Return every grouping with quality over the grouped layers, and cost."""
     table = Table(
-        "Every grouping: mean over the grouped layers, and the change against one SAE per layer",
+        "Every grouping: mean over the grouped layers, and the change against one SAE per layer"
+        if len(run.groupings) > 1
+        else "Mean over the grouped layers; cost against one SAE per layer",
         ["grouping", "groups", "G", "AMAD", "FLOPs", "seconds", "FVU", "ΔCE, nats", "ΔCE, %"],
         text=2,
     )
@@ -115,7 +132,7 @@ def groupings_table(run: RunFiles) -> Table | None:
             table.marked.append(i)
         table.rows.append(
             [
-                Cell(grouping["name"], _made_by(grouping)),
+                Cell(grouping["name"], _made_by(grouping, grouping is run.chosen)),
                 Cell(
                     "one each"
                     if grouping["kind"] != "groups"
@@ -203,11 +220,10 @@ def _served(run: RunFiles) -> Sequence[tuple[int, str, dict[str, Any]]]:
     return [(x, sae, found) for x, sae in pairs if (found := run.result(sae, x)) is not None]
 
 
-def _made_by(grouping: dict[str, Any]) -> str:
+def _made_by(grouping: dict[str, Any], chosen: bool) -> str:
     names = [RULE_NAMES.get(rule, rule) for rule in grouping.get("rules") or []]
     if grouping["kind"] == "per_layer":
         return "one SAE per layer"
     if grouping["kind"] == "smaller":
         return "smaller SAEs on every layer"
-    chosen = ", chosen" if grouping.get("chosen_by") else ""
-    return ", ".join(names) + chosen
+    return ", ".join([*names, "chosen"] if chosen else names)

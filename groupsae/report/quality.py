@@ -171,9 +171,13 @@ def _points(
     read: Callable[[Grouping], Interval | None],
     where: Callable[[Grouping], float | None],
 ) -> list[tuple[float, Interval]]:
+    """Return (x, value) from left to right.
+
+    So no line turns back, though even spacing may be less close with more groups.
+    """
     found = []
-    for grouping in sorted(groupings, key=lambda g: g["num_groups"]):
+    for grouping in groupings:
         x, value = where(grouping), read(grouping)
         if x is not None and value is not None:
             found.append((float(x), value))
-    return found
+    return sorted(found, key=lambda point: point[0])

@@ -11,6 +11,7 @@ from groupsae.report.page_tables import (
     groupings_table,
     layers_table,
     saes_table,
+    scale_table,
     similarity_table,
     together_table,
     variants_table,
@@ -78,7 +79,9 @@ def run_sections(run: RunFiles, images: Sequence[tuple[str, Any]]) -> list[Secti
             "layers",
             "Layer by layer",
             figures=of("layers"),
-            tables=_some(layers_table(run), variants_table(run), similarity_table(run)),
+            tables=_some(
+                layers_table(run), scale_table(run), variants_table(run), similarity_table(run)
+            ),
         ),
         Section("latents", "Latents", figures=of("latents"), tables=_some(saes_table(run))),
         Section("training", "Training", figures=of("training"), tables=trained),

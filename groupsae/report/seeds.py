@@ -39,9 +39,7 @@ def families(runs: Sequence[RunFiles]) -> list[Family]:
     found: dict[str, list[RunFiles]] = {}
     for run in runs:
         kept = without(run.config, (*RUNTIME, "seed", "hydra"))
-        measured = run.evaluation or {}
-        where = [measured.get(key) for key in ("tokens", "exclude_special_tokens")]
-        parts = [kept or str(run.folder), run.plan.get("last_layer"), where]
+        parts = [kept or str(run.folder), run.plan.get("last_layer"), measured_on(run)]
         key = json.dumps(parts, default=str)
         found.setdefault(key, []).append(run)
     grouped = list(found.values())
@@ -52,6 +50,39 @@ def families(runs: Sequence[RunFiles]) -> list[Family]:
     if len(set(labels)) < len(labels):
         labels = [f"{label} ({i + 1})" for i, label in enumerate(labels)]
     return [Family(label, members) for label, members in zip(labels, grouped, strict=True)]
+
+
+def measured_on(run: RunFiles) -> dict[str, str]:
+    """Return what the figures of an evaluation depend on besides the SAEs; nothing before one."""
+    e = run.evaluation
+    if e is None:
+        return {}
+    return {
+        "model": str(e.get("model")) + (f" at {e['revision']}" if e.get("revision") else ""),
+        "text": str(run.measured.get("text", "unknown"))[:8],
+        "held-out tokens": f"{e['tokens']:,}",
+        "context": str(e.get("context")),
+        "special tokens": "left out" if e.get("exclude_special_tokens") else "counted",
+    }
+
+
+def differing(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
+    """Return in what the evaluations of runs differ -> the values, the first run's first."""
+    found = [where for run in runs if (where := measured_on(run))]
+    values = {key: list(dict.fromkeys(each[key] for each in found)) for key in (found or [{}])[0]}
+    return {key: several for key, several in values.items() if len(several) > 1}
+
+
+def not_alike(runs: Sequence[RunFiles]) -> str | None:
+    """Return a sentence that says in what the evaluations of runs differ, if they do."""
+    found = differing(runs)
+    if not found:
+        return None
+    what = "; ".join(f"{key}: {' and '.join(values)}" for key, values in found.items())
+    return (
+        f"The runs were not evaluated alike ({what}): what they differ by may come from that, not "
+        "from the SAEs. Evaluate them alike, with python -m groupsae.evaluate."
+    )
 
 
 def _label(run: RunFiles, depth: int) -> str:

@@ -5,25 +5,34 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from groupsae.report.canvas import COLOURS, MARKERS, legend_below, new_axes
+from groupsae.report.canvas import COLOURS, LINES, MARKERS, legend_below, new_axes
 from groupsae.report.collection import Captioned
 from groupsae.report.comparison import saving
 from groupsae.report.load import RunFiles
 from groupsae.report.page_tables import Cell, Table, cell
 from groupsae.report.quality import UNITS, cost_of
-from groupsae.report.seeds import Family, Spread, difference, families, means, spread
+from groupsae.report.seeds import (
+    Family,
+    Spread,
+    difference,
+    differing,
+    families,
+    means,
+    measured_on,
+    not_alike,
+    spread,
+)
 from groupsae.report.verdict import Finding, Verdict
-from groupsae.report.words import NAMES, NONE, number, percent, plural
+from groupsae.report.words import METRICS, NAMES, NONE, number, percent, plural
 
-METRICS = ("fvu", "delta_ce")
 LONG = 40  # characters of a legend's label that leave no room for a second column
 
 
 def against_cost(found: Sequence[Family], metric: str) -> Figure | None:
     """Return quality against relative cost of everything that the runs hold.
 
-    One colour per configuration; marks tell the rules and baselines apart. Several seeds are
-    shown by their mean and range, a single one by its confidence interval.
+    One colour per configuration; marks and lines tell the rules and baselines apart. Several seeds
+    are shown by their mean and range, a single one by its confidence interval.
     """
     figure, axes = new_axes(6.4, 4.6)
     for i, family in enumerate(found):
@@ -42,7 +51,8 @@ def against_cost(found: Sequence[Family], metric: str) -> Figure | None:
                 ],
                 marker=marker,
                 ms=9 if marker == "*" else 5,
-                ls="-" if line and len(x) > 1 else "",
+                ls=line if len(x) > 1 else "",
+                mfc="white" if marker == "s" else colour,
                 lw=1.4,
                 capsize=2.5,
                 color=colour,
@@ -51,13 +61,14 @@ def against_cost(found: Sequence[Family], metric: str) -> Figure | None:
             labelled = True
     if not axes.containers:
         return None
-    for marker, label in (
-        ("*", "one SAE per layer"),
-        ("D", "smaller SAEs"),
-        ("s", "evenly spaced"),
+    for marker, line, label in (
+        ("*", "", "one SAE per layer"),
+        ("D", "", "smaller SAEs"),
+        ("s", LINES["even"], "evenly spaced"),
     ):
-        size = 8 if marker == "*" else 5
-        axes.plot([], [], marker, ms=size, color="0.5", label=label)
+        look: dict[str, Any] = {"ms": 8 if marker == "*" else 5, "color": "0.5", "ls": line}
+        face = "white" if marker == "s" else "0.5"
+        axes.plot([], [], marker=marker, mfc=face, label=label, **look)
     axes.set(
         xlabel="FLOPs relative to one SAE per layer",
         ylabel=UNITS[metric],
@@ -68,14 +79,14 @@ def against_cost(found: Sequence[Family], metric: str) -> Figure | None:
     return figure
 
 
-def _series(family: Family) -> dict[tuple[str, bool], list[str]]:
-    """Return (marker, joined by a line) -> names of groupings."""
-    series: dict[tuple[str, bool], list[str]] = {}
+def _series(family: Family) -> dict[tuple[str, str], list[str]]:
+    """Return (marker, style of the line that joins them) -> names of groupings."""
+    series: dict[tuple[str, str], list[str]] = {}
     for run in family.runs:
         for grouping in run.groupings:
             rule = (grouping.get("rules") or [""])[0]
-            key = {"per_layer": ("*", False), "smaller": ("D", False)}.get(
-                grouping["kind"], (MARKERS.get(rule, "o"), True)
+            key = {"per_layer": ("*", ""), "smaller": ("D", "")}.get(
+                grouping["kind"], (MARKERS.get(rule, "o"), LINES.get(rule, "-"))
             )
             names = series.setdefault(key, [])
             if grouping["name"] not in names:
@@ -108,7 +119,12 @@ def side_by_side(runs: Sequence[RunFiles], names: Sequence[str]) -> Table:
         ["run", "grouping", "seed", "G", "AMAD", "FVU", "ΔCE, nats", "FLOPs saved", "tokens"],
         text=2,
     )
-    for run, name in zip(runs, names, strict=True):
+    first = next((where for run in runs if (where := measured_on(run))), {})
+    unlike = differing(runs)
+    table.columns += ["evaluated on"] if unlike else []
+    for i, (run, name) in enumerate(zip(runs, names, strict=True)):
+        where = measured_on(run)
+        table.marked += [i] if where and where != first else []
         chosen: dict[str, Any] = run.chosen or {}
         values = chosen.get("grouped_layers") or {}
         fvu = values.get("fvu", (run.summary or {}).get("fvu"))
@@ -124,6 +140,11 @@ def side_by_side(runs: Sequence[RunFiles], names: Sequence[str]) -> Table:
                 cell(values.get("delta_ce"), "delta_ce"),
                 Cell(percent(saving(run))),
                 Cell(NONE if tokens is None else f"{tokens:,}"),
+                *(
+                    [Cell("; ".join(f"{k}: {where[k]}" for k in unlike) if where else NONE)]
+                    if unlike
+                    else []
+                ),
             ]
         )
     return table
@@ -178,7 +199,10 @@ def compare_runs(
                 "confidence interval."
             )
             figures.append(Captioned(f"{metric}_runs", "runs", figure, title, caption))
-    return judge_runs(found), tables, figures
+    verdict, warning = judge_runs(found), not_alike(runs)
+    if warning is not None:
+        verdict.caveats.insert(0, f"{warning} The marked rows are unlike the first.")
+    return verdict, tables, figures
 
 
 def judge_runs(found: Sequence[Family]) -> Verdict:

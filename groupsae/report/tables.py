@@ -64,11 +64,11 @@ def print_result(console: Console, summary: Mapping[str, Any]) -> None:
     for name, group in summary["groups"].items():
         if name not in summary["chosen"]:
             continue
-        per_layer = sum(group["tokens_per_layer"].values()) / len(group["layers"])
+        counts = group["tokens_per_layer"].values()
         table.add_row(
             name,
             _span(group["layers"]),
-            f"{per_layer:,.0f}",
+            " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)})),
             f"{group['fvu']:.4f}",
             f"{group['l0']:.1f}",
             f"{100 * group['dead']:.1f}",
@@ -121,7 +121,7 @@ def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
         console: where to print.
         evaluation: what `evaluation.json` holds.
     """
-    chosen = chosen_grouping(evaluation["groupings"], None)
+    chosen = chosen_grouping(evaluation["groupings"])
     if chosen is None:
         return
     results = {(r["sae"], int(r["layer"])): r for r in evaluation["results"]}
@@ -143,8 +143,30 @@ def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
     for name in ("grouped", "all"):
         table.add_row("mean", f"{name} layers", *_quality(chosen[f"{name}_layers"]))
     console.print(table)
+    console.print(_scale(evaluation, chosen))
     if len(evaluation["groupings"]) > 1:
         console.print(_groupings(evaluation["groupings"], chosen))
+
+
+def _scale(evaluation: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
+    """Return the CE that the losses are to be seen against, and that of all layers at once."""
+    ends = [
+        [v.value for row in evaluation["layers"] if (v := interval(row.get(key)))]
+        for key in ("ce_zero", "ce_mean")
+    ]
+    zero, mean = (number(sum(v) / len(v) if v else None, 3) for v in ends)
+    text = (
+        f"The language model's CE is {_alone(evaluation['ce'], 4)} nats; with one layer set to "
+        f"zero {zero}, to its mean {mean} (mean over layers)."
+    )
+    together = chosen.get("spliced_together")
+    if together:
+        text += (
+            f"\nAll layers replaced at once: CE {_alone(together['ce'], 4)}, ΔCE "
+            f"{_with_half(together['delta_ce'], 4)} nats "
+            f"({_alone(together['delta_ce_percent'], 2)} %), KL {_with_half(together['kl'], 4)}."
+        )
+    return text
 
 
 def _quality(row: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """What a run shows, in sentences made from its numbers."""
 
 from dataclasses import dataclass, field
+from shlex import quote
 from typing import NamedTuple
 
 from groupsae.report.comparison import against_in_words, change_in_words, saving
@@ -135,7 +136,7 @@ def _cost_of_sharing(run: RunFiles, fvu: Interval | None, delta_ce: Interval | N
     if run.evaluation is None:
         return (
             "What the SAEs do to the language model was not measured yet: "
-            f"python -m groupsae.evaluate run={run.folder}"
+            f"python -m groupsae.evaluate {quote(f'run={run.folder}')}"
         )
     if run.chosen is None:
         return ""

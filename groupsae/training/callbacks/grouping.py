@@ -13,7 +13,7 @@ from groupsae.errors import UserError
 from groupsae.grouping.choices import Choice
 from groupsae.grouping.plan import GroupPlan
 from groupsae.grouping.rules import needs_distances
-from groupsae.interop.suite import load_plan
+from groupsae.interop.groups_file import load_plan
 from groupsae.training.forecast import Forecast, bytes_free, bytes_needed, forecast, refuse
 from groupsae.training.measure import Measurement, check_scale, measure, provenance_of
 from groupsae.training.suite import GroupSAESuite
