@@ -9,7 +9,7 @@ from pathlib import Path
 from options import ConfFile, Option
 
 ENTRY_POINTS = "commands"
-SAID_ALREADY = 0.6  # share of a comment's words that the docstring has, from which it is left out
+SAID_ALREADY = 0.5  # share of a comment's words that the docstring has, from which it is left out
 VALUE = r"[\w./]+=(?:<[^>]*>|[\w.\[\],/-]*[\w\]])"
 COMMAND = rf"python -m [\w.]+\w(?: {VALUE})*"
 
@@ -123,10 +123,10 @@ def api_pages(package: Path) -> dict[str, str]:
     rooms = sorted(folder.parent for folder in package.glob("*/__init__.py"))
     pages, lines = {}, []
     for room in rooms:
-        modules = [room / "__init__.py", *_public(room)]
+        modules = [room / "__init__.py", *_public(room, "**/*.py")]
         pages[f"api/{room.name}.md"] = _room(room.name, modules, package)
         lines.append(f"| [`{room.name}`]({room.name}.md) | {_first_line(modules[0])} |")
-    pages[f"api/{ENTRY_POINTS}.md"] = _room(ENTRY_POINTS, _public(package), package)
+    pages[f"api/{ENTRY_POINTS}.md"] = _room(ENTRY_POINTS, _public(package, "*.py"), package)
     lines.append(f"| [`{ENTRY_POINTS}`]({ENTRY_POINTS}.md) | The commands and what they share. |")
     index = "# API reference\n\nFrom the docstrings, room by room. What most users need is\n"
     index += "[`groupsae.load_suite`][groupsae.interop.suite.load_suite] and the\n"
@@ -135,8 +135,8 @@ def api_pages(package: Path) -> dict[str, str]:
     return pages
 
 
-def _public(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.py") if not path.name.startswith("_"))
+def _public(folder: Path, pattern: str) -> list[Path]:
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("_"))
 
 
 def _room(name: str, modules: list[Path], package: Path) -> str:
