@@ -205,7 +205,7 @@ def test_every_command_composes(path, tmp_path):
 
 
 def test_commands_are_found_and_wrong_ones_are_told(tmp_path):
-    found = commands("`python -m groupsae.train seed=1`\n    make train ARGS=\"a=b\"  # now\n")
+    found = commands('`python -m groupsae.train seed=1`\n    make train ARGS="a=b"  # now\n')
     assert found == {("train", " seed=1"), ("train", "a=b")}
     sweep = points(["seed=0,1", "tokens=7"])
     assert list(sweep) == [["seed=0", "tokens=7"], ["seed=1", "tokens=7"]]

@@ -60,11 +60,7 @@ def _named(name: str, path: Path, root: Path) -> dict[str, str]:
 
 
 def section(docstring: str, title: str) -> dict[str, str]:
-    """Return name -> text of one section of a docstring in Google's style.
-
-    >>> section("What.\\n\\nArgs:\\n    k: latents\\n        a row.\\n    seed: of it.", "Args")
-    {'k': 'latents a row.', 'seed': 'of it.'}
-    """
+    """Return name -> text of one section of a docstring in Google's style, on one line each."""
     body = re.search(rf"^{title}:\n((?:(?: .*)?\n?)*)", docstring, re.MULTILINE)
     said: dict[str, str] = {}
     for line in body[1].splitlines() if body else []:

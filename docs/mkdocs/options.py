@@ -1,7 +1,7 @@
 """Every option of conf/: its default, the comment beside it and what its constructor says.
 
 Read from the files as they are, with PyYAML and `ast`: nothing of the package is imported, so the
-documentation is built without torch. Run as a script it prints what the configuration page shows.
+documentation is built without torch.
 """
 
 import re
@@ -199,9 +199,3 @@ def _elsewhere(key: str, file: ConfFile, files: list[ConfFile]) -> list[ConfFile
     group = key.partition(".")[0]
     near += [by_name[group, chosen[group]]] if (group, chosen.get(group)) in by_name else []
     return [*near, train, *(each for each in files if each.group == group)]
-
-
-if __name__ == "__main__":
-    from pages import options_page
-
-    print(options_page(read_conf()))

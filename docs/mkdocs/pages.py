@@ -99,13 +99,11 @@ def _words(text: str) -> set[str]:
 
 
 def _text(text: str) -> str:
-    """Return prose of a comment or docstring as Markdown that shows it as it is; commands as code."""
+    """Return prose of a comment or docstring as Markdown that shows it so; commands as code."""
     text = re.sub(rf"(`[^`]*`)|({COMMAND}|{VALUE})", lambda m: m[1] or f"`{m[2]}`", text)
     pieces = re.split(r"(`[^`]*`)", text)
     escaped = (re.sub(r"([*_\[\]])", r"\\\1", html.escape(p, quote=False)) for p in pieces)
-    return "".join(
-        p if p.startswith("`") else e for p, e in zip(pieces, escaped, strict=True)
-    )
+    return "".join(p if p.startswith("`") else e for p, e in zip(pieces, escaped, strict=True))
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
