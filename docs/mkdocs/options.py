@@ -197,5 +197,7 @@ def _elsewhere(key: str, file: ConfFile, files: list[ConfFile]) -> list[ConfFile
             waiting += [(parent.group, each) for each in parent.parents]
     chosen = dict(train.choices) | dict(file.choices)
     group = key.partition(".")[0]
-    near += [by_name[group, chosen[group]]] if (group, chosen.get(group)) in by_name else []
+    # for tuning/tiny/relu that is sae/relu; then what the defaults choose
+    names = [(group, file.name), (group, chosen.get(group, ""))]
+    near += [by_name[name] for name in names if name in by_name]
     return [*near, train, *(each for each in files if each.group == group)]
