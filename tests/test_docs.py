@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -183,11 +184,16 @@ def check(command: str, typed: str, own_conf: Path) -> None:
     assert set(arguments) - set(overrides) <= {"-m", "--cfg", "job"}, arguments
     if command == "report":  # which takes several folders with commas between
         overrides = [re.sub(r"^run=(.*)$", r"run=[\1]", each) for each in overrides]
+    for point in points(overrides) if sweep else [overrides]:
+        compose_once(command, tuple(point))
+
+
+@cache  # pages repeat each other's commands
+def compose_once(command: str, point: tuple[str, ...]) -> None:
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        for point in points(overrides) if sweep else [overrides]:
-            cfg = compose(command, overrides=point)
-            if command == "train":
-                assert OmegaConf.missing_keys(cfg) == set(), point
+        cfg = compose(command, overrides=list(point))
+    if command == "train":
+        assert OmegaConf.missing_keys(cfg) == set(), point
 
 
 @page

@@ -1,6 +1,7 @@
 """What mkdocs does beside turning docs/*.md into pages: generated pages, links, formulas."""
 
 import re
+from html import unescape
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -13,6 +14,7 @@ MARKER = "<!-- every option -->"  # in docs/configuration.md
 # Files outside docs/ that are pages of the site as well: the same text on both.
 BORROWED = {"README.md": "index.md", "groupsae/models/tiny/README.md": "bundled-model.md"}
 LINK = re.compile(r"(\]\(|src=\")(?!\w+:|#)([^)\"\s]+)(\)|\")")
+BAR = 'stretchy="false" lspace="0" rspace="0"'
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -47,8 +49,9 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def _mathml(latex: str, *, block: bool) -> str:
-    plain = latex.replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">").strip()
-    return convert(plain, display="block" if block else "inline")
+    made = convert(unescape(latex).strip(), display="block" if block else "inline")
+    # bars of a norm as high as the letters beside them, whatever hangs on them, and no space
+    return re.sub("<mo>(&#x02016;|&#x0007C;)</mo>", rf"<mo {BAR}>\1</mo>", made)
 
 
 def _relink(text: str, source: str) -> str:
