@@ -2,8 +2,10 @@
 
 import ast
 import importlib
+import os
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -262,3 +264,33 @@ def test_examples_in_python_use_what_exists(path):
                     assert hasattr(module, alias.name), f"{named(path)}: {alias.name}"
             elif isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "groupsae":
                 assert hasattr(importlib.import_module("groupsae"), node.attr), node.attr
+
+
+# ---- the site, where its packages are installed (make docs) -----------------------------------
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_warnings_and_fetches_nothing(tmp_path):
+    for package in ("material", "mkdocstrings", "latex2mathml"):
+        pytest.importorskip(package)
+    settings = DOCS / "mkdocs" / "mkdocs.yml"
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", str(settings)]
+    done = subprocess.run(
+        [*build, "--site-dir", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    pages = {file.relative_to(tmp_path).as_posix(): file for file in tmp_path.rglob("*.html")}
+    for name, file in pages.items():
+        tags = re.findall(r"<(?:script|link|img|iframe)\b[^>]*>", file.read_text("utf-8"))
+        assert not [tag for tag in tags if re.search(r"(?:src|href)=\"?(?:https?:)?//", tag)], name
+    concepts = pages["concepts.html"].read_text("utf-8")
+    assert concepts.count("<math") > 20
+    assert "arithmatex" not in concepts
+    assert 'id="conf-groups-amad"' in pages["configuration.html"].read_text("utf-8")
+    assert "configuration.html#conf-experiment-replication" in (
+        pages["replication.html"].read_text("utf-8")
+    )
