@@ -6,7 +6,7 @@ READY := .venv/.ready
 ARGS ?=
 SEEDS ?= 0,1,2
 
-.PHONY: help train evaluate report test check format sweep replicate pretrain bench clean
+.PHONY: help train evaluate report test check format sweep replicate pretrain bench docs clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,14 @@ pretrain: $(READY)  ## Train the bundled language model anew (hours)
 bench: $(READY)  ## Show where the time of a training step goes
 	@$(BIN)/python -m benchmarks.profile_step $(ARGS)
 
+.venv/.docs: $(READY)
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
+		--editable '.[docs]'
+	@touch $@
+
+docs: .venv/.docs  ## Build the documentation into site/: open site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/mkdocs/mkdocs.yml
+
 clean:  ## Remove caches and build products; .venv and outputs stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

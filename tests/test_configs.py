@@ -194,11 +194,3 @@ def test_the_embedded_default_brings_its_own_sizes():
 
 def test_a_pythia_model_brings_the_pile_along():
     assert composed("model=pythia-70m").data.name == "NeelNanda/pile-small-tokenized-2b"
-
-
-def test_the_readme_names_only_options_that_exist():
-    readme = CONF.parent / "README.md"
-    if not readme.exists():
-        pytest.skip("no README beside the packaged conf")
-    for group, option in re.findall(rf"\b({'|'.join(GROUPS)})=([\w.-]+)", readme.read_text()):
-        assert (group, option) in OPTIONS, f"README: {group}={option}"

@@ -15,7 +15,7 @@ SPECIFIC = 0.9  # a latent with a larger share of its firings in one layer belon
 class Histogram(TypedDict):
     """Latents by log10 of the share of tokens they fire on.
 
-    Keys:
+    Attributes:
         edges: of the bins, one more than counts.
         counts: latents in each bin; the last one has both its edges.
         never: latents that never fired, which no bin holds.
@@ -29,7 +29,7 @@ class Histogram(TypedDict):
 class ProfileSummary(TypedDict):
     """A group's `LayerProfile` in numbers, over the latents that fired; None if none did.
 
-    Keys:
+    Attributes:
         layers: of the group.
         mean_max_share: mean over latents of the largest share that one layer has.
         specific: share of latents with more than 90 % of their firings in one layer.

@@ -22,12 +22,13 @@ Groups = list[list[int]]
 def partition(distances: npt.ArrayLike, num_groups: int, rule: str = "complete") -> Partition:
     """Return the layers cut into exactly num_groups contiguous groups.
 
-    Rules:
-        complete: complete linkage on the distances, as the paper's text says.
-        minmax: the smallest possible largest diameter, ties by AMAD (exact).
-        even: sizes that differ by at most one, the larger groups first.
-        published: complete linkage on Euclidean distances between matrix rows, as the reference
-            code does; only this one gives back the published groups.
+    The rules:
+
+    - complete: complete linkage on the distances, as the paper's text says.
+    - minmax: the smallest possible largest diameter, ties by AMAD (exact).
+    - even: sizes that differ by at most one, the larger groups first.
+    - published: complete linkage on Euclidean distances between matrix rows, as the reference
+      code does; only this one gives back the published groups.
 
     AMAD itself is not among the criteria: its minimum is one giant group beside singletons.
 

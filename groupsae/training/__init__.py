@@ -1,1 +1,1 @@
-"""LightningModules, callbacks and the cost model."""
+"""LightningModules, callbacks and the ledger of costs."""
