@@ -143,7 +143,7 @@ def _measured_flops(
         parts = list(data.every_layer(tokens, list(range(geometry.num_layers))))
     with flop_counter() as distances:
         for each in parts:
-            angles.update(each.acts, each.keep)
+            angles.update(each.acts, each.everywhere())
     with flop_counter() as saes, torch.enable_grad():
         for member in (m.to(device) for m in members):
             acts, layers = batch.rows(member.slot)
