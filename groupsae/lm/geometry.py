@@ -1,8 +1,9 @@
 """What a model's config says: which stacks of blocks it has, and their sizes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -105,3 +106,17 @@ def geometry_of(config: PreTrainedConfig, stack: str, name: str) -> Geometry:
         context=getattr(text, "max_position_embeddings", None) or 2048,
         vocab_size=found["vocab_size"],
     )
+
+
+def within_positions(geometry: Geometry, model: nn.Module) -> Geometry:
+    """Return the sizes with a context that learned positions have room for.
+
+    Where one of them belongs to the padding token, the positions begin behind it: RoBERTa counts
+    514, of which 512 can be read.
+    """
+    for name, module in model.named_modules():
+        learned = name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
+        if learned and module.padding_idx is not None:
+            room = module.num_embeddings - module.padding_idx - 1
+            return replace(geometry, context=min(geometry.context, room))
+    return geometry

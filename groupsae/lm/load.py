@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from groupsae.errors import UserError
 from groupsae.lm.blocks import find_blocks
-from groupsae.lm.geometry import choose_stack, geometry_of, stacks_of
+from groupsae.lm.geometry import choose_stack, geometry_of, stacks_of, within_positions
 from groupsae.lm.hooked import HookedLM
 from groupsae.lm.hookpoints import check_hookpoint
 from groupsae.lm.options import check_load_options, hub_options, recorded_options
@@ -176,6 +176,7 @@ class FrozenLM:
                 f"{str(error).strip() or 'no reason given'}".split("\n")[0]
             ) from error
         self._hook(skeleton, predicts=False)
+        self.geometry = within_positions(self.geometry, skeleton)
 
     def described(self) -> dict[str, Any]:
         """Return what decides the activations, as plain values: kept beside every result."""
