@@ -211,9 +211,7 @@ def test_names_given_by_hand_are_used(folder_of):
     with pytest.raises(UserError, match=r"'encoder.layer', which is not .*: layers \(3\)"):
         frozen(folder, blocks_path="encoder.layer")
     with pytest.raises(UserError, match=r"mlp_out of block 0 .* \[2, 12, 32\] instead of"):
-        seen(
-            frozen(folder, hookpoint="mlp_out", submodule="mlp.up_proj").load(CPU), tokens
-        )
+        seen(frozen(folder, hookpoint="mlp_out", submodule="mlp.up_proj").load(CPU), tokens)
 
 
 def test_options_of_from_pretrained_are_passed_on_and_recorded(folder_of):

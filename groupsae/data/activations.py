@@ -15,6 +15,7 @@ from groupsae.cost.stopwatch import Stopwatch
 from groupsae.data.batch import ActivationBatch
 from groupsae.data.filters import TokenFilter, check_filters
 from groupsae.data.loader import StepSampler, block_order, make_loader
+from groupsae.data.packing import end_of_text
 from groupsae.data.rows import draw_rows
 from groupsae.data.sources import Source
 from groupsae.data.splits import SPLITS, Split, document_numbers
@@ -200,7 +201,7 @@ class ActivationDataModule(L.LightningDataModule):
     def heldout_documents(self, num_steps: int) -> Int64[np.ndarray, " block"]:
         """Return a number of the document that each block of `heldout` begins in."""
         blocks = self.blocks.blocks["heldout"][:, self.packing.prepend_bos :]
-        numbers = document_numbers(blocks, self.lm.tokenizer().eos_token_id)
+        numbers = document_numbers(blocks, end_of_text(self.lm.tokenizer()))
         order = block_order(len(blocks), HELDOUT_SEED, 0, num_steps * self.blocks_per_step)
         return numbers[order]
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from groupsae.errors import UserError
@@ -24,7 +25,11 @@ PLACE = (
 
 
 def check_load_options(load: object) -> None:
-    """Raise UserError if an option is one that the program sets itself, or they are no mapping."""
+    """Raise UserError if the options are no mapping, or one is set elsewhere or needs a package.
+
+    Args:
+        load: the options.
+    """
     if not isinstance(load, Mapping):
         raise UserError(
             f"model.load is {load!r}; give arguments of from_pretrained, such as "
@@ -33,6 +38,11 @@ def check_load_options(load: object) -> None:
     for name in load:
         if name in OURS:
             raise UserError(f"model.load holds {name}: leave it out and use {OURS[name]}.")
+        if name in ("device_map", "quantization_config") and find_spec("accelerate") is None:
+            raise UserError(
+                f"model.load.{name} needs the package accelerate, which is not installed: "
+                "pip install accelerate."
+            )
 
 
 def hub_options(load: Mapping[str, Any]) -> dict[str, Any]:

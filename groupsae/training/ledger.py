@@ -49,7 +49,7 @@ def ledger(
     per_layer_seconds = activations + distances + full * work.layers_run
     return {
         "format": FORMAT,
-        "device": str(next(data.model.parameters()).device),
+        "device": str(data.device),
         "threads": torch.get_num_threads(),
         "tokens": work.tokens,
         "num_saes": len(members),
@@ -132,7 +132,7 @@ def _measured_flops(
     is changed.
     """
     # after fitting Lightning leaves the SAEs on the CPU; the language model is where it ran
-    device, geometry = next(data.model.parameters()).device, data.lm.geometry
+    device, geometry = data.device, data.lm.geometry
     tokens = next(iter(data.loader("train", 1, data.seed)))[:1].to(device)
     with flop_counter() as lm:
         batch = data.activations(tokens, data.slots)
