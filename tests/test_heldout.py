@@ -48,7 +48,7 @@ def pairs(
     return both
 
 
-@pytest.mark.parametrize("kind", ["ordinary", "all", "special"])
+@pytest.mark.parametrize("kind", ["ordinary", "all", "special", "filtered"])
 def test_the_pass_agrees_with_the_plain_model_one_sequence_at_a_time(
     kind: str, folder: Folder
 ) -> None:
@@ -66,6 +66,8 @@ def test_the_pass_agrees_with_the_plain_model_one_sequence_at_a_time(
             layer = wanted[key[1]]
             ablated = layer["ce_zero" if name == "ce_score" else "ce_mean"]
             scale /= min(1.0, abs(ablated - wanted["clean"]["ce"]))
+        if name == "kl_score":
+            scale /= min(1.0, wanted[key[1]]["kl_zero"])
         assert found == pytest.approx(value, abs=scale, rel=0), (key, name)
 
 
@@ -120,7 +122,8 @@ def test_the_split_into_batches_changes_nothing_but_the_legacy_variant(
 
 
 def test_the_flops_counted_are_the_flops_planned(folder: Folder) -> None:
-    for kind in ("ordinary", "all"):  # with all layers spliced at once, and without
+    # with all layers spliced at once, and without, and from another hookpoint
+    for kind in ("ordinary", "all", "filtered"):
         cost = read(folder(kind))["cost"]
         assert cost["measured_flops"] == cost["planned_flops"]
 
