@@ -37,7 +37,6 @@ HALVES = {
         "layer.0.LocalSelfAttention",  # LongT5
         "layer.0.TransientGlobalSelfAttention",
         "self_attention.dense",  # Bloom (and Falcon, where it is all the same)
-        "self_att.self_attention",  # CPM-Ant
         "self_attn", "self_attention", "attention", "attn", "linear_attn", "temporal_block",
         "multi_head_attention",
     ),
@@ -46,7 +45,6 @@ HALVES = {
         "layer.2.DenseReluDense", "layer.1.DenseReluDense", "layer.2.mlp", "layer.1.mlp",
         "mlp.dense_4h_to_h",  # Bloom (and GPT-NeoX and Falcon)
         "ffn.down_proj",  # MPT
-        "ffn.ffn",
         "mlp", "feed_forward", "block_sparse_moe", "moe", "ffn", "mlp_block",
         "fc2",  # OPT, BART
     ),
@@ -57,6 +55,7 @@ NORMS_BEHIND = (
     {"attn_out": "post_self_attn_layernorm", "mlp_out": "post_mlp_layernorm"},
     {"attn_out": "post_self_attn_layernorm", "mlp_out": "post_feedforward_layernorm"},
     {"attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"},
+    {"attn_out": "post_norm1", "mlp_out": "post_norm2"},  # HyperCLOVA X
     {
         "attn_out": "post_attention_layernorm",
         "mlp_out": "post_mlp_layernorm",
