@@ -56,7 +56,8 @@ class HookedLM:
         self.model, self.blocks, self.hookpoint = model, blocks, hookpoint
         self.sites = find_sites(blocks, hookpoint, submodule)
         self.d_model, self.start_token, self.predicts = d_model, start_token, predicts
-        self._accepted = inspect.signature(model.forward).parameters.keys()
+        accepted = inspect.signature(model.forward).parameters
+        self._accepted = accepted.keys() if "input_ids" in accepted else None  # it takes anything
 
     def read(self, tokens: Int[Tensor, "block pos"]) -> Int[Tensor, "block pos"]:
         """Return the token that the stack reads at each position."""
@@ -83,6 +84,8 @@ class HookedLM:
                 "decoder_attention_mask": ones,
                 "use_cache": False,
             }
+        if self._accepted is None:
+            return given
         return {name: value for name, value in given.items() if name in self._accepted}
 
     @torch.no_grad()
