@@ -80,7 +80,13 @@ def assess(folder: Path, cfg: DictConfig, options: DictConfig, device: str) -> d
     found = groupings(plan)
     costs = relative_costs(ledger, found, saes)
     bootstrap = Bootstrap(data.heldout_documents(steps), **options.bootstrap)
-    sums = HeldoutSums(saes, found, options.together, options.similarity_tokens)
+    if not data.hooked.predicts:
+        console.print(
+            f"{data.lm.name} predicts no next token (stack: {data.lm.stack}): reconstruction is "
+            "measured, cross-entropy and KL are left empty."
+        )
+    spliced = options.together and data.hooked.predicts
+    sums = HeldoutSums(saes, found, spliced, options.similarity_tokens)
     geometry, context = data.lm.geometry, data.packing.context
     tokens = steps * data.tokens_per_step
     begin_evaluation(folder / "evaluation")
@@ -89,24 +95,21 @@ def assess(folder: Path, cfg: DictConfig, options: DictConfig, device: str) -> d
         flops += _run(subject, sums, steps, means)
         results = Results(sums, bootstrap)
         figures = results.to_json(costs)
-    together = found if options.together else []
+    together = found if spliced else []
     planned = averaged * activation_flops(geometry.num_layers, geometry.d_model, context)
-    planned += tokens * planned_flops(geometry, context, saes, together)
+    planned += tokens * planned_flops(geometry, context, saes, together, data.hooked)
     head = {
         "groupsae": __version__,
         "run": str(folder),
-        "model": data.lm.name,
-        "revision": data.lm.revision,
+        **data.described(),
         "num_layers": geometry.num_layers,
         "d_model": geometry.d_model,
         "last_layer": plan.last_layer,
         "theta": plan.theta,
         "sequences": bootstrap.sequences,
         "documents": bootstrap.documents,
-        "context": context,
-        "tokens": results.tokens(),
+        "tokens": sums.tokens,
         "predictions": int(sums.predictions.values.sum()),
-        "exclude_special_tokens": data.exclude_special_tokens,
         "bootstrap": plain["bootstrap"],
         "cost": {"planned_flops": planned, "measured_flops": flops, "seconds": watch.seconds},
     }
@@ -213,8 +216,7 @@ def _open(folder: Path, cfg: DictConfig, device: torch.device) -> Subject:
             f"gives {data.blocks.key}: files have changed, and held-out text might be text they "
             "were trained on. Bring the old text back, or train again."
         )
-    model, blocks = lm.load_with_head(device)
-    data.use(model, blocks, device)
+    data.use(lm.load_with_head(device), device)
     return Subject(plan, saes, data)
 
 
@@ -252,8 +254,7 @@ def _run(subject: Subject, sums: HeldoutSums, steps: int, means: Tensor) -> int:
             for batch in data.heldout(steps):
                 yield from batch.to(means.device).split(data.blocks_per_forward)
 
-        special = data.special_ids if data.exclude_special_tokens else None
-        return run_heldout(sums, parts(), data.model, data.lm_blocks, means, special, advance)
+        return run_heldout(sums, parts(), data.hooked, means, data.filters, advance)
 
 
 def _layer_means(data: ActivationDataModule, tokens: int) -> tuple[Tensor, int, int]:
@@ -271,7 +272,8 @@ def _layer_means(data: ActivationDataModule, tokens: int) -> tuple[Tensor, int, 
     with token_progress("averaging layers", tokens, show=True) as advance:
         for batch in chain([first], batches):
             seen += batch.acts.shape[1]
-            acts = batch.acts if batch.keep is None else batch.acts[:, batch.keep]
+            keep = batch.everywhere()
+            acts = batch.acts if keep is None else batch.acts[:, keep]
             total = total.to(acts.device) + acts.sum(1, dtype=torch.float64)
             count += acts.shape[1]
             advance(batch.acts.shape[1])

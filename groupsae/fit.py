@@ -243,16 +243,10 @@ def save_suite(folder: Path, run: Run, cfg: DictConfig) -> None:
                 "d_sae": member.sae.d_sae,
                 "width": planned.width,
                 "layers": member.layers,
-                "hookpoint": "resid_post",
                 "norm_factors": {
                     layer: float(member.norm_factors[layer]) for layer in member.layers
                 },
-                "model": cfg.model.name,
-                "revision": cfg.model.revision,
-                "dtype": cfg.model.dtype,
-                "context": cfg.stream.context,
-                "prepend_bos": cfg.stream.prepend_bos,
-                "exclude_special_tokens": cfg.stream.exclude_special_tokens,
+                **run.data.described(),
                 "weights": measurement.provenance["weights"],
                 "text": measurement.provenance["text"],
                 "tokens": int(member.tokens_per_layer.sum()),

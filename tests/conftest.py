@@ -110,8 +110,8 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_lm(tmp_path_factory: pytest.TempPathFactory, tiny_text: Path) -> Path:
     """Return a folder with a random GPT-NeoX: 4 layers, d_model 32, context 64, 512 tokens.
 
-    For `FrozenLM(name=str(tiny_lm), revision=None, dtype="float32")`. The weights are scaled up
-    so that the layers differ: those of a fresh model leave the residual stream nearly as it was.
+    For `lms.frozen(tiny_lm)`. The weights are scaled up so that the layers differ: those of a
+    fresh model leave the residual stream nearly as it was.
     """
     import torch
 

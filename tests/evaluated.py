@@ -33,6 +33,14 @@ KINDS = {
         "stream.prepend_bos=true",
         "stream.exclude_special_tokens=true",
     ),
+    "filtered": (
+        "evaluation.together=true",
+        "groups=count",
+        "groups.num_groups=2",
+        "model.hookpoint=mlp_out",
+        "stream.skip_positions=2",
+        "stream.max_norm_ratio=1.3",
+    ),
 }
 
 
@@ -91,11 +99,30 @@ class Plain:
     """The language model as Hugging Face has it."""
 
     def __init__(self, folder: Path) -> None:
-        cfg = config_of(folder).model
+        whole = config_of(folder)
+        cfg, self.stream = whole.model, whole.stream
         name, dtype = cfg.name, getattr(torch, cfg.dtype)
         self.model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).eval()
-        self.layers = self.model.gpt_neox.layers
+        layers = self.model.gpt_neox.layers
+        self.layers = {"resid_post": list(layers), "mlp_out": [x.mlp for x in layers]}[
+            cfg.hookpoint
+        ]
         self.special = AutoTokenizer.from_pretrained(name).all_special_ids
+
+    def counted(self, tokens: torch.Tensor, exclude: bool) -> torch.Tensor:
+        """Return which positions of one sequence count on every layer."""
+        special = torch.tensor(self.special if exclude else [])
+        return ~torch.isin(tokens, special) & (
+            torch.arange(len(tokens)) >= self.stream.skip_positions
+        )
+
+    def typical(self, acts: torch.Tensor) -> torch.Tensor:
+        """Return which positions of one sequence are not extreme on a layer, [*, pos]."""
+        if self.stream.max_norm_ratio is None:
+            return torch.ones(acts.shape[:-1], dtype=torch.bool)
+        norms = acts.norm(dim=-1)
+        most = self.stream.max_norm_ratio * norms.flatten().sort().values[(norms.numel() - 1) // 2]
+        return norms <= most
 
     @contextmanager
     def hook(self, layer: int, change: Callable[[torch.Tensor], Any]) -> Iterator[None]:
@@ -145,8 +172,7 @@ def reference(folder: Path, exclude: bool) -> dict[Any, dict[str, float]]:
     text = blocks(folder, "heldout")
     order = np.random.default_rng([0, 0]).permutation(len(text))  # the sample that all take
     text = text[order[: evaluation["sequences"]]]
-    special = torch.tensor(plain.special if exclude else [])
-    means = _means(plain, blocks(folder, "calibration")[: len(text)], special)
+    means = _means(plain, blocks(folder, "calibration")[: len(text)], exclude)
     suites = {g["name"]: load_suite(folder, grouping=g["name"]) for g in evaluation["groupings"]}
     layers = next(iter(suites.values())).layers
     owner = {
@@ -160,7 +186,7 @@ def reference(folder: Path, exclude: bool) -> dict[Any, dict[str, float]]:
         sums[key][name] += float(value.double().sum())
 
     for tokens in text:
-        keep = ~torch.isin(tokens, special)
+        keep = plain.counted(tokens, exclude)
         counted = keep[:-1]  # the token after them is predicted, whatever it is
         clean = plain.logits(tokens)
         add("clean", "predictions", counted)
@@ -177,7 +203,7 @@ def reference(folder: Path, exclude: bool) -> dict[Any, dict[str, float]]:
             keep: torch.Tensor = keep,
             clean: torch.Tensor = clean,
         ) -> None:
-            with plain.hook(layer, lambda acts: swap(keep, x_hat, acts)):
+            with plain.hook(layer, lambda acts: swap(keep & plain.typical(acts), x_hat, acts)):
                 logits = plain.logits(tokens)
             ce = F.cross_entropy(logits[:-1], tokens[1:], reduction="none")
             add(key, name, ce[keep[:-1]])
@@ -186,14 +212,14 @@ def reference(folder: Path, exclude: bool) -> dict[Any, dict[str, float]]:
 
         for layer in layers:
             x = residuals[layer]
-            acts[layer].append(x[keep].double())
+            acts[layer].append(x[keep & plain.typical(x)].double())
             splice(layer, layer, torch.zeros_like(x), "zero")
             splice(layer, layer, means[layer].expand_as(x), "mean")
         for (name, layer), suite in owner.items():
             x = residuals[layer]
-            x_hat = suite.reconstruct(x, layer)
-            add((name, layer), "error", (x.double() - x_hat.double())[keep].square())
-            add((name, layer), "l0", (suite.encode(x, layer) > 0)[keep])
+            x_hat, mine = suite.reconstruct(x, layer), keep & plain.typical(x)
+            add((name, layer), "error", (x.double() - x_hat.double())[mine].square())
+            add((name, layer), "l0", (suite.encode(x, layer) > 0)[mine])
             splice((name, layer), layer, x_hat, "ce")
         for name in (g["name"] for g in evaluation["groupings"] if g["spliced_together"]):
             with ExitStack() as hooks:
@@ -205,7 +231,8 @@ def reference(folder: Path, exclude: bool) -> dict[Any, dict[str, float]]:
                         suite: Suite = suites[name],
                         keep: torch.Tensor = keep,
                     ) -> torch.Tensor:
-                        return swap(keep, suite.reconstruct(acts, layer), acts)
+                        mine = keep & plain.typical(acts)
+                        return swap(mine, suite.reconstruct(acts, layer), acts)
 
                     hooks.enter_context(plain.hook(layer, rebuild))
                 logits = plain.logits(tokens)
@@ -217,14 +244,16 @@ def reference(folder: Path, exclude: bool) -> dict[Any, dict[str, float]]:
 
 def swap(keep: torch.Tensor, x_hat: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return x with the positions that count replaced."""
-    return torch.where(keep[:, None], x_hat.to(x.dtype), x)
+    return torch.where(keep[..., None], x_hat.to(x.dtype), x)
 
 
-def _means(plain: Plain, text: torch.Tensor, special: torch.Tensor) -> list[torch.Tensor]:
+def _means(plain: Plain, text: torch.Tensor, exclude: bool) -> list[torch.Tensor]:
     kept: list[list[torch.Tensor]] = [[] for _ in plain.layers]
     for tokens in text:
-        keep = ~torch.isin(tokens, special)
-        for rows, x in zip(kept, plain.residuals(tokens), strict=True):
+        keep, found = plain.counted(tokens, exclude), plain.residuals(tokens)
+        for x in found:
+            keep = keep & plain.typical(x)
+        for rows, x in zip(kept, found, strict=True):
             rows.append(x[keep].double())
     return [torch.cat(rows).mean(0).float() for rows in kept]
 
@@ -248,8 +277,8 @@ def _ratios(
             x, scale, spliced = acts[key[1]], found[key[1]], part["ce"] / n
             found[key] = {
                 "fvu": part["error"] / float((x - x.mean(0)).square().sum()),
-                "l0": part["l0"] / tokens,
-                "mse": part["error"] / tokens,
+                "l0": part["l0"] / len(x),
+                "mse": part["error"] / len(x),
                 "ce": spliced,
                 "delta_ce": spliced - ce,
                 "delta_ce_percent": 100 * (spliced - ce) / ce,

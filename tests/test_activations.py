@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lms import frozen
 
 from groupsae.data.activations import ActivationDataModule
 from groupsae.data.draws import draw_layers
 from groupsae.data.files import FileSource
 from groupsae.errors import UserError
-from groupsae.lm.load import FrozenLM
 
 CONTEXT, D_MODEL, LAYERS = 16, 32, 4
 SLOTS = [[0, 1], [2], [1, 2, 3], [3]]
@@ -26,11 +26,12 @@ def make_data(tiny_lm, tiny_text, cache):
 
     def make(rank=0, world_size=1, **changes):
         values = {
-            "lm": FrozenLM(name=str(tiny_lm), revision=None, dtype="float32"),
+            "lm": frozen(tiny_lm),
             "source": FileSource(path=str(tiny_text), text_column=None),
             "cache": cache, "context": CONTEXT,
             "heldout_fraction": 0.1, "calibration_fraction": 0.1, "prepend_bos": False,
-            "exclude_special_tokens": False, "max_tokens": None, "blocks_per_step": 4,
+            "exclude_special_tokens": False, "skip_positions": 0, "max_norm_ratio": None,
+            "max_tokens": None, "blocks_per_step": 4,
             "blocks_per_forward": 4, "tokens": 6 * 4 * CONTEXT, "heldout_tokens": None,
             "num_workers": 0, "seed": 3,
         }  # fmt: skip
@@ -103,7 +104,7 @@ def test_special_tokens_are_kept_unless_excluded(make_data):
     everything = make_data().activations(tokens, SLOTS)
     without = make_data(exclude_special_tokens=True).activations(tokens, SLOTS)
     assert everything.keep is None
-    assert torch.equal(without.keep, tokens.flatten() != 0)
+    assert torch.equal(without.keep, (tokens.flatten() != 0).expand(len(SLOTS), -1))
     assert torch.equal(without.acts, everything.acts)
 
 
@@ -111,14 +112,14 @@ def test_a_prepended_bos_is_left_out_if_special_tokens_are(make_data):
     data = make_data(prepend_bos=True, exclude_special_tokens=True)
     tokens = next(iter(data.train_dataloader()))
     assert (tokens[:, 0] == 0).all()
-    keep = data.on_after_batch_transfer(tokens, 0).keep.reshape(tokens.shape)
+    keep = data.on_after_batch_transfer(tokens, 0).everywhere().reshape(tokens.shape)
     assert not keep[:, 0].any()
     assert keep[:, 1:].float().mean() > 0.9
 
 
 def test_slots_of_early_layers_stop_the_model_early(make_data):
     data, calls = make_data(), []
-    for number, block in enumerate(data.lm_blocks):
+    for number, block in enumerate(data.hooked.blocks):
         block.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
     data.activations(token_batch(4), [[0], [0, 1]])
     assert calls == [0, 1]

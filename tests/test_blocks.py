@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lms import hooked
 from torch import nn
 from transformers import (
     AutoModel,
@@ -14,7 +15,7 @@ from transformers import (
 )
 
 from groupsae.errors import UserError
-from groupsae.lm.blocks import find_blocks, run_blocks
+from groupsae.lm.blocks import find_blocks
 
 LAYERS = 5
 SMALL = {"hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
@@ -69,12 +70,16 @@ def tokens():
 def capture(model, layers, tokens, stop):
     """Return the residuals that a visitor saw, and what the model returned."""
     seen = {}
-    blocks = find_blocks(model, LAYERS)
 
     def keep(layer, residual):
         seen[layer] = residual.clone()
 
-    return seen, run_blocks(model, blocks, layers, keep, stop, input_ids=tokens)
+    return seen, run(model, layers, keep, stop, tokens)
+
+
+def run(model, layers, visit, stop, tokens):
+    lm = hooked(model, LAYERS)
+    return lm.run(lm.inputs(tokens), layers, visit, stop)
 
 
 def count_hooks(model):
@@ -110,24 +115,23 @@ def test_no_block_after_the_last_needed_one_runs(model, architecture, tokens):
         block.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
     norm = model.get_submodule(FINAL_NORM[architecture])
     norm.register_forward_pre_hook(lambda *_: calls.append("norm"))
-    run_blocks(model, blocks, [0, 2], lambda *_: None, True, input_ids=tokens)
+    run(model, [0, 2], lambda *_: None, True, tokens)
     assert calls == [0, 1, 2]
     calls.clear()
-    run_blocks(model, blocks, [LAYERS - 1], lambda *_: None, True, input_ids=tokens)
+    run(model, [LAYERS - 1], lambda *_: None, True, tokens)
     assert calls == [0, 1, 2, 3, 4]
     calls.clear()
-    run_blocks(model, blocks, [0], lambda *_: None, False, input_ids=tokens)
+    run(model, [0], lambda *_: None, False, tokens)
     assert calls == [0, 1, 2, 3, 4, "norm"]
 
 
 @pytest.mark.parametrize("layer", [0, 2, 4])
 def test_replacing_a_residual_by_itself_leaves_the_logits_as_they_were(with_head, tokens, layer):
-    blocks = find_blocks(with_head, LAYERS)
     before = with_head(input_ids=tokens, use_cache=False).logits
 
     def replaced(change):
         visit = lambda _, residual: change(residual)  # noqa: E731
-        return run_blocks(with_head, blocks, [layer], visit, False, input_ids=tokens).logits
+        return run(with_head, [layer], visit, False, tokens).logits
 
     assert torch.equal(replaced(lambda residual: residual.clone()), before)
     assert torch.equal(replaced(lambda _: None), before)
@@ -142,22 +146,21 @@ def test_a_replacement_is_what_the_next_block_receives(with_head, tokens):
         lambda _, args, kwargs: received.append(args[0] if args else kwargs["hidden_states"]),
         with_kwargs=True,
     )
-    run_blocks(with_head, blocks, [1], lambda *_: new, False, input_ids=tokens)
+    run(with_head, [1], lambda *_: new, False, tokens)
     assert torch.equal(received[0], new)
 
 
 @pytest.mark.parametrize("stop", [True, False])
 def test_hooks_are_gone_after_success_and_after_an_exception(model, tokens, stop):
-    blocks = find_blocks(model, LAYERS)
     before = count_hooks(model)
 
     def fail(*_):
         raise RuntimeError("visitor failed")
 
     with pytest.raises(RuntimeError, match="visitor failed"):
-        run_blocks(model, blocks, [1, 3], fail, stop, input_ids=tokens)
+        run(model, [1, 3], fail, stop, tokens)
     assert count_hooks(model) == before
-    run_blocks(model, blocks, [1, 3], lambda *_: None, stop, input_ids=tokens)
+    run(model, [1, 3], lambda *_: None, stop, tokens)
     assert count_hooks(model) == before
 
 
@@ -165,9 +168,7 @@ def test_a_layer_that_does_not_exist_leaves_no_hook_behind(tokens):
     model = build(AutoModel, CONFIGS["gpt_neox"])
     before = count_hooks(model)
     with pytest.raises(IndexError):
-        run_blocks(
-            model, find_blocks(model, LAYERS), [1, 9], lambda *_: None, True, input_ids=tokens
-        )
+        run(model, [1, 9], lambda *_: None, True, tokens)
     assert count_hooks(model) == before
 
 
@@ -186,12 +187,31 @@ def test_a_model_without_fitting_blocks_is_refused_and_the_lists_are_named(token
 
 
 def test_a_model_with_two_fitting_lists_is_refused_and_both_are_named():
+    def stack():
+        return nn.ModuleList([nn.Linear(2, 2) for _ in range(3)])
+
+    model = nn.ModuleDict({"text": stack(), "image": stack()})
+    with pytest.raises(UserError, match=r"text \(3\), image \(3\).*model.blocks_path"):
+        find_blocks(model, 3)
+    assert find_blocks(model, 3, "image") is model["image"]
+
+
+def test_of_several_fitting_lists_that_of_the_decoder_counts():
     config = T5Config(
         d_model=16, d_ff=32, d_kv=4, num_heads=4, num_layers=3, vocab_size=20,
         decoder_start_token_id=0,
     )  # fmt: skip
-    with pytest.raises(UserError, match=r"encoder\.block \(3\), .*decoder\.block \(3\)"):
-        find_blocks(build(AutoModel, config), 3)
+    model = build(AutoModel, config)
+    assert find_blocks(model, 3) is model.decoder.block
+
+
+def test_a_path_names_the_blocks_by_hand_with_or_without_the_heads_prefix():
+    bare, whole = (build(auto, CONFIGS["llama"]) for auto in (AutoModel, AutoModelForCausalLM))
+    for path in ("layers", "model.layers"):
+        assert find_blocks(bare, LAYERS, path) is bare.layers
+        assert find_blocks(whole, LAYERS, path) is whole.model.layers
+    with pytest.raises(UserError, match=r"model.blocks_path is 'transformer.h'.*layers \(5\)"):
+        find_blocks(bare, LAYERS, "transformer.h")
 
 
 def test_lists_inside_the_blocks_do_not_make_them_ambiguous():

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from lms import hooked
 from saes import REST
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, GPTNeoXConfig
@@ -20,7 +21,6 @@ from groupsae.cost.model import (
     sae_flops,
 )
 from groupsae.cost.stopwatch import Stopwatch
-from groupsae.lm.blocks import find_blocks, run_blocks
 from groupsae.sae.topk import TopK
 
 # layers, d_model, A and T in PFLOPs for 1e9 tokens at 16x width and context 1024, the published
@@ -68,20 +68,20 @@ def test_the_forward_count_is_what_a_flop_counter_sees(last):
     are elementwise products here and count nothing, as norms and activation functions.
     """
     model, context, batch = tiny_model(), 24, 3
-    blocks = find_blocks(model, 4)
+    lm = hooked(model, 4)
     tokens = torch.zeros(batch, context, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
-        run_blocks(model, blocks, [0, last], lambda *_: None, True, input_ids=tokens)
+        lm.run(lm.inputs(tokens), [0, last], lambda *_: None, True)
     assert counter.get_total_flops() == batch * context * activation_flops(last + 1, 32, context)
 
 
 @pytest.mark.parametrize("last", [0, 3])
 def test_our_counter_knows_the_fused_attention_of_the_cpu(last):
     model, context, batch = tiny_model("sdpa"), 24, 3
-    blocks = find_blocks(model, 4)
+    lm = hooked(model, 4)
     tokens = torch.zeros(batch, context, dtype=torch.int64)
     with flop_counter() as counter:
-        run_blocks(model, blocks, [last], lambda *_: None, True, input_ids=tokens)
+        lm.run(lm.inputs(tokens), [last], lambda *_: None, True)
     assert counter.get_total_flops() == batch * context * activation_flops(last + 1, 32, context)
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lms import frozen
 
 from groupsae.evaluation import effect
 from groupsae.evaluation.effect import CleanPredictions, EffectSums, effect_metrics
-from groupsae.lm.load import FrozenLM
 from groupsae.lm.splice import Splicer
 
 BLOCKS, POS, VOCAB = 4, 9, 50
@@ -192,8 +192,8 @@ def test_a_score_without_a_range_is_nan_not_an_error():
 
 @pytest.fixture(scope="module")
 def spliced(tiny_lm):
-    lm = FrozenLM(name=str(tiny_lm), revision=None, dtype="float32")
-    splicer = Splicer(*lm.load_with_head(torch.device("cpu")))
+    lm = frozen(tiny_lm)
+    splicer = Splicer(lm.load_with_head(torch.device("cpu")))
     tokens = torch.randint(0, 512, (3, 40), generator=torch.Generator().manual_seed(0))
     logits, residuals = splicer.clean(tokens, range(4))
     return splicer, residuals, CleanPredictions(logits, tokens, None)

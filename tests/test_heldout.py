@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 from evaluated import evaluate, evaluated, read, reference, set_option
+from lms import frozen
 from saes import REST
 from torch import Tensor
 
+from groupsae.data.filters import TokenFilter
 from groupsae.evaluation.heldout import HeldoutSums, run_heldout
 from groupsae.evaluation.intervals import Bootstrap
 from groupsae.evaluation.results import Results
 from groupsae.grouping.groupings import Grouping
 from groupsae.interop.suite import Suite
-from groupsae.lm.load import FrozenLM
 from groupsae.sae.base import SparseLatents
 from groupsae.sae.topk import TopK
 
@@ -48,7 +49,7 @@ def pairs(
     return both
 
 
-@pytest.mark.parametrize("kind", ["ordinary", "all", "special"])
+@pytest.mark.parametrize("kind", ["ordinary", "all", "special", "filtered"])
 def test_the_pass_agrees_with_the_plain_model_one_sequence_at_a_time(
     kind: str, folder: Folder
 ) -> None:
@@ -66,6 +67,8 @@ def test_the_pass_agrees_with_the_plain_model_one_sequence_at_a_time(
             layer = wanted[key[1]]
             ablated = layer["ce_zero" if name == "ce_score" else "ce_mean"]
             scale /= min(1.0, abs(ablated - wanted["clean"]["ce"]))
+        if name == "kl_score":
+            scale /= min(1.0, wanted[key[1]]["kl_zero"])
         assert found == pytest.approx(value, abs=scale, rel=0), (key, name)
 
 
@@ -120,7 +123,8 @@ def test_the_split_into_batches_changes_nothing_but_the_legacy_variant(
 
 
 def test_the_flops_counted_are_the_flops_planned(folder: Folder) -> None:
-    for kind in ("ordinary", "all"):  # with all layers spliced at once, and without
+    # with all layers spliced at once, and without, and from another hookpoint
+    for kind in ("ordinary", "all", "filtered"):
         cost = read(folder(kind))["cost"]
         assert cost["measured_flops"] == cost["planned_flops"]
 
@@ -154,14 +158,19 @@ def stub(kind: type[Suite], name: str, layers: list[int]) -> Suite:
     return kind({name: sae}, {name: config})
 
 
-SPECIAL = {None: None, "excluded": torch.arange(40)}
+SPECIAL = {
+    None: TokenFilter(None, 0, None),
+    "excluded": TokenFilter(torch.arange(40), 0, None),
+    "first": TokenFilter(None, 3, None),
+    "extreme": TokenFilter(None, 0, 1.1),
+}
 
 
 @pytest.fixture(scope="module", params=SPECIAL)
 def results(request: pytest.FixtureRequest, tiny_lm: Path) -> Results:
     """Return an evaluation of perfect and of useless SAEs on random tokens."""
-    lm = FrozenLM(name=str(tiny_lm), revision=None, dtype="float32")
-    model, blocks = lm.load_with_head(torch.device("cpu"))
+    lm = frozen(tiny_lm)
+    model = lm.load_with_head(torch.device("cpu"))
     tokens = torch.randint(0, 512, (6, 64), generator=torch.Generator().manual_seed(1))
     tokens[:, 0] = 0  # every block starts with a special token
     saes = {
@@ -174,9 +183,7 @@ def results(request: pytest.FixtureRequest, tiny_lm: Path) -> Results:
     ]
     sums = HeldoutSums(saes, ways, True, 0)
     means = torch.randn(4, 32)
-    run_heldout(
-        sums, iter(tokens.split(4)), model, blocks, means, SPECIAL[request.param], lambda _: None
-    )
+    run_heldout(sums, iter(tokens.split(4)), model, means, SPECIAL[request.param], lambda _: None)
     return Results(sums, Bootstrap(np.arange(6), 50, 0.9, 0))
 
 
@@ -209,15 +216,16 @@ def test_zeros_are_zero_ablation_exactly(results: Results) -> None:
 
 def test_positions_that_are_left_out_keep_their_own_activation(tiny_lm: Path) -> None:
     """If all but the last position are special, nothing that is predicted can change."""
-    lm = FrozenLM(name=str(tiny_lm), revision=None, dtype="float32")
-    model, blocks = lm.load_with_head(torch.device("cpu"))
+    lm = frozen(tiny_lm)
+    hooked = lm.load_with_head(torch.device("cpu"))
     tokens = torch.randint(0, 100, (4, 64), generator=torch.Generator().manual_seed(1))
     tokens[:, -2] = 200  # one position counts, and the one after it is only predicted
     saes = {"zeros": stub(Zeros, "zeros", [0, 1, 2, 3])}
     ways = [Grouping("z", "groups", [], [], 1, None, dict.fromkeys(range(4), "zeros"), [0, 1])]
     sums = HeldoutSums(saes, ways, True, 0)
-    special = torch.arange(100)
-    run_heldout(sums, iter([tokens]), model, blocks, torch.zeros(4, 32), special, lambda _: None)
+    special = TokenFilter(torch.arange(100), 0, None)
+    run_heldout(sums, iter([tokens]), hooked, torch.zeros(4, 32), special, lambda _: None)
+    model, blocks = hooked.model, hooked.blocks
     with torch.no_grad():
         logits = model(input_ids=tokens).logits.double()
     ce = -logits[:, -2].log_softmax(-1).gather(1, tokens[:, -1:])[:, 0]

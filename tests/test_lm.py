@@ -7,43 +7,41 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from lms import frozen
 from safetensors.torch import load_file, save_file
 
 from groupsae.data.sources import PythonSource
 from groupsae.data.splits import split_of
 from groupsae.errors import UserError
 from groupsae.lm.build import build_gpt_neox, stack_layers, train_tokenizer
-from groupsae.lm.load import FrozenLM
 
 CPU = torch.device("cpu")
-
-
-def frozen(folder, revision=None, dtype="float32"):
-    return FrozenLM(name=str(folder), revision=revision, dtype=dtype)
 
 
 def test_a_folder_gives_geometry_blocks_and_tokenizer(tiny_lm):
     lm = frozen(tiny_lm)
     sizes = lm.geometry
     assert (sizes.num_layers, sizes.d_model, sizes.context, sizes.vocab_size) == (4, 32, 64, 512)
-    model, blocks = lm.load(CPU)
-    assert len(blocks) == 4
-    assert not hasattr(model, "embed_out")
+    hooked = lm.load(CPU)
+    assert len(hooked.blocks) == 4
+    assert not hasattr(hooked.model, "embed_out")
     assert lm.tokenizer().eos_token_id == 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_model_is_frozen_evaluating_and_of_the_dtype_asked_for(tiny_lm, dtype):
-    for model, _ in (frozen(tiny_lm, dtype=dtype).load(CPU), frozen(tiny_lm).load_with_head(CPU)):
+    for lm in (frozen(tiny_lm, dtype=dtype).load(CPU), frozen(tiny_lm).load_with_head(CPU)):
+        model = lm.model
         assert not model.training
         assert not any(p.requires_grad for p in model.parameters())
-    model, _ = frozen(tiny_lm, dtype=dtype).load(CPU)
+    model = frozen(tiny_lm, dtype=dtype).load(CPU).model
     assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
 
 
 def test_the_head_sits_on_the_same_model(tiny_lm):
     lm = frozen(tiny_lm)
-    (bare, _), (whole, blocks) = lm.load(CPU), lm.load_with_head(CPU)
+    bare, hooked = lm.load(CPU).model, lm.load_with_head(CPU)
+    whole, blocks = hooked.model, hooked.blocks
     tokens = torch.arange(10).reshape(1, 10)
     hidden = bare(input_ids=tokens).last_hidden_state
     logits = whole(input_ids=tokens).logits
@@ -63,7 +61,7 @@ def test_an_unknown_model_is_one_sentence_without_network(name, monkeypatch):
     # Offline at once: on a machine whose network fails, the Hub's client first tries for 24 s.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=f"cannot load model '{name}'.*model=tiny needs no"):
-        FrozenLM(name=name, revision=None, dtype="float32")
+        frozen(name)
 
 
 def test_a_folder_without_a_model_is_one_sentence(tmp_path):
@@ -145,14 +143,15 @@ def test_a_trained_tokenizer_gives_every_text_back():
 
 @pytest.fixture(scope="module")
 def bundled():
-    return FrozenLM(name="tiny", revision=None, dtype="float32")
+    return frozen("tiny")
 
 
 def test_the_bundled_model_is_the_promised_gpt_neox(bundled):
     sizes = bundled.geometry
     assert (sizes.num_layers, sizes.d_model, sizes.context) == (12, 128, 256)
     assert sizes.vocab_size == len(bundled.tokenizer()) == 4096
-    model, blocks = bundled.load(CPU)
+    hooked = bundled.load(CPU)
+    model, blocks = hooked.model, hooked.blocks
     assert model.config.model_type == "gpt_neox"
     assert model.config.num_attention_heads == 4
     assert len(blocks) == 12
@@ -170,7 +169,7 @@ def heldout_blocks(tokenizer, every):
 
 def test_the_bundled_model_reads_heldout_python_below_three_nats_per_token(bundled):
     # A random model has ln 4096 = 8.3 nats. The model card's figure is over packages as well.
-    tokenizer, (model, _) = bundled.tokenizer(), bundled.load_with_head(CPU)
+    tokenizer, model = bundled.tokenizer(), bundled.load_with_head(CPU).model
     blocks = heldout_blocks(tokenizer, every=4)
     assert len(blocks) > 50
     with torch.no_grad():

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 import torch
 from evaluated import evaluate, evaluated, read
+from lms import frozen
 from saes import REST
 
+from groupsae.data.filters import TokenFilter
 from groupsae.evaluation.heldout import HeldoutSums, run_heldout
 from groupsae.evaluation.intervals import Bootstrap
 from groupsae.evaluation.results import AVERAGED, COMPARED, Results
 from groupsae.grouping.groupings import Grouping
 from groupsae.grouping.partition import build_partition
 from groupsae.interop.suite import Suite, load_suite
-from groupsae.lm.load import FrozenLM
 from groupsae.sae.topk import TopK
 
 Folder = Callable[[str], Path]
@@ -190,8 +191,8 @@ def test_splicing_all_layers_at_once_adds_one_entry_and_changes_nothing_else(
 @pytest.fixture(scope="module")
 def twins(tiny_lm: Path) -> dict[str, Any]:
     """Return an evaluation in which a group's SAE is the very SAE of the layer."""
-    lm = FrozenLM(name=str(tiny_lm), revision=None, dtype="float32")
-    model, blocks = lm.load_with_head(torch.device("cpu"))
+    lm = frozen(tiny_lm)
+    model = lm.load_with_head(torch.device("cpu"))
     tokens = torch.randint(0, 512, (8, 64), generator=torch.Generator().manual_seed(1))
     sae = TopK(
         d_model=32, expansion=2, **REST, k=4, auxk_alpha=0.03, auxk_share=0.5,
@@ -227,9 +228,8 @@ def twins(tiny_lm: Path) -> dict[str, Any]:
         way("per_layer", "per_layer", "complete", single, {0: "zero", 1: "one"}),
     ]
     sums = HeldoutSums(saes, ways, False, 100_000)
-    run_heldout(
-        sums, iter(tokens.split(4)), model, blocks, torch.zeros(4, 32), None, lambda _: None
-    )
+    everything = TokenFilter(None, 0, None)
+    run_heldout(sums, iter(tokens.split(4)), model, torch.zeros(4, 32), everything, lambda _: None)
     return Results(sums, Bootstrap(np.arange(8), 200, 0.95, 0)).to_json({})
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lms import frozen, hooked
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -29,8 +30,8 @@ from transformers import (
 )
 
 from groupsae.errors import UserError
-from groupsae.lm.blocks import find_blocks, run_blocks
-from groupsae.lm.load import FrozenLM
+from groupsae.lm.blocks import find_blocks
+from groupsae.lm.hookpoints import HOOKPOINTS
 from groupsae.lm.splice import Splicer
 
 LAYERS, VOCAB, WIDTH = 4, 97, 32
@@ -103,8 +104,8 @@ def model():
     return build(CONFIGS["gpt_neox"])
 
 
-def splicer_of(model):
-    return Splicer(model, find_blocks(model, LAYERS))
+def splicer_of(model, hookpoint="resid_post"):
+    return Splicer(hooked(model, LAYERS, hookpoint))
 
 
 def test_the_clean_run_is_the_model_as_it_is(family):
@@ -112,9 +113,8 @@ def test_the_clean_run_is_the_model_as_it_is(family):
     logits, residuals = splicer_of(family).clean(tokens, layers)
     assert torch.equal(logits, family(input_ids=tokens, use_cache=False).logits)
     seen = {}
-    run_blocks(
-        family, find_blocks(family, LAYERS), layers, seen.__setitem__, False, input_ids=tokens
-    )
+    lm = hooked(family, LAYERS)
+    lm.run(lm.inputs(tokens), layers, seen.__setitem__, False)
     assert list(residuals) == layers
     for layer in layers:
         assert torch.equal(residuals[layer], seen[layer])
@@ -134,7 +134,7 @@ def test_resuming_equals_a_full_forward_with_a_hook_bit_for_bit(family):
 
 def test_only_the_blocks_after_the_layer_are_computed(family):
     blocks = find_blocks(family, LAYERS)
-    splicer, calls = Splicer(family, blocks), []
+    splicer, calls = splicer_of(family), []
     _, residuals = splicer.clean(draw_tokens(), range(LAYERS))
     for number, block in enumerate(blocks):
         for part in block.children():
@@ -143,6 +143,34 @@ def test_only_the_blocks_after_the_layer_are_computed(family):
         calls.clear()
         splicer.resume(layer, residuals[layer])
         assert set(calls) == set(range(layer + 1, LAYERS))
+
+
+@pytest.mark.parametrize("hookpoint", ["resid_pre", "attn_out", "mlp_out"])
+def test_the_other_hookpoints_resume_as_a_full_forward_with_a_hook(family, hookpoint):
+    lm, tokens = hooked(family, LAYERS, hookpoint), draw_tokens()
+    splicer = Splicer(lm)
+    logits, acts = splicer.clean(tokens, range(LAYERS))
+    assert torch.equal(logits, family(input_ids=tokens, use_cache=False).logits)
+    for layer, clean in acts.items():
+        assert torch.equal(splicer.resume(layer, clean.clone()), logits)
+        new = clean + torch.randn_like(clean)
+        resumed = splicer.resume(layer, new)
+        full = lm.run(lm.inputs(tokens), [layer], lambda *_, new=new: new, False).logits
+        assert torch.equal(resumed, full)
+        assert not torch.allclose(resumed, logits, atol=1e-3)
+        assert torch.equal(splicer.together(lambda *_, new=new: new.double(), [layer]), full)
+
+
+@pytest.mark.parametrize("hookpoint", HOOKPOINTS)
+def test_from_each_hookpoint_only_what_comes_after_it_is_computed(model, hookpoint):
+    splicer, calls = splicer_of(model, hookpoint), []
+    _, acts = splicer.clean(draw_tokens(), range(LAYERS))
+    for number, block in enumerate(model.gpt_neox.layers):
+        block.mlp.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
+    for layer in range(LAYERS):
+        calls.clear()
+        splicer.resume(layer, acts[layer])
+        assert calls == list(range(layer + (hookpoint == "resid_post"), LAYERS))
 
 
 def test_a_shorter_and_another_batch_follow_the_last_clean_run(model):
@@ -279,7 +307,7 @@ class Carrying(nn.Module):
 
 def test_what_blocks_return_beside_the_residual_is_that_of_the_clean_run():
     model = Carrying("outside").requires_grad_(False)
-    splicer, tokens = Splicer(model, model.blocks), draw_tokens()
+    splicer, tokens = splicer_of(model), draw_tokens()
     logits, residuals = splicer.clean(tokens, [1, 2])
     assert torch.equal(splicer.resume(1, residuals[1]), logits)
     new = torch.randn(3, 12, WIDTH)
@@ -288,8 +316,8 @@ def test_what_blocks_return_beside_the_residual_is_that_of_the_clean_run():
 
 def test_a_model_that_hides_something_from_its_blocks_outputs_is_refused():
     model = Carrying("inside").requires_grad_(False)
-    splicer = Splicer(model, model.blocks)
-    with pytest.raises(UserError, match=r"Carrying cannot be run from the middle.* block 1 .*own"):
+    splicer = splicer_of(model)
+    with pytest.raises(UserError, match=r"Carrying cannot be run from .*resid_post of block 1 "):
         splicer.clean(draw_tokens(), [1])
     with pytest.raises(UserError):  # and again, not only the first time
         splicer.clean(draw_tokens(), [1])
@@ -327,8 +355,7 @@ def test_each_layer_is_checked_once(model):
 
 
 def test_a_loaded_model_with_its_head_is_spliced(tiny_lm):
-    lm = FrozenLM(name=str(tiny_lm), revision=None, dtype="float32")
-    model, blocks = lm.load_with_head(torch.device("cpu"))
-    splicer, tokens = Splicer(model, blocks), draw_tokens()
+    splicer = Splicer(frozen(tiny_lm).load_with_head(torch.device("cpu")))
+    tokens = draw_tokens()
     logits, residuals = splicer.clean(tokens, range(4))
     assert torch.equal(splicer.resume(1, residuals[1]), logits)

@@ -78,6 +78,20 @@ def as_lists(blocks):
     return {split: blocks.blocks[split].tolist() for split in SPLITS}
 
 
+def test_a_tokenizer_of_bert_begins_blocks_with_cls_and_closes_documents_with_sep(
+    tokenizer, tmp_path
+):
+    kind = type(tokenizer)
+    bert = kind(tokenizer_object=tokenizer.backend_tokenizer, cls_token="d", sep_token="e")
+    assert bert.bos_token_id is bert.eos_token_id is None
+    packing = make_packing(prepend_bos=True, heldout_fraction=0.0, calibration_fraction=0.0)
+    blocks = load_token_blocks(ListSource(TEXTS), bert, packing, tmp_path).blocks["train"]
+    assert (blocks[:, 0] == bert.cls_token_id).all()
+    texts = [bert(d.text, add_special_tokens=False)["input_ids"] for d in TEXTS]
+    joined = [token for ids in texts for token in [*ids, bert.sep_token_id]]
+    assert blocks[:, 1:].flatten().tolist() == joined[: blocks[:, 1:].size]
+
+
 @pytest.mark.parametrize("prepend_bos", [False, True])
 @pytest.mark.parametrize("max_tokens", [None, 700])
 def test_blocks_are_the_joined_tokens_of_each_split(tokenizer, tmp_path, prepend_bos, max_tokens):

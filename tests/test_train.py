@@ -55,13 +55,14 @@ def test_every_sae_sees_the_token_budget_and_each_layer_its_share(finished: Path
 def test_the_saved_suite_reconstructs_as_well_as_validation_said(
     finished: Path, tiny_lm: Path, tiny_text: Path
 ) -> None:
+    from lms import frozen
+
     from groupsae.data.activations import ActivationDataModule
     from groupsae.data.files import FileSource
-    from groupsae.lm.load import FrozenLM
 
     summary = json.loads((finished / "summary.json").read_text())
     data = ActivationDataModule(
-        lm=FrozenLM(name=str(tiny_lm), revision=None, dtype="float32"),
+        lm=frozen(tiny_lm),
         source=FileSource(path=str(tiny_text), text_column=None),
         cache=str(finished.parents[2] / "cache"),
         context=64,
@@ -69,6 +70,8 @@ def test_the_saved_suite_reconstructs_as_well_as_validation_said(
         calibration_fraction=0.1,
         prepend_bos=False,
         exclude_special_tokens=False,
+        skip_positions=0,
+        max_norm_ratio=None,
         max_tokens=1_200_000_000,
         blocks_per_step=8,
         blocks_per_forward=4,

@@ -58,6 +58,7 @@ def evaluation_flops(
     context: int,
     vocab_size: int,
     served: Sequence[Sequence[int]],
+    own_block: bool,
 ) -> int:
     """Return the FLOPs per token of an evaluation on held-out text.
 
@@ -73,13 +74,16 @@ def evaluation_flops(
         vocab_size: V.
         served: for each layer, what encoding and decoding cost with each of its SAEs; a layer
             without any is not ablated.
+        own_block: whether a layer's own block is computed again as well: it is where something
+            before its output is replaced.
     """
     head = 2 * d_model * vocab_size
     total = activation_flops(num_layers, d_model, context) + head
     for layer, saes in enumerate(served):
         if not saes:
             continue
-        rest = activation_flops(num_layers - 1 - layer, d_model, context) + head
+        above = num_layers - layer - (0 if own_block else 1)
+        rest = activation_flops(above, d_model, context) + head
         total += (2 + len(saes)) * rest + sum(saes)
     return total
 

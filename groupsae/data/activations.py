@@ -1,4 +1,4 @@
-"""Tokens in, residual activations out: the DataModule that holds the language model."""
+"""Tokens in, activations out: the DataModule that holds the language model."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,18 +8,20 @@ import lightning as L
 import numpy as np
 import torch
 from jaxtyping import Int, Int64
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from groupsae.cost.stopwatch import Stopwatch
 from groupsae.data.batch import ActivationBatch
-from groupsae.data.draws import draw_layers
+from groupsae.data.filters import TokenFilter, check_filters
 from groupsae.data.loader import StepSampler, block_order, make_loader
+from groupsae.data.packing import end_of_text
+from groupsae.data.rows import draw_rows
 from groupsae.data.sources import Source
 from groupsae.data.splits import SPLITS, Split, document_numbers
 from groupsae.data.tokens import Packing, TokenBlocks, load_token_blocks
 from groupsae.errors import UserError
-from groupsae.lm.blocks import run_blocks
+from groupsae.lm.hooked import HookedLM
 from groupsae.lm.load import FrozenLM
 
 LEAST_TEXT = 20_000_000  # tokens
@@ -29,11 +31,11 @@ HELDOUT_SEED = 0
 
 
 class ActivationDataModule(L.LightningDataModule):
-    """Streams residual activations of a frozen language model.
+    """Streams activations of a frozen language model, at its hookpoint.
 
     Token blocks travel through an ordinary loader; the model runs on the device in
     `on_after_batch_transfer`, one truncated forward for all layers, and only the drawn rows are
-    kept: memory is tokens x slots x d_model, not tokens x layers x d_model.
+    kept.
 
     The position in the data is one integer, `blocks_seen` over all ranks; order and draws are
     functions of it, so a resumed run sees exactly what the undisturbed one would.
@@ -47,6 +49,8 @@ class ActivationDataModule(L.LightningDataModule):
         calibration_fraction: share for layer distances and norm factors.
         prepend_bos: start every block with BOS (the paper does not).
         exclude_special_tokens: leave rows at BOS, EOS and padding out of everything.
+        skip_positions: leave the first so many positions of each block out, too.
+        max_norm_ratio: and rows whose norm is more than so many times their block's median.
         max_tokens: read no more text than this; None reads 1.25 times the training budget, at
             least 20 million tokens (so that small budgets share one packed corpus).
         blocks_per_step: blocks in an SAE step over all ranks.
@@ -68,6 +72,8 @@ class ActivationDataModule(L.LightningDataModule):
         calibration_fraction: float,
         prepend_bos: bool,
         exclude_special_tokens: bool,
+        skip_positions: int,
+        max_norm_ratio: float | None,
         max_tokens: int | None,
         blocks_per_step: int,
         blocks_per_forward: int,
@@ -95,7 +101,9 @@ class ActivationDataModule(L.LightningDataModule):
             prepend_bos=prepend_bos,
             max_tokens=max_tokens or max(LEAST_TEXT, tokens * 5 // 4),
         )
+        check_filters(skip_positions, max_norm_ratio, context)
         self.exclude_special_tokens = exclude_special_tokens
+        self.skip_positions, self.max_norm_ratio = skip_positions, max_norm_ratio
         self.blocks_per_step, self.blocks_per_forward = blocks_per_step, blocks_per_forward
         self.heldout_tokens, self.num_workers, self.seed = heldout_tokens, num_workers, seed
         self.tokens_per_step = blocks_per_step * context
@@ -132,15 +140,34 @@ class ActivationDataModule(L.LightningDataModule):
         """Check that every split fills a step; load the model onto this process's device."""
         for split in SPLITS:
             self.steps_for(split, None)
-        if not hasattr(self, "model"):
+        if not hasattr(self, "hooked"):
             device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-            self.use(*self.lm.load(device), device)
+            self.use(self.lm.load(device), device)
 
-    def use(self, model: nn.Module, blocks: nn.ModuleList, device: torch.device) -> None:
+    def use(self, hooked: HookedLM, device: torch.device) -> None:
         """Run this copy of the language model, with or without its head, and no other."""
-        self.model, self.lm_blocks = model, blocks
+        self.hooked, self.model, self.device = hooked, hooked.model, device
         special = self.lm.tokenizer().all_special_ids
-        self.special_ids = torch.tensor(special, device=device)
+        if hooked.start_token is not None:
+            special = [*special, hooked.start_token]
+        self.special_ids = torch.tensor(special, device=device, dtype=torch.int64)
+
+    @property
+    def filters(self) -> TokenFilter:
+        """Return which tokens count."""
+        special = self.special_ids if self.exclude_special_tokens else None
+        return TokenFilter(special, self.skip_positions, self.max_norm_ratio)
+
+    def described(self) -> dict[str, Any]:
+        """Return what decides the activations, but for weights and text, as plain values."""
+        return {
+            **self.lm.described(),
+            "context": self.packing.context,
+            "prepend_bos": self.packing.prepend_bos,
+            "exclude_special_tokens": self.exclude_special_tokens,
+            "skip_positions": self.skip_positions,
+            "max_norm_ratio": self.max_norm_ratio,
+        }
 
     def loader(
         self, split: Split, num_steps: int, seed: int | None, first_step: int = 0
@@ -174,7 +201,7 @@ class ActivationDataModule(L.LightningDataModule):
     def heldout_documents(self, num_steps: int) -> Int64[np.ndarray, " block"]:
         """Return a number of the document that each block of `heldout` begins in."""
         blocks = self.blocks.blocks["heldout"][:, self.packing.prepend_bos :]
-        numbers = document_numbers(blocks, self.lm.tokenizer().eos_token_id)
+        numbers = document_numbers(blocks, end_of_text(self.lm.tokenizer()))
         order = block_order(len(blocks), HELDOUT_SEED, 0, num_steps * self.blocks_per_step)
         return numbers[order]
 
@@ -218,45 +245,25 @@ class ActivationDataModule(L.LightningDataModule):
         """Return every layer that some slot draws from, sorted."""
         return sorted({layer for slot in self.slots for layer in slot})
 
-    @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the SAEs' backward
     def activations(
         self, tokens: Int[Tensor, "block pos"], slots: list[list[int]], first_position: int = 0
     ) -> ActivationBatch:
-        """Return one row per slot and token, from one truncated forward.
-
-        Args:
-            tokens: token ids.
-            slots: sets of layers; a set of several draws one uniformly for each token.
-            first_position: global index of the first token in the run; decides the draws.
-        """
-        ids = tokens.flatten()
-        positions = torch.arange(len(ids), device=ids.device) + first_position
-        layers = torch.stack([draw_layers(positions, slot, self.seed) for slot in slots])
-        acts = torch.empty(len(slots), len(ids), self.lm.geometry.d_model, device=ids.device)
-        needed = sorted({layer for slot in slots for layer in slot})
-        for start in range(0, len(tokens), self.blocks_per_forward):
-            part = tokens[start : start + self.blocks_per_forward]
-            where = slice(start * tokens.shape[1], start * tokens.shape[1] + part.numel())
-
-            def keep_rows(layer: int, residual: Tensor, where: slice = where) -> None:
-                rows = residual.flatten(0, 1).float()
-                for slot, members in enumerate(slots):
-                    if members == [layer]:
-                        acts[slot, where] = rows
-                    elif layer in members:
-                        mine = (layers[slot, where] == layer).nonzero().squeeze(1)
-                        acts[slot, where].index_copy_(0, mine, rows[mine])
-
-            run_blocks(self.model, self.lm_blocks, needed, keep_rows, stop=True, input_ids=part)
-        keep = ~torch.isin(ids, self.special_ids) if self.exclude_special_tokens else None
-        return ActivationBatch(acts, layers, keep)
+        """Return one row per slot and token; `first_position` is that of the first in the run."""
+        return draw_rows(
+            self.hooked,
+            self.filters,
+            tokens,
+            slots,
+            seed=self.seed,
+            first_position=first_position,
+            blocks_per_forward=self.blocks_per_forward,
+        )
 
     def calibration_batches(self, tokens: int) -> Iterator[ActivationBatch]:
         """Yield every layer's activations over this rank's share of the calibration split."""
         every = list(range(self.lm.geometry.num_layers))
-        device = next(self.model.parameters()).device
         for batch in self.loader("calibration", self.steps_for("calibration", tokens), None):
-            yield from self.every_layer(batch.to(device), every)
+            yield from self.every_layer(batch.to(self.device), every)
 
     def every_layer(
         self, tokens: Int[Tensor, "block pos"], layers: list[int]

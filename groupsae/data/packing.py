@@ -91,8 +91,16 @@ def pack(
 def _bos(tokenizer: PreTrainedTokenizerBase) -> int:
     bos: int | None = tokenizer.bos_token_id
     if bos is None:
+        bos = tokenizer.cls_token_id  # BERT's name for it
+    if bos is None:
         raise UserError("stream.prepend_bos=true, but the tokenizer has no BOS token: use false")
     return bos
+
+
+def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the token that closes a document: EOS, or SEP where there is none (BERT)."""
+    eos: int | None = tokenizer.eos_token_id
+    return tokenizer.sep_token_id if eos is None else eos
 
 
 def _fill(
@@ -140,7 +148,7 @@ def token_ids(batch: list[Document], tokenizer: PreTrainedTokenizerBase) -> Iter
     """
     texts = [d.text or "" for d in batch if d.token_ids is None]
     encoded = iter(_encode(texts, tokenizer) if texts else [])
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    end = [] if (token := end_of_text(tokenizer)) is None else [token]
     for document in batch:
         if document.token_ids is None:
             yield next(encoded) + end

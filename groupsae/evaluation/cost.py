@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from groupsae.cost.model import FORMAT, Workload, evaluation_flops
+from groupsae.cost.model import FORMAT, Workload, activation_flops, evaluation_flops
 from groupsae.errors import UserError
 from groupsae.grouping.groupings import Grouping
 from groupsae.grouping.rules import needs_distances
 from groupsae.interop.suite import Suite
-from groupsae.lm.load import Geometry
+from groupsae.lm.geometry import Geometry
+from groupsae.lm.hooked import HookedLM
 
 
 def relative_costs(
@@ -59,7 +60,11 @@ def relative_costs(
 
 
 def planned_flops(
-    geometry: Geometry, context: int, saes: Mapping[str, Suite], together: Sequence[Grouping]
+    geometry: Geometry,
+    context: int,
+    saes: Mapping[str, Suite],
+    together: Sequence[Grouping],
+    lm: HookedLM,
 ) -> int:
     """Return the FLOPs per token of the evaluation.
 
@@ -68,18 +73,24 @@ def planned_flops(
         context: tokens in a block.
         saes: name -> that SAE alone.
         together: groupings with all layers spliced at once, which is one more whole forward each.
+        lm: that is evaluated; without next-token predictions nothing is spliced.
     """
     each = {name: suite.saes[name].inference_flops() for name, suite in saes.items()}
     served = [
         [each[name] for name, suite in saes.items() if layer in suite.layers]
         for layer in range(geometry.num_layers)
     ]
+    if not lm.predicts:
+        run = 1 + max(layer for suite in saes.values() for layer in suite.layers)
+        forward = activation_flops(run, geometry.d_model, context)
+        return forward + sum(map(sum, served))
     count = partial(
         evaluation_flops,
         num_layers=geometry.num_layers,
         d_model=geometry.d_model,
         context=context,
         vocab_size=geometry.vocab_size,
+        own_block=lm.hookpoint != "resid_post",
     )
     spliced = [
         count(served=[]) + sum(each[name] for name in grouping.sae_of_layer.values())

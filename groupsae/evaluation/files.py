@@ -48,7 +48,7 @@ def save_evaluation(
             folder / "latents" / f"{name}.npz",
             fired=results.fired(name),
             layers=np.array(suite.layers),
-            tokens=np.full(len(suite.layers), results.tokens()),
+            tokens=results.tokens(name),
         )
     np.savez_compressed(folder / "sequences.npz", **_sequences(results))  # type: ignore[arg-type]
     write_csv(folder / "results.csv", [_flat(row) for row in figures["results"]])

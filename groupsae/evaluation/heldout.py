@@ -4,15 +4,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from groupsae.cost.counter import flop_counter
+from groupsae.data.filters import TokenFilter, both
 from groupsae.evaluation.effect import CleanPredictions, EffectSums
 from groupsae.evaluation.reconstruction import LayerSums, PerSequence, ReconstructionSums
 from groupsae.evaluation.similarity import Firings
 from groupsae.grouping.groupings import Grouping
 from groupsae.interop.suite import Suite
+from groupsae.lm.hooked import HookedLM
 from groupsae.lm.splice import Splicer
 from groupsae.sae.base import SparseLatents
 
@@ -21,7 +23,7 @@ Pair = tuple[str, int]  # name of an SAE, and a layer it serves
 
 @dataclass
 class LayerEffects:
-    """What taking a layer's residual stream away does to the model: the scale of every score."""
+    """What taking a layer's activations away does to the model: the scale of every score."""
 
     sums: LayerSums
     zero: EffectSums = field(default_factory=EffectSums)
@@ -55,6 +57,7 @@ class HeldoutSums:
     ) -> None:
         self.saes, self.groupings = saes, groupings
         d_model = next(iter(saes.values())).d_model
+        self.tokens = 0  # that counted, however extreme on some layer
         self.clean_ce, self.predictions = PerSequence(), PerSequence()
         self.layers = {
             layer: LayerEffects(LayerSums(d_model))
@@ -87,46 +90,69 @@ class HeldoutSums:
         tokens: Int[Tensor, "block pos"],
         splicer: Splicer,
         means: Float[Tensor, "layer d_model"],
-        keep: Bool[Tensor, "block pos"] | None,
+        filters: TokenFilter,
     ) -> None:
         """Add some sequences.
 
+        Positions that the filters leave out keep their own activation when spliced. What is
+        predicted at them is not counted, but for those that are left out on one layer only, for
+        their norm there: every layer is judged on the same predictions. A model without
+        next-token predictions adds none.
+
         Args:
             tokens: of the sequences.
-            splicer: of the model with its head.
+            splicer: of the model, with its head if it has one.
             means: mean activation of each layer, for mean ablation.
-            keep: positions that count; the others keep their own activation when spliced.
+            filters: positions that count.
         """
-        logits, residuals = splicer.clean(tokens, self.layers)
-        clean = CleanPredictions(logits, tokens, keep)
-        self.clean_ce.append(clean.ce)
-        self.predictions.append(clean.predictions)
+        logits, acts = splicer.clean(tokens, self.layers)
+        read = splicer.lm.read(tokens)
+        counted = filters.tokens(read)
+        self.tokens += tokens.numel() if counted is None else int(counted.sum())
+        clean = None if logits is None else CleanPredictions(logits, read, counted)
+        nothing = torch.zeros(len(tokens), dtype=torch.float64)
+        self.clean_ce.append(nothing if clean is None else clean.ce)
+        self.predictions.append(nothing if clean is None else clean.predictions)
 
-        def splice(layer: int, x_hat: Tensor, into: EffectSums) -> None:
-            kept = _where(keep, x_hat, residuals[layer])
-            into.update(*clean.compare(splicer.resume(layer, kept)))
-
-        flat_keep = None if keep is None else keep.flatten()
         for layer, effects in self.layers.items():
-            x = residuals[layer].float()
+            original, x = acts[layer], acts[layer].float()
+            keep = both(counted, filters.activations(x))
+
+            def splice(
+                x_hat: Tensor,
+                into: EffectSums,
+                layer: int = layer,
+                original: Tensor = original,
+                keep: Tensor | None = keep,
+            ) -> None:
+                if clean is None:
+                    into.update(nothing, nothing)
+                else:
+                    changed = splicer.resume(layer, _where(keep, x_hat, original))
+                    into.update(*clean.compare(changed))
+
             effects.sums.update(x, keep)
-            splice(layer, torch.zeros_like(x), effects.zero)
-            splice(layer, means[layer].expand_as(x), effects.mean)
+            splice(torch.zeros_like(x), effects.zero)
+            splice(means[layer].expand_as(x), effects.mean)
             for (name, where), sums in self.pairs.items():
                 if where != layer:
                     continue
                 latents, x_hat = _reconstruct(self.saes[name], x, layer)
                 sums.reconstruction.update(x, x_hat, latents, keep)
-                splice(layer, x_hat, sums.effect)
+                splice(x_hat, sums.effect)
                 if self.similarity_left > 0 and (name, layer) in self.firings:
-                    self.firings[name, layer].update(latents, flat_keep)
+                    flat = None if keep is None else keep.flatten()
+                    self.firings[name, layer].update(latents, flat)
         self.similarity_left -= tokens.numel()
+        if clean is None:
+            return
         for grouping in self.groupings if self.together else []:
             owner = grouping.sae_of_layer
 
-            def replace(layer: int, residual: Tensor, owner: dict[int, str] = owner) -> Tensor:
-                x_hat = _reconstruct(self.saes[owner[layer]], residual.float(), layer)[1]
-                return _where(keep, x_hat, residual)
+            def replace(layer: int, found: Tensor, owner: dict[int, str] = owner) -> Tensor:
+                x = found.float()
+                x_hat = _reconstruct(self.saes[owner[layer]], x, layer)[1]
+                return _where(both(counted, filters.activations(x)), x_hat, found)
 
             changed = splicer.together(replace, owner)
             self.together[grouping.name].update(*clean.compare(changed))
@@ -136,10 +162,9 @@ class HeldoutSums:
 def run_heldout(
     sums: HeldoutSums,
     parts: Iterator[Int[Tensor, "block pos"]],
-    model: nn.Module,
-    blocks: nn.ModuleList,
+    lm: HookedLM,
     means: Float[Tensor, "layer d_model"],
-    special_ids: Int[Tensor, " id"] | None,
+    filters: TokenFilter,
     advance: Callable[[int], object],
 ) -> int:
     """Add all parts to the sums; return the measured FLOPs, those of the first part scaled up.
@@ -147,23 +172,21 @@ def run_heldout(
     Args:
         sums: to add to.
         parts: held-out tokens, a forward's worth each, all but the last equally many.
-        model: the language model with its head.
-        blocks: its transformer blocks.
+        lm: the language model, with its head if it has one.
         means: mean activation of each layer.
-        special_ids: tokens to leave out of everything; None keeps all.
+        filters: positions that count.
         advance: told the tokens of each part when it is done.
     """
-    splicer = Splicer(model, blocks)
+    splicer = Splicer(lm)
     flops = per_token = 0.0
     for tokens in parts:
-        keep = None if special_ids is None else ~torch.isin(tokens, special_ids)
         if not per_token:
             splicer.clean(tokens[:1], sums.layers)  # it checks itself now: not once for each part
             with flop_counter() as counter:
-                sums.update(tokens, splicer, means, keep)
+                sums.update(tokens, splicer, means, filters)
             per_token = counter.get_total_flops() / tokens.numel()
         else:
-            sums.update(tokens, splicer, means, keep)
+            sums.update(tokens, splicer, means, filters)
         flops += per_token * tokens.numel()
         advance(tokens.numel())
     return round(flops)
@@ -174,7 +197,7 @@ def _reconstruct(suite: Suite, x: Tensor, layer: int) -> tuple[SparseLatents, Te
     return latents, suite.decode_sparse(latents, layer).view_as(x)
 
 
-def _where(keep: Tensor | None, replaced: Tensor, residual: Tensor) -> Tensor:
+def _where(keep: Tensor | None, replaced: Tensor, original: Tensor) -> Tensor:
     if keep is None:
         return replaced
-    return torch.where(keep.unsqueeze(-1), replaced.to(residual.dtype), residual)
+    return torch.where(keep.unsqueeze(-1), replaced.to(original.dtype), original)

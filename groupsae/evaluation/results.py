@@ -147,15 +147,15 @@ class Results:
         layers = self.sums.saes[name].layers
         return np.stack([self.sums.pairs[name, x].reconstruction.fired for x in layers])
 
-    def tokens(self) -> int:
-        """Return the tokens that counted."""
-        return int(next(iter(self.sums.layers.values())).sums.count.sum())
+    def tokens(self, name: str) -> np.ndarray:
+        """Return the tokens that counted on each of an SAE's layers, [layer]."""
+        layers = self.sums.saes[name].layers
+        return np.array([int(self.sums.layers[x].sums.count.sum()) for x in layers])
 
     def _sae(self, name: str) -> dict[str, Any]:
-        suite, fired, tokens = self.sums.saes[name], self.fired(name), self.tokens()
+        suite, fired, tokens = self.sums.saes[name], self.fired(name), self.tokens(name)
         config, sae = suite.configs[name], suite.saes[name]
-        everywhere, seen = fired.sum(0), tokens * len(suite.layers)
-        each = np.full(len(suite.layers), tokens)
+        everywhere, seen = fired.sum(0), int(tokens.sum())
         pairs = [(name, layer) for layer in suite.layers]
         return {
             "name": name,
@@ -169,7 +169,7 @@ class Results:
             "dead": float((everywhere == 0).mean()),
             "dense": float((everywhere > DENSE * seen).mean()),
             "density_histogram": density_histogram(everywhere, seen),
-            "profile": layer_profile(fired, each, suite.layers).summary(),
+            "profile": layer_profile(fired, tokens, suite.layers).summary(),
         }
 
     # ---- groupings ------------------------------------------------------------------------

@@ -1,86 +1,47 @@
-"""Find the blocks of a transformer by structure, and run it only as far as needed."""
+"""Find the blocks of a transformer by structure, or by the path that the user gives."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
-
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
 from groupsae.errors import UserError
 
 
-def find_blocks(model: nn.Module, num_layers: int) -> nn.ModuleList:
+def find_blocks(model: nn.Module, num_layers: int, path: str | None = None) -> nn.ModuleList:
     """Return the list of transformer blocks: the one ModuleList as long as the model is deep.
 
-    Lists inside another such list (experts of a block) do not count.
+    Lists inside another such list (experts of a block) do not count. Where a model has several
+    (a text and a vision tower of equal depth), those of its decoder do, as transformers names it.
 
     Args:
-        model: any Hugging Face model.
-        num_layers: the config's `num_hidden_layers`.
+        model: any Hugging Face model, or one of its stacks.
+        num_layers: the config's number of hidden layers.
+        path: of the list by name, such as `model.layers` or the end of it; None looks for it.
 
     Raises:
-        UserError: none or several lists of that length exist; names what was found.
+        UserError: none or several lists of that length exist, or the path names none; says what
+            was found.
     """
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     names = [name for name, module in lists.items() if len(module) == num_layers]
     outer = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
+    name = type(model).__name__
+    found = ", ".join(f"{name} ({len(m)})" for name, m in lists.items()) or "none at all"
+    if path is not None:
+        # a head puts a prefix before the path that the bare model has, or takes it away
+        fitting = [n for n in outer if f".{n}".endswith(f".{path}") or path.endswith(f".{n}")]
+        if len(fitting) == 1:
+            return lists[fitting[0]]
+        raise UserError(
+            f"model.blocks_path is '{path}', which is not one list of {num_layers} blocks in "
+            f"{name}; its module lists are: {found}."
+        )
+    if len(outer) > 1 and hasattr(model, "get_decoder"):
+        decoder: object = model.get_decoder()  # type: ignore[operator]
+        if isinstance(decoder, nn.Module) and decoder is not model:
+            within = {id(module) for module in decoder.modules()}
+            outer = [n for n in outer if id(lists[n]) in within]
     if len(outer) == 1:
         return lists[outer[0]]
-    found = ", ".join(f"{name} ({len(m)})" for name, m in lists.items()) or "none at all"
     raise UserError(
-        f"{type(model).__name__} should have exactly one list of {num_layers} blocks; "
-        f"its module lists are: {found}. This architecture is not supported."
+        f"{name} should have exactly one list of {num_layers} blocks; its module lists are: "
+        f"{found}. Name the right one with model.blocks_path=<path>, if there is one."
     )
-
-
-class _StopForward(Exception):
-    """Raised by the last needed hook: nothing after that block is computed."""
-
-
-def run_blocks(
-    model: nn.Module,
-    blocks: nn.ModuleList,
-    layers: Iterable[int],
-    visit: Callable[[int, Tensor], Tensor | None],
-    stop: bool,
-    **inputs: Any,
-) -> Any:
-    """Run the model once and show `visit` the residual stream after each of `layers`.
-
-    `visit(layer, residual)` gets `resid_post`, the raw output of the block, shape
-    [batch, pos, d_model]; a tensor that it returns takes the residual's place. (The last entry
-    of Hugging Face's `hidden_states` is *after* the final norm, so hooks are the only way to
-    the last layer.) Hooks are removed whatever happens.
-
-    Args:
-        model: the model that owns the blocks.
-        blocks: its transformer blocks.
-        layers: indices of the blocks to show.
-        visit: called in the order of the layers.
-        stop: end the forward pass after the last of `layers`; then None is returned.
-        **inputs: passed to the model.
-    """
-    wanted = sorted(set(layers))
-
-    def hook_for(layer: int) -> Callable[..., Any]:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-            residual = output if isinstance(output, Tensor) else output[0]
-            replaced = visit(layer, residual)
-            if stop and layer == wanted[-1]:
-                raise _StopForward
-            if replaced is None:
-                return None
-            return replaced if isinstance(output, Tensor) else (replaced, *output[1:])
-
-        return hook
-
-    handles: list[RemovableHandle] = []
-    try:
-        for layer in wanted:
-            handles.append(blocks[layer].register_forward_hook(hook_for(layer)))
-        return model(**inputs, use_cache=False)
-    except _StopForward:
-        return None
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,8 +1,8 @@
 """A frozen Hugging Face language model and what the rest of the program must know of it."""
 
+import copy
 import hashlib
-import logging
-from dataclasses import dataclass
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +13,21 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from groupsae.errors import UserError
 from groupsae.lm.blocks import find_blocks
+from groupsae.lm.geometry import choose_stack, geometry_of, stacks_of, within_positions
+from groupsae.lm.hooked import HookedLM
+from groupsae.lm.hookpoints import check_hookpoint
+from groupsae.lm.options import check_load_options, hub_options, recorded_options
 
 BUNDLED = {"tiny": Path(__file__).parent.parent / "models" / "tiny"}
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Sizes of a language model."""
-
-    num_layers: int
-    d_model: int
-    context: int
-    vocab_size: int
 
 
 class FrozenLM:
@@ -42,32 +38,53 @@ class FrozenLM:
         revision: git revision on the Hub (Pythia: a training step, such as `step1000`); null is
             the newest.
         dtype: of the weights while running, such as `float32` or `bfloat16`.
+        hookpoint: what is read of each block: resid_post, resid_pre, mlp_out or attn_out, as
+            `groupsae.lm.hookpoints` defines them.
+        stack: `encoder` or `decoder` of a model that has both; null for all others.
+        blocks_path: where the list of blocks is, such as `model.layers`; null looks for it.
+        submodule: path within a block of what attn_out or mlp_out is; null looks for it.
+        compile: compile the blocks with torch.compile (of attn_out and mlp_out, their parts).
+        load: more arguments of transformers' from_pretrained, such as `device_map`,
+            `quantization_config`, `attn_implementation` or `trust_remote_code`.
+
+    Raises:
+        UserError: the model cannot be found, lacks the stack or the hookpoint, or an option is
+            not allowed. Weights are not read for this.
     """
 
-    def __init__(self, *, name: str, revision: str | None, dtype: str) -> None:
+    def __init__(
+        self,
+        *,
+        name: str,
+        revision: str | None,
+        dtype: str,
+        hookpoint: str,
+        stack: str | None,
+        blocks_path: str | None,
+        submodule: str | None,
+        compile: bool,
+        load: dict[str, Any],
+    ) -> None:
         self.name, self.revision = name, revision
         found = getattr(torch, dtype, None)
         if not isinstance(found, torch.dtype) or not found.is_floating_point:
             raise UserError(f"model.dtype is '{dtype}'; use float32, bfloat16 or float16.")
-        self.dtype = found
+        check_hookpoint(hookpoint)
+        check_load_options(load)
+        self.dtype, self.hookpoint = found, hookpoint
+        self.blocks_path, self.submodule = blocks_path, submodule
+        self.compile, self.load_options = compile, load
         self.path = str(BUNDLED.get(name, name))
-        config = self._pretrained(AutoConfig)
-        needed = ("num_hidden_layers", "hidden_size", "vocab_size")
-        missing = [key for key in needed if not hasattr(config, key)]
-        if missing:
-            raise UserError(f"model {name}: its config has no {' and no '.join(missing)}.")
-        self.geometry = Geometry(
-            num_layers=config.num_hidden_layers,
-            d_model=config.hidden_size,
-            context=getattr(config, "max_position_embeddings", None) or 2048,
-            vocab_size=config.vocab_size,
-        )
-        self.config_json: str = config.to_json_string()
+        self.config = self._pretrained(AutoConfig, **hub_options(load))
+        self.stack = choose_stack(self.config, stack, name)
+        self.geometry = geometry_of(self.config, self.stack, name)
+        self.config_json: str = self.config.to_json_string()
+        self._check_structure()
 
     def _pretrained(self, auto: Any, **kwargs: Any) -> Any:
         try:
             return auto.from_pretrained(self.path, revision=self.revision or "main", **kwargs)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise UserError(
                 f"cannot load model '{self.name}' (revision {self.revision or 'main'}): {reason} "
@@ -77,20 +94,102 @@ class FrozenLM:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the model's own tokenizer."""
-        tokenizer: PreTrainedTokenizerBase = self._pretrained(AutoTokenizer)
+        tokenizer: PreTrainedTokenizerBase = self._pretrained(
+            AutoTokenizer, **hub_options(self.load_options)
+        )
         return tokenizer
 
-    def load(self, device: torch.device) -> tuple[nn.Module, nn.ModuleList]:
-        """Return the model without its head, frozen, on the device, and its blocks."""
-        return self._freeze(self._pretrained(AutoModel, dtype=self.dtype), device)
+    def load(self, device: torch.device) -> HookedLM:
+        """Return the model without its head, frozen, on the device."""
+        return self._load(AutoModel, device)
 
-    def load_with_head(self, device: torch.device) -> tuple[nn.Module, nn.ModuleList]:
-        """Return the whole model, which gives logits, frozen, and its blocks."""
-        return self._freeze(self._pretrained(AutoModelForCausalLM, dtype=self.dtype), device)
+    def load_with_head(self, device: torch.device) -> HookedLM:
+        """Return the whole model, which gives logits, frozen; an encoder comes without a head."""
+        if self.stack == "encoder":
+            return self.load(device)
+        if len(stacks_of(self.config)) > 1:
+            return self._load(AutoModelForSeq2SeqLM, device)
+        known = self.config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        remote = "AutoModelForCausalLM" in (getattr(self.config, "auto_map", None) or {})
+        auto = AutoModelForCausalLM if known or remote else AutoModelForImageTextToText
+        return self._load(auto, device)
 
-    def _freeze(self, model: nn.Module, device: torch.device) -> tuple[nn.Module, nn.ModuleList]:
-        model = model.eval().requires_grad_(False).to(device)
-        return model, find_blocks(model, self.geometry.num_layers)
+    def _load(self, auto: Any, device: torch.device) -> HookedLM:
+        options = dict(self.load_options)
+        quantised = "quantization_config" in options or hasattr(self.config, "quantization_config")
+        if quantised:  # such a model cannot be moved afterwards
+            options.setdefault("device_map", {"": str(device)})
+        model = self._pretrained(auto, dtype=self.dtype, **options)
+        model = model.eval().requires_grad_(False)
+        if "device_map" not in options:
+            model = model.to(device)
+        hooked = self._hook(model, predicts=auto is not AutoModel)
+        if self.compile:
+            _compile(hooked)
+        return hooked
+
+    def _hook(self, model: Any, predicts: bool) -> HookedLM:
+        both, start = len(stacks_of(self.config)) > 1, None
+        stack: nn.Module = model
+        if both:
+            stack = model.get_encoder() if self.stack == "encoder" else model.get_decoder()
+            start = self._start_token() if self.stack == "decoder" else None
+        return HookedLM(
+            stack if self.stack == "encoder" else model,
+            find_blocks(stack, self.geometry.num_layers, self.blocks_path),
+            hookpoint=self.hookpoint,
+            submodule=self.submodule,
+            d_model=self.geometry.d_model,
+            start_token=start,
+            predicts=predicts,
+        )
+
+    def _start_token(self) -> int:
+        text = self.config.get_text_config(decoder=True)
+        names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+        for name in names:
+            for config in (self.config, text):
+                if isinstance(token := getattr(config, name, None), int):
+                    return token
+        raise UserError(
+            f"{self.name} says nowhere what its decoder begins with: its config has no "
+            f"{' and no '.join(names)}."
+        )
+
+    def _check_structure(self) -> None:
+        """Look for blocks and hookpoint in the model as its config describes it.
+
+        Raises:
+            UserError: something is not there; before text is packed or weights are read.
+        """
+        trusted = bool(self.load_options.get("trust_remote_code"))
+        try:
+            with torch.device("meta"):
+                skeleton = AutoModel.from_config(
+                    copy.deepcopy(self.config), trust_remote_code=trusted
+                )
+        except Exception as error:
+            if trusted:  # such code may need real tensors: loading will tell
+                return
+            raise UserError(
+                f"cannot build model '{self.name}' from its config: {type(error).__name__}: "
+                f"{str(error).strip() or 'no reason given'}".split("\n")[0]
+            ) from error
+        self._hook(skeleton, predicts=False)
+        self.geometry = within_positions(self.geometry, skeleton)
+
+    def described(self) -> dict[str, Any]:
+        """Return what decides the activations, as plain values: kept beside every result."""
+        return {
+            "model": self.name,
+            "revision": self.revision,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "hookpoint": self.hookpoint,
+            "stack": self.stack,
+            "blocks_path": self.blocks_path,
+            "submodule": self.submodule,
+            "load": recorded_options(self.load_options),
+        }
 
     def fingerprint(self) -> str:
         """Return a key of config and weights: content for a folder, commit for a Hub model."""
@@ -101,8 +200,26 @@ class FrozenLM:
                 with file.open("rb") as handle:
                     digest.update(hashlib.file_digest(handle, "sha256").digest())
         else:
-            config = self._pretrained(AutoConfig)
-            digest.update(str(getattr(config, "_commit_hash", None) or self.revision).encode())
+            commit = getattr(self.config, "_commit_hash", None) or self.revision
+            digest.update(str(commit).encode())
             digest.update(self.name.encode())
         digest.update(str(self.dtype).encode())
+        loaded = recorded_options(self.load_options)
+        if loaded:
+            digest.update(json.dumps(loaded, sort_keys=True).encode())
         return digest.hexdigest()
+
+
+def _compile(lm: HookedLM) -> None:
+    """Compile what lies between the hooks: hooks inside compiled code would not be seen."""
+    for block, site in zip(lm.blocks, lm.sites, strict=True):
+        parts = [block]
+        if site.module is not block:
+            parts = [
+                child
+                for child in block.children()
+                if child is site.module or not any(m is site.module for m in child.modules())
+            ]
+        for part in parts:
+            if not isinstance(part, nn.ModuleList):
+                vars(part)["forward"] = torch.compile(part.forward)

@@ -1,9 +1,9 @@
-"""Put something else in the place of a layer's residual stream and see what the model says.
+"""Put something else in the place of a layer's activations and see what the model says.
 
-A forward pass whose residual is replaced after block l repeats blocks 0 to l for nothing. Here
-they are computed once per batch; every replacement then costs only the blocks after l, the final
-norm and the head. The result is that of a full forward with a hook, bit for bit on the same
-device: the same modules run on the same numbers.
+A forward pass whose activations are replaced in block l repeats the blocks before it for nothing.
+Here they are computed once per batch; every replacement then costs only what comes after it. The
+result is that of a full forward with a hook, bit for bit on the same device: the same modules run
+on the same numbers.
 """
 
 import math
@@ -16,61 +16,73 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from groupsae.errors import UserError
-from groupsae.lm.blocks import run_blocks
+from groupsae.lm.hooked import HookedLM
 
 
 class Splicer:
-    """Run a model cleanly once, then again and again from the middle with other residuals.
+    """Run a model cleanly once, then again and again from the middle with other activations.
 
-    `clean` reads a batch of tokens; `resume` and `together` run the same tokens with residuals
-    replaced. The residual is `resid_post`, the raw output of a block.
+    `clean` reads a batch of tokens; `resume` and `together` run the same tokens with the
+    activations at the model's hookpoint replaced. From `resid_post` of a layer the model goes on
+    with the block after it; from the other hookpoints with the layer's own block, whose input or
+    half is replaced.
 
-    While the model resumes, blocks 0 to `layer` are stood in for: they hand on the given residual
+    While the model resumes, the blocks before are stood in for: they hand on the residual stream
     and, if blocks also return other things, what they returned in the clean run. Embeddings, mask
     and rotary angles are the model's own work and do run (they are cheap, and how they are made
-    differs from model to model). The first time that `clean` reads a layer it makes sure, on the
-    first sequence, that resuming from there with the clean residual gives the clean logits.
+    differs from model to model); an encoder before the decoder does not. The first time that
+    `clean` reads a layer it makes sure, on the first sequence, that resuming from there with the
+    clean activations gives the clean logits.
 
     Args:
-        model: a causal language model with its head, frozen and in eval mode.
-        blocks: its transformer blocks.
+        lm: a language model, with its head if it has one. Without one there is nothing to
+            resume for: then only `clean` may be called.
     """
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList) -> None:
-        self.model, self.blocks = model, blocks
-        self._tokens: Tensor | None = None
+    def __init__(self, lm: HookedLM) -> None:
+        self.lm = lm
+        self._inputs: dict[str, Any] | None = None
         self._beside: list[tuple[Any, ...] | None] = []
+        self._outputs: dict[int, Tensor] = {}  # of the blocks before those that are spliced
         self._dtype = torch.float32
         self._checked: set[int] = set()
 
     @torch.no_grad()
     def clean(
         self, tokens: Int[Tensor, "block pos"], layers: Iterable[int]
-    ) -> tuple[Float[Tensor, "block pos vocab"], dict[int, Float[Tensor, "block pos d_model"]]]:
-        """Return the logits of the model as it is and the residuals after `layers`.
+    ) -> tuple[
+        Float[Tensor, "block pos vocab"] | None, dict[int, Float[Tensor, "block pos d_model"]]
+    ]:
+        """Return the logits of the model as it is (None without a head), and its activations.
 
-        Both are in the model's dtype, on its device. The residuals are the model's own tensors:
-        do not write into them.
+        Both are in the model's dtype, on its device.
 
         Raises:
             UserError: the model's logits are not finite, or it cannot be resumed from its blocks.
         """
         wanted = sorted(set(layers))
+        if not self.lm.predicts:
+            acts: dict[int, Tensor] = {}
+            self.lm.run(self.lm.inputs(tokens), wanted, _copy_into(acts), stop=True)
+            return None, acts
         if not self._checked.issuperset(wanted):
             self._check(tokens[:1], wanted)
         return self._clean(tokens, wanted)
 
     @torch.no_grad()
     def resume(
-        self, layer: int, residual: Float[Tensor, "block pos d_model"]
+        self, layer: int, acts: Float[Tensor, "block pos d_model"]
     ) -> Float[Tensor, "block pos vocab"]:
-        """Return the logits for the tokens of the last `clean`, with this residual after `layer`.
+        """Return the logits for the tokens of the last `clean`, with these activations at `layer`.
 
-        Only the blocks after `layer` are computed. The residual is cast to the model's dtype.
+        Only what comes after them is computed. They are cast to the model's dtype.
         """
-        residual = residual.to(self._dtype).contiguous()
-        with self._standing_in(layer, residual):
-            return self.model(input_ids=self._last_tokens(), use_cache=False).logits
+        inputs, acts = self._last_inputs(), acts.to(self._dtype).contiguous()
+        if self.lm.hookpoint == "resid_post":
+            with self._standing_in(layer + 1, acts):
+                return self.lm.model(**inputs).logits
+        with self._standing_in(layer, self._outputs.get(layer - 1)):
+            return self.lm.run(inputs, [layer], lambda *_: acts, stop=False).logits
 
     @torch.no_grad()
     def together(
@@ -78,46 +90,46 @@ class Splicer:
     ) -> Float[Tensor, "block pos vocab"]:
         """Return the logits for the tokens of the last `clean`, all `layers` replaced at once.
 
-        `replace(layer, residual)` gets the residual as it comes out of the block, thus after all
-        replacements before it, and returns the one to go on with, [block, pos, d_model]; it is
-        cast to the model's dtype.
+        `replace(layer, acts)` gets the activations as they come, thus after all replacements
+        before them, and returns those to go on with, [block, pos, d_model]; they are cast to the
+        model's dtype.
         """
 
-        def visit(layer: int, residual: Tensor) -> Tensor:
-            return replace(layer, residual).to(residual.dtype)
+        def visit(layer: int, acts: Tensor) -> Tensor:
+            return replace(layer, acts).to(acts.dtype)
 
-        tokens = self._last_tokens()
-        return run_blocks(self.model, self.blocks, layers, visit, False, input_ids=tokens).logits
+        return self.lm.run(self._last_inputs(), layers, visit, stop=False).logits
 
-    def _last_tokens(self) -> Tensor:
-        if self._tokens is None:
+    def _last_inputs(self) -> dict[str, Any]:
+        if self._inputs is None:
             raise RuntimeError("call clean() first: it says which tokens to run")
-        return self._tokens
+        return self._inputs
 
     def _clean(self, tokens: Tensor, layers: list[int]) -> tuple[Tensor, dict[int, Tensor]]:
         beside: list[tuple[Any, ...] | None] = []
-        residuals: dict[int, Tensor] = {}
+        outputs: dict[int, Tensor] = {}
+        acts: dict[int, Tensor] = {}
 
         def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-            residual = output if isinstance(output, Tensor) else output[0]
-            if len(beside) in layers:
-                residuals[len(beside)] = residual
-            self._dtype = residual.dtype
+            if len(beside) + 1 in layers:
+                outputs[len(beside)] = output if isinstance(output, Tensor) else output[0]
             beside.append(None if isinstance(output, Tensor) else tuple(output[1:]))
 
-        self._tokens = None  # nothing to resume if this run fails
-        handles = [block.register_forward_hook(keep) for block in self.blocks]
+        self._inputs = None  # nothing to resume if this run fails
+        inputs = self.lm.inputs(tokens)
+        handles = [block.register_forward_hook(keep) for block in self.lm.blocks]
         try:
-            logits = self.model(input_ids=tokens, use_cache=False).logits
+            logits = self.lm.run(inputs, layers, _copy_into(acts), stop=False).logits
         finally:
             for handle in handles:
                 handle.remove()
-        self._tokens, self._beside = tokens, beside
-        return logits, residuals
+        self._inputs, self._beside, self._outputs = inputs, beside, outputs
+        self._dtype = acts[layers[-1]].dtype
+        return logits, acts
 
     @contextmanager
-    def _standing_in(self, layer: int, residual: Tensor) -> Iterator[None]:
-        """Let blocks 0 to `layer` return the residual (and what else they returned)."""
+    def _standing_in(self, first: int, residual: Tensor | None) -> Iterator[None]:
+        """Let the blocks before `first` return the residual (and what else they returned)."""
 
         def stand_in(beside: tuple[Any, ...] | None) -> Callable[..., Any]:
             output = residual if beside is None else (residual, *beside)
@@ -125,25 +137,26 @@ class Splicer:
 
         # Found on the instance before the method of the class: the block itself, with its
         # attributes and hooks, stays in place, for models look at both.
-        before = [vars(block).get("forward") for block in self.blocks[: layer + 1]]
+        blocks = self.lm.blocks[:first]
+        before = [vars(block).get("forward") for block in blocks]
         try:
-            for block, beside in zip(self.blocks[: layer + 1], self._beside, strict=False):
+            for block, beside in zip(blocks, self._beside, strict=False):
                 vars(block)["forward"] = stand_in(beside)
             yield
         finally:
-            for block, forward in zip(self.blocks[: layer + 1], before, strict=True):
+            for block, forward in zip(blocks, before, strict=True):
                 vars(block).pop("forward", None)
                 if forward is not None:
                     vars(block)["forward"] = forward
 
     def _check(self, tokens: Tensor, layers: list[int]) -> None:
-        """See that the clean residual of each layer leads to the clean logits.
+        """See that the clean activations of each layer lead to the clean logits.
 
         The two agree bit for bit where kernels are deterministic; the tolerance, relative to the
         largest logit, is two steps of the dtype, at least 1e-4.
         """
-        name = type(self.model).__name__
-        logits, residuals = self._clean(tokens, layers)
+        name = type(self.lm.model).__name__
+        logits, acts = self._clean(tokens, layers)
         if not logits.isfinite().all():
             raise UserError(
                 f"{name} gives logits that are not finite in {logits.dtype}; "
@@ -152,14 +165,23 @@ class Splicer:
         largest = logits.abs().max()
         for layer in layers:
             try:
-                off = float((self.resume(layer, residuals[layer]) - logits).abs().max() / largest)
+                off = float((self.resume(layer, acts[layer]) - logits).abs().max() / largest)
                 found = f"changes the logits by {off:.1g} of the largest"
             except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
                 off, found = math.inf, f"ends in {type(error).__name__} ({error})"
             if not off <= max(1e-4, 2 * torch.finfo(logits.dtype).eps):
                 raise UserError(
-                    f"{name} cannot be run from the middle: going on after block {layer} with "
-                    f"its own residual {found}. Its blocks pass on more than the residual "
-                    "stream, so the effect of its SAEs cannot be measured."
+                    f"{name} cannot be run from the middle: going on from {self.lm.hookpoint} of "
+                    f"block {layer} with its own activations {found}. Its blocks pass on more "
+                    "than the residual stream, so the effect of its SAEs cannot be measured."
                 )
             self._checked.add(layer)
+
+
+def _copy_into(acts: dict[int, Tensor]) -> Callable[[int, Tensor], None]:
+    """Return a visitor that keeps what it sees, though the model may write into it later."""
+
+    def visit(layer: int, found: Tensor) -> None:
+        acts[layer] = found.clone()
+
+    return visit

@@ -48,7 +48,7 @@ def ledger(
     per_layer_seconds = activations + distances + full * work.layers_run
     return {
         "format": FORMAT,
-        "device": str(next(data.model.parameters()).device),
+        "device": str(data.device),
         "threads": torch.get_num_threads(),
         "tokens": work.tokens,
         "num_saes": len(members),
@@ -131,7 +131,7 @@ def _measured_flops(
     is changed (eval: a running threshold stands still).
     """
     # after fitting Lightning leaves the SAEs on the CPU; the language model is where it ran
-    device, geometry = next(data.model.parameters()).device, data.lm.geometry
+    device, geometry = data.device, data.lm.geometry
     tokens = next(iter(data.loader("train", 1, data.seed)))[:1].to(device)
     with flop_counter() as lm:
         batch = data.activations(tokens, data.slots)
@@ -142,7 +142,7 @@ def _measured_flops(
         parts = list(data.every_layer(tokens, list(range(geometry.num_layers))))
     with flop_counter() as distances:
         for each in parts:
-            angles.update(each.acts, each.keep)
+            angles.update(each.acts, each.everywhere())
     with flop_counter() as saes, torch.enable_grad():
         for member in (m.to(device) for m in members):
             acts, layers = batch.rows(member.slot)

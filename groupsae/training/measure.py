@@ -16,7 +16,7 @@ from groupsae.grouping.angles import AngularDistance
 from groupsae.grouping.moments import LayerMoments
 from groupsae.progress import token_progress
 
-FORMAT = 3  # of the cached file
+FORMAT = 4  # of the cached file
 
 
 SCALES = ("rms", "mean_norm", "sqrt_d", "none")
@@ -107,16 +107,12 @@ def provenance_of(data: ActivationDataModule, tokens: int, centring: str) -> dic
     """Return what a measurement depends on: model and weights, text, tokens, options."""
     steps = data.steps_for("calibration", tokens)
     return {
-        "model": data.lm.name,
-        "revision": data.lm.revision,
+        **data.described(),
         "weights": data.lm.fingerprint(),
         "text": data.blocks.key,
         "split": "calibration",
-        "context": data.packing.context,
         "tokens": steps * data.tokens_per_step,
         "centring": centring,
-        "exclude_special_tokens": data.exclude_special_tokens,
-        "hookpoint": "resid_post",
     }
 
 
@@ -148,7 +144,7 @@ def measure(
                 angles.set_mean(moments.mean())
             for batch in data.calibration_batches(tokens):
                 for each in [moments, angles] if metric is None else [metric]:
-                    each.update(batch.acts, batch.keep)
+                    each.update(batch.acts, batch.everywhere())
                 advance(batch.acts.shape[1] * trainer.world_size)
     result = Measurement(
         angles.compute().cpu().numpy(),

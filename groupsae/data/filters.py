@@ -1,0 +1,76 @@
+"""Which positions of a block count: special tokens, first positions, extreme norms."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from groupsae.errors import UserError
+
+
+@dataclass(frozen=True)
+class TokenFilter:
+    """What is left out of training, calibration and evaluation alike.
+
+    Attributes:
+        special_ids: tokens to leave out; None keeps all.
+        skip_positions: the first so many positions of each block are left out.
+        max_norm_ratio: activations are left out whose norm is more than so many times the median
+            norm of their block of tokens at that layer (attention sinks, Xiao et al., arXiv
+            2309.17453); None keeps all. The median is over all positions of the block, left out
+            or not (of an even number the lower middle one), so neither the batch nor the number
+            of processes matters.
+    """
+
+    special_ids: Int[Tensor, " id"] | None
+    skip_positions: int
+    max_norm_ratio: float | None
+
+    def tokens(self, read: Int[Tensor, "block pos"]) -> Bool[Tensor, "block pos"] | None:
+        """Return which tokens count whatever their activations; None if all do."""
+        if self.special_ids is None and self.skip_positions == 0:
+            return None
+        keep = torch.ones_like(read, dtype=torch.bool)
+        if self.special_ids is not None:
+            keep &= ~torch.isin(read, self.special_ids)
+        keep[:, : self.skip_positions] = False
+        return keep
+
+    def activations(
+        self, acts: Float[Tensor, "block pos d_model"]
+    ) -> Bool[Tensor, "block pos"] | None:
+        """Return which activations of a layer are not extreme; None if none is looked at.
+
+        Those that are not finite are kept: they must be seen, not filtered away.
+        """
+        if self.max_norm_ratio is None:
+            return None
+        norms = torch.linalg.vector_norm(acts, dim=-1, dtype=torch.float32)
+        most = self.max_norm_ratio * norms.median(dim=1, keepdim=True).values
+        return (norms <= most) | ~norms.isfinite()
+
+
+def both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """Return which positions two masks keep; None keeps all."""
+    if first is None or second is None:
+        return second if first is None else first
+    return first & second
+
+
+def check_filters(skip_positions: object, max_norm_ratio: object, context: int) -> None:
+    """Raise UserError if an option of the stream's filters is not allowed."""
+    whole = isinstance(skip_positions, int) and not isinstance(skip_positions, bool)
+    if not whole or not 0 <= skip_positions < context:  # type: ignore[operator]
+        raise UserError(
+            f"stream.skip_positions is {skip_positions!r}; it must be a whole number from 0 to "
+            f"{context - 1}, one less than stream.context."
+        )
+    if max_norm_ratio is None:
+        return
+    number = isinstance(max_norm_ratio, int | float) and not isinstance(max_norm_ratio, bool)
+    if not number or not max_norm_ratio > 1:  # type: ignore[operator]
+        raise UserError(
+            f"stream.max_norm_ratio is {max_norm_ratio!r}; it must be a number above 1, such as "
+            "10, or null for no limit."
+        )

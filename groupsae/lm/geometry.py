@@ -1,0 +1,122 @@
+"""What a model's config says: which stacks of blocks it has, and their sizes."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from groupsae.errors import UserError
+
+STACKS = ("encoder", "decoder")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a language model, of one of its stacks if it has two.
+
+    Attributes:
+        num_layers: blocks.
+        d_model: width of the residual stream.
+        context: the most tokens that the model reads at once.
+        vocab_size: token ids end below.
+    """
+
+    num_layers: int
+    d_model: int
+    context: int
+    vocab_size: int
+
+
+def stacks_of(config: PreTrainedConfig) -> tuple[str, ...]:
+    """Return the stacks that a model has: encoder and decoder (T5), or one of them.
+
+    A model without an encoder is a `decoder` if it predicts the next token (GPT-2), and an
+    `encoder` if it does not (BERT, unless its config says `is_decoder`).
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        return STACKS
+    kind = config.model_type
+    masked = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    causal = (
+        kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        or kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        or "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    )
+    return ("decoder",) if causal and not masked else ("encoder",)
+
+
+def choose_stack(config: PreTrainedConfig, stack: str | None, name: str) -> str:
+    """Return the stack to read.
+
+    Args:
+        config: of the model.
+        stack: model.stack; null takes the only one.
+        name: of the model.
+
+    Raises:
+        UserError: the model has two stacks and none is named, or it lacks the named one.
+    """
+    there = stacks_of(config)
+    if stack is None and len(there) > 1:
+        raise UserError(
+            f"{name} has an encoder and a decoder: choose with model.stack=encoder or "
+            "model.stack=decoder."
+        )
+    if stack is not None and stack not in there:
+        if stack not in STACKS:
+            raise UserError(f"model.stack is '{stack}'; use encoder, decoder or null.")
+        raise UserError(
+            f"model.stack is '{stack}', but {name} has only a stack of type {there[0]}: use "
+            "model.stack=null."
+        )
+    return stack or there[0]
+
+
+def geometry_of(config: PreTrainedConfig, stack: str, name: str) -> Geometry:
+    """Return the sizes of a stack; of a model that also sees or hears, those of its text part.
+
+    Raises:
+        UserError: the config does not say them.
+    """
+    part: Any = getattr(config, stack, None) if len(stacks_of(config)) > 1 else None
+    if isinstance(part, PreTrainedConfig):  # each stack has a config of its own (T5Gemma)
+        text, depths = part.get_text_config(), ["num_hidden_layers"]
+    elif len(stacks_of(config)) > 1:
+        text = config
+        depths = [f"{stack}_layers", f"num_{stack}_layers", "num_layers", "num_hidden_layers"]
+    else:
+        text, depths = config.get_text_config(), ["num_hidden_layers"]
+    found: dict[str, Any] = {
+        "num_hidden_layers": next((d for key in depths if (d := getattr(text, key, None))), None),
+        "hidden_size": getattr(text, "hidden_size", None),
+        "vocab_size": getattr(text, "vocab_size", None) or getattr(config, "vocab_size", None),
+    }
+    missing = [key for key, value in found.items() if not isinstance(value, int)]
+    if missing:
+        raise UserError(f"model {name}: its config has no {' and no '.join(missing)}.")
+    return Geometry(
+        num_layers=found["num_hidden_layers"],
+        d_model=found["hidden_size"],
+        context=getattr(text, "max_position_embeddings", None) or 2048,
+        vocab_size=found["vocab_size"],
+    )
+
+
+def within_positions(geometry: Geometry, model: nn.Module) -> Geometry:
+    """Return the sizes with a context that learned positions have room for.
+
+    Where one of them belongs to the padding token, the positions begin behind it: RoBERTa counts
+    514, of which 512 can be read.
+    """
+    for name, module in model.named_modules():
+        learned = name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
+        if learned and module.padding_idx is not None:
+            room = module.num_embeddings - module.padding_idx - 1
+            return replace(geometry, context=min(geometry.context, room))
+    return geometry

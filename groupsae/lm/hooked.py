@@ -1,0 +1,151 @@
+"""A loaded model whose activations can be read, and replaced, at one hookpoint of every block."""
+
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from groupsae.errors import UserError
+from groupsae.lm.hookpoints import find_sites
+
+Visit = Callable[[int, Tensor], Tensor | None]
+
+
+class _StopForward(Exception):
+    """Raised by the last needed hook: nothing after it is computed."""
+
+
+class HookedLM:
+    """One stack of a model, and how token blocks are put into it.
+
+    Blocks of tokens are packed and hold no padding, so every position is attended to: a mask of
+    ones says so to models that would otherwise take tokens with the id of the padding token out.
+
+    The decoder of an encoder-decoder model is teacher-forced: the encoder reads a block of tokens
+    and the decoder reads the same block shifted right by one, after the model's start token.
+
+    Args:
+        model: what is called: the whole model, or the encoder alone where that is the stack.
+        blocks: of the stack.
+        hookpoint: what is read of each block, one of `groupsae.lm.hookpoints`.
+        submodule: path within a block, for attn_out and mlp_out; None looks for it.
+        d_model: width of what is read.
+        start_token: that the decoder of an encoder-decoder model begins with; None for all other
+            models.
+        predicts: whether the model gives next-token logits.
+
+    Raises:
+        UserError: the blocks lack the hookpoint.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: nn.ModuleList,
+        *,
+        hookpoint: str,
+        submodule: str | None,
+        d_model: int,
+        start_token: int | None,
+        predicts: bool,
+    ) -> None:
+        self.model, self.blocks, self.hookpoint = model, blocks, hookpoint
+        self.sites = find_sites(blocks, hookpoint, submodule)
+        self.d_model, self.start_token, self.predicts = d_model, start_token, predicts
+        accepted = inspect.signature(model.forward).parameters
+        self._accepted = accepted.keys() if "input_ids" in accepted else None  # it takes anything
+
+    def read(self, tokens: Int[Tensor, "block pos"]) -> Int[Tensor, "block pos"]:
+        """Return the token that the stack reads at each position."""
+        if self.start_token is None:
+            return tokens
+        start = torch.full_like(tokens[:, :1], self.start_token)
+        return torch.cat([start, tokens[:, :-1]], dim=1)
+
+    @torch.no_grad()
+    def inputs(self, tokens: Int[Tensor, "block pos"]) -> dict[str, Any]:
+        """Return what the model is called with for these tokens.
+
+        For a decoder behind an encoder this runs the encoder, once for all forwards that follow.
+        """
+        ones = torch.ones_like(tokens)
+        if self.start_token is None:
+            given = {"input_ids": tokens, "attention_mask": ones, "use_cache": False}
+        else:
+            encoder: Any = self.model.get_encoder()  # type: ignore[operator]
+            given = {
+                "encoder_outputs": encoder(input_ids=tokens, attention_mask=ones),
+                "attention_mask": ones,
+                "decoder_input_ids": self.read(tokens),
+                "decoder_attention_mask": ones,
+                "use_cache": False,
+            }
+        if self._accepted is None:
+            return given
+        return {name: value for name, value in given.items() if name in self._accepted}
+
+    @torch.no_grad()
+    def run(self, inputs: dict[str, Any], layers: Iterable[int], visit: Visit, stop: bool) -> Any:
+        """Run the model once and show `visit` the activations of `layers`.
+
+        `visit(layer, acts)` gets them as they are, in the model's dtype, [block, pos, d_model]; a
+        tensor that it returns takes their place. (The last entry of Hugging Face's
+        `hidden_states` is *after* the final norm, so hooks are the only way to the last layer.)
+        Hooks are removed whatever happens.
+
+        Args:
+            inputs: of `inputs`.
+            layers: indices of the blocks to show.
+            visit: called in the order of the layers.
+            stop: end the forward pass after the last of `layers`; then None is returned.
+
+        Raises:
+            UserError: what a hookpoint puts out is not [block, pos, d_model].
+        """
+        wanted = sorted(set(layers))
+        shape = inputs["input_ids" if self.start_token is None else "decoder_input_ids"].shape
+
+        def see(layer: int, acts: Tensor) -> Tensor | None:
+            replaced = visit(layer, self.shaped(layer, acts, shape))
+            if stop and layer == wanted[-1]:
+                raise _StopForward
+            if replaced is None:
+                return None
+            # some blocks write into what their halves put out (Falcon adds attention to the MLP)
+            return replaced.reshape(acts.shape).clone()
+
+        handles: list[RemovableHandle] = []
+        try:
+            for layer in wanted:
+                handles.append(self.sites[layer].watch(_bound(see, layer)))
+            return self.model(**inputs)
+        except _StopForward:
+            return None
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def shaped(
+        self, layer: int, acts: Tensor, shape: torch.Size
+    ) -> Float[Tensor, "block pos d_model"]:
+        """Return activations as [block, pos, d_model], also of modules that join the first two.
+
+        Raises:
+            UserError: they have other sizes.
+        """
+        whole = (*shape, self.d_model)
+        if tuple(acts.shape) not in (whole, (shape.numel(), self.d_model)):
+            raise UserError(
+                f"{self.hookpoint} of block {layer} of {type(self.model).__name__} has shape "
+                f"{list(acts.shape)} instead of {list(whole)}, so it cannot be read: use another "
+                "model.hookpoint, or name the module with model.submodule."
+            )
+        return acts.view(whole)
+
+
+def _bound(see: Visit, layer: int) -> Callable[[Tensor], Tensor | None]:
+    return lambda acts: see(layer, acts)

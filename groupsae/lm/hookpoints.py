@@ -1,0 +1,157 @@
+"""Where in a block activations are read: before it, after it, or what one half of it adds.
+
+| hookpoint | what it is, [block, pos, d_model] |
+|---|---|
+| `resid_post` | what the block puts out: the residual stream after it |
+| `resid_pre` | what the block gets: the residual stream before it |
+| `attn_out` | what the block adds to the residual stream from (self-)attention |
+| `mlp_out` | what the block adds to the residual stream from its MLP or its experts |
+
+In models that normalise before each half, run one after the other, resid_post = resid_pre +
+attn_out + mlp_out (T5's decoder also adds its cross-attention, which neither counts), and so in
+models that run both halves side by side (GPT-NeoX, GPT-J, Phi, Falcon, Cohere). Where a norm
+stands between a half and the residual stream (Gemma 2 and 3, OLMo 2 and 3, GLM-4, Exaone 4), the
+two are what that norm puts out, as in TransformerLens and Gemma Scope; where a constant does
+(Granite's residual_multiplier, MiniCPM), they are the activations before it. Models that
+normalise the sum (BERT, BART) add attn_out, normalise, add mlp_out and normalise again.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from groupsae.errors import UserError
+
+HOOKPOINTS = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+
+# Paths within a block, the first that exists is taken. Those at the top are inside a module that
+# adds the residual (and normalises) itself.
+HALVES = {
+    "attn_out": (
+        "attention.output.dense",  # BERT and its descendants
+        "attention.attn",  # MPNet
+        "layer.0.SelfAttention",  # T5
+        "layer.0.LocalSelfAttention",  # LongT5
+        "layer.0.TransientGlobalSelfAttention",
+        "self_attention.dense",  # Bloom (and Falcon, where it is all the same)
+        "self_attn", "self_attention", "attention", "attn", "linear_attn", "temporal_block",
+        "multi_head_attention",
+    ),
+    "mlp_out": (
+        "output.dense",
+        "layer.2.DenseReluDense", "layer.1.DenseReluDense", "layer.2.mlp", "layer.1.mlp",
+        "mlp.dense_4h_to_h",  # Bloom (and GPT-NeoX and Falcon)
+        "ffn.down_proj",  # MPT
+        "mlp", "feed_forward", "block_sparse_moe", "moe", "ffn", "mlp_block",
+        "fc2",  # OPT, BART
+    ),
+}  # fmt: skip
+# Norms behind attention and MLP. (`post_attention_layernorm` alone is, in Llama and most others,
+# the one *before* the MLP.)
+NORMS_BEHIND = (
+    {"attn_out": "post_self_attn_layernorm", "mlp_out": "post_mlp_layernorm"},
+    {"attn_out": "post_self_attn_layernorm", "mlp_out": "post_feedforward_layernorm"},
+    {"attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"},
+    {"attn_out": "post_norm1", "mlp_out": "post_norm2"},  # HyperCLOVA X
+    {
+        "attn_out": "post_attention_layernorm",
+        "mlp_out": "post_mlp_layernorm",
+        "beside": "pre_mlp_layernorm",  # AFMoE; without it the two normalise the sum (Nomic)
+    },
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module of one block whose output, or input, is the hookpoint.
+
+    Attributes:
+        module: the module.
+        before: read its input, not its output.
+    """
+
+    module: nn.Module
+    before: bool
+
+    def watch(self, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+        """Show `see` the activations in every forward; what it returns takes their place.
+
+        Of a module that returns several things (attention weights, router scores) the first is
+        meant; the others stay.
+        """
+        if self.before:
+            return self.module.register_forward_pre_hook(_on_input(see), with_kwargs=True)
+
+        def on_output(_module: nn.Module, _args: Any, output: Any) -> Any:
+            if isinstance(output, Tensor):
+                return see(output)
+            replaced = see(output[0])
+            return None if replaced is None else (replaced, *output[1:])
+
+        return self.module.register_forward_hook(on_output)
+
+
+def _on_input(see: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
+    def on_input(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            replaced = see(args[0])
+            return None if replaced is None else ((replaced, *args[1:]), kwargs)
+        name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs))
+        replaced = see(kwargs[name])
+        return None if replaced is None else (args, {**kwargs, name: replaced})
+
+    return on_input
+
+
+def check_hookpoint(hookpoint: str) -> None:
+    """Raise UserError if there is no such hookpoint."""
+    if hookpoint not in HOOKPOINTS:
+        raise UserError(f"model.hookpoint is '{hookpoint}'; use {', '.join(HOOKPOINTS)}.")
+
+
+def find_sites(blocks: Iterable[nn.Module], hookpoint: str, submodule: str | None) -> list[Site]:
+    """Return where the hookpoint is in each block.
+
+    Args:
+        blocks: of the model.
+        hookpoint: one of `HOOKPOINTS`.
+        submodule: path within a block of the module whose output attn_out or mlp_out is; None
+            looks for it under the names that transformers uses.
+
+    Raises:
+        UserError: a block has no such part; lists what it has.
+    """
+    check_hookpoint(hookpoint)
+    if hookpoint in ("resid_pre", "resid_post"):
+        if submodule is not None:
+            raise UserError(
+                f"model.submodule is '{submodule}', but {hookpoint} is the block itself: leave "
+                "it null, or use model.hookpoint=attn_out or mlp_out."
+            )
+        return [Site(block, before=hookpoint == "resid_pre") for block in blocks]
+    return [
+        Site(_half(block, number, hookpoint, submodule), before=False)
+        for number, block in enumerate(blocks)
+    ]
+
+
+def _half(block: nn.Module, number: int, hookpoint: str, submodule: str | None) -> nn.Module:
+    inside = dict(block.named_modules())
+    paths = HALVES[hookpoint] if submodule is None else (submodule,)
+    found = next((path for path in paths if path in inside), None)
+    if found is None:
+        there = ", ".join(name for name in inside if name and name.count(".") < 2)
+        lacks = f"nothing that gives {hookpoint}" if submodule is None else f"no '{submodule}'"
+        raise UserError(
+            f"model.hookpoint is '{hookpoint}', but block {number} ({type(block).__name__}) has "
+            f"{lacks}; it has: {there}. Name the module with model.submodule=<path within a "
+            "block>, or use resid_post or resid_pre."
+        )
+    if submodule is None:
+        for pair in NORMS_BEHIND:
+            if all(name in inside for name in pair.values()):
+                return inside[pair[hookpoint]]
+    return inside[found]

@@ -1,0 +1,61 @@
+"""Arguments that a user passes on to transformers' from_pretrained as `model.load`."""
+
+import json
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+from groupsae.errors import UserError
+
+# said elsewhere
+OURS = {
+    "revision": "model.revision",
+    "dtype": "model.dtype",
+    "torch_dtype": "model.dtype",
+    "config": "model.name",
+    "token": "the environment variable HF_TOKEN, for run folders keep their configuration",
+}
+# config and tokenizer must be found as the weights are
+HUB = ("trust_remote_code", "code_revision", "cache_dir", "local_files_only", "subfolder")
+# where weights lie and how they get there changes no activation
+PLACE = (
+    "device_map", "max_memory", "offload_folder", "offload_state_dict", "offload_buffers",
+    "low_cpu_mem_usage", "cache_dir", "local_files_only", "use_safetensors",
+)  # fmt: skip
+
+
+def check_load_options(load: object) -> None:
+    """Raise UserError if the options are no mapping, or one is set elsewhere or needs a package.
+
+    Args:
+        load: the options.
+    """
+    if not isinstance(load, Mapping):
+        raise UserError(
+            f"model.load is {load!r}; give arguments of from_pretrained, such as "
+            "{device_map: auto}, or {} for none."
+        )
+    for name in load:
+        if name in OURS:
+            raise UserError(f"model.load holds {name}: leave it out and use {OURS[name]}.")
+        if name in ("device_map", "quantization_config") and find_spec("accelerate") is None:
+            raise UserError(
+                f"model.load.{name} needs the package accelerate, which is not installed: "
+                "pip install accelerate."
+            )
+
+
+def hub_options(load: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that finding config and tokenizer takes as well."""
+    return {name: load[name] for name in HUB if name in load}
+
+
+def recorded_options(load: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that decide what the model computes, as plain values."""
+    kept = {name: value for name, value in load.items() if name not in PLACE}
+
+    def plain(value: Any) -> Any:
+        return value.to_dict() if hasattr(value, "to_dict") else str(value)
+
+    recorded: dict[str, Any] = json.loads(json.dumps(kept, default=plain))
+    return recorded
