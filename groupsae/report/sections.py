@@ -122,6 +122,8 @@ def provenance(run: RunFiles) -> list[tuple[str, str]]:
         ),
         ("held-out tokens", _count(e.get("tokens"), "")),
         ("special tokens", _special(e)),
+        ("first positions left out", e.get("skip_positions") or None),
+        ("norms left out", e.get("max_norm_ratio") and f"above {e['max_norm_ratio']:g} medians"),
         ("intervals", _intervals(e)),
         ("groupsae", summary.get("groupsae") or e.get("groupsae")),
     ]

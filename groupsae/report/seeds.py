@@ -63,6 +63,11 @@ def measured_on(run: RunFiles) -> dict[str, str]:
         "held-out tokens": f"{e['tokens']:,}",
         "context": str(e.get("context")),
         "special tokens": "left out" if e.get("exclude_special_tokens") else "counted",
+        "first positions left out": str(e.get("skip_positions") or "none"),
+        "norms left out": f"above {most:g} medians"
+        if (most := e.get("max_norm_ratio"))
+        else "none",
+        "read at": " of the ".join(str(e[key]) for key in ("hookpoint", "stack") if e.get(key)),
     }
 
 
