@@ -71,14 +71,16 @@ def assess(folder: Path, cfg: DictConfig, options: DictConfig, device: str) -> d
     place = _device(device)
     plain: Any = OmegaConf.to_container(options)
     check_options(plain)
-    ledger, summary = (_file(folder / name) for name in ("ledger.json", "summary.json"))
+    summary = _file(folder / "summary.json")
+    # nobody knows what it cost to train SAEs that were adopted
+    ledger = None if "adopted" in summary else _file(folder / "ledger.json")
     subject = _open(folder, cfg, place)
     data, plan, saes = subject.data, subject.plan, subject.saes
     steps = steps_to_evaluate(data, options.tokens)
     if options.exclude_special_tokens is not None:
         data.exclude_special_tokens = options.exclude_special_tokens
     found = groupings(plan)
-    costs = relative_costs(ledger, found, saes)
+    costs = relative_costs(ledger, found, saes) if ledger is not None else {}
     bootstrap = Bootstrap(data.heldout_documents(steps), **options.bootstrap)
     if not data.hooked.predicts:
         console.print(
@@ -204,13 +206,13 @@ def _open(folder: Path, cfg: DictConfig, device: torch.device) -> Subject:
     )
     trained = next(iter(saes.values())).configs[plan.members[0].name]
     weights = lm.fingerprint()
-    if trained["weights"] != weights:
+    if trained["weights"] not in (None, weights):  # None: adopted, and nothing is known
         raise UserError(
             f"the SAEs in {folder} were trained on other weights of {trained['model']} "
             f"({trained['weights'][:8]}) than {lm.name} has now ({weights[:8]}): bring the old "
             "ones back, or train again."
         )
-    if trained["text"] != data.blocks.key:
+    if trained["text"] not in (None, data.blocks.key):
         raise UserError(
             f"the SAEs in {folder} were trained on packed text {trained['text']}, but data now "
             f"gives {data.blocks.key}: files have changed, and held-out text might be text they "

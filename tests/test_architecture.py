@@ -19,6 +19,8 @@ ENTRY_POINTS = {
     "train.py",
     "pretrain.py",
     "evaluate.py",
+    "export.py",
+    "adopt.py",
     "report/__main__.py",
     "fit.py",
     "assess.py",
@@ -63,7 +65,7 @@ def test_the_partition_core_needs_neither_torch_nor_lightning_nor_hydra():
     assert not loaded & {"torch", "lightning", "transformers", "hydra", "wandb", "matplotlib"}
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "report.__main__"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "export", "adopt", "report.__main__"])
 def test_the_command_answers_before_it_loads_torch(command):
     """A wrong option is told at once: slow imports come after the cheap checks."""
     heavy = {"torch", "lightning", "transformers", "matplotlib"}

@@ -51,7 +51,7 @@ def groupings(plan: GroupPlan) -> list[Grouping]:
     """
     own = {plan.num_layers - 1: name_of([plan.num_layers - 1])}
     own = own if plan.last_layer == "own" else {}
-    grouped = list(range(plan.partition.num_layers))
+    grouped = [x for x in range(plan.partition.num_layers) if x not in plan.unserved]
     picked = _picked(plan)
     found: dict[str, Grouping] = {}
     for part in plan.partitions:
@@ -68,7 +68,7 @@ def groupings(plan: GroupPlan) -> list[Grouping]:
                 [],
                 part.num_groups,
                 part,
-                {layer: name_of(group) for group in part.groups for layer in group} | own,
+                {x: name_of(g) for g in part.groups for x in g if x not in plan.unserved} | own,
                 grouped,
             )
         if part.rule in picked and picked[part.rule] == part.num_groups:

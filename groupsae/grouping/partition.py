@@ -1,5 +1,6 @@
 """What a partition of the layers is, and the figures that are read off it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,8 @@ class Partition:
 
     Args:
         groups: layer indices of each group, ascending.
-        diameters: largest distance within each group, in fractions of pi; 0 for one layer alone.
+        diameters: largest distance within each group, in fractions of pi; 0 for one layer alone,
+            NaN where the distances were never measured (null in JSON).
         rule: the rule that made the groups.
     """
 
@@ -54,7 +56,7 @@ class Partition:
     @property
     def max_diameter(self) -> float:
         """Return the largest distance between two layers that share a group."""
-        return max(self.diameters)
+        return float(np.max(self.diameters))
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; `from_json` reads groups, diameters and rule, the rest is shown."""
@@ -62,18 +64,17 @@ class Partition:
             "rule": self.rule,
             "num_groups": self.num_groups,
             "groups": [list(group) for group in self.groups],
-            "diameters": list(self.diameters),
-            "amad": self.amad,
-            "size_weighted_amad": self.size_weighted_amad,
-            "max_diameter": self.max_diameter,
+            "diameters": [known(diameter) for diameter in self.diameters],
+            "amad": known(self.amad),
+            "size_weighted_amad": known(self.size_weighted_amad),
+            "max_diameter": known(self.max_diameter),
         }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Partition":
         """Return the partition that `to_json` wrote; raises KeyError if a key is missing."""
-        return cls(
-            [list(group) for group in values["groups"]], list(values["diameters"]), values["rule"]
-        )
+        diameters = [math.nan if d is None else d for d in values["diameters"]]
+        return cls([list(group) for group in values["groups"]], diameters, values["rule"])
 
     def group_of(self, layer: int) -> int:
         """Return the index of the group that holds this layer.
@@ -88,6 +89,11 @@ class Partition:
             f"Layer {layer} is in no group: the partition covers layers 0 to "
             f"{self.num_layers - 1}. Ask for one of those."
         )
+
+
+def known(value: float) -> float | None:
+    """Return a value, or None for the NaN of distances that were never measured."""
+    return None if math.isnan(value) else value
 
 
 def amad(distances: npt.ArrayLike, groups: Sequence[Sequence[int]]) -> float:

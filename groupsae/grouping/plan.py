@@ -44,6 +44,8 @@ class GroupPlan:
             is trained once.
         smaller: numbers of groups G whose cost is matched by smaller SAEs on every layer, the
             baseline of arXiv 2410.21508, 4.2: width G/n on each of the n grouped layers.
+        unserved: layers, each a group of its own, that have no SAE: those of others rarely come
+            for all layers.
 
     Raises:
         UserError: they do not fit together.
@@ -55,6 +57,7 @@ class GroupPlan:
     theta: float | None = None
     others: tuple[Partition, ...] = ()
     smaller: tuple[int, ...] = ()
+    unserved: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check that the partitions cover the layers that last_layer leaves to them."""
@@ -71,7 +74,8 @@ class GroupPlan:
     @property
     def saes(self) -> list[list[int]]:
         """Return the layers of each SAE of the chosen partition, in ascending order."""
-        return [*(list(group) for group in self.partition.groups), *self._own]
+        served = (list(g) for g in self.partition.groups if not set(g) & set(self.unserved))
+        return [*served, *self._own]
 
     @property
     def names(self) -> list[str]:
@@ -119,6 +123,7 @@ class GroupPlan:
             "names": self.names,
             "others": [each.to_json() for each in self.others],
             "smaller": list(self.smaller),
+            "unserved": list(self.unserved),
             "hash": self.hash,
         }
 
@@ -137,6 +142,7 @@ class GroupPlan:
                 values["theta"],
                 tuple(Partition.from_json(each) for each in values["others"]),
                 tuple(values["smaller"]),
+                tuple(values.get("unserved", ())),
             )
             recorded = values["hash"]
         except KeyError as missing:

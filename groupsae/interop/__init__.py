@@ -1,1 +1,1 @@
-"""SAEs on disk: our own folder."""
+"""SAEs on disk: our own folder, those of other libraries, and the Hub."""

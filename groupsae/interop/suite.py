@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from groupsae.data.writer import write_json
 from groupsae.errors import UserError
 from groupsae.grouping.groupings import by_name
 from groupsae.interop.groups_file import load_plan
+from groupsae.interop.hub import download, repository
+from groupsae.interop.tensors import read_tensors, take
 from groupsae.sae.base import SAE, SparseLatents
 
 FORMAT = 1
@@ -148,17 +150,19 @@ class Suite:
 
 
 def load_suite(path: str | Path, grouping: str | None = None) -> Suite:
-    """Return the SAEs of a run folder (or of its `saes` folder).
+    """Return the SAEs of a run folder (or of its `saes` folder), here or on the Hub.
 
     Args:
-        path: the run folder.
+        path: the run folder, or `hf:owner/name`, or `hf:owner/name@revision`.
         grouping: of a run with groups=all: which of its groupings, such as `complete-3`,
             `per_layer` or `smaller-2`; None is the one that AMAD chose.
 
     Raises:
-        UserError: there are no SAEs, one is damaged, or there is no such grouping.
+        UserError: there are no SAEs, one is damaged, there is no such grouping, or the Hub does
+            not give the files.
     """
-    folder = Path(path)
+    repo = repository(path)
+    folder = Path(path) if repo is None else download(repo, ("saes/*", "groups.json"))
     folder = folder / "saes" if (folder / "saes").is_dir() else folder
     names = sorted(file.parent.name for file in folder.glob("*/cfg.json"))
     if not names:
@@ -203,7 +207,9 @@ def _load_sae(file: Path) -> tuple[SAE, dict[str, Any]]:
         sae = _architecture(config["architecture"], file)(
             **config["arguments"], generator=torch.Generator()
         )
-        sae.load_state_dict(load_file(file.with_name("sae.safetensors")))
+        weights = file.with_name("sae.safetensors")
+        wanted = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
+        sae.load_state_dict(take(read_tensors(weights), wanted, weights))
         for layer in config["layers"]:
             float(config["norm_factors"][str(layer)])
     except UserError:

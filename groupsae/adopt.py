@@ -1,0 +1,120 @@
+"""Make a run of SAEs that others trained: `python -m groupsae.adopt path=<folder> model=<model>`.
+
+The run folder is what `groupsae.evaluate` and `groupsae.report` take.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from groupsae.config import CONF, check_choices, make
+from groupsae.content import without
+from groupsae.errors import UserError
+from groupsae.run import register_resolver
+
+OWN = ("path", "format", "only", "num_groups", "to")
+# of the training, which was not ours
+TRAINING = ("sae", "optim", "groups", "calibration", "dead_after", "b_dec_start")
+FILES = (
+    "cfg.json",
+    "config.json",
+    "sae_weights.safetensors",
+    "sae.safetensors",
+    "ae.pt",
+    "scaling_factors.pt",
+)
+
+
+def adopt(cfg: DictConfig) -> Path:
+    """Read the SAEs and write the run folder; return it.
+
+    Raises:
+        UserError: nothing that can be read is there, it does not fit the model, or the run folder
+            cannot be written.
+    """
+    if OmegaConf.is_missing(cfg, "path") or cfg.path is None:
+        raise UserError("which SAEs? Give path=<folder>, or path=hf:<owner/name>.")
+    from groupsae.interop.hub import looks_like_name, repository  # slow, after the cheap checks
+    from groupsae.interop.incoming import READABLE, lay_out, other_model, read_folder
+    from groupsae.interop.whole import check_free, written_whole
+
+    if cfg.format is not None and cfg.format not in READABLE:
+        raise UserError(f"format is {cfg.format!r}; use {', '.join(READABLE)}.")
+    given = str(cfg.path)
+    repo = repository(f"hf:{given}" if looks_like_name(given) else given)
+    only = [cfg.only] if isinstance(cfg.only, str) else cfg.only and [str(p) for p in cfg.only]
+    lm = make(cfg.model)
+    hookpoint = getattr(lm, "hookpoint", "resid_post")
+    name = Path(given).name if repo is None else repo.name.replace("/", "--")
+    short = Path(str(cfg.model.name)).name
+    target = Path(str(cfg.output)) / short / "adopted" / name if cfg.to is None else Path(cfg.to)
+    check_free(target, overwrite=cfg.overwrite)
+    folder = Path(given) if repo is None else _download(repo, only)
+    read = read_folder(
+        folder,
+        form=cfg.format,
+        only=only,
+        num_groups=cfg.num_groups,
+        num_layers=lm.geometry.num_layers,
+        d_model=lm.geometry.d_model,
+        hookpoint=hookpoint,
+    )
+    facts = {
+        "model": cfg.model.name,
+        "revision": cfg.model.revision,
+        "dtype": cfg.model.dtype,
+        "stack": getattr(lm, "stack", None),
+        "context": cfg.stream.context,
+        "prepend_bos": cfg.stream.prepend_bos,
+        "exclude_special_tokens": cfg.stream.exclude_special_tokens,
+    }
+    with written_whole(target, overwrite=cfg.overwrite) as beside:
+        (beside / ".hydra").mkdir()
+        plain: Any = OmegaConf.to_container(cfg, resolve=False)
+        kept = {**without(plain, OWN + TRAINING), "overwrite": False}
+        OmegaConf.save(kept, beside / ".hydra" / "config.yaml")
+        lay_out(beside, read, num_layers=lm.geometry.num_layers, facts=facts, named=target)
+    for each in read:
+        layers = ", ".join(map(str, each.layers))
+        print(f"{each.folder}: {each.format}, layers {layers}, {each.sae.d_sae:,} latents")
+        for note in each.notes:
+            print(f"  note: {note}")
+    other = other_model(read, str(cfg.model.name))
+    if other is not None:
+        print(f"note: the folders name the model {other}, and model is {cfg.model.name}.")
+    print("note: what they were trained on is not known: held-out text may be some of it.")
+    return target
+
+
+def _download(repo: Any, only: list[str] | None) -> Path:
+    from groupsae.interop.hub import download
+
+    if only is None:
+        return download(repo, [f"*{file}" for file in FILES])
+    beside = ["*config.json", "*scaling_factors.pt"]
+    return download(repo, [f"{p}/{file}" for p in only for file in FILES] + beside)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="adopt")
+def run(cfg: DictConfig) -> None:
+    """Run one configuration of the command."""
+    try:
+        folder = adopt(cfg)
+        print(f"Run folder: {folder}\nNext: python -m groupsae.evaluate run={folder}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main() -> None:
+    """Start `groupsae-adopt`, which is `python -m groupsae.adopt`."""
+    register_resolver()
+    check_choices(sys.argv[1:])
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Write the SAEs of a run as other libraries load them: `python -m groupsae.export run=<folder>`.
+
+With `hub=<owner/name>` they also go to the Hugging Face Hub, in our own format or in another.
+"""
+
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from groupsae.config import CONF
+from groupsae.errors import UserError
+from groupsae.run import finished_run
+
+
+def export(cfg: DictConfig) -> None:
+    """Write, compare, upload; say what was done."""
+    if OmegaConf.is_missing(cfg, "run") or cfg.run is None:
+        raise UserError("which run? Give run=<folder>, such as run=outputs/tiny/amad-0.2/<...>")
+    if cfg.format is None and cfg.hub is None:
+        raise UserError(
+            "nothing to do: give format=saelens, sparsify or dictionary_learning, or "
+            "hub=<owner/name>, or both."
+        )
+    remote = str(cfg.run).startswith("hf:")
+    if remote and cfg.hub is not None and cfg.format is None:
+        raise UserError(f"run={cfg.run} is on the Hub already: give format=... to convert it.")
+    if remote and cfg.to is None:
+        raise UserError(f"run={cfg.run} is no folder here: say where to write with to=<folder>.")
+    run = Path(str(cfg.run))
+    if not remote and not (run / "summary.json").exists():
+        finished_run(run)  # says what is missing
+
+    from groupsae.interop.card import card, files_of_run  # slow imports only after cheap checks
+    from groupsae.interop.formats import format_named
+    from groupsae.interop.hub import check_name, upload
+    from groupsae.interop.outgoing import export_suite
+    from groupsae.interop.suite import load_suite
+    from groupsae.interop.whole import check_free
+
+    chosen = None if cfg.format is None else format_named(cfg.format)
+    if cfg.hub is not None:
+        check_name(str(cfg.hub), f"hub={cfg.hub}")
+    suite = load_suite(str(cfg.run), cfg.grouping)
+    files: dict[str, Path | bytes] = {}
+    folders: list[str] = []
+    if chosen is not None:
+        target = run / "export" / chosen.name if cfg.to is None else Path(str(cfg.to))
+        check_free(target, overwrite=cfg.overwrite)
+        written = export_suite(suite, chosen, target, overwrite=cfg.overwrite)
+        folders = [each.folder for each in written]
+        _show(written, target)
+        files = {p.relative_to(target).as_posix(): p for p in target.rglob("*") if p.is_file()}
+    if cfg.hub is not None:
+        repo = str(cfg.hub)
+        files = files or files_of_run(run)
+        text = card(repo, run, suite, chosen=chosen, folders=folders)
+        address = upload(
+            repo,
+            {**files, "README.md": text.encode()},
+            message=f"SAEs of {len(suite.layers)} layers, by groupsae",
+            private=cfg.private,
+        )
+        print(f"Uploaded {len(files) + 1} files: {address}")
+
+
+def _show(written: list, target: Path) -> None:  # type: ignore[type-arg]
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("folder", "SAE", "largest difference", "ties")
+    for each in written:
+        ties = f"{each.ties} rows" if each.ties else ""
+        table.add_row(each.folder, each.group, f"{each.difference:.1e}", ties)
+    console = Console()
+    console.print(table)
+    console.print(
+        "Read back and compared: the difference is a share of the largest output; in tied rows "
+        "rounding decides between latents."
+    )
+    console.print(f"Export: {target}", soft_wrap=True)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="export")
+def run(cfg: DictConfig) -> None:
+    """Run one configuration of the command."""
+    try:
+        export(cfg)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main() -> None:
+    """Start `groupsae-export`, which is `python -m groupsae.export`."""
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""The page that a repository of SAEs shows on the Hub: its README.md."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped,unused-ignore]
+
+from groupsae.data.reading import read_json, read_yaml
+from groupsae.interop.build import kind_of
+from groupsae.interop.foreign import Format
+from groupsae.interop.suite import Suite
+
+OURS = "groupsae"
+_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+LOAD = {
+    OURS: """import groupsae
+
+suite = groupsae.load_suite("hf:{repo}")
+latents = suite.encode(acts, layer={layer})  # acts: what block {layer} puts out, [..., d_model]
+x_hat = suite.decode(latents, layer={layer})""",
+    "saelens": """from sae_lens import SAE
+
+sae = SAE.from_pretrained(release="{repo}", sae_id="{folder}")""",
+    "sparsify": """from sparsify import SparseCoder
+
+sae = SparseCoder.load_from_hub("{repo}", hookpoint="{folder}")""",
+    "dictionary_learning": """from dictionary_learning.utils import load_dictionary
+from huggingface_hub import snapshot_download
+
+path = snapshot_download("{repo}", allow_patterns="{folder}/*")
+sae, config = load_dictionary(path + "/{folder}", device="cpu")""",
+}
+FOLDED = """
+Every folder holds the SAE of one layer's group with that layer's norm factor folded into the
+biases, so it takes activations as they are. Its free metadata names group, layers and factor.
+"""
+
+
+def card(
+    repo: str, run: Path, suite: Suite, *, chosen: Format | None, folders: Sequence[str]
+) -> str:
+    """Return the README.md of a repository.
+
+    Args:
+        repo: owner/name.
+        run: folder of the run.
+        suite: its SAEs.
+        chosen: the format they are in; None: our own.
+        folders: of the exported SAEs.
+    """
+    config = next(iter(suite.configs.values()))
+    model = str(config.get("model", "unknown"))
+    head: dict[str, Any] = {
+        "library_name": chosen.library if chosen else OURS,
+        "tags": ["sparse-autoencoder", "group-sae", "interpretability"],
+    }
+    if _on_hub(model):
+        head["base_model"] = model
+    data = _dataset(run)
+    if data is not None:
+        head["datasets"] = [data]
+    shown = Path(model).name if Path(model).is_absolute() else model
+    revision = f", revision {config['revision']}" if config.get("revision") else ""
+    snippet = LOAD[chosen.name if chosen else OURS].format(
+        repo=repo, layer=suite.layers[0], folder=folders[0] if folders else ""
+    )
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {repo.partition('/')[2]}: sparse autoencoders for groups of layers of {shown}",
+        "One sparse autoencoder for each group of similar layers (Group-SAE, arXiv 2410.21508), "
+        f"on `{config.get('hookpoint', 'resid_post')}` of {shown}{revision}; trained with "
+        f"groupsae {config.get('groupsae', '')} on {_tokens(config)} tokens each.",
+        _groups(suite, run),
+        _evaluation(run),
+        FOLDED.strip() if chosen else "",
+        f"## Use\n\n```python\n{snippet}\n```",
+        "" if chosen else _figures(run),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def files_of_run(run: Path) -> dict[str, Path | bytes]:
+    """Return what of a run goes to the Hub: path there -> file, or content without local paths."""
+    patterns = (
+        "saes/*/*",
+        "groups.json",
+        "summary.json",
+        "ledger.json",
+        "evaluation/evaluation.json",
+        "evaluation/*.csv",
+        "figures/*.png",
+    )
+    found = [file for pattern in patterns for file in sorted(run.glob(pattern)) if file.is_file()]
+    return {
+        file.relative_to(run).as_posix(): _clean(file) if file.suffix == ".json" else file
+        for file in found
+    }
+
+
+def _clean(file: Path) -> bytes:
+    return json.dumps(_without_places(json.loads(file.read_text(encoding="utf-8")))).encode()
+
+
+def _without_places(value: Any) -> Any:
+    """Return plain values with absolute paths cut down to their last part."""
+    if isinstance(value, Mapping):
+        return {key: _without_places(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_places(each) for each in value]
+    if isinstance(value, str) and Path(value).is_absolute():
+        return Path(value).name
+    return value
+
+
+def _on_hub(model: str) -> bool:
+    return bool(_ID.match(model)) and not Path(model).exists()
+
+
+def _dataset(run: Path) -> str | None:
+    config = read_yaml(run / ".hydra" / "config.yaml")
+    data = config.get("data") if isinstance(config, dict) else None
+    name = data.get("name") if isinstance(data, dict) else None
+    return name if isinstance(name, str) and _on_hub(name) else None
+
+
+def _tokens(config: Mapping[str, Any]) -> str:
+    tokens = config.get("tokens")
+    return f"{tokens:,}" if isinstance(tokens, int) else "an unknown number of"
+
+
+def _groups(suite: Suite, run: Path) -> str:
+    rows = []
+    summary = read_json(run / "summary.json") or {}
+    trained = summary.get("groups") or {}
+    for name, sae in suite.saes.items():
+        layers = suite.configs[name]["layers"]
+        span = str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+        known = trained.get(name) or {}
+        k = getattr(sae, "k", None)
+        kind = kind_of(sae) + (f", k = {k}" if k is not None else "")
+        rows.append(
+            f"| {name} | {span} | {kind} | {sae.d_sae:,} | {_number(known.get('fvu'))} | "
+            f"{_number(known.get('l0'), 1)} |"
+        )
+    head = "| SAE | layers | kind | latents | FVU | L0 |\n|---|---|---|---|---|---|"
+    amad = summary.get("amad")
+    told = f"\n\nAMAD {_number(amad)} (mean over groups of the largest angle, fractions of pi)."
+    return "## Groups\n\n" + "\n".join([head, *rows]) + (told if amad is not None else "")
+
+
+def _evaluation(run: Path) -> str:
+    evaluation = read_json(run / "evaluation" / "evaluation.json")
+    if evaluation is None:
+        return ""
+    names = {"fvu": "FVU", "l0": "L0", "delta_ce": "CE added, nats", "ce_score": "CE recovered"}
+    digits = {"l0": 1}
+    rows = []
+    for row in evaluation.get("results", []):
+        values = [_number(_value(row.get(each)), digits.get(each, 4)) for each in names]
+        rows.append(f"| {' | '.join([str(row['layer']), row['sae'], *values])} |")
+    head = f"| layer | SAE | {' | '.join(names.values())} |\n|---|---|" + "---|" * len(names)
+    told = f"On {evaluation.get('tokens', 0):,} held-out tokens, one layer replaced at a time.\n\n"
+    return "## Evaluation\n\n" + told + "\n".join([head, *rows])
+
+
+def _figures(run: Path) -> str:
+    files = sorted((run / "figures").glob("*.png"))
+    shown = "\n\n".join(f"![{file.stem}](figures/{file.name})" for file in files)
+    return f"## Figures\n\n{shown}" if files else ""
+
+
+def _value(stored: Any) -> float | None:
+    return stored.get("value") if isinstance(stored, Mapping) else stored
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

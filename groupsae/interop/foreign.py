@@ -1,0 +1,129 @@
+"""What a format of another library is to the program, and what is known of an SAE in it."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from groupsae import __version__
+from groupsae.errors import UserError
+from groupsae.interop.build import kind_of
+from groupsae.sae.base import SAE
+
+FORMAT = 1  # of what we write into others' free metadata
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """Where an exported SAE comes from: goes into the format's free metadata.
+
+    Attributes:
+        group: name of the SAE in its run, such as `layers.3-5`.
+        layers: that it was trained on.
+        layer: that this copy of it is for.
+        norm_factor: that was folded into its biases.
+        hookpoint: resid_post, resid_pre, mlp_out or attn_out.
+        model: name of the language model.
+        revision: of the model, on the Hub.
+        dtype: the model ran in.
+        context: tokens in a block.
+        prepend_bos: whether blocks began with BOS.
+        stack: encoder or decoder of a model that has both.
+    """
+
+    group: str
+    layers: list[int]
+    layer: int
+    norm_factor: float
+    hookpoint: str
+    model: str
+    revision: str | None
+    dtype: str | None
+    context: int | None
+    prepend_bos: bool
+    stack: str | None
+
+    @classmethod
+    def of(cls, group: str, layer: int, config: dict[str, Any]) -> "About":
+        """Return what a `cfg.json` of ours says of one of its layers."""
+        return cls(
+            group=group,
+            layers=list(config["layers"]),
+            layer=layer,
+            norm_factor=float(config["norm_factors"][str(layer)]),
+            hookpoint=config.get("hookpoint", "resid_post"),
+            model=str(config.get("model", "unknown")),
+            revision=config.get("revision"),
+            dtype=config.get("dtype"),
+            context=config.get("context"),
+            prepend_bos=bool(config.get("prepend_bos", False)),
+            stack=config.get("stack"),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values; a model that lies in a folder goes by the folder's name."""
+        model = Path(self.model).name if Path(self.model).is_absolute() else self.model
+        return {"format": FORMAT, "groupsae": __version__, **asdict(self), "model": model}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Incoming:
+    """An SAE read from a folder, ready for our own format.
+
+    Attributes:
+        folder: where it was found.
+        format: that it was read as.
+        sae: it works on activations times the norm factor.
+        arguments: of its constructor.
+        layers: that it serves.
+        norm_factors: layer -> factor.
+        hookpoint: whose activations it takes.
+        model: that the folder names, if any.
+        notes: sentences for the user.
+    """
+
+    folder: Path
+    format: str
+    sae: SAE
+    arguments: dict[str, Any]
+    layers: list[int]
+    norm_factors: dict[int, float]
+    hookpoint: str
+    model: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """One library's folder for an SAE.
+
+    Attributes:
+        name: as `format=` names it.
+        library: what the Hub calls the library.
+        holds: kinds of SAE -> what the format calls them.
+        folder: name of an SAE's folder.
+        write: an SAE on raw activations into an existing folder.
+        mine: whether a folder is of this format.
+        read: the SAE in such a folder.
+    """
+
+    name: str
+    library: str
+    holds: dict[str, str]
+    folder: Callable[[About], str]
+    write: Callable[[Path, SAE, About], None]
+    mine: Callable[[Path], bool]
+    read: Callable[[Path], Incoming]
+
+
+def wrong_place(folder: Path, named: object) -> UserError:
+    """Return the error of a folder that does not say which layer it is for."""
+    return UserError(
+        f"{folder} does not say which layer of a language model it is for (found {named!r}): "
+        "name the folder layers.<number> or resid_post_layer_<number>, as its library does."
+    )
+
+
+def kind_in(sae: SAE, holds: dict[str, str]) -> str:
+    """Return what a format calls an SAE's kind."""
+    return holds[kind_of(sae)]

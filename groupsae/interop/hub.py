@@ -1,0 +1,157 @@
+"""The Hugging Face Hub: repositories are named `hf:owner/name` or `hf:owner/name@revision`."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from groupsae.errors import UserError
+
+PREFIX = "hf:"
+_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
+_NETWORK = {"httpcore", "httpcore2", "httpx", "httpx2", "requests", "urllib3"}
+
+
+class Repository(NamedTuple):
+    """A repository of the Hub; revision None is its newest state."""
+
+    name: str
+    revision: str | None
+
+
+def repository(path: object) -> Repository | None:
+    """Return the repository that a path names; None if it names a folder.
+
+    Raises:
+        UserError: it begins with `hf:`, but what follows is no name of a repository.
+
+    >>> repository("hf:owner/name@v1")
+    Repository(name='owner/name', revision='v1')
+    """
+    text = str(path)
+    if not text.startswith(PREFIX):
+        return None
+    name, at, revision = text.removeprefix(PREFIX).partition("@")
+    check_name(name, text)
+    return Repository(name, revision if at else None)
+
+
+def check_name(name: str, given: str) -> None:
+    """Raise UserError unless this is `owner/name`."""
+    if not _NAME.match(name):
+        raise UserError(
+            f"{given} names no repository of the Hub: write owner/name, letters, digits, '-', '_' "
+            "and '.' only."
+        )
+
+
+def looks_like_name(text: str) -> bool:
+    """Return whether a text could be `owner/name` on the Hub, and is no folder here."""
+    return bool(_NAME.match(text)) and text[0] not in "./" and not Path(text).exists()
+
+
+def download(repo: Repository, patterns: Sequence[str]) -> Path:
+    """Return a local folder with the files of a repository that match; kept in the Hub's cache.
+
+    Raises:
+        UserError: there is no such repository or revision, it may not be read, or the Hub cannot
+            be reached and the cache does not hold it.
+    """
+    from huggingface_hub import snapshot_download
+
+    with _explained(repo.name, repo.revision):
+        return Path(
+            snapshot_download(repo.name, revision=repo.revision, allow_patterns=list(patterns))
+        )
+
+
+def upload(name: str, files: Mapping[str, Path | bytes], *, message: str, private: bool) -> str:
+    """Commit files to a repository, which is made if need be; return its address.
+
+    The token is the one that `hf auth login` left or HF_TOKEN holds; it is neither shown nor kept.
+
+    Args:
+        name: owner/name.
+        files: path in the repository -> file or content; one commit holds all.
+        message: of the commit.
+        private: a repository that is made now can be seen by its owner only.
+
+    Raises:
+        UserError: there is no token or it may not write there, or the Hub cannot be reached.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+
+    check_name(name, f"hub={name}")
+    if get_token() is None:
+        raise UserError(
+            f"no token for hub={name}: log in with `hf auth login`, or set HF_TOKEN to a token "
+            "that may write."
+        )
+    with _explained(name, None):
+        api = HfApi()
+        address = api.create_repo(name, private=private, exist_ok=True)
+        additions = [
+            CommitOperationAdd(
+                path_in_repo=path, path_or_fileobj=str(file) if isinstance(file, Path) else file
+            )
+            for path, file in sorted(files.items())
+        ]
+        api.create_commit(name, operations=additions, commit_message=message)
+    return str(address)
+
+
+@contextmanager
+def _explained(name: str, revision: str | None) -> Iterator[None]:
+    """Turn what the Hub or the network refuses into a sentence."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
+    except GatedRepoError as error:
+        raise UserError(
+            f"hf:{name} is open only to those who accepted its terms: accept them on its page, "
+            "then log in with `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(
+            f"hf:{name} has no revision '{revision}': name a branch, a tag or a commit of it."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"hf:{name} is not on the Hub, or it is private and your token may not see it: check "
+            "the name, or log in with `hf auth login`."
+        ) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            raise UserError(
+                f"the Hub refused hf:{name} (status {status}): the token must be valid and may "
+                "have to have the right to write there. See `hf auth whoami`."
+            ) from error
+        raise UserError(
+            f"the Hub answered with status {status} for hf:{name}: try again later."
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise _unreachable(name) from error
+    except LocalTokenNotFoundError as error:
+        raise UserError(f"no token for hf:{name}: log in with `hf auth login`.") from error
+    except Exception as error:  # of whichever library carries the requests
+        if type(error).__module__.split(".")[0] not in _NETWORK:
+            raise
+        raise _unreachable(name) from error
+
+
+def _unreachable(name: str) -> UserError:
+    return UserError(
+        f"the Hub cannot be reached for hf:{name}, and the cache does not hold what is needed: "
+        "check the network (and HF_HUB_OFFLINE), or bring the files and give their folder."
+    )

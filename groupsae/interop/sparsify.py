@@ -1,0 +1,127 @@
+"""sparsify's folder: `cfg.json` and `sae.safetensors` (as 1.3.3 reads and writes them)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from groupsae.errors import UserError
+from groupsae.interop.build import build
+from groupsae.interop.fold import unit_decoder
+from groupsae.interop.foreign import About, Format, Incoming, wrong_place
+from groupsae.interop.names import module_path, parse_module_path
+from groupsae.interop.tensors import number, read_config, read_tensors, take
+from groupsae.sae.base import SAE
+
+CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+HOLDS = {"topk": "topk"}
+NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+
+
+def folder_name(about: About) -> str:
+    """Return the name of an SAE's folder: the path of the module."""
+    return module_path(about.hookpoint, about.layer, about.model)
+
+
+def write(folder: Path, sae: SAE, about: About) -> None:
+    """Write a TopK SAE that takes raw activations; weights are [num_latents, d_in] both."""
+    state = {name: tensor.detach().float().cpu() for name, tensor in sae.state_dict().items()}
+    tensors = {theirs: state[ours].contiguous().clone() for theirs, ours in NAMES.items()}
+    config = {
+        "activation": "topk",
+        "expansion_factor": max(1, round(sae.d_sae / sae.d_model)),
+        "normalize_decoder": True,
+        "num_latents": sae.d_sae,
+        "k": sae.k,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": sae.d_model,
+        "groupsae": about.to_json(),
+    }
+    (folder / WEIGHTS).write_bytes(save(tensors))
+    (folder / CONFIG).write_text(json.dumps(config, indent=1))
+
+
+def mine(folder: Path) -> bool:
+    """Return whether this is a folder of sparsify (or of the paper's code, which began as one)."""
+    file = folder / CONFIG
+    return (folder / WEIGHTS).exists() and file.exists() and "d_in" in read_config(file)
+
+
+def read(folder: Path) -> Incoming:
+    """Return the SAE in a folder.
+
+    Raises:
+        UserError: it is damaged, or does what our SAEs cannot (transcoders, GroupMax).
+    """
+    file = folder / CONFIG
+    config = read_config(file)
+    for key, plain in (("activation", "topk"), ("transcode", False), ("skip_connection", False)):
+        if config.get(key, plain) != plain:
+            raise UserError(
+                f"{file} has {key} = {config[key]!r}; of sparsify's only plain SAEs with "
+                f"{key} = {json.dumps(plain)} can be read."
+            )
+    place = _place(folder, config)
+    tensors = ours(folder, config)
+    tensors, note = unit_decoder("topk", tensors)
+    k, n = number(config, "k", file), len(tensors["b_enc"])
+    if k > n:
+        raise UserError(f"{file} has k = {k}, more than its {n} latents.")
+    sae, arguments = build("topk", tensors, k=k)
+    return Incoming(
+        folder=folder,
+        format="sparsify",
+        sae=sae,
+        arguments=arguments,
+        layers=[place[0]],
+        norm_factors={place[0]: 1.0},
+        hookpoint=place[1],
+        model=(config.get("groupsae") or {}).get("model"),
+        notes=[note] if note else [],
+    )
+
+
+def ours(folder: Path, config: dict[str, Any], *more: str) -> dict[str, Tensor]:
+    """Return the tensors of a folder by our names.
+
+    Args:
+        folder: with the weights.
+        config: its `cfg.json`.
+        *more: further tensors [num_latents], which keep their names.
+    """
+    file = folder / CONFIG
+    d = number(config, "d_in", file)
+    # 0 means: the factor says how many
+    n = config.get("num_latents") or d * number(config, "expansion_factor", file)
+    shapes = {"W_enc": (n, d), "b_enc": (n,), "W_dec": (n, d), "b_dec": (d,)}
+    wanted = {theirs: shapes[ours] for theirs, ours in NAMES.items()}
+    wanted |= dict.fromkeys(more, (n,))
+    tensors = take(read_tensors(folder / WEIGHTS), wanted, folder / WEIGHTS)
+    return {NAMES.get(theirs, theirs): tensor for theirs, tensor in tensors.items()}
+
+
+def _place(folder: Path, config: dict[str, Any]) -> tuple[int, str]:
+    known = config.get("groupsae") or {}
+    if isinstance(known.get("layer"), int) and isinstance(known.get("hookpoint"), str):
+        return known["layer"], known["hookpoint"]
+    # several seeds are <hookpoint>/seed<n>
+    name = folder.parent.name if folder.name.startswith("seed") else folder.name
+    place = parse_module_path(name)
+    if place is None:
+        raise wrong_place(folder, name)
+    return place
+
+
+SPARSIFY = Format(
+    name="sparsify",
+    library="sparsify",
+    holds=HOLDS,
+    folder=folder_name,
+    write=write,
+    mine=mine,
+    read=read,
+)
