@@ -104,54 +104,48 @@ def upload(name: str, files: Mapping[str, Path | bytes], *, message: str, privat
 @contextmanager
 def _explained(name: str, revision: str | None) -> Iterator[None]:
     """Turn what the Hub or the network refuses into a sentence."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        LocalTokenNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
     try:
         yield
-    except GatedRepoError as error:
-        raise UserError(
+    except Exception as error:
+        # one of several uploads that went on at once is wrapped
+        inner = error.__cause__ if type(error) is RuntimeError else None
+        for each in (error, inner):
+            told = None if each is None else _sentence(each, name, revision)
+            if told is not None:
+                raise UserError(told) from error
+        raise
+
+
+def _sentence(error: BaseException, name: str, revision: str | None) -> str | None:
+    """Return what happened and the way out; None if it is nothing of the Hub's."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return (
             f"hf:{name} is open only to those who accepted its terms: accept them on its page, "
             "then log in with `hf auth login`."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UserError(
-            f"hf:{name} has no revision '{revision}': name a branch, a tag or a commit of it."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"hf:{name} has no revision '{revision}': name a branch, a tag or a commit of it."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
             f"hf:{name} is not on the Hub, or it is private and your token may not see it: check "
             "the name, or log in with `hf auth login`."
-        ) from error
-    except HfHubHTTPError as error:
+        )
+    if isinstance(error, errors.HfHubHTTPError):
         status = error.response.status_code
         if status in (401, 403):
-            raise UserError(
-                f"the Hub refused hf:{name} (status {status}): the token must be valid and may "
-                "have to have the right to write there. See `hf auth whoami`."
-            ) from error
-        raise UserError(
-            f"the Hub answered with status {status} for hf:{name}: try again later."
-        ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise _unreachable(name) from error
-    except LocalTokenNotFoundError as error:
-        raise UserError(f"no token for hf:{name}: log in with `hf auth login`.") from error
-    except Exception as error:  # of whichever library carries the requests
-        if type(error).__module__.split(".")[0] not in _NETWORK:
-            raise
-        raise _unreachable(name) from error
-
-
-def _unreachable(name: str) -> UserError:
-    return UserError(
-        f"the Hub cannot be reached for hf:{name}, and the cache does not hold what is needed: "
-        "check the network (and HF_HUB_OFFLINE), or bring the files and give their folder."
-    )
+            return (
+                f"the Hub refused hf:{name} (status {status}): the token must be valid, and to "
+                "upload it needs the right to write there. `hf auth whoami` shows whose it is."
+            )
+        return f"the Hub answered with status {status} for hf:{name}: try again later."
+    # of whichever library carries the requests
+    carried = type(error).__module__.split(".")[0] in _NETWORK
+    if carried or isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        return (
+            f"the Hub cannot be reached for hf:{name}, and the cache does not hold what is "
+            "needed: check the network (and HF_HUB_OFFLINE), or bring the files and give their "
+            "folder."
+        )
+    return None

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,7 +54,9 @@ def read_pickled(path: Path) -> Any:
         UserError: the file is missing, damaged, or holds anything else.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that torch.save did not write
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise _missing(path) from None
     except pickle.UnpicklingError as error:
