@@ -10,7 +10,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from groupsae.config import CONF, check_choices, make
+from groupsae.config import CONF, check_arguments, make, plain_folder
 from groupsae.content import without
 from groupsae.errors import UserError
 from groupsae.run import register_resolver
@@ -112,7 +112,8 @@ def run(cfg: DictConfig) -> None:
 def main() -> None:
     """Start `groupsae-adopt`, which is `python -m groupsae.adopt`."""
     register_resolver()
-    check_choices(sys.argv[1:])
+    sys.argv[1:] = [plain_folder(argument) for argument in sys.argv[1:]]
+    check_arguments(sys.argv[1:], "adopt")
     run()
 
 

@@ -55,7 +55,7 @@ def check_arguments(arguments: Sequence[str], name: str) -> None:
 
 
 def plain_folder(argument: str) -> str:
-    """Return an argument that names run folders so that any character may be in their names.
+    """Return an argument that names folders so that any character may be in their names.
 
     `run=a,b` becomes a list, which Hydra would take for a sweep.
 
@@ -65,10 +65,14 @@ def plain_folder(argument: str) -> str:
     "resume='outputs/a=1'"
     """
     key, _, value = argument.partition("=")
-    if key not in ("run", "resume") or value in ("", "null", "???") or value[0] in "['\"":
+    if (
+        key not in ("run", "resume", "path", "to")
+        or value in ("", "null", "???")
+        or value[0] in "['\""
+    ):
         return argument
-    if key == "resume":
-        return f"resume={_quoted(value)}"
+    if key != "run":
+        return f"{key}={_quoted(value)}"
     return f"run=[{','.join(_quoted(folder) for folder in value.split(',') if folder)}]"
 
 
@@ -102,7 +106,10 @@ def _groups(name: str) -> set[str]:
     """Return the groups that a command's yaml file chooses options from."""
     defaults = OmegaConf.load(CONF / f"{name}.yaml").defaults
     keys = (str(key) for each in defaults if isinstance(each, DictConfig) for key in each)
-    return {key.removeprefix("optional ") for key in keys if not key.startswith("override ")}
+    found = {key.removeprefix("optional ") for key in keys if not key.startswith("override ")}
+    for whole in (each for each in defaults if isinstance(each, str) and each != "_self_"):
+        found |= _groups(whole)  # another command's file, which this one starts from
+    return found
 
 
 def _options(override: Override, has: set[str] | None, name: str) -> list[str]:

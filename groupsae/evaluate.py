@@ -1,32 +1,13 @@
 """Evaluate a run on held-out text: `python -m groupsae.evaluate run=<run folder>`."""
 
-import shlex
 import sys
-from pathlib import Path
-from typing import Any
 
 import hydra
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from groupsae.config import CONF, check_arguments, plain_folder
 from groupsae.errors import UserError
-from groupsae.run import finished_run, register_resolver
-
-
-def one_folder(named: Any) -> Path:
-    """Return the run folder that `run=` names.
-
-    Raises:
-        UserError: it names several.
-    """
-    folders = [str(each) for each in named] if isinstance(named, ListConfig) else [str(named)]
-    if len(folders) != 1:
-        each = " and ".join(shlex.quote(f"run={folder}") for folder in dict.fromkeys(folders))
-        raise UserError(
-            f"run names {len(folders)} folders, but one run is evaluated at a time: give {each}"
-            f"{', each in a command of its own' if len(set(folders)) > 1 else ' once'}."
-        )
-    return Path(folders[0])
+from groupsae.run import finished_run, one_folder, register_resolver
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")

@@ -9,9 +9,9 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from groupsae.config import CONF
+from groupsae.config import CONF, check_arguments, plain_folder
 from groupsae.errors import UserError
-from groupsae.run import finished_run
+from groupsae.run import finished_run, one_folder
 
 
 def export(cfg: DictConfig) -> None:
@@ -23,12 +23,12 @@ def export(cfg: DictConfig) -> None:
             "nothing to do: give format=saelens, sparsify or dictionary_learning, or "
             "hub=<owner/name>, or both."
         )
-    remote = str(cfg.run).startswith("hf:")
+    run = one_folder(cfg.run)
+    remote = str(run).startswith("hf:")
     if remote and cfg.hub is not None and cfg.format is None:
-        raise UserError(f"run={cfg.run} is on the Hub already: give format=... to convert it.")
+        raise UserError(f"run={run} is on the Hub already: give format=... to convert it.")
     if remote and cfg.to is None:
-        raise UserError(f"run={cfg.run} is no folder here: say where to write with to=<folder>.")
-    run = Path(str(cfg.run))
+        raise UserError(f"run={run} is no folder here: say where to write with to=<folder>.")
     if not remote and not (run / "summary.json").exists():
         finished_run(run)  # says what is missing
 
@@ -42,7 +42,7 @@ def export(cfg: DictConfig) -> None:
     chosen = None if cfg.format is None else format_named(cfg.format)
     if cfg.hub is not None:
         check_name(str(cfg.hub), f"hub={cfg.hub}")
-    suite = load_suite(str(cfg.run), cfg.grouping)
+    suite = load_suite(str(run), cfg.grouping)
     files: dict[str, Path | bytes] = {}
     folders: list[str] = []
     if chosen is not None:
@@ -94,6 +94,8 @@ def run(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Start `groupsae-export`, which is `python -m groupsae.export`."""
+    sys.argv[1:] = [plain_folder(argument) for argument in sys.argv[1:]]
+    check_arguments(sys.argv[1:], "export")
     run()
 
 

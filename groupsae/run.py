@@ -8,7 +8,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped,unused-ignore]
 
@@ -138,6 +138,22 @@ def open_run(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Path, P
     if is_leader():
         _remember(cfg, folder, overrides)
     return cfg, folder, None if cfg.overwrite else last_checkpoint(folder)
+
+
+def one_folder(named: Any) -> Path:
+    """Return the run folder that `run=` names.
+
+    Raises:
+        UserError: it names several.
+    """
+    folders = [str(each) for each in named] if isinstance(named, ListConfig) else [str(named)]
+    if len(folders) != 1:
+        each = " and ".join(quote(f"run={folder}") for folder in dict.fromkeys(folders))
+        raise UserError(
+            f"run names {len(folders)} folders, but this command takes one at a time: give {each}"
+            f"{', each in a command of its own' if len(set(folders)) > 1 else ' once'}."
+        )
+    return Path(folders[0])
 
 
 def finished_run(folder: Path) -> DictConfig:

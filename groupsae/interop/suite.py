@@ -209,7 +209,10 @@ def _load_sae(file: Path) -> tuple[SAE, dict[str, Any]]:
         )
         weights = file.with_name("sae.safetensors")
         wanted = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
-        sae.load_state_dict(take(read_tensors(weights), wanted, weights))
+        try:
+            sae.load_state_dict(take(read_tensors(weights), wanted, weights))
+        except UserError as error:
+            raise UserError(f"{file.parent} is damaged: {error}") from error
         for layer in config["layers"]:
             float(config["norm_factors"][str(layer)])
     except UserError:
