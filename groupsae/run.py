@@ -206,6 +206,11 @@ def _remember(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
 
 def _config_to_resume(cfg: DictConfig, folder: Path, overrides: list[str]) -> DictConfig:
     saved = _saved_config(folder, "resume")
+    if "sae" not in saved:
+        raise UserError(
+            f"resume={folder}: its SAEs were trained elsewhere and adopted, so no training can go "
+            f"on. Evaluate them: python -m groupsae.evaluate {quote(f'run={folder}')}"
+        )
     before = content_hash(saved)
     for override in overrides:
         key = override.split("=")[0].lstrip("+~").split("@")[0].replace("/", ".")

@@ -10,8 +10,9 @@ import pytest
 import torch
 from evaluated import evaluate, evaluated
 from hydra import compose, initialize_config_dir
+from runs import composed
 from safetensors.torch import save_file
-from shelf import D_MODEL, D_SAE, K, dense, edit, naive, rows, tensors_of
+from shelf import D_MODEL, D_SAE, K, dense, edit, naive, rows, run_folder, tensors_of
 
 from groupsae.adopt import adopt as command
 from groupsae.config import CONF
@@ -22,7 +23,7 @@ from groupsae.interop.formats import FORMATS
 from groupsae.interop.incoming import read_folder
 from groupsae.interop.suite import load_suite
 from groupsae.report.page import write_report
-from groupsae.run import register_resolver
+from groupsae.run import open_run, register_resolver
 
 n, d = D_SAE, D_MODEL
 
@@ -351,6 +352,10 @@ def test_folders_that_do_not_fit_the_model_or_each_other_are_refused(tmp_path):
         read(tmp_path / "nowhere")
     with pytest.raises(UserError, match="chooses among the paper's checkpoints"):
         read(one, num_groups=3)
+    ours = run_folder(tmp_path / "ours", "topk")
+    (ours / "groups.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a run of groupsae itself"):
+        read(ours)
 
 
 # ---- a run of ours --------------------------------------------------------------------------
@@ -408,6 +413,10 @@ def test_saes_of_some_layers_in_groups_are_evaluated_and_reported(tiny_lm, tiny_
     suite = load_suite(run)
     assert suite.layers == [1, 2]
     assert [suite.norm_factor(layer) for layer in (1, 2)] == [1.5, 2.5]
+    before = write_report([run], None).read_text(encoding="utf-8")
+    assert "layers.1-2" in before
+    with pytest.raises(UserError, match="trained elsewhere and adopted"):
+        open_run(composed([f"resume={run}"]), [])
     evaluation = evaluate(run)
     (grouping,) = evaluation["groupings"]
     assert grouping["sae_of_layer"] == {"1": "layers.1-2", "2": "layers.1-2"}

@@ -4,6 +4,8 @@
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -329,3 +331,23 @@ def test_an_architecture_with_an_unknown_tensor_is_not_folded():
     sae.register_buffer("temperature", torch.ones(()))
     with pytest.raises(UserError, match="a tensor temperature"):
         onto_raw(sae, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("module", "argument", "told"),
+    [
+        ("export", "run=nowhere", "nothing to do: give format="),
+        ("export", "formt=saelens", "formt is unknown. Did you mean format?"),
+        ("adopt", "path=some,where=1", "path=some,where=1: there is no such folder."),
+        ("adopt", "model=pythia-1bb", "Did you mean pythia-1b"),
+        ("adopt", "nums_groups=3", "nums_groups is unknown. Did you mean num_groups"),
+    ],
+)
+def test_the_command_line_answers_with_one_sentence_and_status_2(module, argument, told, tmp_path):
+    command = [sys.executable, "-m", f"groupsae.{module}", argument]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())

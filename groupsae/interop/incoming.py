@@ -61,6 +61,11 @@ def read_folder(
             f"cluster, and there are none in {path}"
             + ("." if only is None else " that only=[...] leaves to choose from.")
         )
+    if not found and only is None and any(path.glob("**/groups.json")):
+        raise UserError(
+            f"{path} holds a run of groupsae itself: python -m groupsae.evaluate run=<run folder> "
+            "takes it as it is."
+        )
     if not found:
         wanted = f" that match only={list(only)}" if only is not None else ""
         raise UserError(
