@@ -18,6 +18,7 @@ from groupsae.sae.base import SAE
 
 ROWS = 64
 TOLERANCE = 1e-5  # of the largest activation; float32 rounds to 6e-8, and d_model of them add up
+SIZES = (3.0, 30.0, 300.0, 3000.0)  # of test activations, in units of the scaled ones
 TIES = 0.05  # share of rows whose latents may differ because two activations all but tie
 
 
@@ -99,7 +100,7 @@ def compare(sae: SAE, factor: float, other: SAE) -> tuple[float, int]:
         max |x_hat' - x_hat| / max |x_hat| over the rows with the same active latents, and the
         number of other rows.
     """
-    x = test_activations(sae, factor)
+    x = made_up_activations(sae, factor)
     ours, theirs = copy.deepcopy(sae).double().eval(), copy.deepcopy(other).double().eval()
     mine, yours = ours.encode(x * factor), theirs.encode(x)
     expected, found = ours.decode(mine) / factor, theirs.decode(yours)
@@ -114,8 +115,11 @@ def compare(sae: SAE, factor: float, other: SAE) -> tuple[float, int]:
     return float((found - expected)[same].abs().max() / largest), int((~same).sum())
 
 
-def test_activations(sae: SAE, factor: float) -> Float[Tensor, "row d_model"]:
-    """Return random raw activations around the SAE's b_dec, in directions that it has."""
+def made_up_activations(sae: SAE, factor: float) -> Float[Tensor, "row d_model"]:
+    """Return random raw activations around the SAE's b_dec, in directions that it has.
+
+    They are made larger until they activate something: thresholds may be of any size.
+    """
     generator = torch.Generator().manual_seed(0)
     weights = torch.rand(ROWS, sae.d_sae, generator=generator, dtype=torch.float64)
     weights *= torch.rand(ROWS, sae.d_sae, generator=generator, dtype=torch.float64) < 0.05
@@ -123,4 +127,9 @@ def test_activations(sae: SAE, factor: float) -> Float[Tensor, "row d_model"]:
     signal = weights @ sae.directions().cpu().double()
     rows = signal + 0.1 * noise / sae.d_model**0.5
     rows /= rows.norm(dim=1, keepdim=True)
-    return (rows * 3 + sae.b_dec.detach().cpu().double()) / factor
+    double = copy.deepcopy(sae).double().eval()
+    for size in SIZES:
+        x = size * rows + sae.b_dec.detach().cpu().double()
+        if (double.encode(x).acts > 0).any(dim=1).double().mean() > 0.5:
+            break
+    return x / factor
