@@ -6,7 +6,7 @@ READY := .venv/.ready
 ARGS ?=
 SEEDS ?= 0,1,2
 
-.PHONY: help train evaluate report test check format sweep replicate pretrain bench docs clean
+.PHONY: help train evaluate report export adopt test check format sweep replicate pretrain bench docs clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,12 @@ evaluate: $(READY)  ## Measure what a run costs the model: make evaluate ARGS="r
 
 report: $(READY)  ## Write the report page of one or more runs: ARGS="run=<folder>[,<folder>]"
 	@$(BIN)/python -m groupsae.report $(ARGS)
+
+export: $(READY)  ## SAEs as other libraries load them: ARGS="run=<folder> format=saelens"
+	@$(BIN)/python -m groupsae.export $(ARGS)
+
+adopt: $(READY)  ## A run of SAEs that others trained: ARGS="path=<folder> model=<model>"
+	@$(BIN)/python -m groupsae.adopt $(ARGS)
 
 test: $(READY)  ## Run the tests
 	@$(BIN)/python -m pytest $(ARGS)

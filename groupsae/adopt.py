@@ -76,7 +76,14 @@ def adopt(cfg: DictConfig) -> Path:
         plain: Any = OmegaConf.to_container(cfg, resolve=False)
         kept = {**without(plain, OWN + TRAINING), "overwrite": False}
         OmegaConf.save(kept, beside / ".hydra" / "config.yaml")
-        lay_out(beside, read, num_layers=lm.geometry.num_layers, facts=facts, named=target)
+        lay_out(
+            beside,
+            read,
+            num_layers=lm.geometry.num_layers,
+            facts=facts,
+            named=target,
+            source=given if repo is None else f"hf:{repo.name}",
+        )
     for each in read:
         layers = ", ".join(map(str, each.layers))
         print(f"{each.folder}: {each.format}, layers {layers}, {each.sae.d_sae:,} latents")

@@ -72,8 +72,7 @@ def card(
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {repo.partition('/')[2]}: sparse autoencoders for groups of layers of {shown}",
         "One sparse autoencoder for each group of similar layers (Group-SAE, arXiv 2410.21508), "
-        f"on `{config.get('hookpoint', 'resid_post')}` of {shown}{revision}; trained with "
-        f"groupsae {config.get('groupsae', '')} on {_tokens(config)} tokens each.",
+        f"on `{config.get('hookpoint', 'resid_post')}` of {shown}{revision}; {_origin(config)}.",
         _groups(suite, run),
         _evaluation(run),
         FOLDED.strip() if chosen else "",
@@ -127,9 +126,13 @@ def _dataset(run: Path) -> str | None:
     return name if isinstance(name, str) and _on_hub(name) else None
 
 
-def _tokens(config: Mapping[str, Any]) -> str:
+def _origin(config: Mapping[str, Any]) -> str:
+    adopted = config.get("adopted")
+    if adopted:
+        return f"trained elsewhere, and adopted from {_without_places(adopted['source'])}"
     tokens = config.get("tokens")
-    return f"{tokens:,}" if isinstance(tokens, int) else "an unknown number of"
+    counted = f" on {tokens:,} tokens each" if isinstance(tokens, int) else ""
+    return f"trained with groupsae {config.get('groupsae', '')}{counted}"
 
 
 def _groups(suite: Suite, run: Path) -> str:

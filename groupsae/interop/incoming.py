@@ -81,7 +81,13 @@ def read_folder(
 
 
 def lay_out(
-    run: Path, read: Sequence[Incoming], *, num_layers: int, facts: dict[str, Any], named: Path
+    run: Path,
+    read: Sequence[Incoming],
+    *,
+    num_layers: int,
+    facts: dict[str, Any],
+    named: Path,
+    source: str,
 ) -> None:
     """Write `saes/`, `groups.json` and `summary.json` of a run whose SAEs were trained elsewhere.
 
@@ -93,10 +99,16 @@ def lay_out(
         num_layers: of the language model.
         facts: of the language model and the text, for each `cfg.json`.
         named: what the folder will be called.
+        source: where the SAEs were found.
     """
     for each in read:
         made = type(each.sae)
-        origin = {"format": each.format, "folder": str(each.folder), "notes": each.notes}
+        origin = {
+            "source": source,
+            "folder": str(each.folder),
+            "format": each.format,
+            "notes": each.notes,
+        }
         save_sae(
             run / "saes" / name_of(each.layers),
             each.sae,
@@ -129,7 +141,7 @@ def lay_out(
     )
     summary = {
         "folder": str(named),
-        "adopted": [{"folder": str(each.folder), "format": each.format} for each in read],
+        "adopted": source,
         "groups": {},
         "chosen": list(names),
         "steps": 0,
