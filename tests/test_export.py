@@ -336,10 +336,8 @@ def test_an_architecture_with_an_unknown_tensor_is_not_folded():
 @pytest.mark.parametrize(
     ("module", "argument", "told"),
     [
-        ("export", "run=nowhere", "nothing to do: give format="),
         ("export", "formt=saelens", "formt is unknown. Did you mean format?"),
         ("adopt", "path=some,where=1", "path=some,where=1: there is no such folder."),
-        ("adopt", "model=pythia-1bb", "Did you mean pythia-1b"),
         ("adopt", "nums_groups=3", "nums_groups is unknown. Did you mean num_groups"),
     ],
 )

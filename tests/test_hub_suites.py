@@ -10,13 +10,14 @@ from hydra import compose, initialize_config_dir
 from shelf import rows, run_folder
 
 import groupsae
-from groupsae.adopt import _download
+from groupsae.adopt import _download, adopt
 from groupsae.config import CONF
 from groupsae.data.writer import write_json
 from groupsae.errors import UserError
 from groupsae.export import export as command
 from groupsae.interop.hub import Repository, looks_like_name, repository
 from groupsae.interop.incoming import read_folder
+from groupsae.run import register_resolver
 
 # of the library that carries huggingface_hub's uploads
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -134,6 +135,19 @@ def test_exported_folders_go_to_the_hub_and_come_back_by_adoption(hub, run, form
     assert [each.layers for each in found] == [[0], [1], [3]]
     some = _download(Repository("me/saes", None), ["*3*"])
     assert some == folder  # one snapshot
+
+
+def test_a_name_that_is_no_folder_is_looked_for_on_the_hub(hub, run, tiny_lm, tmp_path):
+    export(run, "format=sparsify", "hub=me/saes")
+    register_resolver()
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        model = ["model=hf", f"model.name={tiny_lm}", f"output={tmp_path}"]
+        cfg = compose("adopt", ["path=me/saes", "only=[layers.3]", *model])
+    with pytest.raises(UserError, match=r"layers\.3 takes activations of width 16"):
+        adopt(cfg)
+    got = [call for call in hub.calls if call.startswith("GET") and "/resolve/" in call]
+    assert {call.rsplit("/", 2)[1] for call in got} == {"layers.3"}
+    assert not (tmp_path / tiny_lm.name).exists()
 
 
 def test_a_revision_is_the_one_that_is_loaded(hub, run):
