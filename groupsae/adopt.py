@@ -18,6 +18,8 @@ from groupsae.run import register_resolver
 OWN = ("path", "format", "only", "num_groups", "to")
 # of the training, which was not ours
 TRAINING = ("sae", "optim", "groups", "calibration", "dead_after", "b_dec_start")
+# of the stream: what decides the activations
+STREAM = ("context", "prepend_bos", "exclude_special_tokens", "skip_positions", "max_norm_ratio")
 FILES = (
     "cfg.json",
     "config.json",
@@ -47,7 +49,6 @@ def adopt(cfg: DictConfig) -> Path:
     repo = repository(f"hf:{given}" if looks_like_name(given) else given)
     only = [cfg.only] if isinstance(cfg.only, str) else cfg.only and [str(p) for p in cfg.only]
     lm = make(cfg.model)
-    hookpoint = getattr(lm, "hookpoint", "resid_post")
     name = Path(given).name if repo is None else repo.name.replace("/", "--")
     short = Path(str(cfg.model.name)).name
     target = Path(str(cfg.output)) / short / "adopted" / name if cfg.to is None else Path(cfg.to)
@@ -60,17 +61,16 @@ def adopt(cfg: DictConfig) -> Path:
         num_groups=cfg.num_groups,
         num_layers=lm.geometry.num_layers,
         d_model=lm.geometry.d_model,
-        hookpoint=hookpoint,
+        hookpoint=lm.hookpoint,
     )
-    facts = {
-        "model": cfg.model.name,
-        "revision": cfg.model.revision,
-        "dtype": cfg.model.dtype,
-        "stack": getattr(lm, "stack", None),
-        "context": cfg.stream.context,
-        "prepend_bos": cfg.stream.prepend_bos,
-        "exclude_special_tokens": cfg.stream.exclude_special_tokens,
-    }
+    stream = (
+        "context",
+        "prepend_bos",
+        "exclude_special_tokens",
+        "skip_positions",
+        "max_norm_ratio",
+    )
+    facts = {**lm.described(), **{key: cfg.stream[key] for key in stream}}
     with written_whole(target, overwrite=cfg.overwrite) as beside:
         (beside / ".hydra").mkdir()
         plain: Any = OmegaConf.to_container(cfg, resolve=False)

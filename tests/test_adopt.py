@@ -10,7 +10,7 @@ import pytest
 import torch
 from evaluated import evaluate, evaluated
 from hydra import compose, initialize_config_dir
-from runs import composed
+from runs import composed, overrides, run
 from safetensors.torch import save_file
 from shelf import D_MODEL, D_SAE, K, dense, edit, naive, rows, run_folder, tensors_of
 
@@ -387,17 +387,33 @@ def test_out_and_in_again_is_evaluated_to_the_same_figures(
 ):
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         export(compose("export", [f"run={ours}", f"format={form}", f"to={tmp_path / 'out'}"]))
-    run = adopt(tmp_path / "out", *on(tiny_lm, tiny_text, tmp_path / "runs"))
-    assert run == tmp_path / "runs" / tiny_lm.name / "adopted" / "out"
+    adopted = adopt(tmp_path / "out", *on(tiny_lm, tiny_text, tmp_path / "runs"))
+    assert adopted == tmp_path / "runs" / tiny_lm.name / "adopted" / "out"
     before = json.loads((ours / "evaluation" / "evaluation.json").read_text())
-    after = evaluate(run)
+    after = evaluate(adopted)
     expected, found = fvu_of(before), fvu_of(after)
     assert found.keys() == expected.keys()
     np.testing.assert_allclose([*found.values()], [expected[x] for x in found], rtol=1e-4)
     assert after["groupings"][0]["kind"] == "per_layer"
     assert after["groupings"][0]["cost"] is None
-    page = write_report([run], None).read_text(encoding="utf-8")
+    page = write_report([adopted], None).read_text(encoding="utf-8")
     assert "layers.3" in page
+
+
+@pytest.mark.slow
+def test_saes_of_another_hookpoint_go_out_and_come_in(tiny_lm, tiny_text, tmp_path):
+    at = "model.hookpoint=mlp_out"
+    status, ours = run(overrides(tiny_lm, tiny_text, tmp_path / "runs", "evaluate=true", at))
+    assert status == 0
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        export(compose("export", [f"run={ours}", "format=saelens", f"to={tmp_path / 'out'}"]))
+    assert (tmp_path / "out" / "blocks.2.hook_mlp_out").is_dir()
+    with pytest.raises(UserError, match="is for mlp_out.*give model.hookpoint=mlp_out"):
+        adopt(tmp_path / "out", *on(tiny_lm, tiny_text, tmp_path / "runs"))
+    adopted = adopt(tmp_path / "out", *on(tiny_lm, tiny_text, tmp_path / "runs", at))
+    before = json.loads((ours / "evaluation" / "evaluation.json").read_text())
+    expected, found = fvu_of(before), fvu_of(evaluate(adopted))
+    np.testing.assert_allclose([*found.values()], [expected[x] for x in found], rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -291,6 +291,9 @@ def test_models_and_modules_go_by_their_librarys_names():
     assert module_path("attn_out", 2, "openai-community/gpt2") == "h.2.attn"
     assert module_path("attn_out", 2, "Qwen/Qwen2.5-0.5B") == "layers.2.self_attn"
     assert module_path("resid_pre", 2, "Qwen/Qwen2.5-0.5B") == "layers.1"
+    by_hand = {"blocks_path": "model.decoder.layers", "submodule": "fc2"}
+    assert module_path("mlp_out", 2, "facebook/opt-125m", **by_hand) == "layers.2.fc2"
+    assert parse_module_path("encoder.block.3") == (3, "resid_post")
     assert parse_module_path("h.11.attn") == (11, "attn_out")
     assert parse_module_path("layers.3.mlp.up_proj") is None
 

@@ -29,6 +29,8 @@ class About:
         context: tokens in a block.
         prepend_bos: whether blocks began with BOS.
         stack: encoder or decoder of a model that has both.
+        blocks_path: where the list of blocks is, if it was named by hand.
+        submodule: what attn_out or mlp_out is within a block, if it was named by hand.
     """
 
     group: str
@@ -42,6 +44,8 @@ class About:
     context: int | None
     prepend_bos: bool
     stack: str | None
+    blocks_path: str | None
+    submodule: str | None
 
     @classmethod
     def of(cls, group: str, layer: int, config: dict[str, Any]) -> "About":
@@ -58,6 +62,8 @@ class About:
             context=config.get("context"),
             prepend_bos=bool(config.get("prepend_bos", False)),
             stack=config.get("stack"),
+            blocks_path=config.get("blocks_path"),
+            submodule=config.get("submodule"),
         )
 
     def to_json(self) -> dict[str, Any]:

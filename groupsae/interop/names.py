@@ -43,18 +43,29 @@ def lens_model(name: str) -> str:
     return last if short or local else name
 
 
-def module_path(hookpoint: str, layer: int, model: str) -> str:
+def module_path(
+    hookpoint: str,
+    layer: int,
+    model: str,
+    *,
+    stack: str | None = None,
+    blocks_path: str | None = None,
+    submodule: str | None = None,
+) -> str:
     """Return the path of a module of the Hugging Face base model, sparsify's name of a place.
 
     `layers.4` is the block itself. What is read before a block is what the block below it puts
-    out. Attention and MLP are called as in the model's family: `gpt2` has `h.4.attn`, GPT-NeoX
-    (Pythia) `layers.4.attention`, most others `layers.4.self_attn`.
+    out. Attention and MLP are called as in the model's family, unless they were named by hand:
+    `gpt2` has `h.4.attn`, GPT-NeoX (Pythia) `layers.4.attention`, most others
+    `layers.4.self_attn`.
 
     Raises:
         UserError: there is no block below layer 0.
 
     >>> module_path("resid_post", 4, "EleutherAI/pythia-160m")
     'layers.4'
+    >>> module_path("resid_pre", 4, "google-t5/t5-small", stack="encoder")
+    'encoder.block.3'
     """
     if hookpoint == "resid_pre":
         if layer == 0:
@@ -63,14 +74,15 @@ def module_path(hookpoint: str, layer: int, model: str) -> str:
                 "use format=saelens or dictionary_learning."
             )
         hookpoint, layer = "resid_post", layer - 1
-    gpt2 = "gpt2" in model.lower()
-    neox = any(word in model.lower() for word in ("pythia", "neox", "tiny"))
-    block = f"{'h' if gpt2 else 'layers'}.{layer}"
+    family = model.lower()
+    gpt2, t5 = "gpt2" in family, "t5" in family
+    neox = any(word in family for word in ("pythia", "neox", "tiny"))
+    blocks = (blocks_path or ("h" if gpt2 else "block" if t5 else "layers")).rpartition(".")[2]
+    block = f"{stack + '.' if stack else ''}{blocks}.{layer}"
     if hookpoint == "resid_post":
         return block
-    if hookpoint == "mlp_out":
-        return f"{block}.mlp"
-    return f"{block}.{'attn' if gpt2 else 'attention' if neox else 'self_attn'}"
+    attention = "attn" if gpt2 else "attention" if neox else "self_attn"
+    return f"{block}.{submodule or ('mlp' if hookpoint == 'mlp_out' else attention)}"
 
 
 def parse_module_path(name: str) -> tuple[int, str] | None:

@@ -22,7 +22,14 @@ NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "
 
 def folder_name(about: About) -> str:
     """Return the name of an SAE's folder: the path of the module."""
-    return module_path(about.hookpoint, about.layer, about.model)
+    return module_path(
+        about.hookpoint,
+        about.layer,
+        about.model,
+        stack=about.stack,
+        blocks_path=about.blocks_path,
+        submodule=about.submodule,
+    )
 
 
 def write(folder: Path, sae: SAE, about: About) -> None:
