@@ -4,7 +4,9 @@ With `hub=<owner/name>` they also go to the Hugging Face Hub, in our own format 
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -13,25 +15,18 @@ from groupsae.config import CONF, check_arguments, plain_folder
 from groupsae.errors import UserError
 from groupsae.run import finished_run, one_folder
 
+if TYPE_CHECKING:
+    from groupsae.interop.outgoing import Written
+
 
 def export(cfg: DictConfig) -> None:
-    """Write, compare, upload; say what was done."""
-    if OmegaConf.is_missing(cfg, "run") or cfg.run is None:
-        raise UserError("which run? Give run=<folder>, such as run=outputs/tiny/amad-0.2/<...>")
-    if cfg.format is None and cfg.hub is None:
-        raise UserError(
-            "nothing to do: give format=saelens, sparsify or dictionary_learning, or "
-            "hub=<owner/name>, or both."
-        )
-    run = one_folder(cfg.run)
-    remote = str(run).startswith("hf:")
-    if remote and cfg.hub is not None and cfg.format is None:
-        raise UserError(f"run={run} is on the Hub already: give format=... to convert it.")
-    if remote and cfg.to is None:
-        raise UserError(f"run={run} is no folder here: say where to write with to=<folder>.")
-    if not remote and not (run / "summary.json").exists():
-        finished_run(run)  # says what is missing
+    """Write, compare, upload; say what was done.
 
+    Raises:
+        UserError: the command asks for what cannot be done, the format cannot hold the SAEs, or
+            they cannot be read, written or uploaded.
+    """
+    run = _run_to_export(cfg)
     from groupsae.interop.card import card, files_of_run  # slow imports only after cheap checks
     from groupsae.interop.formats import format_named
     from groupsae.interop.hub import check_name, upload
@@ -40,32 +35,52 @@ def export(cfg: DictConfig) -> None:
     from groupsae.interop.whole import check_free
 
     chosen = None if cfg.format is None else format_named(cfg.format)
+    target = Path(str(cfg.to)) if cfg.to is not None else run / "export" / str(cfg.format)
+    if chosen is not None:
+        check_free(target, overwrite=cfg.overwrite)
     if cfg.hub is not None:
         check_name(str(cfg.hub), f"hub={cfg.hub}")
     suite = load_suite(str(run), cfg.grouping)
-    files: dict[str, Path | bytes] = {}
-    folders: list[str] = []
-    if chosen is not None:
-        target = run / "export" / chosen.name if cfg.to is None else Path(str(cfg.to))
-        check_free(target, overwrite=cfg.overwrite)
+    files: dict[str, Path | bytes]
+    if chosen is None:
+        written, files = [], files_of_run(run)
+    else:
         written = export_suite(suite, chosen, target, overwrite=cfg.overwrite)
-        folders = [each.folder for each in written]
         _show(written, target)
         files = {p.relative_to(target).as_posix(): p for p in target.rglob("*") if p.is_file()}
     if cfg.hub is not None:
-        repo = str(cfg.hub)
-        files = files or files_of_run(run)
-        text = card(repo, run, suite, chosen=chosen, folders=folders)
+        repo, folders = str(cfg.hub), [each.folder for each in written]
+        page = card(repo, run, suite, chosen=chosen, folders=folders)
         address = upload(
             repo,
-            {**files, "README.md": text.encode()},
+            {**files, "README.md": page.encode()},
             message=f"SAEs of {len(suite.layers)} layers, by groupsae",
             private=cfg.private,
         )
         print(f"Uploaded {len(files) + 1} files: {address}")
 
 
-def _show(written: list, target: Path) -> None:  # type: ignore[type-arg]
+def _run_to_export(cfg: DictConfig) -> Path:
+    """Return the run's folder (or its name on the Hub), if the command can be carried out."""
+    if OmegaConf.is_missing(cfg, "run") or cfg.run is None:
+        raise UserError("which run? Give run=<folder>, such as run=outputs/tiny/amad-0.2/<...>")
+    if cfg.format is None and cfg.hub is None:
+        raise UserError(
+            "nothing to do: give format=saelens, sparsify or dictionary_learning, or "
+            "hub=<owner/name>, or both."
+        )
+    run = one_folder(cfg.run)
+    if str(run).startswith("hf:"):
+        if cfg.format is None:
+            raise UserError(f"run={run} is on the Hub already: give format=... to convert it.")
+        if cfg.to is None:
+            raise UserError(f"run={run} is no folder here: say where to write with to=<folder>.")
+    elif not (run / "summary.json").exists():
+        finished_run(run)  # says what is missing
+    return run
+
+
+def _show(written: "Sequence[Written]", target: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
