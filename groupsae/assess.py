@@ -104,6 +104,7 @@ def assess(folder: Path, cfg: DictConfig, options: DictConfig, device: str) -> d
         "groupsae": __version__,
         "run": str(folder),
         **data.described(),
+        "text": data.blocks.key,
         "num_layers": geometry.num_layers,
         "d_model": geometry.d_model,
         "last_layer": plan.last_layer,

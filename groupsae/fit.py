@@ -222,7 +222,10 @@ def _verify(checkpoint: Path) -> None:
 
 def save_suite(folder: Path, run: Run, cfg: DictConfig) -> None:
     """Write every group's SAE into `saes/<group>/`."""
-    measurement, configured = run.grouping.measurement, OmegaConf.to_container(cfg.sae)
+    measurement, configured = (
+        run.grouping.measurement,
+        OmegaConf.to_container(cfg.sae, resolve=True),
+    )
     assert isinstance(configured, dict)
     plan = run.grouping.plan
     assert measurement is not None

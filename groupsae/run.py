@@ -17,6 +17,7 @@ from groupsae.content import RUNTIME, without
 from groupsae.errors import UserError
 from groupsae.evaluation.options import check_options
 
+FORMAT = 2  # of a run folder: what its configuration says and its files hold
 PLACE = ("accelerator", "devices", "num_nodes", "strategy", "precision", "profiler")
 
 
@@ -85,10 +86,18 @@ def check_values(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if not isinstance(value, int | float) or not value > 0:
             raise UserError(f"{key} is {value!r}; it must be a number above 0.")
+    if cfg.format != FORMAT:
+        raise UserError(f"format is {cfg.format!r}; leave it at {FORMAT}, it is not to be set.")
     if cfg.trainer.precision != "32-true":
         raise UserError(
             f"trainer.precision is {cfg.trainer.precision!r}; the SAEs train in 32-true. The "
             "language model's own precision is model.dtype=bfloat16."
+        )
+    if cfg.trainer.get("accumulate_grad_batches", 1) != 1:
+        raise UserError(
+            f"trainer.accumulate_grad_batches is {cfg.trainer.accumulate_grad_batches}; a step of "
+            "the SAEs is one batch. Raise stream.blocks_per_step instead: "
+            "stream.blocks_per_forward bounds the language model's memory."
         )
     if cfg.evaluate:
         options: Any = OmegaConf.to_container(cfg.evaluation)
@@ -186,6 +195,11 @@ def _saved_config(folder: Path, key: str) -> DictConfig:
     if not isinstance(saved, DictConfig):
         raise UserError(
             f"{saved_file} is cut short or damaged: copy it anew, or start the run again."
+        )
+    if saved.get("format") != FORMAT:
+        raise UserError(
+            f"{key}={folder}: its configuration has format {saved.get('format', 1)}, this version "
+            f"of groupsae reads {FORMAT}. Use the version that wrote it, or train it again."
         )
     return saved
 

@@ -291,3 +291,13 @@ def test_the_site_builds_without_warnings_and_fetches_nothing(tmp_path):
     assert "configuration.html#conf-experiment-replication" in (
         pages["replication.html"].read_text("utf-8")
     )
+
+
+@page
+def test_marked_places_hold_the_figures_of_their_command(path, made):
+    text = path.read_text(encoding="utf-8")
+    for command, figures in re.findall(
+        r"<!-- figures: (.*?) -->(.*?)<!-- end of figures -->", text, flags=re.DOTALL
+    ):
+        assert figures.count("\n|") >= 3, f"{named(path)}: {command} has not been run"
+    assert text.count("<!-- figures: ") == text.count("<!-- end of figures -->")

@@ -11,17 +11,19 @@ import psutil
 import pytest
 import torch
 from runs import overrides, run
-from saes import CONSTANT, REST
+from saes import CONSTANT, FAMILY, REST
 from torch.profiler import ProfilerActivity, profile
 
 from groupsae.data.batch import ActivationBatch
 from groupsae.data.draws import draw_layers
 from groupsae.errors import UserError
 from groupsae.grouping.choices import All
+from groupsae.sae.base import SAE
 from groupsae.sae.topk import TopK
 from groupsae.training import forecast
 from groupsae.training.allocator import keep_freed_memory
 from groupsae.training.forecast import Forecast, bytes_free, bytes_needed, refuse
+from groupsae.training.group import SAEFactory
 from groupsae.training.optim import Adam
 from groupsae.training.suite import GroupSAESuite
 
@@ -41,10 +43,10 @@ def make_sae(*, d_model: int, generator: torch.Generator, **changed: float | Non
     )
 
 
-def make_suite(smaller: list[int]) -> GroupSAESuite:
+def make_suite(smaller: list[int], sae: SAEFactory = make_sae) -> GroupSAESuite:
     """Return a suite of all groupings of a model of six layers, ready to train."""
     suite = GroupSAESuite(
-        sae=make_sae,
+        sae=sae,
         d_sae=EXPANSION * D_MODEL,
         d_model=D_MODEL,
         optim=Adam(
@@ -133,6 +135,25 @@ def test_a_step_needs_about_what_was_said(
     kept = 3 * sum(4 * p.numel() for p in suite.parameters())
     needed = bytes_needed(suite, stream(TOKENS), widths_of(suite), 1)
     assert least < needed / (kept + peak(watched)) < most
+
+
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "gated"])
+def test_a_step_of_dense_kinds_needs_about_what_was_said(kind: str) -> None:
+    """What each SAE keeps for the backward pass is there for all of them at once."""
+    architecture, values = FAMILY[kind]
+
+    def dense(*, d_model: int, generator: torch.Generator, **changed: float | None) -> SAE:
+        size = values | {"expansion": EXPANSION} | changed
+        return architecture(d_model=d_model, generator=generator, **size)
+
+    suite = make_suite([], dense)
+    optimizer = suite.configure_optimizers()
+    one_step(suite, optimizer)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        one_step(suite, optimizer)
+    kept = 3 * sum(4 * p.numel() for p in suite.parameters())
+    needed = bytes_needed(suite, stream(TOKENS), widths_of(suite), 1)
+    assert 0.9 < needed / (kept + peak(watched)) < 1.5
 
 
 def peak(watched: profile) -> int:

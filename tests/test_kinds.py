@@ -1,6 +1,8 @@
 """The main job with every kind of SAE: trained, saved, loaded, evaluated, resumed."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,52 @@ def test_evaluation_finds_what_validation_found(finished: Path) -> None:
         validated = summary["groups"][sae["name"]]
         assert sae["l0"]["value"] == pytest.approx(validated["l0"], rel=1e-3)
         assert sae["fvu"]["value"] == pytest.approx(validated["fvu"], rel=1e-3)
+
+
+TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "logger=none"]
+
+
+def in_two_processes(arguments: list[str], output: Path) -> Path:
+    """Train as the command line would, in two processes; return the run folder."""
+    done = subprocess.run(
+        [sys.executable, "-m", "groupsae.train", *arguments, *TWO],
+        capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = (p.parent for p in output.rglob("summary.json"))
+    return folder
+
+
+def test_two_processes_share_one_threshold(tiny_lm: Path, tiny_text: Path, tmp_path: Path) -> None:
+    """With one each, validation over both would see another L0 than the saved SAE has."""
+    arguments = command(tiny_lm, tiny_text, tmp_path, "batchtopk", "groups=even")
+    folder = in_two_processes([*arguments, "groups.num_groups=2"], tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    for sae in evaluate(folder)["saes"]:
+        assert sae["l0"]["value"] == pytest.approx(summary["groups"][sae["name"]]["l0"], rel=1e-4)
+
+
+def test_two_processes_aim_at_one_l0(tiny_lm: Path, tiny_text: Path, tmp_path: Path) -> None:
+    groups = ["groups=even", "groups.num_groups=2"]
+    one = run(command(tiny_lm, tiny_text, tmp_path / "one", "jumprelu", *groups))[1]
+    two = tmp_path / "two"
+    folder = in_two_processes(command(tiny_lm, tiny_text, two, "jumprelu", *groups), two)
+    for name, tensor in saved(one).items():
+        # float32 sums in another order, through six Adam steps of up to 1e-3 * 16 each
+        torch.testing.assert_close(tensor, saved(folder)[name], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["jumprelu", "relu"])
+def test_a_stopped_run_goes_on_bit_for_bit(
+    tiny_lm: Path, tiny_text: Path, tmp_path: Path, kind: str
+) -> None:
+    """Of a kind with parameters of its own, and of one that folds its norms after each step."""
+    groups = ["groups=even", "groups.num_groups=1"]
+    whole = run(command(tiny_lm, tiny_text, tmp_path / "whole", kind, *groups))[1]
+    parts = stopped(command(tiny_lm, tiny_text, tmp_path / "parts", kind, *groups))[1]
+    assert run([f"resume={parts}"])[0] == 0
+    for name, tensor in saved(whole).items():
+        assert torch.equal(tensor, saved(parts)[name]), name
 
 
 def test_a_stopped_run_with_every_schedule_goes_on_bit_for_bit(

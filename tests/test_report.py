@@ -336,9 +336,7 @@ def test_runs_that_were_not_evaluated_alike_are_said_to_be_and_marked(
     assert not any("alike" in text for text in verdict.caveats)
     assert tables[0].marked == []
     assert "evaluated on" not in tables[0].columns
-    groups = json.loads((d / "groups.json").read_text())
-    groups["measured"]["text"] = "0123456789"
-    (d / "groups.json").write_text(json.dumps(groups))
+    change(d, lambda v: v.update(text="0123456789"))
     for other, what in (
         (b, "(held-out tokens: 32,768 and 512; special tokens: counted and left out)"),
         (d, "(text: unknown and 01234567)"),

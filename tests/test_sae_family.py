@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from groupsae.cost.counter import flop_counter
 from groupsae.errors import UserError
-from groupsae.sae.base import active_latents
+from groupsae.sae.base import active_latents, firings
+from groupsae.sae.schedule import check_count, check_positive, check_share
 from groupsae.training.group import GroupSAE
 from groupsae.training.optim import Adam
 
@@ -30,6 +31,8 @@ def nobody(sae: Any) -> torch.Tensor:
 
 def dense(sae: Any, latents: Any, rows: int) -> torch.Tensor:
     """Return latents as a matrix, one entry at a time."""
+    if isinstance(latents, torch.Tensor):
+        return latents
     out = torch.zeros(rows, sae.d_sae, dtype=torch.float64)
     ends = [] if latents.offsets is None else [*latents.offsets[1:].tolist(), len(latents.acts)]
     for row in range(rows):
@@ -129,7 +132,7 @@ def reference(kind: str, sae: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
     mask = torch.zeros_like(pre).flatten()
     mask[ranked[: sae.k * len(x)]] = 1  # of the whole batch
     acts = pre.relu() * mask.view_as(pre)
-    ends = getattr(sae, "prefixes", [24])
+    ends = getattr(sae, "sizes", [24])
     squares = [(x - acts[:, :m] @ sae.W_dec[:m] - sae.b_dec).square().sum() / 7 for m in ends]
     if kind == "batchtopk":
         return {"fvu": squares[-1]}
@@ -181,7 +184,8 @@ def test_rows_share_out_the_active_latents_of_a_batch() -> None:
 
 def test_the_threshold_starts_at_the_smallest_kept_latent_and_then_follows_it() -> None:
     sae, x = trained("batchtopk"), make_x()
-    smallest = [sae(part, ONE, nobody(sae)).latents.acts.min().item() for part in (x, 2 * x)]
+    kept = [sae(part, ONE, nobody(sae)).latents.acts for part in (x, 2 * x)]
+    smallest = [acts[acts > 0].min().item() for acts in kept]
     sae.threshold.zero_()
     for part in (x, 2 * x):
         sae(part, ONE, nobody(sae))
@@ -189,6 +193,9 @@ def test_the_threshold_starts_at_the_smallest_kept_latent_and_then_follows_it() 
     before = sae.threshold.clone()
     sae.eval()(x, ONE, nobody(sae))
     sae.train()(x[:0], ONE, nobody(sae))
+    assert sae.threshold == before
+    sae.b_enc.data[:] = -100.0  # nothing is positive: there is nothing to follow
+    sae(x, ONE, nobody(sae))
     assert sae.threshold == before
 
 
@@ -220,6 +227,11 @@ def test_the_gradients_of_jumprelu_are_those_of_the_smoothed_step() -> None:
     by_hand = (near * -(theta * of_acts + of_active) / 0.5).sum(0) * theta
     torch.testing.assert_close(sae.log_threshold.grad, by_hand, **EXACT)
     torch.testing.assert_close(sae.b_enc.grad, (of_acts * active).sum(0), **EXACT)
+    through = (of_acts * active).T @ (x - sae.b_dec)  # to the encoder; the decoder's is plain
+    torch.testing.assert_close(sae.W_enc.grad, through, **EXACT)
+    torch.testing.assert_close(sae.W_dec.grad, 2 / 7 * (pre * active).T @ error, **EXACT)
+    to_bias = 2 / 7 * error.sum(0) - (of_acts * active).sum(0) @ sae.W_enc
+    torch.testing.assert_close(sae.b_dec.grad, to_bias, **EXACT)
 
 
 def test_folding_norms_changes_neither_reconstruction_nor_loss_of_relu() -> None:
@@ -245,13 +257,25 @@ def test_the_gradient_of_relu_keeps_its_part_along_the_latents() -> None:
 
 @pytest.mark.parametrize("kind", ["topk", "jumprelu", "relu", "gated"])
 def test_halves_of_a_batch_add_up_where_rows_are_chosen_alone(kind: str) -> None:
-    """Two processes: each has the global variance under its loss, and knows its share."""
+    """Two processes: each has the global variance under its loss, and knows its share.
+
+    The only other thing that they tell each other is how many latents were active.
+    """
     sae, x = trained(kind), make_x()
-    whole = sae(x, 7 * ONE, nobody(sae)).losses
-    halves = [sae(part, 7 * ONE, nobody(sae), 1.0, 0.5).losses for part in (x[:20], x[20:])]
-    for name in whole:
-        tolerance = EXACT if (kind, name) != ("jumprelu", "sparsity") else {"rtol": 0.2, "atol": 0}
-        torch.testing.assert_close(halves[0][name] + halves[1][name], whole[name], **tolerance)
+    whole = sae(x, 7 * ONE, nobody(sae))
+    _, active = firings(whole.latents, sae.d_sae)
+    parts = [(x[:10], 0.25), (x[10:], 0.75)]
+    halves = [
+        sae(part, 7 * ONE, nobody(sae), 1.0, share, lambda _mine: active.double()).losses
+        for part, share in parts
+    ]
+    for name, value in whole.losses.items():
+        torch.testing.assert_close(halves[0][name] + halves[1][name], value, **EXACT)
+    weights = list(sae.parameters())
+    expected = torch.autograd.grad(sum(whole.losses.values()), weights)
+    found = torch.autograd.grad(sum(v for each in halves for v in each.values()), weights)
+    for mine, its in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, its, **EXACT)
 
 
 # ---- schedules ------------------------------------------------------------------------------
@@ -324,11 +348,29 @@ def test_flops_are_what_the_counter_sees(kind: str) -> None:
         ("jumprelu", {"bandwidth": -1}, "sae.bandwidth is -1"),
         ("relu", {"l1_coefficient": 0}, "sae.l1_coefficient is 0"),
         ("gated", {"l1_coefficient": float("nan")}, "sae.l1_coefficient is nan"),
+        ("relu", {"l1_coefficient": float("inf")}, "sae.l1_coefficient is inf"),
+        ("topk", {"expansion": float("nan")}, "sae.expansion is nan"),
+        ("topk", {"auxk_alpha": -1}, "sae.auxk_alpha is -1"),
+        ("topk", {"auxk_alpha": float("nan")}, "sae.auxk_alpha is nan"),
+        ("topk", {"auxk_share": 0}, "sae.auxk_share is 0"),
+        ("matryoshka", {"prefixes": ["a", 1]}, "sae.prefixes is 'a'"),
     ],
 )
 def test_impossible_values_are_refused(kind: str, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         make(kind, **changes)
+
+
+def test_values_of_another_type_are_refused() -> None:
+    """Asked of the checks themselves: in the tests, types are checked before them."""
+    for value in (2.5, "a", True, None, 0):
+        with pytest.raises(UserError, match=f"sae.k is {value!r}.* between 1 and the 24 latents"):
+            check_count("k", value, 24)
+    for value in ("x", None, float("nan"), 2):
+        with pytest.raises(UserError, match="sae.momentum is .* between 0 and 1"):
+            check_share("momentum", value)
+    with pytest.raises(UserError, match="sae.l1_coefficient is None"):
+        check_positive(l1_coefficient=None)
 
 
 def test_a_number_of_latents_takes_the_place_of_the_factor() -> None:

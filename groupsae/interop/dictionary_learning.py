@@ -86,7 +86,7 @@ def write(folder: Path, sae: SAE, about: About) -> None:
         tensors.setdefault("threshold", torch.tensor(-1.0))  # unset: topk chooses by k
     if kind == "matryoshka":
         assert isinstance(sae, Matryoshka)
-        sizes = [large - small for small, large in pairwise([0, *sae.prefixes])]
+        sizes = [large - small for small, large in pairwise([0, *sae.sizes])]
         more["group_fractions"] = [size / sae.d_sae for size in sizes]
         tensors["group_sizes"] = torch.tensor(sizes)
     trainer = {

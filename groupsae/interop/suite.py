@@ -20,7 +20,7 @@ from groupsae.interop.hub import download, repository
 from groupsae.interop.tensors import read_tensors, take
 from groupsae.sae.base import SAE, SparseLatents
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save_sae(folder: Path, sae: SAE, config: dict[str, Any]) -> None:

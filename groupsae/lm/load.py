@@ -194,7 +194,7 @@ class FrozenLM:
     def fingerprint(self) -> str:
         """Return a key of config and weights: content for a folder, commit for a Hub model."""
         digest = hashlib.sha256(self.config_json.encode())
-        folder = Path(self.path)
+        folder = Path(self.path, str(self.load_options.get("subfolder", "")))
         if folder.is_dir():
             for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")):
                 with file.open("rb") as handle:

@@ -44,7 +44,8 @@ class Splicer:
         self._inputs: dict[str, Any] | None = None
         self._beside: list[tuple[Any, ...] | None] = []
         self._outputs: dict[int, Tensor] = {}  # of the blocks before those that are spliced
-        self._dtype = torch.float32
+        self._dtype, self._tokens_on = torch.float32, torch.device("cpu")
+        self._device: dict[int, torch.device] = {}  # of each layer, where a model is spread out
         self._checked: set[int] = set()
 
     @torch.no_grad()
@@ -55,7 +56,7 @@ class Splicer:
     ]:
         """Return the logits of the model as it is (None without a head), and its activations.
 
-        Both are in the model's dtype, on its device.
+        Both are in the model's dtype, on the device of the tokens.
 
         Raises:
             UserError: the model's logits are not finite, or it cannot be resumed from its blocks.
@@ -64,7 +65,7 @@ class Splicer:
         if not self.lm.predicts:
             acts: dict[int, Tensor] = {}
             self.lm.run(self.lm.inputs(tokens), wanted, _copy_into(acts), stop=True)
-            return None, acts
+            return None, {layer: found.to(tokens.device) for layer, found in acts.items()}
         if not self._checked.issuperset(wanted):
             self._check(tokens[:1], wanted)
         return self._clean(tokens, wanted)
@@ -77,12 +78,14 @@ class Splicer:
 
         Only what comes after them is computed. They are cast to the model's dtype.
         """
-        inputs, acts = self._last_inputs(), acts.to(self._dtype).contiguous()
+        inputs = self._last_inputs()
+        acts = acts.to(self._device[layer], self._dtype).contiguous()
         if self.lm.hookpoint == "resid_post":
             with self._standing_in(layer + 1, acts):
-                return self.lm.model(**inputs).logits
+                return self.lm.model(**inputs).logits.to(self._tokens_on)
         with self._standing_in(layer, self._outputs.get(layer - 1)):
-            return self.lm.run(inputs, [layer], lambda *_: acts, stop=False).logits
+            logits = self.lm.run(inputs, [layer], lambda *_: acts, stop=False).logits
+        return logits.to(self._tokens_on)
 
     @torch.no_grad()
     def together(
@@ -94,11 +97,12 @@ class Splicer:
         before them, and returns those to go on with, [block, pos, d_model]; they are cast to the
         model's dtype.
         """
+        inputs, here = self._last_inputs(), self._tokens_on
 
         def visit(layer: int, acts: Tensor) -> Tensor:
-            return replace(layer, acts).to(acts.dtype)
+            return replace(layer, acts.to(here)).to(acts)
 
-        return self.lm.run(self._last_inputs(), layers, visit, stop=False).logits
+        return self.lm.run(inputs, layers, visit, stop=False).logits.to(here)
 
     def _last_inputs(self) -> dict[str, Any]:
         if self._inputs is None:
@@ -124,8 +128,10 @@ class Splicer:
             for handle in handles:
                 handle.remove()
         self._inputs, self._beside, self._outputs = inputs, beside, outputs
-        self._dtype = acts[layers[-1]].dtype
-        return logits, acts
+        self._dtype, self._tokens_on = acts[layers[-1]].dtype, tokens.device
+        self._device |= {layer: found.device for layer, found in acts.items()}
+        moved = {layer: found.to(tokens.device) for layer, found in acts.items()}
+        return logits.to(tokens.device), moved
 
     @contextmanager
     def _standing_in(self, first: int, residual: Tensor | None) -> Iterator[None]:

@@ -59,7 +59,7 @@ def measured_on(run: RunFiles) -> dict[str, str]:
         return {}
     return {
         "model": str(e.get("model")) + (f" at {e['revision']}" if e.get("revision") else ""),
-        "text": str(run.measured.get("text", "unknown"))[:8],
+        "text": str(e.get("text", "unknown"))[:8],
         "held-out tokens": f"{e['tokens']:,}",
         "context": str(e.get("context")),
         "special tokens": "left out" if e.get("exclude_special_tokens") else "counted",

@@ -1,6 +1,7 @@
 """What every sparse autoencoder is made of, what it gives back and how it keeps its books."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -9,6 +10,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from groupsae.errors import UserError
+from groupsae.sae.schedule import check_count, is_number
+
+AllSum = Callable[[Tensor], Tensor]
+
+
+def same(value: Tensor) -> Tensor:
+    """Return the sum over the one process that there is."""
+    return value
 
 
 class SparseLatents(NamedTuple):
@@ -33,12 +42,12 @@ class SAEOutput(NamedTuple):
 
     Attributes:
         reconstruction: of the scaled activations.
-        latents: what was active.
+        latents: what was active; all latents where they are dense in training.
         losses: named terms; the training loss is their sum.
     """
 
     reconstruction: Float[Tensor, "batch d_model"]
-    latents: SparseLatents
+    latents: SparseLatents | Float[Tensor, "batch d_sae"]
     losses: dict[str, Float[Tensor, ""]]
 
 
@@ -62,6 +71,7 @@ class SAE(nn.Module, ABC):
     """
 
     terms: ClassVar[tuple[str, ...]]  # of the loss, that `forward` can give
+    kept_wide: ClassVar[float]  # float32 tensors [batch, d_sae] that wait for the backward pass
 
     def __init__(
         self,
@@ -127,6 +137,7 @@ class SAE(nn.Module, ABC):
         dead: Bool[Tensor, "d_sae"],
         progress: float = 1.0,
         share: float | Float[Tensor, ""] = 1.0,
+        all_sum: AllSum = same,
     ) -> SAEOutput:
         """Return reconstruction, latents and loss terms of a training batch.
 
@@ -140,7 +151,12 @@ class SAE(nn.Module, ABC):
             dead: latents that have not fired for long.
             progress: share of the training that is done, for schedules of sparsity.
             share: of the global batch's rows that are in `x`.
+            all_sum: returns the sum of a tensor over all processes.
         """
+
+    def followed(self) -> list[Tensor]:
+        """Return state that follows the batches, to be averaged over processes after a step."""
+        return []
 
     @torch.no_grad()
     def project_gradient(self) -> None:
@@ -179,12 +195,11 @@ def _width(d_model: int, expansion: float | None, d_sae: int | None) -> int:
             "for the other, such as sae.expansion=null sae.d_sae=16384."
         )
     if expansion is not None:
-        d_sae = round(expansion * d_model)
-        if d_sae < 1:
-            raise UserError(f"sae.expansion is {expansion}; it must be above 0, such as 16.")
+        if not is_number(expansion) or round(expansion * d_model) < 1:
+            raise UserError(f"sae.expansion is {expansion!r}; it must be above 0, such as 16.")
+        return round(expansion * d_model)
     assert d_sae is not None
-    if d_sae < 1:
-        raise UserError(f"sae.d_sae is {d_sae}; it must be at least 1.")
+    check_count("d_sae", d_sae)
     return d_sae
 
 
@@ -198,9 +213,16 @@ def linear_pre_acts(
     return F.linear(x, sae.W_enc, bias - sae.W_enc @ sae.b_dec)
 
 
-def every_latent(acts: Float[Tensor, "batch d_sae"]) -> SparseLatents:
-    """Return dense latents as they are, all of them listed; nothing is copied."""
-    return SparseLatents(acts, torch.arange(acts.shape[1], device=acts.device).expand_as(acts))
+def firings(
+    latents: SparseLatents | Float[Tensor, "batch d_sae"], d_sae: int
+) -> tuple[Bool[Tensor, "d_sae"], Int[Tensor, ""]]:
+    """Return which latents fired in a batch, and how often all of them did."""
+    if isinstance(latents, Tensor):
+        return (latents > 0).any(dim=0), (latents > 0).sum()
+    active = latents.acts > 0
+    fired = torch.zeros(d_sae, dtype=torch.bool, device=active.device)
+    fired[latents.indices[active]] = True
+    return fired, active.sum()
 
 
 def active_latents(acts: Float[Tensor, "batch d_sae"]) -> SparseLatents:

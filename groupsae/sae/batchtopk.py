@@ -15,9 +15,10 @@ class BatchTopK(TopK):
     """In training the k * batch largest latents of the whole batch are active.
 
     So a row has k on average, and as many as it needs. A row must not depend on its neighbours
-    afterwards: `encode` keeps what lies above `threshold`, a running mean of the smallest latent
-    that training kept (section 3 of the paper). With several processes, each takes the largest of
-    its own part of the batch.
+    afterwards: `encode` keeps what lies above `threshold`, a running mean of the smallest positive
+    latent that training kept in a batch (section 3 of the paper has the mean over batches). With
+    several processes, each takes the largest of its own part of the batch, and the threshold is
+    the mean of theirs.
 
     Args:
         threshold_momentum: of the running mean of the threshold.
@@ -50,9 +51,14 @@ class BatchTopK(TopK):
 
     @torch.no_grad()
     def _follow(self, acts: Float[Tensor, "entry"]) -> None:
-        """Move the threshold towards the smallest of the kept activations."""
+        """Move the threshold towards the smallest positive of the kept activations."""
         if acts.numel() == 0:  # every token of the step is left out
             return
-        smallest = acts.min()
+        smallest = torch.where(acts > 0, acts, torch.inf).min()
         slow = self.threshold_momentum * self.threshold + (1 - self.threshold_momentum) * smallest
-        self.threshold.copy_(torch.where(self.threshold == 0, smallest, slow))
+        moved = torch.where(self.threshold == 0, smallest, slow)
+        self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
+
+    def followed(self) -> list[Tensor]:
+        """Return the threshold."""
+        return [self.threshold]

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from groupsae.sae.base import (
     SAE,
+    AllSum,
     SAEOutput,
     SparseLatents,
     active_latents,
-    every_latent,
     linear_pre_acts,
+    same,
 )
 from groupsae.sae.schedule import check_positive, check_share, ramp
 
@@ -30,6 +31,7 @@ class Gated(SAE):
     """
 
     terms = ("fvu", "sparsity", "gate")
+    kept_wide = 4.5
 
     def __init__(
         self,
@@ -65,6 +67,7 @@ class Gated(SAE):
         dead: Bool[Tensor, "d_sae"],
         progress: float = 1.0,
         share: float | Float[Tensor, ""] = 1.0,
+        all_sum: AllSum = same,
     ) -> SAEOutput:
         """Return reconstruction, latents and loss terms of a training batch.
 
@@ -81,7 +84,7 @@ class Gated(SAE):
             "sparsity": weight * gate.sum() / total_variance,
             "gate": (x - through_gate).square().sum() / total_variance,
         }
-        return SAEOutput(reconstruction, every_latent(acts.detach()), losses)
+        return SAEOutput(reconstruction, acts.detach(), losses)
 
     def training_flops(self) -> int:
         """Return the FLOPs per token of a training step: dense, and decoding the gate, 14 d n."""

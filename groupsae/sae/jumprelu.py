@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from groupsae.errors import UserError
 from groupsae.sae.base import (
     SAE,
+    AllSum,
     SAEOutput,
     SparseLatents,
     active_latents,
-    every_latent,
     linear_pre_acts,
+    same,
 )
 from groupsae.sae.schedule import check_positive, check_share, ramp
 
@@ -39,6 +40,7 @@ class JumpReLU(SAE):
     """
 
     terms = ("fvu", "sparsity")
+    kept_wide = 2.2
 
     def __init__(
         self,
@@ -83,21 +85,26 @@ class JumpReLU(SAE):
         dead: Bool[Tensor, "d_sae"],
         progress: float = 1.0,
         share: float | Float[Tensor, ""] = 1.0,
+        all_sum: AllSum = same,
     ) -> SAEOutput:
         """Return reconstruction, latents and loss terms of a training batch.
 
-        Losses: fvu, and sparsity = coefficient * share * (L0 / target_l0 - 1)^2, with L0 the mean
-        number of active latents over this process's rows.
+        Losses: fvu, and sparsity = coefficient * (L0 / target_l0 - 1)^2, with L0 the mean number
+        of active latents over the global batch; each process has its share of the value, and the
+        gradient for its own rows.
         """
         acts, active = Jump.apply(self.pre_acts(x), self.log_threshold.exp(), self.bandwidth)
         reconstruction = self.decode_dense(acts)
-        l0 = active.sum() / max(1, len(x))
+        num_active = active.sum()
+        excess = all_sum(num_active.detach()) * share / max(1, len(x)) / self.target_l0 - 1
+        slope = 2 * excess * share / max(1, len(x)) / self.target_l0
         weight = ramp(0, self.l0_coefficient, self.sparsity_warmup, progress)
         losses = {
             "fvu": (x - reconstruction).square().sum() / total_variance,
-            "sparsity": weight * share * (l0 / self.target_l0 - 1).square(),
+            "sparsity": weight
+            * (share * excess.square() + slope * (num_active - num_active.detach())),
         }
-        return SAEOutput(reconstruction, every_latent(acts.detach()), losses)
+        return SAEOutput(reconstruction, acts.detach(), losses)
 
 
 class Jump(torch.autograd.Function):

@@ -11,6 +11,7 @@ from torch import Tensor
 from groupsae.errors import UserError
 from groupsae.sae.base import SparseLatents
 from groupsae.sae.batchtopk import BatchTopK
+from groupsae.sae.schedule import check_share
 
 
 class Matryoshka(BatchTopK):
@@ -32,9 +33,11 @@ class Matryoshka(BatchTopK):
 
     def __init__(self, *, prefixes: Sequence[float], **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.prefixes = [round(share * self.d_sae) for share in prefixes]
-        grows = all(small < large for small, large in pairwise([0, *self.prefixes]))
-        if not self.prefixes or not grows or self.prefixes[-1] != self.d_sae:
+        for share in prefixes:
+            check_share("prefixes", share)
+        self.sizes = [round(share * self.d_sae) for share in prefixes]
+        grows = all(small < large for small, large in pairwise([0, *self.sizes]))
+        if not self.sizes or not grows or self.sizes[-1] != self.d_sae:
             raise UserError(
                 f"sae.prefixes is {list(prefixes)}; give shares of the {self.d_sae} latents that "
                 "grow and end in 1, such as [0.0625,0.125,0.25,0.5,1], none of them empty."
@@ -51,7 +54,7 @@ class Matryoshka(BatchTopK):
         fvu is that of all latents, nested the sum of those of the smaller prefixes.
         """
         x_hats = self.b_dec + self.combine(self._by_ring(latents)).unflatten(
-            0, (len(x), len(self.prefixes))
+            0, (len(x), len(self.sizes))
         ).cumsum(dim=1)
         squares = (x.unsqueeze(1) - x_hats).square().sum(dim=(0, 2)) / total_variance
         return x_hats[:, -1], {"fvu": squares[-1], "nested": squares[:-1].sum()}
@@ -59,7 +62,7 @@ class Matryoshka(BatchTopK):
     def _by_ring(self, latents: SparseLatents) -> SparseLatents:
         """Cut each row where a prefix ends: the entries are in order of row and latent."""
         assert latents.offsets is not None
-        begin = torch.tensor([0, *self.prefixes[:-1]], device=latents.indices.device)
+        begin = torch.tensor([0, *self.sizes[:-1]], device=latents.indices.device)
         rows = torch.arange(len(latents.offsets), device=begin.device)
         entry = torch.arange(len(latents.indices), device=begin.device)
         row = torch.searchsorted(latents.offsets, entry, right=True) - 1

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from groupsae.sae.base import (
     SAE,
+    AllSum,
     SAEOutput,
     SparseLatents,
     active_latents,
-    every_latent,
     linear_pre_acts,
+    same,
 )
 from groupsae.sae.schedule import check_positive, check_share, ramp
 
@@ -31,6 +32,7 @@ class ReLU(SAE):
     """
 
     terms = ("fvu", "sparsity")
+    kept_wide = 1.2
 
     def __init__(
         self,
@@ -60,6 +62,7 @@ class ReLU(SAE):
         dead: Bool[Tensor, "d_sae"],
         progress: float = 1.0,
         share: float | Float[Tensor, ""] = 1.0,
+        all_sum: AllSum = same,
     ) -> SAEOutput:
         """Return reconstruction, latents and loss terms of a training batch.
 
@@ -72,7 +75,7 @@ class ReLU(SAE):
             "fvu": (x - reconstruction).square().sum() / total_variance,
             "sparsity": weight * (acts.sum(dim=0) @ self.W_dec.norm(dim=1)) / total_variance,
         }
-        return SAEOutput(reconstruction, every_latent(acts.detach()), losses)
+        return SAEOutput(reconstruction, acts.detach(), losses)
 
     def project_gradient(self) -> None:
         """Leave the gradient whole: the norms are free within a step."""

@@ -7,8 +7,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from groupsae.errors import UserError
-from groupsae.sae.base import SAE, SAEOutput, SparseLatents, linear_pre_acts
-from groupsae.sae.schedule import check_share, ramp
+from groupsae.sae.base import SAE, AllSum, SAEOutput, SparseLatents, linear_pre_acts, same
+from groupsae.sae.schedule import check_count, check_positive, check_share, is_number, ramp
 
 
 class TopK(SAE):
@@ -32,6 +32,7 @@ class TopK(SAE):
     """
 
     terms: ClassVar[tuple[str, ...]] = ("fvu", "auxk")
+    kept_wide = 0.0  # the k active latents a row are small beside the weights
 
     def __init__(
         self,
@@ -45,11 +46,11 @@ class TopK(SAE):
     ) -> None:
         super().__init__(**size)
         check_share("sparsity_warmup", sparsity_warmup)
-        for name, value in (("k", k), ("k_start", k if k_start is None else k_start)):
-            if not 1 <= value <= self.d_sae:
-                raise UserError(
-                    f"sae.{name} is {value}; it must lie between 1 and the {self.d_sae} latents."
-                )
+        check_count("k", k, self.d_sae)
+        check_count("k_start", k if k_start is None else k_start, self.d_sae)
+        check_positive(auxk_share=auxk_share)
+        if not is_number(auxk_alpha) or auxk_alpha < 0:
+            raise UserError(f"sae.auxk_alpha is {auxk_alpha!r}; it must be at least 0.")
         self.k, self.k_start, self.sparsity_warmup = k, k_start or k, sparsity_warmup
         self.auxk_alpha, self.max_auxk = auxk_alpha, max(1, round(auxk_share * self.d_model))
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
@@ -77,6 +78,7 @@ class TopK(SAE):
         dead: Bool[Tensor, "d_sae"],
         progress: float = 1.0,
         share: float | Float[Tensor, ""] = 1.0,
+        all_sum: AllSum = same,
     ) -> SAEOutput:
         """Return reconstruction, latents and loss terms of a training batch.
 
@@ -111,7 +113,8 @@ class TopK(SAE):
         """Return the FLOPs per token of a training step, 4 d n + 6 d k.
 
         Encoder forward and weight gradient are dense, 2 d n each; decoding and its two gradients
-        touch k rows, 2 d k each. AuxK, which runs only while latents are dead, is not counted.
+        touch k rows, 2 d k each. AuxK, which runs only while latents are dead, is not counted,
+        nor what k_start adds at the beginning.
         """
         return self.d_model * (4 * self.d_sae + 6 * self.k)
 

@@ -19,7 +19,7 @@ from groupsae.training.suite import GroupSAESuite
 FLOAT = 4  # bytes
 STATE = 4  # weights, gradients and Adam's two moments
 ROWS = 4  # raw and scaled activations, reconstruction and error wait for the backward pass
-WIDE = 3  # pre-activations, their top k's gradient and a temporary, of one SAE at a time
+WIDE = 3  # pre-activations, their gradient and a temporary, of one SAE at a time
 TRIAL = 3  # steps
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 
@@ -42,7 +42,8 @@ def bytes_needed(
     parameters = sum(p.numel() for p in sae.parameters()) * sum(widths)
     tokens = data.tokens_per_step // world_size
     rows = tokens * suite.d_model * len(widths) * ROWS
-    wide = tokens * sae.d_sae * max(widths) * WIDE
+    # what the SAEs keep waits until the summed losses go back
+    wide = tokens * sae.d_sae * (max(widths) * WIDE + sum(widths) * sae.kept_wide)
     return round(FLOAT * (parameters * STATE + rows + wide))
 
 

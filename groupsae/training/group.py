@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from groupsae.data.draws import stream_key
-from groupsae.sae.base import SAE, SparseLatents
+from groupsae.sae.base import SAE, AllSum, SparseLatents, firings, same
 from groupsae.training.optim import Adam
 from groupsae.training.step import SAETraining
 
@@ -102,6 +102,7 @@ class GroupSAE(SAETraining):
         layers: Int[Tensor, "batch"],
         moments: Float[Tensor, "d_model+1+layer"],
         progress: float = 1.0,
+        all_sum: AllSum = same,
     ) -> Float[Tensor, ""]:
         """Return this process's part of the loss; remembers what fired.
 
@@ -110,6 +111,7 @@ class GroupSAE(SAETraining):
             layers: the layer of each row.
             moments: of the batch over all processes, as `moments` gives them.
             progress: share of the training that is done.
+            all_sum: returns the sum of a tensor over all processes.
         """
         sum_x, sum_squares, counts = moments.split([self.sae.d_model, 1, len(self.norm_factors)])
         # at least 1 row and a positive variance: a batch of excluded tokens only has loss zero
@@ -121,16 +123,16 @@ class GroupSAE(SAETraining):
             self.dead(),
             progress,
             (len(acts) / num_rows).float(),
+            all_sum,
         )
         with torch.no_grad():
-            active = output.latents.acts > 0
-            self.fired = torch.zeros_like(self.tokens_since_fired)
-            self.fired[output.latents.indices[active]] = 1
+            fired, active = firings(output.latents, self.sae.d_sae)
+            self.fired = fired.long()
             self.tokens_per_layer += counts.long()
             self.tokens_since_fired += counts.sum().long()
             absent = torch.zeros_like(variance)
             terms = [output.losses.get(name, absent).double() for name in self.sae.terms]
-            self.running += torch.stack([*terms, active.sum() / num_rows])
+            self.running += torch.stack([*terms, active / num_rows])
             self.running_steps += 1
         return torch.stack(list(output.losses.values())).sum()
 

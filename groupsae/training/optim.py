@@ -56,16 +56,17 @@ class Adam:
             if not 0 <= value <= 1:
                 raise UserError(f"optim.{name} is {value}; it must lie between 0 and 1.")
 
-    def factor(self, progress: float) -> float:
-        """Return what the learning rate is multiplied by after a share of the training."""
-        rise = min(1.0, progress / self.warmup) if self.warmup > 0 else 1.0
-        left = min(1.0, (1 - progress) / self.decay_share) if self.decay_share > 0 else 1.0
+    def factor(self, step: int, num_steps: int) -> float:
+        """Return what the learning rate of a step is multiplied by; it is zero at no step."""
+        warmup, decay = self.warmup * num_steps, self.decay_share * num_steps
+        rise = min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0
+        left = min(1.0, (num_steps - step) / decay) if decay > 0 else 1.0
         return rise * DECAYS[self.decay](left)
 
-    def schedule(self, optimizer: torch.optim.Optimizer, progress: float) -> None:
+    def schedule(self, optimizer: torch.optim.Optimizer, step: int, num_steps: int) -> None:
         """Set the rate of every parameter group: a function of the position, it has no state."""
         for group in optimizer.param_groups:
-            group["lr"] = group["full_lr"] * self.factor(progress)
+            group["lr"] = group["full_lr"] * self.factor(step, num_steps)
 
     def lr(self, d_sae: int) -> float:
         """Return the learning rate of an SAE with `d_sae` latents."""

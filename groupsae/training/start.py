@@ -34,7 +34,11 @@ def start_b_dec(
         start: `zero` (paper), `mean`, or `geometric_median`, the point with the least sum of
             distances, which single rows of extreme norm do not pull away.
         all_sum: returns the sum over all processes.
+
+    Raises:
+        UserError: there is no such start.
     """
+    check_b_dec_start(start)
     if start == "zero":
         return
     x = x.double()

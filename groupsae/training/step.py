@@ -44,13 +44,16 @@ class SAETraining(L.LightningModule):
                 )
         moments = [self.all_sum(m.moments(*row)) for m, row in zip(members, rows, strict=True)]
         losses = [
-            m.step(*row, moment, progress)
+            m.step(*row, moment, progress, self.all_sum)
             for m, row, moment in zip(members, rows, moments, strict=True)
         ]
         fired = self.all_sum(torch.cat([m.fired for m in members]))
         widths = [m.sae.d_sae for m in members]
         for member, mine in zip(members, fired.split(widths), strict=True):
             member.count_dead(mine > 0)
+            if self.trainer.world_size > 1:
+                for state in member.sae.followed():
+                    state.copy_(self.all_sum(state) / self.trainer.world_size)
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if (self.global_step + 1) % every == 0:
             self.log_training()
@@ -59,7 +62,12 @@ class SAETraining(L.LightningModule):
 
     def progress(self) -> float:
         """Return the share of the training that is done; schedules are functions of it."""
-        return self.global_step / self.trainer.datamodule.num_steps  # type: ignore[attr-defined]
+        return self.global_step / self.num_steps()
+
+    def num_steps(self) -> int:
+        """Return the steps of the whole training."""
+        steps: int = self.trainer.datamodule.num_steps  # type: ignore[attr-defined]
+        return steps
 
     def all_sum(self, value: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes."""
@@ -115,7 +123,7 @@ class SAETraining(L.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step at the schedule's rate, then normalise: every checkpoint holds unit decoders."""
-        self.optim.schedule(self.trainer.optimizers[0], self.progress())
+        self.optim.schedule(self.trainer.optimizers[0], self.global_step, self.num_steps())
         super().optimizer_step(*args, **kwargs)
         for member in self.members():
             member.sae.normalize_decoder()
