@@ -77,7 +77,7 @@ def test_a_folder_of_the_users_own_yaml_files_is_left_to_hydra() -> None:
         (["calibration.centring=median"], "none"),
         (["sae.k=1000"], "sae.k is 1000"),
         (["model.dtype=float3"], "float32"),
-        (["model.name=no/such-model"], "cannot load model 'no/such-model'"),
+        (["model.name=./no/such-model"], "cannot load model './no/such-model'"),
         (["groups=count", "groups.num_groups=9"], "9"),
         (["groups=explicit", "groups.groups=[[0,1],[1,2]]"], "1"),
         (["groups=explicit", "groups.groups=[[0],[2]]"], "1"),
