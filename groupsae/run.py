@@ -192,7 +192,7 @@ def _saved_config(folder: Path, key: str) -> DictConfig:
         saved = OmegaConf.load(saved_file)
     except (YAMLError, OmegaConfBaseException, OSError):
         saved = None
-    if not isinstance(saved, DictConfig):
+    if not isinstance(saved, DictConfig) or "overwrite" not in saved:  # always near the end
         raise UserError(
             f"{saved_file} is cut short or damaged: copy it anew, or start the run again."
         )
@@ -216,6 +216,12 @@ def _remember(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
             f"cannot write to {folder}: {error.strerror}. Set output=<folder> to a "
             "place that can be written."
         ) from error
+
+
+def forget(folder: Path) -> None:
+    """Remove a run folder that remembers a command and nothing else: it was refused."""
+    if is_leader() and folder.is_dir() and {p.name for p in folder.iterdir()} <= {".hydra"}:
+        shutil.rmtree(folder)
 
 
 def _config_to_resume(cfg: DictConfig, folder: Path, overrides: list[str]) -> DictConfig:

@@ -52,6 +52,18 @@ def test_the_command_line_answers_with_one_sentence_and_status_2(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_refused_command_leaves_no_run_folder(
+    tiny_lm: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    """Such a folder could neither be finished nor evaluated."""
+    from groupsae.train import train
+
+    arguments = overrides(tiny_lm, tiny_text, tmp_path, "sae.k=1000")
+    with pytest.raises(UserError, match="sae.k is 1000"):
+        train(composed(arguments), arguments)
+    assert not list(tmp_path.rglob(".hydra"))
+
+
 @pytest.mark.parametrize(
     "argument",
     ["sae.k=3", "groups.rules=[even]", "+trainer.limit_train_batches=3", "groups.theta=0.1,0.2"],

@@ -568,3 +568,60 @@ def test_writing_a_report_needs_no_training_stack():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
     assert not {"torch", "lightning", "transformers", "wandb", "hydra"} & set(done)
+
+
+def test_runs_side_by_side_say_which_kind_of_sae_and_its_l0(tmp_path: Path) -> None:
+    from groupsae.report.load import read_run
+    from groupsae.report.several import side_by_side
+
+    folders = [write_run(tmp_path / name) for name in "ab"]
+    change(folders[1], lambda v: [sae.update(architecture="BatchTopK") for sae in v["saes"]])
+    runs = [read_run(folder) for folder in folders]
+    table = side_by_side(runs, ["a", "b"])
+    columns = {name: [row[i].value for row in table.rows] for i, name in enumerate(table.columns)}
+    assert columns["SAE"] == ["TopK", "BatchTopK"]
+    assert columns["L0"] == [f"{runs[0].l0:.1f}"] * 2
+    assert len({len(row) for row in table.rows} | {len(table.columns)}) == 1
+
+
+def test_saes_that_others_trained_are_not_given_angles_seeds_or_a_command(tmp_path: Path) -> None:
+    from groupsae.report.load import read_run
+    from groupsae.report.sections import provenance
+    from groupsae.report.several import side_by_side
+    from groupsae.report.verdict import judge
+
+    folder = write_run(tmp_path / "a")
+    file = folder / "summary.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "adopted": "theirs"}))
+    run = read_run(folder)
+    verdict = judge(run)
+    said = " ".join([f.text for f in verdict.findings] + verdict.caveats)
+    assert "adopted from theirs" in said
+    assert "AMAD" not in said + str(verdict.tiles)
+    assert "training run" not in said
+    facts = dict(provenance(run))
+    assert facts["adopted from"] == "theirs"
+    assert "command" not in facts
+    (row,) = side_by_side([run], ["a"]).rows
+    assert [cell.value for cell in row[3:6]] == ["–"] * 3
+
+
+def test_a_model_without_next_tokens_has_no_sentences_about_cross_entropy(tmp_path: Path) -> None:
+    from groupsae.report.load import read_run
+    from groupsae.report.page_tables import scale_table
+    from groupsae.report.verdict import judge
+
+    folder = write_run(tmp_path / "a")
+
+    def without_ce(evaluation: dict[str, Any]) -> None:
+        evaluation["ce"] = None
+        for each in evaluation["groupings"]:
+            each["against_per_layer"] = None
+            each["grouped_layers"].update(delta_ce=None, delta_ce_percent=None)
+
+    change(folder, without_ce)
+    run = read_run(folder)
+    assert scale_table(run) is None
+    quality = next(f.text for f in judge(run).findings if f.title == "Quality")
+    assert "predicts no next token" in quality
+    assert "nats" not in quality

@@ -336,7 +336,7 @@ def test_an_empty_source_is_refused(tokenizer, tmp_path):
 def test_a_split_without_a_block_is_refused_with_the_figures(tokenizer, tmp_path):
     source = ListSource(TEXTS[:1])
     for _ in range(2):  # from packing, and from the cache
-        with pytest.raises(UserError, match=r"of 1 documents .* got 0 with 0.*_fraction"):
+        with pytest.raises(UserError, match=r"of 1 document.s. .* got 0 with 0.*_fraction"):
             load_token_blocks(source, tokenizer, make_packing(), tmp_path)
 
 

@@ -144,14 +144,14 @@ def check_filled(blocks: TokenBlocks, packing: Packing) -> None:
         if shares[split] < 1e-9 or len(blocks.blocks[split]):
             continue
         tokens, documents = manifest["split_tokens"], manifest["split_documents"]
-        way_out = f"raise data.{split}_fraction (now {shares[split]}), "
+        way_out = f"raise stream.{split}_fraction (now {shares[split]}), "
         if split == "train":
             way_out = "lower stream.heldout_fraction and stream.calibration_fraction, "
         if packing.max_tokens is not None:
             way_out += f"raise stream.max_tokens (now {packing.max_tokens:,}), "
         raise UserError(
             f"the {split} split has not one whole block of {packing.context} tokens: of "
-            f"{manifest['documents']:,} documents with {sum(tokens.values()):,} tokens it got "
+            f"{manifest['documents']:,} document(s) with {sum(tokens.values()):,} tokens it got "
             f"{documents[split]:,} with {tokens[split]:,}. To mend it {way_out}shorten the "
-            "context or give more text"
+            "context or give more text."
         )

@@ -98,6 +98,25 @@ class RunFiles:
         return int(seed) if seed is not None else None
 
     @property
+    def adopted(self) -> str | None:
+        """Return where SAEs that others trained were found; None if the run trained its own."""
+        return (self.summary or {}).get("adopted")
+
+    @property
+    def kinds(self) -> str:
+        """Return the kinds of SAE that the report is about; empty before an evaluation."""
+        found = (sae.get("architecture") for sae in (self.evaluation or {}).get("saes", []))
+        return ", ".join(sorted({str(kind) for kind in found if kind}))
+
+    @property
+    def l0(self) -> float | None:
+        """Return the mean L0 over the layers of the grouping that the report is about."""
+        rows = (self.evaluation or {}).get("results", [])
+        mine = (self.summary or {}).get("chosen") or [row["sae"] for row in rows]
+        found = [v.value for r in rows if r["sae"] in mine and (v := interval(r.get("l0")))]
+        return sum(found) / len(found) if found else None
+
+    @property
     def theta(self) -> float | None:
         """Return the threshold on AMAD, if the groups were chosen by one."""
         theta = (self.evaluation or {}).get("theta", self.setting("groups.theta", None))

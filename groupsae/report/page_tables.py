@@ -73,6 +73,8 @@ def layers_table(run: RunFiles) -> Table | None:
 def scale_table(run: RunFiles) -> Table | None:
     """Return the CE with a layer ablated: the ends of the scale that a CE score is on."""
     e = run.evaluation or {}
+    if interval(e.get("ce")) is None:  # it predicts no next token
+        return None
     table = Table(
         f"What the language model's CE, {within(e.get('ce'), 'ce')} nats, becomes with a layer "
         "set to zero (where the CE score is 0) or to its mean",

@@ -102,7 +102,9 @@ def provenance(run: RunFiles) -> list[tuple[str, str]]:
     summary, measured, e = run.summary or {}, run.measured, run.evaluation or {}
     facts: list[tuple[str, Any]] = [
         ("run folder", run.folder),
-        ("command", " ".join(["python -m groupsae.train", *run.overrides])),
+        ("adopted from", run.adopted)
+        if run.adopted
+        else ("command", " ".join(["python -m groupsae.train", *run.overrides])),
         ("model", run.model),
         ("revision", measured.get("revision") or e.get("revision")),
         ("weights", measured.get("weights")),

@@ -70,7 +70,7 @@ def against_cost(found: Sequence[Family], metric: str) -> Figure | None:
         face = "white" if marker == "s" else "0.5"
         axes.plot([], [], marker=marker, mfc=face, label=label, **look)
     axes.set(
-        xlabel="FLOPs relative to one SAE per layer",
+        xlabel="FLOPs relative to one SAE per layer of the same kind",
         ylabel=UNITS[metric],
         title=f"{NAMES[metric]} against cost, all runs",
     )
@@ -116,12 +116,12 @@ def side_by_side(runs: Sequence[RunFiles], names: Sequence[str]) -> Table:
     """Return one row per run."""
     table = Table(
         "The runs; FVU and ΔCE are means over the grouped layers on held-out text",
-        ["run", "grouping", "seed", "G", "AMAD", "FVU", "ΔCE, nats", "FLOPs saved", "tokens"],
-        text=2,
+        ["run", "grouping", "SAE", "seed", "G", "AMAD", "L0", "FVU", "ΔCE, nats"],
+        text=3,
     )
     first = next((where for run in runs if (where := measured_on(run))), {})
     unlike = differing(runs)
-    table.columns += ["evaluated on"] if unlike else []
+    table.columns += ["FLOPs saved", "tokens", *(["evaluated on"] if unlike else [])]
     for i, (run, name) in enumerate(zip(runs, names, strict=True)):
         where = measured_on(run)
         table.marked += [i] if where and where != first else []
@@ -132,10 +132,12 @@ def side_by_side(runs: Sequence[RunFiles], names: Sequence[str]) -> Table:
         table.rows.append(
             [
                 Cell(name),
-                Cell(chosen.get("name") or str(run.plan.get("rule", NONE))),
-                Cell(NONE if run.seed is None else str(run.seed)),
-                Cell(str(len(run.groups))),
-                Cell(number((run.chosen or run.plan).get("amad"), 3)),
+                Cell("adopted" if run.adopted else _grouping_of(run)),
+                Cell(run.kinds or NONE),
+                Cell(NONE if run.seed is None or run.adopted else str(run.seed)),
+                Cell(NONE if run.adopted else str(len(run.groups))),
+                Cell(NONE if run.adopted else number((run.chosen or run.plan).get("amad"), 3)),
+                Cell(number(run.l0, 1)),
                 cell(fvu, "fvu") if chosen else Cell(cell(fvu, "fvu").value, "all layers"),
                 cell(values.get("delta_ce"), "delta_ce"),
                 Cell(percent(saving(run))),
@@ -148,6 +150,10 @@ def side_by_side(runs: Sequence[RunFiles], names: Sequence[str]) -> Table:
             ]
         )
     return table
+
+
+def _grouping_of(run: RunFiles) -> str:
+    return (run.chosen or {}).get("name") or str(run.plan.get("rule", NONE))
 
 
 def seeds_table(family: Family) -> Table | None:

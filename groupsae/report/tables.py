@@ -150,6 +150,8 @@ def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
 
 def _scale(evaluation: Mapping[str, Any], chosen: Mapping[str, Any]) -> str:
     """Return the CE that the losses are to be seen against, and that of all layers at once."""
+    if interval(evaluation["ce"]) is None:
+        return "The language model predicts no next token, so it has no CE to compare."
     ends = [
         [v.value for row in evaluation["layers"] if (v := interval(row.get(key)))]
         for key in ("ce_zero", "ce_mean")

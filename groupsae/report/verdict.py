@@ -96,7 +96,7 @@ def _tiles(
 ) -> list[Tile]:
     amad = (run.chosen or run.plan).get("amad")
     tiles = []
-    if run.groups:
+    if run.groups and not run.adopted:
         note = "no AMAD" if amad is None else f"AMAD {number(amad, 3)}"
         tiles.append(Tile("groups", str(len(run.groups)), note))
     means = (run.chosen or {}).get("grouped_layers") or {}
@@ -117,6 +117,8 @@ def _tiles(
 
 
 def _choice(run: RunFiles) -> str:
+    if run.adopted:
+        return f"Trained elsewhere and adopted from {run.adopted}: their angles are not known."
     if not run.groups:
         return ""
     chosen = run.chosen or run.plan
@@ -149,11 +151,16 @@ def _cost_of_sharing(run: RunFiles, fvu: Interval | None, delta_ce: Interval | N
             else " One SAE per layer was not trained beside, so what sharing costs cannot be "
             "said: groups=all trains the baselines."
         )
+        raised = (
+            f"; their reconstruction in place of one layer raises the cross-entropy by "
+            f"{within(means['delta_ce'], 'delta_ce')} nats per token ({share}{TIGHT}%)"
+            if interval(means["delta_ce"])
+            else " (the model predicts no next token, so it has no cross-entropy)"
+        )
+        where = "" if run.adopted else " of the grouped layers"
         return (
-            f"On held-out text the SAEs of the grouped layers leave an FVU of "
-            f"{within(means['fvu'], 'fvu')}; their reconstruction in place of one layer raises "
-            f"the cross-entropy by {within(means['delta_ce'], 'delta_ce')} nats per token "
-            f"({share}{TIGHT}%).{absent}"
+            f"On held-out text the SAEs{where} leave an FVU of {within(means['fvu'], 'fvu')}"
+            f"{raised}.{'' if run.adopted else absent}"
         )
     percentage = interval(run.chosen["against_per_layer"].get("delta_ce_percent"))
     points = f" ({within(percentage, 'delta_ce_percent')} percentage points)" if percentage else ""
@@ -218,6 +225,8 @@ def _caveats(run: RunFiles) -> list[str]:
             f"{percent(level, 0)} bootstrap intervals over these documents: they tell how far the "
             "text matters, not how far another seed would."
         )
+    if run.adopted:
+        return caveats
     seed = "" if run.seed is None else f" (seed {run.seed})"
     tokens = (run.summary or {}).get("tokens")
     budget = f", {tokens / 1e6:g} million tokens per SAE" if tokens else ""
