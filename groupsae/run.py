@@ -86,8 +86,10 @@ def check_values(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if not isinstance(value, int | float) or not value > 0:
             raise UserError(f"{key} is {value!r}; it must be a number above 0.")
-    if cfg.format != FORMAT:
-        raise UserError(f"format is {cfg.format!r}; leave it at {FORMAT}, it is not to be set.")
+    if cfg.run_format != FORMAT:
+        raise UserError(
+            f"run_format is {cfg.run_format!r}; leave it at {FORMAT}, it is not to be set."
+        )
     if cfg.trainer.precision != "32-true":
         raise UserError(
             f"trainer.precision is {cfg.trainer.precision!r}; the SAEs train in 32-true. The "
@@ -196,9 +198,9 @@ def _saved_config(folder: Path, key: str) -> DictConfig:
         raise UserError(
             f"{saved_file} is cut short or damaged: copy it anew, or start the run again."
         )
-    if saved.get("format") != FORMAT:
+    if saved.get("run_format") != FORMAT:
         raise UserError(
-            f"{key}={folder}: its configuration has format {saved.get('format', 1)}, this version "
+            f"{key}={folder}: its configuration has format {saved.get('run_format', 1)}, this version "
             f"of groupsae reads {FORMAT}. Use the version that wrote it, or train it again."
         )
     return saved

@@ -181,7 +181,7 @@ def test_weights_of_another_shape_or_with_a_tensor_missing_are_damage(run_folder
         load_suite(run_folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 1}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"format": 2}'])
 def test_a_config_that_is_not_one_is_damage(run_folder, text):
     (run_folder / "saes" / "layers.2" / "cfg.json").write_text(text)
     with pytest.raises(UserError, match=r"layers\.2.*damaged"):
