@@ -8,6 +8,7 @@ from typing import Any
 from groupsae import __version__
 from groupsae.errors import UserError
 from groupsae.interop.build import kind_of
+from groupsae.interop.names import module_path
 from groupsae.sae.base import SAE
 
 FORMAT = 1  # of what we write into others' free metadata
@@ -28,9 +29,9 @@ class About:
         dtype: the model ran in.
         context: tokens in a block.
         prepend_bos: whether blocks began with BOS.
-        stack: encoder or decoder of a model that has both.
-        blocks_path: where the list of blocks is, if it was named by hand.
-        submodule: what attn_out or mlp_out is within a block, if it was named by hand.
+        stack: encoder or decoder.
+        module: path in the bare Hugging Face model of the module that puts this out; None of
+            what goes into the first block, or if it is not known.
     """
 
     group: str
@@ -44,26 +45,25 @@ class About:
     context: int | None
     prepend_bos: bool
     stack: str | None
-    blocks_path: str | None
-    submodule: str | None
+    module: str | None
 
     @classmethod
     def of(cls, group: str, layer: int, config: dict[str, Any]) -> "About":
         """Return what a `cfg.json` of ours says of one of its layers."""
+        hookpoint = config.get("hookpoint", "resid_post")
         return cls(
             group=group,
             layers=list(config["layers"]),
             layer=layer,
             norm_factor=float(config["norm_factors"][str(layer)]),
-            hookpoint=config.get("hookpoint", "resid_post"),
+            hookpoint=hookpoint,
             model=str(config.get("model", "unknown")),
             revision=config.get("revision"),
             dtype=config.get("dtype"),
             context=config.get("context"),
             prepend_bos=bool(config.get("prepend_bos", False)),
             stack=config.get("stack"),
-            blocks_path=config.get("blocks_path"),
-            submodule=config.get("submodule"),
+            module=module_path(hookpoint, layer, config.get("modules")),
         )
 
     def to_json(self) -> dict[str, Any]:

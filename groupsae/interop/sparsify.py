@@ -11,7 +11,7 @@ from groupsae.errors import UserError
 from groupsae.interop.build import build
 from groupsae.interop.fold import unit_decoder
 from groupsae.interop.foreign import About, Format, Incoming, wrong_place
-from groupsae.interop.names import module_path, parse_module_path
+from groupsae.interop.names import parse_module_path
 from groupsae.interop.tensors import number, read_config, read_tensors, take
 from groupsae.sae.base import SAE
 
@@ -21,14 +21,19 @@ NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "
 
 
 def folder_name(about: About) -> str:
-    """Return the name of an SAE's folder: the path of the module."""
-    return module_path(
-        about.hookpoint,
-        about.layer,
-        about.model,
-        stack=about.stack,
-        blocks_path=about.blocks_path,
-        submodule=about.submodule,
+    """Return the name of an SAE's folder: the path of the module.
+
+    Raises:
+        UserError: no module puts this out, or it is not known which.
+    """
+    if about.module is not None:
+        return about.module
+    if about.hookpoint == "resid_pre" and about.layer == 0:
+        reason = "resid_pre of layer 0 is no module's output"
+    else:
+        reason = f"the cfg.json of {about.group} does not name the module of layer {about.layer}"
+    raise UserError(
+        f"{reason}, and format=sparsify names modules: use format=saelens or dictionary_learning."
     )
 
 
