@@ -455,6 +455,26 @@ def test_nothing_is_left_of_an_adoption_that_fails(tiny_lm, tiny_text, tmp_path)
         adopt("null")
 
 
+@pytest.mark.parametrize("to", ["repo", ".", "mine"])
+def test_overwriting_replaces_nothing_but_an_adopted_run(
+    tiny_lm, tiny_text, tmp_path, monkeypatch, to
+):
+    sizes = {"W_enc": (64, 32), "b_enc": (64,), "W_dec": (64, 32), "b_dec": (32,)}
+    tensors = {name: torch.randn(*shape) for name, shape in sizes.items()}
+    sparsify(tmp_path / "repo" / "layers.1", tensors, d_in=32, expansion_factor=2)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    there = [*on(tiny_lm, tiny_text, "runs"), "overwrite=true"]
+    with pytest.raises(UserError, match="not replace"):
+        adopt("repo", *there, f"to={to}")
+    assert sorted(tmp_path.rglob("*")) == before
+    monkeypatch.chdir("repo")
+    for _ in range(2):  # a run that was adopted is replaced
+        assert adopt(".", *there) == Path("runs") / tiny_lm.name / "adopted" / "repo"
+
+
 def test_neighbouring_layers_only(tmp_path):
     from groupsae.interop.incoming import plan_of
 

@@ -198,6 +198,20 @@ def test_a_wrong_fold_would_be_found(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 
+def test_saes_whose_thresholds_are_out_of_reach_are_never_called_the_same():
+    from groupsae.interop.build import build
+    from groupsae.interop.outgoing import compare
+
+    def made(seed, threshold):
+        tensors = tensors_of("jumprelu", seed)
+        return build("jumprelu", tensors | {"threshold": torch.full((n,), threshold)})[0]
+
+    assert compare(made(0, 1e6), 1.0, made(0, 1e6))[0] < 1e-12
+    assert compare(made(0, 1e6), 1.0, made(1, 1e6))[0] > 0.1
+    with pytest.raises(UserError, match="its thresholds are out of reach"):
+        compare(made(0, 1e30), 1.0, made(1, 1e30))
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "topk"])
 def test_what_a_format_cannot_hold_is_refused_with_those_that_can(tmp_path, kind):
     run = run_folder(tmp_path / "run", kind)
@@ -211,6 +225,7 @@ def test_what_a_format_cannot_hold_is_refused_with_those_that_can(tmp_path, kind
     [
         (["format=gguf"], "'gguf'; use saelens, sparsify, dictionary_learning"),
         ([], "nothing to do: give format="),
+        (["hub=me/saes", "to=out"], "to=out says where format=... writes"),
         (["format=saelens", "hub=no/good/name"], "write owner/name"),
     ],
 )
@@ -257,8 +272,24 @@ def test_an_export_that_breaks_off_leaves_what_was_there(tmp_path, monkeypatch):
     broken = type(FORMATS["saelens"])(**{**vars(FORMATS["saelens"]), "write": full})
     with pytest.raises(UserError, match="No space left on device"):
         export_suite(load_suite(tmp_path / "run"), broken, out, overwrite=True)
+    with pytest.raises(UserError, match="No space left on device"):
+        export_suite(load_suite(tmp_path / "run"), broken, tmp_path / "a" / "b", overwrite=False)
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]
+
+
+@pytest.mark.parametrize("to", ["run", "run/saes", ".", "mine", "run/../run"])
+def test_overwriting_replaces_nothing_but_an_export(tmp_path, monkeypatch, to):
+    run_folder(tmp_path / "run", "topk")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="not replace"):
+        export("run", "format=saelens", "overwrite=true", f"to={to}")
+    with pytest.raises(UserError, match="not replace"):
+        export_suite(load_suite("run"), FORMATS["saelens"], Path(to), overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(

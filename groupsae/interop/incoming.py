@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from groupsae import __version__
+from groupsae.data.reading import read_json
 from groupsae.data.writer import write_json
 from groupsae.errors import UserError
 from groupsae.grouping.partition import Partition
@@ -148,6 +149,11 @@ def lay_out(
         "groupsae": __version__,
     }
     write_json(run / "summary.json", summary)  # the last: it makes the run a finished one
+
+
+def is_adopted(run: Path) -> bool:
+    """Return whether a folder is a run that `lay_out` wrote."""
+    return "adopted" in (read_json(run / "summary.json") or {})
 
 
 def plan_of(read: Sequence[Incoming], num_layers: int) -> GroupPlan:
