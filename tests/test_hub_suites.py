@@ -147,19 +147,19 @@ def test_exported_folders_go_to_the_hub_and_come_back_by_adoption(hub, run, form
     folder = _download(repository("hf:me/saes"), None)
     found = read_folder(
         folder, form=None, only=None, num_groups=None, num_layers=6, d_model=16,
-        hookpoint="resid_post",
+        hookpoint="resid_post", stack="decoder",
     )  # fmt: skip
     assert [each.layers for each in found] == [[0], [1], [3]]
     some = _download(Repository("me/saes", None), ["*3*"])
     assert some == folder  # one snapshot
 
 
-def test_a_name_that_is_no_folder_is_looked_for_on_the_hub(hub, run, tiny_lm, tmp_path):
+def test_only_the_chosen_folders_are_fetched_from_the_hub(hub, run, tiny_lm, tmp_path):
     export(run, "format=sparsify", "hub=me/saes")
     register_resolver()
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         model = ["model=hf", f"model.name={tiny_lm}", f"output={tmp_path}"]
-        cfg = compose("adopt", ["path=me/saes", "only=[layers.3]", *model])
+        cfg = compose("adopt", ["path=hf:me/saes", "only=[layers.3]", *model])
     with pytest.raises(UserError, match=r"layers\.3 takes activations of width 16"):
         adopt(cfg)
     got = [call for call in hub.calls if call.startswith("GET") and "/resolve/" in call]

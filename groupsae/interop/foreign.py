@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from groupsae import __version__
 from groupsae.errors import UserError
-from groupsae.interop.build import kind_of
 from groupsae.interop.names import module_path
+from groupsae.interop.tensors import section
+from groupsae.lm.hookpoints import HOOKPOINTS
 from groupsae.sae.base import SAE
 
 FORMAT = 1  # of what we write into others' free metadata
@@ -84,6 +85,7 @@ class Incoming:
         layers: that it serves.
         norm_factors: layer -> factor.
         hookpoint: whose activations it takes.
+        stack: encoder or decoder, if the folder names it.
         model: that the folder names, if any.
         notes: sentences for the user.
     """
@@ -95,6 +97,7 @@ class Incoming:
     layers: list[int]
     norm_factors: dict[int, float]
     hookpoint: str
+    stack: str | None = None
     model: str | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -122,14 +125,45 @@ class Format:
     read: Callable[[Path], Incoming]
 
 
-def wrong_place(folder: Path, named: object) -> UserError:
-    """Return the error of a folder that does not say which layer it is for."""
+class Known(NamedTuple):
+    """What metadata of ours in another library's folder says of an SAE."""
+
+    layer: int
+    hookpoint: str
+    stack: str | None
+    model: str
+
+
+def known_place(config: dict[str, Any], file: Path) -> Known | None:
+    """Return what we wrote into a format's free metadata; None if the folder is not of ours.
+
+    Args:
+        config: that may hold it under `groupsae`.
+        file: it comes from, for messages.
+
+    Raises:
+        UserError: it is of another version, or names no place in a language model.
+    """
+    known = section(config, "groupsae", file)
+    if not known:
+        return None
+    if known.get("format") != FORMAT:
+        raise UserError(
+            f"{file} has metadata of groupsae of format {known.get('format')!r}, and this version "
+            f"reads {FORMAT}: use the version that wrote it."
+        )
+    layer, hookpoint, stack = (known.get(key) for key in ("layer", "hookpoint", "stack"))
+    if type(layer) is not int or layer < 0 or hookpoint not in HOOKPOINTS:
+        raise UserError(
+            f"{file} has metadata of groupsae with layer = {layer!r} and hookpoint = "
+            f"{hookpoint!r}: a layer from 0 on and one of {', '.join(HOOKPOINTS)} are expected."
+        )
+    return Known(layer, str(hookpoint), stack, str(known.get("model")))
+
+
+def wrong_place(folder: Path, named: object, advice: str) -> UserError:
+    """Return the error of a folder that does not say which layer it is for, and the way out."""
     return UserError(
         f"{folder} does not say which layer of a language model it is for (found {named!r}): "
-        "name the folder layers.<number> or resid_post_layer_<number>, as its library does."
+        f"{advice}."
     )
-
-
-def kind_in(sae: SAE, holds: dict[str, str]) -> str:
-    """Return what a format calls an SAE's kind."""
-    return holds[kind_of(sae)]

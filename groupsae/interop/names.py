@@ -2,7 +2,8 @@
 
 import re
 
-HOOKPOINTS = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+from groupsae.lm.hookpoints import HOOKPOINTS
+
 _LENS = re.compile(r"^blocks\.(\d+)\.hook_(\w+)$")
 _MODULE = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks?)\.(\d+)(?:\.(.+))?$")
 _DICTIONARY = re.compile(r"(resid_post|resid_pre|mlp_out|attn_out|attention_out)_layer_(\d+)")
