@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from groupsae.config import CONF, check_arguments, plain_folder
 from groupsae.errors import UserError
@@ -27,12 +27,8 @@ def export(cfg: DictConfig) -> None:
             they cannot be read, written or uploaded.
     """
     run = _run_to_export(cfg)
-    from groupsae.interop.card import (
-        card,
-        figures_of_run,
-        files_of_run,
-        of_groupsae,
-    )  # slow imports only after cheap checks
+    # slow imports only after cheap checks
+    from groupsae.interop.card import card, figures_of_run, files_of_run, of_groupsae
     from groupsae.interop.formats import format_named
     from groupsae.interop.hub import check_name, repository, upload
     from groupsae.interop.outgoing import export_suite, only
@@ -74,8 +70,7 @@ def export(cfg: DictConfig) -> None:
 
 def _run_to_export(cfg: DictConfig) -> Path:
     """Return the run's folder (or its name on the Hub), if the command can be carried out."""
-    if OmegaConf.is_missing(cfg, "run") or cfg.run is None:
-        raise UserError("which run? Give run=<folder>, such as run=outputs/tiny/amad-0.2/<...>")
+    run = one_folder(cfg)
     if cfg.format is None and cfg.hub is None:
         raise UserError(
             "nothing to do: give format=saelens, sparsify or dictionary_learning, or "
@@ -86,7 +81,6 @@ def _run_to_export(cfg: DictConfig) -> Path:
             f"to={cfg.to} says where format=... writes, and no format is given: leave it out, or "
             "give format=saelens, sparsify or dictionary_learning."
         )
-    run = one_folder(cfg.run)
     if str(run).startswith("hf:"):
         if cfg.format is None:
             raise UserError(f"run={run} is on the Hub already: give format=... to convert it.")

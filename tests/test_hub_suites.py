@@ -125,6 +125,7 @@ def test_the_page_of_one_grouping_loads_that_grouping(run):
 
     page = card("me/x", run, load_suite(run), grouping="complete-3", chosen=None, folders=[])
     assert 'load_suite("hf:me/x", grouping="complete-3")' in page
+    assert "# acts: resid_post of block 0" in page
 
 
 def test_a_model_in_a_folder_is_no_base_model(hub, tmp_path):

@@ -24,7 +24,7 @@ LOAD = {
     OURS: """import groupsae
 
 suite = groupsae.load_suite("hf:{repo}"{grouping})
-latents = suite.encode(acts, layer={layer})  # acts: what block {layer} puts out, [..., d_model]
+latents = suite.encode(acts, layer={layer})  # acts: {hookpoint} of block {layer}, [..., d_model]
 x_hat = suite.decode(latents, layer={layer})""",
     "saelens": """from sae_lens import SAE
 
@@ -91,6 +91,7 @@ def card(
         repo=repo,
         grouping="" if grouping is None else f', grouping="{grouping}"',
         layer=suite.layers[0],
+        hookpoint=config.get("hookpoint", "resid_post"),
         folder=folders[0] if folders else "",
     )
     parts = [
