@@ -119,6 +119,16 @@ def test_the_page_names_model_data_groups_metrics_figures_and_use(hub, run):
     assert "step1000" in body
 
 
+def test_which_files_of_a_repository_an_upload_may_have_left():
+    from groupsae.interop.card import of_groupsae
+
+    ours = ["decoder.layers.1.fc2/cfg.json", "h.1/sae.safetensors", "mlp_out_layer_3/ae.pt",
+            "blocks.1.hook_mlp_out/cfg.json", "saes/layers.3/cfg.json", "groups.json"]  # fmt: skip
+    theirs = ["config.json", "cfg.json", "model/config.json", "x/layers.1/cfg.json", "README.md",
+              "layers.1/notes.md", "evaluation/thesis.pdf"]  # fmt: skip
+    assert [path for path in ours + theirs if of_groupsae(path)] == ours
+
+
 def test_the_page_of_one_grouping_loads_that_grouping(run):
     from groupsae.interop.card import card
     from groupsae.interop.suite import load_suite

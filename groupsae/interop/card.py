@@ -13,7 +13,7 @@ from groupsae.data.reading import read_json, read_yaml
 from groupsae.interop.build import kind_of
 from groupsae.interop.foreign import Format
 from groupsae.interop.hub import looks_like_name
-from groupsae.interop.names import parse_dictionary_name, parse_lens_hook, parse_module_path
+from groupsae.interop.names import is_in_a_block, parse_dictionary_name
 from groupsae.interop.suite import Suite
 
 OURS = "groupsae"
@@ -125,9 +125,8 @@ def figures_of_run(run: Path) -> dict[str, Path | bytes]:
 def of_groupsae(path: str) -> bool:
     """Return whether a path in a repository is one that an upload of ours may have put there."""
     folder, _, file = path.rpartition("/")
-    parsers = (parse_lens_hook, parse_module_path, parse_dictionary_name)
-    exported = file in OF_SAE and any(parse(folder) for parse in parsers)
-    return exported or any(fnmatch(path, pattern) for pattern in OF_RUN)
+    named = "/" not in folder and (is_in_a_block(folder) or parse_dictionary_name(folder))
+    return bool(file in OF_SAE and named) or any(fnmatch(path, pattern) for pattern in OF_RUN)
 
 
 def _clean(file: Path) -> bytes:

@@ -81,6 +81,15 @@ def parse_module_path(name: str) -> tuple[int, str] | None:
     return (int(found[1]), "attn_out") if part in _ATTENTION else None
 
 
+def is_in_a_block(name: str) -> bool:
+    """Return whether a dotted name is that of a block, or of anything within one.
+
+    >>> is_in_a_block("decoder.layers.1.fc2"), is_in_a_block("blocks.1.hook_mlp_out")
+    (True, True)
+    """
+    return _MODULE.search(name) is not None
+
+
 def dictionary_name(hookpoint: str, layer: int) -> str:
     """Return the name that dictionary_learning's recipes give a place: `resid_post_layer_4`."""
     return f"{hookpoint}_layer_{layer}"
