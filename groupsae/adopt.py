@@ -39,21 +39,22 @@ def adopt(cfg: DictConfig) -> Path:
     """
     if OmegaConf.is_missing(cfg, "path") or cfg.path is None:
         raise UserError("which SAEs? Give path=<folder>, or path=hf:<owner/name>.")
-    from groupsae.interop.hub import looks_like_name, repository  # slow, after the cheap checks
-    from groupsae.interop.incoming import READABLE, lay_out, other_model, read_folder
+    from groupsae.interop.hub import repository  # slow, after the cheap checks
+    from groupsae.interop.incoming import READABLE, is_adopted, lay_out, other_model, read_folder
     from groupsae.interop.whole import check_free, written_whole
 
     if cfg.format is not None and cfg.format not in READABLE:
         raise UserError(f"format is {cfg.format!r}; use {', '.join(READABLE)}.")
     given = str(cfg.path)
-    repo = repository(f"hf:{given}" if looks_like_name(given) else given)
+    repo = repository(given)
     only = [cfg.only] if isinstance(cfg.only, str) else cfg.only and [str(p) for p in cfg.only]
     lm = make(cfg.model)
-    name = Path(given).name if repo is None else repo.name.replace("/", "--")
+    name = Path(given).resolve().name if repo is None else repo.name.replace("/", "--")
     short = Path(str(cfg.model.name)).name
     target = Path(str(cfg.output)) / short / "adopted" / name if cfg.to is None else Path(cfg.to)
-    check_free(target, overwrite=cfg.overwrite)
-    folder = Path(given) if repo is None else _download(repo, only)
+    source = Path(given) if repo is None else None
+    check_free(target, overwrite=cfg.overwrite, ours=is_adopted, source=source)
+    folder = source or _download(repo, only)
     read = read_folder(
         folder,
         form=cfg.format,
@@ -62,16 +63,10 @@ def adopt(cfg: DictConfig) -> Path:
         num_layers=lm.geometry.num_layers,
         d_model=lm.geometry.d_model,
         hookpoint=lm.hookpoint,
+        stack=lm.stack,
     )
-    stream = (
-        "context",
-        "prepend_bos",
-        "exclude_special_tokens",
-        "skip_positions",
-        "max_norm_ratio",
-    )
-    facts = {**lm.described(), **{key: cfg.stream[key] for key in stream}}
-    with written_whole(target, overwrite=cfg.overwrite) as beside:
+    facts = {**lm.described(), **{key: cfg.stream[key] for key in STREAM}}
+    with written_whole(target, overwrite=cfg.overwrite, ours=is_adopted, source=source) as beside:
         (beside / ".hydra").mkdir()
         plain: Any = OmegaConf.to_container(cfg, resolve=False)
         kept = {**without(plain, OWN + TRAINING), "overwrite": False}

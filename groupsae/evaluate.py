@@ -14,11 +14,7 @@ from groupsae.run import finished_run, one_folder, register_resolver
 def run(cfg: DictConfig) -> None:
     """Evaluate one run."""
     try:
-        if OmegaConf.is_missing(cfg, "run") or cfg.run is None:
-            raise UserError(
-                "which run? Give run=<folder>, such as run=outputs/tiny/amad-0.2/<...>"
-            )
-        folder = one_folder(cfg.run)
+        folder = one_folder(cfg)
         trained = finished_run(folder)
         if OmegaConf.select(cfg, "logger") is not None:
             trained.logger = cfg.logger

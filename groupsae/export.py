@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from groupsae.config import CONF, check_arguments, plain_folder
 from groupsae.errors import UserError
@@ -27,17 +27,19 @@ def export(cfg: DictConfig) -> None:
             they cannot be read, written or uploaded.
     """
     run = _run_to_export(cfg)
-    from groupsae.interop.card import card, files_of_run  # slow imports only after cheap checks
+    # slow imports only after cheap checks
+    from groupsae.interop.card import card, figures_of_run, files_of_run, of_groupsae
     from groupsae.interop.formats import format_named
-    from groupsae.interop.hub import check_name, upload
-    from groupsae.interop.outgoing import export_suite
+    from groupsae.interop.hub import check_name, repository, upload
+    from groupsae.interop.outgoing import export_suite, only
     from groupsae.interop.suite import load_suite
     from groupsae.interop.whole import check_free
 
     chosen = None if cfg.format is None else format_named(cfg.format)
     target = Path(str(cfg.to)) if cfg.to is not None else run / "export" / str(cfg.format)
     if chosen is not None:
-        check_free(target, overwrite=cfg.overwrite)
+        source = run if repository(run) is None else None
+        check_free(target, overwrite=cfg.overwrite, ours=only(chosen), source=source)
     if cfg.hub is not None:
         check_name(str(cfg.hub), f"hub={cfg.hub}")
     suite = load_suite(str(run), cfg.grouping)
@@ -48,28 +50,37 @@ def export(cfg: DictConfig) -> None:
         written = export_suite(suite, chosen, target, overwrite=cfg.overwrite)
         _show(written, target)
         files = {p.relative_to(target).as_posix(): p for p in target.rglob("*") if p.is_file()}
+        files |= figures_of_run(run)
     if cfg.hub is not None:
         repo, folders = str(cfg.hub), [each.folder for each in written]
-        page = card(repo, run, suite, chosen=chosen, folders=folders)
-        address = upload(
-            repo,
-            {**files, "README.md": page.encode()},
-            message=f"SAEs of {len(suite.layers)} layers, by groupsae",
-            private=cfg.private,
-        )
+        page = card(repo, run, suite, grouping=cfg.grouping, chosen=chosen, folders=folders)
+        try:
+            address = upload(
+                repo,
+                {**files, "README.md": page.encode()},
+                message=f"SAEs of {len(suite.layers)} layers, by groupsae",
+                private=cfg.private,
+                replaced=of_groupsae if cfg.overwrite else None,
+            )
+        except UserError as error:
+            again = f" The folders are in {target}: to do all of it again, add overwrite=true."
+            raise UserError(f"{error}{again if chosen else ''}") from error
         print(f"Uploaded {len(files) + 1} files: {address}")
 
 
 def _run_to_export(cfg: DictConfig) -> Path:
     """Return the run's folder (or its name on the Hub), if the command can be carried out."""
-    if OmegaConf.is_missing(cfg, "run") or cfg.run is None:
-        raise UserError("which run? Give run=<folder>, such as run=outputs/tiny/amad-0.2/<...>")
+    run = one_folder(cfg)
     if cfg.format is None and cfg.hub is None:
         raise UserError(
             "nothing to do: give format=saelens, sparsify or dictionary_learning, or "
             "hub=<owner/name>, or both."
         )
-    run = one_folder(cfg.run)
+    if cfg.format is None and cfg.to is not None:
+        raise UserError(
+            f"to={cfg.to} says where format=... writes, and no format is given: leave it out, or "
+            "give format=saelens, sparsify or dictionary_learning."
+        )
     if str(run).startswith("hf:"):
         if cfg.format is None:
             raise UserError(f"run={run} is on the Hub already: give format=... to convert it.")

@@ -151,12 +151,15 @@ def open_run(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Path, P
     return cfg, folder, None if cfg.overwrite else last_checkpoint(folder)
 
 
-def one_folder(named: Any) -> Path:
+def one_folder(cfg: DictConfig) -> Path:
     """Return the run folder that `run=` names.
 
     Raises:
-        UserError: it names several.
+        UserError: it names none or several.
     """
+    named = None if OmegaConf.is_missing(cfg, "run") else cfg.run
+    if named is None:
+        raise UserError("which run? Give run=<folder>, such as run=outputs/tiny/amad-0.2/<...>")
     folders = [str(each) for each in named] if isinstance(named, ListConfig) else [str(named)]
     if len(folders) != 1:
         each = " and ".join(quote(f"run={folder}") for folder in dict.fromkeys(folders))

@@ -126,7 +126,9 @@ class Handler(BaseHTTPRequestHandler):
     def _create(self, asked: dict[str, Any]) -> None:
         repo = f"{asked['organization']}/{asked['name']}"
         known = repo in self.hub.repos
-        self.hub.repos.setdefault(repo, [])
+        if not known:
+            self.hub.repos[repo] = []
+            self.hub.commit(repo, {".gitattributes": b""})
         if asked.get("private") or asked.get("visibility") == "private":
             self.hub.private.add(repo)
         self._json({"url": f"{self.hub.url}/{repo}"}, 409 if known else 200)
@@ -152,6 +154,8 @@ class Handler(BaseHTTPRequestHandler):
             value = entry["value"]
             if entry["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "deletedFile":
+                del files[value["path"]]
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = self.hub.objects[value["oid"]]
         oid = self.hub.commit(repo, files)

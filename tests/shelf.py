@@ -1,11 +1,15 @@
 """SAEs of every kind with random tensors, saved as the runs that the tests export and read."""
 
 import json
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from lms import frozen
 from torch import Tensor
+from transformers import GPTNeoXConfig
 
 from groupsae.data.writer import write_json
 from groupsae.interop.build import build
@@ -70,6 +74,19 @@ def rows(count: int = 40, seed: int = 7) -> Tensor:
     return 1.5 * torch.randn(count, D_MODEL, generator=torch.Generator().manual_seed(seed))
 
 
+@cache
+def facts_of(hookpoint: str) -> dict[str, Any]:
+    """Return what a run on a small Pythia keeps of it, under the name of a real one."""
+    config = GPTNeoXConfig(
+        vocab_size=64, hidden_size=D_MODEL, num_hidden_layers=4, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=64,
+    )  # fmt: skip
+    with TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        described = frozen(folder, hookpoint=hookpoint).described()
+    return described | {"model": "EleutherAI/pythia-14m", "revision": "step1000"}
+
+
 def run_folder(folder: Path, kind: str, **more: Any) -> Path:
     """Save a finished run: one SAE for layers 0 and 1, one for layer 3, of a model of 4 layers."""
     for seed, (name, layers) in enumerate((("layers.0-1", [0, 1]), ("layers.3", [3]))):
@@ -83,10 +100,7 @@ def run_folder(folder: Path, kind: str, **more: Any) -> Path:
                 "arguments": arguments,
                 "layers": layers,
                 "norm_factors": {layer: FACTORS[layer] for layer in layers},
-                "hookpoint": "resid_post",
-                "model": "EleutherAI/pythia-14m",
-                "revision": "step1000",
-                "dtype": "float32",
+                **facts_of(more.get("hookpoint", "resid_post")),
                 "context": 64,
                 "prepend_bos": False,
                 "tokens": 1000,

@@ -31,7 +31,7 @@ n, d = D_SAE, D_MODEL
 def read(path: Path, **changes):
     options = {
         "form": None, "only": None, "num_groups": None, "num_layers": 12, "d_model": d,
-        "hookpoint": "resid_post",
+        "hookpoint": "resid_post", "stack": "decoder",
     }  # fmt: skip
     return read_folder(path, **options | changes)
 
@@ -214,6 +214,11 @@ def test_the_papers_checkpoints_are_read_with_each_layers_factor(tmp_path):
     assert [each.layers for each in baseline] == [[layer] for layer in range(12)]
     with pytest.raises(UserError, match="1 to 10 groups were published"):
         read(tmp_path / "repo", num_groups=11)
+    sparsify(tmp_path / "repo" / "more" / "layers.2", tensors_of("topk"), jumprelu=False)
+    with pytest.raises(UserError, match="layer 2 has two SAEs"):
+        read(tmp_path / "repo")
+    with pytest.raises(UserError, match="layers.2 serve the same layers"):
+        read(tmp_path / "repo", num_groups=6)
 
 
 def test_a_single_folder_of_the_paper_may_hold_its_own_factors(tmp_path):
@@ -223,6 +228,25 @@ def test_a_single_folder_of_the_paper_may_hold_its_own_factors(tmp_path):
     assert (found.format, found.norm_factors) == ("group-sae", {3: 0.25})
     torch.save({"layers.2": 0.25}, folder / "scaling_factors.pt")
     with pytest.raises(UserError, match="no factor above 0 for layer 3"):
+        read(folder)
+
+
+@pytest.mark.parametrize(
+    "factors", [1.0, None, {"embed": 1.0}, {"layers.3": torch.ones(2)}, ["a"], {"layers.3": 1e999}]
+)
+def test_factors_that_are_none_are_named(tmp_path, factors):
+    folder = sparsify(tmp_path / "layers.3", tensors_of("topk"))
+    torch.save(factors, folder / "scaling_factors.pt")
+    with pytest.raises(
+        UserError, match=r"layers\.3 is damaged: \w+: |no factor above 0 for layer 3"
+    ):
+        read(folder)
+
+
+def test_clusters_that_are_none_are_named(tmp_path):
+    folder = sparsify(tmp_path / "k99-c0", tensors_of("topk"))
+    (tmp_path / "config.json").write_text('{"clusters": [1, 2]}')
+    with pytest.raises(UserError, match=r"clusters = \[1, 2\]; an object is expected"):
         read(folder)
 
 
@@ -287,9 +311,16 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path):
     [
         ({"architecture": "temporal"}, "architecture 'temporal'; of SAELens' these can be read"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations = 'layer_norm'"),
-        ({"metadata": {"hook_name": "blocks.1.attn.hook_z"}}, "does not say which layer"),
+        (
+            {"metadata": {"hook_name": "blocks.1.attn.hook_z"}},
+            "does not say which layer.*hook_name must be blocks",
+        ),
         ({"d_in": "many"}, "d_in = 'many'; a whole number"),
         ({"architecture": "topk", "k": 99}, "k = 99, more than its 48 latents"),
+        ({"metadata": [1]}, r"metadata = \[1\]; an object"),
+        ({"architecture": ["topk"]}, "is damaged: TypeError"),
+        ({"architecture": "topk", "activation_fn_kwargs": [1]}, r"activation_fn_kwargs = \[1\]"),
+        ({"metadata": {"groupsae": {"format": 99}}}, "of format 99, and this version reads 1"),
     ],
 )
 def test_what_saelens_has_and_we_do_not_is_refused(tmp_path, changes, told):
@@ -305,6 +336,14 @@ def test_what_saelens_has_and_we_do_not_is_refused(tmp_path, changes, told):
         ({"activation": "groupmax"}, 'only plain SAEs with activation = "topk"'),
         ({"transcode": True}, "transcode = True"),
         ({"k": 0}, "k = 0; a whole number above 0"),
+        ({"groupsae": "yes"}, "groupsae = 'yes'; an object"),
+        ({"groupsae": {"format": 99}}, "of format 99, and this version reads 1"),
+        ({"groupsae": {"format": 1, "layer": -1, "hookpoint": "mlp_out"}}, "layer = -1"),
+        ({"groupsae": {"format": 1, "layer": 1, "hookpoint": "there"}}, "hookpoint = 'there'"),
+        (
+            {"groupsae": {"format": 1, "layer": 1, "hookpoint": "resid_post", "stack": "encoder"}},
+            "for the encoder of its model, but the decoder is read: give model.stack=encoder",
+        ),
     ],
 )
 def test_what_sparsify_has_and_we_do_not_is_refused(tmp_path, changes, told):
@@ -325,6 +364,15 @@ def test_a_batchtopk_whose_threshold_was_never_set_is_refused(tmp_path):
     state["threshold"] = t["threshold"]
     (found,) = read(dictionary(tmp_path / "t", "BatchTopKSAE", state, k=K))
     same(found, *naive("batchtopk", t, rows()), rows())
+    with pytest.raises(UserError, match="layer -1, but the model has 12 layers"):
+        read(dictionary(tmp_path / "v", "BatchTopKSAE", state, k=K, layer=-1))
+    with pytest.raises(UserError, match="w is damaged: "):
+        read(dictionary(tmp_path / "w", "BatchTopKSAE", state | {"k": torch.tensor([1, 2])}))
+    with pytest.raises(UserError, match="x is damaged: TypeError"):
+        read(dictionary(tmp_path / "x", ["BatchTopKSAE"], state))
+    state["b_dec"] = torch.full((d,), torch.nan)
+    with pytest.raises(UserError, match="y is damaged: b_dec holds values that are no numbers"):
+        read(dictionary(tmp_path / "y", "BatchTopKSAE", state, k=K))
     with pytest.raises(UserError, match="dict_class 'Crosscoder'"):
         read(dictionary(tmp_path / "u", "Crosscoder", state))
 
@@ -348,8 +396,8 @@ def test_folders_that_do_not_fit_the_model_or_each_other_are_refused(tmp_path):
         read(tmp_path / "run", only=["layers.9"])
     with pytest.raises(UserError, match="is a folder of sparsify, not of format=saelens"):
         read(one, form="saelens")
-    with pytest.raises(UserError, match="there is no such folder"):
-        read(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="there is no such folder.*as path=hf:me/saes"):
+        read(Path("me/saes"))
     with pytest.raises(UserError, match="chooses among the paper's checkpoints"):
         read(one, num_groups=3)
     ours = run_folder(tmp_path / "ours", "topk")
@@ -453,6 +501,26 @@ def test_nothing_is_left_of_an_adoption_that_fails(tiny_lm, tiny_text, tmp_path)
         adopt(tmp_path / "repo", "format=gguf")
     with pytest.raises(UserError, match="which SAEs"):
         adopt("null")
+
+
+@pytest.mark.parametrize("to", ["repo", ".", "mine"])
+def test_overwriting_replaces_nothing_but_an_adopted_run(
+    tiny_lm, tiny_text, tmp_path, monkeypatch, to
+):
+    sizes = {"W_enc": (64, 32), "b_enc": (64,), "W_dec": (64, 32), "b_dec": (32,)}
+    tensors = {name: torch.randn(*shape) for name, shape in sizes.items()}
+    sparsify(tmp_path / "repo" / "layers.1", tensors, d_in=32, expansion_factor=2)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    there = [*on(tiny_lm, tiny_text, "runs"), "overwrite=true"]
+    with pytest.raises(UserError, match="not replace"):
+        adopt("repo", *there, f"to={to}")
+    assert sorted(tmp_path.rglob("*")) == before
+    monkeypatch.chdir("repo")
+    for _ in range(2):  # a run that was adopted is replaced
+        assert adopt(".", *there) == Path("runs") / tiny_lm.name / "adopted" / "repo"
 
 
 def test_neighbouring_layers_only(tmp_path):

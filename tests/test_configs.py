@@ -127,7 +127,7 @@ def test_pretraining_keys_are_the_parameters_they_reach():
     ("name", "readers"),
     [
         ("train", ["train", "run", "fit"]),
-        ("evaluate", ["evaluate"]),
+        ("evaluate", ["evaluate", "run"]),
         ("report", ["report/__main__"]),
     ],
 )

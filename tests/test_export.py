@@ -19,7 +19,7 @@ from groupsae.errors import UserError
 from groupsae.export import export as command
 from groupsae.interop.fold import onto_raw
 from groupsae.interop.formats import FORMATS, check_holds
-from groupsae.interop.names import lens_model, module_path, parse_module_path
+from groupsae.interop.names import lens_model, parse_module_path
 from groupsae.interop.outgoing import export_suite
 from groupsae.interop.suite import load_suite
 
@@ -198,6 +198,20 @@ def test_a_wrong_fold_would_be_found(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 
+def test_saes_whose_thresholds_are_out_of_reach_are_never_called_the_same():
+    from groupsae.interop.build import build
+    from groupsae.interop.outgoing import compare
+
+    def made(seed, threshold):
+        tensors = tensors_of("jumprelu", seed)
+        return build("jumprelu", tensors | {"threshold": torch.full((n,), threshold)})[0]
+
+    assert compare(made(0, 1e6), 1.0, made(0, 1e6))[0] < 1e-12
+    assert compare(made(0, 1e6), 1.0, made(1, 1e6))[0] > 0.1
+    with pytest.raises(UserError, match="its thresholds are out of reach"):
+        compare(made(0, 1e30), 1.0, made(1, 1e30))
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "topk"])
 def test_what_a_format_cannot_hold_is_refused_with_those_that_can(tmp_path, kind):
     run = run_folder(tmp_path / "run", kind)
@@ -211,6 +225,7 @@ def test_what_a_format_cannot_hold_is_refused_with_those_that_can(tmp_path, kind
     [
         (["format=gguf"], "'gguf'; use saelens, sparsify, dictionary_learning"),
         ([], "nothing to do: give format="),
+        (["hub=me/saes", "to=out"], "to=out says where format=... writes"),
         (["format=saelens", "hub=no/good/name"], "write owner/name"),
     ],
 )
@@ -257,15 +272,31 @@ def test_an_export_that_breaks_off_leaves_what_was_there(tmp_path, monkeypatch):
     broken = type(FORMATS["saelens"])(**{**vars(FORMATS["saelens"]), "write": full})
     with pytest.raises(UserError, match="No space left on device"):
         export_suite(load_suite(tmp_path / "run"), broken, out, overwrite=True)
+    with pytest.raises(UserError, match="No space left on device"):
+        export_suite(load_suite(tmp_path / "run"), broken, tmp_path / "a" / "b", overwrite=False)
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]
+
+
+@pytest.mark.parametrize("to", ["run", "run/saes", ".", "mine", "run/../run"])
+def test_overwriting_replaces_nothing_but_an_export(tmp_path, monkeypatch, to):
+    run_folder(tmp_path / "run", "topk")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="not replace"):
+        export("run", "format=saelens", "overwrite=true", f"to={to}")
+    with pytest.raises(UserError, match="not replace"):
+        export_suite(load_suite("run"), FORMATS["saelens"], Path(to), overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
     ("hookpoint", "lens", "module", "dictionary"),
     [
         ("resid_pre", "blocks.1.hook_resid_pre", "layers.0", "resid_pre_layer_1"),
-        ("mlp_out", "blocks.1.hook_mlp_out", "layers.1.mlp", "mlp_out_layer_1"),
+        ("mlp_out", "blocks.1.hook_mlp_out", "layers.1.mlp.dense_4h_to_h", "mlp_out_layer_1"),
         ("attn_out", "blocks.1.hook_attn_out", "layers.1.attention", "attn_out_layer_1"),
     ],
 )
@@ -283,16 +314,17 @@ def test_other_hookpoints_go_by_each_librarys_name(tmp_path, hookpoint, lens, mo
         assert (found.layers, found.hookpoint) == ([1], hookpoint)
 
 
+def test_a_run_that_does_not_name_its_modules_is_not_guessed_about(tmp_path):
+    run = run_folder(tmp_path / "run", "topk", modules=None)
+    with pytest.raises(UserError, match="does not name the module of layer 0.*format=saelens"):
+        export(run, "format=sparsify")
+
+
 def test_models_and_modules_go_by_their_librarys_names():
     assert lens_model("EleutherAI/pythia-160m") == "pythia-160m"
     assert lens_model("openai-community/gpt2") == "gpt2"
     assert lens_model("meta-llama/Llama-3.2-1B") == "meta-llama/Llama-3.2-1B"
     assert lens_model("/some/where/model") == "model"
-    assert module_path("attn_out", 2, "openai-community/gpt2") == "h.2.attn"
-    assert module_path("attn_out", 2, "Qwen/Qwen2.5-0.5B") == "layers.2.self_attn"
-    assert module_path("resid_pre", 2, "Qwen/Qwen2.5-0.5B") == "layers.1"
-    by_hand = {"blocks_path": "model.decoder.layers", "submodule": "fc2"}
-    assert module_path("mlp_out", 2, "facebook/opt-125m", **by_hand) == "layers.2.fc2"
     assert parse_module_path("encoder.block.3") == (3, "resid_post")
     assert parse_module_path("h.11.attn") == (11, "attn_out")
     assert parse_module_path("layers.3.mlp.up_proj") is None

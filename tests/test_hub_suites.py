@@ -52,7 +52,10 @@ def run(tmp_path):
     (folder / "evaluation").mkdir()
     fvu = {"value": 0.25, "low": 0.2, "high": 0.3}
     row = {"sae": "layers.3", "layer": 3, "fvu": fvu, "l0": 5.0, "delta_ce": None}
-    evaluation = {"run": str(folder), "tokens": 1024, "results": [row]}
+    other = {**row, "sae": "layers.2-3"}  # of another grouping
+    note = f"see {folder}/notes, {folder}/x and 1/2 of https://huggingface.co/a/b"
+    evaluation = {"run": str(folder), "tokens": 1024, "note": note, "results": [row, other]}
+    (folder / "evaluation" / "results.csv").write_text(f"run,fvu\n{folder},0.25\n")
     write_json(folder / "evaluation" / "evaluation.json", evaluation)
     groups = {"layers.3": {"fvu": 0.125, "l0": 5.0}}
     summary = {"folder": str(folder), "groups": groups, "amad": 0.1875}
@@ -76,15 +79,20 @@ def test_a_run_goes_to_the_hub_and_is_loaded_from_there(hub, run, capsys):
     export(run, "hub=me/saes")
     _, files = hub.files("me/saes", "main")
     assert sorted(files) == [
-        "README.md", "evaluation/evaluation.json", "figures/amad.png",
+        ".gitattributes", "README.md", "evaluation/evaluation.json",
+        "evaluation/results.csv", "figures/amad.png",
         "saes/layers.0-1/cfg.json", "saes/layers.0-1/sae.safetensors",
         "saes/layers.3/cfg.json", "saes/layers.3/sae.safetensors", "summary.json",
     ]  # fmt: skip
     assert "me/saes" in hub.private
     told = capsys.readouterr().out
-    assert f"Uploaded 8 files: {hub.url}/me/saes" in told
+    assert f"Uploaded 9 files: {hub.url}/me/saes" in told
     assert WRITER not in told
     assert not any(str(run.parent).encode() in content for content in files.values())
+    assert (
+        b"see notes, x and 1/2 of https://huggingface.co/a/b"
+        in (files["evaluation/evaluation.json"])
+    )
     here, there, x = groupsae.load_suite(run), groupsae.load_suite("hf:me/saes"), rows()
     assert there.layers == here.layers
     for layer in here.layers:
@@ -104,10 +112,30 @@ def test_the_page_names_model_data_groups_metrics_figures_and_use(hub, run):
     assert "| layers.0-1 | 0-1 | topk, k = 5 | 48 | - | - |" in body
     assert "| layers.3 | 3 | topk, k = 5 | 48 | 0.1250 | 5.0 |" in body
     assert "| 3 | layers.3 | 0.2500 | 5.0 | - | - |" in body
+    assert "layers.2-3" not in body
     assert "AMAD 0.1875" in body
     assert "![amad](figures/amad.png)" in body
     assert 'groupsae.load_suite("hf:me/saes")' in body
     assert "step1000" in body
+
+
+def test_which_files_of_a_repository_an_upload_may_have_left():
+    from groupsae.interop.card import of_groupsae
+
+    ours = ["decoder.layers.1.fc2/cfg.json", "h.1/sae.safetensors", "mlp_out_layer_3/ae.pt",
+            "blocks.1.hook_mlp_out/cfg.json", "saes/layers.3/cfg.json", "groups.json"]  # fmt: skip
+    theirs = ["config.json", "cfg.json", "model/config.json", "x/layers.1/cfg.json", "README.md",
+              "layers.1/notes.md", "evaluation/thesis.pdf"]  # fmt: skip
+    assert [path for path in ours + theirs if of_groupsae(path)] == ours
+
+
+def test_the_page_of_one_grouping_loads_that_grouping(run):
+    from groupsae.interop.card import card
+    from groupsae.interop.suite import load_suite
+
+    page = card("me/x", run, load_suite(run), grouping="complete-3", chosen=None, folders=[])
+    assert 'load_suite("hf:me/x", grouping="complete-3")' in page
+    assert "# acts: resid_post of block 0" in page
 
 
 def test_a_model_in_a_folder_is_no_base_model(hub, tmp_path):
@@ -130,19 +158,19 @@ def test_exported_folders_go_to_the_hub_and_come_back_by_adoption(hub, run, form
     folder = _download(repository("hf:me/saes"), None)
     found = read_folder(
         folder, form=None, only=None, num_groups=None, num_layers=6, d_model=16,
-        hookpoint="resid_post",
+        hookpoint="resid_post", stack="decoder",
     )  # fmt: skip
     assert [each.layers for each in found] == [[0], [1], [3]]
     some = _download(Repository("me/saes", None), ["*3*"])
     assert some == folder  # one snapshot
 
 
-def test_a_name_that_is_no_folder_is_looked_for_on_the_hub(hub, run, tiny_lm, tmp_path):
+def test_only_the_chosen_folders_are_fetched_from_the_hub(hub, run, tiny_lm, tmp_path):
     export(run, "format=sparsify", "hub=me/saes")
     register_resolver()
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         model = ["model=hf", f"model.name={tiny_lm}", f"output={tmp_path}"]
-        cfg = compose("adopt", ["path=me/saes", "only=[layers.3]", *model])
+        cfg = compose("adopt", ["path=hf:me/saes", "only=[layers.3]", *model])
     with pytest.raises(UserError, match=r"layers\.3 takes activations of width 16"):
         adopt(cfg)
     got = [call for call in hub.calls if call.startswith("GET") and "/resolve/" in call]
@@ -155,11 +183,35 @@ def test_a_revision_is_the_one_that_is_loaded(hub, run):
     hub.tags["v1"] = hub.files("me/saes", "main")[0]
     before = groupsae.load_suite("hf:me/saes@v1").encode(rows(), 3)
     other = run_folder(run.parent / "other", "relu")
-    export(other, "hub=me/saes")
+    with pytest.raises(
+        UserError, match="holds 9 files already, such as README.md: overwrite=true"
+    ):
+        export(other, "hub=me/saes")
+    export(other, "hub=me/saes", "overwrite=true")
     assert not torch.equal(groupsae.load_suite("hf:me/saes").encode(rows(), 3), before)
     assert torch.equal(groupsae.load_suite("hf:me/saes@v1").encode(rows(), 3), before)
     with pytest.raises(UserError, match="has no revision 'v9'"):
         groupsae.load_suite("hf:me/saes@v9")
+
+
+def test_a_second_upload_leaves_none_of_the_old_saes_and_what_others_put_there(hub, run):
+    export(run, "hub=me/saes")
+    hub.commit(
+        "me/saes", hub.files("me/saes", "main")[1] | {"notes.md": b"mine", "a/cfg.json": b""}
+    )
+    export(run, "hub=me/saes", "format=sparsify", "overwrite=true")
+    theirs = [".gitattributes", "README.md", "a/cfg.json"]
+    saes = [f"layers.{x}/{name}" for x in (0, 1, 3) for name in ("cfg.json", "sae.safetensors")]
+    figures = ["figures/amad.png"]
+    assert sorted(hub.files("me/saes", "main")[1]) == [*theirs, *figures, *saes, "notes.md"]
+    assert "(figures/amad.png)" in front(hub, "me/saes")[1]
+    export(run, "hub=me/saes", "format=saelens", "overwrite=true")
+    files = sorted(hub.files("me/saes", "main")[1])
+    assert [file for file in files if "blocks." not in file] == [*theirs, *figures, "notes.md"]
+    with pytest.raises(
+        UserError, match="holds 10 files already.*The folders are in .*overwrite=true"
+    ):
+        export(run, "hub=me/saes", "format=dictionary_learning")
 
 
 def test_a_run_on_the_hub_is_exported_from_there(hub, run, tmp_path):

@@ -226,10 +226,15 @@ def test_options_of_from_pretrained_are_passed_on_and_recorded(folder_of):
     )
     for load, sentence in (
         ({"dtype": "float16"}, "model.load holds dtype: leave it out and use model.dtype"),
-        ({"token": "secret"}, "HF_TOKEN"),
+        ({"token": "secret"}, "holds token.*HF_TOKEN"),
+        ({"use_auth_token": "secret"}, "holds use_auth_token.*HF_TOKEN"),
+        ({"proxies": {"https": "proxy:80"}}, "holds proxies.*HTTPS_PROXY"),
+        ({"adapter_kwargs": [{"token": "secret"}]}, "holds token"),
+        ({"mirror": "https://me:secret@host/x"}, "holds an address with a password"),
     ):
-        with pytest.raises(UserError, match=sentence):
+        with pytest.raises(UserError, match=sentence) as refused:
             frozen(folder, load=load)
+        assert "secret" not in str(refused.value)
     with pytest.raises(UserError, match="give arguments of from_pretrained"):
         check_load_options("eager")
 
@@ -243,3 +248,30 @@ def test_compiled_blocks_give_the_same_activations(folder_of, hookpoint):
     compiled = frozen(folder_of("llama"), hookpoint=hookpoint, compile=True).load(CPU)
     for layer, acts in seen(compiled, tokens).items():
         torch.testing.assert_close(acts, plain[layer], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "stack", "after", "attention", "mlp"),
+    [
+        ("gpt_neox", None, "layers.1", "attention", "mlp.dense_4h_to_h"),
+        ("gpt2", None, "h.1", "attn", "mlp"),
+        ("bloom", None, "h.1", "self_attention.dense", "mlp.dense_4h_to_h"),
+        ("mpt", None, "blocks.1", "attn", "ffn.down_proj"),
+        ("opt", None, "decoder.layers.1", "self_attn", "fc2"),
+        ("gemma2", None, "layers.1", "post_attention_layernorm", "post_feedforward_layernorm"),
+        ("bert", None, "encoder.layer.1", "attention.output.dense", "output.dense"),
+        ("multimodal", None, "language_model.layers.1", "post_attention_layernorm",
+         "post_feedforward_layernorm"),
+        ("t5", "encoder", "encoder.block.1", "layer.0.SelfAttention", "layer.1.DenseReluDense"),
+        ("bart", "decoder", "decoder.layers.1", "self_attn", "fc2"),
+    ],
+)  # fmt: skip
+def test_what_is_hooked_is_kept_by_its_path_in_the_bare_model(
+    folder_of, family, stack, after, attention, mlp
+):
+    places = {"resid_post": after, "attn_out": f"{after}.{attention}", "mlp_out": f"{after}.{mlp}"}
+    for hookpoint, path in places.items():
+        lm = frozen(folder_of(family), stack=stack, hookpoint=hookpoint)
+        assert lm.described()["modules"][1] == path
+        lm.load_with_head(CPU)
+        assert lm.described()["modules"][1] == path

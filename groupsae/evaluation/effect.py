@@ -1,4 +1,4 @@
-"""What replacing a residual does to the language model: next-token loss and KL divergence.
+"""What replacing activations does to the language model: next-token loss and KL divergence.
 
 All sums are kept per sequence, so that intervals come from resampling sequences, and turned into
 metrics at the end: one pooled mean each, never a mean of ratios.
@@ -130,13 +130,13 @@ def effect_metrics(
 
     | metric | formula |
     |---|---|
-    | `ce` | the loss with the residual replaced, nats per token |
+    | `ce` | the loss with the activations replaced, nats per token |
     | `delta_ce` | ce - clean |
     | `delta_ce_percent` | 100 (ce - clean) / clean: the paper's figure (section 4.1, table 1) |
     | `ce_score` | (zero - ce) / (zero - clean): 1 is the model itself, 0 is zero ablation; the |
     | | "loss recovered" of SAELens, SAEBench and dictionary_learning |
     | `ce_score_mean` | the same against mean ablation |
-    | `kl` | mean KL(clean model, model with the residual replaced), nats per token |
+    | `kl` | mean KL(clean model, model with the activations replaced), nats per token |
     | `kl_score` | (kl_zero - kl) / kl_zero (SAELens, SAEBench) |
 
     Numbers give numbers; arrays of bootstrap samples give arrays, element by element: then all
@@ -144,10 +144,10 @@ def effect_metrics(
 
     Args:
         clean: mean cross-entropy of the unchanged model.
-        ce: with the residual replaced by its reconstruction.
+        ce: with the activations replaced by their reconstruction.
         kl: mean KL divergence for the same.
-        zero: mean cross-entropy with the residual replaced by zeros.
-        mean: with the residual replaced by the layer's mean.
+        zero: mean cross-entropy with the activations replaced by zeros.
+        mean: with the activations replaced by the layer's mean.
         kl_zero: mean KL divergence for zeros.
     """
     return {

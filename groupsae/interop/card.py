@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,19 @@ import yaml  # type: ignore[import-untyped,unused-ignore]
 from groupsae.data.reading import read_json, read_yaml
 from groupsae.interop.build import kind_of
 from groupsae.interop.foreign import Format
+from groupsae.interop.hub import looks_like_name
+from groupsae.interop.names import is_in_a_block, parse_dictionary_name
 from groupsae.interop.suite import Suite
 
 OURS = "groupsae"
-_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+_PLACE = re.compile(r"""(?<![\w/:.~-])/(?:[^\s/,'"]+/)+([^\s/,'"]*)""")
+BINARY = (".safetensors", ".png")
 
 LOAD = {
     OURS: """import groupsae
 
-suite = groupsae.load_suite("hf:{repo}")
-latents = suite.encode(acts, layer={layer})  # acts: what block {layer} puts out, [..., d_model]
+suite = groupsae.load_suite("hf:{repo}"{grouping})
+latents = suite.encode(acts, layer={layer})  # acts: {hookpoint} of block {layer}, [..., d_model]
 x_hat = suite.decode(latents, layer={layer})""",
     "saelens": """from sae_lens import SAE
 
@@ -34,6 +38,17 @@ from huggingface_hub import snapshot_download
 path = snapshot_download("{repo}", allow_patterns="{folder}/*")
 sae, config = load_dictionary(path + "/{folder}", device="cpu")""",
 }
+# what of a run goes to the Hub
+OF_RUN = (
+    "saes/*/*",
+    "groups.json",
+    "summary.json",
+    "ledger.json",
+    "evaluation/evaluation.json",
+    "evaluation/*.csv",
+    "figures/*.png",
+)
+OF_SAE = ("cfg.json", "config.json", "sae_weights.safetensors", "sae.safetensors", "ae.pt")
 FOLDED = """
 Every folder holds the SAE of one layer's group with that layer's norm factor folded into the
 biases, so it takes activations as they are. Its free metadata names group, layers and factor.
@@ -41,7 +56,13 @@ biases, so it takes activations as they are. Its free metadata names group, laye
 
 
 def card(
-    repo: str, run: Path, suite: Suite, *, chosen: Format | None, folders: Sequence[str]
+    repo: str,
+    run: Path,
+    suite: Suite,
+    *,
+    grouping: str | None,
+    chosen: Format | None,
+    folders: Sequence[str],
 ) -> str:
     """Return the README.md of a repository.
 
@@ -49,6 +70,7 @@ def card(
         repo: owner/name.
         run: folder of the run.
         suite: its SAEs.
+        grouping: that they are, by name; None: the one that is loaded anyhow.
         chosen: the format they are in; None: our own.
         folders: of the exported SAEs.
     """
@@ -58,7 +80,7 @@ def card(
         "library_name": chosen.library if chosen else OURS,
         "tags": ["sparse-autoencoder", "group-sae", "interpretability"],
     }
-    if _on_hub(model):
+    if looks_like_name(model):
         head["base_model"] = model
     data = _dataset(run)
     if data is not None:
@@ -66,7 +88,11 @@ def card(
     shown = Path(model).name if Path(model).is_absolute() else model
     revision = f", revision {config['revision']}" if config.get("revision") else ""
     snippet = LOAD[chosen.name if chosen else OURS].format(
-        repo=repo, layer=suite.layers[0], folder=folders[0] if folders else ""
+        repo=repo,
+        grouping="" if grouping is None else f', grouping="{grouping}"',
+        layer=suite.layers[0],
+        hookpoint=config.get("hookpoint", "resid_post"),
+        folder=folders[0] if folders else "",
     )
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
@@ -74,56 +100,58 @@ def card(
         "One sparse autoencoder for each group of similar layers (Group-SAE, arXiv 2410.21508), "
         f"on `{config.get('hookpoint', 'resid_post')}` of {shown}{revision}; {_origin(config)}.",
         _groups(suite, run),
-        _evaluation(run),
+        _evaluation(run, suite),
         FOLDED.strip() if chosen else "",
         f"## Use\n\n```python\n{snippet}\n```",
-        "" if chosen else _figures(run),
+        _figures(run),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def files_of_run(run: Path) -> dict[str, Path | bytes]:
     """Return what of a run goes to the Hub: path there -> file, or content without local paths."""
-    patterns = (
-        "saes/*/*",
-        "groups.json",
-        "summary.json",
-        "ledger.json",
-        "evaluation/evaluation.json",
-        "evaluation/*.csv",
-        "figures/*.png",
-    )
-    found = [file for pattern in patterns for file in sorted(run.glob(pattern)) if file.is_file()]
+    found = [file for pattern in OF_RUN for file in sorted(run.glob(pattern)) if file.is_file()]
     return {
-        file.relative_to(run).as_posix(): _clean(file) if file.suffix == ".json" else file
+        file.relative_to(run).as_posix(): file if file.suffix in BINARY else _clean(file)
         for file in found
     }
 
 
+def figures_of_run(run: Path) -> dict[str, Path | bytes]:
+    """Return the figures of a run that go to the Hub in every format."""
+    return {f"figures/{file.name}": file for file in sorted((run / "figures").glob("*.png"))}
+
+
+def of_groupsae(path: str) -> bool:
+    """Return whether a path in a repository is one that an upload of ours may have put there."""
+    folder, _, file = path.rpartition("/")
+    named = "/" not in folder and (is_in_a_block(folder) or parse_dictionary_name(folder))
+    return bool(file in OF_SAE and named) or any(fnmatch(path, pattern) for pattern in OF_RUN)
+
+
 def _clean(file: Path) -> bytes:
-    return json.dumps(_without_places(json.loads(file.read_text(encoding="utf-8")))).encode()
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".json":
+        return json.dumps(_without_places(json.loads(text))).encode()
+    return _PLACE.sub(r"\1", text).encode()
 
 
 def _without_places(value: Any) -> Any:
-    """Return plain values with absolute paths cut down to their last part."""
+    """Return plain values with absolute paths, alone or in a text, cut to their last part."""
     if isinstance(value, Mapping):
-        return {key: _without_places(each) for key, each in value.items()}
+        return {_without_places(key): _without_places(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_without_places(each) for each in value]
     if isinstance(value, str) and Path(value).is_absolute():
         return Path(value).name
-    return value
-
-
-def _on_hub(model: str) -> bool:
-    return bool(_ID.match(model)) and not Path(model).exists()
+    return _PLACE.sub(r"\1", value) if isinstance(value, str) else value
 
 
 def _dataset(run: Path) -> str | None:
     config = read_yaml(run / ".hydra" / "config.yaml")
     data = config.get("data") if isinstance(config, dict) else None
     name = data.get("name") if isinstance(data, dict) else None
-    return name if isinstance(name, str) and _on_hub(name) else None
+    return name if isinstance(name, str) and looks_like_name(name) else None
 
 
 def _origin(config: Mapping[str, Any]) -> str:
@@ -155,7 +183,7 @@ def _groups(suite: Suite, run: Path) -> str:
     return "## Groups\n\n" + "\n".join([head, *rows]) + (told if amad is not None else "")
 
 
-def _evaluation(run: Path) -> str:
+def _evaluation(run: Path, suite: Suite) -> str:
     evaluation = read_json(run / "evaluation" / "evaluation.json")
     if evaluation is None:
         return ""
@@ -163,6 +191,8 @@ def _evaluation(run: Path) -> str:
     digits = {"l0": 1}
     rows = []
     for row in evaluation.get("results", []):
+        if row["sae"] not in suite.saes:  # of another grouping of the run
+            continue
         values = [_number(_value(row.get(each)), digits.get(each, 4)) for each in names]
         rows.append(f"| {' | '.join([str(row['layer']), row['sae'], *values])} |")
     head = f"| layer | SAE | {' | '.join(names.values())} |\n|---|---|" + "---|" * len(names)
@@ -171,9 +201,8 @@ def _evaluation(run: Path) -> str:
 
 
 def _figures(run: Path) -> str:
-    files = sorted((run / "figures").glob("*.png"))
-    shown = "\n\n".join(f"![{file.stem}](figures/{file.name})" for file in files)
-    return f"## Figures\n\n{shown}" if files else ""
+    shown = "\n\n".join(f"![{Path(path).stem}]({path})" for path in figures_of_run(run))
+    return f"## Figures\n\n{shown}" if shown else ""
 
 
 def _value(stored: Any) -> float | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from groupsae.errors import UserError
 from groupsae.interop.build import build, kind_of
 from groupsae.interop.fold import subtract_b_dec, unit_decoder
-from groupsae.interop.foreign import About, Format, Incoming, kind_in, wrong_place
+from groupsae.interop.foreign import About, Format, Incoming, Known, known_place, wrong_place
 from groupsae.interop.names import dictionary_name, parse_dictionary_name
 from groupsae.interop.tensors import number, read_config, read_pickled, take
 from groupsae.sae.base import SAE
@@ -69,7 +69,7 @@ def folder_name(about: About) -> str:
 
 def write(folder: Path, sae: SAE, about: About) -> None:
     """Write an SAE that takes raw activations; tensors only, so that no code is in the pickle."""
-    kind, name = kind_of(sae), kind_in(sae, HOLDS)
+    name = HOLDS[kind := kind_of(sae)]
     state = {key: tensor.detach().float().cpu() for key, tensor in sae.state_dict().items()}
     if kind == "jumprelu":
         state["threshold"] = state.pop("log_threshold").exp()
@@ -127,7 +127,8 @@ def read(folder: Path) -> Incoming:
             f"{file} has the dict_class {name!r}; of dictionary_learning's these can be read: "
             f"{', '.join(READS)}."
         )
-    place = _place(folder, config, trainer)
+    known = known_place(config, file)
+    layer, hookpoint = _place(folder, known, trainer)
     stored = read_pickled(weights)
     if not isinstance(stored, dict) or not all(isinstance(t, Tensor) for t in stored.values()):
         raise UserError(f"{weights} holds no state dict: expected tensors by name.")
@@ -148,9 +149,10 @@ def read(folder: Path) -> Incoming:
         format="dictionary_learning",
         sae=sae,
         arguments=arguments,
-        layers=[place[0]],
-        norm_factors={place[0]: 1.0},
-        hookpoint=place[1],
+        layers=[layer],
+        norm_factors={layer: 1.0},
+        hookpoint=hookpoint,
+        stack=known.stack if known else None,
         model=trainer.get("lm_name"),
         notes=[note] if note else [],
     )
@@ -188,9 +190,8 @@ def _more(
     """Return the arguments of our SAE that stand beside its weights."""
     if name not in SET_ASIDE:
         return {}
-    k = number({"k": int(aside["k"]) if "k" in aside else trainer.get("k")}, "k", file)
-    if k > d_sae:
-        raise UserError(f"{file} has k = {k}, more than its {d_sae} latents.")
+    stored = {"k": int(aside["k"]) if "k" in aside else trainer.get("k")}
+    k = number(stored, "k", file, latents=d_sae)
     if name != "MatryoshkaBatchTopKSAE":
         return {"k": k}
     sizes = [int(size) for size in aside.get("group_sizes", torch.tensor([]))]
@@ -202,17 +203,16 @@ def _more(
     return {"k": k, "prefixes": [end / d_sae for end in accumulate(sizes)]}
 
 
-def _place(folder: Path, config: dict[str, Any], trainer: dict[str, Any]) -> tuple[int, str]:
-    known = config.get("groupsae") or {}
-    if isinstance(known.get("layer"), int) and isinstance(known.get("hookpoint"), str):
-        return known["layer"], known["hookpoint"]
+def _place(folder: Path, known: Known | None, trainer: dict[str, Any]) -> tuple[int, str]:
+    if known is not None:
+        return known.layer, known.hookpoint
     named = trainer.get("submodule_name") or ""
     place = parse_dictionary_name(str(named)) or parse_dictionary_name(str(folder))
     if place is not None:
         return place
     if isinstance(trainer.get("layer"), int):
         return trainer["layer"], "resid_post"
-    raise wrong_place(folder, named)
+    raise wrong_place(folder, named, "name the folder resid_post_layer_<number>")
 
 
 DICTIONARY_LEARNING = Format(

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from groupsae import __version__
 from groupsae.errors import UserError
-from groupsae.interop.build import kind_of
+from groupsae.interop.names import module_path
+from groupsae.interop.tensors import section
+from groupsae.lm.hookpoints import HOOKPOINTS
 from groupsae.sae.base import SAE
 
 FORMAT = 1  # of what we write into others' free metadata
@@ -28,9 +30,9 @@ class About:
         dtype: the model ran in.
         context: tokens in a block.
         prepend_bos: whether blocks began with BOS.
-        stack: encoder or decoder of a model that has both.
-        blocks_path: where the list of blocks is, if it was named by hand.
-        submodule: what attn_out or mlp_out is within a block, if it was named by hand.
+        stack: encoder or decoder.
+        module: path in the bare Hugging Face model of the module that puts this out; None of
+            what goes into the first block, or if it is not known.
     """
 
     group: str
@@ -44,26 +46,25 @@ class About:
     context: int | None
     prepend_bos: bool
     stack: str | None
-    blocks_path: str | None
-    submodule: str | None
+    module: str | None
 
     @classmethod
     def of(cls, group: str, layer: int, config: dict[str, Any]) -> "About":
         """Return what a `cfg.json` of ours says of one of its layers."""
+        hookpoint = config.get("hookpoint", "resid_post")
         return cls(
             group=group,
             layers=list(config["layers"]),
             layer=layer,
             norm_factor=float(config["norm_factors"][str(layer)]),
-            hookpoint=config.get("hookpoint", "resid_post"),
+            hookpoint=hookpoint,
             model=str(config.get("model", "unknown")),
             revision=config.get("revision"),
             dtype=config.get("dtype"),
             context=config.get("context"),
             prepend_bos=bool(config.get("prepend_bos", False)),
             stack=config.get("stack"),
-            blocks_path=config.get("blocks_path"),
-            submodule=config.get("submodule"),
+            module=module_path(hookpoint, layer, config.get("modules")),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -84,6 +85,7 @@ class Incoming:
         layers: that it serves.
         norm_factors: layer -> factor.
         hookpoint: whose activations it takes.
+        stack: encoder or decoder, if the folder names it.
         model: that the folder names, if any.
         notes: sentences for the user.
     """
@@ -95,6 +97,7 @@ class Incoming:
     layers: list[int]
     norm_factors: dict[int, float]
     hookpoint: str
+    stack: str | None = None
     model: str | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -122,14 +125,45 @@ class Format:
     read: Callable[[Path], Incoming]
 
 
-def wrong_place(folder: Path, named: object) -> UserError:
-    """Return the error of a folder that does not say which layer it is for."""
+class Known(NamedTuple):
+    """What metadata of ours in another library's folder says of an SAE."""
+
+    layer: int
+    hookpoint: str
+    stack: str | None
+    model: str
+
+
+def known_place(config: dict[str, Any], file: Path) -> Known | None:
+    """Return what we wrote into a format's free metadata; None if the folder is not of ours.
+
+    Args:
+        config: that may hold it under `groupsae`.
+        file: it comes from, for messages.
+
+    Raises:
+        UserError: it is of another version, or names no place in a language model.
+    """
+    known = section(config, "groupsae", file)
+    if not known:
+        return None
+    if known.get("format") != FORMAT:
+        raise UserError(
+            f"{file} has metadata of groupsae of format {known.get('format')!r}, and this version "
+            f"reads {FORMAT}: use the version that wrote it."
+        )
+    layer, hookpoint, stack = (known.get(key) for key in ("layer", "hookpoint", "stack"))
+    if type(layer) is not int or layer < 0 or hookpoint not in HOOKPOINTS:
+        raise UserError(
+            f"{file} has metadata of groupsae with layer = {layer!r} and hookpoint = "
+            f"{hookpoint!r}: a layer from 0 on and one of {', '.join(HOOKPOINTS)} are expected."
+        )
+    return Known(layer, str(hookpoint), stack, str(known.get("model")))
+
+
+def wrong_place(folder: Path, named: object, advice: str) -> UserError:
+    """Return the error of a folder that does not say which layer it is for, and the way out."""
     return UserError(
         f"{folder} does not say which layer of a language model it is for (found {named!r}): "
-        "name the folder layers.<number> or resid_post_layer_<number>, as its library does."
+        f"{advice}."
     )
-
-
-def kind_in(sae: SAE, holds: dict[str, str]) -> str:
-    """Return what a format calls an SAE's kind."""
-    return holds[kind_of(sae)]

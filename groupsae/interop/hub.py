@@ -1,7 +1,7 @@
 """The Hugging Face Hub: repositories are named `hf:owner/name` or `hf:owner/name@revision`."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -66,7 +66,14 @@ def download(repo: Repository, patterns: Sequence[str]) -> Path:
         )
 
 
-def upload(name: str, files: Mapping[str, Path | bytes], *, message: str, private: bool) -> str:
+def upload(
+    name: str,
+    files: Mapping[str, Path | bytes],
+    *,
+    message: str,
+    private: bool,
+    replaced: Callable[[str], bool] | None,
+) -> str:
     """Commit files to a repository, which is made if need be; return its address.
 
     The token is the one that `hf auth login` left or HF_TOKEN holds; it is neither shown nor kept.
@@ -76,11 +83,14 @@ def upload(name: str, files: Mapping[str, Path | bytes], *, message: str, privat
         files: path in the repository -> file or content; one commit holds all.
         message: of the commit.
         private: a repository that is made now can be seen by its owner only.
+        replaced: which paths of a repository that holds files already are removed if they are
+            not among the new ones; None: such a repository is left alone.
 
     Raises:
-        UserError: there is no token or it may not write there, or the Hub cannot be reached.
+        UserError: the repository holds files already and may not be changed, there is no token
+            or it may not write there, or the Hub cannot be reached.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
     check_name(name, f"hub={name}")
     if get_token() is None:
@@ -91,13 +101,25 @@ def upload(name: str, files: Mapping[str, Path | bytes], *, message: str, privat
     with _explained(name, None):
         api = HfApi()
         address = api.create_repo(name, private=private, exist_ok=True)
-        additions = [
+        there = [path for path in api.list_repo_files(name) if path != ".gitattributes"]
+        if there and replaced is None:
+            raise UserError(
+                f"hf:{name} holds {len(there)} files already, such as {min(there)}: "
+                "overwrite=true replaces its SAEs and its page, hub=<owner/name> uploads "
+                "elsewhere."
+            )
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
             CommitOperationAdd(
                 path_in_repo=path, path_or_fileobj=str(file) if isinstance(file, Path) else file
             )
             for path, file in sorted(files.items())
         ]
-        api.create_commit(name, operations=additions, commit_message=message)
+        operations += [
+            CommitOperationDelete(path_in_repo=path)
+            for path in there
+            if replaced is not None and replaced(path) and path not in files
+        ]
+        api.create_commit(name, operations=operations, commit_message=message)
     return str(address)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from groupsae import __version__
+from groupsae.data.reading import read_json
 from groupsae.data.writer import write_json
 from groupsae.errors import UserError
 from groupsae.grouping.partition import Partition
@@ -14,6 +15,7 @@ from groupsae.grouping.plan import GroupPlan, name_of
 from groupsae.interop import published
 from groupsae.interop.foreign import Incoming
 from groupsae.interop.formats import FORMATS
+from groupsae.interop.hub import looks_like_name
 from groupsae.interop.names import lens_model
 from groupsae.interop.suite import save_sae
 
@@ -31,6 +33,7 @@ def read_folder(
     num_layers: int,
     d_model: int,
     hookpoint: str,
+    stack: str,
 ) -> list[Incoming]:
     """Return the SAEs in a folder and the folders in it, at most one for each layer.
 
@@ -43,6 +46,7 @@ def read_folder(
         num_layers: of the language model.
         d_model: width of its activations.
         hookpoint: that the language model is read at.
+        stack: that is read, encoder or decoder.
 
     Raises:
         UserError: there are none, one is damaged or of another kind, they do not fit the
@@ -72,11 +76,8 @@ def read_folder(
             f"no SAEs in {path}{wanted}: looked for folders of {', '.join(READABLE)} "
             "(sae_weights.safetensors, sae.safetensors or ae.pt beside its configuration)."
         )
-    read = [
-        published.read(folder, num_layers) if name == GROUP_SAE else FORMATS[name].read(folder)
-        for folder, name in found.items()
-    ]
-    _check(read, path, num_layers, d_model, hookpoint)
+    read = [_read(folder, name, num_layers) for folder, name in found.items()]
+    _check(read, path, num_layers, d_model, hookpoint, stack)
     return [replace(each, folder=Path(_inside(each.folder, path))) for each in read]
 
 
@@ -150,6 +151,11 @@ def lay_out(
     write_json(run / "summary.json", summary)  # the last: it makes the run a finished one
 
 
+def is_adopted(run: Path) -> bool:
+    """Return whether a folder is a run that `lay_out` wrote."""
+    return "adopted" in (read_json(run / "summary.json") or {})
+
+
 def plan_of(read: Sequence[Incoming], num_layers: int) -> GroupPlan:
     """Return the plan of these SAEs; layers that none serves are in groups without an SAE.
 
@@ -171,7 +177,7 @@ def _recognised(path: Path, form: str | None) -> Iterator[tuple[Path, str]]:
     if not path.is_dir():
         raise UserError(
             f"path={path}: there is no such folder. Name one, or a repository of the Hub as "
-            "path=hf:owner/name."
+            f"path=hf:{path if looks_like_name(str(path)) else 'owner/name'}."
         )
     for folder in sorted([path, *(p for p in path.rglob("*") if p.is_dir())], key=_by_number):
         if any(part.startswith(".") for part in folder.relative_to(path).parts):
@@ -203,8 +209,35 @@ def _inside(folder: Path, path: Path) -> str:
     return folder.relative_to(path).as_posix() if folder != path else path.name
 
 
+def _read(folder: Path, name: str, num_layers: int) -> Incoming:
+    try:
+        if name == GROUP_SAE:
+            found = published.read(folder, num_layers)
+        else:
+            found = FORMATS[name].read(folder)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a cut or edited file leads to
+        raise UserError(
+            f"{folder} is damaged: {type(error).__name__}: {' '.join(str(error).split())}. Copy "
+            "it anew from where it is whole."
+        ) from error
+    for tensor_name, tensor in found.sae.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{folder} is damaged: {tensor_name} holds values that are no numbers, or "
+                "infinite ones. Copy it anew from where it is whole."
+            )
+    return found
+
+
 def _check(
-    read: Sequence[Incoming], path: Path, num_layers: int, d_model: int, hookpoint: str
+    read: Sequence[Incoming],
+    path: Path,
+    num_layers: int,
+    d_model: int,
+    hookpoint: str,
+    stack: str,
 ) -> None:
     owner: dict[int, Path] = {}
     for each in read:
@@ -214,7 +247,7 @@ def _check(
                     f"layer {layer} has two SAEs in {path}, {_inside(owner[layer], path)} and "
                     f"{_inside(each.folder, path)}: choose with only=[...]."
                 )
-            if layer >= num_layers:
+            if not 0 <= layer < num_layers:
                 raise UserError(
                     f"{each.folder} is for layer {layer}, but the model has {num_layers} layers, "
                     f"0 to {num_layers - 1}: name the model it was trained on by model=..."
@@ -230,12 +263,17 @@ def _check(
                 f"{each.folder} is for {each.hookpoint}, but the model is read at {hookpoint}: "
                 f"give model.hookpoint={each.hookpoint}."
             )
+        if each.stack not in (None, stack):
+            raise UserError(
+                f"{each.folder} is for the {each.stack} of its model, but the {stack} is read: "
+                f"give model.stack={each.stack}."
+            )
 
 
 def other_model(read: Sequence[Incoming], model: str) -> str | None:
     """Return the model that the folders name, if that is another one."""
     for each in read:
-        named = each.model
+        named = None if each.model is None else str(each.model)
         if named is not None and lens_model(named) not in (lens_model(model), model):
             return named
     return None

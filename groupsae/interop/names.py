@@ -2,9 +2,8 @@
 
 import re
 
-from groupsae.errors import UserError
+from groupsae.lm.hookpoints import HOOKPOINTS
 
-HOOKPOINTS = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 _LENS = re.compile(r"^blocks\.(\d+)\.hook_(\w+)$")
 _MODULE = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks?)\.(\d+)(?:\.(.+))?$")
 _DICTIONARY = re.compile(r"(resid_post|resid_pre|mlp_out|attn_out|attention_out)_layer_(\d+)")
@@ -43,46 +42,26 @@ def lens_model(name: str) -> str:
     return last if short or local else name
 
 
-def module_path(
-    hookpoint: str,
-    layer: int,
-    model: str,
-    *,
-    stack: str | None = None,
-    blocks_path: str | None = None,
-    submodule: str | None = None,
-) -> str:
-    """Return the path of a module of the Hugging Face base model, sparsify's name of a place.
+def module_path(hookpoint: str, layer: int, modules: list[str] | None) -> str | None:
+    """Return the module of the Hugging Face base model whose output a place is, sparsify's name.
 
-    `layers.4` is the block itself. What is read before a block is what the block below it puts
-    out. Attention and MLP are called as in the model's family, unless they were named by hand:
-    `gpt2` has `h.4.attn`, GPT-NeoX (Pythia) `layers.4.attention`, most others
-    `layers.4.self_attn`.
+    What is read before a block is what the block below it puts out.
 
-    Raises:
-        UserError: there is no block below layer 0.
+    Args:
+        hookpoint: resid_post, resid_pre, mlp_out or attn_out.
+        layer: the block.
+        modules: what is hooked of every layer, as `cfg.json` holds it; None: not known.
 
-    >>> module_path("resid_post", 4, "EleutherAI/pythia-160m")
-    'layers.4'
-    >>> module_path("resid_pre", 4, "google-t5/t5-small", stack="encoder")
-    'encoder.block.3'
+    Returns:
+        The path; None before the first block, and where modules are not known.
+
+    >>> module_path("attn_out", 1, ["h.0.attn", "h.1.attn"])
+    'h.1.attn'
+    >>> module_path("resid_pre", 1, ["layers.0", "layers.1"])
+    'layers.0'
     """
-    if hookpoint == "resid_pre":
-        if layer == 0:
-            raise UserError(
-                "resid_pre of layer 0 is no module's output, and format=sparsify names modules: "
-                "use format=saelens or dictionary_learning."
-            )
-        hookpoint, layer = "resid_post", layer - 1
-    family = model.lower()
-    gpt2, t5 = "gpt2" in family, "t5" in family
-    neox = any(word in family for word in ("pythia", "neox", "tiny"))
-    blocks = (blocks_path or ("h" if gpt2 else "block" if t5 else "layers")).rpartition(".")[2]
-    block = f"{stack + '.' if stack else ''}{blocks}.{layer}"
-    if hookpoint == "resid_post":
-        return block
-    attention = "attn" if gpt2 else "attention" if neox else "self_attn"
-    return f"{block}.{submodule or ('mlp' if hookpoint == 'mlp_out' else attention)}"
+    below = layer - 1 if hookpoint == "resid_pre" else layer
+    return None if modules is None or below < 0 else modules[below]
 
 
 def parse_module_path(name: str) -> tuple[int, str] | None:
@@ -100,6 +79,15 @@ def parse_module_path(name: str) -> tuple[int, str] | None:
     if part in _MLP:
         return int(found[1]), "mlp_out"
     return (int(found[1]), "attn_out") if part in _ATTENTION else None
+
+
+def is_in_a_block(name: str) -> bool:
+    """Return whether a dotted name is that of a block, or of anything within one.
+
+    >>> is_in_a_block("decoder.layers.1.fc2"), is_in_a_block("blocks.1.hook_mlp_out")
+    (True, True)
+    """
+    return _MODULE.search(name) is not None
 
 
 def dictionary_name(hookpoint: str, layer: int) -> str:

@@ -1,6 +1,7 @@
 """Writes the SAEs of a suite as folders of another library, and proves that they are the same."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from groupsae.sae.base import SAE
 
 ROWS = 64
 TOLERANCE = 1e-5  # of the largest activation; float32 rounds to 6e-8, and d_model of them add up
-SIZES = (3.0, 30.0, 300.0, 3000.0)  # of test activations, in units of the scaled ones
+SIZES = [3.0 * 10**power for power in range(10)]  # of test activations, in scaled units
 TIES = 0.05  # share of rows whose latents may differ because two activations all but tie
 
 
@@ -65,7 +66,7 @@ def export_suite(suite: Suite, chosen: Format, target: Path, *, overwrite: bool)
     ]
     folders = [chosen.folder(about) for about in abouts]  # may refuse: before anything is written
     written = []
-    with written_whole(target, overwrite=overwrite) as beside:
+    with written_whole(target, overwrite=overwrite, ours=only(chosen)) as beside:
         for about, name in zip(abouts, folders, strict=True):
             folder = beside / name
             folder.mkdir(parents=True)
@@ -84,6 +85,11 @@ def export_suite(suite: Suite, chosen: Format, target: Path, *, overwrite: bool)
     return written
 
 
+def only(chosen: Format) -> Callable[[Path], bool]:
+    """Return the test of a folder for holding SAEs of one format and nothing else."""
+    return lambda folder: all(chosen.mine(each) for each in folder.iterdir())
+
+
 @torch.no_grad()
 def compare(sae: SAE, factor: float, other: SAE) -> tuple[float, int]:
     """Return how far the output of another SAE on raw activations is from ours.
@@ -99,9 +105,12 @@ def compare(sae: SAE, factor: float, other: SAE) -> tuple[float, int]:
     Returns:
         max |x_hat' - x_hat| / max |x_hat| over the rows with the same active latents, and the
         number of other rows.
+
+    Raises:
+        UserError: no activations are found that activate latents of ours.
     """
-    x = made_up_activations(sae, factor)
     ours, theirs = copy.deepcopy(sae).double().eval(), copy.deepcopy(other).double().eval()
+    x = made_up_activations(ours, factor)
     mine, yours = ours.encode(x * factor), theirs.encode(x)
     expected, found = ours.decode(mine) / factor, theirs.decode(yours)
     active = [
@@ -118,18 +127,26 @@ def compare(sae: SAE, factor: float, other: SAE) -> tuple[float, int]:
 def made_up_activations(sae: SAE, factor: float) -> Float[Tensor, "row d_model"]:
     """Return random raw activations around the SAE's b_dec, in directions that it has.
 
-    They are made larger until they activate something: thresholds may be of any size.
+    They are made larger until most of them activate something: thresholds may be of any size.
+
+    Args:
+        sae: in float64, on activations times the factor.
+        factor: the layer's.
+
+    Raises:
+        UserError: none of the sizes does.
     """
     generator = torch.Generator().manual_seed(0)
     weights = torch.rand(ROWS, sae.d_sae, generator=generator, dtype=torch.float64)
     weights *= torch.rand(ROWS, sae.d_sae, generator=generator, dtype=torch.float64) < 0.05
     noise = torch.randn(ROWS, sae.d_model, generator=generator, dtype=torch.float64)
-    signal = weights @ sae.directions().cpu().double()
-    rows = signal + 0.1 * noise / sae.d_model**0.5
+    rows = weights @ sae.directions().cpu() + 0.1 * noise / sae.d_model**0.5
     rows /= rows.norm(dim=1, keepdim=True)
-    double = copy.deepcopy(sae).double().eval()
     for size in SIZES:
-        x = size * rows + sae.b_dec.detach().cpu().double()
-        if (double.encode(x).acts > 0).any(dim=1).double().mean() > 0.5:
-            break
-    return x / factor
+        x = size * rows + sae.b_dec.detach().cpu()
+        if (sae.encode(x).acts > 0).any(dim=1).double().mean() > 0.5:
+            return x / factor
+    raise UserError(
+        "an SAE cannot be compared with what was written, for no activations up to a norm of "
+        f"{SIZES[-1]:.0e} activate its latents: its thresholds are out of reach. Train it again."
+    )

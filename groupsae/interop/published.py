@@ -19,7 +19,7 @@ from groupsae.interop.fold import unit_decoder
 from groupsae.interop.foreign import Incoming
 from groupsae.interop.names import parse_module_path
 from groupsae.interop.sparsify import CONFIG, WEIGHTS, ours
-from groupsae.interop.tensors import number, read_config, read_pickled
+from groupsae.interop.tensors import number, read_config, read_pickled, section
 
 FACTORS = "scaling_factors.pt"
 _CLUSTER = re.compile(r"^k(\d+)-c(\d+)$")
@@ -85,18 +85,25 @@ def choose(folders: list[Path], num_groups: int | None, num_layers: int) -> list
         num_layers: of the language model.
 
     Raises:
-        UserError: one that is needed is not there.
+        UserError: one that is needed is not there, or is there twice.
     """
-    baseline = {f.name: f for f in folders if not _CLUSTER.match(f.name)}
     if num_groups is None:
-        return list(baseline.values()) or folders
-    clusters = {tuple(layers_of(f, num_layers)): f for f in folders if _CLUSTER.match(f.name)}
+        return [folder for folder in folders if not _CLUSTER.match(folder.name)] or folders
+    serving: dict[tuple[int, ...], Path] = {}
+    for folder in folders:
+        layers = tuple(layers_of(folder, num_layers))
+        if layers in serving:
+            raise UserError(
+                f"{serving[layers]} and {folder} serve the same layers: give the path of one "
+                "repository only, or choose with only=[...] in place of num_groups."
+            )
+        serving[layers] = folder
     chosen = []
     for group in [*partition(num_groups, num_layers), [num_layers - 1]]:
-        name = f"layers.{group[0]}"
-        found = clusters.get(tuple(group)) if len(group) > 1 else baseline.get(name)
+        found = serving.get(tuple(group))
         last = group == [num_layers - 1]  # in no partition: its own SAE, if there is one
         if found is None and not last:
+            name = f"layers.{group[0]}"
             what = name if len(group) == 1 else f"a cluster of layers {group[0]} to {group[-1]}"
             raise UserError(f"num_groups={num_groups} needs {what}, which is not there.")
         chosen += [found] if found is not None else []
@@ -123,7 +130,7 @@ def layers_of(folder: Path, num_layers: int) -> list[int]:
         return [place[0]]
     for above in (folder, *folder.parents[:2]):
         clusters = read_config(above / "config.json") if (above / "config.json").exists() else {}
-        known = (clusters.get("clusters") or {}).get(folder.name)
+        known = section(clusters, "clusters", above / "config.json").get(folder.name)
         if isinstance(known, list):
             return sorted(int(layer) for layer in known)
     ends = CLUSTERS.get(num_layers, {}).get(folder.name)
@@ -154,9 +161,8 @@ def read(folder: Path, num_layers: int) -> Incoming:
     if kind == "jumprelu":
         tensors["threshold"] = tensors.pop("log_threshold").exp()
     tensors, note = unit_decoder(kind, tensors)
-    more = {"k": number(config, "k", file)} if kind == "topk" else {}
-    if kind == "topk" and more["k"] > len(tensors["b_enc"]):
-        raise UserError(f"{file} has k = {k}, more than its {len(tensors['b_enc'])} latents.")
+    n = len(tensors["b_enc"])
+    more = {"k": number(config, "k", file, latents=n)} if kind == "topk" else {}
     sae, arguments = build(kind, tensors, **more)
     notes = [note] if note else []
     stored = _factors_file(folder)
@@ -190,7 +196,7 @@ def _factors(file: Path | None, layers: list[int]) -> dict[int, float]:
     for name, value in values:
         place = parse_module_path(str(name))
         known[place[0] if place else int(name)] = float(value)
-    missing = [layer for layer in layers if not known.get(layer, 0.0) > 0]
+    missing = [layer for layer in layers if not 0 < known.get(layer, 0.0) < float("inf")]
     if missing:
         raise UserError(
             f"{file} has no factor above 0 for layer {missing[0]}; it has layers "

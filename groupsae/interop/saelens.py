@@ -10,9 +10,9 @@ from torch import Tensor
 from groupsae.errors import UserError
 from groupsae.interop.build import build, kind_of
 from groupsae.interop.fold import subtract_b_dec, unit_decoder
-from groupsae.interop.foreign import About, Format, Incoming, kind_in, wrong_place
+from groupsae.interop.foreign import About, Format, Incoming, known_place, wrong_place
 from groupsae.interop.names import lens_hook, lens_model, parse_lens_hook
-from groupsae.interop.tensors import number, read_config, read_tensors, take
+from groupsae.interop.tensors import number, read_config, read_tensors, section, take
 from groupsae.sae.base import SAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -46,7 +46,7 @@ def write(folder: Path, sae: SAE, about: About) -> None:
     elif "threshold" in tensors:
         tensors["threshold"] = tensors["threshold"].expand(sae.d_sae)
     config: dict[str, Any] = {
-        "architecture": kind_in(sae, HOLDS),
+        "architecture": HOLDS[kind_of(sae)],
         "d_in": sae.d_model,
         "d_sae": sae.d_sae,
         "dtype": "float32",
@@ -84,7 +84,8 @@ def read(folder: Path) -> Incoming:
     """
     file = folder / CONFIG
     config = read_config(file)
-    metadata = config.get("metadata") or {}
+    metadata = section(config, "metadata", file)
+    known = known_place(metadata, file)
     name = _architecture(config, file)
     for key, plain in (("normalize_activations", "none"), ("reshape_activations", "none")):
         if config.get(key, plain) not in (plain, None):
@@ -95,7 +96,7 @@ def read(folder: Path) -> Incoming:
     named = metadata.get("hook_name") or config.get("hook_name")
     place = parse_lens_hook(named)
     if place is None:
-        raise wrong_place(file, named)
+        raise wrong_place(file, named, "its hook_name must be blocks.<number>.hook_<hookpoint>")
     d, n = number(config, "d_in", file), number(config, "d_sae", file)
     wanted = {"W_enc": (d, n), "W_dec": (n, d), "b_dec": (d,)}
     biases = ("b_gate", "b_mag", "r_mag") if name == "gated" else ("b_enc",)
@@ -117,6 +118,7 @@ def read(folder: Path) -> Incoming:
         layers=[place[0]],
         norm_factors={place[0]: 1.0},
         hookpoint=place[1],
+        stack=known.stack if known else None,
         model=metadata.get("model_name") or config.get("model_name"),
         notes=[note] if note else [],
     )
@@ -135,11 +137,8 @@ def _architecture(config: dict[str, Any], file: Path) -> str:
 
 
 def _k(config: dict[str, Any], file: Path, d_sae: int) -> int:
-    before = config.get("activation_fn_kwargs") or {}  # before version 6
-    k = number({"k": config.get("k", before.get("k"))}, "k", file)
-    if k > d_sae:
-        raise UserError(f"{file} has k = {k}, more than its {d_sae} latents.")
-    return k
+    before = section(config, "activation_fn_kwargs", file)  # before version 6
+    return number({"k": config.get("k", before.get("k"))}, "k", file, latents=d_sae)
 
 
 SAELENS = Format(

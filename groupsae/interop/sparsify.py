@@ -10,8 +10,8 @@ from torch import Tensor
 from groupsae.errors import UserError
 from groupsae.interop.build import build
 from groupsae.interop.fold import unit_decoder
-from groupsae.interop.foreign import About, Format, Incoming, wrong_place
-from groupsae.interop.names import module_path, parse_module_path
+from groupsae.interop.foreign import About, Format, Incoming, Known, known_place, wrong_place
+from groupsae.interop.names import parse_module_path
 from groupsae.interop.tensors import number, read_config, read_tensors, take
 from groupsae.sae.base import SAE
 
@@ -21,14 +21,19 @@ NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "
 
 
 def folder_name(about: About) -> str:
-    """Return the name of an SAE's folder: the path of the module."""
-    return module_path(
-        about.hookpoint,
-        about.layer,
-        about.model,
-        stack=about.stack,
-        blocks_path=about.blocks_path,
-        submodule=about.submodule,
+    """Return the name of an SAE's folder: the path of the module.
+
+    Raises:
+        UserError: no module puts this out, or it is not known which.
+    """
+    if about.module is not None:
+        return about.module
+    if about.hookpoint == "resid_pre" and about.layer == 0:
+        reason = "resid_pre of layer 0 is no module's output"
+    else:
+        reason = f"the cfg.json of {about.group} does not name the module of layer {about.layer}"
+    raise UserError(
+        f"{reason}, and format=sparsify names modules: use format=saelens or dictionary_learning."
     )
 
 
@@ -72,22 +77,22 @@ def read(folder: Path) -> Incoming:
                 f"{file} has {key} = {config[key]!r}; of sparsify's only plain SAEs with "
                 f"{key} = {json.dumps(plain)} can be read."
             )
-    place = _place(folder, config)
+    known = known_place(config, file)
+    layer, hookpoint = _place(folder, known)
     tensors = ours(folder, config)
     tensors, note = unit_decoder("topk", tensors)
-    k, n = number(config, "k", file), len(tensors["b_enc"])
-    if k > n:
-        raise UserError(f"{file} has k = {k}, more than its {n} latents.")
+    k = number(config, "k", file, latents=len(tensors["b_enc"]))
     sae, arguments = build("topk", tensors, k=k)
     return Incoming(
         folder=folder,
         format="sparsify",
         sae=sae,
         arguments=arguments,
-        layers=[place[0]],
-        norm_factors={place[0]: 1.0},
-        hookpoint=place[1],
-        model=(config.get("groupsae") or {}).get("model"),
+        layers=[layer],
+        norm_factors={layer: 1.0},
+        hookpoint=hookpoint,
+        stack=known.stack if known else None,
+        model=known.model if known else None,
         notes=[note] if note else [],
     )
 
@@ -111,15 +116,14 @@ def ours(folder: Path, config: dict[str, Any], *more: str) -> dict[str, Tensor]:
     return {NAMES.get(theirs, theirs): tensor for theirs, tensor in tensors.items()}
 
 
-def _place(folder: Path, config: dict[str, Any]) -> tuple[int, str]:
-    known = config.get("groupsae") or {}
-    if isinstance(known.get("layer"), int) and isinstance(known.get("hookpoint"), str):
-        return known["layer"], known["hookpoint"]
+def _place(folder: Path, known: Known | None) -> tuple[int, str]:
+    if known is not None:
+        return known.layer, known.hookpoint
     # several seeds are <hookpoint>/seed<n>
     name = folder.parent.name if folder.name.startswith("seed") else folder.name
     place = parse_module_path(name)
     if place is None:
-        raise wrong_place(folder, name)
+        raise wrong_place(folder, name, "name the folder layers.<number>, or by its module's path")
     return place
 
 

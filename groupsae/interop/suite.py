@@ -43,8 +43,8 @@ def save_sae(folder: Path, sae: SAE, config: dict[str, Any]) -> None:
 class Suite:
     """The SAEs of a run: which one belongs to a layer, and how to use it there.
 
-    Activations are the raw `resid_post` of the language model, as the blocks put them out. The
-    layer's norm factor is applied before encoding and undone after decoding.
+    Activations are those of the run's hookpoint (`resid_post` by default), raw as the language
+    model has them. The layer's norm factor is applied before encoding and undone after decoding.
 
     Args:
         saes: name -> SAE.
@@ -65,7 +65,7 @@ class Suite:
 
     @property
     def d_model(self) -> int:
-        """Return the width of the residual stream."""
+        """Return the width of the activations."""
         return next(iter(self.saes.values())).d_model
 
     @property
@@ -104,7 +104,7 @@ class Suite:
         """Return the latent activations, dense, in the SAE's precision (float32 as saved).
 
         Args:
-            acts: raw residual activations of `layer`, any leading shape and precision.
+            acts: raw activations of `layer`, any leading shape and precision.
             layer: where they come from.
         """
         sae = self.saes[self.group_of(layer)]
@@ -119,7 +119,7 @@ class Suite:
         if acts.shape[-1] != sae.d_model:
             raise UserError(
                 f"activations of layer {layer} have width {acts.shape[-1]}, but its SAE takes "
-                f"{sae.d_model}: give the residual stream of the model it was trained on."
+                f"{sae.d_model}: give activations of the model it was trained on."
             )
         rows = acts.to(next(sae.parameters()).dtype)
         return sae.encode(rows * self.norm_factor(layer))

@@ -98,15 +98,35 @@ def take(
     return {name: tensors[name].detach().float() for name in wanted}
 
 
-def number(config: Mapping[str, Any], key: str, where: Path) -> int:
-    """Return a whole number above 0 of a configuration.
+def section(config: Mapping[str, Any], key: str, where: Path) -> dict[str, Any]:
+    """Return an object within a configuration; an empty one if there is none.
 
     Raises:
-        UserError: it is missing or something else.
+        UserError: it is something else.
+    """
+    value = config.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"{where} has {key} = {value!r}; an object is expected.")
+    return value or {}
+
+
+def number(config: Mapping[str, Any], key: str, where: Path, *, latents: int | None = None) -> int:
+    """Return a whole number above 0 of a configuration.
+
+    Args:
+        config: the configuration.
+        key: of the number.
+        where: the file, for messages.
+        latents: that the number may not be above; None: no matter.
+
+    Raises:
+        UserError: it is missing, too large or something else.
     """
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{where} has {key} = {value!r}; a whole number above 0 is expected.")
+    if latents is not None and value > latents:
+        raise UserError(f"{where} has {key} = {value}, more than its {latents} latents.")
     return value
 
 

@@ -138,6 +138,17 @@ def find_sites(blocks: Iterable[nn.Module], hookpoint: str, submodule: str | Non
     ]
 
 
+def paths_of(model: nn.Module, sites: Iterable[Site]) -> list[str]:
+    """Return where the module of each site is in the model without its head, by layer.
+
+    Of Pythia's `attn_out` these are `layers.0.attention`, `layers.1.attention` and so on; what
+    lies outside the bare model goes by its path in the whole one.
+    """
+    bare = getattr(model, "base_model", model)
+    names = {module: name for whole in (model, bare) for name, module in whole.named_modules()}
+    return [names[site.module] for site in sites]
+
+
 def _half(block: nn.Module, number: int, hookpoint: str, submodule: str | None) -> nn.Module:
     inside = dict(block.named_modules())
     paths = HALVES[hookpoint] if submodule is None else (submodule,)

@@ -24,7 +24,7 @@ from groupsae.errors import UserError
 from groupsae.lm.blocks import find_blocks
 from groupsae.lm.geometry import choose_stack, geometry_of, stacks_of, within_positions
 from groupsae.lm.hooked import HookedLM
-from groupsae.lm.hookpoints import check_hookpoint
+from groupsae.lm.hookpoints import check_hookpoint, paths_of
 from groupsae.lm.options import check_load_options, hub_options, recorded_options
 
 BUNDLED = {"tiny": Path(__file__).parent.parent / "models" / "tiny"}
@@ -79,6 +79,7 @@ class FrozenLM:
         self.stack = choose_stack(self.config, stack, name)
         self.geometry = geometry_of(self.config, self.stack, name)
         self.config_json: str = self.config.to_json_string()
+        self.modules: list[str] | None = None  # known once the structure is
         self._check_structure()
 
     def _pretrained(self, auto: Any, **kwargs: Any) -> Any:
@@ -134,7 +135,7 @@ class FrozenLM:
         if both:
             stack = model.get_encoder() if self.stack == "encoder" else model.get_decoder()
             start = self._start_token() if self.stack == "decoder" else None
-        return HookedLM(
+        hooked = HookedLM(
             stack if self.stack == "encoder" else model,
             find_blocks(stack, self.geometry.num_layers, self.blocks_path),
             hookpoint=self.hookpoint,
@@ -143,6 +144,8 @@ class FrozenLM:
             start_token=start,
             predicts=predicts,
         )
+        self.modules = paths_of(model, hooked.sites)
+        return hooked
 
     def _start_token(self) -> int:
         text = self.config.get_text_config(decoder=True)
@@ -188,6 +191,7 @@ class FrozenLM:
             "stack": self.stack,
             "blocks_path": self.blocks_path,
             "submodule": self.submodule,
+            "modules": self.modules,
             "load": recorded_options(self.load_options),
         }
 

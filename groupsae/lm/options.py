@@ -1,7 +1,8 @@
 """Arguments that a user passes on to transformers' from_pretrained as `model.load`."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,8 +14,9 @@ OURS = {
     "dtype": "model.dtype",
     "torch_dtype": "model.dtype",
     "config": "model.name",
-    "token": "the environment variable HF_TOKEN, for run folders keep their configuration",
 }
+SECRETS = ("token", "use_auth_token", "proxies")
+_PASSWORD = re.compile(r"://[^/\s@]*@")
 # config and tokenizer must be found as the weights are
 HUB = ("trust_remote_code", "code_revision", "cache_dir", "local_files_only", "subfolder")
 # where weights lie and how they get there changes no activation
@@ -27,6 +29,8 @@ PLACE = (
 def check_load_options(load: object) -> None:
     """Raise UserError if the options are no mapping, or one is set elsewhere or needs a package.
 
+    What is secret is refused at any depth: run folders keep their configuration, and uploads too.
+
     Args:
         load: the options.
     """
@@ -34,6 +38,12 @@ def check_load_options(load: object) -> None:
         raise UserError(
             f"model.load is {load!r}; give arguments of from_pretrained, such as "
             "{device_map: auto}, or {} for none."
+        )
+    secret = _secret(load)
+    if secret is not None:
+        raise UserError(
+            f"model.load holds {secret}, and run folders keep their configuration: leave it out "
+            "and use the environment variable HF_TOKEN, or HTTPS_PROXY."
         )
     for name in load:
         if name in OURS:
@@ -43,6 +53,18 @@ def check_load_options(load: object) -> None:
                 f"model.load.{name} needs the package accelerate, which is not installed: "
                 "pip install accelerate."
             )
+
+
+def _secret(value: object) -> str | None:
+    """Return what of nested options is secret, without its value; None if nothing is."""
+    if isinstance(value, str):
+        return "an address with a password" if _PASSWORD.search(value) else None
+    if isinstance(value, Mapping):
+        named = next((str(name) for name in value if name in SECRETS), None)
+        return named or _secret(list(value.values()))
+    if isinstance(value, Sequence):
+        return next((found for each in value if (found := _secret(each))), None)
+    return None
 
 
 def hub_options(load: Mapping[str, Any]) -> dict[str, Any]:
