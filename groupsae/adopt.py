@@ -39,7 +39,7 @@ def adopt(cfg: DictConfig) -> Path:
     """
     if OmegaConf.is_missing(cfg, "path") or cfg.path is None:
         raise UserError("which SAEs? Give path=<folder>, or path=hf:<owner/name>.")
-    from groupsae.interop.hub import repository  # slow, after the cheap checks
+    from groupsae.interop.hub.repository import repository  # slow, after the cheap checks
     from groupsae.interop.incoming import READABLE, is_adopted, lay_out, other_model, read_folder
     from groupsae.interop.whole import check_free, written_whole
 
@@ -92,7 +92,7 @@ def adopt(cfg: DictConfig) -> Path:
 
 
 def _download(repo: Any, only: list[str] | None) -> Path:
-    from groupsae.interop.hub import download
+    from groupsae.interop.hub.repository import download
 
     if only is None:
         return download(repo, [f"*{file}" for file in FILES])

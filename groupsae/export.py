@@ -28,9 +28,9 @@ def export(cfg: DictConfig) -> None:
     """
     run = _run_to_export(cfg)
     # slow imports only after cheap checks
-    from groupsae.interop.card import card, figures_of_run, files_of_run, of_groupsae
-    from groupsae.interop.formats import format_named
-    from groupsae.interop.hub import check_name, repository, upload
+    from groupsae.interop.hub.card import card, figures_of_run, files_of_run, of_groupsae
+    from groupsae.interop.hub.repository import check_name, repository, upload
+    from groupsae.interop.libraries.formats import format_named
     from groupsae.interop.outgoing import export_suite, only
     from groupsae.interop.suite import load_suite
     from groupsae.interop.whole import check_free

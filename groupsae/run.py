@@ -203,8 +203,8 @@ def _saved_config(folder: Path, key: str) -> DictConfig:
         )
     if saved.get("run_format") != FORMAT:
         raise UserError(
-            f"{key}={folder}: its configuration has format {saved.get('run_format', 1)}, this version "
-            f"of groupsae reads {FORMAT}. Use the version that wrote it, or train it again."
+            f"{key}={folder}: its configuration has format {saved.get('run_format', 1)}, this "
+            f"version of groupsae reads {FORMAT}. Use the version that wrote it, or train it again."
         )
     return saved
 

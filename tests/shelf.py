@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GPTNeoXConfig
 
 from groupsae.data.writer import write_json
-from groupsae.interop.build import build
+from groupsae.interop.libraries.build import build
 from groupsae.interop.suite import save_sae
 from groupsae.sae.base import SAE
 

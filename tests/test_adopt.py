@@ -18,9 +18,9 @@ from groupsae.adopt import adopt as command
 from groupsae.config import CONF
 from groupsae.errors import UserError
 from groupsae.export import export
-from groupsae.interop import published
-from groupsae.interop.formats import FORMATS
 from groupsae.interop.incoming import read_folder
+from groupsae.interop.libraries import group_sae
+from groupsae.interop.libraries.formats import FORMATS
 from groupsae.interop.suite import load_suite
 from groupsae.report.page import write_report
 from groupsae.run import open_run, register_resolver
@@ -166,16 +166,16 @@ def test_half_precision_is_read_as_float32(tmp_path):
 # ---- the paper's checkpoints ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_layers", published.CLUSTERS)
+@pytest.mark.parametrize("num_layers", group_sae.CLUSTERS)
 def test_every_published_group_of_several_layers_has_a_cluster(num_layers):
-    known = {tuple(range(a, b + 1)) for a, b in published.CLUSTERS[num_layers].values()}
+    known = {tuple(range(a, b + 1)) for a, b in group_sae.CLUSTERS[num_layers].values()}
     needed = set()
-    for count in range(1, len(published.BEGINNINGS[num_layers]) + 2):
-        groups = published.partition(count, num_layers)
+    for count in range(1, len(group_sae.BEGINNINGS[num_layers]) + 2):
+        groups = group_sae.partition(count, num_layers)
         assert len(groups) == count
         assert sorted(x for g in groups for x in g) == list(range(num_layers - 1))
         new = {tuple(group) for group in groups if len(group) > 1} - needed
-        named = {k for k in published.CLUSTERS[num_layers] if k.startswith(f"k{count}-")}
+        named = {k for k in group_sae.CLUSTERS[num_layers] if k.startswith(f"k{count}-")}
         assert len(named) == len(new)  # trained once, at the first G that has it
         needed |= new
     assert needed == known
@@ -186,14 +186,14 @@ def test_the_published_partitions_of_pythia_1b_are_the_golden_ones():
     lists = [v for v in golden.values() if isinstance(v, dict | list)]
     text = json.dumps(lists).replace(" ", "")
     for count in (2, 6, 10):
-        assert json.dumps(published.partition(count, 16)).replace(" ", "") in text
+        assert json.dumps(group_sae.partition(count, 16)).replace(" ", "") in text
 
 
 def checkpoints(folder: Path) -> Path:
     """Make a repository as the authors published them, for a model of 12 layers."""
     for seed, layer in enumerate(range(12)):
         sparsify(folder / "baseline" / f"layers.{layer}", tensors_of("topk", seed), jumprelu=False)
-    for seed, name in enumerate(published.CLUSTERS[12]):
+    for seed, name in enumerate(group_sae.CLUSTERS[12]):
         sparsify(folder / "cluster" / name, tensors_of("topk", 100 + seed), jumprelu=False)
     factors = {f"gpt_neox.layers.{x}": torch.tensor(0.1 + x) for x in range(12)}
     for part in ("baseline", "cluster"):

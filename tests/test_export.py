@@ -17,9 +17,9 @@ from shelf import D_MODEL, D_SAE, FACTORS, KINDS, K, edit, naive, rows, run_fold
 from groupsae.config import CONF
 from groupsae.errors import UserError
 from groupsae.export import export as command
-from groupsae.interop.fold import onto_raw
-from groupsae.interop.formats import FORMATS, check_holds
-from groupsae.interop.names import lens_model, parse_module_path
+from groupsae.interop.libraries.fold import onto_raw
+from groupsae.interop.libraries.formats import FORMATS, check_holds
+from groupsae.interop.libraries.names import lens_model, parse_module_path
 from groupsae.interop.outgoing import export_suite
 from groupsae.interop.suite import load_suite
 
@@ -178,7 +178,7 @@ def test_what_is_read_back_computes_the_definition_on_raw_activations(tmp_path, 
 def test_the_fold_leaves_the_weights_and_divides_the_latents(kind):
     from shelf import dense, more_of
 
-    from groupsae.interop.build import build
+    from groupsae.interop.libraries.build import build
 
     sae, _ = build(kind, tensors_of(kind), **more_of(kind))
     folded, x = onto_raw(sae, 0.37), rows()
@@ -199,7 +199,7 @@ def test_a_wrong_fold_would_be_found(tmp_path, monkeypatch):
 
 
 def test_saes_whose_thresholds_are_out_of_reach_are_never_called_the_same():
-    from groupsae.interop.build import build
+    from groupsae.interop.libraries.build import build
     from groupsae.interop.outgoing import compare
 
     def made(seed, threshold):
@@ -359,7 +359,7 @@ def test_damaged_saes_of_ours_are_named_and_nothing_is_written(tmp_path, damage,
 def test_an_architecture_with_an_unknown_tensor_is_not_folded():
     from shelf import more_of
 
-    from groupsae.interop.build import build
+    from groupsae.interop.libraries.build import build
 
     sae, _ = build("topk", tensors_of("topk"), **more_of("topk"))
     check_holds(FORMATS["sparsify"], sae, "layers.0")

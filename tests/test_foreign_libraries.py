@@ -12,7 +12,7 @@ import pytest
 import torch
 from shelf import FACTORS, KINDS, rows, run_folder
 
-from groupsae.interop.formats import FORMATS
+from groupsae.interop.libraries.formats import FORMATS
 from groupsae.interop.outgoing import export_suite
 from groupsae.interop.suite import load_suite
 

@@ -15,7 +15,7 @@ from groupsae.config import CONF
 from groupsae.data.writer import write_json
 from groupsae.errors import UserError
 from groupsae.export import export as command
-from groupsae.interop.hub import Repository, looks_like_name, repository
+from groupsae.interop.hub.repository import Repository, looks_like_name, repository
 from groupsae.interop.incoming import read_folder
 from groupsae.run import register_resolver
 
@@ -120,7 +120,7 @@ def test_the_page_names_model_data_groups_metrics_figures_and_use(hub, run):
 
 
 def test_which_files_of_a_repository_an_upload_may_have_left():
-    from groupsae.interop.card import of_groupsae
+    from groupsae.interop.hub.card import of_groupsae
 
     ours = ["decoder.layers.1.fc2/cfg.json", "h.1/sae.safetensors", "mlp_out_layer_3/ae.pt",
             "blocks.1.hook_mlp_out/cfg.json", "saes/layers.3/cfg.json", "groups.json"]  # fmt: skip
@@ -130,7 +130,7 @@ def test_which_files_of_a_repository_an_upload_may_have_left():
 
 
 def test_the_page_of_one_grouping_loads_that_grouping(run):
-    from groupsae.interop.card import card
+    from groupsae.interop.hub.card import card
     from groupsae.interop.suite import load_suite
 
     page = card("me/x", run, load_suite(run), grouping="complete-3", chosen=None, folders=[])

@@ -146,6 +146,10 @@ def test_activations_of_another_width_are_refused_with_both(run_folder):
     for use in (suite.encode, suite.encode_sparse, suite.reconstruct):
         with pytest.raises(UserError, match=sentence):
             use(torch.ones(3, D_MODEL + 1), layer=5)
+    with pytest.raises(
+        UserError, match=f"latents of layer 5 have width 3, but its SAE has {D_SAE}"
+    ):
+        suite.decode(torch.zeros(2, 3), 5)
 
 
 def test_encoding_builds_no_graph(run_folder):

@@ -12,11 +12,11 @@ from groupsae.data.writer import write_json
 from groupsae.errors import UserError
 from groupsae.grouping.partition import Partition
 from groupsae.grouping.plan import GroupPlan, name_of
-from groupsae.interop import published
-from groupsae.interop.foreign import Incoming
-from groupsae.interop.formats import FORMATS
-from groupsae.interop.hub import looks_like_name
-from groupsae.interop.names import lens_model
+from groupsae.interop.hub.repository import looks_like_name
+from groupsae.interop.libraries import group_sae
+from groupsae.interop.libraries.format import Incoming
+from groupsae.interop.libraries.formats import FORMATS
+from groupsae.interop.libraries.names import lens_model
 from groupsae.interop.suite import save_sae
 
 GROUP_SAE = "group-sae"
@@ -57,7 +57,7 @@ def read_folder(
         found = {f: n for f, n in found.items() if any(fnmatch(_inside(f, path), p) for p in only)}
     if GROUP_SAE in found.values() and only is None:
         theirs = [folder for folder, name in found.items() if name == GROUP_SAE]
-        kept = published.choose(theirs, num_groups, num_layers)
+        kept = group_sae.choose(theirs, num_groups, num_layers)
         found = {f: n for f, n in found.items() if n != GROUP_SAE or f in kept}
     elif num_groups is not None:
         raise UserError(
@@ -193,7 +193,7 @@ def _recognised(path: Path, form: str | None) -> Iterator[tuple[Path, str]]:
 
 
 def _format_of(folder: Path) -> str | None:
-    if published.mine(folder):
+    if group_sae.mine(folder):
         return GROUP_SAE
     return next((name for name, each in FORMATS.items() if each.mine(folder)), None)
 
@@ -212,7 +212,7 @@ def _inside(folder: Path, path: Path) -> str:
 def _read(folder: Path, name: str, num_layers: int) -> Incoming:
     try:
         if name == GROUP_SAE:
-            found = published.read(folder, num_layers)
+            found = group_sae.read(folder, num_layers)
         else:
             found = FORMATS[name].read(folder)
     except UserError:

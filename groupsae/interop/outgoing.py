@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from groupsae.errors import UserError
-from groupsae.interop.fold import onto_raw
-from groupsae.interop.foreign import About, Format
-from groupsae.interop.formats import check_holds
+from groupsae.interop.libraries.fold import onto_raw
+from groupsae.interop.libraries.format import About, Format
+from groupsae.interop.libraries.formats import check_holds
 from groupsae.interop.suite import Suite
 from groupsae.interop.whole import written_whole
 from groupsae.sae.base import SAE

@@ -16,8 +16,8 @@ from groupsae.data.writer import write_json
 from groupsae.errors import UserError
 from groupsae.grouping.groupings import by_name
 from groupsae.interop.groups_file import load_plan
-from groupsae.interop.hub import download, repository
-from groupsae.interop.tensors import read_tensors, take
+from groupsae.interop.hub.repository import download, repository
+from groupsae.interop.libraries.tensors import read_tensors, take
 from groupsae.sae.base import SAE, SparseLatents
 
 FORMAT = 2
@@ -140,6 +140,11 @@ class Suite:
             layer: whose activations to reconstruct.
         """
         sae = self.saes[self.group_of(layer)]
+        if latents.shape[-1] != sae.d_sae:
+            raise UserError(
+                f"latents of layer {layer} have width {latents.shape[-1]}, but its SAE has "
+                f"{sae.d_sae}: give what encode(acts, layer={layer}) returns."
+            )
         return sae.decode_dense(latents) / self.norm_factor(layer)
 
     def reconstruct(

@@ -10,10 +10,10 @@ from typing import Any
 import yaml  # type: ignore[import-untyped,unused-ignore]
 
 from groupsae.data.reading import read_json, read_yaml
-from groupsae.interop.build import kind_of
-from groupsae.interop.foreign import Format
-from groupsae.interop.hub import looks_like_name
-from groupsae.interop.names import is_in_a_block, parse_dictionary_name
+from groupsae.interop.hub.repository import looks_like_name
+from groupsae.interop.libraries.build import kind_of
+from groupsae.interop.libraries.format import Format
+from groupsae.interop.libraries.names import is_in_a_block, parse_dictionary_name
 from groupsae.interop.suite import Suite
 
 OURS = "groupsae"

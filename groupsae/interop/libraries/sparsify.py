@@ -8,11 +8,18 @@ from safetensors.torch import save
 from torch import Tensor
 
 from groupsae.errors import UserError
-from groupsae.interop.build import build
-from groupsae.interop.fold import unit_decoder
-from groupsae.interop.foreign import About, Format, Incoming, Known, known_place, wrong_place
-from groupsae.interop.names import parse_module_path
-from groupsae.interop.tensors import number, read_config, read_tensors, take
+from groupsae.interop.libraries.build import build
+from groupsae.interop.libraries.fold import unit_decoder
+from groupsae.interop.libraries.format import (
+    About,
+    Format,
+    Incoming,
+    Known,
+    known_place,
+    wrong_place,
+)
+from groupsae.interop.libraries.names import parse_module_path
+from groupsae.interop.libraries.tensors import number, read_config, read_tensors, take
 from groupsae.sae.base import SAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"

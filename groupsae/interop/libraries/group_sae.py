@@ -14,12 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from groupsae.errors import UserError
-from groupsae.interop.build import build
-from groupsae.interop.fold import unit_decoder
-from groupsae.interop.foreign import Incoming
-from groupsae.interop.names import parse_module_path
-from groupsae.interop.sparsify import CONFIG, WEIGHTS, ours
-from groupsae.interop.tensors import number, read_config, read_pickled, section
+from groupsae.interop.libraries.build import build
+from groupsae.interop.libraries.fold import unit_decoder
+from groupsae.interop.libraries.format import Incoming
+from groupsae.interop.libraries.names import parse_module_path
+from groupsae.interop.libraries.sparsify import CONFIG, WEIGHTS, ours
+from groupsae.interop.libraries.tensors import number, read_config, read_pickled, section
 
 FACTORS = "scaling_factors.pt"
 _CLUSTER = re.compile(r"^k(\d+)-c(\d+)$")

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from groupsae import __version__
 from groupsae.errors import UserError
-from groupsae.interop.names import module_path
-from groupsae.interop.tensors import section
+from groupsae.interop.libraries.names import module_path
+from groupsae.interop.libraries.tensors import section
 from groupsae.lm.hookpoints import HOOKPOINTS
 from groupsae.sae.base import SAE
 

@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 
 from groupsae.errors import UserError
-from groupsae.interop.build import build, kind_of
-from groupsae.interop.fold import subtract_b_dec, unit_decoder
-from groupsae.interop.foreign import About, Format, Incoming, Known, known_place, wrong_place
-from groupsae.interop.names import dictionary_name, parse_dictionary_name
-from groupsae.interop.tensors import number, read_config, read_pickled, take
+from groupsae.interop.libraries.build import build, kind_of
+from groupsae.interop.libraries.fold import subtract_b_dec, unit_decoder
+from groupsae.interop.libraries.format import (
+    About,
+    Format,
+    Incoming,
+    Known,
+    known_place,
+    wrong_place,
+)
+from groupsae.interop.libraries.names import dictionary_name, parse_dictionary_name
+from groupsae.interop.libraries.tensors import number, read_config, read_pickled, take
 from groupsae.sae.base import SAE
 from groupsae.sae.matryoshka import Matryoshka
 

@@ -8,11 +8,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from groupsae.errors import UserError
-from groupsae.interop.build import build, kind_of
-from groupsae.interop.fold import subtract_b_dec, unit_decoder
-from groupsae.interop.foreign import About, Format, Incoming, known_place, wrong_place
-from groupsae.interop.names import lens_hook, lens_model, parse_lens_hook
-from groupsae.interop.tensors import number, read_config, read_tensors, section, take
+from groupsae.interop.libraries.build import build, kind_of
+from groupsae.interop.libraries.fold import subtract_b_dec, unit_decoder
+from groupsae.interop.libraries.format import About, Format, Incoming, known_place, wrong_place
+from groupsae.interop.libraries.names import lens_hook, lens_model, parse_lens_hook
+from groupsae.interop.libraries.tensors import number, read_config, read_tensors, section, take
 from groupsae.sae.base import SAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"

@@ -1,11 +1,11 @@
 """The formats of other libraries, by name and by what lies in a folder."""
 
 from groupsae.errors import UserError
-from groupsae.interop.build import kind_of
-from groupsae.interop.dictionary_learning import DICTIONARY_LEARNING
-from groupsae.interop.foreign import Format
-from groupsae.interop.saelens import SAELENS
-from groupsae.interop.sparsify import SPARSIFY
+from groupsae.interop.libraries.build import kind_of
+from groupsae.interop.libraries.dictionary_learning import DICTIONARY_LEARNING
+from groupsae.interop.libraries.format import Format
+from groupsae.interop.libraries.saelens import SAELENS
+from groupsae.interop.libraries.sparsify import SPARSIFY
 from groupsae.sae.base import SAE
 
 FORMATS: dict[str, Format] = {each.name: each for each in (SAELENS, SPARSIFY, DICTIONARY_LEARNING)}

@@ -68,7 +68,7 @@ def unit_decoder(kind: str, tensors: Tensors, *, by_norm: bool = False) -> tuple
     latents, so their rows are kept.
 
     Args:
-        kind: of `groupsae.interop.build.KINDS`.
+        kind: of `groupsae.interop.libraries.build.KINDS`.
         tensors: of one SAE; `threshold` of jumprelu is [d_sae].
         by_norm: topk chooses by activation times norm.
 
