@@ -204,7 +204,7 @@ def _saved_config(folder: Path, key: str) -> DictConfig:
     if saved.get("run_format") != FORMAT:
         raise UserError(
             f"{key}={folder}: its configuration has format {saved.get('run_format', 1)}, this "
-            f"version of groupsae reads {FORMAT}. Use the version that wrote it, or train it again."
+            f"version of groupsae reads {FORMAT}: use the one that wrote it, or train again."
         )
     return saved
 
