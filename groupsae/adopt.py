@@ -39,6 +39,11 @@ def adopt(cfg: DictConfig) -> Path:
     """
     if OmegaConf.is_missing(cfg, "path") or cfg.path is None:
         raise UserError("which SAEs? Give path=<folder>, or path=hf:<owner/name>.")
+    if cfg.evaluate:
+        raise UserError(
+            "evaluate=true is for training: adopt first, then evaluate the run folder it names by "
+            "python -m groupsae.evaluate run=<folder>."
+        )
     from groupsae.interop.hub.repository import repository  # slow, after the cheap checks
     from groupsae.interop.incoming import READABLE, is_adopted, lay_out, other_model, read_folder
     from groupsae.interop.whole import check_free, written_whole
@@ -105,7 +110,9 @@ def run(cfg: DictConfig) -> None:
     """Run one configuration of the command."""
     try:
         folder = adopt(cfg)
-        print(f"Run folder: {folder}\nNext: python -m groupsae.evaluate run={folder}")
+        print(
+            f"Language model: {cfg.model.name}\nRun folder: {folder}\nNext: python -m groupsae.evaluate run={folder}"
+        )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

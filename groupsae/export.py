@@ -36,7 +36,8 @@ def export(cfg: DictConfig) -> None:
     from groupsae.interop.whole import check_free
 
     chosen = None if cfg.format is None else format_named(cfg.format)
-    target = Path(str(cfg.to)) if cfg.to is not None else run / "export" / str(cfg.format)
+    name = str(cfg.format) if cfg.grouping is None else f"{cfg.format}-{cfg.grouping}"
+    target = Path(str(cfg.to)) if cfg.to is not None else run / "export" / name
     if chosen is not None:
         source = run if repository(run) is None else None
         check_free(target, overwrite=cfg.overwrite, ours=only(chosen), source=source)

@@ -531,3 +531,8 @@ def test_neighbouring_layers_only(tmp_path):
     assert [len(g) for g in plan.partition.groups] == [3, 4, 2, 2, 1]
     assert all(a[-1] + 1 == b[0] for a, b in pairwise(plan.partition.groups))
     assert type(plan).from_json(json.loads(json.dumps(plan.to_json()))).saes == plan.saes
+
+
+def test_evaluation_is_not_asked_of_adoption(tmp_path):
+    with pytest.raises(UserError, match="evaluate=true is for training"):
+        adopt(tmp_path, "evaluate=true")

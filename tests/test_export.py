@@ -4,12 +4,14 @@
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from evaluated import evaluated
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 from shelf import D_MODEL, D_SAE, FACTORS, KINDS, K, edit, naive, rows, run_folder, tensors_of
@@ -384,3 +386,14 @@ def test_the_command_line_answers_with_one_sentence_and_status_2(module, argumen
     assert told in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_groupings_of_one_run_are_exported_beside_each_other(
+    tiny_lm, tiny_text, tmp_path_factory, tmp_path
+):
+    whole = evaluated("all", tiny_lm, tiny_text, tmp_path_factory.getbasetemp())
+    run = shutil.copytree(whole, tmp_path / "run")
+    export(run, "format=saelens")
+    export(run, "format=saelens", "grouping=per_layer")
+    found = {folder.name: len(list(folder.iterdir())) for folder in (run / "export").iterdir()}
+    assert found == {"saelens": 4, "saelens-per_layer": 4}
