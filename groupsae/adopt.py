@@ -110,9 +110,8 @@ def run(cfg: DictConfig) -> None:
     """Run one configuration of the command."""
     try:
         folder = adopt(cfg)
-        print(
-            f"Language model: {cfg.model.name}\nRun folder: {folder}\nNext: python -m groupsae.evaluate run={folder}"
-        )
+        print(f"Language model: {cfg.model.name}\nRun folder: {folder}")
+        print(f"Next: python -m groupsae.evaluate run={folder}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
