@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from groupsae.errors import UserError
-from groupsae.interop.libraries.build import build, kind_of
-from groupsae.interop.libraries.fold import subtract_b_dec, unit_decoder
+from groupsae.interop.libraries.build import kind_of
+from groupsae.interop.libraries.fold import subtract_b_dec
 from groupsae.interop.libraries.format import (
     About,
     Format,
@@ -149,19 +149,16 @@ def read(folder: Path) -> Incoming:
         )
     if name in WHOLE_INPUT:
         tensors = subtract_b_dec(tensors)
-    tensors, note = unit_decoder(kind, tensors)
-    sae, arguments = build(kind, tensors, **more)
-    return Incoming(
+    return Incoming.of(
+        kind,
+        tensors,
+        sized=more,
         folder=folder,
         format="dictionary_learning",
-        sae=sae,
-        arguments=arguments,
-        layers=[layer],
         norm_factors={layer: 1.0},
         hookpoint=hookpoint,
         stack=known.stack if known else None,
         model=trainer.get("lm_name"),
-        notes=[note] if note else [],
     )
 
 

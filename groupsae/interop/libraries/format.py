@@ -1,12 +1,14 @@
 """What a format of another library is to the program, and what is known of an SAE in it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from groupsae import __version__
 from groupsae.errors import UserError
+from groupsae.interop.libraries.build import build
+from groupsae.interop.libraries.fold import Tensors, unit_decoder
 from groupsae.interop.libraries.names import module_path
 from groupsae.interop.libraries.tensors import section
 from groupsae.lm.hookpoints import HOOKPOINTS
@@ -82,8 +84,7 @@ class Incoming:
         format: that it was read as.
         sae: it works on activations times the norm factor.
         arguments: of its constructor.
-        layers: that it serves.
-        norm_factors: layer -> factor.
+        norm_factors: layer that it serves -> factor.
         hookpoint: whose activations it takes.
         stack: encoder or decoder, if the folder names it.
         model: that the folder names, if any.
@@ -94,12 +95,42 @@ class Incoming:
     format: str
     sae: SAE
     arguments: dict[str, Any]
-    layers: list[int]
     norm_factors: dict[int, float]
     hookpoint: str
     stack: str | None = None
     model: str | None = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def layers(self) -> list[int]:
+        """Return the layers that it serves."""
+        return list(self.norm_factors)
+
+    @classmethod
+    def of(
+        cls,
+        kind: str,
+        tensors: Tensors,
+        *,
+        sized: dict[str, Any],
+        by_norm: bool = False,
+        notes: Sequence[str] = (),
+        **place: Any,
+    ) -> "Incoming":
+        """Return the SAE of these tensors, its decoder rows of unit norm where that is exact.
+
+        Args:
+            kind: of SAE.
+            tensors: with our names and shapes.
+            sized: what `build` asks for beside them.
+            by_norm: see `unit_decoder`.
+            notes: sentences for the user, beside the one on the decoder's norms.
+            **place: the other attributes.
+        """
+        tensors, note = unit_decoder(kind, tensors, by_norm=by_norm)
+        sae, arguments = build(kind, tensors, **sized)
+        told = [each for each in (note, *notes) if each]
+        return cls(sae=sae, arguments=arguments, notes=told, **place)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,6 @@ from typing import Any
 from torch import Tensor
 
 from groupsae.errors import UserError
-from groupsae.interop.libraries.build import build
-from groupsae.interop.libraries.fold import unit_decoder
 from groupsae.interop.libraries.format import Incoming
 from groupsae.interop.libraries.names import parse_module_path
 from groupsae.interop.libraries.sparsify import CONFIG, WEIGHTS, ours
@@ -160,23 +158,18 @@ def read(folder: Path, num_layers: int) -> Incoming:
     tensors = ours(folder, config, *extra)
     if kind == "jumprelu":
         tensors["threshold"] = tensors.pop("log_threshold").exp()
-    tensors, note = unit_decoder(kind, tensors)
     n = len(tensors["b_enc"])
-    more = {"k": number(config, "k", file, latents=n)} if kind == "topk" else {}
-    sae, arguments = build(kind, tensors, **more)
-    notes = [note] if note else []
     stored = _factors_file(folder)
-    if stored is None:
-        notes.append(f"no {FACTORS} beside or above it: activations are not scaled")
-    return Incoming(
+    unscaled = f"no {FACTORS} beside or above it: activations are not scaled"
+    return Incoming.of(
+        kind,
+        tensors,
+        sized={"k": number(config, "k", file, latents=n)} if kind == "topk" else {},
+        notes=[unscaled] if stored is None else [],
         folder=folder,
         format="group-sae",
-        sae=sae,
-        arguments=arguments,
-        layers=layers,
         norm_factors=_factors(stored, layers),
         hookpoint="resid_post",
-        notes=notes,
     )
 
 

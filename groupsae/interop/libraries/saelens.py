@@ -8,8 +8,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from groupsae.errors import UserError
-from groupsae.interop.libraries.build import build, kind_of
-from groupsae.interop.libraries.fold import subtract_b_dec, unit_decoder
+from groupsae.interop.libraries.build import kind_of
+from groupsae.interop.libraries.fold import subtract_b_dec
 from groupsae.interop.libraries.format import About, Format, Incoming, known_place, wrong_place
 from groupsae.interop.libraries.names import lens_hook, lens_model, parse_lens_hook
 from groupsae.interop.libraries.tensors import number, read_config, read_tensors, section, take
@@ -107,20 +107,17 @@ def read(folder: Path) -> Incoming:
         tensors = subtract_b_dec(tensors)
     kind = READS[name]
     by_norm = bool(config.get("rescale_acts_by_decoder_norm", False))
-    tensors, note = unit_decoder(kind, tensors, by_norm=by_norm)
-    more = {"k": _k(config, file, n)} if kind == "topk" else {}
-    sae, arguments = build(kind, tensors, **more)
-    return Incoming(
+    return Incoming.of(
+        kind,
+        tensors,
+        sized={"k": _k(config, file, n)} if kind == "topk" else {},
+        by_norm=by_norm,
         folder=folder,
         format="saelens",
-        sae=sae,
-        arguments=arguments,
-        layers=[place[0]],
         norm_factors={place[0]: 1.0},
         hookpoint=place[1],
         stack=known.stack if known else None,
         model=metadata.get("model_name") or config.get("model_name"),
-        notes=[note] if note else [],
     )
 
 

@@ -8,8 +8,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from groupsae.errors import UserError
-from groupsae.interop.libraries.build import build
-from groupsae.interop.libraries.fold import unit_decoder
 from groupsae.interop.libraries.format import (
     About,
     Format,
@@ -87,20 +85,16 @@ def read(folder: Path) -> Incoming:
     known = known_place(config, file)
     layer, hookpoint = _place(folder, known)
     tensors = ours(folder, config)
-    tensors, note = unit_decoder("topk", tensors)
-    k = number(config, "k", file, latents=len(tensors["b_enc"]))
-    sae, arguments = build("topk", tensors, k=k)
-    return Incoming(
+    return Incoming.of(
+        "topk",
+        tensors,
+        sized={"k": number(config, "k", file, latents=len(tensors["b_enc"]))},
         folder=folder,
         format="sparsify",
-        sae=sae,
-        arguments=arguments,
-        layers=[layer],
         norm_factors={layer: 1.0},
         hookpoint=hookpoint,
         stack=known.stack if known else None,
         model=known.model if known else None,
-        notes=[note] if note else [],
     )
 
 
