@@ -1,5 +1,6 @@
 """The training step of one group, and many groups in one step."""
 
+import contextlib
 import math
 import warnings
 from types import SimpleNamespace
@@ -8,8 +9,9 @@ import lightning as L
 import pytest
 import torch
 from lms import frozen
-from saes import CONSTANT, REST
+from saes import CONSTANT, FAMILY, REST
 from torch import nn
+from waiting import NeverWaiting
 
 from groupsae.data.activations import ActivationDataModule
 from groupsae.data.batch import ActivationBatch
@@ -291,6 +293,51 @@ def tiny_suite():
     )  # fmt: skip
     suite.set_plan(choice.plan(torch.ones(4, 4).fill_diagonal_(0).double().numpy()), TINY)
     return suite
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka"])
+def test_no_step_waits_for_the_device(kind, make_data, monkeypatch):
+    """The whole step of Lightning's loop, with dead latents, but for those that are logged."""
+    architecture, values = FAMILY[kind]
+    group = tiny_group([0, 1], dead_after=1)
+    group.sae = architecture(
+        **(values | {"d_model": 32, "expansion": 4}), generator=torch.Generator().manual_seed(0)
+    )
+    watched, dead = [], []
+    step = GroupSAE.optimizer_step
+
+    def watch(self, *args, **kwargs):
+        logs = (self.global_step + 1) % 2 == 0
+        watched.append(self.global_step)
+        with contextlib.nullcontext() if logs else NeverWaiting():
+            step(self, *args, **kwargs)
+        dead.append(sum(self.num_dead.read()))
+
+    monkeypatch.setattr(GroupSAE, "optimizer_step", watch)
+    fit(group, make_data([[0, 1]]))
+    assert watched == list(range(6))
+    assert dead[-1] > 0
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: torch.bincount(x.long().abs()),
+        lambda x: x.long().abs().repeat_interleave(x.long().abs()),
+        lambda x: x.masked_fill(x > 0, 0)[torch.tensor([0, 1])],
+    ],
+)
+def test_the_watch_sees_what_waits(ask):
+    x = torch.randn(5, generator=torch.Generator().manual_seed(0))
+    if "masked_fill" in ask.__code__.co_names:
+        with NeverWaiting():
+            ask(x)
+    else:
+        with pytest.raises(AssertionError, match="wait"), NeverWaiting():
+            ask(x)
 
 
 def attach(module):

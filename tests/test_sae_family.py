@@ -152,6 +152,39 @@ def test_losses_and_gradients_are_those_of_the_dense_formula(kind: str) -> None:
         torch.testing.assert_close(mine, its, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka"])
+def test_latents_found_in_bfloat16_are_those_of_float32_with_its_values(kind: str) -> None:
+    """All but one in a thousand: rounding swaps those that lie closer than it reaches."""
+    size = {"d_model": 64, "expansion": 16, "k": 8}
+    exact, low = make(kind, **size), make(kind, **size, selection="bfloat16")
+    low.load_state_dict(exact.state_dict())
+    x, alive = torch.randn(512, 64, generator=generator(3)), nobody(exact)
+    with torch.no_grad():
+        x[:] += exact.b_dec
+    outputs = exact(x, ONE.float(), alive), low(x, ONE.float(), alive)
+    found, expected = (dense(exact, o.latents, len(x)) for o in reversed(outputs))
+    same = (found > 0) & (expected > 0)
+    assert same.sum() >= 0.999 * (expected > 0).sum()
+    assert (found > 0).sum() == (expected > 0).sum()
+    torch.testing.assert_close(found[same], expected[same], rtol=1e-5, atol=1e-6)
+    assert outputs[1].reconstruction.dtype == torch.float32
+    gradients = [
+        torch.autograd.grad(sum(o.losses.values()), [*sae.parameters()])
+        for sae, o in zip((exact, low), outputs, strict=True)
+    ]
+    for mine, its in zip(*gradients, strict=True):
+        assert (mine - its).norm() <= 0.03 * its.norm()
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+def test_auxk_found_in_bfloat16_has_the_values_of_float32(kind: str) -> None:
+    size = {"d_model": 64, "expansion": 16, "k": 8}
+    exact, low = make(kind, **size), make(kind, **size, selection="bfloat16")
+    x, dead = torch.randn(64, 64, generator=generator(3)), torch.arange(0, 1000, 40)
+    auxk = [sae(x, ONE.float(), dead).losses["auxk"] for sae in (exact, low)]
+    torch.testing.assert_close(*auxk, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_reconstruction_is_that_of_the_latents_given(kind: str) -> None:
     sae, x = trained(kind), make_x()
@@ -351,6 +384,7 @@ def test_flops_are_what_the_counter_sees(kind: str) -> None:
         ("topk", {"auxk_alpha": -1}, "sae.auxk_alpha is -1"),
         ("topk", {"auxk_alpha": float("nan")}, "sae.auxk_alpha is nan"),
         ("topk", {"auxk_share": 0}, "sae.auxk_share is 0"),
+        ("topk", {"selection": "float16"}, "sae.selection is 'float16': use float32 or bfloat16"),
         ("matryoshka", {"prefixes": ["a", 1]}, "sae.prefixes is 'a'"),
     ],
 )

@@ -27,4 +27,5 @@ class Readback:
         """Return the numbers."""
         if self._copied is not None:
             self._copied.synchronize()
-        return [int(number) for number in self._numbers]
+        numbers: list[int] = self._numbers.tolist()
+        return numbers

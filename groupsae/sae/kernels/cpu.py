@@ -34,7 +34,7 @@ def dots(
     starts: Int[Tensor, "bound"],
     picked: Int[Tensor, "entry"],
 ) -> Float[Tensor, "entry"]:
-    """Return x[row of e] . table[picked[e]] for each entry."""
+    """Return x[row of e] . table[picked[e]] for each entry; a row picks none twice."""
     wanted = torch.sparse_csr_tensor(
         starts, picked, x.new_zeros(len(picked)), (len(x), len(table)), check_invariants=False
     )
