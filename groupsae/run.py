@@ -17,7 +17,7 @@ from groupsae.content import RUNTIME, without
 from groupsae.errors import UserError
 from groupsae.evaluation.options import check_options
 
-FORMAT = 2  # of a run folder: what its configuration says and its files hold
+FORMAT = 3  # of a run folder: what its configuration says and its files hold
 PLACE = ("accelerator", "devices", "num_nodes", "strategy", "precision", "profiler")
 
 

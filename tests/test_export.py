@@ -240,7 +240,7 @@ def test_a_run_that_is_not_finished_is_refused(tmp_path):
     run = run_folder(tmp_path / "run", "topk")
     (run / "summary.json").unlink()
     (run / ".hydra").mkdir()
-    (run / ".hydra" / "config.yaml").write_text("overwrite: false\nrun_format: 2\n")
+    (run / ".hydra" / "config.yaml").write_text("overwrite: false\nrun_format: 3\n")
     with pytest.raises(UserError, match="was not finished"):
         export(run, "format=saelens")
     with pytest.raises(UserError, match="no run there"):
@@ -338,7 +338,7 @@ def test_models_and_modules_go_by_their_librarys_names():
         ("cut", "sae.safetensors is cut short or damaged"),
         ("shape", r"the tensor W_dec has shape \[48, 15\].*wants \[48, 16\]"),
         ("missing", "lacks the tensor b_enc"),
-        ("newer", "has format 99, this version of groupsae reads 2"),
+        ("newer", "has format 99, this version of groupsae reads 3"),
     ],
 )
 def test_damaged_saes_of_ours_are_named_and_nothing_is_written(tmp_path, damage, told):

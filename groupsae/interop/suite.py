@@ -20,7 +20,7 @@ from groupsae.interop.hub.repository import download, repository
 from groupsae.interop.libraries.tensors import read_tensors, take
 from groupsae.sae.base import SAE, SparseLatents
 
-FORMAT = 2
+FORMAT = 3
 
 
 def save_sae(folder: Path, sae: SAE, config: dict[str, Any]) -> None:

@@ -22,7 +22,13 @@ KINDS: dict[str, type[SAE]] = {
     "gated": Gated,
 }
 # What only training asks for; the values do nothing here.
-_TOPK = {"k_start": None, "sparsity_warmup": 0.0, "auxk_alpha": 0.0, "auxk_share": 0.5}
+_TOPK = {
+    "k_start": None,
+    "sparsity_warmup": 0.0,
+    "auxk_alpha": 0.0,
+    "auxk_share": 0.5,
+    "selection": "float32",
+}
 _BATCH = {**_TOPK, "threshold_momentum": 0.0}
 _L1 = {"l1_coefficient": 1.0, "sparsity_warmup": 0.0}
 UNTRAINED: dict[str, dict[str, Any]] = {
