@@ -1,0 +1,235 @@
+"""An SAE's training step by part, against the floor: `python -m benchmarks.step [device=cuda]`.
+
+The floor is the encoder's dense product and one pass of Adam, both measured alone in the same run.
+Parts are measured alone on the step's own latents; the whole step is a `GroupSAE`'s as in
+training, with counters, AuxK at hand, projection, clipping, Adam and normalisation. Beside them
+the same step in plain PyTorch: dense decoding, gradients by autograd, Adam as it is by default.
+
+    python -m benchmarks.step                             # CPU, float32: two minutes on two cores
+    python -m benchmarks.step selection=bfloat16          # latents found in bfloat16
+    python -m benchmarks.step dead=1000                   # with AuxK at work
+    python -m benchmarks.step device=cuda selection=bfloat16
+
+Writes benchmarks/results/step.md, with the options in its name.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.timing import Seconds, interleaved, now, write
+from groupsae.sae.kernels.largest import top_k
+from groupsae.sae.topk import TopK
+from groupsae.training.allocator import keep_freed_memory
+from groupsae.training.group import GroupSAE
+from groupsae.training.optim import Adam
+
+
+class Shape(NamedTuple):
+    """Sizes of a step."""
+
+    d_model: int
+    d_sae: int
+    k: int
+    batch: int
+
+
+SHAPES = {
+    "cpu": [Shape(512, 4096, 32, 2048), Shape(768, 12288, 64, 2048)],
+    "cuda": [
+        Shape(d, n, 128, batch)
+        for d, n in ((768, 12288), (1024, 16384), (2048, 32768))
+        for batch in (8192, 32768)
+    ],
+}
+ROUNDS = 7
+FLOOR = ("encoder's product", "Adam")
+WHOLE, PLAIN = "whole step", "the same in plain PyTorch"
+
+
+def activations(shape: Shape) -> Tensor:
+    """Return rows that a dictionary explains: 16 of 4 d directions each, and noise."""
+    source = torch.Generator().manual_seed(0)
+    directions = F.normalize(torch.randn(4 * shape.d_model, shape.d_model, generator=source))
+    chosen = torch.rand(shape.batch, 4 * shape.d_model, generator=source).topk(16).indices
+    weights = torch.rand(shape.batch, 16, generator=source) + 0.5
+    x = F.embedding_bag(chosen, directions, mode="sum", per_sample_weights=weights)
+    x += 0.05 * torch.randn(x.shape, generator=source)
+    return x / x.norm(dim=1).mean()
+
+
+def group_of(shape: Shape, selection: str, device: torch.device) -> GroupSAE:
+    """Return a group as training makes it."""
+    make = functools.partial(
+        TopK, expansion=None, d_sae=shape.d_sae, tied=True, k=shape.k, k_start=None,
+        sparsity_warmup=0.0, auxk_alpha=1 / 32, auxk_share=0.5, selection=selection,
+    )  # fmt: skip
+    optim = Adam(
+        base_lr=2e-4, base_d_sae=2**14, betas=(0.9, 0.999), eps=1e-8, clip_norm=1.0, warmup=0.0,
+        decay="constant", decay_share=0.0,
+    )  # fmt: skip
+    return GroupSAE(
+        name="layers.0", layers=[0], norm_factors={0: 1.0}, sae=make, d_model=shape.d_model,
+        optim=optim, dead_after=10**9, b_dec_start="zero", seed=0,
+    ).to(device)  # fmt: skip
+
+
+def whole_step(group: GroupSAE, acts: Tensor, dead: int) -> Callable[[], None]:
+    """Return a step as training does it; some latents are dead all the time."""
+    optimizer, layers = group.configure_optimizers(), acts.new_zeros(len(acts)).long()
+
+    def step() -> None:
+        group.tokens_since_fired[:dead] = group.dead_after
+        x = group.scaled(acts, layers)
+        loss = group.step(x, layers, group.moments(x, layers), num_dead=dead)
+        group.count_dead(group.fired > 0)
+        loss.backward()
+        group.configure_gradient_clipping(optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+        group.sae.normalize_decoder()
+
+    return step
+
+
+def plain_step(shape: Shape, acts: Tensor) -> Callable[[], None]:
+    """Return what one would write without thinking of cost."""
+    weights = F.normalize(torch.randn(shape.d_sae, shape.d_model, device=acts.device))
+    W_enc, W_dec = nn.Parameter(weights), nn.Parameter(weights.clone())
+    b_enc = nn.Parameter(acts.new_zeros(shape.d_sae))
+    b_dec = nn.Parameter(acts.new_zeros(shape.d_model))
+    optimizer = torch.optim.Adam([W_enc, W_dec, b_enc, b_dec], lr=2e-4)
+
+    def step() -> None:
+        pre_acts = F.linear(acts - b_dec, W_enc, b_enc).relu()
+        values, indices = pre_acts.topk(shape.k, dim=1)
+        latents = torch.zeros_like(pre_acts).scatter(1, indices, values)
+        loss = (latents @ W_dec + b_dec - acts).square().sum() / acts.var(dim=0).sum()
+        loss.backward()
+        with torch.no_grad():
+            W_dec.grad -= (W_dec.grad * W_dec).sum(dim=1, keepdim=True) * W_dec  # type: ignore[operator]
+        nn.utils.clip_grad_norm_([W_enc, W_dec, b_enc, b_dec], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            W_dec /= W_dec.norm(dim=1, keepdim=True)
+
+    return step
+
+
+@torch.no_grad()
+def parts_of(group: GroupSAE, x: Tensor) -> dict[str, Callable[[], Any]]:
+    """Return the parts of a step, each alone, on the latents that the group finds now."""
+    sae = group.sae
+    assert isinstance(sae, TopK)
+    latents, pre_acts = sae.find(x, sae.k)
+    entries, acts = latents.entries(sae.d_sae), latents.acts.flatten()
+    order, rows, starts = entries.by_latent
+    kernels = entries.kernels(sae.W_dec)
+    for parameter in sae.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer = group.configure_optimizers()
+    low = torch.bfloat16 if sae.selection == "bfloat16" else torch.float32
+    x_low, W_low, b_low = x.to(low), sae.W_enc.to(low), sae.b_enc.to(low)
+    sorted_acts = acts[order]
+
+    def rows_of_a_weight() -> Tensor:
+        return kernels.combine(sorted_acts, rows, starts, x)
+
+    parts: dict[str, Callable[[], Any]] = {
+        "encoder's product": lambda: F.linear(x_low, W_low, b_low),
+        "choosing k": lambda: top_k(pre_acts, sae.k),
+        "decoding": lambda: kernels.combine(acts, entries.latents, entries.starts, sae.W_dec),
+        "gradient of the latents": lambda: kernels.dots(
+            x, sae.W_dec, entries.starts, entries.latents
+        ),
+        "entries by latent": lambda: latents.entries(sae.d_sae).by_latent,
+        "decoder's gradient": rows_of_a_weight,
+        "encoder's gradient": rows_of_a_weight,
+        "projection": sae.project_gradient,
+        "clipping": lambda: nn.utils.clip_grad_norm_(sae.parameters(), 1.0),
+        "Adam": optimizer.step,
+        "normalisation": sae.normalize_decoder,
+    }
+    if low != torch.float32:
+        parts["weights to bfloat16"] = lambda: sae.W_enc.to(low)
+        candidates = sae.select(pre_acts, 2 * sae.k)
+        again = candidates.entries(sae.d_sae)
+        parts["candidates in float32"] = lambda: kernels.dots(
+            x, sae.W_enc, again.starts, again.latents
+        )
+        parts["choosing k"] = lambda: (
+            sae.select(pre_acts, 2 * sae.k),
+            top_k(candidates.acts, sae.k),
+        )
+    return parts
+
+
+def timed(use: Callable[[], Any], device: torch.device) -> Callable[[], float]:
+    """Return a block that says how long one call takes, of three."""
+
+    def block() -> float:
+        start = now(device)
+        for _ in range(3):
+            use()
+        return (now(device) - start) / 3
+
+    return block
+
+
+def table(found: dict[str, Seconds]) -> list[str]:
+    """Return the lines of one shape's table, and the ratios below it."""
+    whole = found[WHOLE].median
+    parts = {name: s for name, s in found.items() if name not in (WHOLE, PLAIN)}
+    summed = sum(s.median for s in parts.values())
+    floor = sum(parts[name].median for name in FLOOR)
+    rest = [("sum of the parts", summed), (WHOLE, whole), (PLAIN, found[PLAIN].median)]
+    rows = [*((name, s.median) for name, s in parts.items()), *rest]
+    return [
+        "| | ms | of the step |",
+        "|---|---|---|",
+        *(f"| {name} | {1000 * s:.2f} | {s / whole:.0%} |" for name, s in rows),
+        "",
+        f"Whole step / sum of the parts: {whole / summed:.2f}. Whole step / floor (encoder's "
+        f"product and Adam): {whole / floor:.2f}. Plain PyTorch / whole step: "
+        f"{found[PLAIN].median / whole:.2f}.",
+        "",
+    ]
+
+
+def main(arguments: list[str]) -> None:
+    """Measure every shape and write the tables."""
+    given = dict(a.split("=", 1) for a in arguments)
+    device = torch.device(given.get("device", "cpu"))
+    selection, dead = given.get("selection", "float32"), int(given.get("dead", 0))
+    keep_freed_memory()
+    lines: list[str] = []
+    for shape in SHAPES[device.type]:
+        acts = activations(shape).to(device)
+        group = group_of(shape, selection, device)
+        step = whole_step(group, acts, dead)
+        for _ in range(5):
+            step()
+        blocks = {name: timed(use, device) for name, use in parts_of(group, acts).items()}
+        blocks[WHOLE] = timed(step, device)
+        blocks[PLAIN] = timed(plain_step(shape, acts), device)
+        title = f"d_model {shape.d_model}, d_sae {shape.d_sae:,}, k {shape.k}, batch {shape.batch:,}"
+        lines += [f"## {title}", "", *table(interleaved(blocks, ROUNDS, title))]
+    name = "_".join(["step", *(f"{key}-{value}" for key, value in given.items())])
+    write(
+        name,
+        "One training step of an SAE, by part",
+        "\n".join(lines).rstrip(),
+        device,
+        f"Medians of {ROUNDS} rounds, in which parts, whole and plain PyTorch follow each other; "
+        "3 calls each.",
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
