@@ -12,7 +12,10 @@ from groupsae.sae.matryoshka import Matryoshka
 from groupsae.sae.relu import ReLU
 from groupsae.sae.topk import TopK
 
-REST = {"d_sae": None, "tied": True, "k_start": None, "sparsity_warmup": 0.0}  # of a TopK
+# what a TopK needs beside the values of most tests
+REST = {
+    "d_sae": None, "tied": True, "k_start": None, "sparsity_warmup": 0.0, "selection": "float32"
+}  # fmt: skip
 CONSTANT = {"warmup": 0.0, "decay": "constant", "decay_share": 0.0}  # of an Adam
 
 TOPK: dict[str, Any] = {**REST, "k": 3, "auxk_alpha": 1 / 32, "auxk_share": 0.5}

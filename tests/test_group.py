@@ -60,7 +60,8 @@ def make_rows(layers=(1, 3), rows=60, seed=0):
 
 
 def step(group, acts, layers):
-    return group.step(acts, layers, group.moments(acts, layers))
+    x = group.scaled(acts, layers)
+    return group.step(x, layers, group.moments(x, layers), int(group.dead().sum()))
 
 
 # ---- one step -------------------------------------------------------------------------------
@@ -117,12 +118,13 @@ def test_tokens_are_counted_for_each_layer():
 
 def test_moments_of_two_halves_add_up_to_those_of_the_whole():
     group, (acts, layers) = make_group(), make_rows()
-    halves = group.moments(acts[:20], layers[:20]) + group.moments(acts[20:], layers[20:])
-    torch.testing.assert_close(halves, group.moments(acts, layers), rtol=1e-12, atol=1e-12)
+    x = group.scaled(acts, layers)
+    halves = group.moments(x[:20], layers[:20]) + group.moments(x[20:], layers[20:])
+    torch.testing.assert_close(halves, group.moments(x, layers), rtol=1e-12, atol=1e-12)
     # two processes: each part of the loss has the global variance under it
     parts = [
-        group.step(acts[:20], layers[:20], halves),
-        group.step(acts[20:], layers[20:], halves),
+        group.step(x[:20], layers[:20], halves),
+        group.step(x[20:], layers[20:], halves),
     ]
     torch.testing.assert_close(sum(parts), step(group, acts, layers), rtol=1e-5, atol=0)
 

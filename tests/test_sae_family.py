@@ -26,7 +26,7 @@ def make_x(rows: int = 40, seed: int = 2) -> torch.Tensor:
 
 
 def nobody(sae: Any) -> torch.Tensor:
-    return torch.zeros(sae.d_sae, dtype=torch.bool)
+    return torch.zeros(0, dtype=torch.int64)
 
 
 def dense(sae: Any, latents: Any, rows: int) -> torch.Tensor:
@@ -34,12 +34,11 @@ def dense(sae: Any, latents: Any, rows: int) -> torch.Tensor:
     if isinstance(latents, torch.Tensor):
         return latents
     out = torch.zeros(rows, sae.d_sae, dtype=torch.float64)
-    ends = [] if latents.offsets is None else [*latents.offsets[1:].tolist(), len(latents.acts)]
     for row in range(rows):
-        if latents.offsets is None:
+        if latents.starts is None:
             acts, indices = latents.acts[row], latents.indices[row]
         else:
-            mine = slice(int(latents.offsets[row]), ends[row])
+            mine = slice(*latents.starts[row : row + 2].tolist())
             acts, indices = latents.acts[mine], latents.indices[mine]
         for act, index in zip(acts, indices, strict=True):
             out[row, index] += act.detach()
@@ -166,8 +165,7 @@ def test_the_reconstruction_is_that_of_the_latents_given(kind: str) -> None:
 
 def test_auxk_of_batchtopk_is_that_of_topk_for_the_same_error() -> None:
     sae, x = trained("batchtopk"), make_x()
-    dead = nobody(sae)
-    dead[[1, 4, 20]] = True
+    dead = torch.tensor([1, 4, 20])
     output = sae(x, 7 * ONE, dead)
     pre = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).relu()[:, dead]
     error = x - output.reconstruction - pre @ sae.W_dec[dead]  # 3 dead of at most 3
@@ -404,7 +402,9 @@ def test_a_sparse_dictionary_is_recovered_by_the_recipe(kind: str) -> None:
         weights = torch.rand(rows, active, generator=source) + 0.5
         x = nn.functional.embedding_bag(chosen, dictionary, mode="sum", per_sample_weights=weights)
         optimizer.zero_grad()
-        loss = group.step(x, layers, group.moments(x, layers), step / steps)
+        loss = group.step(
+            x, layers, group.moments(x, layers), int(group.dead().sum()), step / steps
+        )
         group.count_dead(group.fired > 0)
         loss.backward()
         group.configure_gradient_clipping(optimizer)

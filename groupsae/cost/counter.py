@@ -11,17 +11,17 @@ aten = torch.ops.aten
 def flop_counter() -> FlopCounterMode:
     """Return a counter of the products and attentions in a `with`; `get_total_flops()` reads it.
 
-    An embedding bag with weights, its gradient for the rows and that for the weights cost 2 d
-    FLOPs for every row they touch; PyTorch's own registry has none of the three, nor the CPU's
+    An embedding bag with weights and a product that is sampled at a sparse matrix's entries cost
+    2 d FLOPs for every row they touch; PyTorch's own registry has neither, nor the CPU's
     attention.
     """
     return FlopCounterMode(
         display=False,
         custom_mapping={
             aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-            aten._embedding_bag: _rows_of_the_weight,
-            aten._embedding_bag_backward: _rows_of_the_gradient,
-            aten._embedding_bag_per_sample_weights_backward: _rows_of_both,
+            aten._embedding_bag_forward_only: _rows_of_the_table,
+            aten._embedding_bag: _rows_of_the_table,
+            aten.sparse_sampled_addmm: _sampled,
         },
     )
 
@@ -30,13 +30,12 @@ def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return int(sdpa_flop_count(query, key, value))
 
 
-def _rows_of_the_weight(weight: Any, indices: Any, *_: Any, **__: Any) -> int:
-    return 2 * int(indices[0]) * int(weight[1])
+def _rows_of_the_table(table: Any, indices: Any, *_: Any, **__: Any) -> int:
+    return 2 * int(indices[0]) * int(table[1])
 
 
-def _rows_of_the_gradient(gradient: Any, indices: Any, *_: Any, **__: Any) -> int:
-    return 2 * int(indices[0]) * int(gradient[1])
+def _sampled(entries: Any, left: Any, *_: Any, **__: Any) -> int:
+    return 2 * int(entries.values().numel()) * int(left.shape[1])
 
 
-def _rows_of_both(gradient: Any, _weight: Any, indices: Any, *_: Any, **__: Any) -> int:
-    return 2 * int(indices[0]) * int(gradient[1])
+_sampled._get_raw = True  # type: ignore[attr-defined]  # of the tensors: their shapes hide the entries

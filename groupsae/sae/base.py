@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from groupsae.errors import UserError
 from groupsae.sae.schedule import check_count, is_number
+from groupsae.sae.sparse import Decode, Entries
 
 AllSum = Callable[[Tensor], Tensor]
 
@@ -24,17 +25,23 @@ class SparseLatents(NamedTuple):
     """Latent activations of a batch; a value of zero means not active.
 
     `encode` gives k a row. Where the rows of a training batch have different numbers of active
-    latents, `offsets` says where each row begins, and the other two have one dimension.
+    latents, `starts` says where each row begins, and the other two have one dimension.
 
     Attributes:
         acts: activations, never negative.
         indices: which latents they belong to.
-        offsets: None, or the first entry of each row.
+        starts: None, or the first entry of each row, and the number of entries at the end.
     """
 
     acts: Float[Tensor, "batch k"] | Float[Tensor, "entry"]
     indices: Int[Tensor, "batch k"] | Int[Tensor, "entry"]
-    offsets: Int[Tensor, "batch"] | None = None
+    starts: Int[Tensor, "bound"] | None = None
+
+    def entries(self, d_sae: int) -> Entries:
+        """Return which latents are active in which rows."""
+        if self.starts is None:
+            return Entries.of_rows(self.indices, d_sae)
+        return Entries(self.indices, self.starts, d_sae)
 
 
 class SAEOutput(NamedTuple):
@@ -109,13 +116,8 @@ class SAE(nn.Module, ABC):
 
     def combine(self, latents: SparseLatents) -> Float[Tensor, "batch d_model"]:
         """Return what the latents add up to, without the bias."""
-        return F.embedding_bag(
-            latents.indices,
-            self.W_dec,
-            latents.offsets,
-            mode="sum",
-            per_sample_weights=latents.acts,
-        )
+        entries = latents.entries(self.d_sae)
+        return Decode.apply(latents.acts.flatten(), self.W_dec, entries)
 
     def decode_dense(
         self, latents: Float[Tensor, "*batch d_sae"]
@@ -134,7 +136,7 @@ class SAE(nn.Module, ABC):
         self,
         x: Float[Tensor, "batch d_model"],
         total_variance: Float[Tensor, ""],
-        dead: Bool[Tensor, "d_sae"],
+        dead: Int[Tensor, "dead"],
         progress: float = 1.0,
         share: float | Float[Tensor, ""] = 1.0,
         all_sum: AllSum = same,
@@ -166,7 +168,8 @@ class SAE(nn.Module, ABC):
         """
         gradient = self.W_dec.grad
         if gradient is not None:
-            gradient -= (gradient * self.W_dec).sum(dim=1, keepdim=True) * self.W_dec
+            along = torch.linalg.vecdot(gradient, self.W_dec).unsqueeze(1)
+            gradient.addcmul_(along, self.W_dec, value=-1)
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
@@ -219,10 +222,11 @@ def firings(
     """Return which latents fired in a batch, and how often all of them did."""
     if isinstance(latents, Tensor):
         return (latents > 0).any(dim=0), (latents > 0).sum()
-    active = latents.acts > 0
-    fired = torch.zeros(d_sae, dtype=torch.bool, device=active.device)
-    fired[latents.indices[active]] = True
-    return fired, active.sum()
+    active = (latents.acts > 0).flatten()
+    # a sum, not an assignment by mask, which would wait for the device to know its size
+    times = torch.zeros(d_sae, dtype=torch.int32, device=active.device)
+    times.scatter_add_(0, latents.indices.flatten(), active.int())
+    return times > 0, active.sum()
 
 
 def active_latents(acts: Float[Tensor, "batch d_sae"]) -> SparseLatents:

@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from groupsae.sae.base import SparseLatents, active_latents
+from groupsae.sae.base import SAEOutput, SparseLatents, active_latents
+from groupsae.sae.kernels.largest import top_k
 from groupsae.sae.schedule import check_share
 from groupsae.sae.topk import TopK
 
@@ -39,15 +40,26 @@ class BatchTopK(TopK):
         return active_latents(pre_acts.relu() * (pre_acts > self.threshold))
 
     def select(self, pre_acts: Float[Tensor, "batch d_sae"], k: int) -> SparseLatents:
-        """Return the k * batch largest latents of the batch, after ReLU, in order of rows."""
+        """Return the k * batch largest pre-activations of the batch, in order of rows."""
         rows, width = pre_acts.shape
-        flat = pre_acts.flatten()
-        kept = flat.detach().topk(k * rows, sorted=False).indices.sort().values
-        acts = flat[kept].relu()
+        starts = torch.arange(rows + 1, device=pre_acts.device) * width
+        values, place, starts = _largest(pre_acts.flatten(), k * rows, starts)
+        return SparseLatents(values, place % width, starts)
+
+    def narrow(self, candidates: SparseLatents, k: int) -> SparseLatents:
+        """Return the k * batch largest among pre-activations that `select` gave."""
+        assert candidates.starts is not None
+        count = k * (len(candidates.starts) - 1)
+        values, place, starts = _largest(candidates.acts, count, candidates.starts)
+        return SparseLatents(values, candidates.indices[place], starts)
+
+    def forward(self, *args: Any, **kwargs: Any) -> SAEOutput:
+        """Return what `TopK` does; in training the threshold follows."""
+        output = super().forward(*args, **kwargs)
         if self.training:
-            self._follow(acts.detach())
-        starts = torch.arange(rows, device=kept.device) * width
-        return SparseLatents(acts, kept % width, torch.searchsorted(kept, starts))
+            assert isinstance(output.latents, SparseLatents)
+            self._follow(output.latents.acts)
+        return output
 
     @torch.no_grad()
     def _follow(self, acts: Float[Tensor, "entry"]) -> None:
@@ -62,3 +74,17 @@ class BatchTopK(TopK):
     def followed(self) -> list[Tensor]:
         """Return the threshold."""
         return [self.threshold]
+
+
+def _largest(
+    values: Float[Tensor, "value"], count: int, starts: Int[Tensor, "bound"]
+) -> tuple[Float[Tensor, "entry"], Int[Tensor, "entry"], Int[Tensor, "bound"]]:
+    """Return the largest values in the order that they are in, their places, and where rows start.
+
+    Args:
+        values: one row after the other.
+        count: how many to return.
+        starts: where each row's values begin, and their number at the end.
+    """
+    place = top_k(values.unsqueeze(0), count)[1].squeeze(0).sort().values
+    return values[place], place, torch.searchsorted(place, starts)

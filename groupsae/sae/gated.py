@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from groupsae.sae.base import (
@@ -64,7 +64,7 @@ class Gated(SAE):
         self,
         x: Float[Tensor, "batch d_model"],
         total_variance: Float[Tensor, ""],
-        dead: Bool[Tensor, "d_sae"],
+        dead: Int[Tensor, "dead"],
         progress: float = 1.0,
         share: float | Float[Tensor, ""] = 1.0,
         all_sum: AllSum = same,

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from groupsae.errors import UserError
@@ -82,7 +82,7 @@ class JumpReLU(SAE):
         self,
         x: Float[Tensor, "batch d_model"],
         total_variance: Float[Tensor, ""],
-        dead: Bool[Tensor, "d_sae"],
+        dead: Int[Tensor, "dead"],
         progress: float = 1.0,
         share: float | Float[Tensor, ""] = 1.0,
         all_sum: AllSum = same,

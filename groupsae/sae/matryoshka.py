@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from groupsae.errors import UserError
-from groupsae.sae.base import SparseLatents
 from groupsae.sae.batchtopk import BatchTopK
+from groupsae.sae.kernels.bookkeeping import rows_of
 from groupsae.sae.schedule import check_share
+from groupsae.sae.sparse import Decode, Entries
 
 
 class Matryoshka(BatchTopK):
@@ -30,6 +31,7 @@ class Matryoshka(BatchTopK):
     """
 
     terms = ("fvu", "nested", "auxk")
+    begins: Tensor  # first latent of each ring: what a prefix adds to the one before
 
     def __init__(self, *, prefixes: Sequence[float], **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -42,30 +44,29 @@ class Matryoshka(BatchTopK):
                 f"sae.prefixes is {list(prefixes)}; give shares of the {self.d_sae} latents that "
                 "grow and end in 1, such as [0.0625,0.125,0.25,0.5,1], none of them empty."
             )
+        begins = torch.tensor([0, *self.sizes[:-1]])
+        self.register_buffer("begins", begins, persistent=False)
 
     def reconstruct(
         self,
         x: Float[Tensor, "batch d_model"],
-        latents: SparseLatents,
+        acts: Float[Tensor, "entry"],
+        entries: Entries,
         total_variance: Float[Tensor, ""],
     ) -> tuple[Float[Tensor, "batch d_model"], dict[str, Float[Tensor, ""]]]:
         """Return the reconstruction from all latents, and the losses of all prefixes.
 
         fvu is that of all latents, nested the sum of those of the smaller prefixes.
         """
-        x_hats = self.b_dec + self.combine(self._by_ring(latents)).unflatten(
-            0, (len(x), len(self.sizes))
-        ).cumsum(dim=1)
+        rings = Decode.apply(acts, self.W_dec, self._by_ring(entries))
+        x_hats = self.b_dec + rings.unflatten(0, (len(x), len(self.sizes))).cumsum(dim=1)
         squares = (x.unsqueeze(1) - x_hats).square().sum(dim=(0, 2)) / total_variance
         return x_hats[:, -1], {"fvu": squares[-1], "nested": squares[:-1].sum()}
 
-    def _by_ring(self, latents: SparseLatents) -> SparseLatents:
+    def _by_ring(self, entries: Entries) -> Entries:
         """Cut each row where a prefix ends: the entries are in order of row and latent."""
-        assert latents.offsets is not None
-        begin = torch.tensor([0, *self.sizes[:-1]], device=latents.indices.device)
-        rows = torch.arange(len(latents.offsets), device=begin.device)
-        entry = torch.arange(len(latents.indices), device=begin.device)
-        row = torch.searchsorted(latents.offsets, entry, right=True) - 1
-        cuts = (rows.unsqueeze(1) * self.d_sae + begin).flatten()
-        offsets = torch.searchsorted(row * self.d_sae + latents.indices, cuts)
-        return latents._replace(offsets=offsets)
+        row = rows_of(entries.starts, len(entries.latents))
+        rows = torch.arange(len(entries.starts) - 1, device=row.device)
+        cuts = (rows.unsqueeze(1) * self.d_sae + self.begins).flatten()
+        starts = torch.searchsorted(row * self.d_sae + entries.latents, cuts)
+        return Entries(entries.latents, torch.cat([starts, entries.starts[-1:]]), self.d_sae)

@@ -3,12 +3,18 @@
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from groupsae.errors import UserError
 from groupsae.sae.base import SAE, AllSum, SAEOutput, SparseLatents, linear_pre_acts, same
+from groupsae.sae.kernels.largest import top_k
 from groupsae.sae.schedule import check_count, check_positive, check_share, is_number, ramp
+from groupsae.sae.sparse import Decode, Encode, Entries
+
+SELECTIONS = ("float32", "bfloat16")
+CANDIDATES = 2  # for each active latent, where those are found in bfloat16
 
 
 class TopK(SAE):
@@ -25,6 +31,8 @@ class TopK(SAE):
         auxk_alpha: weight of the AuxK term (paper: 1/32); 0 switches it off.
         auxk_share: AuxK uses up to auxk_share * d_model dead latents (0.5, as Gao et al. and the
             reference code do; the paper's text says half of d_sae).
+        selection: dtype of the encoder's product that finds a training step's active latents,
+            float32 or bfloat16; their values and all gradients are float32 either way.
         **size: of `SAE`.
 
     Raises:
@@ -42,6 +50,7 @@ class TopK(SAE):
         sparsity_warmup: float,
         auxk_alpha: float,
         auxk_share: float,
+        selection: str,
         **size: Any,
     ) -> None:
         super().__init__(**size)
@@ -51,6 +60,9 @@ class TopK(SAE):
         check_positive(auxk_share=auxk_share)
         if not is_number(auxk_alpha) or auxk_alpha < 0:
             raise UserError(f"sae.auxk_alpha is {auxk_alpha!r}; it must be at least 0.")
+        if selection not in SELECTIONS:
+            raise UserError(f"sae.selection is {selection!r}: use {' or '.join(SELECTIONS)}.")
+        self.selection = selection
         self.k, self.k_start, self.sparsity_warmup = k, k_start or k, sparsity_warmup
         self.auxk_alpha, self.max_auxk = auxk_alpha, max(1, round(auxk_share * self.d_model))
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
@@ -61,21 +73,47 @@ class TopK(SAE):
 
     def encode(self, x: Float[Tensor, "batch d_model"]) -> SparseLatents:
         """Return the k largest latents of each row."""
-        return largest(self.pre_acts(x), self.k)
+        values, indices = top_k(self.pre_acts(x), self.k)
+        return SparseLatents(values.relu(), indices)
 
     def k_at(self, progress: float) -> int:
         """Return the number of active latents after a share of the training."""
         return round(ramp(self.k_start, self.k, self.sparsity_warmup, progress))
 
     def select(self, pre_acts: Float[Tensor, "batch d_sae"], k: int) -> SparseLatents:
-        """Return the active latents of a training batch, k a row."""
-        return largest(pre_acts, k)
+        """Return the largest pre-activations of a training batch, k a row."""
+        return SparseLatents(*top_k(pre_acts, k))
+
+    def narrow(self, candidates: SparseLatents, k: int) -> SparseLatents:
+        """Return the largest among pre-activations that `select` gave, k a row."""
+        values, place = top_k(candidates.acts, k)
+        return SparseLatents(values, candidates.indices.gather(1, place))
+
+    @torch.no_grad()
+    def find(
+        self, x: Float[Tensor, "batch d_model"], k: int
+    ) -> tuple[SparseLatents, Float[Tensor, "batch d_sae"]]:
+        """Return the pre-activations that are active in training, and all as they were found.
+
+        Found in bfloat16, the best 2 k are worked out again in float32, and the best k of those
+        are taken: its rounding, 2^-9 of a value, reaches across the k-th place but hardly ever
+        across as many values again.
+        """
+        if self.selection == "float32":
+            pre_acts = self.pre_acts(x)
+            return self.select(pre_acts, k), pre_acts
+        low = torch.bfloat16
+        pre_acts = F.linear((x - self.b_dec).to(low), self.W_enc.to(low), self.b_enc.to(low))
+        candidates = self.select(pre_acts, min(CANDIDATES * k, self.d_sae))
+        exact = self._encode_at(None, x, candidates.entries(self.d_sae))
+        again = candidates._replace(acts=exact.view_as(candidates.acts))
+        return self.narrow(again, k), pre_acts
 
     def forward(
         self,
         x: Float[Tensor, "batch d_model"],
         total_variance: Float[Tensor, ""],
-        dead: Bool[Tensor, "d_sae"],
+        dead: Int[Tensor, "dead"],
         progress: float = 1.0,
         share: float | Float[Tensor, ""] = 1.0,
         all_sum: AllSum = same,
@@ -87,43 +125,59 @@ class TopK(SAE):
         share = min(dead / max_auxk, 1), so that a handful of dead latents does not get the full
         weight.
         """
-        pre_acts = self.pre_acts(x)
-        latents = self.select(pre_acts, self.k_at(progress))
-        reconstruction, losses = self.reconstruct(x, latents, total_variance)
-        num_dead = int(dead.sum()) if self.auxk_alpha > 0 else 0
-        if num_dead > 0:
-            masked = pre_acts.masked_fill(~dead, -torch.inf)
-            predicted = self.combine(largest(masked, min(num_dead, self.max_auxk)))
-            squares = ((x - reconstruction).detach() - predicted).square().sum()
-            weight = self.auxk_alpha * min(num_dead / self.max_auxk, 1.0)
+        found, pre_acts = self.find(x, self.k_at(progress))
+        entries = found.entries(self.d_sae)
+        acts = self._encode_at(found.acts.flatten(), x, entries).relu()
+        reconstruction, losses = self.reconstruct(x, acts, entries, total_variance)
+        if self.auxk_alpha > 0 and len(dead) > 0:
+            error = (x - reconstruction).detach()
+            squares = F.mse_loss(self._auxk(x, pre_acts, dead), error, reduction="sum")
+            weight = self.auxk_alpha * min(len(dead) / self.max_auxk, 1.0)
             losses["auxk"] = weight * squares / total_variance
+        latents = found._replace(acts=acts.detach().view_as(found.acts))
         return SAEOutput(reconstruction, latents, losses)
 
     def reconstruct(
         self,
         x: Float[Tensor, "batch d_model"],
-        latents: SparseLatents,
+        acts: Float[Tensor, "entry"],
+        entries: Entries,
         total_variance: Float[Tensor, ""],
     ) -> tuple[Float[Tensor, "batch d_model"], dict[str, Float[Tensor, ""]]]:
         """Return the reconstruction and the loss terms that come from it."""
-        reconstruction = self.decode(latents)
-        return reconstruction, {"fvu": (x - reconstruction).square().sum() / total_variance}
+        reconstruction = Decode.apply(acts, self.W_dec, entries) + self.b_dec
+        squares = F.mse_loss(reconstruction, x, reduction="sum")
+        return reconstruction, {"fvu": squares / total_variance}
+
+    def _encode_at(
+        self, found: Float[Tensor, "entry"] | None, x: Tensor, entries: Entries
+    ) -> Float[Tensor, "entry"]:
+        """Return the pre-activations of entries, whose values are `found` if that is known."""
+        return Encode.apply(found, x, self.W_enc, self.b_enc, self.b_dec, entries)
+
+    def _auxk(
+        self,
+        x: Float[Tensor, "batch d_model"],
+        pre_acts: Float[Tensor, "batch d_sae"],
+        dead: Int[Tensor, "dead"],
+    ) -> Float[Tensor, "batch d_model"]:
+        """Return what the top dead latents add up to: a TopK of the dead latents alone."""
+        values, indices = top_k(pre_acts[:, dead], min(len(dead), self.max_auxk))
+        known = values.flatten() if self.selection == "float32" else None
+        entries = Entries.of_rows(indices, len(dead))
+        z = Encode.apply(known, x, self.W_enc[dead], self.b_enc[dead], self.b_dec, entries)
+        return Decode.apply(z.relu(), self.W_dec[dead], entries)
 
     def training_flops(self) -> int:
-        """Return the FLOPs per token of a training step, 4 d n + 6 d k.
+        """Return the FLOPs per token of a training step, 2 d n + 8 d k.
 
-        Encoder forward and weight gradient are dense, 2 d n each; decoding and its two gradients
+        The encoder's product is dense, 2 d n; its gradient, decoding and decoding's two gradients
         touch k rows, 2 d k each. AuxK, which runs only while latents are dead, is not counted,
         nor what k_start adds at the beginning.
         """
-        return self.d_model * (4 * self.d_sae + 6 * self.k)
+        again = 2 * CANDIDATES * self.k if self.selection != "float32" else 0
+        return self.d_model * (2 * self.d_sae + 8 * self.k + again)
 
     def inference_flops(self) -> int:
         """Return the FLOPs per token of encoding and decoding, 2 d n + 2 d k."""
         return 2 * self.d_model * (self.d_sae + self.k)
-
-
-def largest(pre_acts: Float[Tensor, "batch d_sae"], k: int) -> SparseLatents:
-    """Return the k largest latents of each row, after ReLU."""
-    values, indices = pre_acts.topk(k, dim=-1, sorted=False)
-    return SparseLatents(values.relu(), indices)

@@ -161,7 +161,7 @@ def forecast(
 
 def _step(trial: GroupSAE, optimizer: torch.optim.Optimizer, batch: ActivationBatch) -> None:
     """Do what a step of training does."""
-    rows = batch.rows(trial.slot)
+    rows = trial.rows(batch)
     trial.step(*rows, trial.moments(*rows)).backward()
     trial.configure_gradient_clipping(optimizer)
     optimizer.step()

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from groupsae.data.batch import ActivationBatch
 from groupsae.data.draws import stream_key
 from groupsae.sae.base import SAE, AllSum, SparseLatents, firings, same
 from groupsae.training.optim import Adam
@@ -82,34 +83,46 @@ class GroupSAE(SAETraining):
         """Return itself for each of its layers."""
         return dict.fromkeys(self.layers, self)
 
+    def rows(
+        self, batch: ActivationBatch
+    ) -> tuple[Float[Tensor, "row d_model"], Int[Tensor, "row"]]:
+        """Return the rows of a batch that are this group's, scaled, and their layers."""
+        acts, layers = batch.rows(self.slot)
+        return self.scaled(acts, layers), layers
+
     def scaled(
-        self, acts: Float[Tensor, "batch d_model"], layers: Int[Tensor, "batch"]
-    ) -> Float[Tensor, "batch d_model"]:
+        self, acts: Float[Tensor, "row d_model"], layers: Int[Tensor, "row"]
+    ) -> Float[Tensor, "row d_model"]:
         """Return rows, each multiplied by its layer's norm factor."""
         return acts * self.norm_factors[layers].unsqueeze(1)
 
     def moments(
-        self, acts: Float[Tensor, "batch d_model"], layers: Int[Tensor, "batch"]
+        self, x: Float[Tensor, "row d_model"], layers: Int[Tensor, "row"]
     ) -> Float[Tensor, "d_model+1+layer"]:
         """Return sum of x, sum of |x|^2 and rows per layer of scaled rows, in float64."""
-        x = self.scaled(acts, layers).double()
-        counts = torch.bincount(layers, minlength=len(self.norm_factors)).double()
-        return torch.cat([x.sum(0), x.square().sum().reshape(1), counts])
+        wide = torch.float64
+        counts = torch.zeros(len(self.norm_factors), dtype=wide, device=x.device)
+        # whole numbers, so in any order; bincount would wait for the device to know its size
+        counts.scatter_add_(0, layers, torch.ones_like(layers, dtype=wide))
+        squares = torch.linalg.vector_norm(x, dtype=wide).square().reshape(1)
+        return torch.cat([x.sum(0, dtype=wide), squares, counts])
 
     def step(
         self,
-        acts: Float[Tensor, "batch d_model"],
-        layers: Int[Tensor, "batch"],
+        x: Float[Tensor, "row d_model"],
+        layers: Int[Tensor, "row"],
         moments: Float[Tensor, "d_model+1+layer"],
+        num_dead: int = 0,
         progress: float = 1.0,
         all_sum: AllSum = same,
     ) -> Float[Tensor, ""]:
         """Return this process's part of the loss; remembers what fired.
 
         Args:
-            acts: raw activations.
+            x: scaled activations.
             layers: the layer of each row.
             moments: of the batch over all processes, as `moments` gives them.
+            num_dead: how many latents are dead.
             progress: share of the training that is done.
             all_sum: returns the sum of a tensor over all processes.
         """
@@ -118,11 +131,11 @@ class GroupSAE(SAETraining):
         num_rows = counts.sum().clamp_min(1)
         variance = (sum_squares[0] - sum_x.square().sum() / num_rows).clamp_min(1e-12)
         output = self.sae.forward(
-            self.scaled(acts, layers),
+            x,
             variance.float(),
-            self.dead(),
+            self.dead_latents(num_dead),
             progress,
-            (len(acts) / num_rows).float(),
+            (len(x) / num_rows).float(),
             all_sum,
         )
         with torch.no_grad():
@@ -140,9 +153,13 @@ class GroupSAE(SAETraining):
         """Return the mask of latents that have not fired for `dead_after` tokens."""
         return self.tokens_since_fired >= self.dead_after
 
+    def dead_latents(self, count: int) -> Int[Tensor, "dead"]:
+        """Return the dead latents, which are `count`; so the device need not be waited for."""
+        return self.dead().byte().argsort(descending=True, stable=True)[:count]
+
     def count_dead(self, fired: Bool[Tensor, "d_sae"]) -> None:
         """Reset the counters of what fired anywhere in the global batch."""
-        self.tokens_since_fired[fired] = 0
+        self.tokens_since_fired.masked_fill_(fired, 0)
 
     def read_running(self, all_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Return the means since the last call (each process holds its part), and start anew.

@@ -145,10 +145,9 @@ def _measured_flops(
             angles.update(each.acts, each.everywhere())
     with flop_counter() as saes, torch.enable_grad():
         for member in (m.to(device) for m in members):
-            acts, layers = batch.rows(member.slot)
-            alive = torch.zeros_like(member.dead())
+            x, _ = member.rows(batch)
             variance = torch.ones((), device=device)
-            output = member.sae.eval().forward(member.scaled(acts, layers), variance, alive)
+            output = member.sae.eval().forward(x, variance, member.dead_latents(0))
             torch.stack(list(output.losses.values())).sum().backward()
             member.zero_grad()
     measured = (counter.get_total_flops() for counter in (lm, calibration, distances, saes))

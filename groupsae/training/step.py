@@ -12,6 +12,7 @@ from groupsae.data.batch import ActivationBatch
 from groupsae.errors import UserError
 from groupsae.sae.metrics import Reconstruction
 from groupsae.training.optim import Adam
+from groupsae.training.readback import Readback
 from groupsae.training.start import start_b_dec
 
 if TYPE_CHECKING:
@@ -28,24 +29,24 @@ class SAETraining(L.LightningModule):
     optim: Adam
     dead_after: int
     b_dec_start: str
+    num_dead: Readback | None = None  # before the first step, of a resumed run as well
 
     def members(self) -> list["GroupSAE"]:
         """Return the groups in training, in the order of the batch's slots."""
         raise NotImplementedError
 
     def training_step(self, batch: ActivationBatch, batch_idx: int) -> Tensor:
-        """Return the summed loss of all members."""
+        """Return the summed loss of all members; nothing in it waits for the device."""
         members, progress = self.members(), self.progress()
-        rows = [batch.rows(m.slot) for m in members]
+        rows = [m.rows(batch) for m in members]
         if self.global_step == 0:
-            for member, (acts, layers) in zip(members, rows, strict=True):
-                start_b_dec(
-                    member.sae, member.scaled(acts, layers), self.b_dec_start, self.all_sum
-                )
+            for member, (x, _) in zip(members, rows, strict=True):
+                start_b_dec(member.sae, x, self.b_dec_start, self.all_sum)
         moments = [self.all_sum(m.moments(*row)) for m, row in zip(members, rows, strict=True)]
+        num_dead = (self.num_dead or self.note_dead()).read()
         losses = [
-            m.step(*row, moment, progress, self.all_sum)
-            for m, row, moment in zip(members, rows, moments, strict=True)
+            m.step(*row, moment, dead, progress, self.all_sum)
+            for m, row, moment, dead in zip(members, rows, moments, num_dead, strict=True)
         ]
         fired = self.all_sum(torch.cat([m.fired for m in members]))
         widths = [m.sae.d_sae for m in members]
@@ -54,11 +55,20 @@ class SAETraining(L.LightningModule):
             if self.trainer.world_size > 1:
                 for state in member.sae.followed():
                     state.copy_(self.all_sum(state) / self.trainer.world_size)
+        self.num_dead = self.note_dead()
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if (self.global_step + 1) % every == 0:
             self.log_training()
         # DDP averages gradients over processes; the loss's denominators are already global
         return torch.stack(losses).sum() * self.trainer.world_size
+
+    def on_train_start(self) -> None:
+        """Forget what an earlier fit noted: the counters may come from a checkpoint."""
+        self.num_dead = None
+
+    def note_dead(self) -> Readback:
+        """Return how many latents of each member are dead, for the next step to read."""
+        return Readback(torch.stack([m.dead().sum() for m in self.members()]))
 
     def progress(self) -> float:
         """Return the share of the training that is done; schedules are functions of it."""
