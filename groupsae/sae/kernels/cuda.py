@@ -32,7 +32,7 @@ def available() -> bool:
 def combine(
     weights: Float[Tensor, "entry"],
     picked: Int[Tensor, "entry"],
-    starts: Int[Tensor, "segment_ends"],
+    starts: Int[Tensor, "bound"],
     table: Float[Tensor, "row d"],
 ) -> Float[Tensor, "segment d"]:
     """Return the weighted sum of the picked rows of each segment.
@@ -41,9 +41,9 @@ def combine(
     segment gives zeros. Accumulated in float32 (float64 if that is the result's type).
 
     Args:
-        weights: of the entries; contiguous, as all tensors here.
-        picked: row of `table` for each entry, int64.
-        starts: first entry of each segment, and the number of entries, int64.
+        weights: of the entries.
+        picked: row of `table` for each entry.
+        starts: first entry of each segment, and the number of entries.
         table: the rows.
     """
     from groupsae.sae.kernels import triton_programs
@@ -55,10 +55,7 @@ def combine(
     if out.numel():
         with torch.cuda.device_of(table):
             triton_programs.combine[(segments, -(-d // block))](
-                weights,
-                picked,
-                starts,
-                table,
+                *_plain(weights, picked, starts, table),
                 out,
                 d,
                 BLOCK_E=64,
@@ -72,7 +69,7 @@ def combine(
 def dots(
     x: Float[Tensor, "row d"],
     table: Float[Tensor, "n d"],
-    starts: Int[Tensor, "row_ends"],
+    starts: Int[Tensor, "bound"],
     picked: Int[Tensor, "entry"],
 ) -> Float[Tensor, "entry"]:
     """Return the inner product of each entry's row of `x` with its picked row of `table`.
@@ -81,10 +78,10 @@ def dots(
     (float64 if that is the result's type).
 
     Args:
-        x: one row for each segment of entries; contiguous, as all tensors here.
+        x: one row for each segment of entries.
         table: the rows that entries pick.
-        starts: first entry of each row of `x`, and the number of entries, int64.
-        picked: row of `table` for each entry, int64.
+        starts: first entry of each row of `x`, and the number of entries.
+        picked: row of `table` for each entry.
     """
     from groupsae.sae.kernels import triton_programs
 
@@ -97,10 +94,7 @@ def dots(
     if parts.numel():
         with torch.cuda.device_of(x):
             triton_programs.dots[(num_rows, stripes)](
-                x,
-                table,
-                starts,
-                picked,
+                *_plain(x, table, starts, picked),
                 parts,
                 d,
                 num_entries,
@@ -119,16 +113,20 @@ def project_rows(gradient: Float[Tensor, "n d"], directions: Float[Tensor, "n d"
     """
     from groupsae.sae.kernels import triton_programs
 
+    assert gradient.is_contiguous()
     if gradient.numel():
         with torch.cuda.device_of(gradient):
             grid, blocks = _whole_rows(gradient)
-            triton_programs.project_rows[grid](gradient, directions, *gradient.shape, **blocks)
+            triton_programs.project_rows[grid](
+                gradient, directions.contiguous(), *gradient.shape, **blocks
+            )
 
 
 def normalize_rows(directions: Float[Tensor, "n d"]) -> None:
     """Give each row unit norm, in place: w /= |w|. A row of zeros becomes NaN, as in torch."""
     from groupsae.sae.kernels import triton_programs
 
+    assert directions.is_contiguous()
     if directions.numel():
         with torch.cuda.device_of(directions):
             grid, blocks = _whole_rows(directions)
@@ -150,7 +148,7 @@ def top_k(
     n = pre_acts.shape[1]
     group = -(-n // MOST_IN_REGISTERS)
     if pre_acts.dtype not in SPARE_BITS or k * group > MOST_IN_REGISTERS:
-        return tuple(pre_acts.topk(k, dim=1, sorted=False))
+        return pre_acts.topk(k, dim=1, sorted=False)
     values, columns = _select(pre_acts, k, group)
     if group == 1:
         return values, columns
@@ -173,9 +171,7 @@ def _select(pre_acts: Tensor, k: int, group: int) -> tuple[Tensor, Tensor]:
     if indices.numel():
         with torch.cuda.device_of(pre_acts):
             triton_programs.top_k[(rows,)](
-                pre_acts,
-                values,
-                indices,
+                *_plain(pre_acts, values, indices),
                 n,
                 k,
                 BLOCK=block,
@@ -185,6 +181,11 @@ def _select(pre_acts: Tensor, k: int, group: int) -> tuple[Tensor, Tensor]:
                 num_warps=min(max(block // 1024, 4), 16),
             )
     return values, indices
+
+
+def _plain(*tensors: Tensor) -> list[Tensor]:
+    """Return tensors whose elements lie as the programs read them, copied only if they do not."""
+    return [tensor.contiguous() for tensor in tensors]
 
 
 def _block(d: int, most: int) -> int:

@@ -39,7 +39,7 @@ def combine(
         entries = first + tl.arange(0, BLOCK_E)
         present = entries < stop
         weight = tl.load(weights + entries, present, other=0).to(sums.dtype)
-        rows = tl.load(picked + entries, present, other=0)  # int64, as must be rows * d
+        rows = tl.load(picked + entries, present, other=0).to(tl.int64)  # rows * d is large
         tile = tl.load(
             table + rows[:, None] * d + columns[None, :],
             present[:, None] & inside[None, :],
@@ -72,7 +72,7 @@ def dots(
     for first in range(start, stop, BLOCK_E):
         entries = first + tl.arange(0, BLOCK_E)
         present = entries < stop
-        rows = tl.load(picked + entries, present, other=0)
+        rows = tl.load(picked + entries, present, other=0).to(tl.int64)
         tile = tl.load(
             table + rows[:, None] * d + columns[None, :],
             present[:, None] & inside[None, :],
