@@ -131,23 +131,24 @@ def normalize_rows(
 @triton.jit
 @no_type_check
 def _maxima(x, columns, n, BLOCK: tl.constexpr, GROUP: tl.constexpr):
-    """Return for each column c the largest of x[c], x[c + BLOCK], ..., GROUP of them."""
-    best = tl.load(x + columns, columns < n, other=float("-inf"))
+    """Return for each column c the largest of x[c], x[c + BLOCK], ..., as float32."""
+    best = tl.load(x + columns, columns < n, other=float("-inf")).to(tl.float32)
     for member in tl.static_range(1, GROUP):
         more = columns + member * BLOCK
-        best = tl.maximum(best, tl.load(x + more, more < n, other=float("-inf")))
+        other = tl.load(x + more, more < n, other=float("-inf")).to(tl.float32)
+        best = tl.maximum(best, other)
     return best
 
 
 @triton.jit
 @no_type_check
 def _keys(values, SPARE: tl.constexpr):
-    """Return integers that are ordered as the values are.
+    """Return integers that are ordered as the float32 values are.
 
-    These are the bits of a float32, those below the sign turned over where it is set. The lowest
-    SPARE ones are empty in half precision.
+    These are their bits, those below the sign turned over where it is set. The lowest SPARE ones
+    are left out: they are empty in what was half precision.
     """
-    bits = values.to(tl.float32).to(tl.int32, bitcast=True)
+    bits = values.to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SPARE
 
 
@@ -191,6 +192,6 @@ def top_k(
         equal = counts >> 16
         kept = (some > least) | ((some == least) & (equal <= missing))
         slots = (counts & 0xFFFF) + tl.minimum(equal, missing) - 1
-        tl.store(values + slots, best, kept)
+        tl.store(values + slots, best.to(values.dtype.element_ty), kept)
         tl.store(indices + slots, columns.to(tl.int64), kept)
         before += tl.sum(marks, axis=0)
