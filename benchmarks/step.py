@@ -112,12 +112,12 @@ def plain_step(shape: Shape, acts: Tensor) -> Callable[[], None]:
         loss = (latents @ W_dec + b_dec - acts).square().sum() / acts.var(dim=0).sum()
         loss.backward()
         with torch.no_grad():
-            W_dec.grad -= (W_dec.grad * W_dec).sum(dim=1, keepdim=True) * W_dec  # type: ignore[operator]
+            W_dec.grad.sub_((W_dec.grad * W_dec).sum(dim=1, keepdim=True) * W_dec)
         nn.utils.clip_grad_norm_([W_enc, W_dec, b_enc, b_dec], 1.0)
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
-            W_dec /= W_dec.norm(dim=1, keepdim=True)
+            W_dec.div_(W_dec.norm(dim=1, keepdim=True))
 
     return step
 
@@ -215,10 +215,14 @@ def main(arguments: list[str]) -> None:
         step = whole_step(group, acts, dead)
         for _ in range(5):
             step()
-        blocks = {name: timed(use, device) for name, use in parts_of(group, acts).items()}
+        # of another group: its gradients stay
+        parts = parts_of(group_of(shape, selection, device), acts)
+        blocks = {name: timed(use, device) for name, use in parts.items()}
         blocks[WHOLE] = timed(step, device)
         blocks[PLAIN] = timed(plain_step(shape, acts), device)
-        title = f"d_model {shape.d_model}, d_sae {shape.d_sae:,}, k {shape.k}, batch {shape.batch:,}"
+        title = (
+            f"d_model {shape.d_model}, d_sae {shape.d_sae:,}, k {shape.k}, batch {shape.batch:,}"
+        )
         lines += [f"## {title}", "", *table(interleaved(blocks, ROUNDS, title))]
     name = "_".join(["step", *(f"{key}-{value}" for key, value in given.items())])
     write(

@@ -127,7 +127,7 @@ def test_planned_flops_are_those_of_the_cost_model(everything: Path) -> None:
         24 * 4 * 32**2 + 4 * 4 * CONTEXT * 32
     )
     assert parts["saes"]["planned_flops"] == TOKENS * sum(
-        4 * 32 * n + 6 * 32 * 4 for n in widths.values()
+        2 * 32 * n + 8 * 32 * 4 for n in widths.values()
     )
     assert parts["distances"]["planned_flops"] == work.calibration + work.distances
 

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from groupsae.errors import UserError
+from groupsae.sae.kernels.choice import kernels_of
 from groupsae.sae.schedule import check_count, is_number
 from groupsae.sae.sparse import Decode, Entries
 
@@ -168,13 +169,12 @@ class SAE(nn.Module, ABC):
         """
         gradient = self.W_dec.grad
         if gradient is not None:
-            along = torch.linalg.vecdot(gradient, self.W_dec).unsqueeze(1)
-            gradient.addcmul_(along, self.W_dec, value=-1)
+            kernels_of(self.W_dec).project_rows(gradient, self.W_dec)
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Make every latent's direction a unit vector again; called after the step."""
-        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
+        kernels_of(self.W_dec).normalize_rows(self.W_dec)
 
     # ---- cost ---------------------------------------------------------------------------
 

@@ -128,7 +128,8 @@ def _measured_flops(
 
     For the language model in training, for the distances (the forward over the calibration text
     included) and for the SAEs, which run as they do in training, but for AuxK. Nothing of them
-    is changed (eval: a running threshold stands still).
+    is changed (eval: a running threshold stands still). The SAEs are counted on the CPU, whose
+    operators the counter knows; it sees nothing of a Triton program.
     """
     # after fitting Lightning leaves the SAEs on the CPU; the language model is where it ran
     device, geometry = data.device, data.lm.geometry
@@ -144,10 +145,10 @@ def _measured_flops(
         for each in parts:
             angles.update(each.acts, each.everywhere())
     with flop_counter() as saes, torch.enable_grad():
-        for member in (m.to(device) for m in members):
-            x, _ = member.rows(batch)
-            variance = torch.ones((), device=device)
-            output = member.sae.eval().forward(x, variance, member.dead_latents(0))
+        for member in (m.cpu() for m in members):
+            acts, layers = (rows.cpu() for rows in batch.rows(member.slot))
+            x, one = member.scaled(acts, layers), torch.ones(())
+            output = member.sae.eval().forward(x, one, member.dead_latents(0))
             torch.stack(list(output.losses.values())).sum().backward()
             member.zero_grad()
     measured = (counter.get_total_flops() for counter in (lm, calibration, distances, saes))

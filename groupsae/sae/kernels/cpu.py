@@ -11,6 +11,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from groupsae.sae.kernels.dense import normalize_rows, project_rows
+
+__all__ = ["combine", "dots", "normalize_rows", "project_rows"]
+
 with warnings.catch_warnings():  # said once, at the first use: "in beta state"
     warnings.simplefilter("ignore", UserWarning)
     torch.sparse_csr_tensor([0, 1], [0], [1.0], (1, 1))

@@ -3,6 +3,7 @@
 Right on every device, and the fastest where a large share of the latents is active.
 """
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -29,3 +30,14 @@ def dots(
 ) -> Float[Tensor, "entry"]:
     """Return x[row of e] . table[picked[e]] for each entry."""
     return (x @ table.T)[rows_of(starts, len(picked)), picked]
+
+
+def project_rows(gradient: Float[Tensor, "n d"], directions: Float[Tensor, "n d"]) -> None:
+    """Remove from each row its part along a unit vector, in place: g -= (g . w) w."""
+    along = torch.linalg.vecdot(gradient, directions).unsqueeze(1)
+    gradient.addcmul_(along, directions, value=-1)
+
+
+def normalize_rows(directions: Float[Tensor, "n d"]) -> None:
+    """Give each row unit norm, in place."""
+    directions.div_(directions.norm(dim=1, keepdim=True))
