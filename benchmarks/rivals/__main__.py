@@ -1,15 +1,16 @@
 """groupsae's training beside SAELens, sparsify and dictionary_learning: `make bench-rivals`.
 
-    make bench-rivals                                    environments, then all parts (8 minutes)
+    make bench-rivals                                    environments, then the parts (8 minutes)
     python -m benchmarks.rivals                          the same, the environments being there
     python -m benchmarks.rivals parts=S1,S1-tuned        some parts; the others stay as measured
-    python -m benchmarks.rivals parts=loop,loop-tuned    the whole loop only
+    python -m benchmarks.rivals parts=loop,loop-tuned    the whole loop only, both ways
     python -m benchmarks.rivals rounds=1 steps=1         a trial
     python -m benchmarks.rivals also="sae.k=16"          groupsae once more, with overrides
 
 Parts are a training step on given activations (S1, S2) and the whole loop from a language model
-(loop), each with the C allocator as it is and, `-tuned`, set to keep freed memory. `rounds` is the
-number of blocks of each contender; `steps` is the steps in a block (S1: 6, S2 and loop: 3).
+(loop), each with the C allocator as it is and, `-tuned`, set to keep freed memory; loop-tuned is
+only run when asked for. `rounds` is the number of blocks of each contender (3), `steps` the steps
+in a block (S1: 6, S2 and loop: 3). OMP_NUM_THREADS and the like hold for every process.
 `also` may be given several times, each with overrides of `groupsae.train` between spaces.
 
 A part's numbers are kept under outputs/rivals/measured when it is done, so a run that was stopped
@@ -95,7 +96,7 @@ def main(arguments: Sequence[str]) -> None:
     """Measure the parts, one after the other."""
     pairs = [argument.partition("=")[::2] for argument in arguments]
     unknown = {key for key, _ in pairs} - {"parts", "rounds", "steps", "also"}
-    given = {"parts": ",".join(PARTS), "rounds": "4", **dict(pairs)}
+    given = {"parts": ",".join(PARTS[:-1]), "rounds": "3", **dict(pairs)}
     parts = given["parts"].split(",")
     if unknown or set(parts) - set(PARTS):
         raise SystemExit(f"error: known are parts={','.join(PARTS)}, rounds=, steps= and also=.")

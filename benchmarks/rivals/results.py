@@ -20,8 +20,9 @@ Each library trains with its own trainer and its own optimiser settings, in an e
 process of its own, on the same activations with the same shapes and k, in float32. The processes
 take turns in blocks of steps, A B C A B C. A figure is the median over rounds of the median step;
 a speed is compared round by round, and its range over rounds stands in brackets. No latent is dead
-yet, so no library pays for AuxK. groupsae sets its allocator to keep what is freed (which is what
-*tuned malloc* gives to all); *plain malloc* is groupsae without that.
+yet, so no library pays for AuxK; the language model has random weights. groupsae sets its
+allocator to keep what is freed (which is what *tuned malloc* gives to all); *plain malloc* is
+groupsae without that.
 """
 
 
@@ -31,10 +32,7 @@ def titles() -> dict[str, str]:
         name: f"A training step: d_model {d}, d_sae {n}, k {k}, batch {b}"
         for name, (d, n, k, b) in SHAPES.items()
     }
-    loop = (
-        "The whole loop: random GPT-NeoX of 6 layers, d_model 512, batch 8 x 256 tokens, "
-        "SAEs of d_sae 4096, k 32"
-    )
+    loop = "The whole loop: 6-layer GPT-NeoX, d_model 512, 8 x 256 tokens; d_sae 4096, k 32"
     return {**steps, "loop": loop}
 
 
@@ -60,14 +58,9 @@ def write_page(measured: dict[str, dict[str, Any]], folder: Path = RESULTS) -> N
     for shape, title in present.items():
         unit = "tokens/s" if shape == "loop" else "ms"
         plain, tuned = rows.get(shape, {}), rows.get(f"{shape}-tuned", {})
-        lines = [
-            f"{part}: {measured[part]['conditions']}"
-            for part in (shape, f"{shape}-tuned")
-            if part in measured
-        ]
-        table = side_by_side(plain, tuned, unit, TOKENS)
-        page += [f"## {title}\n", table + "\n", *(f"{line}  " for line in lines), ""]
-    page += ["![Bars of the tables above](rivals.png)"]
+        page += [f"## {title}\n", side_by_side(plain, tuned, unit, TOKENS) + "\n"]
+    page += ["![Bars of the tables above](rivals.png)\n", "## Conditions\n"]
+    page += [f"- {part}: {each['conditions']}" for part, each in measured.items()]
     folder.mkdir(exist_ok=True)
     (folder / "rivals.md").write_text("\n".join(page) + "\n")
     figure = Figure(figsize=(9, 1 + 2.3 * len(present)), layout="constrained", dpi=150)
@@ -93,8 +86,9 @@ def _bars(axes: Axes, plain: dict[str, Row], tuned: dict[str, Row], rate: bool) 
             colour = COLOURS[0] if name.startswith(OURS) else PER_LAYER
             shown = label if not axes.get_legend_handles_labels()[1].count(label) else None
             axes.barh(i + offset, value, 0.38, color=colour, alpha=alpha, label=shown)
-            axes.text(value, i + offset, f" {value:,.0f}", va="center", fontsize=7)
+            axes.text(value, i + offset, f" {value:,.0f}", va="center", fontsize=6)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
+    axes.tick_params(axis="x", labelsize=8)
     axes.set_xlabel("tokens per second" if rate else "ms per step", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
