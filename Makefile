@@ -6,10 +6,11 @@ READY := .venv/.ready
 ARGS ?=
 SEEDS ?= 0,1,2
 
-.PHONY: help train evaluate report export adopt test check format sweep replicate pretrain bench docs clean
+.PHONY: help train evaluate report export adopt test check format sweep replicate pretrain bench bench-rivals \
+	docs clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo '  ARGS="..." is passed on: make train ARGS="groups=count groups.num_groups=3"'
 
 $(READY): pyproject.toml constraints.txt .ci/install
@@ -57,6 +58,10 @@ pretrain: $(READY)  ## Train the bundled language model anew (hours)
 
 bench: $(READY)  ## Show where the time of a training step goes
 	@$(BIN)/python -m benchmarks.profile_step $(ARGS)
+
+bench-rivals: $(READY)  ## Training beside SAELens, sparsify and dictionary_learning (8 minutes, 6 GB)
+	@benchmarks/rivals/install
+	@$(BIN)/python -m benchmarks.rivals $(ARGS)
 
 .venv/.docs: $(READY)
 	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \

@@ -1,0 +1,1 @@
+"""groupsae's training beside that of other libraries, each in an environment of its own."""

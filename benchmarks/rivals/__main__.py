@@ -1,0 +1,127 @@
+"""groupsae's training beside SAELens, sparsify and dictionary_learning: `make bench-rivals`.
+
+    make bench-rivals                                    environments, then the parts (8 minutes)
+    python -m benchmarks.rivals                          the same, the environments being there
+    python -m benchmarks.rivals parts=S1,S1-tuned        some parts; the others stay as measured
+    python -m benchmarks.rivals parts=loop,loop-tuned    the whole loop only, both ways
+    python -m benchmarks.rivals rounds=1 steps=1         a trial
+    python -m benchmarks.rivals also="sae.k=16"          groupsae once more, with overrides
+
+Parts are a training step on given activations (S1, S2) and the whole loop from a language model
+(loop), each with the C allocator as it is and, `-tuned`, set to keep freed memory; loop-tuned is
+only run when asked for. `rounds` is the number of blocks of each contender (3), `steps` the steps
+in a block (S1: 6, S2 and loop: 3). OMP_NUM_THREADS and the like hold for every process.
+`also` may be given several times, each with overrides of `groupsae.train` between spaces.
+
+A part's numbers are kept under outputs/rivals/measured when it is done, so a run that was stopped
+goes on with parts=<those that are missing>. benchmarks/results/rivals.md and .png are written anew
+from all of them after every part.
+"""
+
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.rivals.contenders import ENVIRONMENTS, PARTS, contenders, versions
+from benchmarks.rivals.lm import write_lm
+from benchmarks.rivals.process import Worker
+from benchmarks.rivals.results import kept, write_page
+
+MEASURED, LOGS = ENVIRONMENTS / "measured", ENVIRONMENTS / "logs"
+STEPS = {"S1": 6, "S2": 3, "loop": 3}
+WARM_UP = 2  # steps
+
+
+def measure(part: str, lm: Path, rounds: int, steps: int, also: list[list[str]]) -> dict[str, Any]:
+    """Return the blocks of all contenders of a part, and the conditions they ran under."""
+    workers: list[Worker] = []
+    begun = time.perf_counter()
+    try:
+        for i, contender in enumerate(contenders(part, lm, also)):
+            log = LOGS / f"{part}-{i}-{contender.library}.log"
+            workers.append(Worker(contender, tuned=part.endswith("-tuned"), log=log))
+        threads = agreed(workers)
+        print(f"{part}: {len(workers)} processes ready after {since(begun)} s", flush=True)
+        for worker in workers:
+            worker.block(WARM_UP)
+        begun = time.perf_counter()
+        blocks: dict[str, list[list[float]]] = {w.contender.name: [] for w in workers}
+        for done in range(1, rounds + 1):
+            for worker in workers:
+                blocks[worker.contender.name].append(worker.block(steps))
+            left = since(begun) / done * (rounds - done)
+            print(f"{part}: round {done} of {rounds}, {left:.0f} s left", flush=True)
+    finally:
+        for worker in workers:
+            worker.stop()
+    counted = f"{rounds} rounds of {steps} steps each, after {WARM_UP} steps to warm up"
+    return {"blocks": blocks, "conditions": f"{counted}; {hardware(threads)}"}
+
+
+def agreed(workers: Sequence[Worker]) -> int:
+    """Return the threads that all use; stop if they differ in threads, torch or activations."""
+    facts = {worker.contender.name: worker.facts() for worker in workers}
+    if len({json.dumps(each, sort_keys=True) for each in facts.values()}) > 1:
+        raise SystemExit(f"error: the contenders do not run under the same conditions: {facts}")
+    return next(iter(facts.values()))["threads"]
+
+
+def since(begun: float) -> int:
+    """Return the whole seconds since then."""
+    return round(time.perf_counter() - begun)
+
+
+def hardware(threads: int) -> str:
+    """Return processor, threads, versions and date in one line."""
+    with open("/proc/cpuinfo") as file:
+        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+    rivals = ", ".join(versions().values())
+    return (
+        f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {threads} threads, "
+        f"{torch.backends.cpu.get_cpu_capability()}; torch {torch.__version__}, {rivals}; "
+        f"{date.today().isoformat()}"
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure the parts, one after the other."""
+    pairs = [argument.partition("=")[::2] for argument in arguments]
+    unknown = {key for key, _ in pairs} - {"parts", "rounds", "steps", "also"}
+    given = {"parts": ",".join(PARTS[:-1]), "rounds": "3", **dict(pairs)}
+    parts = given["parts"].split(",")
+    if unknown or set(parts) - set(PARTS):
+        raise SystemExit(f"error: known are parts={','.join(PARTS)}, rounds=, steps= and also=.")
+    also = [value.split() for key, value in pairs if key == "also"]
+    command = " ".join(["python -m benchmarks.rivals", *map(quoted, arguments)])
+    begun = time.perf_counter()
+    MEASURED.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if any(part.startswith("loop") for part in parts):
+            write_lm(Path(folder))
+        for i, part in enumerate(parts):
+            steps = int(given.get("steps") or STEPS[part.partition("-")[0]])
+            result = measure(part, Path(folder), int(given["rounds"]), steps, also)
+            result["conditions"] += f"; `{command}`"
+            (MEASURED / f"{part}.json").write_text(json.dumps(result))
+            write_page(kept(MEASURED))
+            spent = since(begun)
+            print(f"{part} done; {len(parts) - i - 1} parts to come, {spent} s so far", flush=True)
+
+
+def quoted(argument: str) -> str:
+    """Return an argument as the shell wants it."""
+    key, _, value = argument.partition("=")
+    return f'{key}="{value}"' if " " in value else argument
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
