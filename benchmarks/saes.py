@@ -11,7 +11,7 @@ Writes the part between the two marks in docs/saes.md where all kinds and three 
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +70,9 @@ def factory(kind: str, overrides: Sequence[str]) -> SAEFactory:
     return make(composed([f"sae={name}", *([f"sae.{change}"] if change else []), *overrides]).sae)
 
 
-def figures(seed: str, kinds: Sequence[str], overrides: Sequence[str]) -> dict[str, list[float]]:
+def figures(
+    seed: str, kinds: Mapping[str, SAEFactory], overrides: Sequence[str]
+) -> dict[str, list[float]]:
     """Return kind -> FVU, L0, share of unfired latents, FLOPs of a step per token.
 
     FVU and L0 are means over layers, the share is one over SAEs.
@@ -89,7 +91,7 @@ def figures(seed: str, kinds: Sequence[str], overrides: Sequence[str]) -> dict[s
             b_dec_start=suite.b_dec_start,
             seed=suite.seed,
         )
-        zoo.kinds = {kind: factory(kind, overrides) for kind in kinds}
+        zoo.kinds = dict(kinds)
         run.trainer.fit(zoo, datamodule=run.data)
         run.trainer.validate(zoo, datamodule=run.data, verbose=False)
     values = run.trainer.callback_metrics
@@ -128,7 +130,8 @@ def main(arguments: Sequence[str]) -> None:
     rest = [a for a in arguments if not a.startswith(("seed=", "kinds="))]
     seeds = given.get("seed", ",".join(SEEDS)).split(",")
     kinds = given.get("kinds", ",".join(KINDS)).split(",")
-    every = {seed: figures(seed, kinds, rest) for seed in seeds}
+    factories = {kind: factory(kind, rest) for kind in kinds}
+    every = {seed: figures(seed, factories, rest) for seed in seeds}
     if set(kinds) != set(KINDS) or set(seeds) != set(SEEDS):
         return
     text = DOC.read_text()
