@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.timing import Seconds, interleaved, now, write
 from groupsae.sae.kernels.largest import top_k
+from groupsae.sae.kernels.product import affine
 from groupsae.sae.topk import TopK
 from groupsae.training.allocator import keep_freed_memory
 from groupsae.training.group import GroupSAE
@@ -142,7 +143,7 @@ def parts_of(group: GroupSAE, x: Tensor) -> dict[str, Callable[[], Any]]:
         return kernels.combine(sorted_acts, rows, starts, x)
 
     parts: dict[str, Callable[[], Any]] = {
-        "encoder's product": lambda: F.linear(x_low, W_low, b_low),
+        "encoder's product": lambda: affine(x_low, W_low, b_low),
         "choosing k": lambda: top_k(pre_acts, sae.k),
         "decoding": lambda: kernels.combine(acts, entries.latents, entries.starts, sae.W_dec),
         "gradient of the latents": lambda: kernels.dots(

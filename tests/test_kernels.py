@@ -5,9 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from groupsae.cost.counter import flop_counter
 from groupsae.sae.kernels import cpu, dense
 from groupsae.sae.kernels.choice import kernels_for
 from groupsae.sae.kernels.largest import WORTH, top_k
+from groupsae.sae.kernels.product import affine
 from groupsae.sae.sparse import Decode, Encode, Entries
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}  # float64, sums in another order
@@ -130,6 +132,23 @@ def test_kernels_are_chosen_by_device_and_by_the_share_that_is_active():
     assert kernels_for(table, entries=25 * 10, rows=10) is cpu
     assert kernels_for(table, entries=25 * 10 + 1, rows=10) is dense
     assert kernels_for(table.to("meta"), entries=10, rows=10) is dense
+
+
+def test_on_avx512_the_product_is_onednns_and_right(monkeypatch):
+    source = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(s, generator=source) for s in ((33, 48), (70, 48), (70,)))
+    expected = (x.double() @ weight.double().T + bias).float()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    with flop_counter() as counter:
+        torch.testing.assert_close(affine(x, weight, bias), expected)
+    counts = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
+    assert counts == {"mkldnn._linear_pointwise": 2 * 33 * 48 * 70}
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    with flop_counter() as counter:
+        torch.testing.assert_close(affine(x, weight, bias), expected)
+    assert counter.get_total_flops() == 2 * 33 * 48 * 70
+    wide = affine(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(wide.float(), expected)
 
 
 # ---- the k largest ----------------------------------------------------------------------------

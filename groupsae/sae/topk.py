@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from groupsae.errors import UserError
 from groupsae.sae.base import SAE, AllSum, SAEOutput, SparseLatents, linear_pre_acts, same
 from groupsae.sae.kernels.largest import top_k
+from groupsae.sae.kernels.product import affine
 from groupsae.sae.schedule import check_count, check_positive, check_share, is_number, ramp
 from groupsae.sae.sparse import Decode, Encode, Entries
 
@@ -99,11 +100,12 @@ class TopK(SAE):
         are taken: its rounding, 2^-9 of a value, reaches across the k-th place but hardly ever
         across as many values again.
         """
+        centred = x - self.b_dec
         if self.selection == "float32":
-            pre_acts = self.pre_acts(x)
+            pre_acts = affine(centred, self.W_enc, self.b_enc)
             return self.select(pre_acts, k), pre_acts
         low = torch.bfloat16
-        pre_acts = F.linear((x - self.b_dec).to(low), self.W_enc.to(low), self.b_enc.to(low))
+        pre_acts = affine(centred.to(low), self.W_enc.to(low), self.b_enc.to(low))
         candidates = self.select(pre_acts, min(CANDIDATES * k, self.d_sae))
         exact = self._encode_at(None, x, candidates.entries(self.d_sae))
         again = candidates._replace(acts=exact.view_as(candidates.acts))
