@@ -129,8 +129,8 @@ def test_in_float32_at_size_the_sums_are_right_to_rounding(k):
 
 def test_kernels_are_chosen_by_device_and_by_the_share_that_is_active():
     table = torch.empty(100, 8)
-    assert kernels_for(table, entries=25 * 10, rows=10) is cpu
-    assert kernels_for(table, entries=25 * 10 + 1, rows=10) is dense
+    assert kernels_for(table, entries=20 * 10, rows=10) is cpu
+    assert kernels_for(table, entries=20 * 10 + 1, rows=10) is dense
     assert kernels_for(table.to("meta"), entries=10, rows=10) is dense
 
 

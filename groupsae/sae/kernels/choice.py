@@ -6,7 +6,7 @@ from torch import Tensor
 
 from groupsae.sae.kernels import cpu, cuda, dense
 
-DENSE_SHARE = 0.25  # of all latents active: from here on dense products win (docs/performance.md)
+DENSE_SHARE = 0.2  # of all latents active: from here on dense products win (benchmarks.kernels)
 
 
 def kernels_of(table: Tensor) -> ModuleType:

@@ -1,0 +1,88 @@
+"""From which share of active latents on dense products win: `python -m benchmarks.kernels`.
+
+The sums of a training step (decoding, the latents' gradient, both weights' gradients) by the
+sparse kernels of the device and by dense products, for several shares; the rule in
+groupsae/sae/kernels/choice.py is read off here. `device=cuda` measures a GPU, and there top-k by
+Triton against torch's as well. A minute on two cores. Writes benchmarks/results/kernels.md.
+"""
+
+import sys
+from types import ModuleType
+
+import torch
+
+from benchmarks.timing import Seconds, interleaved, timed, write
+from groupsae.sae.kernels import cuda, dense
+from groupsae.sae.kernels.choice import kernels_of
+from groupsae.sae.sparse import Entries
+from groupsae.training.allocator import keep_freed_memory
+
+SHAPES = {"cpu": [(128, 1024, 2048), (512, 4096, 1024)], "cuda": [(768, 12288, 8192)]}
+SHARES = [1 / 256, 1 / 64, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
+ROUNDS = 5
+
+
+def measured(
+    d_model: int, d_sae: int, batch: int, share: float, device: torch.device
+) -> dict[str, Seconds]:
+    """Return the seconds of a step's four sums by both kinds of kernel, and of top-k."""
+    source = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=source, device=device)
+
+    k = round(share * d_sae)
+    pre_acts = draw(batch, d_sae)
+    entries = Entries.of_rows(pre_acts.topk(k, dim=1).indices, d_sae)
+    acts, table, x = draw(batch * k), draw(d_sae, d_model), draw(batch, d_model)
+    order, rows, starts = entries.by_latent
+    sorted_acts = acts[order]
+
+    def sums(kernels: ModuleType) -> None:
+        kernels.combine(acts, entries.latents, entries.starts, table)
+        kernels.dots(x, table, entries.starts, entries.latents)
+        for _ in ("decoder", "encoder"):
+            kernels.combine(sorted_acts, rows, starts, x)
+
+    uses = {"sparse": lambda: sums(kernels_of(table)), "dense": lambda: sums(dense)}
+    if device.type == "cuda":
+        uses |= {
+            "torch.topk": lambda: pre_acts.topk(k, dim=1, sorted=False),
+            "Triton's top_k": lambda: cuda.top_k(pre_acts, k),
+        }
+    blocks = {name: timed(use, device) for name, use in uses.items()}
+    return interleaved(blocks, ROUNDS, f"{d_model} x {d_sae}, share {share:.3f}")
+
+
+def main(arguments: list[str]) -> None:
+    """Measure every shape and share and write the table."""
+    given = dict(a.split("=", 1) for a in arguments)
+    device = torch.device(given.get("device", "cpu"))
+    keep_freed_memory()
+    lines = []
+    for shape in SHAPES[device.type]:
+        found = [measured(*shape, share, device) for share in SHARES]
+        names = list(found[0])
+        lines += [
+            f"## d_model {shape[0]}, d_sae {shape[1]:,}, batch {shape[2]:,}",
+            "",
+            f"| share active | {' | '.join(f'{name}, ms' for name in names)} | dense / sparse |",
+            f"|---|{'---|' * (len(names) + 1)}",
+        ]
+        for share, each in zip(SHARES, found, strict=True):
+            cells = " | ".join(f"{1000 * each[name].median:.2f}" for name in names)
+            ratio = each["dense"].median / each["sparse"].median
+            lines.append(f"| 1/{1 / share:.0f} | {cells} | {ratio:.2f} |")
+        lines.append("")
+    write(
+        "kernels",
+        "Sparse and dense kernels",
+        "\n".join(lines).rstrip(),
+        device,
+        f"The four sums over active latents of one step; medians of {ROUNDS} rounds, in which the "
+        "kinds follow each other.",
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
