@@ -77,14 +77,16 @@ def draw(
     positions = torch.arange(tokens.numel()) + first_position
     layers = torch.stack([draw_layers(positions, slot, seed) for slot in slots])
     several = [i for i, slot in enumerate(slots) if len(slot) > 1]
+    size = blocks_per_forward * tokens.shape[1]
     order, shares = torch.empty(len(several), tokens.numel(), dtype=torch.int64), []
     for row, i in enumerate(several):
-        parts = layers[i].split(blocks_per_forward * tokens.shape[1])
-        # of 16-bit integers numpy's stable sort is a radix sort, ten times as fast
-        sorts = [np.argsort(part.numpy().astype(np.int16), kind="stable") for part in parts]
+        # of 16-bit integers numpy's stable sort is a radix sort: 0.2 ms for 32,768
+        found = layers[i].numpy().astype(np.int16)
+        parts = np.split(found, range(size, len(found), size))
+        sorts = [np.argsort(part, kind="stable") for part in parts]
         order[row] = torch.from_numpy(np.concatenate(sorts))
-        members = sorted(slots[i])
-        shares.append([{x: int((part == x).sum()) for x in members} for part in parts])
+        counts = [np.bincount(part, minlength=max(slots[i]) + 1).tolist() for part in parts]
+        shares.append([{x: count[x] for x in sorted(slots[i])} for count in counts])
     flat = None if counted is None else counted.flatten()
     kept = None if flat is None else flat.nonzero().squeeze(1)
     return DrawnTokens(tokens, layers, order, shares, flat, kept)
