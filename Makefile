@@ -56,8 +56,8 @@ replicate: $(READY)  ## All rules, all numbers of groups, SEEDS=0,1,2: docs/repl
 pretrain: $(READY)  ## Train the bundled language model anew (hours)
 	@$(BIN)/python -m groupsae.pretrain $(ARGS)
 
-bench: $(READY)  ## Show where the time of a training step goes
-	@$(BIN)/python -m benchmarks.profile_step $(ARGS)
+bench: $(READY)  ## Measure the training loop and its parts: benchmarks/results
+	@$(BIN)/python -m benchmarks.loop $(ARGS)
 
 bench-rivals: $(READY)  ## Training beside SAELens, sparsify and dictionary_learning (8 minutes, 6 GB)
 	@benchmarks/rivals/install

@@ -78,7 +78,8 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
             rank=0,
             world_size=1,
         )
-        return make_loader(blocks.blocks[split], sampler, num_workers=0)
+        pin = torch.cuda.is_available()
+        return make_loader(blocks.blocks[split], sampler, num_workers=0, pin_memory=pin)
 
     all_heldout = (
         min(len(blocks.blocks["heldout"]), cfg.final_eval_blocks) // cfg.data.blocks_per_step

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from lms import frozen
 
 from groupsae.data.activations import ActivationDataModule
@@ -63,8 +64,14 @@ def all_residuals(data, tokens):
     return [r.flatten(0, 1) for r in [*hidden[1:LAYERS], before_norm[0]]]
 
 
+def handed_over(data, tokens):
+    """Return what Lightning hands to a step for a batch of the loader."""
+    drawn = data.on_before_batch_transfer(tokens, 0)
+    return data.on_after_batch_transfer(move_data_to_device(drawn, data.device), 0)
+
+
 def training_batches(data):
-    return [data.on_after_batch_transfer(tokens, 0) for tokens in data.train_dataloader()]
+    return [handed_over(data, tokens) for tokens in data.train_dataloader()]
 
 
 @pytest.mark.parametrize("first_position", [0, 12_345])
@@ -86,7 +93,7 @@ def test_each_row_is_the_drawn_layers_residual_of_its_token(make_data, first_pos
         assert drawn == set(layers)
 
 
-@pytest.mark.parametrize("part", [1, 2, 3])
+@pytest.mark.parametrize("part", [1, 2, 3, 9])
 def test_a_forward_in_parts_gives_the_rows_of_a_forward_in_one(make_data, part):
     tokens = token_batch()
     whole = make_data(blocks_per_forward=5).activations(tokens, SLOTS, 7)
@@ -112,7 +119,7 @@ def test_a_prepended_bos_is_left_out_if_special_tokens_are(make_data):
     data = make_data(prepend_bos=True, exclude_special_tokens=True)
     tokens = next(iter(data.train_dataloader()))
     assert (tokens[:, 0] == 0).all()
-    keep = data.on_after_batch_transfer(tokens, 0).everywhere().reshape(tokens.shape)
+    keep = handed_over(data, tokens).everywhere().reshape(tokens.shape)
     assert not keep[:, 0].any()
     assert keep[:, 1:].float().mean() > 0.9
 
@@ -135,7 +142,7 @@ def test_validation_shows_every_used_layer_and_moves_nothing(make_data):
     data, tokens = make_data(), token_batch(4)
     data.trainer.training = False
     data.set_slots([[0, 2], [3]])
-    parts = list(data.on_after_batch_transfer(tokens, 0))
+    parts = list(handed_over(data, tokens))
     residuals = all_residuals(data, tokens)
     assert data.blocks_seen == 0
     assert data.used_layers() == [0, 2, 3]
@@ -151,7 +158,7 @@ def test_a_resumed_run_sees_the_batches_of_the_undisturbed_one(make_data):
     killed = make_data()
     loader = iter(killed.train_dataloader())
     for _ in range(2):
-        killed.on_after_batch_transfer(next(loader), 0)
+        handed_over(killed, next(loader))
     next(loader)  # a loader may be ahead of the training; what counts is what was trained on
     resumed = make_data()
     resumed.load_state_dict(killed.state_dict())

@@ -88,7 +88,7 @@ def test_a_split_without_blocks_is_refused():
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_the_loader_gives_the_samplers_blocks_as_int64(num_workers):
     blocks = np.arange(33, dtype=np.int32).reshape(11, 3)
-    batches = list(make_loader(blocks, sampler(), num_workers))
+    batches = list(make_loader(blocks, sampler(), num_workers, pin_memory=False))
     for batch, indices in zip(batches, sampler(), strict=True):
         assert batch.dtype == torch.int64
         assert batch.tolist() == blocks[indices].tolist()

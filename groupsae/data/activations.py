@@ -4,38 +4,34 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-import numpy as np
 import torch
-from jaxtyping import Int, Int64
+from jaxtyping import Int
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from groupsae.cost.stopwatch import Stopwatch
 from groupsae.data.batch import ActivationBatch
+from groupsae.data.batches import TokenBatches
+from groupsae.data.drawn import DrawnTokens, draw
 from groupsae.data.filters import TokenFilter, check_filters
-from groupsae.data.loader import StepSampler, block_order, make_loader
-from groupsae.data.packing import end_of_text
 from groupsae.data.rows import draw_rows
+from groupsae.data.sizes import check_sizes
 from groupsae.data.sources import Source
-from groupsae.data.splits import SPLITS, Split, document_numbers
-from groupsae.data.tokens import Packing, TokenBlocks, load_token_blocks
+from groupsae.data.splits import SPLITS
+from groupsae.data.tokens import Packing
 from groupsae.errors import UserError
 from groupsae.lm.hooked import HookedLM
 from groupsae.lm.load import FrozenLM
 
 LEAST_TEXT = 20_000_000  # tokens
-# Of the sample that all runs are evaluated on, whatever their own seed; without it, the first
-# blocks of the file would be those of a few documents.
-HELDOUT_SEED = 0
 
 
-class ActivationDataModule(L.LightningDataModule):
+class ActivationDataModule(TokenBatches):
     """Streams activations of a frozen language model, at its hookpoint.
 
-    Token blocks travel through an ordinary loader; the model runs on the device in
+    Token blocks travel through an ordinary loader. What can be decided without the model is
+    decided on the host, in `on_before_batch_transfer`; the model runs on the device in
     `on_after_batch_transfer`, one truncated forward for all layers, and only the drawn rows are
-    kept.
+    kept. Nothing of a training step waits for the device.
 
     The position in the data is one integer, `blocks_seen` over all ranks; order and draws are
     functions of it, so a resumed run sees exactly what the undisturbed one would.
@@ -83,16 +79,7 @@ class ActivationDataModule(L.LightningDataModule):
         seed: int,
     ) -> None:
         super().__init__()
-        if context > lm.geometry.context:
-            raise UserError(
-                f"stream.context is {context}, but {lm.name} reads at most "
-                f"{lm.geometry.context} tokens."
-            )
-        if tokens < blocks_per_step * context:
-            raise UserError(
-                f"tokens={tokens:,} is less than one step of stream.blocks_per_step="
-                f"{blocks_per_step} blocks of {context} tokens: raise it, or lower the step."
-            )
+        check_sizes(context, lm, tokens, blocks_per_step, blocks_per_forward)
         self.lm, self.source, self.cache = lm, source, Path(cache)
         self.packing = Packing(
             context=context,
@@ -111,30 +98,8 @@ class ActivationDataModule(L.LightningDataModule):
         self.slots: list[list[int]] = []
         self.blocks_seen = 0
         self.stopwatch = Stopwatch()  # of the language model's forwards in training
-        self._blocks: TokenBlocks | None = None
 
     # ---- data ---------------------------------------------------------------------------
-
-    def prepare_data(self) -> None:
-        """Pack the tokens once, on one process."""
-        self.blocks  # noqa: B018
-
-    @property
-    def blocks(self) -> TokenBlocks:
-        """Return the packed corpus, packing it first if need be."""
-        if self._blocks is None:
-            self._blocks = load_token_blocks(
-                self.source,
-                self.lm.tokenizer(),
-                self.packing,
-                self.cache / "tokens",
-                vocab_size=self.lm.geometry.vocab_size,
-            )
-        return self._blocks
-
-    def epochs(self) -> float:
-        """Return how often the training split is read to fill the budget."""
-        return self.num_steps * self.blocks_per_step / len(self.blocks.blocks["train"])
 
     def setup(self, stage: str) -> None:
         """Check that every split fills a step; load the model onto this process's device."""
@@ -150,7 +115,7 @@ class ActivationDataModule(L.LightningDataModule):
         special = self.lm.tokenizer().all_special_ids
         if hooked.start_token is not None:
             special = [*special, hooked.start_token]
-        self.special_ids = torch.tensor(special, device=device, dtype=torch.int64)
+        self.special_ids = torch.tensor(special, dtype=torch.int64)
 
     @property
     def filters(self) -> TokenFilter:
@@ -169,75 +134,37 @@ class ActivationDataModule(L.LightningDataModule):
             "max_norm_ratio": self.max_norm_ratio,
         }
 
-    def loader(
-        self, split: Split, num_steps: int, seed: int | None, first_step: int = 0
-    ) -> DataLoader[Tensor]:
-        """Return this rank's share of the batches of a split."""
-        sampler = StepSampler(
-            num_blocks=len(self.blocks.blocks[split]),
-            blocks_per_step=self.blocks_per_step,
-            num_steps=num_steps,
-            seed=seed,
-            first_step=first_step,
-            rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self.trainer.world_size if self.trainer else 1,
-        )
-        return make_loader(self.blocks.blocks[split], sampler, self.num_workers)
-
-    def train_dataloader(self) -> DataLoader[Tensor]:
-        """Return the training batches from `blocks_seen` on."""
-        return self.loader(
-            "train", self.num_steps, self.seed, first_step=self.blocks_seen // self.blocks_per_step
-        )
-
-    def val_dataloader(self) -> DataLoader[Tensor]:
-        """Return the held-out batches of a validation."""
-        return self.heldout(self.steps_for("heldout", self.heldout_tokens))
-
-    def heldout(self, num_steps: int) -> DataLoader[Tensor]:
-        """Return held-out batches: the same sample of blocks from the whole split every time."""
-        return self.loader("heldout", num_steps, HELDOUT_SEED)
-
-    def heldout_documents(self, num_steps: int) -> Int64[np.ndarray, " block"]:
-        """Return a number of the document that each block of `heldout` begins in."""
-        blocks = self.blocks.blocks["heldout"][:, self.packing.prepend_bos :]
-        numbers = document_numbers(blocks, end_of_text(self.lm.tokenizer()))
-        order = block_order(len(blocks), HELDOUT_SEED, 0, num_steps * self.blocks_per_step)
-        return numbers[order]
-
-    def steps_for(self, split: Split, tokens: int | None) -> int:
-        """Return the steps that hold at most `tokens` tokens of a split, at least one."""
-        available = len(self.blocks.blocks[split]) // self.blocks_per_step
-        if available == 0:
-            raise UserError(
-                f"the {split} split has {len(self.blocks.blocks[split])} blocks, less than one "
-                f"step of {self.blocks_per_step}: give more text, or lower stream.blocks_per_step"
-                + (f" or raise stream.{split}_fraction." if split != "train" else ".")
-            )
-        wanted = available if tokens is None else max(1, tokens // self.tokens_per_step)
-        return min(available, wanted)
-
     # ---- activations --------------------------------------------------------------------
 
     def set_slots(self, groups: list[list[int]]) -> None:
         """Choose the sets of layers that training batches draw from, one row each."""
         self.slots = groups
 
-    def on_after_batch_transfer(
+    def on_before_batch_transfer(
         self, batch: Tensor, dataloader_idx: int
-    ) -> ActivationBatch | Iterator[ActivationBatch]:
-        """Turn a batch of tokens into activations.
+    ) -> DrawnTokens | list[DrawnTokens]:
+        """Decide on the host what a batch of tokens will show.
 
         A validation batch shows every used layer, so it comes in parts of `blocks_per_forward`.
         """
         assert self.trainer is not None
         if not self.trainer.training:
-            return self.every_layer(batch, self.used_layers())
+            slots = [[layer] for layer in self.used_layers()]
+            return [self.drawn(part, slots) for part in batch.split(self.blocks_per_forward)]
         share = self.blocks_per_step // self.trainer.world_size
         first = self.blocks_seen + self.trainer.global_rank * share
+        return self.drawn(batch, self.slots, first * self.packing.context)
+
+    def on_after_batch_transfer(
+        self, batch: DrawnTokens | list[DrawnTokens], dataloader_idx: int
+    ) -> ActivationBatch | Iterator[ActivationBatch]:
+        """Turn what was drawn into activations."""
+        if isinstance(batch, list):
+            slots = [[layer] for layer in self.used_layers()]
+            return (self.shown(part, slots) for part in batch)
         self.blocks_seen += self.blocks_per_step
-        self.stopwatch.start(batch.device)
-        made = self.activations(batch, self.slots, first * self.packing.context)
+        self.stopwatch.start(batch.tokens.device)
+        made = self.shown(batch, self.slots)
         self.stopwatch.stop()
         return made
 
@@ -245,25 +172,40 @@ class ActivationDataModule(L.LightningDataModule):
         """Return every layer that some slot draws from, sorted."""
         return sorted({layer for slot in self.slots for layer in slot})
 
-    def activations(
+    def drawn(
         self, tokens: Int[Tensor, "block pos"], slots: list[list[int]], first_position: int = 0
-    ) -> ActivationBatch:
-        """Return one row per slot and token; `first_position` is that of the first in the run."""
-        return draw_rows(
-            self.hooked,
-            self.filters,
+    ) -> DrawnTokens:
+        """Return the draws for tokens on the host; `first_position` as in `activations`."""
+        found = draw(
             tokens,
             slots,
+            self.filters.tokens(self.hooked.read(tokens)),
             seed=self.seed,
             first_position=first_position,
             blocks_per_forward=self.blocks_per_forward,
         )
+        return found.pinned() if self.device.type == "cuda" else found
+
+    def shown(self, drawn: DrawnTokens, slots: list[list[int]]) -> ActivationBatch:
+        """Return the activations of tokens whose draws from `slots` lie on the device."""
+        return draw_rows(
+            self.hooked, self.filters, drawn, slots, blocks_per_forward=self.blocks_per_forward
+        )
+
+    def activations(
+        self, tokens: Int[Tensor, "block pos"], slots: list[list[int]], first_position: int = 0
+    ) -> ActivationBatch:
+        """Return one row per slot and token; `first_position` is that of the first in the run.
+
+        Tokens that are on the device already come back to the host first.
+        """
+        return self.shown(self.drawn(tokens.cpu(), slots, first_position).to(self.device), slots)
 
     def calibration_batches(self, tokens: int) -> Iterator[ActivationBatch]:
         """Yield every layer's activations over this rank's share of the calibration split."""
         every = list(range(self.lm.geometry.num_layers))
         for batch in self.loader("calibration", self.steps_for("calibration", tokens), None):
-            yield from self.every_layer(batch.to(self.device), every)
+            yield from self.every_layer(batch, every)
 
     def every_layer(
         self, tokens: Int[Tensor, "block pos"], layers: list[int]

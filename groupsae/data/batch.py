@@ -14,18 +14,26 @@ class ActivationBatch(NamedTuple):
             token shows one of them.
         layers: the layer that each row comes from.
         keep: rows that count, False where the token filters leave one out; None if all count.
+        kept: places of the tokens that count, where those are the same in every slot; None if
+            all count, or if the norms of activations decide it (stream.max_norm_ratio).
     """
 
     acts: Float[Tensor, "slot token d_model"]
     layers: Int[Tensor, "slot token"]
     keep: Bool[Tensor, "slot token"] | None
+    kept: Int[Tensor, "row"] | None = None
 
     def rows(self, slot: int) -> tuple[Float[Tensor, "row d_model"], Int[Tensor, "row"]]:
-        """Return the activations that count in one slot, and their layers."""
+        """Return the activations that count in one slot, and their layers.
+
+        Where norms decide which do, the host waits for the device to know how many; nowhere else.
+        """
+        acts, layers = self.acts[slot], self.layers[slot]
+        if self.kept is not None:
+            return acts.index_select(0, self.kept), layers.index_select(0, self.kept)
         if self.keep is None:
-            return self.acts[slot], self.layers[slot]
-        keep = self.keep[slot]
-        return self.acts[slot][keep], self.layers[slot][keep]
+            return acts, layers
+        return acts[self.keep[slot]], layers[self.keep[slot]]
 
     def everywhere(self) -> Bool[Tensor, "token"] | None:
         """Return the tokens that count in every slot: angles compare layers on the same tokens."""

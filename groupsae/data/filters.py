@@ -33,7 +33,7 @@ class TokenFilter:
             return None
         keep = torch.ones_like(read, dtype=torch.bool)
         if self.special_ids is not None:
-            keep &= ~torch.isin(read, self.special_ids)
+            keep &= ~torch.isin(read, self.special_ids.to(read.device))
         keep[:, : self.skip_positions] = False
         return keep
 

@@ -100,12 +100,22 @@ class StepSampler(Sampler[list[int]]):
                 yield step[self.mine].tolist()
 
 
-def make_loader(blocks: np.ndarray, sampler: StepSampler, num_workers: int) -> DataLoader[Tensor]:
-    """Return an ordinary DataLoader over the sampler's batches, int64 [blocks, context] each."""
+def make_loader(
+    blocks: np.ndarray, sampler: StepSampler, num_workers: int, pin_memory: bool
+) -> DataLoader[Tensor]:
+    """Return an ordinary DataLoader over the sampler's batches, int64 [blocks, context] each.
+
+    Args:
+        blocks: of one split.
+        sampler: which of them, in which order.
+        num_workers: processes that read.
+        pin_memory: bring batches into page-locked memory, from which a GPU fetches them while
+            the host goes on.
+    """
     return DataLoader(
         BlockDataset(blocks),
         batch_sampler=sampler,
         num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
     )

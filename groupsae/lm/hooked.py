@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from groupsae.errors import UserError
+from groupsae.lm.attention import nothing_padded
 from groupsae.lm.hookpoints import find_sites
 
 Visit = Callable[[int, Tensor], Tensor | None]
@@ -77,8 +78,10 @@ class HookedLM:
             given = {"input_ids": tokens, "attention_mask": ones, "use_cache": False}
         else:
             encoder: Any = self.model.get_encoder()  # type: ignore[operator]
+            with nothing_padded():
+                encoded = encoder(input_ids=tokens, attention_mask=ones)
             given = {
-                "encoder_outputs": encoder(input_ids=tokens, attention_mask=ones),
+                "encoder_outputs": encoded,
                 "attention_mask": ones,
                 "decoder_input_ids": self.read(tokens),
                 "decoder_attention_mask": ones,
@@ -122,7 +125,8 @@ class HookedLM:
         try:
             for layer in wanted:
                 handles.append(self.sites[layer].watch(_bound(see, layer)))
-            return self.model(**inputs)
+            with nothing_padded():
+                return self.model(**inputs)
         except _StopForward:
             return None
         finally:

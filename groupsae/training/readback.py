@@ -15,7 +15,7 @@ class Readback:
     def __init__(self, numbers: Int[Tensor, "number"]) -> None:
         self._copied: torch.cuda.Event | None = None
         if numbers.device.type != "cuda":
-            self._numbers = numbers.cpu()
+            self._numbers = numbers
             return
         # only pinned memory is written to without the host waiting
         self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)

@@ -1,0 +1,104 @@
+"""Timing in interleaved blocks, and what a table of results says about the machine.
+
+A machine that is shared, or that changes its clock, is fast in one minute and slow in the next.
+So what is compared runs in blocks A B C A B C within one process, and figures are medians and
+minima over the rounds.
+"""
+
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.progress import track
+
+from groupsae.lm.build import build_gpt_neox, train_tokenizer
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Seconds(NamedTuple):
+    """Of one thing, over the rounds."""
+
+    median: float
+    least: float
+
+
+def now(device: torch.device) -> float:
+    """Return the wall clock, once the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def interleaved(
+    blocks: Mapping[str, Callable[[], float]], rounds: int, title: str
+) -> dict[str, Seconds]:
+    """Run every block in each of the rounds; a block returns the seconds that it measured.
+
+    The first round is not counted. Every round begins with another block.
+    """
+    names, found = list(blocks), {name: [] for name in blocks}
+    places = [(r, i) for r in range(rounds + 1) for i in range(len(names))]
+    for r, i in track(places, description=title, disable=not sys.stdout.isatty()):
+        name = names[(r + i) % len(names)]
+        seconds = blocks[name]()
+        if r:
+            found[name].append(seconds)
+        if i == 0 and not sys.stdout.isatty():
+            print(f"{title}: round {r} of {rounds}", flush=True)
+    return {name: Seconds(statistics.median(s), min(s)) for name, s in found.items()}
+
+
+@contextmanager
+def random_model(
+    *, num_layers: int, d_model: int, num_heads: int, vocab_size: int, context: int
+) -> Iterator[str]:
+    """Give the folder of a GPT-NeoX with random weights and a small tokenizer."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        build_gpt_neox(
+            num_layers=num_layers,
+            d_model=d_model,
+            num_heads=num_heads,
+            vocab_size=vocab_size,
+            context=context,
+        ).save_pretrained(folder)
+        texts = [Path(module).read_text() for module in (statistics.__file__, platform.__file__)]
+        train_tokenizer(texts, 1024, context).save_pretrained(folder)
+        yield folder
+
+
+def machine(device: torch.device) -> str:
+    """Return hardware, versions and date in one line."""
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = f"{torch.get_num_threads()} threads of {processor()}"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{hardware}; {versions}, {date.today().isoformat()}"
+
+
+def processor() -> str:
+    """Return the processor's name, and the vector instructions that torch uses."""
+    name, about = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if about.exists():
+        lines = about.read_text().splitlines()
+        name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), name)
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def write(name: str, title: str, text: str, device: torch.device, notes: str = "") -> None:
+    """Print a result, and write it to benchmarks/results with machine and command."""
+    command = " ".join([f"python -m benchmarks.{name}", *sys.argv[1:]])
+    whole = f"# {title}\n\n{text}\n\n{notes}\n\n{machine(device)}. Command: `{command}`\n"
+    print(whole)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text(whole)
