@@ -56,8 +56,8 @@ replicate: $(READY)  ## All rules, all numbers of groups, SEEDS=0,1,2: docs/repl
 pretrain: $(READY)  ## Train the bundled language model anew (hours)
 	@$(BIN)/python -m groupsae.pretrain $(ARGS)
 
-bench: $(READY)  ## Measure the training loop and its parts: benchmarks/results
-	@$(BIN)/python -m benchmarks.loop $(ARGS)
+bench: $(READY)  ## Measure the training loop and its parts, a quarter of an hour: benchmarks/results
+	@for each in step kernels loop lm_forward scaling; do $(BIN)/python -m benchmarks.$$each || exit; done
 
 bench-rivals: $(READY)  ## Training beside SAELens, sparsify and dictionary_learning (8 minutes, 6 GB)
 	@benchmarks/rivals/install

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.timing import interleaved, now, random_model, write
+from benchmarks.timing import interleaved, random_model, timed, write
 from groupsae.lm.hooked import HookedLM
 from groupsae.lm.load import FrozenLM
 from groupsae.screen import quiet
@@ -75,17 +75,6 @@ def variants(name: str, device: torch.device) -> dict[str, Callable[[], Any]]:
         "compile=true": lambda: run(compiled),
         'float32_matmul_precision="medium"': other_products,
     }
-
-
-def timed(use: Callable[[], Any], device: torch.device) -> Callable[[], float]:
-    """Return a block that says how long one call takes."""
-
-    def block() -> float:
-        start = now(device)
-        use()
-        return now(device) - start
-
-    return block
 
 
 def main(arguments: list[str]) -> None:

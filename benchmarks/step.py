@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.timing import Seconds, interleaved, now, write
+from benchmarks.timing import Seconds, interleaved, timed, write
 from groupsae.sae.kernels.largest import top_k
 from groupsae.sae.kernels.product import affine
 from groupsae.sae.topk import TopK
@@ -48,7 +48,7 @@ SHAPES = {
         for batch in (8192, 32768)
     ],
 }
-ROUNDS = 7
+ROUNDS, CALLS = 7, 3
 FLOOR = ("encoder's product", "Adam")
 WHOLE, PLAIN = "whole step", "the same in plain PyTorch"
 
@@ -171,18 +171,6 @@ def parts_of(group: GroupSAE, x: Tensor) -> dict[str, Callable[[], Any]]:
     return parts
 
 
-def timed(use: Callable[[], Any], device: torch.device) -> Callable[[], float]:
-    """Return a block that says how long one call takes, of three."""
-
-    def block() -> float:
-        start = now(device)
-        for _ in range(3):
-            use()
-        return (now(device) - start) / 3
-
-    return block
-
-
 def table(found: dict[str, Seconds]) -> list[str]:
     """Return the lines of one shape's table, and the ratios below it."""
     whole = found[WHOLE].median
@@ -218,21 +206,21 @@ def main(arguments: list[str]) -> None:
             step()
         # of another group: its gradients stay
         parts = parts_of(group_of(shape, selection, device), acts)
-        blocks = {name: timed(use, device) for name, use in parts.items()}
-        blocks[WHOLE] = timed(step, device)
-        blocks[PLAIN] = timed(plain_step(shape, acts), device)
+        blocks = {name: timed(use, device, CALLS) for name, use in parts.items()}
+        blocks[WHOLE] = timed(step, device, CALLS)
+        blocks[PLAIN] = timed(plain_step(shape, acts), device, CALLS)
         title = (
             f"d_model {shape.d_model}, d_sae {shape.d_sae:,}, k {shape.k}, batch {shape.batch:,}"
         )
         lines += [f"## {title}", "", *table(interleaved(blocks, ROUNDS, title))]
-    name = "_".join(["step", *(f"{key}-{value}" for key, value in given.items())])
     write(
-        name,
+        "step",
         "One training step of an SAE, by part",
         "\n".join(lines).rstrip(),
         device,
         f"Medians of {ROUNDS} rounds, in which parts, whole and plain PyTorch follow each other; "
-        "3 calls each.",
+        f"{CALLS} calls each.",
+        "".join(f"_{key}-{value}" for key, value in given.items()),
     )
 
 

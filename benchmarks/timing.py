@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.progress import track
@@ -36,6 +36,18 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def timed(use: Callable[[], Any], device: torch.device, calls: int = 1) -> Callable[[], float]:
+    """Return a block that says how long one call takes."""
+
+    def block() -> float:
+        start = now(device)
+        for _ in range(calls):
+            use()
+        return (now(device) - start) / calls
+
+    return block
 
 
 def interleaved(
@@ -95,10 +107,15 @@ def processor() -> str:
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def write(name: str, title: str, text: str, device: torch.device, notes: str = "") -> None:
-    """Print a result, and write it to benchmarks/results with machine and command."""
+def write(
+    name: str, title: str, text: str, device: torch.device, notes: str = "", variant: str = ""
+) -> None:
+    """Print a result, and write it to benchmarks/results with machine and command.
+
+    `variant` sets the results of other options apart.
+    """
     command = " ".join([f"python -m benchmarks.{name}", *sys.argv[1:]])
     whole = f"# {title}\n\n{text}\n\n{notes}\n\n{machine(device)}. Command: `{command}`\n"
     print(whole)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.md").write_text(whole)
+    (RESULTS / f"{name}{variant}.md").write_text(whole)
