@@ -10,7 +10,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 @contextmanager
 def nothing_padded() -> Iterator[None]:
-    """Tell transformers that every position is attended to, while inside.
+    """Tell transformers, in this whole process, that every position is attended to, while inside.
 
     It drops a mask of ones, so that attention runs its causal (or full) kernel instead of the
     slower one with a mask, but to see that it is one it adds it up on the device and waits for
