@@ -28,6 +28,7 @@ from groupsae.report.tables import print_ledger, print_result
 from groupsae.run import is_leader
 from groupsae.screen import quiet
 from groupsae.training.allocator import keep_freed_memory
+from groupsae.training.callbacks.bar import Bar
 from groupsae.training.callbacks.grouping import GroupLayers
 from groupsae.training.callbacks.stop import StopOnSignal
 from groupsae.training.callbacks.throughput import Throughput
@@ -159,8 +160,9 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
     )
     stop, throughput = StopOnSignal(folder=str(folder / "checkpoints")), Throughput()
     loggers = [make(logger) for logger in (cfg.logger or {}).values()]
+    settings = make(cfg.trainer)
     trainer = L.Trainer(
-        **make(cfg.trainer),
+        **settings,
         logger=loggers or False,
         max_epochs=1,  # the loader is as long as the run
         log_every_n_steps=min(cfg.log_every, data.num_steps),
@@ -182,6 +184,7 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
                 enable_version_counter=False,
             ),
             stop,
+            *([Bar()] if settings.get("enable_progress_bar", True) else []),
         ],
     )
     if cfg.stream.blocks_per_step % trainer.world_size:

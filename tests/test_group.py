@@ -21,6 +21,7 @@ from groupsae.data.files import FileSource
 from groupsae.errors import UserError
 from groupsae.grouping.choices import Explicit
 from groupsae.sae.topk import TopK
+from groupsae.training.callbacks.bar import Bar
 from groupsae.training.group import GroupSAE
 from groupsae.training.optim import Adam
 from groupsae.training.readback import Readback
@@ -295,6 +296,18 @@ def tiny_suite():
     )  # fmt: skip
     suite.set_plan(choice.plan(torch.ones(4, 4).fill_diagonal_(0).double().numpy()), TINY)
     return suite
+
+
+def test_the_bar_shows_figures_that_the_host_has(trained_suite):
+    """Lightning reads what is logged for its bar from the device in every step: nothing is."""
+    suite, trainer = trained_suite
+    assert trainer.progress_bar_metrics == {}
+    figures = Bar().get_metrics(trainer, suite)
+    assert figures.keys() == {"fvu", "val/fvu/mean"}
+    assert all(type(value) is float for value in figures.values())
+    assert figures["val/fvu/mean"] == pytest.approx(
+        float(trainer.callback_metrics["val/fvu/mean"])
+    )
 
 
 @pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka"])

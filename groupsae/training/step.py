@@ -31,6 +31,10 @@ class SAETraining(L.LightningModule):
     b_dec_start: str
     num_dead: Readback | None = None  # before the first step, of a resumed run as well
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: dict[str, float] = {}  # figures for the progress bar
+
     def members(self) -> list["GroupSAE"]:
         """Return the groups in training, in the order of the batch's slots."""
         raise NotImplementedError
@@ -93,7 +97,7 @@ class SAETraining(L.LightningModule):
                 self.log(f"train/{name}/{member.name}", value, rank_zero_only=True)
         shown = set(self.serving().values())
         mean = sum(m.last_fvu for m in shown) / len(shown)
-        self.log("fvu", mean, prog_bar=True, logger=False)
+        self.shown["fvu"] = mean
 
     def check_finite(self, member: "GroupSAE", value: float) -> None:
         """Raise UserError if a value of the member has become NaN or infinite."""
@@ -183,4 +187,5 @@ class SAETraining(L.LightningModule):
             self.log(f"val/fvu/layer.{layer}", result["fvu"].float(), rank_zero_only=True)
             self.log(f"val/l0/layer.{layer}", result["l0"].float(), rank_zero_only=True)
         everywhere = torch.stack([r["fvu"] for r in served.values()]).mean()
-        self.log("val/fvu/mean", everywhere.float(), prog_bar=True, rank_zero_only=True)
+        self.log("val/fvu/mean", everywhere.float(), rank_zero_only=True)
+        self.shown["val/fvu/mean"] = float(everywhere)

@@ -90,7 +90,8 @@ class Throughput(L.Callback):
         if trainer.global_step % every == 0:
             rate = self.tokens / self.seconds
             pl_module.log("time/tokens_per_sec", rate, rank_zero_only=True)
-            pl_module.log("tok/s", rate, prog_bar=True, logger=False, rank_zero_only=True)
+            shown: Any = pl_module.shown
+            shown["tok/s"] = rate
             pl_module.log(
                 "tokens_seen", float(data.blocks_seen * data.packing.context), rank_zero_only=True
             )

@@ -1,0 +1,22 @@
+"""The progress bar's figures, without asking the device for them at every step."""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.progress_bar import get_standard_metrics
+
+
+class Bar(TQDMProgressBar):
+    """Lightning's bar, which shows what the module keeps in `shown`.
+
+    Values that are logged with `prog_bar=True` become tensors on the device, and Lightning reads
+    each of them back twice in every step; the host waits for the device each time.
+    """
+
+    def get_metrics(
+        self, trainer: L.Trainer, pl_module: L.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """Return the run's version and what the module shows."""
+        shown: Any = pl_module.shown
+        return {**get_standard_metrics(trainer), **shown}
