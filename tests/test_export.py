@@ -338,7 +338,7 @@ def test_models_and_modules_go_by_their_librarys_names():
         ("cut", "sae.safetensors is cut short or damaged"),
         ("shape", r"the tensor W_dec has shape \[48, 15\].*wants \[48, 16\]"),
         ("missing", "lacks the tensor b_enc"),
-        ("newer", "has format 99, this version of groupsae reads 3"),
+        ("newer", "has format 99, this version of groupsae reads 2"),
     ],
 )
 def test_damaged_saes_of_ours_are_named_and_nothing_is_written(tmp_path, damage, told):

@@ -310,7 +310,7 @@ def test_the_bar_shows_figures_that_the_host_has(trained_suite):
     )
 
 
-@pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka"])
+@pytest.mark.parametrize("kind", FAMILY)
 def test_no_step_waits_for_the_device(kind, make_data, monkeypatch):
     """The whole step of Lightning's loop, with dead latents, but for those that are logged."""
     architecture, values = FAMILY[kind]
@@ -333,7 +333,7 @@ def test_no_step_waits_for_the_device(kind, make_data, monkeypatch):
     monkeypatch.setattr(GroupSAE, "optimizer_step", watch)
     fit(group, make_data([[0, 1]]))
     assert watched == list(range(6))
-    assert dead[-1] > 0
+    assert dead[-1] > 0 or kind in ("jumprelu", "relu", "gated")  # which fire everywhere at first
 
 
 def attach(module):

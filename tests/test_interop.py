@@ -223,6 +223,19 @@ def test_a_class_that_is_no_sae_of_ours_is_refused(run_folder, name):
         load_suite(run_folder)
 
 
+def test_what_only_training_asks_for_may_be_missing(run_folder):
+    whole = load_suite(run_folder).encode(activations(), layer=2)
+    file = run_folder / "saes" / "layers.2" / "cfg.json"
+    arguments = json.loads(file.read_text())["arguments"]
+    assert arguments.pop("selection") == "float32"
+    edit(run_folder, arguments=arguments)
+    assert torch.equal(load_suite(run_folder).encode(activations(), layer=2), whole)
+    del arguments["k"]
+    edit(run_folder, arguments=arguments)
+    with pytest.raises(UserError, match="damaged"):
+        load_suite(run_folder)
+
+
 def test_a_format_of_the_future_is_refused(run_folder):
     edit(run_folder, format=99)
     with pytest.raises(UserError, match="format 99"):

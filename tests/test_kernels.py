@@ -143,10 +143,12 @@ def test_on_avx512_the_product_is_onednns_and_right(monkeypatch):
         torch.testing.assert_close(affine(x, weight, bias), expected)
     counts = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
     assert counts == {"mkldnn._linear_pointwise": 2 * 33 * 48 * 70}
+    assert affine(x[:0], weight, bias).shape == (0, 70)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     with flop_counter() as counter:
         torch.testing.assert_close(affine(x, weight, bias), expected)
     assert counter.get_total_flops() == 2 * 33 * 48 * 70
+    assert affine(x[:0], weight, bias).shape == (0, 70)
     wide = affine(x.double(), weight.double(), bias.double())
     torch.testing.assert_close(wide.float(), expected)
 

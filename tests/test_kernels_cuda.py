@@ -17,8 +17,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from saes import trained
 
-from groupsae.sae.kernels import cuda
+from groupsae.sae import base
+from groupsae.sae.kernels import choice, cuda, dense
+from groupsae.sae.kernels.choice import kernels_of
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -31,10 +34,11 @@ COUNTS = {  # entries of the segments
     "no segments": [],
 }
 
-pytestmark = pytest.mark.skipif(not cuda.available(), reason="needs Triton")
+NEEDED = pytest.mark.skipif(not cuda.available(), reason="needs Triton")
 
 
 def on_device(test):
+    test = NEEDED(test)
     if INTERPRETED:
         return test
     return pytest.mark.gpu(
@@ -277,9 +281,52 @@ def test_top_k_among_equal_values(row, share):
     check_top_k(torch.tensor([row]), max(1, round(share * len(row))), firsts=True)
 
 
+# ---- in a training step ---------------------------------------------------------------------
+
+
+@on_device
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka"])
+def test_a_training_step_is_that_of_the_cpu(kind, monkeypatch):
+    """Encoder, decoder, AuxK and the passes over the decoder, with their gradients, in float64."""
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    dead = torch.tensor([1, 4, 7, 9, 11, 14, 15, 20])
+
+    def step(device):
+        sae = trained(kind).to(device)
+        output = sae(x.to(device), torch.tensor(7.0, device=device).double(), dead.to(device))
+        assert output.losses.keys() >= {"fvu", "auxk"}
+        sum(output.losses.values()).backward()
+        sae.project_gradient()
+        found = {name: p.grad.cpu() for name, p in sae.named_parameters()}
+        with torch.no_grad():
+            sae.W_dec.mul_(3)
+        sae.normalize_decoder()
+        return found | {"loss": output.losses["fvu"].detach().cpu(), "W": sae.W_dec.detach().cpu()}
+
+    expected = step("cpu")
+    used = []
+    for name in ("combine", "dots", "project_rows", "normalize_rows"):
+        monkeypatch.setattr(cuda, name, noted(getattr(cuda, name), name, used))
+    if INTERPRETED:  # tensors that lie on the CPU
+        monkeypatch.setattr(choice, "kernels_of", lambda table: cuda)
+        monkeypatch.setattr(base, "kernels_of", lambda table: cuda)
+    for name, value in step(DEVICE).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-11, atol=1e-13)
+    assert set(used) == {"combine", "dots", "project_rows", "normalize_rows"}
+
+
+def noted(function, name, used):
+    def call(*arguments):
+        used.append(name)
+        return function(*arguments)
+
+    return call
+
+
 # ---- without a GPU --------------------------------------------------------------------------
 
 
+@NEEDED
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
 def test_all_of_this_in_the_interpreter():
@@ -296,5 +343,21 @@ def test_all_of_this_in_the_interpreter():
 def test_without_triton_the_module_is_there_and_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
     monkeypatch.delitem(sys.modules, "groupsae.sae.kernels.triton_programs", raising=False)
-    importlib.reload(cuda)
-    assert not cuda.available()
+    cuda.available.cache_clear()
+    try:
+        importlib.reload(cuda)
+        assert not cuda.available()
+        assert kernels_of(torch.empty(2, 2, device="meta")) is dense
+    finally:
+        cuda.available.cache_clear()
+
+
+@pytest.mark.parametrize(("installed", "can"), [("3.6.2", False), ("3.7.1", True), ("4.0", True)])
+def test_a_triton_that_was_not_tried_is_not_used(installed, can, monkeypatch):
+    monkeypatch.setattr(cuda, "find_spec", lambda name: name)
+    monkeypatch.setattr(cuda, "version", lambda name: installed)
+    cuda.available.cache_clear()
+    try:
+        assert cuda.available() == can
+    finally:
+        cuda.available.cache_clear()

@@ -15,7 +15,10 @@ OPERATORS = {
     )
 }  # fmt: skip
 INDEXED = {"aten::index.Tensor", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
-READS = {torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu, torch.Tensor.item}
+READS = {
+    torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu, torch.Tensor.item,
+    torch.tensor, torch.as_tensor, torch.distributed.barrier,
+}  # fmt: skip  # what is made of Python's numbers comes from memory that is not pinned
 
 
 allowed = 0  # how many `waiting` are entered

@@ -17,10 +17,11 @@ from groupsae.errors import UserError
 from groupsae.grouping.groupings import by_name
 from groupsae.interop.groups_file import load_plan
 from groupsae.interop.hub.repository import download, repository
+from groupsae.interop.libraries.build import KINDS, UNTRAINED
 from groupsae.interop.libraries.tensors import read_tensors, take
 from groupsae.sae.base import SAE, SparseLatents
 
-FORMAT = 3
+FORMAT = 2
 
 
 def save_sae(folder: Path, sae: SAE, config: dict[str, Any]) -> None:
@@ -209,9 +210,13 @@ def _load_sae(file: Path) -> tuple[SAE, dict[str, Any]]:
                 f"{file} has format {config['format']}, this version of groupsae reads "
                 f"{FORMAT}: use the version that wrote it."
             )
-        sae = _architecture(config["architecture"], file)(
-            **config["arguments"], generator=torch.Generator()
+        architecture = _architecture(config["architecture"], file)
+        # what only training asks for may be missing: an older version wrote the file
+        only_training = next(
+            UNTRAINED[kind] for kind, made in KINDS.items() if made is architecture
         )
+        arguments = {**only_training, **config["arguments"]}
+        sae = architecture(**arguments, generator=torch.Generator())
         weights = file.with_name("sae.safetensors")
         wanted = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
         try:

@@ -29,7 +29,7 @@ class SparseLatents(NamedTuple):
     latents, `starts` says where each row begins, and the other two have one dimension.
 
     Attributes:
-        acts: activations, never negative.
+        acts: activations, never negative (while a training step selects: pre-activations).
         indices: which latents they belong to.
         starts: None, or the first entry of each row, and the number of entries at the end.
     """

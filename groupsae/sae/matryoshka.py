@@ -69,4 +69,4 @@ class Matryoshka(BatchTopK):
         rows = torch.arange(len(entries.starts) - 1, device=row.device)
         cuts = (rows.unsqueeze(1) * self.d_sae + self.begins).flatten()
         starts = torch.searchsorted(row * self.d_sae + entries.latents, cuts)
-        return Entries(entries.latents, torch.cat([starts, entries.starts[-1:]]), self.d_sae)
+        return entries.cut(torch.cat([starts, entries.starts[-1:]]))

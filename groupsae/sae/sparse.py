@@ -63,13 +63,23 @@ class Entries:
         starts = torch.arange(rows + 1, device=latents.device) * k
         return cls(latents.flatten(), starts, d_sae)
 
+    def cut(self, starts: Int[Tensor, "bound"]) -> "Entries":
+        """Return the same entries in other rows, which need not be sorted again."""
+        entries = Entries(self.latents, starts, self.d_sae)
+        entries._sorted = self._sorted
+        return entries
+
+    @cached_property
+    def _sorted(self) -> tuple[Int[Tensor, "entry"], Int[Tensor, "bound"]]:
+        latents, order = self.latents.int().sort(stable=True)  # int: half the time of int64
+        every = torch.arange(self.d_sae + 1, device=latents.device, dtype=latents.dtype)
+        return order, torch.searchsorted(latents, every)
+
     @cached_property
     def by_latent(self) -> ByLatent:
         """Return the entries sorted by latent, for the sums of both weights' gradients."""
-        latents, order = self.latents.int().sort(stable=True)  # int: half the time of int64
-        every = torch.arange(self.d_sae + 1, device=latents.device, dtype=latents.dtype)
-        rows = rows_of(self.starts, len(latents))[order]
-        return ByLatent(order, rows, torch.searchsorted(latents, every))
+        order, starts = self._sorted
+        return ByLatent(order, rows_of(self.starts, len(order))[order], starts)
 
     def kernels(self, table: Tensor) -> ModuleType:
         """Return the kernels for these entries."""
@@ -133,6 +143,9 @@ class Encode(torch.autograd.Function):
         """Return the gradients of x, the encoder and both biases."""
         (x, W_enc, b_dec), entries = ctx.saved_tensors, ctx.entries
         kernels = entries.kernels(W_enc)
+        if not any(ctx.needs_input_grad[2:5]):
+            grad_x = kernels.combine(grad, entries.latents, entries.starts, W_enc)
+            return None, grad_x, None, None, None, None
         order, rows, starts = entries.by_latent
         sorted_grad = grad[order]
         grad_enc = kernels.combine(sorted_grad, rows, starts, x - b_dec)

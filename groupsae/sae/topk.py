@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from groupsae.errors import UserError
 from groupsae.sae.base import SAE, AllSum, SAEOutput, SparseLatents, linear_pre_acts, same
+from groupsae.sae.kernels.choice import DENSE_SHARE
 from groupsae.sae.kernels.largest import top_k
 from groupsae.sae.kernels.product import affine
 from groupsae.sae.schedule import check_count, check_positive, check_share, is_number, ramp
@@ -174,11 +175,13 @@ class TopK(SAE):
         """Return the FLOPs per token of a training step, 2 d n + 8 d k.
 
         The encoder's product is dense, 2 d n; its gradient, decoding and decoding's two gradients
-        touch k rows, 2 d k each. AuxK, which runs only while latents are dead, is not counted,
+        touch k rows, 2 d k each, or all n where so many are active that dense products are
+        faster. AuxK, which runs only while latents are dead, is not counted,
         nor what k_start adds at the beginning.
         """
+        touched = self.d_sae if self.k > DENSE_SHARE * self.d_sae else self.k
         again = 2 * CANDIDATES * self.k if self.selection != "float32" else 0
-        return self.d_model * (2 * self.d_sae + 8 * self.k + again)
+        return self.d_model * (2 * self.d_sae + 8 * touched + again)
 
     def inference_flops(self) -> int:
         """Return the FLOPs per token of encoding and decoding, 2 d n + 2 d k."""

@@ -137,7 +137,7 @@ def forecast(
         for width, planned in one_of.items()
     }
     optimizers = {width: trial.configure_optimizers() for width, trial in trials.items()}
-    tokens = next(iter(data.loader("train", TRIAL, data.seed))).to(device)
+    tokens = next(iter(data.loader("train", TRIAL, data.seed)))
     lm, saes = 0.0, dict.fromkeys(trials, 0.0)
     for measured in [False] + [True] * TRIAL:  # the first round warms up
         start = _now(device)

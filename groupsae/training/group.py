@@ -155,6 +155,8 @@ class GroupSAE(SAETraining):
 
     def dead_latents(self, count: int) -> Int[Tensor, "dead"]:
         """Return the dead latents, which are `count`; so the device need not be waited for."""
+        if count == 0:
+            return torch.empty(0, dtype=torch.int64, device=self.tokens_since_fired.device)
         return self.dead().byte().argsort(descending=True, stable=True)[:count]
 
     def count_dead(self, fired: Bool[Tensor, "d_sae"]) -> None:

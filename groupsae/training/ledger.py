@@ -15,6 +15,8 @@ from groupsae.training.callbacks.throughput import Throughput
 from groupsae.training.group import GroupSAE
 from groupsae.training.suite import GroupSAESuite
 
+FEW = 64  # rows that the FLOPs of an SAE are counted on
+
 
 def ledger(
     suite: GroupSAESuite,
@@ -128,8 +130,8 @@ def _measured_flops(
 
     For the language model in training, for the distances (the forward over the calibration text
     included) and for the SAEs, which run as they do in training, but for AuxK. Nothing of them
-    is changed (eval: a running threshold stands still). The SAEs are counted on the CPU, whose
-    operators the counter knows; it sees nothing of a Triton program.
+    is changed (eval: a running threshold stands still). The SAEs are counted on a few rows and on
+    the CPU, whose operators the counter knows; it sees nothing of a Triton program.
     """
     # after fitting Lightning leaves the SAEs on the CPU; the language model is where it ran
     device, geometry = data.device, data.lm.geometry
@@ -144,15 +146,18 @@ def _measured_flops(
     with flop_counter() as distances:
         for each in parts:
             angles.update(each.acts, each.everywhere())
-    with flop_counter() as saes, torch.enable_grad():
-        for member in (m.cpu() for m in members):
-            acts, layers = (rows.cpu() for rows in batch.rows(member.slot))
-            x, one = member.scaled(acts, layers), torch.ones(())
+    of_saes = 0.0
+    for member in (m.cpu() for m in members):
+        acts, layers = batch.rows(member.slot)
+        few = slice(min(FEW, len(acts)))
+        x, one = member.scaled(acts[few].cpu(), layers[few].cpu()), torch.ones(())
+        with flop_counter() as sae, torch.enable_grad():
             output = member.sae.eval().forward(x, one, member.dead_latents(0))
             torch.stack(list(output.losses.values())).sum().backward()
-            member.zero_grad()
-    measured = (counter.get_total_flops() for counter in (lm, calibration, distances, saes))
-    of_lm, of_calibration, of_distances, of_saes = (n / tokens.numel() for n in measured)
+        member.zero_grad()
+        of_saes += sae.get_total_flops() * (len(acts) / max(1, len(x))) / tokens.numel()
+    measured = (counter.get_total_flops() for counter in (lm, calibration, distances))
+    of_lm, of_calibration, of_distances = (n / tokens.numel() for n in measured)
     measuring = work.calibration_passes * of_calibration + of_distances
     return (
         round(work.tokens * of_lm),

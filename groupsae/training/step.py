@@ -46,7 +46,8 @@ class SAETraining(L.LightningModule):
         if self.global_step == 0:
             for member, (x, _) in zip(members, rows, strict=True):
                 start_b_dec(member.sae, x, self.b_dec_start, self.all_sum)
-        moments = [self.all_sum(m.moments(*row)) for m, row in zip(members, rows, strict=True)]
+        mine = [m.moments(*row) for m, row in zip(members, rows, strict=True)]
+        moments = self.all_sum(torch.cat(mine)).split([len(each) for each in mine])
         num_dead = (self.num_dead or self.note_dead()).read()
         losses = [
             m.step(*row, moment, dead, progress, self.all_sum)
@@ -54,8 +55,8 @@ class SAETraining(L.LightningModule):
         ]
         fired = self.all_sum(torch.cat([m.fired for m in members]))
         widths = [m.sae.d_sae for m in members]
-        for member, mine in zip(members, fired.split(widths), strict=True):
-            member.count_dead(mine > 0)
+        for member, times in zip(members, fired.split(widths), strict=True):
+            member.count_dead(times > 0)
             if self.trainer.world_size > 1:
                 for state in member.sae.followed():
                     state.copy_(self.all_sum(state) / self.trainer.world_size)
@@ -84,10 +85,16 @@ class SAETraining(L.LightningModule):
         return steps
 
     def all_sum(self, value: Tensor) -> Tensor:
-        """Return the sum of a tensor over all processes."""
+        """Return the sum of a tensor over all processes.
+
+        Not by Lightning's strategy, which puts a barrier before it: there the host would wait for
+        a GPU.
+        """
         if self.trainer.world_size == 1:
             return value
-        return self.trainer.strategy.reduce(value, reduce_op="sum")
+        total = value.clone()
+        torch.distributed.all_reduce(total)
+        return total
 
     def log_training(self) -> None:
         """Log what accumulated since the last time: nothing is read for the log in between."""

@@ -12,6 +12,8 @@ row of the batch, over d * size / 256 programs. (Reasoned from sizes, and from t
 compiling reports; no time on a GPU was measured.)
 """
 
+from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -25,9 +27,16 @@ MOST_IN_REGISTERS = 16_384  # keys of a row in `top_k`; 512 threads hold 32 each
 SPARE_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # empty ones in a float32
 
 
+@cache
 def available() -> bool:
-    """Return whether the programs can be built: Triton is there (the device is not asked)."""
-    return find_spec("triton") is not None
+    """Return whether the programs can be built: a Triton that they were tried with is there.
+
+    Which is 3.7 or newer; the device is not asked. Older ones come with torch before 2.11.
+    """
+    if find_spec("triton") is None:
+        return False
+    major, minor = version("triton").split(".")[:2]
+    return (int(major), int(minor)) >= (3, 7)
 
 
 def combine(
@@ -138,6 +147,9 @@ def top_k(
     pre_acts: Float[Tensor, "row n"], k: int
 ) -> tuple[Float[Tensor, "row k"], Int[Tensor, "row k"]]:
     """Return the k largest entries of each row and their columns, in no order of size.
+
+    Not used in training yet: no GPU has said whether it is faster than torch's own
+    (`python -m benchmarks.kernels device=cuda` asks one).
 
     Exact. Which of several entries equal to the k-th largest are kept depends on the row alone
     (for up to 16,384 columns: the first). -0.0 is below 0.0, and NaN is not ordered as in torch.

@@ -12,10 +12,10 @@ def affine(
 ) -> Float[Tensor, "row n"]:
     """Return x W^T + b, without gradients.
 
-    In float32 on CPUs with AVX-512 by oneDNN: on AMD's it runs at twice the rate of MKL, which
-    torch would use (440 against 211 GFLOP/s on two cores of Zen 5), with the same error. With
-    AVX2 the two are alike. The rule asks for the instructions, not for a trial's time, so that
-    a resumed run adds up as the first one did.
+    In float32 on CPUs with AVX-512 by oneDNN: on AMD's it was measured at twice the rate of MKL,
+    which torch would use (440 against 211 GFLOP/s on two cores of Zen 5), with the same error; on
+    Intel's, who makes both, it was not tried. With AVX2 the two are alike. The rule asks for the
+    instructions, not for a trial's time, so that a resumed run adds up as the first one did.
     """
     if (
         x.device.type == "cpu"

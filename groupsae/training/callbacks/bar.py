@@ -3,11 +3,11 @@
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.progress_bar import get_standard_metrics
 
 
-class Bar(TQDMProgressBar):
+class Bar(RichProgressBar):
     """Lightning's bar, which shows what the module keeps in `shown`.
 
     Values that are logged with `prog_bar=True` become tensors on the device, and Lightning reads

@@ -7,13 +7,16 @@ from types import FrameType
 from typing import Any
 
 import lightning as L
+import torch
+
+from groupsae.training.readback import Readback
 
 
 class StopOnSignal(L.Callback):
     """Turns the first SIGINT or SIGTERM into a checkpoint and an orderly end.
 
     A second one ends the process at once. With several processes all of them stop at the same
-    step, whichever was told.
+    step, whichever was told: the one after, so that no step waits for the others' answers.
 
     Args:
         folder: where the checkpoint goes.
@@ -23,6 +26,7 @@ class StopOnSignal(L.Callback):
         self.folder = Path(folder)
         self.received: int | None = None
         self._before: dict[int, Any] = {}
+        self._told: Readback | None = None  # how many processes were, after the last step
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the signals over (from Lightning, which would leave without a checkpoint)."""
@@ -40,11 +44,18 @@ class StopOnSignal(L.Callback):
         """Save and stop if told to."""
         stop = self.received is not None
         if trainer.world_size > 1:
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+            before, self._told = self._told, self._tell(trainer, stop)
+            stop = before is not None and before.read()[0] > 0
         if stop and not trainer.should_stop:
             self.received = self.received or signal.SIGTERM
             trainer.save_checkpoint(self.folder / f"step={trainer.global_step}.ckpt")
             trainer.should_stop = True
+
+    def _tell(self, trainer: L.Trainer, stop: bool) -> Readback:
+        told = torch.zeros(1, dtype=torch.int64, device=trainer.strategy.root_device)
+        told.fill_(stop)
+        torch.distributed.all_reduce(told)
+        return Readback(told)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Give the signals back, before Lightning gives its own back."""
