@@ -59,7 +59,7 @@ pretrain: $(READY)  ## Train the bundled language model anew (hours)
 bench: $(READY)  ## Measure the training loop and its parts, a quarter of an hour: benchmarks/results
 	@for each in step kernels loop lm_forward scaling; do $(BIN)/python -m benchmarks.$$each || exit; done
 
-bench-rivals: $(READY)  ## Training beside SAELens, sparsify and dictionary_learning (8 minutes, 6 GB)
+bench-rivals: $(READY)  ## Training beside SAELens, sparsify and dictionary_learning (15 minutes, 6 GB)
 	@benchmarks/rivals/install
 	@$(BIN)/python -m benchmarks.rivals $(ARGS)
 

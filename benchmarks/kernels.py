@@ -3,7 +3,8 @@
 The sums of a training step (decoding, the latents' gradient, both weights' gradients) by the
 sparse kernels of the device and by dense products, for several shares; the rule in
 groupsae/sae/kernels/choice.py is read off here. `device=cuda` measures a GPU, and there top-k by
-Triton against torch's as well. A minute on two cores. Writes benchmarks/results/kernels.md.
+Triton against torch's as well. A minute on two cores. Writes benchmarks/results/kernels.md,
+with the options in its name.
 """
 
 import sys
@@ -11,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-from benchmarks.timing import Seconds, interleaved, timed, write
+from benchmarks.timing import Seconds, interleaved, options, timed, write
 from groupsae.sae.kernels import cuda, dense
 from groupsae.sae.kernels.choice import kernels_of
 from groupsae.sae.sparse import Entries
@@ -56,8 +57,7 @@ def measured(
 
 def main(arguments: list[str]) -> None:
     """Measure every shape and share and write the table."""
-    given = dict(a.split("=", 1) for a in arguments)
-    device = torch.device(given.get("device", "cpu"))
+    device = torch.device(options(arguments, device=("cpu", "cpu|cuda"))["device"])
     keep_freed_memory()
     lines = []
     for shape in SHAPES[device.type]:

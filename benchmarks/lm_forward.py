@@ -1,8 +1,9 @@
 """What a forward of the language model costs: `python -m benchmarks.lm_forward [device=cuda]`.
 
-Each variant differs from the way groupsae runs the model in one thing only. Models: the bundled
-one and a random GPT-NeoX of Pythia-70M's shape, 8 blocks of 256 tokens. Two minutes on two cores.
-Writes benchmarks/results/lm_forward.md.
+Each variant differs from the way groupsae runs the model in one thing (the head brings the final
+norm along). Models: the bundled one and a random GPT-NeoX of Pythia-70M's shape, 8 blocks of 256
+tokens. Two minutes on two cores. Writes benchmarks/results/lm_forward.md, with the options in its
+name.
 """
 
 import sys
@@ -12,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.timing import interleaved, random_model, timed, write
+from benchmarks.timing import interleaved, options, random_model, timed, write
+from groupsae.lm.attention import nothing_padded
 from groupsae.lm.hooked import HookedLM
 from groupsae.lm.load import FrozenLM
 from groupsae.screen import quiet
+from groupsae.training.allocator import keep_freed_memory
 
 BLOCKS, CONTEXT, ROUNDS = 8, 256, 5
 OPTIONS: dict[str, Any] = {
@@ -47,7 +50,8 @@ def variants(name: str, device: torch.device) -> dict[str, Callable[[], Any]]:
 
     @torch.no_grad()
     def with_head() -> Tensor:
-        return whole.model(**whole.inputs(tokens)).logits
+        with nothing_padded():
+            return whole.model(**whole.inputs(tokens)).logits
 
     def inference() -> dict[int, Tensor]:
         with torch.inference_mode():
@@ -80,8 +84,8 @@ def variants(name: str, device: torch.device) -> dict[str, Callable[[], Any]]:
 def main(arguments: list[str]) -> None:
     """Measure both models and write the table."""
     quiet()
-    given = dict(a.split("=", 1) for a in arguments)
-    device = torch.device(given.get("device", "cpu"))
+    device = torch.device(options(arguments, device=("cpu", "cpu|cuda"))["device"])
+    keep_freed_memory()
     shape = {"num_layers": 6, "d_model": 512, "num_heads": 8, "vocab_size": 50304}
     with random_model(**shape, context=CONTEXT) as folder:
         found = [

@@ -2,10 +2,19 @@
 
 Tokens per second of a real run by Lightning, of the language model alone and of the SAEs' steps
 alone (the same batch again and again), in interleaved blocks of one run; and what the loop costs
-outside of the three. For the bundled model with its default groups, and for a random GPT-NeoX of
-Pythia-70M's shape with an SAE of 4,096 latents, k 32, on each of its six layers. Overrides are
-those of groupsae.train, such as `trainer=gpu model.dtype=bfloat16`. Two to three minutes on two
-cores. Writes benchmarks/results/loop.md.
+outside of the three. Overrides are those of groupsae.train, such as `trainer=gpu`. Models:
+
+    tiny          the bundled model with its default groups
+    pythia-70m    a random GPT-NeoX of that shape, an SAE of 4,096 latents, k 32, on each layer
+    pythia-160m, pythia-410m, pythia-1b
+                  random, with as many SAEs as the paper published, its sizes and its context
+
+The first two are run by default: two to three minutes on two cores. The others are for a GPU:
+
+    python -m benchmarks.loop models=pythia-160m,pythia-410m,pythia-1b trainer=gpu \
+        model.dtype=bfloat16 sae.selection=bfloat16
+
+Writes benchmarks/results/loop.md, with the options in its name.
 """
 
 import statistics
@@ -14,7 +23,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -29,13 +38,44 @@ from groupsae.run import register_resolver
 from groupsae.screen import quiet
 
 ROUNDS = 4  # the first is not counted
-STEPS = {"tiny": 20, "Pythia-70M's shape": 6}  # in a block
-PYTHIA = {"num_layers": 6, "d_model": 512, "num_heads": 8, "vocab_size": 50304}
-ON_PYTHIA = [
-    "model=hf", "groups=per_layer", "sae.expansion=8", "sae.k=32", "stream.context=256",
-    "stream.blocks_per_step=8", "stream.blocks_per_forward=8", "stream.num_workers=0",
-    "stream.max_tokens=400_000", "stream.heldout_fraction=0.1", "stream.calibration_fraction=0.1",
+BUNDLED, VOCAB = "tiny", 50304
+ON_RANDOM = [
+    "model=hf", "stream.max_tokens=1_000_000", "stream.heldout_fraction=0.1",
+    "stream.calibration_fraction=0.1",
 ]  # fmt: skip
+SMALL = [
+    "groups=per_layer", "sae.expansion=8", "sae.k=32", "stream.context=256",
+    "stream.blocks_per_step=8", "stream.blocks_per_forward=8", "stream.num_workers=0",
+]  # fmt: skip
+
+
+class Shape(NamedTuple):
+    """A language model with random weights, and how it is trained on."""
+
+    num_layers: int
+    d_model: int
+    num_heads: int
+    context: int
+    overrides: list[str]
+
+
+def published(num_groups: int) -> list[str]:
+    """Return the paper's sizes with its number of groups for theta 0.2, beside the last layer."""
+    return [
+        "groups=even", f"groups.num_groups={num_groups}", "sae.expansion=16", "sae.k=128",
+        "stream.context=1024",
+    ]  # fmt: skip
+
+
+SHAPES = {
+    "pythia-70m": Shape(6, 512, 8, 256, SMALL),
+    "pythia-160m": Shape(12, 768, 12, 1024, published(6)),
+    "pythia-410m": Shape(24, 1024, 16, 1024, published(9)),
+    "pythia-1b": Shape(16, 2048, 8, 1024, published(6)),
+}
+MODELS, DEFAULT = (BUNDLED, *SHAPES), (BUNDLED, "pythia-70m")
+STEPS = {BUNDLED: 20}  # in a block
+FEW_STEPS = 6  # of all others
 WHOLE, SAES, MODEL = "whole loop", "SAE steps alone", "language model alone"
 # what Lightning's profiler calls them; forward and backward run inside the optimiser's step
 LANGUAGE_MODEL = ("DataModule.on_before_batch_transfer", "DataModule.on_after_batch_transfer")
@@ -102,12 +142,12 @@ class Blocks(L.Callback):
         return parts
 
 
-def measured(steps: int, overrides: Sequence[str]) -> tuple[Blocks, list[str]]:
+def measured(steps: int, overrides: Sequence[str]) -> tuple[Blocks, str]:
     """Train for all rounds; return what was timed, and a few words on the run."""
     with tempfile.TemporaryDirectory() as folder:
         given = [
             f"output={folder}", "eval_every=1_000_000", "checkpoint_every=1_000_000",
-            "calibration.tokens=20_000", "stream.heldout_tokens=4096", "logger=none",
+            "calibration.tokens=20_000", "stream.heldout_tokens=4096",
             "+trainer.enable_progress_bar=false", *overrides,
         ]  # fmt: skip
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
@@ -118,8 +158,10 @@ def measured(steps: int, overrides: Sequence[str]) -> tuple[Blocks, list[str]]:
         blocks = Blocks(run, steps)
         run.trainer.callbacks.append(blocks)
         run.trainer.fit(run.suite, datamodule=run.data)
-    saes = {m.sae.d_sae for m in run.suite.members()}
-    return blocks, [f"{len(run.data.slots)} SAEs of {'/'.join(map(str, sorted(saes)))}"]
+    members = run.suite.members()
+    widths = "/".join(f"{width:,}" for width in sorted({m.sae.d_sae for m in members}))
+    tokens = f"{run.data.tokens_per_step:,} tokens per step"
+    return blocks, f"{tokens}, {len(members)} SAEs of {widths} latents"
 
 
 def column(blocks: Blocks) -> dict[str, str]:
@@ -145,26 +187,40 @@ def column(blocks: Blocks) -> dict[str, str]:
     return cells
 
 
+def chosen(arguments: Sequence[str]) -> list[str]:
+    """Return the models to measure.
+
+    Raises:
+        SystemExit: one is unknown; says which are known.
+    """
+    given = [a.removeprefix("models=").split(",") for a in arguments if a.startswith("models=")]
+    names = given[-1] if given else list(DEFAULT)
+    for name in names:
+        if name not in MODELS:
+            raise SystemExit(f"error: models={name} is unknown: use {', '.join(MODELS)}.")
+    return names
+
+
 def main(arguments: Sequence[str]) -> None:
-    """Measure both models and write the table."""
+    """Measure the models and write the table."""
+    names = chosen(arguments)
     quiet()
     register_resolver()
-    chosen = [a.removeprefix("models=").split(",") for a in arguments if a.startswith("models=")]
     overrides = [a for a in arguments if not a.startswith("models=")]
-    columns, about = {}, []
-    with ExitStack() as stack:
-        for name in STEPS:
-            if chosen and not any(name.lower().startswith(c) for c in chosen[0]):
-                continue
-            given = ["model=tiny"]
-            if name != "tiny":
-                folder = stack.enter_context(random_model(**PYTHIA, context=256))
-                given = [*ON_PYTHIA, f"model.name={folder}"]
-            print(name, flush=True)
-            blocks, words = measured(STEPS[name], [*given, *overrides])
-            columns[name] = column(blocks)
-            about.append(f"{name}: {', '.join(words)}")
-            device = blocks.run.data.device
+    columns, about, device = {}, [], torch.device("cpu")
+    for name in names:
+        print(name, flush=True)
+        with ExitStack() as stack:
+            given = [f"model={BUNDLED}"]
+            if name in SHAPES:
+                *sizes, own = SHAPES[name]
+                size = dict(zip(Shape._fields, sizes, strict=False))
+                folder = stack.enter_context(random_model(**size, vocab_size=VOCAB))
+                given = [*ON_RANDOM, *own, f"model.name={folder}"]
+            blocks, words = measured(STEPS.get(name, FEW_STEPS), [*given, *overrides])
+        columns[name], device = column(blocks), blocks.run.data.device
+        about.append(f"{name}{', random weights' * (name in SHAPES)}: {words}")
+        del blocks  # or this model and its SAEs would still fill the device beside the next
     rows = next(iter(columns.values()))
     lines = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     lines += [f"| {row} | {' | '.join(c[row] for c in columns.values())} |" for row in rows]
@@ -172,11 +228,12 @@ def main(arguments: Sequence[str]) -> None:
         "loop",
         "The whole training loop",
         "\n".join(lines),
-        torch.device(device),
-        f"{'; '.join(about)}; {blocks.run.data.tokens_per_step:,} tokens per step. Medians of "
-        f"{ROUNDS - 1} rounds of blocks that follow each other in one run. SAE steps alone: "
-        "Lightning's loop with the same batch again and again. Everything else: loop, callbacks, "
-        "logging, loader.",
+        device,
+        f"{'; '.join(about)}. Medians of {ROUNDS - 1} rounds of blocks that follow each other in "
+        "one run. SAE steps alone: the same batch of activations again and again, in Lightning's "
+        "loop with its loader, callbacks and logging, and with the draws of layers on the host, "
+        "so all of that is in these blocks as well. Language model alone: draws and forward. "
+        "Everything else: loop, callbacks, logging, loader.",
     )
 
 

@@ -6,14 +6,17 @@ alone, so a row is what `python -m groupsae.train sae=<kind>` gives. Penalties a
 have about the same L0 on held-out text; `relu:l1_coefficient=0.3` adds an SAE with another one,
 which is how they were found.
 
-Writes the part between the two marks in docs/saes.md where all kinds and three seeds are run.
+Writes the part between the two marks in docs/saes.md where all kinds and three seeds are run
+without overrides.
 """
 
+import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
@@ -58,6 +61,19 @@ class Zoo(GroupSAESuite):
         return {layer: m for m in mine for layer in m.layers}
 
 
+class DeadShare(L.Callback):
+    """The share of dead latents over the steps of a training, of each member."""
+
+    def __init__(self) -> None:
+        self.shares: dict[str, list[float]] = {}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: GroupSAESuite, *_: object) -> None:
+        """Look at every member."""
+        for member in pl_module.members():
+            share = float(member.dead().double().mean())
+            self.shares.setdefault(member.name, []).append(share)
+
+
 def composed(overrides: Sequence[str]) -> DictConfig:
     """Return the configuration of a training run."""
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
@@ -73,9 +89,10 @@ def factory(kind: str, overrides: Sequence[str]) -> SAEFactory:
 def figures(
     seed: str, kinds: Mapping[str, SAEFactory], overrides: Sequence[str]
 ) -> dict[str, list[float]]:
-    """Return kind -> FVU, L0, share of unfired latents, FLOPs of a step per token.
+    """Return kind -> FVU, L0, share of unfired latents, FLOPs of a step per token, dead share.
 
-    FVU and L0 are means over layers, the share is one over SAEs.
+    FVU and L0 are means over layers; the shares are means over SAEs, that of dead latents (which
+    AuxK works on) over steps as well.
     """
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
@@ -92,6 +109,7 @@ def figures(
             seed=suite.seed,
         )
         zoo.kinds = dict(kinds)
+        run.trainer.callbacks.append(watch := DeadShare())
         run.trainer.fit(zoo, datamodule=run.data)
         run.trainer.validate(zoo, datamodule=run.data, verbose=False)
     values = run.trainer.callback_metrics
@@ -101,8 +119,12 @@ def figures(
         results = [zoo.val_results[m.name, layer] for m in mine for layer in m.layers]
         unfired = np.mean([float(values[f"val/unfired/{m.name}"]) for m in mine])
         fvu, l0 = (np.mean([float(r[key]) for r in results]) for key in ("fvu", "l0"))
-        found[kind] = [float(fvu), float(l0), float(unfired), mine[0].sae.training_flops()]
-        console.print(f"seed {seed}  {kind}: FVU {fvu:.4f}, L0 {l0:.2f}, unfired {unfired:.1%}")
+        dead = statistics.mean(statistics.mean(watch.shares[m.name]) for m in mine)
+        found[kind] = [float(fvu), float(l0), float(unfired), mine[0].sae.training_flops(), dead]
+        console.print(
+            f"seed {seed}  {kind}: FVU {fvu:.4f}, L0 {l0:.2f}, unfired {unfired:.1%}, "
+            f"dead {dead:.1%} of the time"
+        )
     return found
 
 
@@ -114,7 +136,7 @@ def table(every: dict[str, dict[str, list[float]]]) -> str:
     ]
     for kind in KINDS:
         values = np.array([each[kind] for each in every.values()])
-        fvu, l0, unfired, flops = values.mean(0)
+        fvu, l0, unfired, flops, _ = values.mean(0)
         lines.append(
             f"| `{kind}` | {l0:.1f} | {fvu:.4f} | {values[:, 0].std(ddof=1):.4f} "
             f"| {unfired:.1%} | {flops / every[SEEDS[0]][KINDS[0]][3]:.2f} |"
@@ -132,7 +154,7 @@ def main(arguments: Sequence[str]) -> None:
     kinds = given.get("kinds", ",".join(KINDS)).split(",")
     factories = {kind: factory(kind, rest) for kind in kinds}
     every = {seed: figures(seed, factories, rest) for seed in seeds}
-    if set(kinds) != set(KINDS) or set(seeds) != set(SEEDS):
+    if rest or set(kinds) != set(KINDS) or set(seeds) != set(SEEDS):
         return
     text = DOC.read_text()
     begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)

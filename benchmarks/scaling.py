@@ -3,7 +3,7 @@
 One thing at a time is changed: tokens, SAEs, latents, k, and how many layers share an SAE, for
 which peak memory is looked at as well. Real steps by Lightning on the bundled model, all cases in
 turn in every round. Overrides are those of groupsae.train. Three minutes on two cores. Writes
-benchmarks/results/scaling.md and .png.
+benchmarks/results/scaling.md and .png, with the overrides in their names.
 """
 
 import sys
@@ -20,13 +20,14 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.timing import RESULTS, interleaved, now, write
+from benchmarks.timing import RESULTS, interleaved, now, variant, write
 from groupsae.config import CONF, make
 from groupsae.data.activations import ActivationDataModule
 from groupsae.grouping.partition import Partition
 from groupsae.grouping.plan import GroupPlan
 from groupsae.run import register_resolver
 from groupsae.screen import quiet
+from groupsae.training.allocator import keep_freed_memory
 from groupsae.training.suite import GroupSAESuite
 
 ROUNDS, WARM, STEPS, LAYERS = 3, 2, 4, 12
@@ -169,6 +170,7 @@ def main(overrides: Sequence[str]) -> None:
     """Measure all cases; write tables and figure."""
     quiet()
     register_resolver()
+    keep_freed_memory()
     every: dict[str, dict[str, int]] = {}
     for what, (_, values) in SWEEPS.items():
         for value in values:
@@ -196,7 +198,7 @@ def main(overrides: Sequence[str]) -> None:
     write(
         "scaling",
         "What the cost of a step grows with",
-        "\n\n".join([*parts, "![the tables as curves](scaling.png)"]),
+        "\n\n".join([*parts, f"![the tables as curves](scaling{variant()}.png)"]),
         device,
         f"ms, least of {ROUNDS} rounds of {STEPS} steps, all cases in turn in each. Where a table "
         f"does not say otherwise: {256 * BASE['blocks']:,} tokens in a step, {BASE['saes']} SAEs "
@@ -251,7 +253,7 @@ def figure(
     axis.plot(list(memory), [b / 2**20 for b in memory.values()], "o-")
     axis.set(xlabel=SWEEPS["layers"][0], ylabel="peak memory of a step, MB", ylim=(0, None))
     RESULTS.mkdir(exist_ok=True)
-    drawn.savefig(RESULTS / "scaling.png", dpi=110)
+    drawn.savefig(RESULTS / f"scaling{variant()}.png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 """An SAE's training step by part, against the floor: `python -m benchmarks.step [device=cuda]`.
 
 The floor is the encoder's dense product and one pass of Adam, both measured alone in the same run.
-Parts are measured alone on the step's own latents; the whole step is a `GroupSAE`'s as in
+Parts are measured alone, on the latents of a fresh group; the whole step is a `GroupSAE`'s as in
 training, with counters, AuxK at hand, projection, clipping, Adam and normalisation. Beside them
 the same step in plain PyTorch: dense decoding, gradients by autograd, Adam as it is by default.
+
+On a GPU also its roofline, in the same run: a product of the encoder's shape in bfloat16, and a
+copy from device memory to device memory. From the two come a dense floor (that product) and a
+bytes floor (what Adam and the sums over active latents move, at the copy's rate).
 
     python -m benchmarks.step                             # CPU, float32: two minutes on two cores
     python -m benchmarks.step selection=bfloat16          # latents found in bfloat16
@@ -22,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.timing import Seconds, interleaved, timed, write
+from benchmarks.timing import Seconds, interleaved, options, timed, write
 from groupsae.sae.kernels.largest import top_k
 from groupsae.sae.kernels.product import affine
-from groupsae.sae.topk import TopK
+from groupsae.sae.topk import SELECTIONS, TopK
 from groupsae.training.allocator import keep_freed_memory
 from groupsae.training.group import GroupSAE
 from groupsae.training.optim import Adam
@@ -51,6 +55,11 @@ SHAPES = {
 ROUNDS, CALLS = 7, 3
 FLOOR = ("encoder's product", "Adam")
 WHOLE, PLAIN = "whole step", "the same in plain PyTorch"
+PRODUCT, COPY = "bfloat16 product", "device copy"
+COPIED = 2**30  # bytes: far more than any cache holds
+FLOAT = 4  # bytes
+ADAM = 28  # bytes per parameter: gradient read, weight and two moments read and written
+SUMS = 4  # over active latents: decoding, the latents' gradient, both weights' gradients
 
 
 def activations(shape: Shape) -> Tensor:
@@ -171,10 +180,51 @@ def parts_of(group: GroupSAE, x: Tensor) -> dict[str, Callable[[], Any]]:
     return parts
 
 
+def roofline(shape: Shape, device: torch.device) -> dict[str, Callable[[], Any]]:
+    """Return what shows the most that a device can do: a product of the shape, and a copy."""
+    x, weight = (
+        torch.randn(rows, shape.d_model, device=device, dtype=torch.bfloat16)
+        for rows in (shape.batch, shape.d_sae)
+    )
+    product = torch.empty(shape.batch, shape.d_sae, device=device, dtype=torch.bfloat16)
+    source = torch.zeros(COPIED, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return {
+        PRODUCT: lambda: torch.mm(x, weight.T, out=product),
+        COPY: lambda: target.copy_(source),
+    }
+
+
+def floors(shape: Shape, found: dict[str, Seconds]) -> list[str]:
+    """Return the lines on what the roofline allows, and how far the step is from it.
+
+    Of the bytes of the touched rows there are two counts: k rows a token in each of the four sums,
+    as if no row were found in a cache; and every row of the weights, of their gradients and of the
+    batch once in a sum, as if all were. Device memory sees something in between.
+    """
+    d, n, k, batch = shape
+    dense, step = found[PRODUCT].median, found[WHOLE].median
+    rate = 2 * COPIED / found[COPY].median  # bytes are read and written
+    adam = ADAM * (2 * d * n + d + n) / rate
+    each_time = SUMS * batch * k * d * FLOAT / rate
+    once = SUMS * (min(n, batch * k) + batch) * d * FLOAT / rate
+    encoder = found["encoder's product"].median
+    low, high = dense + adam + once, dense + adam + each_time
+    return [
+        f"Roofline: {2 * d * n * batch / dense / 1e12:,.0f} TFLOP/s in bfloat16, "
+        f"{rate / 1e9:,.0f} GB/s. Dense floor {1000 * dense:.2f} ms; the encoder's product runs "
+        f"at {dense / encoder:.0%} of its rate. Bytes floor: Adam {1000 * adam:.2f} ms, and the "
+        f"touched rows {1000 * each_time:.2f} ms where each is fetched every time "
+        f"({1000 * once:.2f} where it is once in a sum). Whole step / (dense floor + bytes "
+        f"floor): {step / high:.2f} ({step / low:.2f}).",
+        "",
+    ]
+
+
 def table(found: dict[str, Seconds]) -> list[str]:
     """Return the lines of one shape's table, and the ratios below it."""
     whole = found[WHOLE].median
-    parts = {name: s for name, s in found.items() if name not in (WHOLE, PLAIN)}
+    parts = {n: s for n, s in found.items() if n not in (WHOLE, PLAIN, PRODUCT, COPY)}
     summed = sum(s.median for s in parts.values())
     floor = sum(parts[name].median for name in FLOOR)
     rest = [("sum of the parts", summed), (WHOLE, whole), (PLAIN, found[PLAIN].median)]
@@ -193,9 +243,14 @@ def table(found: dict[str, Seconds]) -> list[str]:
 
 def main(arguments: list[str]) -> None:
     """Measure every shape and write the tables."""
-    given = dict(a.split("=", 1) for a in arguments)
-    device = torch.device(given.get("device", "cpu"))
-    selection, dead = given.get("selection", "float32"), int(given.get("dead", 0))
+    given = options(
+        arguments,
+        device=("cpu", "cpu|cuda"),
+        selection=("float32", "|".join(SELECTIONS)),
+        dead=("0", "[0-9]+"),
+    )
+    device, dead = torch.device(given["device"]), int(given["dead"])
+    selection = given["selection"]
     keep_freed_memory()
     lines: list[str] = []
     for shape in SHAPES[device.type]:
@@ -209,18 +264,23 @@ def main(arguments: list[str]) -> None:
         blocks = {name: timed(use, device, CALLS) for name, use in parts.items()}
         blocks[WHOLE] = timed(step, device, CALLS)
         blocks[PLAIN] = timed(plain_step(shape, acts), device, CALLS)
+        if device.type == "cuda":
+            top = roofline(shape, device)
+            blocks |= {name: timed(use, device, CALLS) for name, use in top.items()}
         title = (
             f"d_model {shape.d_model}, d_sae {shape.d_sae:,}, k {shape.k}, batch {shape.batch:,}"
         )
-        lines += [f"## {title}", "", *table(interleaved(blocks, ROUNDS, title))]
+        found = interleaved(blocks, ROUNDS, title)
+        lines += [f"## {title}", "", *table(found)]
+        if device.type == "cuda":
+            lines += floors(shape, found)
     write(
         "step",
         "One training step of an SAE, by part",
         "\n".join(lines).rstrip(),
         device,
         f"Medians of {ROUNDS} rounds, in which parts, whole and plain PyTorch follow each other; "
-        f"{CALLS} calls each.",
-        "".join(f"_{key}-{value}" for key, value in given.items()),
+        f"{CALLS} calls each. The parts are those of a fresh group.",
     )
 
 

@@ -5,12 +5,14 @@ So what is compared runs in blocks A B C A B C within one process, and figures a
 minima over the rounds.
 """
 
+import hashlib
 import platform
+import re
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
@@ -107,15 +109,38 @@ def processor() -> str:
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
-def write(
-    name: str, title: str, text: str, device: torch.device, notes: str = "", variant: str = ""
-) -> None:
-    """Print a result, and write it to benchmarks/results with machine and command.
+def options(arguments: Sequence[str], **allowed: tuple[str, str]) -> dict[str, str]:
+    """Return the value of every option; `allowed` has default and pattern of each.
 
-    `variant` sets the results of other options apart.
+    Raises:
+        SystemExit: an argument is none of them; says which are.
     """
+    values = {name: default for name, (default, _) in allowed.items()}
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name not in allowed or not re.fullmatch(allowed[name][1], value):
+            known = ", ".join(f"{known}={pattern}" for known, (_, pattern) in allowed.items())
+            raise SystemExit(f"error: '{argument}' is no option of this benchmark: use {known}.")
+        values[name] = value
+    return values
+
+
+def variant() -> str:
+    """Return what the options of this process add to the names of its results.
+
+    So those of other options never take the place of the default's.
+    """
+    slug = "".join("_" + re.sub(r"[^\w.]+", "-", a).strip("-") for a in sys.argv[1:])
+    if len(slug) <= 120:
+        return slug
+    # file names have an end; what is cut off still counts
+    return f"{slug[:100]}-{hashlib.sha256(repr(sys.argv[1:]).encode()).hexdigest()[:8]}"
+
+
+def write(name: str, title: str, text: str, device: torch.device, notes: str = "") -> None:
+    """Print a result, and write it to benchmarks/results with machine and command."""
     command = " ".join([f"python -m benchmarks.{name}", *sys.argv[1:]])
     whole = f"# {title}\n\n{text}\n\n{notes}\n\n{machine(device)}. Command: `{command}`\n"
     print(whole)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}{variant}.md").write_text(whole)
+    (RESULTS / f"{name}{variant()}.md").write_text(whole)

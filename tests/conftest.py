@@ -19,8 +19,11 @@ from jaxtyping import install_import_hook
 # no int for a float.)
 install_import_hook(
     [
+        "groupsae.data.batch",
+        "groupsae.data.drawn",
         "groupsae.data.draws",
         "groupsae.data.loader",
+        "groupsae.data.rows",
         "groupsae.evaluation",
         "groupsae.grouping",
         "groupsae.interop",

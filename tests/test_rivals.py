@@ -7,8 +7,9 @@ import pytest
 import torch
 from lms import frozen
 
+import groupsae
 from benchmarks.rivals import lm
-from benchmarks.rivals.__main__ import main
+from benchmarks.rivals.__main__ import main, own_version, turns
 from benchmarks.rivals.activations import SHAPES, batches, fingerprint
 from benchmarks.rivals.contenders import BASE, PARTS, Contender, contenders, versions
 from benchmarks.rivals.process import Worker
@@ -58,6 +59,25 @@ def test_everyone_is_compared_with_a_base_that_takes_part():
         assert sum("sae.k=8" in name for name in names) == 1
     steps = contenders("S1", Path("lm"), [["model.dtype=bfloat16"]])  # of no effect there
     assert not any("bfloat16" in each.name for each in steps)
+
+
+def test_the_loop_has_a_row_without_the_allocators_setting_unless_all_have_it():
+    for part in ("S1", "S2", "loop"):
+        rows = [c.arguments for c in contenders(part, Path("lm"), []) if "plain malloc" in c.name]
+        assert [x.count("plain") for x in rows] == [1]
+        tuned = contenders(f"{part}-tuned", Path("lm"), [])
+        assert not any("plain" in x for c in tuned for x in [c.name, *c.arguments])
+
+
+def test_every_round_begins_with_another_contender():
+    found = ["".join(order) for order in turns("abc", 5)]
+    assert found == ["abc", "bca", "cab", "abc", "bca"]
+
+
+def test_the_conditions_name_the_commit(monkeypatch: pytest.MonkeyPatch):
+    assert own_version().startswith(f"groupsae {groupsae.__version__}")
+    monkeypatch.setenv("PATH", "")  # no git
+    assert own_version() == f"groupsae {groupsae.__version__}"
 
 
 def test_the_versions_are_those_that_the_requirement_files_pin():

@@ -143,10 +143,10 @@ def test_steps_and_forwards_may_have_any_two_sizes(
     assert {data.blocks_seen for data in (alone, *ranks)} == {18}
 
 
-@pytest.mark.parametrize("size", [0, -1])
-@pytest.mark.parametrize("name", ["blocks_per_step", "blocks_per_forward"])
-def test_steps_and_forwards_without_a_block_are_refused(make_data, name, size):
-    with pytest.raises(UserError, match=f"stream.{name} is {size}; .* at least 1"):
+@pytest.mark.parametrize("size", [0, -1, 2.0, "2", True, None])
+@pytest.mark.parametrize("name", ["context", "blocks_per_step", "blocks_per_forward"])
+def test_sizes_that_are_no_whole_number_of_at_least_one_are_refused(make_data, name, size):
+    with pytest.raises(UserError, match=f"stream.{name} is {size!r}; .* at least 1"):
         make_data(**{name: size})
 
 

@@ -1,6 +1,6 @@
 """groupsae's training beside SAELens, sparsify and dictionary_learning: `make bench-rivals`.
 
-    make bench-rivals                                    environments, then the parts (8 minutes)
+    make bench-rivals                                    environments, then all parts (15 minutes)
     python -m benchmarks.rivals                          the same, the environments being there
     python -m benchmarks.rivals parts=S1,S1-tuned        some parts; the others stay as measured
     python -m benchmarks.rivals parts=loop,loop-tuned    the whole loop only, both ways
@@ -8,9 +8,9 @@
     python -m benchmarks.rivals also="sae.k=16"          groupsae once more, with overrides
 
 Parts are a training step on given activations (S1, S2) and the whole loop from a language model
-(loop), each with the C allocator as it is and, `-tuned`, set to keep freed memory; loop-tuned is
-only run when asked for. `rounds` is the number of blocks of each contender (3), `steps` the steps
-in a block (S1: 6, S2 and loop: 3). OMP_NUM_THREADS and the like hold for every process.
+(loop), each with the C allocator as it is and, `-tuned`, set to keep freed memory. `rounds` is the
+number of blocks of each contender (5), `steps` the steps in a block (S1: 6, S2 and loop: 3); every
+round begins with another contender. OMP_NUM_THREADS and the like hold for every process.
 `also` may be given several times, each with overrides of `groupsae.train` between spaces.
 
 A part's numbers are kept under outputs/rivals/measured when it is done, so a run that was stopped
@@ -20,25 +20,28 @@ from all of them after every part.
 
 import json
 import os
-import platform
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from benchmarks.rivals.contenders import ENVIRONMENTS, PARTS, contenders, versions
+from benchmarks.rivals.contenders import ENVIRONMENTS, HERE, PARTS, contenders, versions
 from benchmarks.rivals.lm import write_lm
 from benchmarks.rivals.process import Worker
 from benchmarks.rivals.results import kept, write_page
+from benchmarks.timing import processor
+from groupsae import __version__
 
 MEASURED, LOGS = ENVIRONMENTS / "measured", ENVIRONMENTS / "logs"
 STEPS = {"S1": 6, "S2": 3, "loop": 3}
-WARM_UP = 2  # steps
+WARM_UP, ROUNDS = 2, 5  # steps, blocks of each contender
+T = TypeVar("T")
 
 
 def measure(part: str, lm: Path, rounds: int, steps: int, also: list[list[str]]) -> dict[str, Any]:
@@ -55,8 +58,8 @@ def measure(part: str, lm: Path, rounds: int, steps: int, also: list[list[str]])
             worker.block(WARM_UP)
         begun = time.perf_counter()
         blocks: dict[str, list[list[float]]] = {w.contender.name: [] for w in workers}
-        for done in range(1, rounds + 1):
-            for worker in workers:
+        for done, order in enumerate(turns(workers, rounds), 1):
+            for worker in order:
                 blocks[worker.contender.name].append(worker.block(steps))
             left = since(begun) / done * (rounds - done)
             print(f"{part}: round {done} of {rounds}, {left:.0f} s left", flush=True)
@@ -65,6 +68,13 @@ def measure(part: str, lm: Path, rounds: int, steps: int, also: list[list[str]])
             worker.stop()
     counted = f"{rounds} rounds of {steps} steps each, after {WARM_UP} steps to warm up"
     return {"blocks": blocks, "conditions": f"{counted}; {hardware(threads)}"}
+
+
+def turns(all_of_them: Sequence[T], rounds: int) -> Iterator[Sequence[T]]:
+    """Yield who follows whom in each round: the same circle, begun one further on each time."""
+    for done in range(rounds):
+        first = done % len(all_of_them)
+        yield [*all_of_them[first:], *all_of_them[:first]]
 
 
 def agreed(workers: Sequence[Worker]) -> int:
@@ -82,21 +92,28 @@ def since(begun: float) -> int:
 
 def hardware(threads: int) -> str:
     """Return processor, threads, versions and date in one line."""
-    with open("/proc/cpuinfo") as file:
-        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
     rivals = ", ".join(versions().values())
     return (
-        f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, {threads} threads, "
-        f"{torch.backends.cpu.get_cpu_capability()}; torch {torch.__version__}, {rivals}; "
-        f"{date.today().isoformat()}"
+        f"{processor()}, {os.cpu_count()} cores, {threads} threads; {own_version()}, "
+        f"torch {torch.__version__}, {rivals}; {date.today().isoformat()}"
     )
+
+
+def own_version() -> str:
+    """Return groupsae's version, with the commit where this is a git checkout."""
+    asked = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        found = subprocess.run(asked, cwd=HERE, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return f"groupsae {__version__}"
+    return f"groupsae {__version__} at {found.stdout.strip()}"
 
 
 def main(arguments: Sequence[str]) -> None:
     """Measure the parts, one after the other."""
     pairs = [argument.partition("=")[::2] for argument in arguments]
     unknown = {key for key, _ in pairs} - {"parts", "rounds", "steps", "also"}
-    given = {"parts": ",".join(PARTS[:-1]), "rounds": "3", **dict(pairs)}
+    given = {"parts": ",".join(PARTS), "rounds": str(ROUNDS), **dict(pairs)}
     parts = given["parts"].split(",")
     if unknown or set(parts) - set(PARTS):
         raise SystemExit(f"error: known are parts={','.join(PARTS)}, rounds=, steps= and also=.")

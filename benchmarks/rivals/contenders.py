@@ -46,18 +46,20 @@ def contenders(part: str, lm: Path, also: list[list[str]]) -> list[Contender]:
     """
     shape, _, tuned = part.partition("-")
     if shape == "loop":
-        ours = ["loop", str(lm)]
+        ours, single = ["loop", str(lm), "ours"], "groups=per_layer"
+        as_it_is = Contender(
+            f"{OURS}, 6 SAEs, plain malloc", OURS, ["loop", str(lm), "plain", single]
+        )
         return [
-            Contender(LM_ALONE, OURS, ["lm", str(lm)]),
-            Contender(f"{OURS}, 6 SAEs", OURS, [*ours, "groups=per_layer"]),
+            Contender(LM_ALONE, OURS, ["lm", str(lm), "ours"]),
+            Contender(f"{OURS}, 6 SAEs", OURS, [*ours, single]),
+            *([] if tuned else [as_it_is]),
             *(
-                Contender(
-                    f"{OURS}, 6 SAEs, {' '.join(each)}", OURS, [*ours, "groups=per_layer", *each]
-                )
+                Contender(f"{OURS}, 6 SAEs, {' '.join(each)}", OURS, [*ours, single, *each])
                 for each in also
             ),
             Contender(f"{OURS}, 2 SAEs of 3 layers each", OURS, [*ours, *SHARED]),
-            Contender(BASE, "sparsify", ours),
+            Contender(BASE, "sparsify", ["loop", str(lm)]),
         ]
     # what only changes the language model or the stream is not seen here
     changed = [each for each in also if any(x.startswith(("sae", "optim")) for x in each)]

@@ -18,11 +18,16 @@ INTRODUCTION = """# Beside other libraries
 
 Each library trains with its own trainer and its own optimiser settings, in an environment and a
 process of its own, on the same activations with the same shapes and k, in float32. The processes
-take turns in blocks of steps, A B C A B C. A figure is the median over rounds of the median step;
-a speed is compared round by round, and its range over rounds stands in brackets. No latent is dead
-yet, so no library pays for AuxK; the language model has random weights. groupsae sets its
+take turns in blocks of steps, A B C B C A C A B. Milliseconds and tokens per second are medians
+over rounds of the median step. Speeds are medians of ratios that are taken round by round, with
+their range in brackets, so they need not be the ratio of two figures of the table. No latent is
+dead yet, so no library pays for AuxK; the language model has random weights. groupsae sets its
 allocator to keep what is freed (which is what *tuned malloc* gives to all); *plain malloc* is
 groupsae without that.
+
+Six SAEs, one for each layer, are the same work for all. *2 SAEs of 3 layers each* are less: what
+grouping saves, not what a faster program does. SAELens decodes densely, as it does by default: its
+`use_sparse_activations=True` fails in the training step on a CPU (`aten::view` on SparseCPU).
 """
 
 

@@ -1,8 +1,10 @@
 """groupsae: `GroupSAE` in Lightning's trainer on given activations, or a whole run by config.
 
-- `worker_groupsae.py <shape> <malloc> [overrides]`; malloc: `ours` (set as in training) or `plain`
-- `worker_groupsae.py loop <LM's folder> [overrides]`: the whole loop, with the defaults of conf
-- `worker_groupsae.py lm <LM's folder>`: the forward of the language model alone
+- `worker_groupsae.py <shape> <malloc> [overrides]`
+- `worker_groupsae.py loop <LM's folder> <malloc> [overrides]`: the whole loop, by conf
+- `worker_groupsae.py lm <LM's folder> <malloc>`: the forward of the language model alone
+
+malloc: `ours` (the allocator set as in training) or `plain` (left as it is).
 """
 
 import json
@@ -13,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning as L
 import torch
@@ -109,9 +112,9 @@ def sae_steps(gate: Gate, shape: str, malloc: str, overrides: list[str]) -> None
     trainer.fit(group, datamodule=Stream(made))
 
 
-def whole_run(gate: Gate, lm: str, overrides: list[str]) -> None:
+def whole_run(gate: Gate, lm: str, malloc: str, overrides: list[str]) -> None:
     """Train all groups from the language model, as `python -m groupsae.train` does."""
-    from groupsae.fit import build
+    from groupsae import fit
 
     folder = tempfile.mkdtemp(dir=lm)
     cfg = config(
@@ -133,18 +136,21 @@ def whole_run(gate: Gate, lm: str, overrides: list[str]) -> None:
             *overrides,
         ]
     )
-    run = build(cfg, Path(folder) / "run", Console(stderr=True))
+    setting = keep_freed_memory if malloc == "ours" else lambda: None
+    with mock.patch.object(fit, "keep_freed_memory", setting):
+        run = fit.build(cfg, Path(folder) / "run", Console(stderr=True))
     run.trainer.callbacks.append(AtGate(gate))
     gate.ready(data="", **versions())
     run.trainer.fit(run.suite, datamodule=run.data)
 
 
 @torch.inference_mode()
-def lm_alone(gate: Gate, lm: str) -> None:
+def lm_alone(gate: Gate, lm: str, malloc: str) -> None:
     """Run the language model forward, without head or cache of keys and values."""
     from transformers import AutoModel
 
-    keep_freed_memory()
+    if malloc == "ours":
+        keep_freed_memory()
     model = AutoModel.from_pretrained(lm, dtype=torch.float32).eval()
     lines = (Path(lm) / "tokens.jsonl").read_text().splitlines()
     tokens = torch.tensor([json.loads(line)["tokens"] for line in lines]).view(-1, 8, 256)
@@ -158,18 +164,20 @@ def versions() -> dict[str, Any]:
     return {"threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def main(what: str, choice: str, *overrides: str) -> None:
+def main(what: str, *given: str) -> None:
     gate = Gate()
     quiet()
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     register_resolver()
     if what == "loop":
-        whole_run(gate, choice, list(overrides))
+        lm, malloc, *overrides = given
+        whole_run(gate, lm, malloc, overrides)
     elif what == "lm":
-        lm_alone(gate, choice)
+        lm_alone(gate, *given)
     else:
-        sae_steps(gate, what, choice, list(overrides))
+        malloc, *overrides = given
+        sae_steps(gate, what, malloc, overrides)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ class ActivationDataModule(TokenBatches):
     Token blocks travel through an ordinary loader. What can be decided without the model is
     decided on the host, in `on_before_batch_transfer`; the model runs on the device in
     `on_after_batch_transfer`, one truncated forward for all layers, and only the drawn rows are
-    kept. Nothing of a training step waits for the device.
+    kept. Nothing of it waits for the device, but where stream.max_norm_ratio lets norms decide
+    which rows count: then `ActivationBatch.rows` waits for their number.
 
     The position in the data is one integer, `blocks_seen` over all ranks; order and draws are
     functions of it, so a resumed run sees exactly what the undisturbed one would.

@@ -37,8 +37,12 @@ class DrawnTokens(NamedTuple):
     kept: Int[Tensor, "row"] | None
 
     def to(self, device: torch.device) -> "DrawnTokens":
-        """Return everything on the device; from pinned memory the host does not wait for it."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        """Return everything on the device; a GPU fetches it by itself, if it is pinned.
+
+        Of other devices the host waits: Apple's may read what it has not yet got (pytorch#83015).
+        """
+        by_itself = device.type == "cuda"
+        return self._each(lambda tensor: tensor.to(device, non_blocking=by_itself))
 
     def pinned(self) -> "DrawnTokens":
         """Return everything in page-locked memory, from which a GPU fetches it by itself."""

@@ -8,7 +8,10 @@ from groupsae.lm.load import FrozenLM
 def check_sizes(
     context: int, lm: FrozenLM, tokens: int, blocks_per_step: int, blocks_per_forward: int
 ) -> None:
-    """Raise UserError if a block is too long for the model, or a step or forward has none.
+    """Raise UserError if a size is no whole number, or too large or too small.
+
+    That is: a block longer than the model reads, a step or a forward without a block, or less
+    than one step of tokens.
 
     A step and a forward of the language model may be of any two sizes: a step takes as many
     forwards as it needs, the last one of what is left.
@@ -20,15 +23,19 @@ def check_sizes(
         blocks_per_step: over all processes.
         blocks_per_forward: at most.
     """
+    sizes: dict[str, object] = {
+        "context": context,
+        "blocks_per_step": blocks_per_step,
+        "blocks_per_forward": blocks_per_forward,
+    }
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise UserError(f"stream.{name} is {size!r}; it must be a whole number of at least 1.")
     if context > lm.geometry.context:
         raise UserError(
             f"stream.context is {context}, but {lm.name} reads at most "
             f"{lm.geometry.context} tokens."
         )
-    sizes = {"blocks_per_step": blocks_per_step, "blocks_per_forward": blocks_per_forward}
-    for name, size in sizes.items():
-        if size < 1:
-            raise UserError(f"stream.{name} is {size}; it must be a whole number of at least 1.")
     if tokens < blocks_per_step * context:
         raise UserError(
             f"tokens={tokens:,} is less than one step of stream.blocks_per_step="
