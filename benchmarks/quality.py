@@ -3,9 +3,9 @@
 Trains the default TopK on the bundled model three times from the same activations: by the sparse
 kernels, by plain dense PyTorch with gradients by autograd, and with the latents found in
 bfloat16. The differences are between SAEs of one seed; noise is what another seed changes.
-Few latents die in so short a training: `dead_after=20_000` has AuxK at work, and the dead latents'
-share says how much. Writes benchmarks/results/quality.md, with the options in its name, where
-three seeds are run.
+Hardly a latent dies in so short a training, so AuxK has nothing to do, unless few tokens suffice,
+as with `dead_after=3_000`; the dead latents' share says how much it had. Writes
+benchmarks/results/quality.md, with the options in its name, where three seeds are run.
 """
 
 import functools
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str]) -> None:
         each = " | ".join(f"{value:.5f}" for value in values)
         lines.append(
             f"| {kind} | {each} | {values.mean():.5f} | {apart.mean():+.5f}, at most "
-            f"{abs(apart).max():.5f} | {dead[kind]:.2%} |"
+            f"{abs(apart).max():.5f} | {dead[kind]:.3%} |"
         )
     if len(seeds) < len(SEEDS):
         print("\n".join(lines))

@@ -123,7 +123,7 @@ def figures(
         found[kind] = [float(fvu), float(l0), float(unfired), mine[0].sae.training_flops(), dead]
         console.print(
             f"seed {seed}  {kind}: FVU {fvu:.4f}, L0 {l0:.2f}, unfired {unfired:.1%}, "
-            f"dead {dead:.1%} of the time"
+            f"dead {dead:.3%} of the time"
         )
     return found
 
