@@ -212,15 +212,15 @@ def test_a_loss_that_becomes_nan_stops_the_run_and_keeps_the_checkpoints(
 ) -> None:
     from groupsae.data.activations import ActivationDataModule
 
-    original = ActivationDataModule.activations
+    original = ActivationDataModule.on_after_batch_transfer
 
-    def poisoned(self, tokens, slots, first_position=0):  # noqa: ANN001, ANN202
-        batch = original(self, tokens, slots, first_position)
-        if first_position >= 4 * 512:
-            batch.acts[0, 0, 0] = torch.nan
-        return batch
+    def poisoned(self, batch, dataloader_idx):  # noqa: ANN001, ANN202
+        made = original(self, batch, dataloader_idx)
+        if self.trainer.training and self.trainer.global_step >= 4:
+            made.acts[0, 0, 0] = torch.nan
+        return made
 
-    monkeypatch.setattr(ActivationDataModule, "activations", poisoned)
+    monkeypatch.setattr(ActivationDataModule, "on_after_batch_transfer", poisoned)
     with pytest.raises(UserError, match="not a finite number at step"):
         run(overrides(tiny_lm, tiny_text, tmp_path))
     (checkpoint,) = tmp_path.rglob("*.ckpt")
