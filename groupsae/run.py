@@ -126,7 +126,7 @@ def register_resolver() -> None:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Return the checkpoint of the highest step, if there is any; whether it is whole, it tells."""
+    """Return the checkpoint of the highest step, if there is any; it may be damaged."""
     return next(iter(checkpoints(folder / "checkpoints")), None)
 
 

@@ -1,1 +1,1 @@
-"""A checkpoint is a folder: one file per SAE, one for the rest, and a manifest that vouches for them."""
+"""A checkpoint is a folder: a file for each SAE, one for the rest, and a manifest."""

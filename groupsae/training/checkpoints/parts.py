@@ -44,7 +44,8 @@ def take_apart(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int,
         prefix, index, own = name.split(".", 2)
         assert prefix == PREFIX, name
         modules.setdefault(int(index), {})[f"module/{own}"] = tensor
-    (optimizer,) = checkpoint["optimizer_states"] or ({"state": {}, "param_groups": []},)
+    nothing: dict[str, Any] = {"state": {}, "param_groups": []}  # a process without an SAE
+    (optimizer,) = checkpoint["optimizer_states"] or [nothing]
     parts = {}
     for (index, tensors), group in zip(modules.items(), optimizer["param_groups"], strict=True):
         for place, number in enumerate(group["params"]):
