@@ -309,6 +309,7 @@ def summarise(run: Run, folder: Path) -> dict[str, Any]:
         "tokens_per_second": throughput.overall(),
         "seconds_training": throughput.total_seconds,
         "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gpu_memory_gb": torch.cuda.max_memory_allocated() / 2**30,  # 0 without a GPU
         "cost": grouping.cost.as_dict(),
         "groupsae": __version__,
     }

@@ -113,7 +113,7 @@ def needs(
         }
     # a counter of 8 bytes for each latent beside weights and moments
     checkpoint = 3 * weights + 8 * round(sae.d_sae * sum(widths))
-    left = min(KEPT, steps // checkpoint_every) + (steps % checkpoint_every > 0)
+    written = -(-steps // checkpoint_every)  # the last one after the last step
     return Needs(
         num_saes=len(widths),
         parameters=parameters,
@@ -126,6 +126,6 @@ def needs(
         tokens=steps * data.tokens_per_step,
         steps=steps,
         seconds=seconds,
-        run_folder=max(left, min(KEPT + 1, left + 1)) * checkpoint + weights,
+        run_folder=min(KEPT + 1, written) * checkpoint + weights,
         text=4 * (data.packing.max_tokens or 0),
     )
