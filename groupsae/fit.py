@@ -3,7 +3,7 @@
 import json
 import os
 import resource
-import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from groupsae.training.callbacks.bar import Bar
 from groupsae.training.callbacks.grouping import GroupLayers
 from groupsae.training.callbacks.stop import StopOnSignal
 from groupsae.training.callbacks.throughput import Throughput
+from groupsae.training.checkpoints.io import SuiteCheckpoints
 from groupsae.training.ledger import ledger
 from groupsae.training.suite import GroupSAESuite
 
@@ -55,14 +56,10 @@ def fit(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> int:
     """
     console = Console(quiet=not is_leader())
     quiet()
-    if checkpoint is not None:
-        _verify(checkpoint)
     run = build(cfg, folder, console)
     try:
         if (folder / "summary.json").exists() and not cfg.overwrite:
             return _show_finished(run, cfg, folder, console)
-        if checkpoint is not None:
-            console.print(f"going on from {checkpoint}", soft_wrap=True)
         announce(run, cfg, console)
         if cfg.evaluate and is_leader():
             steps_to_evaluate(run.data, cfg.evaluation.tokens)  # fails now if ever
@@ -170,6 +167,7 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         enable_model_summary=False,
+        plugins=SuiteCheckpoints(say=partial(console.print, soft_wrap=True)),
         callbacks=[
             grouping,
             throughput,
@@ -207,20 +205,6 @@ def announce(run: Run, cfg: DictConfig, console: Console) -> None:
     if "wandb" in (cfg.logger or {}) and os.environ.get("WANDB_MODE") == "offline":
         place = run.grouping.folder / "wandb"
         console.print(f"W&B records offline; later: wandb sync {place}/offline-*", soft_wrap=True)
-
-
-def _verify(checkpoint: Path) -> None:
-    """Raise UserError if a checkpoint is not a whole zip archive."""
-    try:
-        with zipfile.ZipFile(checkpoint) as archive:
-            damaged = archive.testzip() is not None
-    except (zipfile.BadZipFile, OSError):
-        damaged = True
-    if damaged:
-        raise UserError(
-            f"{checkpoint} is cut short or damaged. Delete it: the run then goes on "
-            "from the checkpoint before it, or from the start."
-        )
 
 
 def save_suite(folder: Path, run: Run, cfg: DictConfig) -> None:

@@ -16,6 +16,7 @@ from groupsae.config import make
 from groupsae.content import RUNTIME, without
 from groupsae.errors import UserError
 from groupsae.evaluation.options import check_options
+from groupsae.training.checkpoints.folder import checkpoints
 
 FORMAT = 3  # of a run folder: what its configuration says and its files hold
 PLACE = ("accelerator", "devices", "num_nodes", "strategy", "precision", "profiler")
@@ -125,9 +126,8 @@ def register_resolver() -> None:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Return the checkpoint of the highest step, if there is any."""
-    found = {int(p.stem.split("=")[1]): p for p in (folder / "checkpoints").glob("step=*.ckpt")}
-    return found[max(found)] if found else None
+    """Return the checkpoint of the highest step, if there is any; it may be damaged."""
+    return next(iter(checkpoints(folder / "checkpoints")), None)
 
 
 def open_run(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Path, Path | None]:

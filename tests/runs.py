@@ -83,6 +83,29 @@ def saved(folder: Path) -> dict[str, Any]:
     }
 
 
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return a whole checkpoint as Lightning restores it."""
+    from groupsae.training.checkpoints.io import SuiteCheckpoints
+
+    return SuiteCheckpoints(say=print).load_checkpoint(path)
+
+
+def rewrite_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Put another checkpoint in the place of one."""
+    from groupsae.training.checkpoints.io import SuiteCheckpoints
+
+    checkpoints = SuiteCheckpoints(say=print)
+    checkpoints.remove_checkpoint(path)
+    checkpoints.save_checkpoint(checkpoint, path)
+
+
+def flip_a_bit(file: Path) -> None:
+    """Change one bit in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
 def config_of(folder: Path) -> DictConfig:
     """Return the configuration that a run folder remembers."""
     cfg = OmegaConf.load(folder / ".hydra" / "config.yaml")

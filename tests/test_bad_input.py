@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import composed, overrides, run
+from runs import composed, overrides, read_checkpoint, rewrite_checkpoint, run
 
 from groupsae.config import check_arguments
 from groupsae.errors import UserError
@@ -158,9 +158,7 @@ def half(tiny_lm: Path, tiny_text: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_resume_refuses_another_config_partition_text_and_a_damaged_checkpoint(
-    half: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resume_refuses_another_config_and_partition(half: Path) -> None:
     with pytest.raises(UserError, match="tokens=9999 differs"):
         run([f"resume={half}", "tokens=9999"])
     with pytest.raises(UserError, match="groups=even differs"):
@@ -169,17 +167,9 @@ def test_resume_refuses_another_config_partition_text_and_a_damaged_checkpoint(
         run([f"resume={half.parent}"])
 
     newest = half / "checkpoints" / "step=6.ckpt"
-    whole = newest.read_bytes()
-    checkpoint = torch.load(newest, weights_only=False)
-    torch.save({**checkpoint, "plan": "f" * 64}, newest)
+    rewrite_checkpoint(newest, {**read_checkpoint(newest), "plan": "f" * 64})
     with pytest.raises(UserError, match="holds the partition ffffffff"):
         run([f"resume={half}"])
-    newest.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="cut short or damaged"):
-        run([f"resume={half}"])
-    newest.unlink()
-    assert run([f"resume={half}"])[0] == 0
-    assert "going on from" in capsys.readouterr().out
 
 
 def test_overwrite_starts_again_and_nothing_else_does(half: Path) -> None:
@@ -225,7 +215,7 @@ def test_a_loss_that_becomes_nan_stops_the_run_and_keeps_the_checkpoints(
         run(overrides(tiny_lm, tiny_text, tmp_path))
     (checkpoint,) = tmp_path.rglob("*.ckpt")
     assert checkpoint.name == "step=3.ckpt"
-    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    state = read_checkpoint(checkpoint)["state_dict"]
     assert all(t.isfinite().all() for name, t in state.items() if "sae." in name)
 
 

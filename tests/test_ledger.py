@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import overrides, run, stopped
+from runs import overrides, read_checkpoint, rewrite_checkpoint, run, stopped
 
 from groupsae.cost.model import Workload
 from groupsae.grouping.groupings import groupings
@@ -218,7 +218,7 @@ def test_seconds_go_on_in_a_resumed_run(tiny_lm: Path, tiny_text: Path, tmp_path
     assert not (folder / "ledger.json").exists()
 
     file = folder / "checkpoints" / "step=3.ckpt"
-    checkpoint = torch.load(file, weights_only=False)
+    checkpoint = read_checkpoint(file)
     stream, watches = checkpoint["ActivationDataModule"], checkpoint["callbacks"]["Throughput"]
     for stored in (stream["seconds"], watches["saes"], watches["all"]):
         assert stored > 0
@@ -226,7 +226,7 @@ def test_seconds_go_on_in_a_resumed_run(tiny_lm: Path, tiny_text: Path, tmp_path
     # as if the first three steps had taken hours
     stream["seconds"], watches["saes"], watches["validation"] = 1000.0, 5000.0, 200.0
     watches["all"] = 7000.0
-    torch.save(checkpoint, file)
+    rewrite_checkpoint(file, checkpoint)
     status, _ = run([f"resume={folder}"])
     assert status == 0
     seconds = seconds_of(folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import overrides, run, saved, stopped
+from runs import overrides, read_checkpoint, run, saved, stopped
 
 import groupsae
 
@@ -32,7 +32,7 @@ def test_a_run_leaves_everything_it_promises(finished: Path) -> None:
         "figures/distances.png",
         "figures/amad.png",
         "figures/training.png",
-        "checkpoints/step=6.ckpt",
+        "checkpoints/step=6.ckpt/manifest.json",
     ):
         assert (finished / name).stat().st_size > 0, name
     assert list(finished.glob("saes/*/cfg.json"))
@@ -120,10 +120,7 @@ def test_three_steps_a_stop_and_three_more_equal_six_bit_for_bit(
     assert whole.keys() == parts.keys()
     for name, tensor in whole.items():
         assert torch.equal(tensor, parts[name]), name
-    checkpoints = [
-        torch.load(f / "checkpoints" / "step=6.ckpt", weights_only=True)
-        for f in (finished, folder)
-    ]
+    checkpoints = [read_checkpoint(f / "checkpoints" / "step=6.ckpt") for f in (finished, folder)]
     for name, tensor in checkpoints[0]["state_dict"].items():
         torch.testing.assert_close(
             tensor, checkpoints[1]["state_dict"][name], rtol=0, atol=0, equal_nan=True
