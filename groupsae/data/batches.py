@@ -75,15 +75,15 @@ class TokenBatches(L.LightningDataModule):
         whole: bool = False,
     ) -> DataLoader[Tensor]:
         """Return this rank's share of the batches of a split, or whole batches."""
-        alone = whole or not self.trainer
+        trainer = None if whole else self.trainer
         sampler = StepSampler(
             num_blocks=len(self.blocks.blocks[split]),
             blocks_per_step=self.blocks_per_step,
             num_steps=num_steps,
             seed=seed,
             first_step=first_step,
-            rank=0 if alone else self.trainer.global_rank,
-            world_size=1 if alone else self.trainer.world_size,
+            rank=trainer.global_rank if trainer else 0,
+            world_size=trainer.world_size if trainer else 1,
         )
         return make_loader(
             self.blocks.blocks[split],

@@ -8,9 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from lightning.fabric.strategies.launchers.subprocess_script import (
-    _set_num_threads_if_needed,
-)
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 POLL, GRACE = 1.0, 20.0  # seconds

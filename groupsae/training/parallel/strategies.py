@@ -1,6 +1,8 @@
 """Lightning's strategies for several processes, as the yaml files name them."""
 
+from collections.abc import Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -8,8 +10,12 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.strategy import Strategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.optim import Optimizer
 
+from groupsae.training.checkpoints.io import SuiteCheckpoints
+from groupsae.training.checkpoints.together import save_together
 from groupsae.training.parallel.launcher import WatchedLauncher
+from groupsae.training.suite import GroupSAESuite
 
 
 class DDP(DDPStrategy):
@@ -17,14 +23,13 @@ class DDP(DDPStrategy):
 
     Args:
         timeout_minutes: that a process waits for another before the run ends with an error.
-        **arguments: of Lightning's `DDPStrategy`.
     """
 
-    def __init__(self, *, timeout_minutes: float, **arguments: Any) -> None:
+    def __init__(self, *, timeout_minutes: float) -> None:
         super().__init__(
             timeout=timedelta(minutes=timeout_minutes),
             broadcast_buffers=False,  # the step itself reduces counters and thresholds
-            **arguments,
+            gradient_as_bucket_view=True,  # no second copy of the gradients
         )
 
     def _configure_launcher(self) -> None:
@@ -42,7 +47,6 @@ class SAEParallel(DDP):
 
     Args:
         timeout_minutes: that a process waits for another before the run ends with an error.
-        **arguments: of Lightning's `DDPStrategy`.
     """
 
     mesh: DeviceMesh
@@ -60,3 +64,35 @@ class SAEParallel(DDP):
 
     def _setup_model(self, model: torch.nn.Module) -> torch.nn.Module:  # type: ignore[override]
         return model
+
+    # ---- checkpoints: each process its own SAEs ------------------------------------------
+
+    @property
+    def suite(self) -> GroupSAESuite:
+        """Return what is trained."""
+        assert isinstance(self.lightning_module, GroupSAESuite)
+        return self.lightning_module
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write a checkpoint that any number of processes can go on from."""
+        save_together(checkpoint, Path(filepath))
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read this process's SAEs and what belongs to none."""
+        assert isinstance(self.checkpoint_io, SuiteCheckpoints)
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, members=self.suite.own)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the optimiser's state: nothing where there is no SAE."""
+        if not self.suite.own:
+            return {"state": {}, "param_groups": []}
+        return super().optimizer_state(optimizer)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Restore the optimiser's state where there is one."""
+        if self.suite.own:
+            super().load_optimizer_state_dict(checkpoint)
