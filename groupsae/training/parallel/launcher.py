@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -11,7 +12,9 @@ from typing import Any
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-POLL, GRACE = 1.0, 20.0  # seconds
+POLL = 1.0  # seconds between two looks
+END = 10.0  # that the others have to end by themselves after an error here
+GRACE = 60.0  # that this process has to notice the loss of another
 
 
 class WatchedLauncher(_SubprocessScriptLauncher):
@@ -33,7 +36,20 @@ class WatchedLauncher(_SubprocessScriptLauncher):
             self._call_children_scripts()
             threading.Thread(target=self._watch, daemon=True, name="watch-processes").start()
         _set_num_threads_if_needed(num_processes=self.num_processes)
-        return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except Exception:
+            self._end_others()
+            raise
+
+    def _end_others(self) -> None:
+        """Wait for the others, who see the same error; end those that hang."""
+        deadline = time.monotonic() + END
+        for process in self.procs:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
 
     def _watch(self) -> None:
         """Wait for a process that ends with an error; give this one some time to notice."""

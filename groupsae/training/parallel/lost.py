@@ -1,5 +1,6 @@
 """What is said when another process of the run no longer answers."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,7 @@ def told_of_lost(folder: Path) -> Iterator[None]:
             raise
         raise UserError(
             "another process of this run was lost, or did not answer in time "
-            f"({str(error).splitlines()[0][:200]}). What it says itself is above or in its own "
+            f"({_short(error)}). What it says itself is above or in its own "
             "log. Start all processes again; the run goes on from its last checkpoint:\n"
             f"  python -m groupsae.train {quote(f'resume={folder}')}"
         ) from error
@@ -41,9 +42,15 @@ def told_of_lost(folder: Path) -> Iterator[None]:
 
 def is_lost(error: RuntimeError) -> bool:
     """Return whether an error is that of a collective whose other side is gone."""
+    if isinstance(error, torch.distributed.DistError):  # of NCCL, and while processes meet
+        return True
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return False
-    if isinstance(error, torch.distributed.DistError):
-        return True
     said = str(error).lower()
     return type(error) is RuntimeError and any(sign in said for sign in SIGNS)
+
+
+def _short(error: RuntimeError) -> str:
+    """Return the part of an error that is not of places in the source and of causes guessed."""
+    first = re.sub(r"^\[\S*\] ", "", str(error).partition("\n")[0])
+    return first.partition(" This is typically")[0].rstrip(".")
