@@ -144,7 +144,9 @@ def open_run(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Path, P
     folder = run_folder(cfg)
     if cfg.resume is not None:
         cfg = _config_to_resume(cfg, folder, overrides)
-    elif cfg.overwrite and folder.exists() and is_leader():
+    if cfg.dry_run:  # leaves everything as it is
+        return cfg, folder, None
+    if cfg.resume is None and cfg.overwrite and folder.exists() and is_leader():
         shutil.rmtree(folder)
     if is_leader():
         _remember(cfg, folder, overrides)

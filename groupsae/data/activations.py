@@ -155,9 +155,7 @@ class ActivationDataModule(TokenBatches):
         """
         self.exchanges = training, validation
         sample = torch.from_numpy(self.blocks.blocks["train"][:1, :2].astype("int64"))
-        self.travelling = travelling_dtype(
-            self.hooked, sample.to(self.device), self.used_layers()
-        )
+        self.travelling = travelling_dtype(self.hooked, sample.to(self.device), self.used_layers())
 
     def on_before_batch_transfer(
         self, batch: Tensor, dataloader_idx: int

@@ -57,8 +57,7 @@ def ledger(
         "num_saes": len(d_saes),
         "workload": work.to_json(),
         "seconds_per_sae": {
-            str(d_sae): seconds_of[p.name]
-            for p, d_sae in zip(plan.members, d_saes, strict=True)
+            str(d_sae): seconds_of[p.name] for p, d_sae in zip(plan.members, d_saes, strict=True)
         },
         "parts": [
             _part("activations", work.tokens * work.activations, lm_flops, activations),
