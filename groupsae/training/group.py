@@ -73,15 +73,14 @@ class GroupSAE(SAETraining):
         self.register_buffer("running", running, persistent=False)
         self.running_steps = 0
         self.fired: Tensor = torch.empty(0)
-        self.last_fvu = float("nan")
 
     def members(self) -> list["GroupSAE"]:
         """Return itself."""
         return [self]
 
-    def serving(self) -> dict[int, "GroupSAE"]:
-        """Return itself for each of its layers."""
-        return dict.fromkeys(self.layers, self)
+    def serving(self) -> dict[int, str]:
+        """Return its own name for each of its layers."""
+        return dict.fromkeys(self.layers, self.name)
 
     def rows(
         self, batch: ActivationBatch
@@ -172,7 +171,7 @@ class GroupSAE(SAETraining):
         means = (all_sum(self.running.clone()) / self.running_steps).tolist()
         values = dict(zip((*self.sae.terms, "l0"), means, strict=True))
         self.running.zero_()
-        self.running_steps, self.last_fvu = 0, values["fvu"]
+        self.running_steps = 0
         return {**values, "dead": float(self.dead().double().mean())}
 
     @torch.no_grad()
