@@ -147,6 +147,7 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
         optim=make(cfg.optim),
         dead_after=cfg.dead_after,
         b_dec_start=cfg.b_dec_start,
+        nonfinite=cfg.nonfinite,
     )
     grouping = GroupLayers(
         choice=choice,
@@ -259,6 +260,7 @@ def summarise(run: Run, folder: Path) -> dict[str, Any]:
             "fvu": values[f"val/fvu/{member.name}"],
             "l0": values[f"val/l0/{member.name}"],
             "dead": float(member.dead().double().mean()),
+            "skipped": int(member.skipped[0]),
             "unfired": values[f"val/unfired/{member.name}"],
             "fvu_per_layer": {
                 x: float(suite.val_results[member.name, x]["fvu"]) for x in member.layers

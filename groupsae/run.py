@@ -236,8 +236,10 @@ def _remember(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
             with whole(folder / ".hydra" / "overrides.yaml", mode="w") as handle:
                 OmegaConf.save(overrides, handle)
     except UserError as error:
+        reason = getattr(error.__cause__, "strerror", None) or error
         raise UserError(
-            f"{error} Or set output=<folder> to another place that can be written."
+            f"cannot write to {folder}: {reason}. Set output=<folder> to a place that can be "
+            "written."
         ) from error
 
 

@@ -1,6 +1,7 @@
 """The training step that one group or many of them share."""
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,14 @@ from torch import Tensor, nn
 from groupsae.data.batch import ActivationBatch
 from groupsae.errors import UserError
 from groupsae.sae.metrics import Reconstruction
+from groupsae.training.nonfinite import (
+    MOST_IN_A_ROW,
+    Undo,
+    layers_not_finite,
+    left_out,
+    stopped,
+    too_many,
+)
 from groupsae.training.optim import Adam
 from groupsae.training.readback import Readback
 from groupsae.training.start import start_b_dec
@@ -29,11 +38,14 @@ class SAETraining(L.LightningModule):
     optim: Adam
     dead_after: int
     b_dec_start: str
+    nonfinite: str
+    undo: Undo | None = None  # of the step that is being taken, where steps may be left out
     num_dead: Readback | None = None  # before the first step, of a resumed run as well
 
     def __init__(self) -> None:
         super().__init__()
         self.shown: dict[str, float] = {}  # figures for the progress bar
+        self.told_of_skips = False
 
     def members(self) -> list["GroupSAE"]:
         """Return the groups in training, in the order of the batch's slots."""
@@ -49,11 +61,18 @@ class SAETraining(L.LightningModule):
         mine = [m.moments(*row) for m, row in zip(members, rows, strict=True)]
         moments = self.all_sum(torch.cat(mine)).split([len(each) for each in mine])
         num_dead = (self.num_dead or self.note_dead()).read()
+        self.undo = Undo(members) if self.nonfinite == "skip" else None
         losses = [
             m.step(*row, moment, dead, progress, self.all_sum)
             for m, row, moment, dead in zip(members, rows, moments, num_dead, strict=True)
         ]
-        fired = self.all_sum(torch.cat([m.fired for m in members]))
+        noted = [m.fired for m in members]
+        if self.undo is not None:
+            noted.append(~torch.stack(losses).detach().isfinite())
+        fired = self.all_sum(torch.cat(noted))
+        if self.undo is not None:
+            fired, bad = fired.split([len(fired) - len(members), len(members)])
+            self.undo.note_losses(bad > 0)
         widths = [m.sae.d_sae for m in members]
         for member, times in zip(members, fired.split(widths), strict=True):
             member.count_dead(times > 0)
@@ -61,15 +80,20 @@ class SAETraining(L.LightningModule):
                 for state in member.sae.followed():
                     state.copy_(self.all_sum(state) / self.trainer.world_size)
         self.num_dead = self.note_dead()
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if (self.global_step + 1) % every == 0:
-            self.log_training()
         # DDP averages gradients over processes; the loss's denominators are already global
         return torch.stack(losses).sum() * self.trainer.world_size
 
     def on_train_start(self) -> None:
         """Forget what an earlier fit noted: the counters may come from a checkpoint."""
         self.num_dead = None
+        for member in self.members():
+            member.start_running()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Log, once the step is settled."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self.global_step % every == 0:
+            self.log_training()
 
     def note_dead(self) -> Readback:
         """Return how many latents of each member are dead, for the next step to read."""
@@ -99,27 +123,53 @@ class SAETraining(L.LightningModule):
     def log_training(self) -> None:
         """Log what accumulated since the last time: nothing is read for the log in between."""
         for member in self.members():
+            steps = member.finite_steps(self.all_sum, self.trainer.world_size)
             for name, value in member.read_running(self.all_sum).items():
-                self.check_finite(member, value)  # a sum over all processes: all stop together
+                # a sum over all processes: all stop together
+                self.check_finite(member, value, *steps)
                 self.log(f"train/{name}/{member.name}", value, rank_zero_only=True)
+            if self.nonfinite == "skip":
+                self.check_skips(member)
         shown = set(self.serving().values())
         mean = sum(m.last_fvu for m in shown) / len(shown)
         self.shown["fvu"] = mean
 
-    def check_finite(self, member: "GroupSAE", value: float) -> None:
-        """Raise UserError if a value of the member has become NaN or infinite."""
+    def check_finite(self, member: "GroupSAE", value: float, steps: int, finite: int) -> None:
+        """Raise UserError if a value of the member has become NaN or infinite.
+
+        Args:
+            member: whose value it is.
+            value: a sum over the steps since last logged, or over the weights.
+            steps: since last logged.
+            finite: how many of them had a finite loss.
+        """
         if not math.isfinite(value):
+            first = min(self.global_step, self.global_step - steps + finite + 1)
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
             raise UserError(
-                f"{member.name}: the loss is not a finite number at step {self.global_step}. "
-                "Earlier checkpoints are whole. Lower optim.base_lr, or look for non-finite "
-                "activations in the language model (try model.dtype=float32)."
+                stopped(member.name, first, self.num_steps(), layers_not_finite(data, first))
             )
+
+    def check_skips(self, member: "GroupSAE") -> None:
+        """Say when a member has left out its first step; raise UserError if it takes none."""
+        times, in_a_row, last = member.skipped.tolist()
+        tell = times > 0 and not self.told_of_skips
+        if in_a_row < MOST_IN_A_ROW and not tell:
+            return
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        layers = layers_not_finite(data, last)
+        if in_a_row >= MOST_IN_A_ROW:
+            raise UserError(too_many(member.name, last, self.num_steps(), layers))
+        self.told_of_skips = True
+        if self.trainer.is_global_zero:
+            warnings.warn(left_out(member.name, times, last, layers), stacklevel=2)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to save weights that are already spoilt."""
         for member in self.members():
             weights = sum(float(p.detach().abs().sum()) for p in member.sae.parameters())
-            self.check_finite(member, weights + float(member.running.sum()))
+            steps = member.finite_steps(self.all_sum, self.trainer.world_size)
+            self.check_finite(member, weights + float(member.running.sum()), *steps)
 
     # ---- optimiser ----------------------------------------------------------------------
 
@@ -133,19 +183,28 @@ class SAETraining(L.LightningModule):
                     "lr": self.optim.lr(m.sae.d_sae),
                 }
                 for m in self.members()
-            ]
+            ],
+            skips=self.nonfinite == "skip",
         )
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Project the decoders' gradients, then clip each member on its own (in that order)."""
+        norms = []
         for member in self.members():
             member.sae.project_gradient()
-            nn.utils.clip_grad_norm_(member.sae.parameters(), self.optim.clip_norm)
+            norms.append(nn.utils.clip_grad_norm_(member.sae.parameters(), self.optim.clip_norm))
+        if self.undo is not None:
+            adam: Any = self.trainer.optimizers[0]
+            adam.left_out = self.undo.settle(norms, self.global_step + 1)
+            self.num_dead = self.note_dead()  # anew: counters may have gone back
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step at the schedule's rate, then normalise: every checkpoint holds unit decoders."""
         self.optim.schedule(self.trainer.optimizers[0], self.global_step, self.num_steps())
         super().optimizer_step(*args, **kwargs)
+        if self.undo is not None:
+            self.undo.normalize_decoders()
+            return
         for member in self.members():
             member.sae.normalize_decoder()
 
