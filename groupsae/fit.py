@@ -33,7 +33,8 @@ from groupsae.training.callbacks.grouping import GroupLayers
 from groupsae.training.callbacks.stop import StopOnSignal
 from groupsae.training.callbacks.throughput import Throughput
 from groupsae.training.checkpoints.io import SuiteCheckpoints
-from groupsae.training.ledger import ledger
+from groupsae.training.ledger import ledger, seconds_of_all
+from groupsae.training.parallel.lost import told_of_lost
 from groupsae.training.suite import GroupSAESuite
 
 
@@ -66,7 +67,8 @@ def fit(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> int:
         config: Any = OmegaConf.to_container(cfg, resolve=True)
         for logger in run.trainer.loggers:
             logger.log_hyperparams(config)
-        return _train(run, cfg, folder, checkpoint, console)
+        with told_of_lost(folder):
+            return _train(run, cfg, folder, checkpoint, console)
     finally:
         if wandb.run is not None:  # or the next point of a sweep would log into this run
             wandb.finish()
@@ -103,15 +105,17 @@ def _train(
         return 128 + run.stop.received
     trainer.save_checkpoint(folder / "checkpoints" / f"step={trainer.global_step}.ckpt")
     trainer.validate(suite, datamodule=data, verbose=False)
-    if trainer.is_global_zero:
+    if suite.spread or trainer.is_global_zero:
         save_suite(folder, run, cfg)
+    seconds = seconds_of_all(data, run.throughput, suite.spread)  # waits for all SAEs to be saved
+    if trainer.is_global_zero:
         figures = {
             "training": training_curves(
                 read_metrics(folder / "metrics.csv"), data.tokens_per_step, data.num_steps
             )
         }
         save_figures(folder / "figures", figures, trainer.loggers)
-        costs = ledger(suite, data, run.grouping, run.throughput)
+        costs = ledger(suite, data, run.grouping, run.throughput, seconds)
         write_json(folder / "ledger.json", costs)
         summary = summarise(run, folder)
         write_json(folder / "summary.json", summary)
@@ -209,7 +213,7 @@ def announce(run: Run, cfg: DictConfig, console: Console) -> None:
 
 
 def save_suite(folder: Path, run: Run, cfg: DictConfig) -> None:
-    """Write every group's SAE into `saes/<group>/`."""
+    """Write the SAE of every group that this process holds into `saes/<group>/`."""
     measurement, configured = (
         run.grouping.measurement,
         OmegaConf.to_container(cfg.sae, resolve=True),
@@ -218,7 +222,7 @@ def save_suite(folder: Path, run: Run, cfg: DictConfig) -> None:
     plan = run.grouping.plan
     assert measurement is not None
     assert plan is not None
-    for member, planned in zip(run.suite.members(), plan.members, strict=True):
+    for index, member in zip(run.suite.own, run.suite.members(), strict=True):
         arguments = {
             "d_model": member.sae.d_model,
             **{k: v for k, v in configured.items() if not str(k).startswith("_")},
@@ -232,7 +236,7 @@ def save_suite(folder: Path, run: Run, cfg: DictConfig) -> None:
                 "architecture": configured["_target_"],
                 "arguments": arguments,
                 "d_sae": member.sae.d_sae,
-                "width": planned.width,
+                "width": plan.members[index].width,
                 "layers": member.layers,
                 "norm_factors": {
                     layer: float(member.norm_factors[layer]) for layer in member.layers
@@ -253,18 +257,17 @@ def summarise(run: Run, folder: Path) -> dict[str, Any]:
     assert grouping.plan is not None
     assert grouping.cost is not None
     groups = {}
-    for member in suite.members():
-        groups[member.name] = {
-            "layers": member.layers,
-            "tokens_per_layer": {x: int(member.tokens_per_layer[x]) for x in member.layers},
-            "fvu": values[f"val/fvu/{member.name}"],
-            "l0": values[f"val/l0/{member.name}"],
-            "dead": float(member.dead().double().mean()),
-            "skipped": int(member.skipped[0]),
-            "unfired": values[f"val/unfired/{member.name}"],
-            "fvu_per_layer": {
-                x: float(suite.val_results[member.name, x]["fvu"]) for x in member.layers
-            },
+    for planned in grouping.plan.members:
+        result = suite.val_results[planned.name]
+        groups[planned.name] = {
+            "layers": planned.layers,
+            "tokens_per_layer": result["tokens_per_layer"],
+            "fvu": values[f"val/fvu/{planned.name}"],
+            "l0": values[f"val/l0/{planned.name}"],
+            "dead": result["dead"],
+            "skipped": result["skipped"],
+            "unfired": values[f"val/unfired/{planned.name}"],
+            "fvu_per_layer": {x: found["fvu"] for x, found in result["per_layer"].items()},
         }
     part = grouping.plan.partition
     return {
@@ -276,7 +279,7 @@ def summarise(run: Run, folder: Path) -> dict[str, Any]:
         "amad": part.amad,
         "max_diameter": part.max_diameter,
         "size_weighted_amad": part.size_weighted_amad,
-        "tokens": next(int(m.tokens_per_layer.sum()) for m in suite.members()),
+        "tokens": sum(suite.val_results[grouping.plan.names[0]]["tokens_per_layer"].values()),
         "steps": trainer.global_step,
         "tokens_per_second": throughput.overall(),
         "seconds_training": throughput.total_seconds,

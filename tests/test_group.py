@@ -189,7 +189,7 @@ def suite_of(members, optim=None):
         dead_after=100, b_dec_start="zero", nonfinite="stop",
         seed=0,
     )  # fmt: skip
-    suite.groups = nn.ModuleList(members)
+    suite.groups = nn.ModuleDict({str(i): m for i, m in enumerate(members)})
     return suite
 
 

@@ -1,7 +1,7 @@
 """One group of layers and its SAE."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,6 +20,22 @@ class SAEFactory(Protocol):
     def __call__(self, *, d_model: int, generator: torch.Generator, **changed: Any) -> SAE:
         """Return a fresh SAE; `changed` takes the place of configured arguments."""
         ...
+
+
+class Running(NamedTuple):
+    """What a member has to say of the steps since it was last logged.
+
+    Attributes:
+        values: figure -> mean over the steps, or the present state.
+        steps: how many there were.
+        finite: how many of them came before the first whose loss was not finite.
+        skipped: steps left out since the run began: how many, how many in a row, the last.
+    """
+
+    values: dict[str, float]
+    steps: int
+    finite: int
+    skipped: list[int]
 
 
 class GroupSAE(SAETraining):
@@ -78,15 +94,14 @@ class GroupSAE(SAETraining):
         self.register_buffer("running", running, persistent=False)
         self.running_steps = self.skipped_before = 0
         self.fired: Tensor = torch.empty(0)
-        self.last_fvu = float("nan")
 
     def members(self) -> list["GroupSAE"]:
         """Return itself."""
         return [self]
 
-    def serving(self) -> dict[int, "GroupSAE"]:
-        """Return itself for each of its layers."""
-        return dict.fromkeys(self.layers, self)
+    def serving(self) -> dict[int, str]:
+        """Return its own name for each of its layers."""
+        return dict.fromkeys(self.layers, self.name)
 
     def rows(
         self, batch: ActivationBatch
@@ -170,37 +185,40 @@ class GroupSAE(SAETraining):
         """Reset the counters of what fired anywhere in the global batch."""
         self.tokens_since_fired.masked_fill_(fired, 0)
 
-    def read_running(self, all_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return the means since the last call (each process holds its part), and start anew.
+    def read_running(self, all_sum: AllSum, processes: int) -> Running:
+        """Return what there is to say of the steps since the last call, and start anew.
 
         fvu here is that of the mixed batch: its variance includes the differences between the
         layers' means, so compare groups by `val/fvu`, which is per layer. If all steps were left
         out, there are no means.
+
+        Args:
+            all_sum: returns the sum of a tensor over all processes; each holds its part.
+            processes: that train this SAE together.
         """
-        values = {"dead": float(self.dead().double().mean())}
-        skipped = int(self.skipped[0])
+        values, skipped = {"dead": float(self.dead().double().mean())}, self.skipped.tolist()
+        steps, finite = self.running_steps, self.finite_steps(all_sum, processes)
         if self.nonfinite == "skip":
-            values["skipped"] = float(skipped)
-        taken = self.running_steps - (skipped - self.skipped_before)
+            values["skipped"] = float(skipped[0])
+        taken = steps - (skipped[0] - self.skipped_before)
         if taken > 0:
             *means, _ = (all_sum(self.running.clone()) / taken).tolist()
             values |= dict(zip((*self.sae.terms, "l0"), means, strict=True))
-            self.last_fvu = values["fvu"]
         self.start_running()
-        return values
+        return Running(values, steps, finite, skipped)
 
     def start_running(self) -> None:
         """Start the sums anew; steps left out before are no matter."""
         self.running.zero_()
         self.running_steps, self.skipped_before = 0, int(self.skipped[0])
 
-    def finite_steps(self, all_sum: Callable[[Tensor], Tensor], processes: int) -> tuple[int, int]:
-        """Return the steps since last logged, and how many of them came before the first bad one.
+    def finite_steps(self, all_sum: AllSum, processes: int) -> int:
+        """Return the steps since last logged before the first whose loss was not finite.
 
-        A loss that is not finite spoils the weights, so all after it are not finite either; in
-        the step itself that may be so in one process only.
+        Such a loss spoils the weights, so that all after it are not finite either; in the step
+        itself that may be so in one process only.
         """
-        return self.running_steps, int(all_sum(self.running[-1].clone())) // processes
+        return int(all_sum(self.running[-1].clone())) // processes
 
     @torch.no_grad()
     def reconstruct(
