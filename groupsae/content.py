@@ -11,6 +11,7 @@ RUNTIME = (
     "output",
     "resume",
     "overwrite",
+    "dry_run",
     "log_every",
     "checkpoint_every",
     "evaluate",

@@ -24,6 +24,7 @@ from groupsae.errors import UserError
 from groupsae.interop.suite import save_sae
 from groupsae.report.dashboard import Dashboard, save_figures
 from groupsae.report.figures import training_curves
+from groupsae.report.needs import print_needs
 from groupsae.report.tables import print_ledger, print_result
 from groupsae.run import is_leader
 from groupsae.screen import quiet
@@ -33,8 +34,11 @@ from groupsae.training.callbacks.grouping import GroupLayers
 from groupsae.training.callbacks.stop import StopOnSignal
 from groupsae.training.callbacks.throughput import Throughput
 from groupsae.training.checkpoints.io import SuiteCheckpoints
+from groupsae.training.dry_run import needs, plans_of
 from groupsae.training.ledger import ledger, seconds_of_all
 from groupsae.training.parallel.lost import told_of_lost
+from groupsae.training.parallel.spread import owners
+from groupsae.training.parallel.strategies import SAEParallel
 from groupsae.training.suite import GroupSAESuite
 
 
@@ -59,9 +63,11 @@ def fit(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> int:
     quiet()
     run = build(cfg, folder, console)
     try:
-        if (folder / "summary.json").exists() and not cfg.overwrite:
+        if (folder / "summary.json").exists() and not cfg.overwrite and not cfg.dry_run:
             return _show_finished(run, cfg, folder, console)
         announce(run, cfg, console)
+        if cfg.dry_run:
+            return _dry_run(run, cfg, folder, console)
         if cfg.evaluate and is_leader():
             steps_to_evaluate(run.data, cfg.evaluation.tokens)  # fails now if ever
         config: Any = OmegaConf.to_container(cfg, resolve=True)
@@ -72,6 +78,33 @@ def fit(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> int:
     finally:
         if wandb.run is not None:  # or the next point of a sweep would log into this run
             wandb.finish()
+
+
+def _dry_run(run: Run, cfg: DictConfig, folder: Path, console: Console) -> int:
+    """Print what the run will need; the first process does, by a trial of its own share."""
+    if not is_leader():
+        return 0
+    trainer, data = run.trainer, run.data
+    device, processes = trainer.strategy.root_device, trainer.world_size
+    data.use(data.lm.load(device), device)
+    plans = plans_of(run.grouping.choice, data.lm.geometry.num_layers, folder)
+    spread = isinstance(trainer.strategy, SAEParallel)
+    found = [
+        needs(
+            run.suite,
+            data,
+            plan,
+            device,
+            processes=processes,
+            own=owners(run.suite, plan, processes)[0] if spread else None,
+            eval_every=cfg.eval_every,
+            checkpoint_every=cfg.checkpoint_every,
+            calibration_tokens=cfg.calibration.tokens,
+        )
+        for plan in plans
+    ]
+    print_needs(console, found, processes, str(device))
+    return 0
 
 
 def _show_finished(run: Run, cfg: DictConfig, folder: Path, console: Console) -> int:
@@ -161,7 +194,7 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
         **cfg.calibration,
     )
     stop, throughput = StopOnSignal(folder=str(folder / "checkpoints")), Throughput()
-    loggers = [make(logger) for logger in (cfg.logger or {}).values()]
+    loggers = [] if cfg.dry_run else [make(logger) for logger in (cfg.logger or {}).values()]
     settings = make(cfg.trainer)
     trainer = L.Trainer(
         **settings,

@@ -126,7 +126,8 @@ def alone(cfg: DictConfig) -> Iterator[None]:
     check_values(cfg)
     folder = run_folder(cfg)
     there = cfg.resume is None or (folder / ".hydra").is_dir()  # nothing is made where no run is
-    with alone_in(folder) if there and is_leader() else nullcontext():
+    writes = there and is_leader() and not cfg.dry_run
+    with alone_in(folder) if writes else nullcontext():
         yield
 
 
@@ -162,7 +163,9 @@ def open_run(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Path, P
     folder = run_folder(cfg)
     if cfg.resume is not None:
         cfg = _config_to_resume(cfg, folder, overrides)
-    elif cfg.overwrite and folder.exists() and is_leader():
+    if cfg.dry_run:  # leaves everything as it is
+        return cfg, folder, None
+    if cfg.resume is None and cfg.overwrite and folder.exists() and is_leader():
         _clear(folder)
     if is_leader():
         _remember(cfg, folder, overrides)

@@ -74,7 +74,8 @@ def run_forward(
         number: of the forward.
         where: its tokens among the drawn.
         acts: where its rows go.
-        keep: which of them count; those of extreme norm are taken out. None if norms do not matter.
+        keep: which of them count; those of extreme norm are taken out. None if norms do not
+            matter.
     """
     layers, places = drawn.layers[:, where], _places(drawn, slots, number, where)
     context = drawn.tokens.shape[1]

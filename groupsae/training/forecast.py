@@ -1,6 +1,5 @@
 """Memory and time of a run before it starts, by arithmetic and by a short trial."""
 
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,11 +9,10 @@ import psutil
 import torch
 
 from groupsae.data.activations import ActivationDataModule
-from groupsae.data.batch import ActivationBatch
 from groupsae.errors import UserError
 from groupsae.training.allocator import hand_back_freed_memory
-from groupsae.training.group import GroupSAE
 from groupsae.training.suite import GroupSAESuite
+from groupsae.training.trial import now, step_together
 
 FLOAT = 4  # bytes
 STATE = 4  # weights, gradients and Adam's two moments
@@ -140,14 +138,14 @@ def forecast(
     tokens = next(iter(data.loader("train", TRIAL, data.seed)))
     lm, saes = 0.0, dict.fromkeys(trials, 0.0)
     for measured in [False] + [True] * TRIAL:  # the first round warms up
-        start = _now(device)
+        start = now(device)
         batch = data.activations(tokens, slots)
-        between = _now(device)
+        between = now(device)
         lm += measured * (between - start)
         # every width in every round: as in training, each finds the cache full of the others
         for width, trial in trials.items():
-            _step(trial, optimizers[width], batch)
-            start, between = between, _now(device)
+            step_together([trial], [optimizers[width]], batch)
+            start, between = between, now(device)
             saes[width] += measured * (between - start)
     steps = {width: seconds / TRIAL for width, seconds in saes.items()}
     mine = [plan.members[i].width for i in suite.own]
@@ -159,19 +157,3 @@ def forecast(
         sae_seconds=sum(steps[width] for width in mine) * times * data.num_steps,
         step_seconds=steps,
     )
-
-
-def _step(trial: GroupSAE, optimizer: torch.optim.Optimizer, batch: ActivationBatch) -> None:
-    """Do what a step of training does."""
-    rows = trial.rows(batch)
-    trial.step(*rows, trial.moments(*rows)).backward()
-    trial.configure_gradient_clipping(optimizer)
-    optimizer.step()
-    optimizer.zero_grad()
-    trial.sae.normalize_decoder()
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

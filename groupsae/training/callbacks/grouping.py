@@ -77,7 +77,7 @@ class GroupLayers(L.Callback):
         else:
             least = [1.0] * self.choice.least_saes(data.lm.geometry.num_layers)
             if isinstance(trainer.strategy, SAEParallel):
-                least = least[:: trainer.world_size]  # one process's share of equal SAEs
+                least = least[:: trainer.world_size]  # the share of one process
             self._check_memory(trainer, pl_module, data, least)
             self.measurement = measure(data, trainer, self.tokens, self.centring, self.cache)
             self.plan = self.choice.plan(self.measurement.distances)

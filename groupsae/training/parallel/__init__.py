@@ -1,1 +1,1 @@
-"""Several processes: who owns which SAE, how they talk, and what becomes of a run that loses one."""
+"""Several processes: who owns which SAE, how they talk, what happens when one is lost."""

@@ -59,7 +59,7 @@ class SAEParallel(DDP):
         )
 
     def setup(self, trainer: L.Trainer) -> None:
-        """Set optimisers up; nothing is wrapped or made equal, as each process has its own SAEs."""
+        """Set optimisers up; nothing is made equal, as each process has its own SAEs."""
         Strategy.setup(self, trainer)
 
     def _setup_model(self, model: torch.nn.Module) -> torch.nn.Module:  # type: ignore[override]

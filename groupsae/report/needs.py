@@ -1,0 +1,75 @@
+"""The table of a dry run."""
+
+from collections.abc import Callable
+from datetime import timedelta
+
+from rich.console import Console
+from rich.table import Table
+
+from groupsae.training.dry_run import Needs
+from groupsae.training.trial import Trial
+
+
+def print_needs(console: Console, found: list[Needs], processes: int, device: str) -> None:
+    """Print what a run needs; with two columns where its groups are not known yet."""
+    table = Table(title=f"dry run: what one of {processes} process(es) needs on {device}")
+    table.add_column("")
+    for each in found:
+        table.add_column(f"{each.num_saes} SAEs", justify="right")
+    for name, cells in _rows(found):
+        table.add_row(name, *cells)
+    console.print(table)
+    if len(found) > 1:
+        console.print(
+            "The distances that decide how many SAEs there will be are not measured yet: these "
+            "are the fewest and the most."
+        )
+    for each in found:
+        if each.trial is None:
+            console.print(
+                f"{each.num_saes} SAEs do not fit into the {size(each.free)} that are free on "
+                f"{device}: lower sae.expansion or stream.blocks_per_step, train fewer SAEs, or "
+                "spread them over processes (trainer=sae_parallel)."
+            )
+
+
+def _rows(found: list[Needs]) -> list[tuple[str, list[str]]]:
+    def row(name: str, show: Callable[[Needs], str]) -> tuple[str, list[str]]:
+        return name, [show(each) for each in found]
+
+    def tried(show: Callable[[Needs, Trial], str]) -> Callable[[Needs], str]:
+        return lambda each: "does not fit" if each.trial is None else show(each, each.trial)
+
+    def seconds(part: str) -> Callable[[Needs], str]:
+        return tried(lambda each, _: _time(each.seconds[part]))
+
+    rate = tried(lambda n, t: f"{n.tokens / n.steps / t.step_seconds:,.0f}")
+    return [
+        row("parameters", lambda n: f"{n.parameters:,}"),
+        row("weights", lambda n: size(n.weights)),
+        row("gradients", lambda n: size(n.gradients)),
+        row("optimiser state", lambda n: size(n.optimizer)),
+        row("activations of a step", lambda n: size(n.activations)),
+        row("peak memory, by a trial", tried(lambda _, t: size(t.peak))),
+        row("tokens per SAE", lambda n: f"{n.tokens:,}"),
+        row("steps", lambda n: f"{n.steps:,}"),
+        row("tokens per second, by a trial", rate),
+        row("training", seconds("training")),
+        row("validation", seconds("validation")),
+        row("measuring the layers", seconds("measuring the layers")),
+        row("disk: run folder", lambda n: size(n.run_folder)),
+        row("disk: packed text, at most", lambda n: size(n.text)),
+    ]
+
+
+def size(count: float) -> str:
+    """Return a number of bytes in words: 1.64 GB."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.2f} GB" if count < 1000 else f"{count / 1000:,.2f} TB"
+
+
+def _time(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
