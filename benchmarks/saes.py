@@ -106,6 +106,7 @@ def figures(
             optim=suite.optim,
             dead_after=suite.dead_after,
             b_dec_start=suite.b_dec_start,
+            nonfinite=suite.nonfinite,
             seed=suite.seed,
         )
         zoo.kinds = dict(kinds)

@@ -17,7 +17,7 @@ from groupsae.run import register_resolver
 
 OWN = ("path", "format", "only", "num_groups", "to")
 # of the training, which was not ours
-TRAINING = ("sae", "optim", "groups", "calibration", "dead_after", "b_dec_start")
+TRAINING = ("sae", "optim", "groups", "calibration", "dead_after", "b_dec_start", "nonfinite")
 # of the stream: what decides the activations
 STREAM = ("context", "prepend_bos", "exclude_special_tokens", "skip_positions", "max_norm_ratio")
 FILES = (

@@ -184,6 +184,7 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
         optim=make(cfg.optim),
         dead_after=cfg.dead_after,
         b_dec_start=cfg.b_dec_start,
+        nonfinite=cfg.nonfinite,
     )
     grouping = GroupLayers(
         choice=choice,
@@ -297,6 +298,7 @@ def summarise(run: Run, folder: Path) -> dict[str, Any]:
             "fvu": values[f"val/fvu/{planned.name}"],
             "l0": values[f"val/l0/{planned.name}"],
             "dead": result["dead"],
+            "skipped": result["skipped"],
             "unfired": values[f"val/unfired/{planned.name}"],
             "fvu_per_layer": {x: found["fvu"] for x, found in result["per_layer"].items()},
         }
@@ -315,6 +317,7 @@ def summarise(run: Run, folder: Path) -> dict[str, Any]:
         "tokens_per_second": throughput.overall(),
         "seconds_training": throughput.total_seconds,
         "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gpu_memory_gb": torch.cuda.max_memory_allocated() / 2**30,  # 0 without a GPU
         "cost": grouping.cost.as_dict(),
         "groupsae": __version__,
     }

@@ -103,7 +103,7 @@ def _said(arguments: list[str], how: str) -> int:
     try:
         status, _ = getattr(runs, how)(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")
         return 2
     return int(status)
 

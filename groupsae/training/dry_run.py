@@ -118,7 +118,7 @@ def needs(
     # a counter of 8 bytes for each latent beside weights and moments
     whole = FLOAT * round(sae.parameters * every)
     checkpoint = 3 * whole + 8 * round(sae.d_sae * every)
-    left = min(KEPT, steps // checkpoint_every) + (steps % checkpoint_every > 0)
+    written = -(-steps // checkpoint_every)  # the last one after the last step
     slots = {tuple(plan.members[i].layers) for i in held}
     return Needs(
         num_saes=len(plan.members),
@@ -132,6 +132,6 @@ def needs(
         tokens=steps * data.tokens_per_step,
         steps=steps,
         seconds=seconds,
-        run_folder=max(left, min(KEPT + 1, left + 1)) * checkpoint + whole,
+        run_folder=min(KEPT + 1, written) * checkpoint + whole,
         text=4 * (data.packing.max_tokens or 0),
     )

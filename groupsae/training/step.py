@@ -1,6 +1,7 @@
 """The training step that one group or many of them share."""
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,6 +12,14 @@ from torch import Tensor, nn
 from groupsae.data.batch import ActivationBatch
 from groupsae.errors import UserError
 from groupsae.sae.metrics import Reconstruction
+from groupsae.training.nonfinite import (
+    MOST_IN_A_ROW,
+    Undo,
+    layers_not_finite,
+    left_out,
+    stopped,
+    too_many,
+)
 from groupsae.training.optim import Adam
 from groupsae.training.parallel.collect import of_each
 from groupsae.training.readback import Readback
@@ -32,12 +41,15 @@ class SAETraining(L.LightningModule):
     optim: Adam
     dead_after: int
     b_dec_start: str
+    nonfinite: str
+    undo: Undo | None = None  # of the step that is being taken, where steps may be left out
     num_dead: Readback | None = None  # before the first step, of a resumed run as well
     spread: bool = False  # over the processes: each SAE is trained by one of them
 
     def __init__(self) -> None:
         super().__init__()
         self.shown: dict[str, float] = {}  # figures for the progress bar
+        self.told_of_skips = False
 
     def members(self) -> list["GroupSAE"]:
         """Return the groups that this process trains, in the order of the plan."""
@@ -65,9 +77,6 @@ class SAETraining(L.LightningModule):
     def training_step(self, batch: ActivationBatch, batch_idx: int) -> Tensor:
         """Return the summed loss of all members; nothing in it waits for the device."""
         loss = self.step_members(batch) if self.members() else self.idle.sum() * 0
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if (self.global_step + 1) % every == 0:
-            self.log_training()
         # DDP averages gradients over processes; the loss's denominators are already global
         return loss * self.shared_by()
 
@@ -81,11 +90,18 @@ class SAETraining(L.LightningModule):
         mine = [m.moments(*row) for m, row in zip(members, rows, strict=True)]
         moments = self.all_sum(torch.cat(mine)).split([len(each) for each in mine])
         num_dead = (self.num_dead or self.note_dead()).read()
+        self.undo = Undo(members) if self.nonfinite == "skip" else None
         losses = [
             m.step(*row, moment, dead, progress, self.all_sum)
             for m, row, moment, dead in zip(members, rows, moments, num_dead, strict=True)
         ]
-        fired = self.all_sum(torch.cat([m.fired for m in members]))
+        noted = [m.fired for m in members]
+        if self.undo is not None:
+            noted.append(~torch.stack(losses).detach().isfinite())
+        fired = self.all_sum(torch.cat(noted))
+        if self.undo is not None:
+            fired, bad = fired.split([len(fired) - len(members), len(members)])
+            self.undo.note_losses(bad > 0)
         widths = [m.sae.d_sae for m in members]
         for member, times in zip(members, fired.split(widths), strict=True):
             member.count_dead(times > 0)
@@ -98,6 +114,14 @@ class SAETraining(L.LightningModule):
     def on_train_start(self) -> None:
         """Forget what an earlier fit noted: the counters may come from a checkpoint."""
         self.num_dead = None
+        for member in self.members():
+            member.start_running()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Log, once the step is settled."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self.global_step % every == 0:
+            self.log_training()
 
     def note_dead(self) -> Readback:
         """Return how many latents of each member are dead, for the next step to read."""
@@ -126,32 +150,65 @@ class SAETraining(L.LightningModule):
 
     def log_training(self) -> None:
         """Log what accumulated since the last time: nothing is read for the log in between."""
-        found = self.of_all({m.name: m.read_running(self.all_sum) for m in self.members()})
-        for name, values in found.items():
-            for figure, value in values.items():
-                self.check_finite(name, value)  # the same in all processes: all stop together
+        said = self.of_all(
+            {m.name: m.read_running(self.all_sum, self.shared_by()) for m in self.members()}
+        )
+        for name, read in said.items():
+            for figure, value in read.values.items():
+                # the same in all processes: all stop together
+                self.check_finite(name, value, read.steps, read.finite)
                 self.log(f"train/{figure}/{name}", value, rank_zero_only=True)
-        shown = set(self.serving().values())
-        self.shown["fvu"] = _mean(found[name]["fvu"] for name in shown)
+            if self.nonfinite == "skip":
+                self.check_skips(name, *read.skipped)
+        serving = [said[name].values for name in set(self.serving().values())]
+        if all("fvu" in values for values in serving):  # none of an SAE that left out every step
+            self.shown["fvu"] = _mean(values["fvu"] for values in serving)
 
-    def check_finite(self, name: str, value: float) -> None:
-        """Raise UserError if a value of the member has become NaN or infinite."""
+    def check_finite(self, name: str, value: float, steps: int, finite: int) -> None:
+        """Raise UserError if a value of a member has become NaN or infinite.
+
+        Every process has to ask about the same value.
+
+        Args:
+            name: of the member.
+            value: a sum over the steps since last logged, or over the weights.
+            steps: since last logged.
+            finite: how many of them came before the first whose loss was not finite.
+        """
         if not math.isfinite(value):
-            raise UserError(
-                f"{name}: the loss is not a finite number at step {self.global_step}. "
-                "Earlier checkpoints are whole. Lower optim.base_lr, or look for non-finite "
-                "activations in the language model (try model.dtype=float32)."
-            )
+            first = min(self.global_step, self.global_step - steps + finite + 1)
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            raise UserError(stopped(name, first, self.num_steps(), layers_not_finite(data, first)))
+
+    def check_skips(self, name: str, times: int, in_a_row: int, last: int) -> None:
+        """Say when the first step is left out; raise UserError if a member takes none any more.
+
+        Args:
+            name: of the member.
+            times: steps that it has left out.
+            in_a_row: of them, without one between that it took.
+            last: number of the last.
+        """
+        tell = times > 0 and not self.told_of_skips
+        if in_a_row < MOST_IN_A_ROW and not tell:
+            return
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        layers = layers_not_finite(data, last)
+        if in_a_row >= MOST_IN_A_ROW:
+            raise UserError(too_many(name, last, self.num_steps(), layers))
+        self.told_of_skips = True
+        if self.trainer.is_global_zero:
+            warnings.warn(left_out(name, times, last, layers), stacklevel=2)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to save weights that are already spoilt."""
-        sums = {
-            m.name: sum(float(p.detach().abs().sum()) for p in m.sae.parameters())
-            + float(m.running.sum())
-            for m in self.members()
-        }
-        for name, value in self.of_all(sums).items():
-            self.check_finite(name, value)
+        sums = {}
+        for m in self.members():
+            weights = sum(float(p.detach().abs().sum()) for p in m.sae.parameters())
+            finite = m.finite_steps(self.all_sum, self.shared_by())
+            sums[m.name] = (weights + float(m.running.sum()), m.running_steps, finite)
+        for name, (value, steps, finite) in self.of_all(sums).items():
+            self.check_finite(name, value, steps, finite)
 
     # ---- optimiser ----------------------------------------------------------------------
 
@@ -163,7 +220,7 @@ class SAETraining(L.LightningModule):
         """
         if not self.members():
             self.idle = torch.zeros(1, requires_grad=True)
-            return self.optim.build([{"params": [self.idle], "name": "idle", "lr": 0.0}])
+            return self.optim.build([{"params": [self.idle], "name": "idle", "lr": 0.0}], False)
         return self.optim.build(
             [
                 {
@@ -172,19 +229,28 @@ class SAETraining(L.LightningModule):
                     "lr": self.optim.lr(m.sae.d_sae),
                 }
                 for m in self.members()
-            ]
+            ],
+            skips=self.nonfinite == "skip",
         )
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Project the decoders' gradients, then clip each member on its own (in that order)."""
+        norms = []
         for member in self.members():
             member.sae.project_gradient()
-            nn.utils.clip_grad_norm_(member.sae.parameters(), self.optim.clip_norm)
+            norms.append(nn.utils.clip_grad_norm_(member.sae.parameters(), self.optim.clip_norm))
+        if self.undo is not None:
+            adam: Any = self.trainer.optimizers[0]
+            adam.left_out = self.undo.settle(norms, self.global_step + 1)
+            self.num_dead = self.note_dead()  # anew: counters may have gone back
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step at the schedule's rate, then normalise: every checkpoint holds unit decoders."""
         self.optim.schedule(self.trainer.optimizers[0], self.global_step, self.num_steps())
         super().optimizer_step(*args, **kwargs)
+        if self.undo is not None:
+            self.undo.normalize_decoders()
+            return
         for member in self.members():
             member.sae.normalize_decoder()
 
@@ -241,6 +307,7 @@ class SAETraining(L.LightningModule):
             **{key: _mean(r[key] for r in per_layer.values()) for key in ("fvu", "l0")},
             "unfired": 1 - float(fired.double().mean()),
             "dead": float(member.dead().double().mean()),
+            "skipped": int(member.skipped[0]),
             "tokens_per_layer": {x: int(member.tokens_per_layer[x]) for x in member.layers},
             "per_layer": per_layer,
         }

@@ -10,6 +10,7 @@ from torch import nn
 from groupsae.errors import UserError
 from groupsae.grouping.plan import GroupPlan, PlannedSAE
 from groupsae.training.group import GroupSAE, SAEFactory
+from groupsae.training.nonfinite import check_nonfinite
 from groupsae.training.optim import Adam
 from groupsae.training.start import check_b_dec_start
 from groupsae.training.step import SAETraining
@@ -44,6 +45,8 @@ class GroupSAESuite(SAETraining):
         optim: the optimiser's recipe.
         dead_after: tokens without firing after which a latent counts as dead.
         b_dec_start: where the decoders' biases start, see `start_b_dec`.
+        nonfinite: what becomes of a step whose loss or gradient is not finite: `stop` ends the
+            run, `skip` leaves the step out for the SAE that it concerns.
         seed: of the initial weights.
     """
 
@@ -56,13 +59,15 @@ class GroupSAESuite(SAETraining):
         optim: Adam,
         dead_after: int,
         b_dec_start: str,
+        nonfinite: str,
         seed: int,
     ) -> None:
         super().__init__()
         self.make_sae, self.d_sae, self.d_model = sae, d_sae, d_model
         self.optim, self.dead_after, self.seed = optim, dead_after, seed
         check_b_dec_start(b_dec_start)
-        self.b_dec_start = b_dec_start
+        check_nonfinite(nonfinite)
+        self.b_dec_start, self.nonfinite = b_dec_start, nonfinite
         self.plan: GroupPlan | None = None
         self.own: list[int] = []
         self.groups: nn.ModuleDict | None = None
@@ -140,6 +145,7 @@ class GroupSAESuite(SAETraining):
                 optim=self.optim,
                 dead_after=self.dead_after,
                 b_dec_start=self.b_dec_start,
+                nonfinite=self.nonfinite,
                 seed=self.seed,
                 slot=slot,
             )
