@@ -65,8 +65,10 @@ def plans_of(choice: Choice, num_layers: int, folder: Path) -> list[GroupPlan]:
     if known is not None:
         return [known]
     apart = np.abs(np.subtract.outer(np.arange(num_layers), np.arange(num_layers)))
-    # no two layers differ, and all point in opposite directions: what is measured lies between
-    plans = [choice.plan(scale * np.minimum(apart, 1)) for scale in (1e-6, 1.0)]
+    # no two layers differ; and all are as far apart as can be, neighbours a little less, so that
+    # groups grow evenly and as many as can be have more than one layer
+    far = (apart > 0) * (0.99 + 0.01 * apart / num_layers)
+    plans = [choice.plan(1e-6 * np.minimum(apart, 1)), choice.plan(far)]
     plans.sort(key=lambda plan: len(plan.members))
     return plans[:1] if len(plans[0].members) == len(plans[1].members) else plans
 
@@ -118,7 +120,7 @@ def needs(
     # a counter of 8 bytes for each latent beside weights and moments
     whole = FLOAT * round(sae.parameters * every)
     checkpoint = 3 * whole + 8 * round(sae.d_sae * every)
-    left = min(KEPT, steps // checkpoint_every) + (steps % checkpoint_every > 0)
+    written = -(-steps // checkpoint_every)  # the last one after the last step
     slots = {tuple(plan.members[i].layers) for i in held}
     return Needs(
         num_saes=len(plan.members),
@@ -132,6 +134,6 @@ def needs(
         tokens=steps * data.tokens_per_step,
         steps=steps,
         seconds=seconds,
-        run_folder=max(left, min(KEPT + 1, left + 1)) * checkpoint + whole,
+        run_folder=min(KEPT + 1, written) * checkpoint + whole,
         text=4 * (data.packing.max_tokens or 0),
     )

@@ -27,6 +27,8 @@ class Trial:
 
     Attributes:
         peak: most memory of the process (on a GPU, of the device by this process), in bytes.
+        peak_dead: the same once half of all latents are dead and AuxK, where there is one, works
+            on them.
         steps: that were measured.
         step_seconds: of one step of training.
         heldout_seconds: of one held-out token.
@@ -34,6 +36,7 @@ class Trial:
     """
 
     peak: int
+    peak_dead: int
     steps: int
     step_seconds: float
     heldout_seconds: float
@@ -41,11 +44,24 @@ class Trial:
 
 
 def step_together(
-    members: list[GroupSAE], optimizers: list[torch.optim.Optimizer], batch: ActivationBatch
+    members: list[GroupSAE],
+    optimizers: list[torch.optim.Optimizer],
+    batch: ActivationBatch,
+    dead: float = 0.0,
 ) -> None:
-    """Do what a step of training does with these members, in its order of memory."""
+    """Do what a step of training does with these members, in its order of memory.
+
+    Args:
+        members: to train.
+        optimizers: one for each.
+        batch: of activations.
+        dead: share of the latents that is taken for dead.
+    """
     rows = [member.rows(batch) for member in members]
-    losses = [m.step(*row, m.moments(*row)) for m, row in zip(members, rows, strict=True)]
+    losses = [
+        m.step(*row, m.moments(*row), round(dead * m.sae.d_sae))
+        for m, row in zip(members, rows, strict=True)
+    ]
     for optimizer in optimizers:  # not earlier: gradients live through the next forward
         optimizer.zero_grad()
     torch.stack(losses).sum().backward()
@@ -66,7 +82,7 @@ def run_trial(
     """Train the SAEs of a plan for a few steps and forget them again.
 
     Tokens are drawn at random: no text has to be packed, and speed does not depend on them. Norm
-    factors are one. No latent is dead, so what AuxK takes once there are dead ones is not seen.
+    factors are one.
 
     Args:
         suite: makes the SAEs; is not changed.
@@ -100,7 +116,9 @@ def run_trial(
         if steps == 0:
             began, passed = now(device), 0.0
     heldout = _heldout(members, data, tokens, device)
-    trial = Trial(peak(device), steps, passed / steps, heldout, calibration)
+    alive = peak(device)
+    step_together(members, optimizers, data.activations(tokens, slots), dead=0.5)
+    trial = Trial(alive, peak(device), steps, passed / steps, heldout, calibration)
     del members, optimizers
     gc.collect()
     return trial
