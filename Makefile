@@ -6,7 +6,7 @@ READY := .venv/.ready
 ARGS ?=
 SEEDS ?= 0,1,2
 
-.PHONY: help train evaluate report export adopt test check format sweep replicate pretrain bench bench-rivals \
+.PHONY: help train evaluate report export adopt test check format sweep replicate pretrain chaos bench bench-rivals \
 	docs clean
 
 help:  ## Show this list
@@ -55,6 +55,9 @@ replicate: $(READY)  ## All rules, all numbers of groups, SEEDS=0,1,2: docs/repl
 
 pretrain: $(READY)  ## Train the bundled language model anew (hours)
 	@$(BIN)/python -m groupsae.pretrain $(ARGS)
+
+chaos: $(READY)  ## Kills, full disks, flipped bits, NaN: the table of docs/reliability.md (12 minutes)
+	@$(BIN)/python -m pytest -m slow tests/chaos --table docs/reliability.md $(ARGS)
 
 bench: $(READY)  ## Measure the training loop and its parts, a quarter of an hour: benchmarks/results
 	@for each in step kernels loop lm_forward scaling; do $(BIN)/python -m benchmarks.$$each || exit; done

@@ -43,7 +43,7 @@ class Zoo(GroupSAESuite):
 
     def configure_model(self) -> None:
         """Build one member for each kind and group."""
-        if hasattr(self, "groups"):
+        if self.groups is not None:
             return
         assert self.plan is not None
         made, slots = [], self.plan.slots
@@ -52,13 +52,13 @@ class Zoo(GroupSAESuite):
             for planned in self.plan.members:
                 named = planned._replace(name=f"{kind}/{planned.name}")
                 made.append(self.make_member(named, slots.index(planned.layers)))
-        self.groups = nn.ModuleList(made)
+        self.groups = nn.ModuleDict({str(i): member for i, member in enumerate(made)})
 
     def serving(self):
-        """Return the SAEs of the first kind: what the progress bar shows."""
+        """Return the names of the SAEs of the first kind: what the progress bar shows."""
         first = next(iter(self.kinds))
         mine = [m for m in self.members() if m.name.startswith(f"{first}/")]
-        return {layer: m for m in mine for layer in m.layers}
+        return {layer: m.name for m in mine for layer in m.layers}
 
 
 class DeadShare(L.Callback):
@@ -106,6 +106,7 @@ def figures(
             optim=suite.optim,
             dead_after=suite.dead_after,
             b_dec_start=suite.b_dec_start,
+            nonfinite=suite.nonfinite,
             seed=suite.seed,
         )
         zoo.kinds = dict(kinds)
@@ -116,7 +117,7 @@ def figures(
     found = {}
     for kind in kinds:
         mine = [m for m in zoo.members() if m.name.startswith(f"{kind}/")]
-        results = [zoo.val_results[m.name, layer] for m in mine for layer in m.layers]
+        results = [each for m in mine for each in zoo.val_results[m.name]["per_layer"].values()]
         unfired = np.mean([float(values[f"val/unfired/{m.name}"]) for m in mine])
         fvu, l0 = (np.mean([float(r[key]) for r in results]) for key in ("fvu", "l0"))
         dead = statistics.mean(statistics.mean(watch.shares[m.name]) for m in mine)

@@ -152,6 +152,7 @@ def prepared(folder: str, overrides: Sequence[str], sizes: dict[str, int]) -> Ca
         optim=make(cfg.optim),
         dead_after=cfg.dead_after,
         b_dec_start="zero",
+        nonfinite="stop",
         seed=0,
     )
     suite.set_plan(plan, dict.fromkeys(range(LAYERS), 0.1))

@@ -85,7 +85,7 @@ def group_of(shape: Shape, selection: str, device: torch.device) -> GroupSAE:
     )  # fmt: skip
     return GroupSAE(
         name="layers.0", layers=[0], norm_factors={0: 1.0}, sae=make, d_model=shape.d_model,
-        optim=optim, dead_after=10**9, b_dec_start="zero", seed=0,
+        optim=optim, dead_after=10**9, b_dec_start="zero", nonfinite="stop", seed=0,
     ).to(device)  # fmt: skip
 
 

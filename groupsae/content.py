@@ -16,6 +16,7 @@ RUNTIME = (
     "checkpoint_every",
     "evaluate",
     "evaluation",
+    "nonfinite",  # without such a step there is no difference, and after one a stopped run goes on
     "stream.num_workers",
     "stream.blocks_per_forward",
 )

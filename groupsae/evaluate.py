@@ -7,6 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from groupsae.config import CONF, check_arguments, plain_folder
 from groupsae.errors import UserError
+from groupsae.lock import alone_in
 from groupsae.run import finished_run, one_folder, register_resolver
 
 
@@ -15,12 +16,13 @@ def run(cfg: DictConfig) -> None:
     """Evaluate one run."""
     try:
         folder = one_folder(cfg)
-        trained = finished_run(folder)
+        trained = finished_run(folder, trusted=cfg.trust_remote_code)
         if OmegaConf.select(cfg, "logger") is not None:
             trained.logger = cfg.logger
         from groupsae.assess import assess  # slow imports only after the cheap checks
 
-        assess(folder, trained, cfg.evaluation, cfg.device)
+        with alone_in(folder):
+            assess(folder, trained, cfg.evaluation, cfg.device)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -35,7 +35,10 @@ from groupsae.training.callbacks.stop import StopOnSignal
 from groupsae.training.callbacks.throughput import Throughput
 from groupsae.training.checkpoints.io import SuiteCheckpoints
 from groupsae.training.dry_run import needs, plans_of
-from groupsae.training.ledger import ledger
+from groupsae.training.ledger import ledger, seconds_of_all
+from groupsae.training.parallel.lost import told_of_lost
+from groupsae.training.parallel.spread import owners
+from groupsae.training.parallel.strategies import SAEParallel
 from groupsae.training.suite import GroupSAESuite
 
 
@@ -70,7 +73,8 @@ def fit(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> int:
         config: Any = OmegaConf.to_container(cfg, resolve=True)
         for logger in run.trainer.loggers:
             logger.log_hyperparams(config)
-        return _train(run, cfg, folder, checkpoint, console)
+        with told_of_lost(folder):
+            return _train(run, cfg, folder, checkpoint, console)
     finally:
         if wandb.run is not None:  # or the next point of a sweep would log into this run
             wandb.finish()
@@ -84,6 +88,7 @@ def _dry_run(run: Run, cfg: DictConfig, folder: Path, console: Console) -> int:
     device, processes = trainer.strategy.root_device, trainer.world_size
     data.use(data.lm.load(device), device)
     plans = plans_of(run.grouping.choice, data.lm.geometry.num_layers, folder)
+    spread = isinstance(trainer.strategy, SAEParallel)
     found = [
         needs(
             run.suite,
@@ -91,7 +96,7 @@ def _dry_run(run: Run, cfg: DictConfig, folder: Path, console: Console) -> int:
             plan,
             device,
             processes=processes,
-            sends_gradients=processes > 1,
+            own=owners(run.suite, plan, processes)[0] if spread else None,
             eval_every=cfg.eval_every,
             checkpoint_every=cfg.checkpoint_every,
             calibration_tokens=cfg.calibration.tokens,
@@ -133,15 +138,17 @@ def _train(
         return 128 + run.stop.received
     trainer.save_checkpoint(folder / "checkpoints" / f"step={trainer.global_step}.ckpt")
     trainer.validate(suite, datamodule=data, verbose=False)
-    if trainer.is_global_zero:
+    if suite.spread or trainer.is_global_zero:
         save_suite(folder, run, cfg)
+    seconds = seconds_of_all(data, run.throughput, suite.spread)  # waits for all SAEs to be saved
+    if trainer.is_global_zero:
         figures = {
             "training": training_curves(
                 read_metrics(folder / "metrics.csv"), data.tokens_per_step, data.num_steps
             )
         }
         save_figures(folder / "figures", figures, trainer.loggers)
-        costs = ledger(suite, data, run.grouping, run.throughput)
+        costs = ledger(suite, data, run.grouping, run.throughput, seconds)
         write_json(folder / "ledger.json", costs)
         summary = summarise(run, folder)
         write_json(folder / "summary.json", summary)
@@ -177,6 +184,7 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
         optim=make(cfg.optim),
         dead_after=cfg.dead_after,
         b_dec_start=cfg.b_dec_start,
+        nonfinite=cfg.nonfinite,
     )
     grouping = GroupLayers(
         choice=choice,
@@ -238,7 +246,7 @@ def announce(run: Run, cfg: DictConfig, console: Console) -> None:
 
 
 def save_suite(folder: Path, run: Run, cfg: DictConfig) -> None:
-    """Write every group's SAE into `saes/<group>/`."""
+    """Write the SAE of every group that this process holds into `saes/<group>/`."""
     measurement, configured = (
         run.grouping.measurement,
         OmegaConf.to_container(cfg.sae, resolve=True),
@@ -247,7 +255,7 @@ def save_suite(folder: Path, run: Run, cfg: DictConfig) -> None:
     plan = run.grouping.plan
     assert measurement is not None
     assert plan is not None
-    for member, planned in zip(run.suite.members(), plan.members, strict=True):
+    for index, member in zip(run.suite.own, run.suite.members(), strict=True):
         arguments = {
             "d_model": member.sae.d_model,
             **{k: v for k, v in configured.items() if not str(k).startswith("_")},
@@ -261,7 +269,7 @@ def save_suite(folder: Path, run: Run, cfg: DictConfig) -> None:
                 "architecture": configured["_target_"],
                 "arguments": arguments,
                 "d_sae": member.sae.d_sae,
-                "width": planned.width,
+                "width": plan.members[index].width,
                 "layers": member.layers,
                 "norm_factors": {
                     layer: float(member.norm_factors[layer]) for layer in member.layers
@@ -282,17 +290,17 @@ def summarise(run: Run, folder: Path) -> dict[str, Any]:
     assert grouping.plan is not None
     assert grouping.cost is not None
     groups = {}
-    for member in suite.members():
-        groups[member.name] = {
-            "layers": member.layers,
-            "tokens_per_layer": {x: int(member.tokens_per_layer[x]) for x in member.layers},
-            "fvu": values[f"val/fvu/{member.name}"],
-            "l0": values[f"val/l0/{member.name}"],
-            "dead": float(member.dead().double().mean()),
-            "unfired": values[f"val/unfired/{member.name}"],
-            "fvu_per_layer": {
-                x: float(suite.val_results[member.name, x]["fvu"]) for x in member.layers
-            },
+    for planned in grouping.plan.members:
+        result = suite.val_results[planned.name]
+        groups[planned.name] = {
+            "layers": planned.layers,
+            "tokens_per_layer": result["tokens_per_layer"],
+            "fvu": values[f"val/fvu/{planned.name}"],
+            "l0": values[f"val/l0/{planned.name}"],
+            "dead": result["dead"],
+            "skipped": result["skipped"],
+            "unfired": values[f"val/unfired/{planned.name}"],
+            "fvu_per_layer": {x: found["fvu"] for x, found in result["per_layer"].items()},
         }
     part = grouping.plan.partition
     return {
@@ -304,11 +312,12 @@ def summarise(run: Run, folder: Path) -> dict[str, Any]:
         "amad": part.amad,
         "max_diameter": part.max_diameter,
         "size_weighted_amad": part.size_weighted_amad,
-        "tokens": next(int(m.tokens_per_layer.sum()) for m in suite.members()),
+        "tokens": sum(suite.val_results[grouping.plan.names[0]]["tokens_per_layer"].values()),
         "steps": trainer.global_step,
         "tokens_per_second": throughput.overall(),
         "seconds_training": throughput.total_seconds,
         "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gpu_memory_gb": torch.cuda.max_memory_allocated() / 2**30,  # 0 without a GPU
         "cost": grouping.cost.as_dict(),
         "groupsae": __version__,
     }

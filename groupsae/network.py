@@ -1,27 +1,16 @@
-"""Errors that come from a network: which may pass, how long to wait, what may be said of them."""
+"""Errors that come from a network: which may pass, and how long to wait."""
 
-import re
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
+from groupsae.confidential import redacted
+
 LIBRARIES = {"aiohttp", "httpcore", "httpcore2", "httpx", "httpx2", "requests", "urllib3"}
 WORTH_RETRYING = {408, 425, 429}  # of the 4xx answers; the others say that asking again is useless
 LONGEST_PAUSE = 60.0  # seconds
 LONGEST_WISH = 3600.0  # seconds that a server may ask for by Retry-After
-# what stands before the @ of an address, tokens of the Hub and of W&B, values named like secrets
-_SECRETS = (
-    (re.compile(r"(\w+://)[^/\s@]+@"), r"\1***@"),
-    (re.compile(r"\bhf_[A-Za-z0-9]{8,}"), "hf_***"),
-    (re.compile(r"(?i)\b((?:bearer|basic)\s+)[\w.~+/=-]{8,}"), r"\1***"),
-    (
-        re.compile(
-            r"(?i)([?&](?:[\w-]*(?:token|signature|credential|api_?key|secret|password))=)[^&\s'\"]+"
-        ),
-        r"\1***",
-    ),
-)
 
 
 def is_transient(error: BaseException) -> bool:
@@ -69,17 +58,6 @@ def first_line(error: BaseException) -> str:
     """Return the kind of an error and the first line of what it says, without secrets."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {redacted(lines[0])}" if lines else type(error).__name__
-
-
-def redacted(text: str) -> str:
-    """Return text of a library without what may be secret in it.
-
-    >>> redacted("cannot reach https://me:pass@hub.org/x?token=abc&b=1")
-    'cannot reach https://***@hub.org/x?token=***&b=1'
-    """
-    for pattern, instead in _SECRETS:
-        text = pattern.sub(instead, text)
-    return text
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:

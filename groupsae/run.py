@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -14,9 +16,12 @@ from yaml import YAMLError  # type: ignore[import-untyped,unused-ignore]
 
 from groupsae.config import make
 from groupsae.content import RUNTIME, without
+from groupsae.data.whole import whole
 from groupsae.errors import UserError
 from groupsae.evaluation.options import check_options
+from groupsae.lock import alone_in
 from groupsae.training.checkpoints.folder import checkpoints
+from groupsae.trust import check_own, check_saved
 
 FORMAT = 3  # of a run folder: what its configuration says and its files hold
 PLACE = ("accelerator", "devices", "num_nodes", "strategy", "precision", "profiler")
@@ -112,6 +117,21 @@ def check_values(cfg: DictConfig) -> None:
         )
 
 
+@contextmanager
+def alone(cfg: DictConfig) -> Iterator[None]:
+    """Keep other runs out of the run folder; the processes of one run are no other runs.
+
+    Raises:
+        UserError: another run is in it.
+    """
+    check_values(cfg)
+    folder = run_folder(cfg)
+    there = cfg.resume is None or (folder / ".hydra").is_dir()  # nothing is made where no run is
+    writes = there and is_leader() and not cfg.dry_run
+    with alone_in(folder) if writes else nullcontext():
+        yield
+
+
 def is_leader() -> bool:
     """Return whether this is the first process: the others must not touch what it began."""
     ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
@@ -140,6 +160,7 @@ def open_run(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Path, P
         UserError: `resume` names no run, or the command asks for something else than the run
             was started with, or the folder cannot be written.
     """
+    check_own(cfg)
     check_values(cfg)
     folder = run_folder(cfg)
     if cfg.resume is not None:
@@ -147,7 +168,7 @@ def open_run(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Path, P
     if cfg.dry_run:  # leaves everything as it is
         return cfg, folder, None
     if cfg.resume is None and cfg.overwrite and folder.exists() and is_leader():
-        shutil.rmtree(folder)
+        _clear(folder)
     if is_leader():
         _remember(cfg, folder, overrides)
     return cfg, folder, None if cfg.overwrite else last_checkpoint(folder)
@@ -172,13 +193,18 @@ def one_folder(cfg: DictConfig) -> Path:
     return Path(folders[0])
 
 
-def finished_run(folder: Path) -> DictConfig:
+def finished_run(folder: Path, *, trusted: bool) -> DictConfig:
     """Return the configuration of a finished run.
 
+    Args:
+        folder: of the run, perhaps a stranger's.
+        trusted: whether the language model's own code may run.
+
     Raises:
-        UserError: there is no run, or it is not finished.
+        UserError: there is no run, it is not finished, or its configuration asks for what only
+            the command line may allow.
     """
-    saved = _saved_config(folder, "run")
+    saved = _saved_config(folder, "run", trusted)
     if not (folder / "summary.json").exists():
         raise UserError(
             f"run={folder} has no SAEs yet: it was not finished. Finish it with\n"
@@ -188,7 +214,7 @@ def finished_run(folder: Path) -> DictConfig:
     return saved
 
 
-def _saved_config(folder: Path, key: str) -> DictConfig:
+def _saved_config(folder: Path, key: str, trusted: bool) -> DictConfig:
     saved_file = folder / ".hydra" / "config.yaml"
     if not saved_file.exists():
         raise UserError(
@@ -208,20 +234,23 @@ def _saved_config(folder: Path, key: str) -> DictConfig:
             f"{key}={folder}: its configuration has format {saved.get('run_format', 1)}, this "
             f"version of groupsae reads {FORMAT}: use the one that wrote it, or train again."
         )
+    check_saved(saved, folder, key=key, trusted=trusted)
     return saved
 
 
 def _remember(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     """Write the configuration into the run folder; a resumed run keeps its first command."""
     try:
-        (folder / ".hydra").mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(cfg, folder / ".hydra" / "config.yaml")
+        with whole(folder / ".hydra" / "config.yaml", mode="w") as handle:
+            OmegaConf.save(cfg, handle)
         if cfg.resume is None:
-            OmegaConf.save(overrides, folder / ".hydra" / "overrides.yaml")
-    except OSError as error:
+            with whole(folder / ".hydra" / "overrides.yaml", mode="w") as handle:
+                OmegaConf.save(overrides, handle)
+    except UserError as error:
+        reason = getattr(error.__cause__, "strerror", None) or error
         raise UserError(
-            f"cannot write to {folder}: {error.strerror}. Set output=<folder> to a "
-            "place that can be written."
+            f"cannot write to {folder}: {reason}. Set output=<folder> to a place that can be "
+            "written."
         ) from error
 
 
@@ -231,8 +260,19 @@ def forget(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
+def _clear(folder: Path) -> None:
+    """Remove everything from a run folder but the lock that this process holds there."""
+    for each in folder.iterdir():
+        if each.is_dir() and not each.is_symlink() and each.name != ".hydra":
+            shutil.rmtree(each)
+        elif each.name != ".hydra":
+            each.unlink()
+
+
 def _config_to_resume(cfg: DictConfig, folder: Path, overrides: list[str]) -> DictConfig:
-    saved = _saved_config(folder, "resume")
+    said = {override.lstrip("+").replace(" ", "").lower() for override in overrides}
+    trusted = "model.load.trust_remote_code=true" in said
+    saved = _saved_config(folder, "resume", trusted)
     if "sae" not in saved:
         raise UserError(
             f"resume={folder}: its SAEs were trained elsewhere and adopted, so no training can go "

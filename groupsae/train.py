@@ -8,19 +8,20 @@ from omegaconf import DictConfig
 
 from groupsae.config import CONF, check_arguments, plain_folder
 from groupsae.errors import UserError
-from groupsae.run import forget, open_run, register_resolver
+from groupsae.run import alone, forget, open_run, register_resolver
 
 
 def train(cfg: DictConfig, overrides: list[str]) -> int:
     """Run one configuration; return the exit status."""
-    cfg, folder, checkpoint = open_run(cfg, overrides)
-    from groupsae.fit import fit  # slow imports only after the cheap checks
+    with alone(cfg):
+        cfg, folder, checkpoint = open_run(cfg, overrides)
+        from groupsae.fit import fit  # slow imports only after the cheap checks
 
-    try:
-        return fit(cfg, folder, checkpoint)
-    except UserError:
-        forget(folder)
-        raise
+        try:
+            return fit(cfg, folder, checkpoint)
+        except UserError:
+            forget(folder)
+            raise
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")

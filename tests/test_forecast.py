@@ -54,6 +54,7 @@ def make_suite(smaller: list[int], sae: SAEFactory = make_sae) -> GroupSAESuite:
         ),
         dead_after=10**9,
         b_dec_start="zero",
+        nonfinite="stop",
         seed=0,
     )
     places = np.array([0.0, 0.1, 0.13, 0.3, 0.5, 0.9])

@@ -52,7 +52,7 @@ def make_group(layers=(1, 3), dead_after=10_000, **changes):
     values = {
         "name": f"layers.{layers[0]}-{layers[-1]}", "layers": list(layers), "norm_factors": NORMS,
         "sae": make_sae, "d_model": D_MODEL, "optim": make_optim(), "dead_after": dead_after,
-        "b_dec_start": "zero",
+        "b_dec_start": "zero", "nonfinite": "stop",
         "seed": 0,
     }  # fmt: skip
     return GroupSAE(**(values | changes))
@@ -186,10 +186,10 @@ def test_every_member_has_a_named_parameter_group_of_its_own():
 def suite_of(members, optim=None):
     suite = GroupSAESuite(
         sae=make_sae, d_sae=4 * D_MODEL, d_model=D_MODEL, optim=optim or make_optim(),
-        dead_after=100, b_dec_start="zero",
+        dead_after=100, b_dec_start="zero", nonfinite="stop",
         seed=0,
     )  # fmt: skip
-    suite.groups = nn.ModuleList(members)
+    suite.groups = nn.ModuleDict({str(i): m for i, m in enumerate(members)})
     return suite
 
 
@@ -280,19 +280,19 @@ def fit(module, data, max_steps=None):
     return trainer
 
 
-def tiny_group(layers, dead_after=200, sae=tiny_sae):
+def tiny_group(layers, dead_after=200, sae=tiny_sae, nonfinite="stop"):
     return GroupSAE(
         name=f"layers.{layers[0]}", layers=layers, norm_factors=TINY, sae=sae, d_model=32,
         optim=make_optim(base_lr=5e-3, clip_norm=0.05), dead_after=dead_after,
-        b_dec_start="zero", seed=0,
+        b_dec_start="zero", nonfinite=nonfinite, seed=0,
     )  # fmt: skip
 
 
-def tiny_suite():
+def tiny_suite(nonfinite="stop"):
     choice = Explicit(groups=GROUPS[:2], last_layer="own")
     suite = GroupSAESuite(
         sae=tiny_sae, d_sae=128, d_model=32, optim=make_optim(base_lr=5e-3, clip_norm=0.05),
-        dead_after=200, b_dec_start="zero", seed=0,
+        dead_after=200, b_dec_start="zero", nonfinite=nonfinite, seed=0,
     )  # fmt: skip
     suite.set_plan(choice.plan(torch.ones(4, 4).fill_diagonal_(0).double().numpy()), TINY)
     return suite
@@ -310,11 +310,13 @@ def test_the_bar_shows_figures_that_the_host_has(trained_suite):
     )
 
 
+@pytest.mark.parametrize("nonfinite", ["stop", "skip"])
 @pytest.mark.parametrize("kind", FAMILY)
-def test_no_step_waits_for_the_device(kind, make_data, monkeypatch):
+def test_no_step_waits_for_the_device(kind, nonfinite, make_data, monkeypatch):
     """The whole step of Lightning's loop, with dead latents, but for those that are logged."""
     architecture, values = FAMILY[kind]
-    group = tiny_group([0, 1], dead_after=1, sae=partial(architecture, **values, expansion=4))
+    sae = partial(architecture, **values, expansion=4)
+    group = tiny_group([0, 1], dead_after=1, sae=sae, nonfinite=nonfinite)
     watched, dead = [], []
     step, read = GroupSAE.optimizer_step, Readback.read
 
@@ -338,7 +340,11 @@ def test_no_step_waits_for_the_device(kind, make_data, monkeypatch):
 
 def attach(module):
     """Give a module that is not being fitted the little of a trainer that messages need."""
-    module._trainer = SimpleNamespace(global_step=0, world_size=1)
+    data = SimpleNamespace(
+        num_steps=6, seed=0, device="cpu", used_layers=list, every_layer=lambda *_: [],
+        loader=lambda *_, **__: [torch.zeros(1, 4)],
+    )  # fmt: skip
+    module._trainer = SimpleNamespace(global_step=0, world_size=1, datamodule=data)
     return module
 
 

@@ -31,7 +31,8 @@ def trained_group(name, layers):
     """Return a group as training leaves it: untied weights, biases, unit decoder."""
     group = GroupSAE(
         name=name, layers=layers, norm_factors=NORMS, d_model=D_MODEL, dead_after=100,
-        b_dec_start="zero", seed=0, sae=lambda **kwargs: TopK(**ARGUMENTS, **kwargs),
+        b_dec_start="zero", nonfinite="stop", seed=0,
+        sae=lambda **kwargs: TopK(**ARGUMENTS, **kwargs),
         optim=Adam(
             base_lr=1e-3, base_d_sae=32, betas=(0.9, 0.999), eps=1e-8, clip_norm=1.0, **CONSTANT
         ),

@@ -352,7 +352,9 @@ def test_without_triton_the_module_is_there_and_says_so(monkeypatch):
         cuda.available.cache_clear()
 
 
-@pytest.mark.parametrize(("installed", "can"), [("3.6.2", False), ("3.7.1", True), ("4.0", True)])
+@pytest.mark.parametrize(
+    ("installed", "can"), [("3.5.1", False), ("3.6.0", True), ("3.7.1", True), ("4.0", True)]
+)
 def test_a_triton_that_was_not_tried_is_not_used(installed, can, monkeypatch):
     monkeypatch.setattr(cuda, "find_spec", lambda name: name)
     monkeypatch.setattr(cuda, "version", lambda name: installed)

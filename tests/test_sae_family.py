@@ -427,7 +427,7 @@ def test_a_sparse_dictionary_is_recovered_by_the_recipe(kind: str) -> None:
         optim=Adam(
             base_lr=1e-2, base_d_sae=128, betas=(0.9, 0.999), eps=1e-8, clip_norm=1.0, **CONSTANT
         ),
-        b_dec_start="zero", seed=0,
+        b_dec_start="zero", nonfinite="stop", seed=0,
     )  # fmt: skip
     optimizer = group.configure_optimizers()
     layers = torch.zeros(rows, dtype=torch.int64)

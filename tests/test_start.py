@@ -114,7 +114,7 @@ def test_the_schedule_keeps_what_each_width_has_of_its_own() -> None:
     optim = adam(decay="linear", decay_share=1.0)
     weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
     groups = [{"params": [w], "lr": optim.lr(n)} for w, n in zip(weights, (32, 128), strict=True)]
-    optimizer = optim.build(groups)
+    optimizer = optim.build(groups, skips=False)
     for step in (2, 1):  # each from the full rate, not from the last one
         optim.schedule(optimizer, step, 4)
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([7.5e-4, 3.75e-4])

@@ -196,7 +196,8 @@ def group_of(sae_factory, d_model, layers=(0,), dead_after=10, optim=None):
     )
     return GroupSAE(
         name="g", layers=list(layers), norm_factors=dict.fromkeys(layers, 1.0), sae=sae_factory,
-        d_model=d_model, optim=optim, dead_after=dead_after, b_dec_start="zero", seed=0,
+        d_model=d_model, optim=optim, dead_after=dead_after, b_dec_start="zero",
+        nonfinite="stop", seed=0,
     )  # fmt: skip
 
 

@@ -97,6 +97,7 @@ def sae_steps(gate: Gate, shape: str, malloc: str, overrides: list[str]) -> None
         optim=make(cfg.optim),
         dead_after=cfg.dead_after,
         b_dec_start=cfg.b_dec_start,
+        nonfinite=cfg.nonfinite,
         seed=0,
     )
     trainer = L.Trainer(

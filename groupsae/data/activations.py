@@ -12,17 +12,21 @@ from groupsae.cost.stopwatch import Stopwatch
 from groupsae.data.batch import ActivationBatch
 from groupsae.data.batches import TokenBatches
 from groupsae.data.drawn import DrawnTokens, draw
+from groupsae.data.exchange import Exchange
 from groupsae.data.filters import TokenFilter, check_filters
 from groupsae.data.rows import draw_rows
 from groupsae.data.sizes import check_sizes
 from groupsae.data.sources import Source
 from groupsae.data.splits import SPLITS
+from groupsae.data.spread import SpreadTokens, draw_spread, exchange_rows, travelling_dtype
 from groupsae.data.tokens import Packing
 from groupsae.errors import UserError
 from groupsae.lm.hooked import HookedLM
 from groupsae.lm.load import FrozenLM
 
 LEAST_TEXT = 20_000_000  # tokens
+
+Drawn = DrawnTokens | SpreadTokens
 
 
 class ActivationDataModule(TokenBatches):
@@ -97,6 +101,7 @@ class ActivationDataModule(TokenBatches):
         self.tokens_per_step = blocks_per_step * context
         self.num_steps = tokens // self.tokens_per_step
         self.slots: list[list[int]] = []
+        self.exchanges: tuple[Exchange, Exchange] | None = None  # none: rows stay where they are
         self.blocks_seen = 0
         self.stopwatch = Stopwatch()  # of the language model's forwards in training
 
@@ -141,14 +146,27 @@ class ActivationDataModule(TokenBatches):
         """Choose the sets of layers that training batches draw from, one row each."""
         self.slots = groups
 
+    def exchange(self, training: Exchange, validation: Exchange) -> None:
+        """Send rows to the processes that need them, in training and in validation.
+
+        Args:
+            training: of the slots.
+            validation: of layers.
+        """
+        self.exchanges = training, validation
+        sample = torch.from_numpy(self.blocks.blocks["train"][:1, :2].astype("int64"))
+        self.travelling = travelling_dtype(self.hooked, sample.to(self.device), self.used_layers())
+
     def on_before_batch_transfer(
         self, batch: Tensor, dataloader_idx: int
-    ) -> DrawnTokens | list[DrawnTokens]:
+    ) -> Drawn | list[DrawnTokens] | list[SpreadTokens]:
         """Decide on the host what a batch of tokens will show.
 
         A validation batch shows every used layer, so it comes in parts of `blocks_per_forward`.
         """
         assert self.trainer is not None
+        if self.exchanges is not None:
+            return self._spread(batch, *self.exchanges, training=self.trainer.training)
         if not self.trainer.training:
             slots = [[layer] for layer in self.used_layers()]
             return [self.drawn(part, slots) for part in batch.split(self.blocks_per_forward)]
@@ -157,17 +175,55 @@ class ActivationDataModule(TokenBatches):
         return self.drawn(batch, self.slots, first * self.packing.context)
 
     def on_after_batch_transfer(
-        self, batch: DrawnTokens | list[DrawnTokens], dataloader_idx: int
+        self, batch: Drawn | list[Drawn], dataloader_idx: int
     ) -> ActivationBatch | Iterator[ActivationBatch]:
         """Turn what was drawn into activations."""
         if isinstance(batch, list):
             slots = [[layer] for layer in self.used_layers()]
-            return (self.shown(part, slots) for part in batch)
+            return (self._made(part, slots, training=False) for part in batch)
         self.blocks_seen += self.blocks_per_step
-        self.stopwatch.start(batch.tokens.device)
-        made = self.shown(batch, self.slots)
+        self.stopwatch.start(batch.layers.device)
+        made = self._made(batch, self.slots, training=True)
         self.stopwatch.stop()
         return made
+
+    def _spread(
+        self, batch: Tensor, training_rows: Exchange, layers: Exchange, *, training: bool
+    ) -> SpreadTokens | list[SpreadTokens]:
+        """Decide what a batch that every process reads in full will show."""
+
+        def counted(tokens: Tensor) -> Tensor | None:
+            return self.filters.tokens(self.hooked.read(tokens))
+
+        def drawn(exchange: Exchange, part: slice) -> SpreadTokens:
+            found = draw_spread(
+                batch,
+                exchange,
+                part,
+                counted,
+                seed=self.seed,
+                first_position=self.blocks_seen * self.packing.context,
+                blocks_per_forward=self.blocks_per_forward,
+            )
+            return found.pinned() if self.device.type == "cuda" else found
+
+        if training:
+            return drawn(training_rows, slice(None))
+        share, size = len(batch) // len(layers.wanted), self.blocks_per_forward
+        return [drawn(layers, slice(i, i + size)) for i in range(0, share, size)]
+
+    def _made(self, drawn: Drawn, slots: list[list[int]], *, training: bool) -> ActivationBatch:
+        if isinstance(drawn, DrawnTokens):
+            return self.shown(drawn, slots)
+        assert self.exchanges is not None
+        return exchange_rows(
+            self.hooked,
+            self.filters,
+            drawn,
+            self.exchanges[0 if training else 1],
+            dtype=self.travelling,
+            blocks_per_forward=self.blocks_per_forward,
+        )
 
     def used_layers(self) -> list[int]:
         """Return every layer that some slot draws from, sorted."""

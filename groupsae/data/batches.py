@@ -42,6 +42,7 @@ class TokenBatches(L.LightningDataModule):
     seed: int
     blocks_seen: int
     device: torch.device
+    exchanges: object | None
     _blocks: TokenBlocks | None = None
 
     def prepare_data(self) -> None:
@@ -66,17 +67,23 @@ class TokenBatches(L.LightningDataModule):
         return self.num_steps * self.blocks_per_step / len(self.blocks.blocks["train"])
 
     def loader(
-        self, split: Split, num_steps: int, seed: int | None, first_step: int = 0
+        self,
+        split: Split,
+        num_steps: int,
+        seed: int | None,
+        first_step: int = 0,
+        whole: bool = False,
     ) -> DataLoader[Tensor]:
-        """Return this rank's share of the batches of a split."""
+        """Return this rank's share of the batches of a split, or whole batches."""
+        trainer = None if whole else self.trainer
         sampler = StepSampler(
             num_blocks=len(self.blocks.blocks[split]),
             blocks_per_step=self.blocks_per_step,
             num_steps=num_steps,
             seed=seed,
             first_step=first_step,
-            rank=self.trainer.global_rank if self.trainer else 0,
-            world_size=self.trainer.world_size if self.trainer else 1,
+            rank=trainer.global_rank if trainer else 0,
+            world_size=trainer.world_size if trainer else 1,
         )
         return make_loader(
             self.blocks.blocks[split],
@@ -87,9 +94,8 @@ class TokenBatches(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         """Return the training batches from `blocks_seen` on."""
-        return self.loader(
-            "train", self.num_steps, self.seed, first_step=self.blocks_seen // self.blocks_per_step
-        )
+        first, whole = self.blocks_seen // self.blocks_per_step, self.exchanges is not None
+        return self.loader("train", self.num_steps, self.seed, first, whole)
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         """Return the held-out batches of a validation."""
@@ -97,7 +103,7 @@ class TokenBatches(L.LightningDataModule):
 
     def heldout(self, num_steps: int) -> DataLoader[Tensor]:
         """Return held-out batches: the same sample of blocks from the whole split every time."""
-        return self.loader("heldout", num_steps, HELDOUT_SEED)
+        return self.loader("heldout", num_steps, HELDOUT_SEED, whole=self.exchanges is not None)
 
     def heldout_documents(self, num_steps: int) -> Int64[np.ndarray, " block"]:
         """Return a number of the document that each block of `heldout` begins in."""

@@ -78,8 +78,7 @@ def draw(
         first_position: global index of the first token in the run; decides the draws.
         blocks_per_forward: blocks in one forward of the language model.
     """
-    positions = torch.arange(tokens.numel()) + first_position
-    layers = torch.stack([draw_layers(positions, slot, seed) for slot in slots])
+    layers = layers_of(slots, first_position, tokens.numel(), seed)
     several = [i for i, slot in enumerate(slots) if len(slot) > 1]
     size = blocks_per_forward * tokens.shape[1]
     order, shares = torch.empty(len(several), tokens.numel(), dtype=torch.int64), []
@@ -91,6 +90,24 @@ def draw(
         order[row] = torch.from_numpy(np.concatenate(sorts))
         counts = [np.bincount(part, minlength=max(slots[i]) + 1).tolist() for part in parts]
         shares.append([{x: count[x] for x in sorted(slots[i])} for count in counts])
-    flat = None if counted is None else counted.flatten()
-    kept = None if flat is None else flat.nonzero().squeeze(1)
-    return DrawnTokens(tokens, layers, order, shares, flat, kept)
+    return DrawnTokens(tokens, layers, order, shares, *flat_and_places(counted))
+
+
+def layers_of(
+    slots: list[list[int]], first_position: int, num_tokens: int, seed: int
+) -> Int[Tensor, "slot token"]:
+    """Return the layer that each token draws in each slot; the arguments are those of `draw`."""
+    positions = torch.arange(num_tokens) + first_position
+    if not slots:
+        return torch.empty(0, num_tokens, dtype=torch.int64)
+    return torch.stack([draw_layers(positions, slot, seed) for slot in slots])
+
+
+def flat_and_places(
+    counted: Bool[Tensor, "block pos"] | None,
+) -> tuple[Bool[Tensor, "token"] | None, Int[Tensor, "row"] | None]:
+    """Return which tokens count, and the places of those; None if all do."""
+    if counted is None:
+        return None, None
+    flat = counted.flatten()
+    return flat, flat.nonzero().squeeze(1)

@@ -58,14 +58,18 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_metrics(path: Path) -> list[tuple[int, str, float]]:
-    """Return the (step, metric, value) rows of a `metrics.csv`; none if there is no file."""
+    """Return the (step, metric, value) rows of a `metrics.csv`; none if there is no file.
+
+    A last line without an end was cut by a kill or a full disk, in the middle of its value maybe.
+    """
     rows: list[tuple[int, str, float]] = []
     if path.exists():
         with path.open(newline="", encoding="utf-8") as handle:
-            for line in list(csv.reader(handle))[1:]:
-                with suppress(ValueError):  # a kill may have cut the last line short
-                    step, name, value = line
-                    rows.append((int(step), name, float(value)))
+            lines = [line for line in handle if line.endswith("\n")]
+        for row in list(csv.reader(lines))[1:]:
+            with suppress(ValueError):  # what a full disk cut and a later row went on with
+                step, name, value = row
+                rows.append((int(step), name, float(value)))
     return rows
 
 

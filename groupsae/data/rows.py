@@ -1,7 +1,7 @@
 """From tokens to rows of activations: one truncated forward for all layers that are drawn."""
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from groupsae.data.batch import ActivationBatch
@@ -30,41 +30,72 @@ def draw_rows(
         slots: sets of layers, those that were drawn from.
         blocks_per_forward: as drawn with; bounds the memory of a forward.
     """
-    tokens, layers = drawn.tokens, drawn.layers
+    tokens = drawn.tokens
     acts = torch.empty(len(slots), tokens.numel(), lm.d_model, device=tokens.device)
-    keep = None if drawn.counted is None else drawn.counted.expand(len(slots), -1)
-    if filters.max_norm_ratio is not None:
-        keep = torch.ones_like(layers, dtype=torch.bool) if keep is None else keep.clone()
-    needed = {layer for slot in slots for layer in slot}
-    for number, part in enumerate(tokens.split(blocks_per_forward)):
-        start = number * blocks_per_forward * tokens.shape[1]
-        where = slice(start, start + part.numel())
-        places = _places(drawn, slots, number, where)
-
-        def keep_rows(
-            layer: int,
-            found: Tensor,
-            where: slice = where,
-            places: dict[tuple[int, int], Tensor] = places,
-        ) -> None:
-            typical, rows = filters.activations(found), found.flatten(0, 1)
-            for slot, members in enumerate(slots):
-                if members == [layer]:
-                    acts[slot, where] = rows
-                elif layer in members:
-                    mine = places[slot, layer]
-                    # only drawn rows are converted, and travel if the model is spread out
-                    shown = rows.index_select(0, mine.to(rows.device)).to(acts)
-                    acts[slot, where].index_copy_(0, mine, shown)
-                if typical is not None and keep is not None:
-                    within = typical.flatten().to(acts.device)
-                    keep[slot, where] &= within | (layers[slot, where] != layer)
-
-        lm.run(lm.inputs(part), needed, keep_rows, stop=True)
+    keep = which_count(drawn, filters, len(slots))
+    for number, start in enumerate(range(0, tokens.numel(), blocks_per_forward * tokens.shape[1])):
+        where = slice(start, start + blocks_per_forward * tokens.shape[1])
+        kept = None if filters.max_norm_ratio is None or keep is None else keep[:, where]
+        run_forward(lm, filters, drawn, slots, number, where, acts[:, where], kept)
     # rows that are left out by their norm differ from slot to slot, and only the device knows them
     return ActivationBatch(
-        acts, layers, keep, drawn.kept if filters.max_norm_ratio is None else None
+        acts, drawn.layers, keep, drawn.kept if filters.max_norm_ratio is None else None
     )
+
+
+def which_count(
+    drawn: DrawnTokens, filters: TokenFilter, num_slots: int
+) -> Bool[Tensor, "slot token"] | None:
+    """Return which rows count by what is known beforehand; to be written to if norms decide."""
+    keep = None if drawn.counted is None else drawn.counted.expand(num_slots, -1)
+    if filters.max_norm_ratio is None:
+        return keep
+    return torch.ones_like(drawn.layers, dtype=torch.bool) if keep is None else keep.clone()
+
+
+@torch.no_grad()
+def run_forward(
+    lm: HookedLM,
+    filters: TokenFilter,
+    drawn: DrawnTokens,
+    slots: list[list[int]],
+    number: int,
+    where: slice,
+    acts: Float[Tensor, "slot part d_model"],
+    keep: Bool[Tensor, "slot part"] | None,
+) -> None:
+    """Run one forward of the model; write the rows that its tokens drew.
+
+    Args:
+        lm: the language model.
+        filters: which rows count by their norm.
+        drawn: tokens and draws, on the model's device.
+        slots: those that were drawn from.
+        number: of the forward.
+        where: its tokens among the drawn.
+        acts: where its rows go.
+        keep: which of them count; those of extreme norm are taken out. None if norms do not
+            matter.
+    """
+    layers, places = drawn.layers[:, where], _places(drawn, slots, number, where)
+    context = drawn.tokens.shape[1]
+    part = drawn.tokens[where.start // context : where.stop // context]
+
+    def keep_rows(layer: int, found: Tensor) -> None:
+        typical, rows = filters.activations(found), found.flatten(0, 1)
+        for slot, members in enumerate(slots):
+            if members == [layer]:
+                acts[slot] = rows
+            elif layer in members:
+                mine = places[slot, layer]
+                # only drawn rows are converted, and travel if the model is spread out
+                shown = rows.index_select(0, mine.to(rows.device)).to(acts)
+                acts[slot].index_copy_(0, mine, shown)
+            if typical is not None and keep is not None:
+                within = typical.flatten().to(acts.device)
+                keep[slot] &= within | (layers[slot] != layer)
+
+    lm.run(lm.inputs(part), {layer for slot in slots for layer in slot}, keep_rows, stop=True)
 
 
 def _places(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from groupsae.data.splits import SPLITS, Split
+from groupsae.data.whole import whole
 from groupsae.errors import UserError
 
 FLUSH_TOKENS = 2_000_000  # what a kill in the middle of packing can cost, and what memory holds
@@ -157,10 +158,11 @@ def explained(folder: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of one."""
-    beside, text = path.with_name(path.name + ".tmp"), json.dumps(value, indent=1)
-    with beside.open("w") as handle:
+    """Write JSON so that a reader sees the old file or the new one, never half of one.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    text = json.dumps(value, indent=1)
+    with whole(path, mode="w") as handle:
         handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    beside.replace(path)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from groupsae.data.whole import whole
 from groupsae.data.writer import write_json
 from groupsae.errors import UserError
 from groupsae.evaluation.results import Results
@@ -44,13 +45,15 @@ def save_evaluation(
         results: the rest of what was computed.
     """
     for name, suite in results.sums.saes.items():
-        np.savez_compressed(
-            folder / "latents" / f"{name}.npz",
-            fired=results.fired(name),
-            layers=np.array(suite.layers),
-            tokens=results.tokens(name),
-        )
-    np.savez_compressed(folder / "sequences.npz", **_sequences(results))  # type: ignore[arg-type]
+        with whole(folder / "latents" / f"{name}.npz") as handle:
+            np.savez_compressed(
+                handle,
+                fired=results.fired(name),
+                layers=np.array(suite.layers),
+                tokens=results.tokens(name),
+            )
+    with whole(folder / "sequences.npz") as handle:
+        np.savez_compressed(handle, **_sequences(results))  # type: ignore[arg-type]
     write_csv(folder / "results.csv", [_flat(row) for row in figures["results"]])
     clean = _flat({"ce_clean": figures["ce"]})
     write_csv(folder / "layers.csv", [{**_flat(row), **clean} for row in figures["layers"]])
@@ -82,7 +85,7 @@ def save_evaluation(
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows with all columns that any of them has."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", newline="") as handle:
+    with whole(path, mode="w", newline="") as handle:
         writer = csv.DictWriter(handle, columns)
         writer.writeheader()
         writer.writerows(rows)

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor
 
+from groupsae.data.whole import whole
 from groupsae.data.writer import write_json
 from groupsae.errors import UserError
 from groupsae.grouping.groupings import by_name
@@ -33,11 +34,9 @@ def save_sae(folder: Path, sae: SAE, config: dict[str, Any]) -> None:
         config: `architecture` (import path of the class), `arguments` (of its constructor),
             `layers`, `norm_factors` (layer -> factor) and whatever else is worth keeping.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().float().cpu().contiguous() for name, p in sae.state_dict().items()}
-    beside = folder / "sae.safetensors.tmp"
-    beside.write_bytes(save(tensors))  # (save_file would make it readable by its owner only)
-    beside.replace(folder / "sae.safetensors")
+    with whole(folder / "sae.safetensors") as handle:
+        handle.write(save(tensors))  # (save_file would make it readable by its owner only)
     write_json(folder / "cfg.json", {"format": FORMAT, **config})
 
 

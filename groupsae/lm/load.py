@@ -26,7 +26,7 @@ from groupsae.lm.geometry import choose_stack, geometry_of, stacks_of, within_po
 from groupsae.lm.hooked import HookedLM
 from groupsae.lm.hookpoints import check_hookpoint, paths_of
 from groupsae.lm.options import check_load_options, hub_options, recorded_options
-from groupsae.network import first_line, lost_connection, redacted
+from groupsae.network import first_line, lost_connection
 
 BUNDLED = {"tiny": Path(__file__).parent.parent / "models" / "tiny"}
 
@@ -92,7 +92,7 @@ class FrozenLM:
             if lost is None and not isinstance(error, known):
                 raise
             said = str(error).strip().splitlines() or [repr(error)]
-            reason = redacted(said[0])
+            reason = said[0]
             if lost is not None:
                 reason += (
                     f" The connection failed ({first_line(lost)}), also in huggingface_hub's own "

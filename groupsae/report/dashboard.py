@@ -8,6 +8,7 @@ from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from groupsae.data.whole import whole
 from groupsae.grouping.rules import RULES, curve
 from groupsae.report.figures import amad_curve, distance_heatmap, linkage_tree
 from groupsae.report.tables import print_plan
@@ -18,9 +19,9 @@ if TYPE_CHECKING:  # the report room draws what it is handed; it does not run th
 
 def save_figures(folder: Path, figures: dict[str, Figure], loggers: list[Any]) -> None:
     """Write figures as png into `folder`, and to W&B if it is among the loggers."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        figure.savefig(folder / f"{name}.png")
+        with whole(folder / f"{name}.png") as handle:
+            figure.savefig(handle, format="png")
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.log_image(

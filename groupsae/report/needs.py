@@ -51,6 +51,7 @@ def _rows(found: list[Needs]) -> list[tuple[str, list[str]]]:
         row("optimiser state", lambda n: size(n.optimizer)),
         row("activations of a step", lambda n: size(n.activations)),
         row("peak memory, by a trial", tried(lambda _, t: size(t.peak))),
+        row("the same with half of the latents dead", tried(lambda _, t: size(t.peak_dead))),
         row("tokens per SAE", lambda n: f"{n.tokens:,}"),
         row("steps", lambda n: f"{n.steps:,}"),
         row("tokens per second, by a trial", rate),

@@ -81,6 +81,12 @@ def print_result(console: Console, summary: Mapping[str, Any]) -> None:
         f"{summary['tokens']:,} tokens per SAE at {speed:,.0f} tokens/s; saved "
         f"{cost['saving']:.1%} of the FLOPs of one SAE per layer."
     )
+    skipped = {n: g["skipped"] for n, g in summary["groups"].items() if g.get("skipped")}
+    if skipped:
+        each = ", ".join(f"{count} by {name}" for name, count in skipped.items())
+        console.print(
+            f"Steps left out, for a loss or gradient that was not finite: {each}.", soft_wrap=True
+        )
     beside = len(summary["groups"]) - len(summary["chosen"])
     if beside:
         console.print(f"{beside} more SAEs were trained beside these; figures in summary.json.")

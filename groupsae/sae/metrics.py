@@ -17,6 +17,8 @@ class Reconstruction(Metric):
     Args:
         d_model: width of the activations.
         d_sae: number of latents.
+        sync_on_compute: take all processes' sums, where there are several; False where one of
+            them sees everything.
     """
 
     full_state_update = False
@@ -27,8 +29,8 @@ class Reconstruction(Metric):
     count: Tensor
     fired: Tensor
 
-    def __init__(self, *, d_model: int, d_sae: int) -> None:
-        super().__init__()
+    def __init__(self, *, d_model: int, d_sae: int, sync_on_compute: bool = True) -> None:
+        super().__init__(sync_on_compute=sync_on_compute)
         zero = torch.zeros((), dtype=torch.float64)
         self.add_state("squared_error", zero.clone(), dist_reduce_fx="sum")
         self.add_state("sum_x", torch.zeros(d_model, dtype=torch.float64), dist_reduce_fx="sum")

@@ -1,5 +1,6 @@
 """`dry_run=true`: what a run will need, before anything is packed, measured or trained."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +24,9 @@ class Needs:
 
     Attributes:
         num_saes: trained at once.
-        parameters: of all SAEs, a number.
+        parameters: of all SAEs that the process holds, a number.
         weights: of the SAEs.
-        gradients: of them, with the copies that are sent between processes.
+        gradients: of them.
         optimizer: Adam's two moments.
         activations: rows of one step that the language model hands over.
         free: memory that is left for the SAEs and the step.
@@ -77,7 +78,7 @@ def needs(
     device: torch.device,
     *,
     processes: int,
-    sends_gradients: bool,
+    own: Sequence[int] | None,
     eval_every: int,
     checkpoint_every: int,
     calibration_tokens: int,
@@ -90,18 +91,21 @@ def needs(
         plan: what to train.
         device: that trains.
         processes: that share a step.
-        sends_gradients: whether every process holds all SAEs and adds up their gradients (DDP).
+        own: numbers in the plan of the SAEs that the process with most of them holds, where they
+            are spread over the processes; None where each process holds all.
         eval_every: steps between validations.
         checkpoint_every: steps between checkpoints.
         calibration_tokens: to measure the layers on.
     """
-    widths = [planned.width for planned in plan.members]
-    sae = suite.make_sae(d_model=suite.d_model, generator=torch.Generator())
-    parameters = round(sum(p.numel() for p in sae.parameters()) * sum(widths))
+    held = range(len(plan.members)) if own is None else own
+    widths = [plan.members[i].width for i in held]
+    sae, every = suite.size(1.0), sum(planned.width for planned in plan.members)
+    parameters = round(sae.parameters * sum(widths))
     weights = FLOAT * parameters
+    sharing = processes if own is None else 1  # of the SAEs' rows
     free = bytes_free(device, processes if device.type == "cpu" else 1)
-    fits = bytes_needed(suite, data, widths, processes) <= free
-    trial = run_trial(suite, data, plan, device, processes) if fits else None
+    fits = bytes_needed(suite, data, widths, sharing) <= free
+    trial = run_trial(suite, data, plan, device, processes, own) if fits else None
     steps = data.num_steps
     seconds = {}
     if trial is not None:
@@ -112,20 +116,22 @@ def needs(
             "measuring the layers": calibration_tokens * trial.calibration_seconds / processes,
         }
     # a counter of 8 bytes for each latent beside weights and moments
-    checkpoint = 3 * weights + 8 * round(sae.d_sae * sum(widths))
-    left = min(KEPT, steps // checkpoint_every) + (steps % checkpoint_every > 0)
+    whole = FLOAT * round(sae.parameters * every)
+    checkpoint = 3 * whole + 8 * round(sae.d_sae * every)
+    written = -(-steps // checkpoint_every)  # the last one after the last step
+    slots = {tuple(plan.members[i].layers) for i in held}
     return Needs(
-        num_saes=len(widths),
+        num_saes=len(plan.members),
         parameters=parameters,
         weights=weights,
-        gradients=weights * (2 if sends_gradients else 1),
+        gradients=weights,
         optimizer=2 * weights,
-        activations=FLOAT * (data.tokens_per_step // processes) * suite.d_model * len(plan.slots),
+        activations=FLOAT * (data.tokens_per_step // sharing) * suite.d_model * len(slots),
         free=free,
         trial=trial,
         tokens=steps * data.tokens_per_step,
         steps=steps,
         seconds=seconds,
-        run_folder=max(left, min(KEPT + 1, left + 1)) * checkpoint + weights,
+        run_folder=min(KEPT + 1, written) * checkpoint + whole,
         text=4 * (data.packing.max_tokens or 0),
     )

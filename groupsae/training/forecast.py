@@ -36,12 +36,12 @@ def bytes_needed(
         widths: of the SAEs, as shares of the configured number of latents.
         world_size: processes that share a step.
     """
-    sae = suite.make_sae(d_model=suite.d_model, generator=torch.Generator())
-    parameters = sum(p.numel() for p in sae.parameters()) * sum(widths)
+    sae = suite.size(1.0)
+    parameters = sae.parameters * sum(widths)
     tokens = data.tokens_per_step // world_size
     rows = tokens * suite.d_model * len(widths) * ROWS
     # what the SAEs keep waits until the summed losses go back
-    wide = tokens * sae.d_sae * (max(widths) * WIDE + sum(widths) * sae.kept_wide)
+    wide = tokens * sae.d_sae * (max(widths, default=0) * WIDE + sum(widths) * sae.kept_wide)
     return round(FLOAT * (parameters * STATE + rows + wide))
 
 
@@ -70,7 +70,7 @@ def bytes_free(device: torch.device, processes: int) -> int:
     return free // processes
 
 
-def refuse(needed: int, free: int, num_saes: int, device: torch.device) -> None:
+def refuse(needed: int, free: int, num_saes: int, device: object) -> None:
     """Raise UserError if the SAEs do not fit into the free memory; says what to reduce."""
     if needed > free:
         raise UserError(
@@ -148,10 +148,12 @@ def forecast(
             start, between = between, now(device)
             saes[width] += measured * (between - start)
     steps = {width: seconds / TRIAL for width, seconds in saes.items()}
+    mine = [plan.members[i].width for i in suite.own]
+    times = world_size if suite.spread else 1  # its own SAEs get the rows of all processes
     return Forecast(
         num_saes=len(widths),
-        memory=bytes_needed(suite, data, widths, world_size),
+        memory=bytes_needed(suite, data, mine, 1 if suite.spread else world_size),
         activation_seconds=lm / TRIAL * data.num_steps,
-        sae_seconds=sum(steps[width] for width in widths) * data.num_steps,
+        sae_seconds=sum(steps[width] for width in mine) * times * data.num_steps,
         step_seconds=steps,
     )

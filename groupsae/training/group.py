@@ -1,7 +1,7 @@
 """One group of layers and its SAE."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,6 +22,22 @@ class SAEFactory(Protocol):
         ...
 
 
+class Running(NamedTuple):
+    """What a member has to say of the steps since it was last logged.
+
+    Attributes:
+        values: figure -> mean over the steps, or the present state.
+        steps: how many there were.
+        finite: how many of them came before the first whose loss was not finite.
+        skipped: steps left out since the run began: how many, how many in a row, the last.
+    """
+
+    values: dict[str, float]
+    steps: int
+    finite: int
+    skipped: list[int]
+
+
 class GroupSAE(SAETraining):
     """One group of layers, its SAE and its norm factors; can be fitted alone.
 
@@ -35,6 +51,7 @@ class GroupSAE(SAETraining):
         optim: the optimiser's recipe.
         dead_after: tokens without firing after which a latent counts as dead.
         b_dec_start: where the decoder's bias starts, see `start_b_dec`.
+        nonfinite: `stop` or `skip`, as of `GroupSAESuite`.
         seed: of the initial weights, together with the layers.
         slot: which rows of a batch are this group's.
     """
@@ -43,6 +60,7 @@ class GroupSAE(SAETraining):
     tokens_since_fired: Tensor
     tokens_per_layer: Tensor
     running: Tensor
+    skipped: Tensor
 
     def __init__(
         self,
@@ -55,12 +73,13 @@ class GroupSAE(SAETraining):
         optim: Adam,
         dead_after: int,
         b_dec_start: str,
+        nonfinite: str,
         seed: int,
         slot: int = 0,
     ) -> None:
         super().__init__()
         self.name, self.layers, self.optim, self.dead_after = name, layers, optim, dead_after
-        self.b_dec_start, self.slot = b_dec_start, slot
+        self.b_dec_start, self.nonfinite, self.slot = b_dec_start, nonfinite, slot
         generator = torch.Generator().manual_seed(stream_key(seed, layers) % 2**63)
         self.sae = sae(d_model=d_model, generator=generator)
         factors = torch.full((max(layers) + 1,), torch.nan)  # NaN: a foreign layer must not pass
@@ -68,20 +87,21 @@ class GroupSAE(SAETraining):
         self.register_buffer("norm_factors", factors)
         self.register_buffer("tokens_since_fired", torch.zeros(self.sae.d_sae, dtype=torch.int64))
         self.register_buffer("tokens_per_layer", torch.zeros(len(factors), dtype=torch.int64))
-        # sums of the loss's terms and of l0 since last logged
-        running = torch.zeros(len(self.sae.terms) + 1, dtype=torch.float64)
+        # steps left out: how many, how many in a row, the last
+        self.register_buffer("skipped", torch.zeros(3, dtype=torch.int64))
+        # sums since last logged: the loss's terms, l0, steps with a finite loss
+        running = torch.zeros(len(self.sae.terms) + 2, dtype=torch.float64)
         self.register_buffer("running", running, persistent=False)
-        self.running_steps = 0
+        self.running_steps = self.skipped_before = 0
         self.fired: Tensor = torch.empty(0)
-        self.last_fvu = float("nan")
 
     def members(self) -> list["GroupSAE"]:
         """Return itself."""
         return [self]
 
-    def serving(self) -> dict[int, "GroupSAE"]:
-        """Return itself for each of its layers."""
-        return dict.fromkeys(self.layers, self)
+    def serving(self) -> dict[int, str]:
+        """Return its own name for each of its layers."""
+        return dict.fromkeys(self.layers, self.name)
 
     def rows(
         self, batch: ActivationBatch
@@ -138,6 +158,7 @@ class GroupSAE(SAETraining):
             (len(x) / num_rows).float(),
             all_sum,
         )
+        loss = torch.stack(list(output.losses.values())).sum()
         with torch.no_grad():
             fired, active = firings(output.latents, self.sae.d_sae)
             self.fired = fired.long()
@@ -145,9 +166,10 @@ class GroupSAE(SAETraining):
             self.tokens_since_fired += counts.sum().long()
             absent = torch.zeros_like(variance)
             terms = [output.losses.get(name, absent).double() for name in self.sae.terms]
-            self.running += torch.stack([*terms, active / num_rows])
+            finite = loss.isfinite().double()
+            self.running += torch.stack([*terms, active / num_rows, finite])
             self.running_steps += 1
-        return torch.stack(list(output.losses.values())).sum()
+        return loss
 
     def dead(self) -> Tensor:
         """Return the mask of latents that have not fired for `dead_after` tokens."""
@@ -163,17 +185,40 @@ class GroupSAE(SAETraining):
         """Reset the counters of what fired anywhere in the global batch."""
         self.tokens_since_fired.masked_fill_(fired, 0)
 
-    def read_running(self, all_sum: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return the means since the last call (each process holds its part), and start anew.
+    def read_running(self, all_sum: AllSum, processes: int) -> Running:
+        """Return what there is to say of the steps since the last call, and start anew.
 
         fvu here is that of the mixed batch: its variance includes the differences between the
-        layers' means, so compare groups by `val/fvu`, which is per layer.
+        layers' means, so compare groups by `val/fvu`, which is per layer. If all steps were left
+        out, there are no means.
+
+        Args:
+            all_sum: returns the sum of a tensor over all processes; each holds its part.
+            processes: that train this SAE together.
         """
-        means = (all_sum(self.running.clone()) / self.running_steps).tolist()
-        values = dict(zip((*self.sae.terms, "l0"), means, strict=True))
+        values, skipped = {"dead": float(self.dead().double().mean())}, self.skipped.tolist()
+        steps, finite = self.running_steps, self.finite_steps(all_sum, processes)
+        if self.nonfinite == "skip":
+            values["skipped"] = float(skipped[0])
+        taken = steps - (skipped[0] - self.skipped_before)
+        if taken > 0:
+            *means, _ = (all_sum(self.running.clone()) / taken).tolist()
+            values |= dict(zip((*self.sae.terms, "l0"), means, strict=True))
+        self.start_running()
+        return Running(values, steps, finite, skipped)
+
+    def start_running(self) -> None:
+        """Start the sums anew; steps left out before are no matter."""
         self.running.zero_()
-        self.running_steps, self.last_fvu = 0, values["fvu"]
-        return {**values, "dead": float(self.dead().double().mean())}
+        self.running_steps, self.skipped_before = 0, int(self.skipped[0])
+
+    def finite_steps(self, all_sum: AllSum, processes: int) -> int:
+        """Return the steps since last logged before the first whose loss was not finite.
+
+        Such a loss spoils the weights, so that all after it are not finite either; in the step
+        itself that may be so in one process only.
+        """
+        return int(all_sum(self.running[-1].clone())) // processes
 
     @torch.no_grad()
     def reconstruct(

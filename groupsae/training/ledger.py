@@ -12,7 +12,7 @@ from groupsae.grouping.groupings import groupings
 from groupsae.grouping.plan import GroupPlan
 from groupsae.training.callbacks.grouping import GroupLayers
 from groupsae.training.callbacks.throughput import Throughput
-from groupsae.training.group import GroupSAE
+from groupsae.training.parallel.collect import of_each
 from groupsae.training.suite import GroupSAESuite
 
 FEW = 64  # rows that the FLOPs of an SAE are counted on
@@ -23,6 +23,7 @@ def ledger(
     data: ActivationDataModule,
     grouping: GroupLayers,
     throughput: Throughput,
+    seconds: tuple[float, float],
 ) -> dict[str, Any]:
     """Return what the run cost and what its groups saved, as plain values.
 
@@ -37,10 +38,10 @@ def ledger(
     assert work is not None
     assert cost is not None
     assert grouping.measurement is not None
-    members = suite.members()
-    planned = work.saes([m.sae.d_sae for m in members])
-    lm_flops, distance_flops, sae_flops = _measured_flops(data, members, work)
-    activations, saes = data.stopwatch.seconds, throughput.saes.seconds
+    d_saes = [suite.size(each.width).d_sae for each in plan.members]
+    planned = work.saes(d_saes)
+    lm_flops, distance_flops, sae_flops = _measured_flops(data, suite, work)
+    activations, saes = seconds
     validation, distances = throughput.validation.seconds, grouping.measurement.seconds
     trial = {1.0: 1.0} if grouping.forecast is None else grouping.forecast.step_seconds
     unit = saes / sum(trial[planned.width] for planned in plan.members)
@@ -53,11 +54,10 @@ def ledger(
         "device": str(data.device),
         "threads": torch.get_num_threads(),
         "tokens": work.tokens,
-        "num_saes": len(members),
+        "num_saes": len(d_saes),
         "workload": work.to_json(),
         "seconds_per_sae": {
-            str(m.sae.d_sae): seconds_of[p.name]
-            for p, m in zip(plan.members, members, strict=True)
+            str(d_sae): seconds_of[p.name] for p, d_sae in zip(plan.members, d_saes, strict=True)
         },
         "parts": [
             _part("activations", work.tokens * work.activations, lm_flops, activations),
@@ -81,6 +81,27 @@ def ledger(
             wall=throughput.all.seconds - validation,
         ),
     }
+
+
+def seconds_of_all(
+    data: ActivationDataModule, throughput: Throughput, spread: bool
+) -> tuple[float, float]:
+    """Return the seconds of the language model's forwards and of the SAEs' steps.
+
+    Where SAEs are spread over the processes, the mean of the processes' for the SAEs; for the
+    model that of the one which took least, because rows are waited for where they come in, by
+    all but the slowest owner. What is lost by waiting is then in `other`.
+
+    Args:
+        data: with the stopwatch of the model.
+        throughput: with that of the SAEs.
+        spread: whether SAEs are spread; then all processes call this.
+    """
+    mine = data.stopwatch.seconds, throughput.saes.seconds
+    if not spread:
+        return mine
+    activations, saes = zip(*of_each(mine), strict=True)
+    return min(activations), sum(saes) / len(saes)
 
 
 def _sharing(
@@ -124,7 +145,7 @@ def _part(part: str, planned: int | None, measured: int | None, seconds: float) 
 
 
 def _measured_flops(
-    data: ActivationDataModule, members: list[GroupSAE], work: Workload
+    data: ActivationDataModule, suite: GroupSAESuite, work: Workload
 ) -> tuple[int, int, int]:
     """Return what a FLOP counter sees of the run: of one block, extrapolated.
 
@@ -146,9 +167,14 @@ def _measured_flops(
     with flop_counter() as distances:
         for each in parts:
             angles.update(each.acts, each.everywhere())
-    of_saes = 0.0
-    for member in (m.cpu() for m in members):
-        acts, layers = batch.rows(member.slot)
+    of_saes, plan = 0.0, suite.plan
+    assert plan is not None
+    held = {member.name: member for member in suite.members()}
+    for planned in plan.members:
+        slot = data.slots.index(planned.layers)
+        # of what another process holds, a fresh one: it costs the same
+        member = (held.get(planned.name) or suite.make_member(planned, slot)).cpu()
+        acts, layers = batch.rows(slot)
         few = slice(min(FEW, len(acts)))
         x, one = member.scaled(acts[few].cpu(), layers[few].cpu()), torch.ones(())
         with flop_counter() as sae, torch.enable_grad():

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from groupsae.data.reading import read_metrics
+from groupsae.data.whole import explained, whole
 
 COLUMNS = ("step", "metric", "value")
 
@@ -51,7 +52,7 @@ class MetricsCSV(Logger):
         """Append one row for each metric."""
         if not self._checked:
             self._start(step or 0)
-        with self.path.open("a", newline="") as handle:
+        with explained(self.path), self.path.open("a", newline="") as handle:
             csv.writer(handle).writerows(
                 (step or 0, name, value) for name, value in metrics.items() if name != "epoch"
             )
@@ -59,9 +60,8 @@ class MetricsCSV(Logger):
     def _start(self, step: int) -> None:
         """Write the header, or drop what a killed run wrote from this step on."""
         self._checked = True
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(self.path) if row[0] < step]
-        with self.path.open("w", newline="") as handle:
+        with whole(self.path, mode="w", newline="") as handle:
             csv.writer(handle).writerows([COLUMNS, *kept])
 
 

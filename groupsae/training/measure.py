@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 
 from groupsae.cost.stopwatch import Stopwatch
 from groupsae.data.activations import ActivationDataModule
+from groupsae.data.reading import damaged, read_npz
+from groupsae.data.whole import whole
 from groupsae.errors import UserError
 from groupsae.grouping.angles import AngularDistance
 from groupsae.grouping.moments import LayerMoments
@@ -76,23 +79,26 @@ class Measurement:
 
     def save(self, path: Path) -> None:
         """Write everything into one npz, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(f".tmp{id(self)}.npz")
-        np.savez(
-            beside,
-            distances=self.distances,
-            rms_norms=self.rms_norms,
-            mean_norms=self.mean_norms,
-            d_model=self.d_model,
-            provenance=np.array(json.dumps(self.provenance)),
-            seconds=self.seconds,
-        )
-        beside.replace(path)
+        with whole(path, shared=True) as handle:
+            np.savez(
+                handle,
+                distances=self.distances,
+                rms_norms=self.rms_norms,
+                mean_norms=self.mean_norms,
+                d_model=self.d_model,
+                provenance=np.array(json.dumps(self.provenance)),
+                seconds=self.seconds,
+            )
 
     @classmethod
     def load(cls, path: Path) -> "Measurement":
-        """Read what `save` wrote."""
-        with np.load(path) as stored:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        stored = read_npz(path)
+        try:
             return cls(
                 stored["distances"],
                 stored["rms_norms"],
@@ -101,6 +107,8 @@ class Measurement:
                 json.loads(str(stored["provenance"])),
                 float(stored["seconds"]),
             )
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(path) from error
 
 
 def provenance_of(data: ActivationDataModule, tokens: int, centring: str) -> dict[str, Any]:
@@ -116,6 +124,17 @@ def provenance_of(data: ActivationDataModule, tokens: int, centring: str) -> dic
     }
 
 
+def cached(path: Path) -> Measurement | None:
+    """Return what was measured before; None if nothing was, or if the file is damaged."""
+    if not path.exists():
+        return None
+    try:
+        return Measurement.load(path)
+    except UserError:
+        warnings.warn(f"{path} is damaged: it is measured anew", stacklevel=2)
+        return None
+
+
 def measure(
     data: ActivationDataModule, trainer: L.Trainer, tokens: int, centring: str, cache: Path
 ) -> Measurement:
@@ -128,8 +147,10 @@ def measure(
     content = json.dumps({**provenance, "format": FORMAT}, sort_keys=True)
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     path = cache / "angles" / f"{key}.npz"
-    if trainer.strategy.broadcast(path.exists()):
-        return Measurement.load(path)
+    found = cached(path) if trainer.global_rank == 0 else None
+    found = trainer.strategy.broadcast(found)  # what the first process read, all go on with
+    if found is not None:
+        return found
 
     geometry, device = data.lm.geometry, trainer.strategy.root_device
     size = {"num_layers": geometry.num_layers, "d_model": geometry.d_model}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from groupsae.errors import UserError
 
@@ -72,10 +73,42 @@ class Adam:
         """Return the learning rate of an SAE with `d_sae` latents."""
         return self.base_lr / math.sqrt(d_sae / self.base_d_sae)
 
-    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Return one fused Adam over named parameter groups, each with its own `lr`."""
+    def build(self, groups: list[dict[str, Any]], skips: bool) -> torch.optim.Optimizer:
+        """Return one fused Adam over named parameter groups, each with its own `lr`.
+
+        Args:
+            groups: the parameters.
+            skips: whether it must be able to leave single groups as they are.
+        """
         for group in groups:
             group["full_lr"] = group["lr"]
-        return torch.optim.Adam(
-            groups, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=True
-        )
+        made = SkippingAdam if skips else torch.optim.Adam
+        return made(groups, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=True)
+
+
+class SkippingAdam(torch.optim.Adam):
+    """An Adam that leaves some parameter groups as they are: weights, moments and step count.
+
+    Attributes:
+        left_out: for each group 1.0, on its device, if it takes no part in the step, otherwise
+            0.0; fused Adam takes it as it takes the gradient scaler's `found_inf`. None: all do.
+    """
+
+    left_out: Sequence[Tensor] | None = None
+    found_inf: Tensor | None = None
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step group by group, as Adam does, each with its own mark; the closure sets them."""
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        if self.left_out is None:
+            super().step()
+            return loss
+        groups = self.param_groups
+        try:
+            for group, mark in zip(groups, self.left_out, strict=True):
+                self.param_groups, self.found_inf = [group], mark
+                super().step()
+        finally:
+            self.param_groups, self.found_inf, self.left_out = groups, None, None
+        return loss

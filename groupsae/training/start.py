@@ -41,7 +41,7 @@ def start_b_dec(
     check_b_dec_start(start)
     if start == "zero":
         return
-    x = x.double()
+    x = x[x.isfinite().all(1)].double()  # a middle of rows that are not finite is none
     centre = _weighted_mean(x, torch.ones_like(x[:, 0]), all_sum)
     for _ in range(ROUNDS if start == "geometric_median" else 0):
         weights = 1 / (x - centre).norm(dim=1).clamp_min(torch.finfo(x.dtype).eps)

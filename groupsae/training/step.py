@@ -1,8 +1,9 @@
 """The training step that one group or many of them share."""
 
 import math
+import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import lightning as L
 import torch
@@ -11,12 +12,23 @@ from torch import Tensor, nn
 from groupsae.data.batch import ActivationBatch
 from groupsae.errors import UserError
 from groupsae.sae.metrics import Reconstruction
+from groupsae.training.nonfinite import (
+    MOST_IN_A_ROW,
+    Undo,
+    layers_not_finite,
+    left_out,
+    stopped,
+    too_many,
+)
 from groupsae.training.optim import Adam
+from groupsae.training.parallel.collect import of_each
 from groupsae.training.readback import Readback
 from groupsae.training.start import start_b_dec
 
 if TYPE_CHECKING:
     from groupsae.training.group import GroupSAE
+
+T = TypeVar("T")
 
 
 class SAETraining(L.LightningModule):
@@ -29,18 +41,47 @@ class SAETraining(L.LightningModule):
     optim: Adam
     dead_after: int
     b_dec_start: str
+    nonfinite: str
+    undo: Undo | None = None  # of the step that is being taken, where steps may be left out
     num_dead: Readback | None = None  # before the first step, of a resumed run as well
+    spread: bool = False  # over the processes: each SAE is trained by one of them
 
     def __init__(self) -> None:
         super().__init__()
         self.shown: dict[str, float] = {}  # figures for the progress bar
+        self.told_of_skips = False
 
     def members(self) -> list["GroupSAE"]:
-        """Return the groups in training, in the order of the batch's slots."""
+        """Return the groups that this process trains, in the order of the plan."""
         raise NotImplementedError
+
+    def all_names(self) -> list[str]:
+        """Return the names of the groups that any process trains, in the order of the plan."""
+        return [member.name for member in self.members()]
+
+    def shared_by(self) -> int:
+        """Return the number of processes that train each SAE together."""
+        return 1 if self.spread else self.trainer.world_size
+
+    def of_all(self, mine: dict[str, T]) -> dict[str, T]:
+        """Return what every process has to say of its members, in the order of the plan.
+
+        Args:
+            mine: name of a member -> plain values.
+        """
+        if not self.spread:
+            return mine
+        found = {name: said for each in of_each(mine) for name, said in each.items()}
+        return {name: found[name] for name in self.all_names()}
 
     def training_step(self, batch: ActivationBatch, batch_idx: int) -> Tensor:
         """Return the summed loss of all members; nothing in it waits for the device."""
+        loss = self.step_members(batch) if self.members() else self.idle.sum() * 0
+        # DDP averages gradients over processes; the loss's denominators are already global
+        return loss * self.shared_by()
+
+    def step_members(self, batch: ActivationBatch) -> Tensor:
+        """Return the summed loss of this process's members, and keep their books."""
         members, progress = self.members(), self.progress()
         rows = [m.rows(batch) for m in members]
         if self.global_step == 0:
@@ -49,27 +90,38 @@ class SAETraining(L.LightningModule):
         mine = [m.moments(*row) for m, row in zip(members, rows, strict=True)]
         moments = self.all_sum(torch.cat(mine)).split([len(each) for each in mine])
         num_dead = (self.num_dead or self.note_dead()).read()
+        self.undo = Undo(members) if self.nonfinite == "skip" else None
         losses = [
             m.step(*row, moment, dead, progress, self.all_sum)
             for m, row, moment, dead in zip(members, rows, moments, num_dead, strict=True)
         ]
-        fired = self.all_sum(torch.cat([m.fired for m in members]))
+        noted = [m.fired for m in members]
+        if self.undo is not None:
+            noted.append(~torch.stack(losses).detach().isfinite())
+        fired = self.all_sum(torch.cat(noted))
+        if self.undo is not None:
+            fired, bad = fired.split([len(fired) - len(members), len(members)])
+            self.undo.note_losses(bad > 0)
         widths = [m.sae.d_sae for m in members]
         for member, times in zip(members, fired.split(widths), strict=True):
             member.count_dead(times > 0)
-            if self.trainer.world_size > 1:
+            if self.shared_by() > 1:
                 for state in member.sae.followed():
-                    state.copy_(self.all_sum(state) / self.trainer.world_size)
+                    state.copy_(self.all_sum(state) / self.shared_by())
         self.num_dead = self.note_dead()
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if (self.global_step + 1) % every == 0:
-            self.log_training()
-        # DDP averages gradients over processes; the loss's denominators are already global
-        return torch.stack(losses).sum() * self.trainer.world_size
+        return torch.stack(losses).sum()
 
     def on_train_start(self) -> None:
         """Forget what an earlier fit noted: the counters may come from a checkpoint."""
         self.num_dead = None
+        for member in self.members():
+            member.start_running()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Log, once the step is settled."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self.global_step % every == 0:
+            self.log_training()
 
     def note_dead(self) -> Readback:
         """Return how many latents of each member are dead, for the next step to read."""
@@ -85,12 +137,12 @@ class SAETraining(L.LightningModule):
         return steps
 
     def all_sum(self, value: Tensor) -> Tensor:
-        """Return the sum of a tensor over all processes.
+        """Return the sum of a tensor over all processes that train an SAE together.
 
         Not by Lightning's strategy, which puts a barrier before it: there the host would wait for
         a GPU.
         """
-        if self.trainer.world_size == 1:
+        if self.shared_by() == 1:
             return value
         total = value.clone()
         torch.distributed.all_reduce(total)
@@ -98,33 +150,77 @@ class SAETraining(L.LightningModule):
 
     def log_training(self) -> None:
         """Log what accumulated since the last time: nothing is read for the log in between."""
-        for member in self.members():
-            for name, value in member.read_running(self.all_sum).items():
-                self.check_finite(member, value)  # a sum over all processes: all stop together
-                self.log(f"train/{name}/{member.name}", value, rank_zero_only=True)
-        shown = set(self.serving().values())
-        mean = sum(m.last_fvu for m in shown) / len(shown)
-        self.shown["fvu"] = mean
+        said = self.of_all(
+            {m.name: m.read_running(self.all_sum, self.shared_by()) for m in self.members()}
+        )
+        for name, read in said.items():
+            for figure, value in read.values.items():
+                # the same in all processes: all stop together
+                self.check_finite(name, value, read.steps, read.finite)
+                self.log(f"train/{figure}/{name}", value, rank_zero_only=True)
+            if self.nonfinite == "skip":
+                self.check_skips(name, *read.skipped)
+        serving = [said[name].values for name in set(self.serving().values())]
+        if all("fvu" in values for values in serving):  # none of an SAE that left out every step
+            self.shown["fvu"] = _mean(values["fvu"] for values in serving)
 
-    def check_finite(self, member: "GroupSAE", value: float) -> None:
-        """Raise UserError if a value of the member has become NaN or infinite."""
+    def check_finite(self, name: str, value: float, steps: int, finite: int) -> None:
+        """Raise UserError if a value of a member has become NaN or infinite.
+
+        Every process has to ask about the same value.
+
+        Args:
+            name: of the member.
+            value: a sum over the steps since last logged, or over the weights.
+            steps: since last logged.
+            finite: how many of them came before the first whose loss was not finite.
+        """
         if not math.isfinite(value):
-            raise UserError(
-                f"{member.name}: the loss is not a finite number at step {self.global_step}. "
-                "Earlier checkpoints are whole. Lower optim.base_lr, or look for non-finite "
-                "activations in the language model (try model.dtype=float32)."
-            )
+            first = min(self.global_step, self.global_step - steps + finite + 1)
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            raise UserError(stopped(name, first, self.num_steps(), layers_not_finite(data, first)))
+
+    def check_skips(self, name: str, times: int, in_a_row: int, last: int) -> None:
+        """Say when the first step is left out; raise UserError if a member takes none any more.
+
+        Args:
+            name: of the member.
+            times: steps that it has left out.
+            in_a_row: of them, without one between that it took.
+            last: number of the last.
+        """
+        tell = times > 0 and not self.told_of_skips
+        if in_a_row < MOST_IN_A_ROW and not tell:
+            return
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        layers = layers_not_finite(data, last)
+        if in_a_row >= MOST_IN_A_ROW:
+            raise UserError(too_many(name, last, self.num_steps(), layers))
+        self.told_of_skips = True
+        if self.trainer.is_global_zero:
+            warnings.warn(left_out(name, times, last, layers), stacklevel=2)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to save weights that are already spoilt."""
-        for member in self.members():
-            weights = sum(float(p.detach().abs().sum()) for p in member.sae.parameters())
-            self.check_finite(member, weights + float(member.running.sum()))
+        sums = {}
+        for m in self.members():
+            weights = sum(float(p.detach().abs().sum()) for p in m.sae.parameters())
+            finite = m.finite_steps(self.all_sum, self.shared_by())
+            sums[m.name] = (weights + float(m.running.sum()), m.running_steps, finite)
+        for name, (value, steps, finite) in self.of_all(sums).items():
+            self.check_finite(name, value, steps, finite)
 
     # ---- optimiser ----------------------------------------------------------------------
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return one Adam with a named parameter group for each member."""
+        """Return one Adam with a named parameter group for each member.
+
+        A process that owns no SAE steps a number that is of no use: Lightning counts steps of
+        optimisers.
+        """
+        if not self.members():
+            self.idle = torch.zeros(1, requires_grad=True)
+            return self.optim.build([{"params": [self.idle], "name": "idle", "lr": 0.0}], False)
         return self.optim.build(
             [
                 {
@@ -133,41 +229,51 @@ class SAETraining(L.LightningModule):
                     "lr": self.optim.lr(m.sae.d_sae),
                 }
                 for m in self.members()
-            ]
+            ],
+            skips=self.nonfinite == "skip",
         )
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         """Project the decoders' gradients, then clip each member on its own (in that order)."""
+        norms = []
         for member in self.members():
             member.sae.project_gradient()
-            nn.utils.clip_grad_norm_(member.sae.parameters(), self.optim.clip_norm)
+            norms.append(nn.utils.clip_grad_norm_(member.sae.parameters(), self.optim.clip_norm))
+        if self.undo is not None:
+            adam: Any = self.trainer.optimizers[0]
+            adam.left_out = self.undo.settle(norms, self.global_step + 1)
+            self.num_dead = self.note_dead()  # anew: counters may have gone back
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step at the schedule's rate, then normalise: every checkpoint holds unit decoders."""
         self.optim.schedule(self.trainer.optimizers[0], self.global_step, self.num_steps())
         super().optimizer_step(*args, **kwargs)
+        if self.undo is not None:
+            self.undo.normalize_decoders()
+            return
         for member in self.members():
             member.sae.normalize_decoder()
 
     # ---- validation ---------------------------------------------------------------------
 
-    def serving(self) -> dict[int, "GroupSAE"]:
-        """Return layer -> the member that stands for it in the figures per layer."""
+    def serving(self) -> dict[int, str]:
+        """Return layer -> name of the SAE that stands for it in the figures per layer."""
         raise NotImplementedError
 
     def on_validation_epoch_start(self) -> None:
         """Start empty metrics, one for each member and layer."""
         self.val_metrics = {
-            (m.name, layer): Reconstruction(d_model=m.sae.d_model, d_sae=m.sae.d_sae).to(
-                self.device
-            )
+            (m.name, layer): Reconstruction(
+                d_model=m.sae.d_model, d_sae=m.sae.d_sae, sync_on_compute=not self.spread
+            ).to(self.device)
             for m in self.members()
             for layer in m.layers
         }
 
     def validation_step(self, batch: Iterable[ActivationBatch], batch_idx: int) -> None:
         """Reconstruct every layer with each of its SAEs."""
-        slots = {layer: i for i, layer in enumerate(sorted(self.serving()))}
+        layers = sorted({layer for member in self.members() for layer in member.layers})
+        slots = {layer: i for i, layer in enumerate(layers)}
         for part in batch:
             for member in self.members():
                 for layer in member.layers:
@@ -177,22 +283,36 @@ class SAETraining(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log fvu and l0 per layer; per SAE their means and the latents that never fired."""
-        self.val_results = {key: metric.compute() for key, metric in self.val_metrics.items()}
-        for member in self.members():
-            mine = [self.val_results[member.name, layer] for layer in member.layers]
-            fired = torch.stack([r["fired"] for r in mine]).any(0)
-            fvu = torch.stack([r["fvu"] for r in mine]).mean()
-            l0 = torch.stack([r["l0"] for r in mine]).mean()
-            unfired = 1 - fired.float().mean()
-            self.log(f"val/fvu/{member.name}", fvu.float(), rank_zero_only=True)
-            self.log(f"val/l0/{member.name}", l0.float(), rank_zero_only=True)
-            self.log(f"val/unfired/{member.name}", unfired, rank_zero_only=True)
+        self.val_results = self.of_all({m.name: self._validated(m) for m in self.members()})
+        for name, result in self.val_results.items():
+            for figure in ("fvu", "l0", "unfired"):
+                self.log(f"val/{figure}/{name}", result[figure], rank_zero_only=True)
         served = {
-            layer: self.val_results[m.name, layer] for layer, m in sorted(self.serving().items())
+            layer: self.val_results[name]["per_layer"][layer]
+            for layer, name in sorted(self.serving().items())
         }
-        for layer, result in served.items():
-            self.log(f"val/fvu/layer.{layer}", result["fvu"].float(), rank_zero_only=True)
-            self.log(f"val/l0/layer.{layer}", result["l0"].float(), rank_zero_only=True)
-        everywhere = torch.stack([r["fvu"] for r in served.values()]).mean()
-        self.log("val/fvu/mean", everywhere.float(), rank_zero_only=True)
-        self.shown["val/fvu/mean"] = float(everywhere)
+        for layer, found in served.items():
+            self.log(f"val/fvu/layer.{layer}", found["fvu"], rank_zero_only=True)
+            self.log(f"val/l0/layer.{layer}", found["l0"], rank_zero_only=True)
+        everywhere = _mean(found["fvu"] for found in served.values())
+        self.log("val/fvu/mean", everywhere, rank_zero_only=True)
+        self.shown["val/fvu/mean"] = everywhere
+
+    def _validated(self, member: "GroupSAE") -> dict[str, Any]:
+        """Return a member's figures as plain values: of each layer, and of all of them."""
+        mine = {layer: self.val_metrics[member.name, layer].compute() for layer in member.layers}
+        fired = torch.stack([result["fired"] for result in mine.values()]).any(0)
+        per_layer = {x: {key: float(r[key]) for key in ("fvu", "l0")} for x, r in mine.items()}
+        return {
+            **{key: _mean(r[key] for r in per_layer.values()) for key in ("fvu", "l0")},
+            "unfired": 1 - float(fired.double().mean()),
+            "dead": float(member.dead().double().mean()),
+            "skipped": int(member.skipped[0]),
+            "tokens_per_layer": {x: int(member.tokens_per_layer[x]) for x in member.layers},
+            "per_layer": per_layer,
+        }
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)

@@ -1,17 +1,35 @@
 """All groups of a partition, fed by one forward of the language model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from groupsae.errors import UserError
 from groupsae.grouping.plan import GroupPlan, PlannedSAE
 from groupsae.training.group import GroupSAE, SAEFactory
+from groupsae.training.nonfinite import check_nonfinite
 from groupsae.training.optim import Adam
 from groupsae.training.start import check_b_dec_start
 from groupsae.training.step import SAETraining
+
+
+class Size(NamedTuple):
+    """What can be known of an SAE before it is made.
+
+    Attributes:
+        d_sae: number of latents.
+        parameters: numbers in all its weights.
+        kept_wide: as in `SAE`.
+        flops: of a training step, per token.
+    """
+
+    d_sae: int
+    parameters: int
+    kept_wide: float
+    flops: int
 
 
 class GroupSAESuite(SAETraining):
@@ -27,6 +45,8 @@ class GroupSAESuite(SAETraining):
         optim: the optimiser's recipe.
         dead_after: tokens without firing after which a latent counts as dead.
         b_dec_start: where the decoders' biases start, see `start_b_dec`.
+        nonfinite: what becomes of a step whose loss or gradient is not finite: `stop` ends the
+            run, `skip` leaves the step out for the SAE that it concerns.
         seed: of the initial weights.
     """
 
@@ -39,27 +59,71 @@ class GroupSAESuite(SAETraining):
         optim: Adam,
         dead_after: int,
         b_dec_start: str,
+        nonfinite: str,
         seed: int,
     ) -> None:
         super().__init__()
         self.make_sae, self.d_sae, self.d_model = sae, d_sae, d_model
         self.optim, self.dead_after, self.seed = optim, dead_after, seed
         check_b_dec_start(b_dec_start)
-        self.b_dec_start = b_dec_start
+        check_nonfinite(nonfinite)
+        self.b_dec_start, self.nonfinite = b_dec_start, nonfinite
         self.plan: GroupPlan | None = None
+        self.own: list[int] = []
+        self.groups: nn.ModuleDict | None = None
+        self._sizes: dict[float, Size] = {}
 
-    def set_plan(self, plan: GroupPlan, norm_factors: Mapping[int, float]) -> None:
-        """Tell the suite which groups to train and how to scale each layer."""
+    def set_plan(
+        self,
+        plan: GroupPlan,
+        norm_factors: Mapping[int, float],
+        own: Sequence[int] | None = None,
+    ) -> None:
+        """Tell the suite which groups to train and how to scale each layer.
+
+        Args:
+            plan: of all SAEs.
+            norm_factors: layer -> what its activations are multiplied by.
+            own: numbers in the plan of the SAEs that this process holds, where they are spread
+                over the processes; None where each process holds all.
+        """
         self.plan, self.norm_factors = plan, dict(norm_factors)
+        self.spread = own is not None
+        self.own = list(range(len(plan.members)) if own is None else own)
 
     def configure_model(self) -> None:
-        """Build the SAEs; called again by Lightning for validation, then does nothing."""
-        if hasattr(self, "groups"):
+        """Build this process's SAEs; called again by Lightning for validation, does nothing then.
+
+        Their names in the state dict are their numbers in the plan, whoever holds them.
+        """
+        if self.groups is not None:
             return
         assert self.plan is not None, "set_plan comes first"
-        slots = self.plan.slots
-        members = [self.make_member(each, slots.index(each.layers)) for each in self.plan.members]
-        self.groups = nn.ModuleList(members)
+        slots, planned = self.slots_of(self.own), self.plan.members
+        self.groups = nn.ModuleDict(
+            {
+                str(i): self.make_member(planned[i], slots.index(planned[i].layers))
+                for i in self.own
+            }
+        )
+
+    def slots_of(self, indices: Sequence[int]) -> list[list[int]]:
+        """Return the sets of layers that some SAEs of the plan draw from, in the plan's order."""
+        assert self.plan is not None
+        needed = [self.plan.members[i].layers for i in indices]
+        return [slot for slot in self.plan.slots if slot in needed]
+
+    def size(self, width: float) -> Size:
+        """Return what an SAE of a width is like."""
+        if width not in self._sizes:
+            sae = self._sized(width)(d_model=self.d_model, generator=torch.Generator())
+            self._sizes[width] = Size(
+                sae.d_sae,
+                sum(p.numel() for p in sae.parameters()),
+                sae.kept_wide,
+                sae.training_flops(),
+            )
+        return self._sizes[width]
 
     def make_member(self, planned: PlannedSAE, slot: int) -> GroupSAE:
         """Return a fresh member.
@@ -81,6 +145,7 @@ class GroupSAESuite(SAETraining):
                 optim=self.optim,
                 dead_after=self.dead_after,
                 b_dec_start=self.b_dec_start,
+                nonfinite=self.nonfinite,
                 seed=self.seed,
                 slot=slot,
             )
@@ -96,15 +161,21 @@ class GroupSAESuite(SAETraining):
             return self.make_sae
         return partial(self.make_sae, expansion=None, d_sae=round(self.d_sae * width))
 
-    def serving(self) -> dict[int, GroupSAE]:
-        """Return layer -> its SAE in the chosen partition."""
+    def serving(self) -> dict[int, str]:
+        """Return layer -> the name of its SAE in the chosen partition."""
         assert self.plan is not None
-        chosen = set(self.plan.names)
-        return {x: m for m in self.members() if m.name in chosen for x in m.layers}
+        names = zip(self.plan.names, self.plan.saes, strict=True)
+        return {layer: name for name, layers in names for layer in layers}
 
     def members(self) -> list[GroupSAE]:
-        """Return the groups in the order of the plan."""
-        return list(self.groups)  # type: ignore[arg-type]
+        """Return the groups that this process holds, in the order of the plan."""
+        assert self.groups is not None
+        return list(self.groups.values())  # type: ignore[arg-type]
+
+    def all_names(self) -> list[str]:
+        """Return the names of all groups in the order of the plan."""
+        assert self.plan is not None
+        return [planned.name for planned in self.plan.members]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note which partition the weights belong to."""

@@ -3,6 +3,7 @@
 import gc
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,8 @@ class Trial:
 
     Attributes:
         peak: most memory of the process (on a GPU, of the device by this process), in bytes.
+        peak_dead: the same once half of all latents are dead and AuxK, where there is one, works
+            on them.
         steps: that were measured.
         step_seconds: of one step of training.
         heldout_seconds: of one held-out token.
@@ -33,6 +36,7 @@ class Trial:
     """
 
     peak: int
+    peak_dead: int
     steps: int
     step_seconds: float
     heldout_seconds: float
@@ -40,11 +44,24 @@ class Trial:
 
 
 def step_together(
-    members: list[GroupSAE], optimizers: list[torch.optim.Optimizer], batch: ActivationBatch
+    members: list[GroupSAE],
+    optimizers: list[torch.optim.Optimizer],
+    batch: ActivationBatch,
+    dead: float = 0.0,
 ) -> None:
-    """Do what a step of training does with these members, in its order of memory."""
+    """Do what a step of training does with these members, in its order of memory.
+
+    Args:
+        members: to train.
+        optimizers: one for each.
+        batch: of activations.
+        dead: share of the latents that is taken for dead.
+    """
     rows = [member.rows(batch) for member in members]
-    losses = [m.step(*row, m.moments(*row)) for m, row in zip(members, rows, strict=True)]
+    losses = [
+        m.step(*row, m.moments(*row), round(dead * m.sae.d_sae))
+        for m, row in zip(members, rows, strict=True)
+    ]
     for optimizer in optimizers:  # not earlier: gradients live through the next forward
         optimizer.zero_grad()
     torch.stack(losses).sum().backward()
@@ -60,11 +77,12 @@ def run_trial(
     plan: GroupPlan,
     device: torch.device,
     processes: int,
+    own: Sequence[int] | None,
 ) -> Trial:
     """Train the SAEs of a plan for a few steps and forget them again.
 
     Tokens are drawn at random: no text has to be packed, and speed does not depend on them. Norm
-    factors are one. No latent is dead, so what AuxK takes once there are dead ones is not seen.
+    factors are one.
 
     Args:
         suite: makes the SAEs; is not changed.
@@ -72,12 +90,14 @@ def run_trial(
         plan: what to train.
         device: that trains.
         processes: that share a step; this one does its share.
+        own: numbers in the plan of this process's SAEs, which get the rows of all processes (here
+            its own rows as often); None where it holds all SAEs and gets its share of the rows.
     """
-    suite.set_plan(plan, dict.fromkeys(range(plan.num_layers), 1.0))
-    slots = plan.slots
-    members = [
-        suite.make_member(each, slots.index(each.layers)).to(device) for each in plan.members
-    ]
+    suite.set_plan(plan, dict.fromkeys(range(plan.num_layers), 1.0), own)
+    slots, mine = plan.slots, suite.slots_of(suite.own)
+    held = [plan.members[i] for i in suite.own]
+    members = [suite.make_member(each, mine.index(each.layers)).to(device) for each in held]
+    rows = torch.tensor([slots.index(slot) for slot in mine], device=device)
     optimizers = [member.configure_optimizers() for member in members]
     blocks = data.blocks_per_step // processes
     vocab, context = data.lm.geometry.vocab_size, data.packing.context
@@ -88,15 +108,33 @@ def run_trial(
     calibration = _calibration(data, tokens, device)
     steps, began, passed = -1, 0.0, 0.0
     while steps < LEAST or (passed < SECONDS and steps < MOST):  # the first one warms up
-        step_together(members, optimizers, data.activations(tokens, slots))
+        batch = data.activations(tokens, slots)
+        step_together(
+            members, optimizers, batch if own is None else _of_all(batch, rows, processes)
+        )
         steps, passed = steps + 1, now(device) - began
         if steps == 0:
             began, passed = now(device), 0.0
     heldout = _heldout(members, data, tokens, device)
-    trial = Trial(peak(device), steps, passed / steps, heldout, calibration)
+    alive = peak(device)
+    step_together(members, optimizers, data.activations(tokens, slots), dead=0.5)
+    trial = Trial(alive, peak(device), steps, passed / steps, heldout, calibration)
     del members, optimizers
     gc.collect()
     return trial
+
+
+def _of_all(batch: ActivationBatch, slots: Tensor, processes: int) -> ActivationBatch:
+    """Return what would come in if all processes had these rows."""
+    kept, tokens = batch.kept, batch.acts.shape[1]
+    if kept is not None:
+        kept = torch.cat([kept + i * tokens for i in range(processes)])
+    return ActivationBatch(
+        batch.acts[slots].repeat(1, processes, 1),
+        batch.layers[slots].repeat(1, processes),
+        None if batch.keep is None else batch.keep[slots].repeat(1, processes),
+        kept,
+    )
 
 
 def _calibration(data: ActivationDataModule, tokens: Tensor, device: torch.device) -> float:

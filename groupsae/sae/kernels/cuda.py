@@ -31,12 +31,12 @@ SPARE_BITS = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # empty 
 def available() -> bool:
     """Return whether the programs can be built: a Triton that they were tried with is there.
 
-    Which is 3.7 or newer; the device is not asked. Older ones come with torch before 2.11.
+    Which is 3.6 or newer; the device is not asked. Older ones come with torch before 2.11.
     """
     if find_spec("triton") is None:
         return False
     major, minor = version("triton").split(".")[:2]
-    return (int(major), int(minor)) >= (3, 7)
+    return (int(major), int(minor)) >= (3, 6)
 
 
 def combine(

@@ -7,6 +7,7 @@ import lightning as L
 
 from groupsae.cost.model import RunCost, Workload, run_cost
 from groupsae.data.activations import ActivationDataModule
+from groupsae.data.exchange import all_to_all
 from groupsae.data.reading import read_json
 from groupsae.data.writer import write_json
 from groupsae.errors import UserError
@@ -16,6 +17,9 @@ from groupsae.grouping.rules import needs_distances
 from groupsae.interop.groups_file import load_plan
 from groupsae.training.forecast import Forecast, bytes_free, bytes_needed, forecast, refuse
 from groupsae.training.measure import Measurement, check_scale, measure, provenance_of
+from groupsae.training.parallel.collect import of_each
+from groupsae.training.parallel.spread import described, owners, spread
+from groupsae.training.parallel.strategies import SAEParallel
 from groupsae.training.suite import GroupSAESuite
 
 
@@ -72,19 +76,30 @@ class GroupLayers(L.Callback):
             assert self.plan is not None
         else:
             least = [1.0] * self.choice.least_saes(data.lm.geometry.num_layers)
+            if isinstance(trainer.strategy, SAEParallel):
+                least = least[:: trainer.world_size]  # the share of one process
             self._check_memory(trainer, pl_module, data, least)
             self.measurement = measure(data, trainer, self.tokens, self.centring, self.cache)
             self.plan = self.choice.plan(self.measurement.distances)
         if not self.plan.saes:
             raise UserError("the partition has no group to train.")
-        widths = [planned.width for planned in self.plan.members]
-        self._check_memory(trainer, pl_module, data, widths)
-        pl_module.set_plan(self.plan, self.measurement.norm_factors(self.scale))
+        data.set_slots(self.plan.slots)
+        factors = self.measurement.norm_factors(self.scale)
+        if isinstance(trainer.strategy, SAEParallel):
+            owned = owners(pl_module, self.plan, trainer.world_size)
+            rank, swap = trainer.global_rank, all_to_all(trainer.strategy.mesh)
+            pl_module.set_plan(self.plan, factors, owned[rank])
+            found = spread(pl_module, data, owned, rank, swap)
+            self.say(described(found))
+            self._refuse(trainer, found[rank].memory, len(owned[rank]))
+        else:
+            widths = [planned.width for planned in self.plan.members]
+            self._check_memory(trainer, pl_module, data, widths)
+            pl_module.set_plan(self.plan, factors)
         if self.plan.others:
             device = trainer.strategy.root_device
             self.forecast = forecast(pl_module, data, device, trainer.world_size)
             self.say(str(self.forecast))
-        data.set_slots(self.plan.slots)
         if trainer.global_rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.measurement.save(angles_file)
@@ -105,9 +120,17 @@ class GroupLayers(L.Callback):
         data: ActivationDataModule,
         widths: list[float],
     ) -> None:
+        # spread SAEs see all rows of a step
+        sharing = 1 if isinstance(trainer.strategy, SAEParallel) else trainer.world_size
+        needed = bytes_needed(suite, data, widths, sharing)
+        self._refuse(trainer, needed, len(widths))
+
+    def _refuse(self, trainer: L.Trainer, needed: int, num_saes: int) -> None:
+        """Stop all processes if one of them has too little memory."""
         device = trainer.strategy.root_device
-        needed = bytes_needed(suite, data, widths, trainer.world_size)
-        refuse(needed, bytes_free(device, trainer.num_devices), len(widths), device)
+        mine = needed, bytes_free(device, trainer.num_devices), num_saes, str(device)
+        for each in of_each(mine):
+            refuse(*each)
 
     def confirm(self, data: ActivationDataModule) -> None:
         """Check that the run folder was made with today's model, weights and text.
@@ -131,7 +154,8 @@ class GroupLayers(L.Callback):
         assert self.plan is not None
         assert self.measurement is not None
         data: ActivationDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        flops = {m.sae.d_sae: m.sae.training_flops() for m in pl_module.members()}
+        sizes = [pl_module.size(planned.width) for planned in self.plan.members]
+        flops = {size.d_sae: size.flops for size in sizes}
         self.work = Workload(
             num_layers=data.lm.geometry.num_layers,
             layers_run=data.used_layers()[-1] + 1,

@@ -1,0 +1,78 @@
+"""One process at a time writes into a run folder."""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import IO
+
+from groupsae.errors import UserError
+
+LOCK = "lock"  # in the run folder's .hydra; it stays there when the run has ended
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold a run folder's lock, which the system takes back when this process ends, however.
+
+    Where files cannot be locked, or not even be written, nothing is held.
+
+    Args:
+        folder: the run folder; is made if missing.
+
+    Raises:
+        UserError: another process holds it; says which, and since when.
+    """
+    path = folder / ".hydra" / LOCK
+    handle = _take(path)
+    if handle is None:
+        yield
+        return
+    with handle:
+        # Closing gives the lock back. The file stays: who finds none would make another and lock
+        # that one, beside a process that has just opened this one.
+        yield
+
+
+def _take(path: Path) -> IO[str] | None:
+    """Return the locked file, or None if there are no locks here."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = path.open("a+")
+    except OSError:  # whatever is written next says it
+        return None
+    try:
+        # Not flock: the loader's processes would inherit that lock, and hold it for the seconds
+        # by which they outlive a killed run.
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        with handle:
+            raise UserError(_held(path, handle)) from None
+    except OSError:  # a file system without locks
+        handle.close()
+        return None
+    with suppress(OSError):
+        handle.truncate(0)
+        since = datetime.now().astimezone().isoformat(" ", "seconds")
+        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": since}, handle)
+        handle.flush()
+    return handle
+
+
+def _held(path: Path, handle: IO[str]) -> str:
+    """Return who holds the lock, and what can be done."""
+    try:
+        handle.seek(0)
+        by = json.load(handle)
+        who = f"process {by['pid']} on {by['host']}, since {by['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        who = "another process"
+    return (
+        f"{path.parent.parent} is in use by {who}: two runs would spoil each other's files. Wait "
+        "until it ends, or stop it (Ctrl-C or SIGTERM leave a checkpoint) and give the same "
+        "command again; output=<folder> runs a second one beside it."
+    )

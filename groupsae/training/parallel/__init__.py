@@ -1,0 +1,1 @@
+"""Several processes: who owns which SAE, how they talk, what happens when one is lost."""

@@ -1,0 +1,76 @@
+"""Starts the processes of this machine, and says so when one of them is lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+POLL = 1.0  # seconds between two looks
+END = 10.0  # that the others have to end by themselves after an error here
+GRACE = 60.0  # that this process has to notice the loss of another
+
+
+class WatchedLauncher(_SubprocessScriptLauncher):
+    """Lightning's launcher of one process per device, which watches the others.
+
+    Lightning's own watch ends the first process without a word when another has ended with an
+    error. A process that is lost is noticed by the next collective as well, and there the run
+    ends in order; this watch is for the case that nothing there notices it.
+    """
+
+    def launch(
+        self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any
+    ) -> Any:
+        """Start the processes that are not there yet, then call the function."""
+        self.cluster_environment.validate_settings(
+            num_devices=self.num_processes, num_nodes=self.num_nodes
+        )
+        if not self.cluster_environment.creates_processes_externally:
+            self._call_children_scripts()
+            threading.Thread(target=self._watch, daemon=True, name="watch-processes").start()
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+        try:
+            return function(*args, **kwargs)
+        except Exception:
+            self._end_others()
+            raise
+
+    def _end_others(self) -> None:
+        """Wait for the others, who see the same error; end those that hang."""
+        deadline = time.monotonic() + END
+        for process in self.procs:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+    def _watch(self) -> None:
+        """Wait for a process that ends with an error; give this one some time to notice."""
+        while True:
+            time.sleep(POLL)
+            codes = [process.poll() for process in self.procs]
+            lost = [(rank, code) for rank, code in enumerate(codes, start=1) if code]
+            if lost:
+                break
+            if all(code == 0 for code in codes):
+                return
+        time.sleep(GRACE)  # as a rule this process ends meanwhile, and this thread with it
+        rank, code = lost[0]
+        how = f"signal {-code}" if code < 0 else f"exit status {code}"
+        print(
+            f"error: process {rank} of this run was lost ({how}) and nothing was heard of it "
+            "since, so all others are ended. Give the same command again: the run goes on from "
+            "its last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
+        for process in self.procs:
+            process.kill()
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,98 @@
+"""Lightning's strategies for several processes, as the yaml files name them."""
+
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.strategy import Strategy
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.optim import Optimizer
+
+from groupsae.training.checkpoints.io import SuiteCheckpoints
+from groupsae.training.checkpoints.together import save_together
+from groupsae.training.parallel.launcher import WatchedLauncher
+from groupsae.training.suite import GroupSAESuite
+
+
+class DDP(DDPStrategy):
+    """Every process holds all SAEs and trains them on its share of a step's rows.
+
+    Args:
+        timeout_minutes: that a process waits for another before the run ends with an error.
+    """
+
+    def __init__(self, *, timeout_minutes: float) -> None:
+        super().__init__(
+            timeout=timedelta(minutes=timeout_minutes),
+            broadcast_buffers=False,  # the step itself reduces counters and thresholds
+            gradient_as_bucket_view=True,  # no second copy of the gradients
+        )
+
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        self._launcher = WatchedLauncher(
+            self.cluster_environment, self.num_processes, self.num_nodes
+        )
+
+
+class SAEParallel(DDP):
+    """Every SAE is held and trained by one process, on the rows of a whole step.
+
+    The language model runs in all processes, each on its share of a step's blocks, and the rows
+    go to the owners. No gradient is reduced and no optimiser state is held twice.
+
+    Args:
+        timeout_minutes: that a process waits for another before the run ends with an error.
+    """
+
+    mesh: DeviceMesh
+
+    def setup_distributed(self) -> None:
+        """Lay the processes out on a mesh of one dimension."""
+        super().setup_distributed()
+        self.mesh = init_device_mesh(
+            self.root_device.type, (self.world_size,), mesh_dim_names=("sae",)
+        )
+
+    def setup(self, trainer: L.Trainer) -> None:
+        """Set optimisers up; nothing is made equal, as each process has its own SAEs."""
+        Strategy.setup(self, trainer)
+
+    def _setup_model(self, model: torch.nn.Module) -> torch.nn.Module:  # type: ignore[override]
+        return model
+
+    # ---- checkpoints: each process its own SAEs ------------------------------------------
+
+    @property
+    def suite(self) -> GroupSAESuite:
+        """Return what is trained."""
+        assert isinstance(self.lightning_module, GroupSAESuite)
+        return self.lightning_module
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write a checkpoint that any number of processes can go on from."""
+        save_together(checkpoint, Path(filepath))
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read this process's SAEs and what belongs to none."""
+        assert isinstance(self.checkpoint_io, SuiteCheckpoints)
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, members=self.suite.own)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the optimiser's state: nothing where there is no SAE."""
+        if not self.suite.own:
+            return {"state": {}, "param_groups": []}
+        return super().optimizer_state(optimizer)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Restore the optimiser's state where there is one."""
+        if self.suite.own:
+            super().load_optimizer_state_dict(checkpoint)
