@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,14 +13,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from groupsae import __version__
 from groupsae.assess import assess, steps_to_evaluate
 from groupsae.config import make
 from groupsae.data.activations import ActivationDataModule
 from groupsae.data.reading import read_metrics
 from groupsae.data.writer import write_json
 from groupsae.errors import UserError
-from groupsae.interop.suite import save_sae
 from groupsae.report.dashboard import Dashboard, save_figures
 from groupsae.report.figures import training_curves
 from groupsae.report.needs import print_needs
@@ -39,6 +36,7 @@ from groupsae.training.ledger import ledger, seconds_of_all
 from groupsae.training.parallel.lost import told_of_lost
 from groupsae.training.parallel.spread import owners
 from groupsae.training.parallel.strategies import SAEParallel
+from groupsae.training.results import save_suite, summarise
 from groupsae.training.suite import GroupSAESuite
 
 
@@ -139,7 +137,8 @@ def _train(
     trainer.save_checkpoint(folder / "checkpoints" / f"step={trainer.global_step}.ckpt")
     trainer.validate(suite, datamodule=data, verbose=False)
     if suite.spread or trainer.is_global_zero:
-        save_suite(folder, run, cfg)
+        configured: Any = OmegaConf.to_container(cfg.sae, resolve=True)
+        save_suite(folder, suite, run.grouping, data, configured)
     seconds = seconds_of_all(data, run.throughput, suite.spread)  # waits for all SAEs to be saved
     if trainer.is_global_zero:
         figures = {
@@ -150,7 +149,7 @@ def _train(
         save_figures(folder / "figures", figures, trainer.loggers)
         costs = ledger(suite, data, run.grouping, run.throughput, seconds)
         write_json(folder / "ledger.json", costs)
-        summary = summarise(run, folder)
+        summary = summarise(folder, trainer, suite, run.grouping, run.throughput)
         write_json(folder / "summary.json", summary)
         print_result(console, summary)
         print_ledger(console, costs)
@@ -243,81 +242,3 @@ def announce(run: Run, cfg: DictConfig, console: Console) -> None:
     if "wandb" in (cfg.logger or {}) and os.environ.get("WANDB_MODE") == "offline":
         place = run.grouping.folder / "wandb"
         console.print(f"W&B records offline; later: wandb sync {place}/offline-*", soft_wrap=True)
-
-
-def save_suite(folder: Path, run: Run, cfg: DictConfig) -> None:
-    """Write the SAE of every group that this process holds into `saes/<group>/`."""
-    measurement, configured = (
-        run.grouping.measurement,
-        OmegaConf.to_container(cfg.sae, resolve=True),
-    )
-    assert isinstance(configured, dict)
-    plan = run.grouping.plan
-    assert measurement is not None
-    assert plan is not None
-    for index, member in zip(run.suite.own, run.suite.members(), strict=True):
-        arguments = {
-            "d_model": member.sae.d_model,
-            **{k: v for k, v in configured.items() if not str(k).startswith("_")},
-            "expansion": None,
-            "d_sae": member.sae.d_sae,
-        }
-        save_sae(
-            folder / "saes" / member.name,
-            member.sae,
-            {
-                "architecture": configured["_target_"],
-                "arguments": arguments,
-                "d_sae": member.sae.d_sae,
-                "width": plan.members[index].width,
-                "layers": member.layers,
-                "norm_factors": {
-                    layer: float(member.norm_factors[layer]) for layer in member.layers
-                },
-                **run.data.described(),
-                "weights": measurement.provenance["weights"],
-                "text": measurement.provenance["text"],
-                "tokens": int(member.tokens_per_layer.sum()),
-                "groupsae": __version__,
-            },
-        )
-
-
-def summarise(run: Run, folder: Path) -> dict[str, Any]:
-    """Return the figures of a finished run."""
-    trainer, suite, grouping, throughput = run.trainer, run.suite, run.grouping, run.throughput
-    values = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    assert grouping.plan is not None
-    assert grouping.cost is not None
-    groups = {}
-    for planned in grouping.plan.members:
-        result = suite.val_results[planned.name]
-        groups[planned.name] = {
-            "layers": planned.layers,
-            "tokens_per_layer": result["tokens_per_layer"],
-            "fvu": values[f"val/fvu/{planned.name}"],
-            "l0": values[f"val/l0/{planned.name}"],
-            "dead": result["dead"],
-            "skipped": result["skipped"],
-            "unfired": values[f"val/unfired/{planned.name}"],
-            "fvu_per_layer": {x: found["fvu"] for x, found in result["per_layer"].items()},
-        }
-    part = grouping.plan.partition
-    return {
-        "folder": str(folder),
-        "groups": groups,
-        "chosen": grouping.plan.names,
-        "fvu": values["val/fvu/mean"],
-        "num_groups": part.num_groups,
-        "amad": part.amad,
-        "max_diameter": part.max_diameter,
-        "size_weighted_amad": part.size_weighted_amad,
-        "tokens": sum(suite.val_results[grouping.plan.names[0]]["tokens_per_layer"].values()),
-        "steps": trainer.global_step,
-        "tokens_per_second": throughput.overall(),
-        "seconds_training": throughput.total_seconds,
-        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "peak_gpu_memory_gb": torch.cuda.max_memory_allocated() / 2**30,  # 0 without a GPU
-        "cost": grouping.cost.as_dict(),
-        "groupsae": __version__,
-    }

@@ -10,7 +10,7 @@ from runs import overrides, run, saved
 pytestmark = pytest.mark.gpu
 
 GPU = ["trainer=gpu", "logger=none"]
-NCCL = ["trainer=ddp", "trainer.accelerator=gpu", "trainer.devices=1", "logger=none"]
+NCCL = ["trainer.accelerator=gpu", "trainer.devices=1", "logger=none"]
 
 
 def fvu_of(folder: Path) -> float:
@@ -24,11 +24,13 @@ def alone(tiny_lm: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
+@pytest.mark.parametrize("trainer", ["ddp", "sae_parallel"])
 def test_one_process_over_nccl_gives_what_one_without_gives(
-    alone: Path, tiny_lm: Path, tiny_text: Path, tmp_path: Path
+    trainer: str, alone: Path, tiny_lm: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
     try:
-        status, folder = run(overrides(tiny_lm, tiny_text, tmp_path, *NCCL))
+        arguments = overrides(tiny_lm, tiny_text, tmp_path, f"trainer={trainer}", *NCCL)
+        status, folder = run(arguments)
         assert torch.distributed.get_backend() == "nccl"
     finally:
         if torch.distributed.is_initialized():

@@ -65,8 +65,10 @@ def plans_of(choice: Choice, num_layers: int, folder: Path) -> list[GroupPlan]:
     if known is not None:
         return [known]
     apart = np.abs(np.subtract.outer(np.arange(num_layers), np.arange(num_layers)))
-    # no two layers differ, and all point in opposite directions: what is measured lies between
-    plans = [choice.plan(scale * np.minimum(apart, 1)) for scale in (1e-6, 1.0)]
+    # no two layers differ; and all are as far apart as can be, neighbours a little less, so that
+    # groups grow evenly and as many as can be have more than one layer
+    far = (apart > 0) * (0.99 + 0.01 * apart / num_layers)
+    plans = [choice.plan(1e-6 * np.minimum(apart, 1)), choice.plan(far)]
     plans.sort(key=lambda plan: len(plan.members))
     return plans[:1] if len(plans[0].members) == len(plans[1].members) else plans
 

@@ -2,12 +2,12 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 
 import pytest
-from program import Program
+from program import SEVERAL, Program, Warm
 
 BEGIN, END = "<!-- chaos: begin -->", "<!-- chaos: end -->"
 HEAD = ["fault", "promised", "seen", "tokens lost", "seconds"]
@@ -53,20 +53,22 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 @pytest.fixture(scope="session")
 def program(
     tiny_lm: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Program]:
+) -> Iterator[Callable[..., Program]]:
     """Return a maker of commands, each with an output folder of its own."""
+    warm = Warm()
 
     def make(*more: str) -> Program:
-        return Program(tiny_lm, tiny_text, tmp_path_factory.mktemp("out"), *more)
+        return Program(warm, tiny_lm, tiny_text, tmp_path_factory.mktemp("chaos"), *more)
 
-    return make
+    yield make
+    warm.close()
 
 
 @pytest.fixture(scope="session")
 def undisturbed(program: Callable[..., Program]) -> Program:
-    """Return a run that nothing happened to; `moments` in its output says what it wrote when."""
+    """Return a run that nothing happened to; `moments` beside its output says what it did."""
     made = program()
-    done = made.run(record=str(made.output / "moments"))
+    done = made.run(record=str(made.place / "moments"))
     assert done.status == 0, done.said
     return made
 
@@ -80,8 +82,6 @@ def expected(undisturbed: Program) -> dict:
 @pytest.fixture(scope="session", params=["ddp", "sae_parallel"])
 def of_two(request: pytest.FixtureRequest, program: Callable[..., Program]) -> tuple[str, dict]:
     """Return a trainer for several processes, and what two of them give undisturbed."""
-    from program import SEVERAL
-
     made = program(f"trainer={request.param}", *SEVERAL)
     done = made.run()
     assert done.status == 0, done.said

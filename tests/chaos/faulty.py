@@ -21,8 +21,6 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-FAULT = json.loads(os.environ.get("CHAOS", "{}"))
-OUTPUT = next((a.split("=", 1)[1] for a in sys.argv if a.startswith("output=")), "")
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.link")
 PHASES = {  # part of a path -> what the run is doing
     "/tokens/": "packing",
@@ -41,13 +39,14 @@ PHASES = {  # part of a path -> what the run is doing
 def moments(act) -> None:
     """Call `act(number, phase, path)` whenever the run's files are opened, named or removed."""
     count, pid = 0, os.getpid()
+    output = next(a.split("=", 1)[1] for a in sys.argv if a.startswith("output="))
 
     def heard(event: str, arguments: tuple) -> None:
         nonlocal count
         if event not in EVENTS or os.getpid() != pid:
             return
         path = str(arguments[0])
-        if OUTPUT not in path:
+        if output not in path:
             return
         phase = next((name for part, name in PHASES.items() if part in path), "other files")
         count += 1
@@ -69,7 +68,7 @@ def kill_later(delay: float) -> None:
     timer.start()
 
 
-def at_step(number: int) -> None:
+def at_step(number: int, fault: dict) -> None:
     from groupsae.training.callbacks.throughput import Throughput
 
     before = Throughput.on_train_batch_end
@@ -78,11 +77,11 @@ def at_step(number: int) -> None:
         before(self, trainer, *rest)
         if trainer.global_step != number:
             return
-        if "send" in FAULT:
-            os.kill(os.getpid(), FAULT["send"])
+        if "send" in fault:
+            os.kill(os.getpid(), fault["send"])
         else:
-            Path(FAULT["wait"]).with_suffix(".waiting").touch()
-            while not Path(FAULT["wait"]).exists():
+            Path(fault["wait"]).with_suffix(".waiting").touch()
+            while not Path(fault["wait"]).exists():
                 time.sleep(0.05)
 
     Throughput.on_train_batch_end = end
@@ -131,26 +130,26 @@ def jumping_clock() -> None:
     threading.Thread(target=zones, daemon=True).start()
 
 
-def install() -> None:
+def install(fault: dict) -> None:
     """Put the fault into this process, if it is the one that is meant."""
-    if int(os.environ.get("LOCAL_RANK", "0")) != FAULT.get("rank", 0):
+    if int(os.environ.get("LOCAL_RANK", "0")) != fault.get("rank", 0):
         return
-    if "record" in FAULT:
-        record(FAULT["record"])
-    if "kill" in FAULT:
-        moments(lambda n, *_: kill_later(FAULT.get("delay", 0)) if n == FAULT["kill"] else None)
-    if "step" in FAULT:
-        at_step(FAULT["step"])
-    if "nan" in FAULT:
-        spoil(FAULT["nan"], FAULT["layer"])
-    if "clock" in FAULT:
+    if "record" in fault:
+        record(fault["record"])
+    if "kill" in fault:
+        moments(lambda n, *_: kill_later(fault.get("delay", 0)) if n == fault["kill"] else None)
+    if "step" in fault:
+        at_step(fault["step"], fault)
+    if "nan" in fault:
+        spoil(fault["nan"], fault["layer"])
+    if "clock" in fault:
         jumping_clock()
-    if "limit" in FAULT:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (FAULT["limit"], FAULT["limit"]))
+    if "limit" in fault:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (fault["limit"], fault["limit"]))
 
 
 if __name__ == "__main__":
     from groupsae.train import main
 
-    install()
+    install(json.loads(os.environ.get("CHAOS", "{}")))
     main()

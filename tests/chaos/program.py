@@ -32,28 +32,105 @@ class Done:
     seconds: float
 
 
-class Program:
-    """One command in a place of its own."""
+class Warm:
+    """The process that commands of one process are forked from."""
 
-    def __init__(self, lm: Path, text: Path, output: Path, *more: str) -> None:
-        self.output = output
-        arguments = overrides(lm, text, output, *MORE, *more)
-        self.command = [sys.executable, str(FAULTY), *arguments]
-
-    def start(self, **fault) -> subprocess.Popen:
-        """Start the command with a fault in it."""
-        return subprocess.Popen(
-            self.command,
-            env={**os.environ, "CHAOS": json.dumps(fault), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(FAULTY.with_name("warm.py"))],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # so that the test can see that nothing of it is left over
         )
 
+    def start(self, place: Path, arguments: list[str], fault: dict) -> None:
+        """Start a command."""
+        assert self.process.stdin is not None
+        order = {"place": str(place), "arguments": arguments, "fault": fault}
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+
+    def close(self) -> None:
+        """End it; nothing of it is left."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        assert self.process.wait(60) == 0
+
+
+class Running:
+    """A command that was started; `place` with several suffixes is where it says something."""
+
+    def __init__(self, place: Path, process: subprocess.Popen | None) -> None:
+        self.place, self.process, self.began = place, process, time.monotonic()
+
+    @property
+    def pid(self) -> int:
+        """Return the number of its (first) process, which is that of its session."""
+        if self.process is not None:
+            return self.process.pid
+        return int(self.place.with_suffix(".pid").read_text())
+
+    def poll(self) -> int | None:
+        """Return what it ended with; None while it runs."""
+        if self.process is not None:
+            return self.process.poll()
+        status = self.place.with_suffix(".status")
+        return int(status.read_text()) if status.exists() else None
+
+    def end(self, timeout: float = 300) -> Done:
+        """Wait until it has ended; fail if it hangs or leaves a process behind."""
+        while (status := self.poll()) is None:
+            if time.monotonic() - self.began > timeout:
+                os.killpg(self.pid, 9)
+                raise AssertionError(f"it hangs after {timeout} s:\n{self.said()}")
+            time.sleep(0.05)
+        seconds = time.monotonic() - self.began
+        wait_for_the_rest(self.pid)
+        return Done(status, self.said(), seconds)
+
+    def said(self) -> str:
+        """Return what it has said so far."""
+        return self.place.with_suffix(".out").read_text()
+
+
+class Program:
+    """One command with an output folder of its own.
+
+    Args:
+        warm: forks it, if it is of one process.
+        lm: folder of the language model.
+        text: folder of the text.
+        place: an empty folder.
+        more: arguments.
+    """
+
+    def __init__(self, warm: Warm, lm: Path, text: Path, place: Path, *more: str) -> None:
+        self.warm, self.place, self.output = warm, place, place / "output"
+        self.arguments = overrides(lm, text, self.output, *MORE, *more)
+        self.several = any(each in more for each in SEVERAL)
+        self.command = [sys.executable, str(FAULTY), *self.arguments]
+        self.times = 0
+
+    def start(self, **fault) -> Running:
+        """Start the command with a fault in it."""
+        self.times += 1
+        place = self.place / f"{self.times}.out"
+        if not self.several:
+            self.warm.start(place.with_suffix(""), self.arguments, fault)
+            return Running(place, None)
+        with place.open("w") as out:
+            process = subprocess.Popen(
+                self.command,
+                env={**os.environ, "CHAOS": json.dumps(fault), "OMP_NUM_THREADS": "1"},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # so that it can be seen that nothing of it is left over
+            )
+        return Running(place, process)
+
     def run(self, **fault) -> Done:
-        """Run the command to its end; fail if it hangs or leaves a process behind."""
-        return ended(self.start(**fault))
+        """Run the command to its end."""
+        return self.start(**fault).end()
 
     @property
     def folder(self) -> Path:
@@ -75,20 +152,6 @@ class Program:
         weights = {name: t.numpy().tobytes() for name, t in saved(self.folder).items()}
         assert weights
         return {**weights, "results": evaluation["results"]}
-
-
-def ended(process: subprocess.Popen, timeout: float = 200) -> Done:
-    """Return what came of a started command."""
-    began = time.monotonic()
-    try:
-        said, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        said, _ = process.communicate()
-        raise AssertionError(f"it hangs after {timeout} s:\n{said}") from None
-    seconds = time.monotonic() - began
-    wait_for_the_rest(process.pid)
-    return Done(process.returncode, said, seconds)
 
 
 def wait_for_the_rest(group: int, seconds: float = 20) -> None:

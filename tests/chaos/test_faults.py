@@ -9,7 +9,7 @@ import subprocess
 import time
 
 import pytest
-from program import TOKENS_PER_STEP, Done, ended, resumed_from
+from program import TOKENS_PER_STEP, Done, resumed_from
 from runs import composed, flip_a_bit
 
 pytestmark = pytest.mark.slow
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 def test_two_runs_into_the_same_folder(expected, program, row):
     first = program()
-    gate = first.output / "go"
+    gate = first.place / "go"
     running = first.start(step=3, wait=str(gate))
     deadline = time.monotonic() + 120
     while not gate.with_suffix(".waiting").exists():
@@ -29,7 +29,7 @@ def test_two_runs_into_the_same_folder(expected, program, row):
     assert f"is in use by process {running.pid} on " in second.said
     assert len(second.said.strip().splitlines()) == 1
     gate.touch()
-    assert ended(running).status == 0
+    assert running.end().status == 0
     assert first.results() == expected
     row(
         "two runs started into the same folder",
@@ -53,6 +53,7 @@ cp -r "$place" "$place.kept"
 def in_a_small_place(victim, size: int) -> list[Done] | None:
     """Run a command on a disk of so many bytes, then again with room; None: no mounting here."""
     place = str(victim.output)
+    victim.output.mkdir()
     done = subprocess.run(
         ["unshare", "--user", "--mount", "--map-root-user", "bash", "-c", IN_A_SMALL_PLACE]
         + ["small-place", place, str(size), *victim.command],

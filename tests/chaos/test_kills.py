@@ -6,7 +6,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from program import TOKENS_PER_STEP, resumed_from
+from program import SEVERAL, TOKENS_PER_STEP, resumed_from
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +33,7 @@ def chosen(moments) -> list[tuple[str, int, float]]:
 
 
 def test_sigkill_at_random_moments(undisturbed, expected, program, row):
-    kills = chosen(undisturbed.output / "moments")
+    kills = chosen(undisturbed.place / "moments")
     print(f"seed {SEED}: {kills}")  # noqa: T201
 
     def one(kill) -> int:
@@ -80,8 +80,6 @@ def test_sigterm(expected, program, row):
 
 @pytest.mark.parametrize("both", [False, True], ids=["one", "all"])
 def test_kills_among_two_processes(both, of_two, program, row):
-    from program import SEVERAL
-
     trainer, expected_of_two = of_two
     victim = program(f"trainer={trainer}", *SEVERAL)
     ended = victim.run(step=8, send=int(signal.SIGKILL), rank=0 if both else 1)

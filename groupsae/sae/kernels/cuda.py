@@ -9,7 +9,8 @@ before those of the next (the first axis of a grid runs fastest): a stripe of th
 8 MiB of 32,768 rows of 256 bytes, stays in the L2 cache of an A100 or H100, while the whole table
 (256 MiB at d_model 2,048) does not. It also spreads a hot latent, which can have an entry in every
 row of the batch, over d * size / 256 programs. (Reasoned from sizes, and from the registers that
-compiling reports; no time on a GPU was measured.)
+compiling reports. On an H200 the sums take about what fetching every row from memory takes, so the
+stripes do not yet stay in its cache: docs/performance.md.)
 """
 
 from functools import cache

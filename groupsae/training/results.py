@@ -1,0 +1,108 @@
+"""What a finished run leaves in its folder: the SAEs, and a summary of its figures."""
+
+import resource
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from groupsae import __version__
+from groupsae.data.activations import ActivationDataModule
+from groupsae.interop.suite import save_sae
+from groupsae.training.callbacks.grouping import GroupLayers
+from groupsae.training.callbacks.throughput import Throughput
+from groupsae.training.suite import GroupSAESuite
+
+
+def save_suite(
+    folder: Path,
+    suite: GroupSAESuite,
+    grouping: GroupLayers,
+    data: ActivationDataModule,
+    configured: Mapping[str, Any],
+) -> None:
+    """Write the SAE of every group that this process holds into `saes/<group>/`.
+
+    Args:
+        folder: of the run.
+        suite: as trained.
+        grouping: knows plan and measurement.
+        data: the stream.
+        configured: the configuration's `sae`, as plain values.
+    """
+    plan, measurement = grouping.plan, grouping.measurement
+    assert measurement is not None
+    assert plan is not None
+    for index, member in zip(suite.own, suite.members(), strict=True):
+        arguments = {
+            "d_model": member.sae.d_model,
+            **{k: v for k, v in configured.items() if not str(k).startswith("_")},
+            "expansion": None,
+            "d_sae": member.sae.d_sae,
+        }
+        save_sae(
+            folder / "saes" / member.name,
+            member.sae,
+            {
+                "architecture": configured["_target_"],
+                "arguments": arguments,
+                "d_sae": member.sae.d_sae,
+                "width": plan.members[index].width,
+                "layers": member.layers,
+                "norm_factors": {
+                    layer: float(member.norm_factors[layer]) for layer in member.layers
+                },
+                **data.described(),
+                "weights": measurement.provenance["weights"],
+                "text": measurement.provenance["text"],
+                "tokens": int(member.tokens_per_layer.sum()),
+                "groupsae": __version__,
+            },
+        )
+
+
+def summarise(
+    folder: Path,
+    trainer: L.Trainer,
+    suite: GroupSAESuite,
+    grouping: GroupLayers,
+    throughput: Throughput,
+) -> dict[str, Any]:
+    """Return the figures of a finished run, of all processes' SAEs."""
+    values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert grouping.plan is not None
+    assert grouping.cost is not None
+    groups = {}
+    for planned in grouping.plan.members:
+        result = suite.val_results[planned.name]
+        groups[planned.name] = {
+            "layers": planned.layers,
+            "tokens_per_layer": result["tokens_per_layer"],
+            "fvu": values[f"val/fvu/{planned.name}"],
+            "l0": values[f"val/l0/{planned.name}"],
+            "dead": result["dead"],
+            "skipped": result["skipped"],
+            "unfired": values[f"val/unfired/{planned.name}"],
+            "fvu_per_layer": {x: found["fvu"] for x, found in result["per_layer"].items()},
+        }
+    part = grouping.plan.partition
+    return {
+        "folder": str(folder),
+        "groups": groups,
+        "chosen": grouping.plan.names,
+        "fvu": values["val/fvu/mean"],
+        "num_groups": part.num_groups,
+        "amad": part.amad,
+        "max_diameter": part.max_diameter,
+        "size_weighted_amad": part.size_weighted_amad,
+        "tokens": sum(suite.val_results[grouping.plan.names[0]]["tokens_per_layer"].values()),
+        "steps": trainer.global_step,
+        "tokens_per_second": throughput.overall(),
+        "seconds_training": throughput.total_seconds,
+        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gpu_memory_gb": torch.cuda.max_memory_allocated() / 2**30,  # 0 without a GPU
+        "cost": grouping.cost.as_dict(),
+        "groupsae": __version__,
+    }
