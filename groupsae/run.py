@@ -124,6 +124,7 @@ def alone(cfg: DictConfig) -> Iterator[None]:
     Raises:
         UserError: another run is in it.
     """
+    check_own(cfg)  # settles what the folder's name is made of
     check_values(cfg)
     folder = run_folder(cfg)
     there = cfg.resume is None or (folder / ".hydra").is_dir()  # nothing is made where no run is
