@@ -14,6 +14,7 @@ from groupsae.config import CONF, check_arguments, make, plain_folder
 from groupsae.content import without
 from groupsae.errors import UserError
 from groupsae.run import register_resolver
+from groupsae.trust import check_own
 
 OWN = ("path", "format", "only", "num_groups", "to")
 # of the training, which was not ours
@@ -44,6 +45,7 @@ def adopt(cfg: DictConfig) -> Path:
             "evaluate=true is for training: adopt first, then evaluate the run folder it names by "
             "python -m groupsae.evaluate run=<folder>."
         )
+    check_own(cfg)
     from groupsae.interop.hub.repository import repository  # slow, after the cheap checks
     from groupsae.interop.incoming import READABLE, is_adopted, lay_out, other_model, read_folder
     from groupsae.interop.whole import check_free, written_whole

@@ -3,20 +3,22 @@
 import difflib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, InstantiationException
-from hydra.utils import instantiate
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from groupsae.errors import UserError
+from groupsae.confidential import secret_in
+from groupsae.targets import CONF as CONF
+from groupsae.targets import make as make
 
-_INSTALLED = Path(__file__).parent / "conf"
-CONF = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parent.parent / "conf"
+INSTEAD = (
+    "leave it out and set the environment variable HF_TOKEN (the Hugging Face Hub), WANDB_API_KEY "
+    "(Weights & Biases) or HTTPS_PROXY (a proxy) instead."
+)
 
 
 def check_arguments(arguments: Sequence[str], name: str) -> None:
@@ -29,6 +31,12 @@ def check_arguments(arguments: Sequence[str], name: str) -> None:
         arguments: of the command line.
         name: of the command's yaml file, such as `train`.
     """
+    for argument in arguments:  # before Hydra writes them down
+        key, _, value = argument.partition("=")
+        names = key.lstrip("+~").split(".")
+        secret = secret_in({names[-1]: value}) or secret_in(argument)
+        if secret is not None:
+            _stop(f"{key} holds {secret[1]}, and run folders keep their configuration: {INSTEAD}")
     overrides = [a for a in arguments if a not in ("-m", "--multirun")]
     if any(a.startswith(("-", "hydra.searchpath")) for a in overrides):
         return
@@ -74,20 +82,6 @@ def plain_folder(argument: str) -> str:
     if key != "run":
         return f"{key}={_quoted(value)}"
     return f"run=[{','.join(_quoted(folder) for folder in value.split(',') if folder)}]"
-
-
-def make(cfg: DictConfig, **kwargs: Any) -> Any:
-    """Return the object that a conf node describes, built from plain Python values.
-
-    Raises:
-        UserError: of the constructor, without Hydra's wrapping.
-    """
-    try:
-        return instantiate(cfg, _convert_="all", **kwargs)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None
-        raise
 
 
 def _parsed(argument: str) -> Override:

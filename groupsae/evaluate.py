@@ -16,7 +16,7 @@ def run(cfg: DictConfig) -> None:
     """Evaluate one run."""
     try:
         folder = one_folder(cfg)
-        trained = finished_run(folder)
+        trained = finished_run(folder, trusted=cfg.trust_remote_code)
         if OmegaConf.select(cfg, "logger") is not None:
             trained.logger = cfg.logger
         from groupsae.assess import assess  # slow imports only after the cheap checks

@@ -1,10 +1,10 @@
-"""One process at a time writes into a run folder."""
+"""One process at a time writes into a run folder, or makes what several need."""
 
 import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -36,6 +36,35 @@ def alone_in(folder: Path) -> Iterator[None]:
         # Closing gives the lock back. The file stays: who finds none would make another and lock
         # that one, beside a process that has just opened this one.
         yield
+
+
+@contextmanager
+def one_at_a_time(path: Path, wait: Callable[[], object]) -> Iterator[None]:
+    """Hold a lock file while something shared is made; wait while another process does.
+
+    Whoever gets the lock looks first whether what it wanted is there by now. The file goes away
+    when what is done inside ends well: who makes a new one finds the result.
+
+    Args:
+        path: of the lock file; its folder is made if missing.
+        wait: is called once before waiting, to say so.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = path.open("w")
+    except OSError:  # whatever is written next says it
+        yield
+        return
+    with handle:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            wait()
+            fcntl.lockf(handle, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks: one process at a time works there as ever
+        yield
+        path.unlink(missing_ok=True)
 
 
 def _take(path: Path) -> IO[str] | None:

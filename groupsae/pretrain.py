@@ -64,7 +64,7 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
     module = LanguageModel(lm=lm, num_steps=num_steps, **cfg.optim)
 
     checkpoint = output / "checkpoints" / "last.ckpt" if cfg.resume else None
-    done = torch.load(checkpoint, mmap=True)["global_step"] if checkpoint else 0
+    done = torch.load(checkpoint, mmap=True, weights_only=True)["global_step"] if checkpoint else 0
 
     def loader(
         split: Split, num_steps: int, seed: int | None, first_step: int = 0

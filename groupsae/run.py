@@ -21,6 +21,7 @@ from groupsae.errors import UserError
 from groupsae.evaluation.options import check_options
 from groupsae.lock import alone_in
 from groupsae.training.checkpoints.folder import checkpoints
+from groupsae.trust import check_own, check_saved
 
 FORMAT = 3  # of a run folder: what its configuration says and its files hold
 PLACE = ("accelerator", "devices", "num_nodes", "strategy", "precision", "profiler")
@@ -123,6 +124,7 @@ def alone(cfg: DictConfig) -> Iterator[None]:
     Raises:
         UserError: another run is in it.
     """
+    check_own(cfg)  # settles what the folder's name is made of
     check_values(cfg)
     folder = run_folder(cfg)
     there = cfg.resume is None or (folder / ".hydra").is_dir()  # nothing is made where no run is
@@ -159,6 +161,7 @@ def open_run(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Path, P
         UserError: `resume` names no run, or the command asks for something else than the run
             was started with, or the folder cannot be written.
     """
+    check_own(cfg)
     check_values(cfg)
     folder = run_folder(cfg)
     if cfg.resume is not None:
@@ -191,13 +194,18 @@ def one_folder(cfg: DictConfig) -> Path:
     return Path(folders[0])
 
 
-def finished_run(folder: Path) -> DictConfig:
+def finished_run(folder: Path, *, trusted: bool) -> DictConfig:
     """Return the configuration of a finished run.
 
+    Args:
+        folder: of the run, perhaps a stranger's.
+        trusted: whether the language model's own code may run.
+
     Raises:
-        UserError: there is no run, or it is not finished.
+        UserError: there is no run, it is not finished, or its configuration asks for what only
+            the command line may allow.
     """
-    saved = _saved_config(folder, "run")
+    saved = _saved_config(folder, "run", trusted)
     if not (folder / "summary.json").exists():
         raise UserError(
             f"run={folder} has no SAEs yet: it was not finished. Finish it with\n"
@@ -207,7 +215,7 @@ def finished_run(folder: Path) -> DictConfig:
     return saved
 
 
-def _saved_config(folder: Path, key: str) -> DictConfig:
+def _saved_config(folder: Path, key: str, trusted: bool) -> DictConfig:
     saved_file = folder / ".hydra" / "config.yaml"
     if not saved_file.exists():
         raise UserError(
@@ -227,6 +235,7 @@ def _saved_config(folder: Path, key: str) -> DictConfig:
             f"{key}={folder}: its configuration has format {saved.get('run_format', 1)}, this "
             f"version of groupsae reads {FORMAT}: use the one that wrote it, or train again."
         )
+    check_saved(saved, folder, key=key, trusted=trusted)
     return saved
 
 
@@ -262,7 +271,9 @@ def _clear(folder: Path) -> None:
 
 
 def _config_to_resume(cfg: DictConfig, folder: Path, overrides: list[str]) -> DictConfig:
-    saved = _saved_config(folder, "resume")
+    said = {override.lstrip("+").replace(" ", "").lower() for override in overrides}
+    trusted = "model.load.trust_remote_code=true" in said
+    saved = _saved_config(folder, "resume", trusted)
     if "sae" not in saved:
         raise UserError(
             f"resume={folder}: its SAEs were trained elsewhere and adopted, so no training can go "

@@ -1,14 +1,17 @@
 """Train Group-SAEs: `python -m groupsae.train model=pythia-1b groups=amad`."""
 
 import sys
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from groupsae.config import CONF, check_arguments, plain_folder
 from groupsae.errors import UserError
 from groupsae.run import alone, forget, open_run, register_resolver
+from groupsae.sweep import check_launcher, finish, run_point
 
 
 def train(cfg: DictConfig, overrides: list[str]) -> int:
@@ -25,15 +28,20 @@ def train(cfg: DictConfig, overrides: list[str]) -> int:
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
-def run(cfg: DictConfig) -> None:
+def run(cfg: DictConfig) -> dict[str, Any] | None:
     """Run one configuration of the command (of a sweep: of each of its points)."""
+    overrides = list(HydraConfig.get().overrides.task)
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        register_resolver()  # in a launcher's process
+        return run_point(cfg, overrides, train)
     try:
-        status = train(cfg, list(HydraConfig.get().overrides.task))
+        status = train(cfg, overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
     if status:
         sys.exit(status)
+    return None
 
 
 def main() -> None:
@@ -41,7 +49,17 @@ def main() -> None:
     register_resolver()
     sys.argv[1:] = [plain_folder(argument) for argument in sys.argv[1:]]
     check_arguments(sys.argv[1:], "train")
-    run()
+    try:
+        check_launcher(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        run()
+    finally:
+        status = finish()
+    if status:
+        sys.exit(status)
 
 
 if __name__ == "__main__":

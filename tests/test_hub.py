@@ -8,8 +8,9 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from pyarrow import parquet
 
 from groupsae.data import hub
-from groupsae.data.hub import HubSource, is_transient
+from groupsae.data.hub import HubSource
 from groupsae.errors import UserError
+from groupsae.network import is_transient
 
 TEXTS = [f"text {i}" for i in range(7)]
 

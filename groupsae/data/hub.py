@@ -5,24 +5,31 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 from groupsae.data.columns import pick_column, row_document
 from groupsae.data.sources import Document, files_fingerprint
 from groupsae.errors import UserError
+from groupsae.network import first_line, is_transient, lost_connection, pause_after
 
 log = logging.getLogger(__name__)
-NETWORK_LIBRARIES = {"aiohttp", "httpcore", "httpcore2", "httpx", "httpx2", "requests", "urllib3"}
-LONGEST_PAUSE = 60.0  # seconds
-WORTH_RETRYING = {408, 425, 429}  # of the 4xx answers; the others say that asking again is useless
+
+
+class EndedEarlyError(ConnectionError):
+    """The stream ended before the last row."""
 
 
 class HubSource:
     """Any data set that `datasets` can stream, as text or already tokenised.
 
-    Row i of the split is the document `<split>#i`. Lost connections are tried again at the row
-    where they broke, after 1, 2, 4, ... seconds (at most a minute).
+    Row i of the split is the document `<split>#i`. What breaks on the way (a lost connection, an
+    answer cut short, a server that says nothing for HF_HUB_DOWNLOAD_TIMEOUT seconds, by itself 10)
+    is tried again at the row where it broke, after the pauses of `groupsae.network.pause_after`. A
+    stream that ends before the number of rows that the data set's card names has broken, too;
+    where the card names none, a file that was cut between two lines cannot be told from a whole
+    one.
 
     Args:
         name: on the Hub (`owner/name`), or a local folder: one written by `save_to_disk`, or one
@@ -48,6 +55,7 @@ class HubSource:
     ) -> None:
         self.name, self.config, self.split = name, config, split
         self.revision, self.column, self.retries = revision, column, retries
+        self.promised: int | None = None  # rows of the split, if its card names them
 
     @property
     def _folder(self) -> Path | None:
@@ -107,23 +115,25 @@ class HubSource:
         row, failures = start, 0
         while True:
             try:
-                for record in self._open(row):
-                    yield row, record
-                    row, failures = row + 1, 0
+                with _few_retries_of_their_own(self.retries):
+                    for record in self._open(row):
+                        yield row, record
+                        row, failures = row + 1, 0
+                    if self.promised is not None and row < self.promised:
+                        raise EndedEarlyError(
+                            f"it ended after {row:,} of the {self.promised:,} rows that its card "
+                            "names"
+                        )
                 return
             except UserError:
                 raise
             except Exception as error:
-                if not is_transient(error):
+                if not self._may_pass(error):
                     raise self._hopeless(error) from error
                 failures += 1
                 if failures > self.retries:
-                    raise UserError(
-                        f"data set {self.name}: the connection was lost at row {row} and not "
-                        f"regained in {self.retries} retries ({first_line(error)}). What was "
-                        "packed is kept: running the command again goes on where it stopped"
-                    ) from error
-                pause = min(LONGEST_PAUSE, 2.0 ** (failures - 1))
+                    raise self._lost(error, row) from error
+                pause = pause_after(error, failures)
                 log.warning(
                     "%s: connection lost at row %d (%s); retry %d of %d in %.0f s",
                     self.name,
@@ -134,6 +144,32 @@ class HubSource:
                     pause,
                 )
                 time.sleep(pause)
+
+    def _may_pass(self, error: Exception) -> bool:
+        if self._folder is not None:  # nothing is cut short on the way: a damaged file stays so
+            return is_transient(error)
+        return is_transient(error) or is_damaged(error) or lost_connection(error) is not None
+
+    def _lost(self, error: Exception, row: int) -> UserError:
+        kept = (
+            "What was packed is kept: running the command again goes on where it stopped. "
+            "data.retries=<number> waits longer"
+        )
+        if isinstance(error, EndedEarlyError):
+            return UserError(
+                f"data set {self.name}: {error}, in {self.retries + 1} tries. {kept}; if the card "
+                "is wrong, set stream.max_tokens to less than the data set holds"
+            )
+        if is_damaged(error):
+            return UserError(
+                f"data set {self.name}: what came from row {row} on was cut short or damaged in "
+                f"{self.retries + 1} tries ({first_line(error)}). {kept}; if the file itself is "
+                "damaged, set stream.max_tokens to less than what comes before it"
+            )
+        return UserError(
+            f"data set {self.name}: the connection was lost at row {row} and not regained in "
+            f"{self.retries} retries ({first_line(error)}). {kept}"
+        )
 
     def _open(self, start: int) -> Iterable[dict[str, Any]]:
         """Return the rows from `start` on.
@@ -148,6 +184,8 @@ class HubSource:
             stream: datasets.IterableDataset = datasets.load_dataset(
                 place, self.config, split=self.split, revision=self.revision, streaming=True
             )
+            splits = (folder is None and stream.info.splits) or {}
+            self.promised = getattr(splits.get(self.split), "num_examples", None) or None
             return cast(Iterable[dict[str, Any]], stream.skip(start))
         saved = datasets.load_from_disk(folder)
         if isinstance(saved, datasets.DatasetDict):
@@ -169,25 +207,31 @@ class HubSource:
         )
 
 
-def is_transient(error: BaseException) -> bool:
-    """Return whether an error comes from the network and may be gone at the next try."""
-    if type(error).__name__ == "OfflineModeIsEnabled":
-        return False
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    status = getattr(error, "status", None) if status is None else status  # aiohttp's name
-    if isinstance(status, int) and 400 <= status < 500:
-        return status in WORTH_RETRYING
-    lasting = FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError
-    libraries = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
-    return not isinstance(error, lasting) and (
-        isinstance(error, OSError | TimeoutError) or bool(libraries & NETWORK_LIBRARIES)
-    )
+def is_damaged(error: BaseException) -> bool:
+    """Return whether an error says that a file is not whole: an answer may have been cut short."""
+    import zlib
+
+    import pyarrow
+
+    return isinstance(error, pyarrow.ArrowInvalid | EOFError | zlib.error)
 
 
-def first_line(error: BaseException) -> str:
-    """Return the kind of an error and the first line of what it says."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+@contextmanager
+def _few_retries_of_their_own(retries: int) -> Iterator[None]:
+    """Let `datasets` give up in minutes.
+
+    It tries a broken read 20 times, each with 23 s of pauses in huggingface_hub below it, and so
+    for every try of ours: an hour until the user hears of it. Reading on in the same file is
+    cheaper than opening it anew, though, so as many tries as ours are left to it.
+    """
+    from datasets import config
+
+    before = config.STREAMING_READ_MAX_RETRIES, config.STREAMING_OPEN_MAX_RETRIES
+    config.STREAMING_READ_MAX_RETRIES, config.STREAMING_OPEN_MAX_RETRIES = retries + 1, 1
+    try:
+        yield
+    finally:
+        config.STREAMING_READ_MAX_RETRIES, config.STREAMING_OPEN_MAX_RETRIES = before
 
 
 def _saved_to_disk(folder: Path) -> bool:

@@ -1,13 +1,11 @@
 """Documents to token blocks on disk: resumable, and safe when two processes want the same."""
 
-import fcntl
 import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,6 +15,7 @@ from groupsae.data.sources import Document, Source
 from groupsae.data.splits import split_of
 from groupsae.data.writer import BlockWriter, explained, write_json
 from groupsae.errors import UserError
+from groupsae.lock import one_at_a_time
 
 BATCH_DOCUMENTS = 64  # tokenised in one call, over all cores unless TOKENIZERS_PARALLELISM=false
 BATCH_SIZE = 1_000_000  # characters (or tokens) read ahead at most, beside the last document
@@ -58,7 +57,9 @@ def pack(
             source cannot be read further; what was packed until then is kept.
     """
     console = Console(stderr=True)
-    with _locked(folder.with_suffix(".lock"), console):
+    lock = folder.with_suffix(".lock")
+    said = f"another process is packing this text: waiting for {lock}"
+    with one_at_a_time(lock, lambda: console.print(said, highlight=False, soft_wrap=True)):
         if (folder / "manifest.json").exists():
             return
         partial = folder.with_suffix(".partial")
@@ -204,27 +205,3 @@ def _bar(console: Console, total: int | None, before: int) -> Iterator[Show]:
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as progress:
         yield Show(progress, total, before)
-
-
-@contextmanager
-def _locked(path: Path, console: Console) -> Iterator[None]:
-    """Hold a lock file; wait, saying so, while another process holds it."""
-    with explained(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle: IO[str] = path.open("w")
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            console.print(
-                f"another process is packing this text: waiting for {path}",
-                highlight=False,
-                soft_wrap=True,
-            )
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks: one process at a time works there as ever
-        yield
-        # Only reached with the corpus whole: whoever waits for the old file or makes a new one
-        # finds the manifest first.
-        path.unlink(missing_ok=True)

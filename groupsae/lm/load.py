@@ -26,6 +26,7 @@ from groupsae.lm.geometry import choose_stack, geometry_of, stacks_of, within_po
 from groupsae.lm.hooked import HookedLM
 from groupsae.lm.hookpoints import check_hookpoint, paths_of
 from groupsae.lm.options import check_load_options, hub_options, recorded_options
+from groupsae.network import first_line, lost_connection
 
 BUNDLED = {"tiny": Path(__file__).parent.parent / "models" / "tiny"}
 
@@ -85,8 +86,18 @@ class FrozenLM:
     def _pretrained(self, auto: Any, **kwargs: Any) -> Any:
         try:
             return auto.from_pretrained(self.path, revision=self.revision or "main", **kwargs)
-        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        except Exception as error:
+            lost = lost_connection(error)
+            known = (OSError, ValueError, RuntimeError, ImportError, SafetensorError)
+            if lost is None and not isinstance(error, known):
+                raise
+            said = str(error).strip().splitlines() or [repr(error)]
+            reason = said[0]
+            if lost is not None:
+                reason += (
+                    f" The connection failed ({first_line(lost)}), also in huggingface_hub's own "
+                    "retries; what has come is kept, and the same command goes on."
+                )
             raise UserError(
                 f"cannot load model '{self.name}' (revision {self.revision or 'main'}): {reason} "
                 "Name a folder with a Hugging Face model, or an id on the Hub that this machine "

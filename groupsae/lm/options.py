@@ -1,11 +1,11 @@
 """Arguments that a user passes on to transformers' from_pretrained as `model.load`."""
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
+from groupsae.confidential import secret_in
 from groupsae.errors import UserError
 
 # said elsewhere
@@ -15,8 +15,8 @@ OURS = {
     "torch_dtype": "model.dtype",
     "config": "model.name",
 }
-SECRETS = ("token", "use_auth_token", "proxies")
-_PASSWORD = re.compile(r"://[^/\s@]*@")
+# would run code of whoever wrote the weights
+PICKLED = ("weights_only", "pickle_module")
 # config and tokenizer must be found as the weights are
 HUB = ("trust_remote_code", "code_revision", "cache_dir", "local_files_only", "subfolder")
 # where weights lie and how they get there changes no activation
@@ -39,13 +39,18 @@ def check_load_options(load: object) -> None:
             f"model.load is {load!r}; give arguments of from_pretrained, such as "
             "{device_map: auto}, or {} for none."
         )
-    secret = _secret(load)
+    found = secret_in(load)
+    secret = found[1] if found is not None else "proxies" if "proxies" in load else None
     if secret is not None:
         raise UserError(
             f"model.load holds {secret}, and run folders keep their configuration: leave it out "
             "and use the environment variable HF_TOKEN, or HTTPS_PROXY."
         )
     for name in load:
+        if name in PICKLED:
+            raise UserError(
+                f"model.load holds {name}: leave it out, weights are read without running code."
+            )
         if name in OURS:
             raise UserError(f"model.load holds {name}: leave it out and use {OURS[name]}.")
         if name in ("device_map", "quantization_config") and find_spec("accelerate") is None:
@@ -55,16 +60,16 @@ def check_load_options(load: object) -> None:
             )
 
 
-def _secret(value: object) -> str | None:
-    """Return what of nested options is secret, without its value; None if nothing is."""
-    if isinstance(value, str):
-        return "an address with a password" if _PASSWORD.search(value) else None
-    if isinstance(value, Mapping):
-        named = next((str(name) for name in value if name in SECRETS), None)
-        return named or _secret(list(value.values()))
-    if isinstance(value, Sequence):
-        return next((found for each in value if (found := _secret(each))), None)
-    return None
+def runs_code(load: Mapping[str, Any]) -> str | None:
+    """Return the option that lets code of the model's owner run here, if there is one."""
+    if load.get("trust_remote_code"):
+        return "trust_remote_code"
+    kernels = [
+        name for name in load if name.endswith("_implementation") and "/" in str(load[name])
+    ]
+    if load.get("use_kernels"):
+        kernels.append("use_kernels")
+    return kernels[0] if kernels else None  # a kernel that is fetched from the Hub
 
 
 def hub_options(load: Mapping[str, Any]) -> dict[str, Any]:

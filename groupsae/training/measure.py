@@ -3,12 +3,14 @@
 import hashlib
 import json
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
+from rich.console import Console
 
 from groupsae.cost.stopwatch import Stopwatch
 from groupsae.data.activations import ActivationDataModule
@@ -17,6 +19,7 @@ from groupsae.data.whole import whole
 from groupsae.errors import UserError
 from groupsae.grouping.angles import AngularDistance
 from groupsae.grouping.moments import LayerMoments
+from groupsae.lock import one_at_a_time
 from groupsae.progress import token_progress
 
 FORMAT = 4  # of the cached file
@@ -141,17 +144,39 @@ def measure(
     """Return distances and norms, from the cache if this content was measured before.
 
     The key is (model, weights, text, tokens, options), so a sweep over the number of groups
-    measures once. With several processes each takes its share and all get the same sums.
+    measures once: of runs side by side one measures, and the others wait for it. With several
+    processes each takes its share and all get the same sums.
     """
     provenance = provenance_of(data, tokens, centring)
     content = json.dumps({**provenance, "format": FORMAT}, sort_keys=True)
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     path = cache / "angles" / f"{key}.npz"
-    found = cached(path) if trainer.global_rank == 0 else None
-    found = trainer.strategy.broadcast(found)  # what the first process read, all go on with
-    if found is not None:
-        return found
+    with _one_run_at_a_time(path, leads=trainer.global_rank == 0):
+        found = cached(path) if trainer.global_rank == 0 else None
+        found = trainer.strategy.broadcast(found)  # what the first process read, all go on with
+        if found is None:
+            found = _measured(data, trainer, tokens, provenance)
+            if trainer.global_rank == 0:
+                found.save(path)
+    return found
 
+
+def _one_run_at_a_time(path: Path, *, leads: bool) -> AbstractContextManager[None]:
+    """Return a lock for the first process of a run; the others wait for what it tells them."""
+    if not leads:
+        return nullcontext()
+    said = f"another run is measuring these layers: waiting for {path.with_suffix('.lock')}"
+    console = Console(stderr=True)
+    return one_at_a_time(
+        path.with_suffix(".lock"), lambda: console.print(said, highlight=False, soft_wrap=True)
+    )
+
+
+def _measured(
+    data: ActivationDataModule, trainer: L.Trainer, tokens: int, provenance: dict[str, Any]
+) -> Measurement:
+    """Run the calibration tokens through the model, once or (centred) twice."""
+    centring = provenance["centring"]
     geometry, device = data.lm.geometry, trainer.strategy.root_device
     size = {"num_layers": geometry.num_layers, "d_model": geometry.d_model}
     moments = LayerMoments(**size).to(device)
@@ -167,7 +192,7 @@ def measure(
                 for each in [moments, angles] if metric is None else [metric]:
                     each.update(batch.acts, batch.everywhere())
                 advance(batch.acts.shape[1] * trainer.world_size)
-    result = Measurement(
+    return Measurement(
         angles.compute().cpu().numpy(),
         moments.rms_norm().cpu().numpy(),
         moments.mean_norm().cpu().numpy(),
@@ -175,6 +200,3 @@ def measure(
         provenance,
         watch.seconds,
     )
-    if trainer.global_rank == 0:
-        result.save(path)
-    return result

@@ -31,7 +31,9 @@ class StopOnSignal(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the signals over (from Lightning, which would leave without a checkpoint)."""
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            # submitit's, before the end of the allotted time: it asks for the job to come again
+            requeue = [signal.SIGUSR2] if callable(signal.getsignal(signal.SIGUSR2)) else []
+            for number in (signal.SIGINT, signal.SIGTERM, *requeue):
                 self._before[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from groupsae.training.checkpoints.folder import Record, record
@@ -89,7 +89,8 @@ def write_parts(folder: Path, parts: Mapping[int, Part]) -> dict[str, Record]:
     for index, part in parts.items():
         file = folder / file_of(index)
         tensors = {name: tensor.detach().contiguous() for name, tensor in part.tensors.items()}
-        save_file(tensors, file, metadata={"options": json.dumps(part.options)})
+        # (save_file would make it readable by its owner only, whatever the umask)
+        file.write_bytes(save(tensors, metadata={"options": json.dumps(part.options)}))
         records[file.name] = record(file)
     return records
 
