@@ -36,6 +36,7 @@ from groupsae.run import is_leader
 from groupsae.trust import check_own
 
 PACKAGES = {  # of a launcher -> its module and our extra that brings it
+    "parallel": ("hydra_plugins.hydra_joblib_launcher", "joblib"),
     "joblib": ("hydra_plugins.hydra_joblib_launcher", "joblib"),
     "slurm": ("hydra_plugins.hydra_submitit_launcher", "submitit"),
     "submitit_slurm": ("hydra_plugins.hydra_submitit_launcher", "submitit"),
@@ -132,7 +133,8 @@ class Points(Callback):
         table.add_column("run folder, or why", overflow="fold")
         statuses = []
         for point in points:
-            each = found.get(tuple(point), {"status": None, "said": "", "folder": ""})
+            lost = {"status": None, "said": "no end was seen: killed, or still running"}
+            each = found.get(tuple(point), lost)
             status = each["status"]
             statuses.append(status)
             word = {0: "done", None: "not run"}.get(

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -11,11 +12,14 @@ import torch
 
 from groupsae.training.readback import Readback
 
+SAME = 2.0  # seconds in which a second signal is the first one's echo
+
 
 class StopOnSignal(L.Callback):
     """Turns the first SIGINT or SIGTERM into a checkpoint and an orderly end.
 
-    A second one ends the process at once. With several processes all of them stop at the same
+    A second one ends the process at once, unless it comes with the first: `timeout`, a terminal
+    or SLURM may tell a whole group of processes what one of them passes on to the others. With several processes all of them stop at the same
     step, whichever was told: the one after, so that no step waits for the others' answers.
 
     Args:
@@ -25,6 +29,7 @@ class StopOnSignal(L.Callback):
     def __init__(self, *, folder: str) -> None:
         self.folder = Path(folder)
         self.received: int | None = None
+        self._since = 0.0
         self._before: dict[int, Any] = {}
         self._told: Readback | None = None  # how many processes were, after the last step
 
@@ -38,9 +43,11 @@ class StopOnSignal(L.Callback):
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.received is not None:
+            if time.monotonic() - self._since < SAME:
+                return
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.received = number
+        self.received, self._since = number, time.monotonic()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Save and stop if told to."""
