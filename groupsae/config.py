@@ -90,6 +90,12 @@ def make(cfg: DictConfig, **kwargs: Any) -> Any:
         raise
 
 
+def make_source(data: DictConfig) -> Any:
+    """Return the source of text that cfg.data names; where activations go is not its business."""
+    kept = [str(key) for key in data if key not in ("cache", "cache_dtype")]
+    return make(OmegaConf.masked_copy(data, kept))
+
+
 def _parsed(argument: str) -> Override:
     try:
         return OverridesParser.create().parse_override(argument)

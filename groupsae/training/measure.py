@@ -152,6 +152,7 @@ def measure(
     if found is not None:
         return found
 
+    data.fill_calibration(tokens)
     geometry, device = data.lm.geometry, trainer.strategy.root_device
     size = {"num_layers": geometry.num_layers, "d_model": geometry.d_model}
     moments = LayerMoments(**size).to(device)
