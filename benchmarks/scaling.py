@@ -21,7 +21,7 @@ from hydra import compose, initialize_config_dir
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.timing import RESULTS, interleaved, now, variant, write
-from groupsae.config import CONF, make
+from groupsae.config import CONF, make, make_source
 from groupsae.data.activations import ActivationDataModule
 from groupsae.grouping.partition import Partition
 from groupsae.grouping.plan import GroupPlan
@@ -142,7 +142,7 @@ def prepared(folder: str, overrides: Sequence[str], sizes: dict[str, int]) -> Ca
     lm, plan = make(cfg.model), plan_of(sizes["saes"], sizes["layers"])
     tokens = (WARM + STEPS) * sizes["blocks"] * cfg.stream.context
     data = ActivationDataModule(
-        lm=lm, source=make(cfg.data), cache=folder, tokens=tokens, seed=0, **cfg.stream
+        lm=lm, source=make_source(cfg.data), cache=folder, tokens=tokens, seed=0, **cfg.stream
     )
     data.set_slots(plan.slots)
     suite = GroupSAESuite(

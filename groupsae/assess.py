@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from groupsae import __version__
-from groupsae.config import make
+from groupsae.config import make, make_source
 from groupsae.cost.counter import flop_counter
 from groupsae.cost.model import activation_flops
 from groupsae.cost.stopwatch import Stopwatch
@@ -199,12 +199,14 @@ def _open(folder: Path, cfg: DictConfig, device: torch.device) -> Subject:
     lm = make(cfg.model)
     data = ActivationDataModule(
         lm=lm,
-        source=make(cfg.data),
+        source=make_source(cfg.data),
         cache=str(Path(cfg.output) / "cache"),
         tokens=cfg.tokens,
         seed=cfg.seed,
         **cfg.stream,
     )
+    if cfg.data.get("cache") is not None:
+        data.keep_in(cfg.data.cache, cfg.data.cache_dtype, Console().print)
     trained = next(iter(saes.values())).configs[plan.members[0].name]
     weights = lm.fingerprint()
     if trained["weights"] not in (None, weights):  # None: adopted, and nothing is known

@@ -84,6 +84,12 @@ def plain_folder(argument: str) -> str:
     return f"run=[{','.join(_quoted(folder) for folder in value.split(',') if folder)}]"
 
 
+def make_source(data: DictConfig) -> Any:
+    """Return the source of text that cfg.data names; where activations go is not its business."""
+    kept = [str(key) for key in data if key not in ("cache", "cache_dtype")]
+    return make(OmegaConf.masked_copy(data, kept))
+
+
 def _parsed(argument: str) -> Override:
     try:
         return OverridesParser.create().parse_override(argument)

@@ -17,9 +17,20 @@ RUNTIME = (
     "evaluate",
     "evaluation",
     "nonfinite",  # without such a step there is no difference, and after one a stopped run goes on
+    "data.cache",  # whose place is no matter; that there is one is said by data.cache_dtype
     "stream.num_workers",
     "stream.blocks_per_forward",
 )
+
+
+def decisive(values: Mapping[str, Any], more: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the plain values that decide the result, without some more dotted keys.
+
+    Activations that are read from a store were rounded to its dtype; without a store that dtype
+    decides nothing.
+    """
+    stored = (values.get("data") or {}).get("cache") is not None
+    return without(values, (*RUNTIME, *more, *(() if stored else ("data.cache_dtype",))))
 
 
 def without(values: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:

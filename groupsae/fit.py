@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from groupsae.assess import assess, steps_to_evaluate
-from groupsae.config import make
+from groupsae.config import make, make_source
 from groupsae.data.activations import ActivationDataModule
 from groupsae.data.reading import read_metrics
 from groupsae.data.writer import write_json
@@ -169,12 +169,15 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
     cache = Path(cfg.output) / "cache"
     data = ActivationDataModule(
         lm=lm,
-        source=make(cfg.data),
+        source=make_source(cfg.data),
         cache=str(cache),
         tokens=cfg.tokens,
         seed=cfg.seed,
         **cfg.stream,
     )
+    if cfg.data.get("cache") is not None:
+        say = partial(console.print, soft_wrap=True, highlight=False)
+        data.keep_in(cfg.data.cache, cfg.data.cache_dtype, say)
     suite = GroupSAESuite(
         sae=sae,
         d_sae=example.d_sae,

@@ -15,7 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped,unused-ignore]
 
 from groupsae.config import make
-from groupsae.content import RUNTIME, without
+from groupsae.content import RUNTIME, decisive
+from groupsae.data.store.options import check_store
 from groupsae.data.whole import whole
 from groupsae.errors import UserError
 from groupsae.evaluation.options import check_options
@@ -30,7 +31,7 @@ PLACE = ("accelerator", "devices", "num_nodes", "strategy", "precision", "profil
 def content(cfg: DictConfig) -> dict[str, Any]:
     """Return the part of the configuration that decides the result."""
     plain: Any = OmegaConf.to_container(cfg, resolve=False)
-    values = without(plain, RUNTIME)
+    values = decisive(plain)
     # of the trainer only what someone added that is neither a place nor a display counts
     added = {
         k: v for k, v in cfg.trainer.items() if k not in PLACE and not k.startswith("enable_")
@@ -96,6 +97,7 @@ def check_values(cfg: DictConfig) -> None:
         raise UserError(
             f"run_format is {cfg.run_format!r}; leave it at {FORMAT}, it is not to be set."
         )
+    check_store(cfg.data.get("cache"), cfg.data.get("cache_dtype"))
     if cfg.trainer.precision != "32-true":
         raise UserError(
             f"trainer.precision is {cfg.trainer.precision!r}; the SAEs train in 32-true. The "

@@ -1,16 +1,16 @@
 """Tokens in, activations out: the DataModule that holds the language model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from groupsae.cost.stopwatch import Stopwatch
 from groupsae.data.batch import ActivationBatch
-from groupsae.data.batches import TokenBatches
 from groupsae.data.drawn import DrawnTokens, draw
 from groupsae.data.exchange import Exchange
 from groupsae.data.filters import TokenFilter, check_filters
@@ -19,9 +19,11 @@ from groupsae.data.sizes import check_sizes
 from groupsae.data.sources import Source
 from groupsae.data.splits import SPLITS
 from groupsae.data.spread import SpreadTokens, draw_spread, exchange_rows, travelling_dtype
+from groupsae.data.store.batches import StoredBatches, StoredParts
+from groupsae.data.store.rows import StoredRows
 from groupsae.data.tokens import Packing
 from groupsae.errors import UserError
-from groupsae.lm.hooked import HookedLM
+from groupsae.lm.hooked import HookedLM, read_after
 from groupsae.lm.load import FrozenLM
 
 LEAST_TEXT = 20_000_000  # tokens
@@ -29,7 +31,7 @@ LEAST_TEXT = 20_000_000  # tokens
 Drawn = DrawnTokens | SpreadTokens
 
 
-class ActivationDataModule(TokenBatches):
+class ActivationDataModule(StoredBatches):
     """Streams activations of a frozen language model, at its hookpoint.
 
     Token blocks travel through an ordinary loader. What can be decided without the model is
@@ -40,6 +42,9 @@ class ActivationDataModule(TokenBatches):
 
     The position in the data is one integer, `blocks_seen` over all ranks; order and draws are
     functions of it, so a resumed run sees exactly what the undisturbed one would.
+
+    With `keep_in`, activations are written to a store once and read from there: rows come with the
+    batch, and no language model runs.
 
     Args:
         lm: the language model.
@@ -103,6 +108,8 @@ class ActivationDataModule(TokenBatches):
         self.slots: list[list[int]] = []
         self.exchanges: tuple[Exchange, Exchange] | None = None  # none: rows stay where they are
         self.blocks_seen = 0
+        self._hooked: HookedLM | None = None
+        self.device = torch.device("cpu")
         self.stopwatch = Stopwatch()  # of the language model's forwards in training
 
     # ---- data ---------------------------------------------------------------------------
@@ -111,17 +118,37 @@ class ActivationDataModule(TokenBatches):
         """Check that every split fills a step; load the model onto this process's device."""
         for split in SPLITS:
             self.steps_for(split, None)
-        if not hasattr(self, "hooked"):
-            device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-            self.use(self.lm.load(device), device)
+        if self._hooked is None:
+            self.device = self.trainer.strategy.root_device if self.trainer else self.device
+            if not self.is_stored:
+                self.hooked  # noqa: B018
+
+    @property
+    def hooked(self) -> HookedLM:
+        """Return the language model, loaded if it is not yet."""
+        if self._hooked is None:
+            self.use(self.lm.load(self.device), self.device)
+        assert self._hooked is not None
+        return self._hooked
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """Return the language model as transformers has it."""
+        return self.hooked.model
 
     def use(self, hooked: HookedLM, device: torch.device) -> None:
         """Run this copy of the language model, with or without its head, and no other."""
-        self.hooked, self.model, self.device = hooked, hooked.model, device
-        special = self.lm.tokenizer().all_special_ids
-        if hooked.start_token is not None:
-            special = [*special, hooked.start_token]
-        self.special_ids = torch.tensor(special, dtype=torch.int64)
+        self._hooked, self.device = hooked, device
+
+    def release(self) -> None:
+        """Let go of the language model; it is loaded again when it is needed."""
+        self._hooked = None
+
+    @cached_property
+    def special_ids(self) -> Int[Tensor, " id"]:
+        """Return the tokens that are no text."""
+        special, start = self.lm.tokenizer().all_special_ids, self.lm.start_token
+        return torch.tensor(special if start is None else [*special, start], dtype=torch.int64)
 
     @property
     def filters(self) -> TokenFilter:
@@ -138,6 +165,7 @@ class ActivationDataModule(TokenBatches):
             "exclude_special_tokens": self.exclude_special_tokens,
             "skip_positions": self.skip_positions,
             "max_norm_ratio": self.max_norm_ratio,
+            **({"stored": self.stored_dtype} if self.is_stored else {}),
         }
 
     # ---- activations --------------------------------------------------------------------
@@ -154,19 +182,34 @@ class ActivationDataModule(TokenBatches):
             validation: of layers.
         """
         self.exchanges = training, validation
+        if self.is_stored:
+            self.travelling = self.store.layout.dtype
+            return
         sample = torch.from_numpy(self.blocks.blocks["train"][:1, :2].astype("int64"))
         self.travelling = travelling_dtype(self.hooked, sample.to(self.device), self.used_layers())
 
+    def train_dataloader(self) -> Iterable[Any]:
+        """Return the training batches from `blocks_seen` on."""
+        return self.stored_training() if self.is_stored else super().train_dataloader()
+
+    def val_dataloader(self) -> Iterable[Any]:
+        """Return the held-out batches of a validation."""
+        if not self.is_stored:
+            return super().val_dataloader()
+        return self.stored_heldout(self.steps_for("heldout", self.heldout_tokens))
+
     def on_before_batch_transfer(
-        self, batch: Tensor, dataloader_idx: int
-    ) -> Drawn | list[DrawnTokens] | list[SpreadTokens]:
+        self, batch: Tensor | StoredRows | StoredParts, dataloader_idx: int
+    ) -> Drawn | StoredRows | StoredParts | list[DrawnTokens] | list[SpreadTokens]:
         """Decide on the host what a batch of tokens will show.
 
         A validation batch shows every used layer, so it comes in parts of `blocks_per_forward`.
         """
+        if isinstance(batch, StoredRows | StoredParts):  # decided when it was read
+            return batch
         assert self.trainer is not None
         if self.exchanges is not None:
-            return self._spread(batch, *self.exchanges, training=self.trainer.training)
+            return self.spread(batch, self.blocks_seen, training=self.trainer.training)
         if not self.trainer.training:
             slots = [[layer] for layer in self.used_layers()]
             return [self.drawn(part, slots) for part in batch.split(self.blocks_per_forward)]
@@ -175,34 +218,44 @@ class ActivationDataModule(TokenBatches):
         return self.drawn(batch, self.slots, first * self.packing.context)
 
     def on_after_batch_transfer(
-        self, batch: Drawn | list[Drawn], dataloader_idx: int
+        self, batch: Drawn | list[Drawn] | StoredRows | StoredParts, dataloader_idx: int
     ) -> ActivationBatch | Iterator[ActivationBatch]:
         """Turn what was drawn into activations."""
+        if isinstance(batch, StoredParts):
+            exchange = None if self.exchanges is None else self.exchanges[1]
+            return (rows.to(self.device).batch(exchange) for rows in batch.rows())
         if isinstance(batch, list):
             slots = [[layer] for layer in self.used_layers()]
             return (self._made(part, slots, training=False) for part in batch)
         self.blocks_seen += self.blocks_per_step
+        if isinstance(batch, StoredRows):
+            return batch.batch(None if self.exchanges is None else self.exchanges[0])
         self.stopwatch.start(batch.layers.device)
         made = self._made(batch, self.slots, training=True)
         self.stopwatch.stop()
         return made
 
-    def _spread(
-        self, batch: Tensor, training_rows: Exchange, layers: Exchange, *, training: bool
+    def spread(
+        self, batch: Tensor, first_block: int, *, training: bool
     ) -> SpreadTokens | list[SpreadTokens]:
-        """Decide what a batch that every process reads in full will show."""
+        """Return what a batch that every process reads in full will show.
 
-        def counted(tokens: Tensor) -> Tensor | None:
-            return self.filters.tokens(self.hooked.read(tokens))
+        Args:
+            batch: its tokens.
+            first_block: place of its first block in the run.
+            training: or a validation, which comes in parts.
+        """
+        assert self.exchanges is not None
+        training_rows, layers = self.exchanges
 
         def drawn(exchange: Exchange, part: slice) -> SpreadTokens:
             found = draw_spread(
                 batch,
                 exchange,
                 part,
-                counted,
+                self.counted,
                 seed=self.seed,
-                first_position=self.blocks_seen * self.packing.context,
+                first_position=first_block * self.packing.context,
                 blocks_per_forward=self.blocks_per_forward,
             )
             return found.pinned() if self.device.type == "cuda" else found
@@ -236,12 +289,16 @@ class ActivationDataModule(TokenBatches):
         found = draw(
             tokens,
             slots,
-            self.filters.tokens(self.hooked.read(tokens)),
+            self.counted(tokens),
             seed=self.seed,
             first_position=first_position,
             blocks_per_forward=self.blocks_per_forward,
         )
         return found.pinned() if self.device.type == "cuda" else found
+
+    def counted(self, tokens: Int[Tensor, "block pos"]) -> Bool[Tensor, "block pos"] | None:
+        """Return which tokens count whatever their activations; None if all do."""
+        return self.filters.tokens(read_after(self.lm.start_token, tokens))
 
     def shown(self, drawn: DrawnTokens, slots: list[list[int]]) -> ActivationBatch:
         """Return the activations of tokens whose draws from `slots` lie on the device."""
@@ -259,9 +316,16 @@ class ActivationDataModule(TokenBatches):
         return self.shown(self.drawn(tokens.cpu(), slots, first_position).to(self.device), slots)
 
     def calibration_batches(self, tokens: int) -> Iterator[ActivationBatch]:
-        """Yield every layer's activations over this rank's share of the calibration split."""
+        """Yield every layer's activations over this rank's share of the calibration split.
+
+        They come from the store if all of them are there, see `fill_calibration`.
+        """
+        steps = self.steps_for("calibration", tokens)
         every = list(range(self.lm.geometry.num_layers))
-        for batch in self.loader("calibration", self.steps_for("calibration", tokens), None):
+        if self.has_calibration(steps):
+            yield from self.stored_calibration(steps)
+            return
+        for batch in self.loader("calibration", steps, None):
             yield from self.every_layer(batch, every)
 
     def every_layer(
@@ -270,6 +334,13 @@ class ActivationDataModule(TokenBatches):
         """Yield all activations of `layers`, one slot each, `blocks_per_forward` at a time."""
         for part in tokens.split(self.blocks_per_forward):
             yield self.activations(part, [[layer] for layer in layers])
+
+    def first_rows(self, slots: list[list[int]], num_blocks: int) -> Callable[[], ActivationBatch]:
+        """Return what makes the first rows of training, at most so many blocks, for a trial."""
+        if self.is_stored:
+            return partial(self.stored_first, slots, num_blocks)
+        tokens = next(iter(self.loader("train", 1, self.seed)))[:num_blocks]
+        return partial(self.activations, tokens, slots)
 
     # ---- state --------------------------------------------------------------------------
 

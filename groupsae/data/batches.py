@@ -1,6 +1,8 @@
 """Batches of token blocks: of which split, in which order, from where on."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -75,8 +77,24 @@ class TokenBatches(L.LightningDataModule):
         whole: bool = False,
     ) -> DataLoader[Tensor]:
         """Return this rank's share of the batches of a split, or whole batches."""
+        return make_loader(
+            self.blocks.blocks[split],
+            self.steps(split, num_steps, seed, first_step, whole),
+            self.num_workers,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def steps(
+        self,
+        split: Split,
+        num_steps: int,
+        seed: int | None,
+        first_step: int = 0,
+        whole: bool = False,
+    ) -> StepSampler:
+        """Return the blocks of each step that `loader` gives the tokens of."""
         trainer = None if whole else self.trainer
-        sampler = StepSampler(
+        return StepSampler(
             num_blocks=len(self.blocks.blocks[split]),
             blocks_per_step=self.blocks_per_step,
             num_steps=num_steps,
@@ -85,19 +103,13 @@ class TokenBatches(L.LightningDataModule):
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
         )
-        return make_loader(
-            self.blocks.blocks[split],
-            sampler,
-            self.num_workers,
-            pin_memory=self.device.type == "cuda",
-        )
 
-    def train_dataloader(self) -> DataLoader[Tensor]:
+    def train_dataloader(self) -> Iterable[Any]:
         """Return the training batches from `blocks_seen` on."""
         first, whole = self.blocks_seen // self.blocks_per_step, self.exchanges is not None
         return self.loader("train", self.num_steps, self.seed, first, whole)
 
-    def val_dataloader(self) -> DataLoader[Tensor]:
+    def val_dataloader(self) -> Iterable[Any]:
         """Return the held-out batches of a validation."""
         return self.heldout(self.steps_for("heldout", self.heldout_tokens))
 

@@ -1,5 +1,7 @@
 """From tokens to rows of activations: one truncated forward for all layers that are drawn."""
 
+from collections.abc import Callable, Iterable
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -7,7 +9,20 @@ from torch import Tensor
 from groupsae.data.batch import ActivationBatch
 from groupsae.data.drawn import DrawnTokens
 from groupsae.data.filters import TokenFilter
-from groupsae.lm.hooked import HookedLM
+from groupsae.lm.hooked import HookedLM, Visit
+
+# Shows the activations of some layers for some of a batch's blocks, whole, layer after layer:
+# from a forward of the language model, or from where they are stored.
+Show = Callable[[slice, Iterable[int], Visit], None]
+
+
+def by_model(lm: HookedLM, tokens: Int[Tensor, "block pos"]) -> Show:
+    """Return what shows the activations of tokens by running the model, up to the last layer."""
+
+    def show(blocks: slice, layers: Iterable[int], visit: Visit) -> None:
+        lm.run(lm.inputs(tokens[blocks]), layers, visit, stop=True)
+
+    return show
 
 
 @torch.no_grad()  # not inference_mode: its tensors cannot be saved for the SAEs' backward
@@ -32,11 +47,11 @@ def draw_rows(
     """
     tokens = drawn.tokens
     acts = torch.empty(len(slots), tokens.numel(), lm.d_model, device=tokens.device)
-    keep = which_count(drawn, filters, len(slots))
+    keep, show = which_count(drawn, filters, len(slots)), by_model(lm, tokens)
     for number, start in enumerate(range(0, tokens.numel(), blocks_per_forward * tokens.shape[1])):
         where = slice(start, start + blocks_per_forward * tokens.shape[1])
         kept = None if filters.max_norm_ratio is None or keep is None else keep[:, where]
-        run_forward(lm, filters, drawn, slots, number, where, acts[:, where], kept)
+        write_rows(show, filters, drawn, slots, number, where, acts[:, where], kept)
     # rows that are left out by their norm differ from slot to slot, and only the device knows them
     return ActivationBatch(
         acts, drawn.layers, keep, drawn.kept if filters.max_norm_ratio is None else None
@@ -54,8 +69,8 @@ def which_count(
 
 
 @torch.no_grad()
-def run_forward(
-    lm: HookedLM,
+def write_rows(
+    show: Show,
     filters: TokenFilter,
     drawn: DrawnTokens,
     slots: list[list[int]],
@@ -64,12 +79,12 @@ def run_forward(
     acts: Float[Tensor, "slot part d_model"],
     keep: Bool[Tensor, "slot part"] | None,
 ) -> None:
-    """Run one forward of the model; write the rows that its tokens drew.
+    """Have the activations of one forward of the model shown; write the rows that were drawn.
 
     Args:
-        lm: the language model.
+        show: shows them.
         filters: which rows count by their norm.
-        drawn: tokens and draws, on the model's device.
+        drawn: tokens and draws, on the device of what is shown.
         slots: those that were drawn from.
         number: of the forward.
         where: its tokens among the drawn.
@@ -79,7 +94,7 @@ def run_forward(
     """
     layers, places = drawn.layers[:, where], _places(drawn, slots, number, where)
     context = drawn.tokens.shape[1]
-    part = drawn.tokens[where.start // context : where.stop // context]
+    blocks = slice(where.start // context, where.stop // context)
 
     def keep_rows(layer: int, found: Tensor) -> None:
         typical, rows = filters.activations(found), found.flatten(0, 1)
@@ -95,7 +110,7 @@ def run_forward(
                 within = typical.flatten().to(acts.device)
                 keep[slot] &= within | (layers[slot] != layer)
 
-    lm.run(lm.inputs(part), {layer for slot in slots for layer in slot}, keep_rows, stop=True)
+    show(blocks, {layer for slot in slots for layer in slot}, keep_rows)
 
 
 def _places(

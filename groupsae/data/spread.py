@@ -1,7 +1,7 @@
 """A batch whose rows come from all processes: each runs the model on its share and sends them."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,8 +12,10 @@ from groupsae.data.batch import ActivationBatch
 from groupsae.data.drawn import DrawnTokens, draw, flat_and_places, layers_of
 from groupsae.data.exchange import Exchange
 from groupsae.data.filters import TokenFilter
-from groupsae.data.rows import run_forward, which_count
+from groupsae.data.rows import by_model, which_count, write_rows
 from groupsae.lm.hooked import HookedLM
+
+Part = tuple[Tensor, Tensor | None]
 
 
 class SpreadTokens(NamedTuple):
@@ -114,22 +116,40 @@ def exchange_rows(
     """
     mine, slots = spread.mine, exchange.sent
     tokens, by_norm = mine.tokens, filters.max_norm_ratio is not None
-    keep = which_count(mine, filters, len(slots))
+    keep, show = which_count(mine, filters, len(slots)), by_model(lm, tokens)
+
+    def parts() -> Iterator[Part]:
+        size = blocks_per_forward * tokens.shape[1]
+        for number, start in enumerate(range(0, tokens.numel(), size)):
+            where = slice(start, min(start + size, tokens.numel()))
+            acts = torch.empty(
+                len(slots), where.stop - start, lm.d_model, dtype=dtype, device=tokens.device
+            )
+            kept = None if not by_norm or keep is None else keep[:, where]
+            write_rows(show, filters, mine, slots, number, where, acts, kept)
+            yield acts, kept
+
+    return exchange_parts(parts(), spread, exchange)
+
+
+def exchange_parts(
+    parts: Iterable[Part], spread: SpreadTokens, exchange: Exchange
+) -> ActivationBatch:
+    """Send each part of this process's rows as soon as it is there; return what comes in.
+
+    Args:
+        parts: rows for `exchange.sent` and, if norms decide which count, which of them do.
+        spread: what is known of them beforehand, on the device.
+        exchange: who needs which slots.
+    """
     outgoing, incoming, masks = [], [], []
-    size = blocks_per_forward * tokens.shape[1]
-    for number, start in enumerate(range(0, tokens.numel(), size)):
-        where = slice(start, min(start + size, tokens.numel()))
-        acts = torch.empty(
-            len(slots), where.stop - start, lm.d_model, dtype=dtype, device=tokens.device
-        )
-        kept = None if not by_norm or keep is None else keep[:, where]
-        run_forward(lm, filters, mine, slots, number, where, acts, kept)
+    for acts, kept in parts:
         outgoing.append(acts)  # kept until all have arrived
         incoming.append(exchange.start(acts))
         if kept is not None:
             masks.append(exchange.start(kept.contiguous()))
     acts = exchange.join(incoming, torch.float32)
-    if by_norm:
+    if masks:
         return ActivationBatch(acts, spread.layers, exchange.join(masks, torch.bool))
     keep = None if spread.counted is None else spread.counted.expand(len(acts), -1)
     return ActivationBatch(acts, spread.layers, keep, spread.kept)

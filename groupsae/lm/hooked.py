@@ -62,10 +62,7 @@ class HookedLM:
 
     def read(self, tokens: Int[Tensor, "block pos"]) -> Int[Tensor, "block pos"]:
         """Return the token that the stack reads at each position."""
-        if self.start_token is None:
-            return tokens
-        start = torch.full_like(tokens[:, :1], self.start_token)
-        return torch.cat([start, tokens[:, :-1]], dim=1)
+        return read_after(self.start_token, tokens)
 
     @torch.no_grad()
     def inputs(self, tokens: Int[Tensor, "block pos"]) -> dict[str, Any]:
@@ -149,6 +146,16 @@ class HookedLM:
                 "model.hookpoint, or name the module with model.submodule."
             )
         return acts.view(whole)
+
+
+def read_after(
+    start_token: int | None, tokens: Int[Tensor, "block pos"]
+) -> Int[Tensor, "block pos"]:
+    """Return the token that is read at each position: with a start token, the one before it."""
+    if start_token is None:
+        return tokens
+    start = torch.full_like(tokens[:, :1], start_token)
+    return torch.cat([start, tokens[:, :-1]], dim=1)
 
 
 def _bound(see: Visit, layer: int) -> Callable[[Tensor], Tensor | None]:

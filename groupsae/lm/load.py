@@ -141,24 +141,30 @@ class FrozenLM:
         return hooked
 
     def _hook(self, model: Any, predicts: bool) -> HookedLM:
-        both, start = len(stacks_of(self.config)) > 1, None
         stack: nn.Module = model
-        if both:
+        if len(stacks_of(self.config)) > 1:
             stack = model.get_encoder() if self.stack == "encoder" else model.get_decoder()
-            start = self._start_token() if self.stack == "decoder" else None
         hooked = HookedLM(
             stack if self.stack == "encoder" else model,
             find_blocks(stack, self.geometry.num_layers, self.blocks_path),
             hookpoint=self.hookpoint,
             submodule=self.submodule,
             d_model=self.geometry.d_model,
-            start_token=start,
+            start_token=self.start_token,
             predicts=predicts,
         )
         self.modules = paths_of(model, hooked.sites)
         return hooked
 
-    def _start_token(self) -> int:
+    @property
+    def start_token(self) -> int | None:
+        """Return what the decoder of an encoder-decoder model begins with; None of all others.
+
+        Raises:
+            UserError: its config does not say.
+        """
+        if len(stacks_of(self.config)) < 2 or self.stack != "decoder":
+            return None
         text = self.config.get_text_config(decoder=True)
         names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
         for name in names:

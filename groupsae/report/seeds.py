@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from groupsae.content import RUNTIME, without
+from groupsae.content import decisive
 from groupsae.report.load import Interval, RunFiles, interval
 
 
@@ -38,7 +38,7 @@ def families(runs: Sequence[RunFiles]) -> list[Family]:
     """Return the runs by configuration without the seed, and by what they were evaluated on."""
     found: dict[str, list[RunFiles]] = {}
     for run in runs:
-        kept = without(run.config, (*RUNTIME, "seed", "hydra"))
+        kept = decisive(run.config, ("seed", "hydra"))
         parts = [kept or str(run.folder), run.plan.get("last_layer"), measured_on(run)]
         key = json.dumps(parts, default=str)
         found.setdefault(key, []).append(run)

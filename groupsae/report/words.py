@@ -11,7 +11,10 @@ TIGHT = "\N{NO-BREAK SPACE}"  # between a number and its unit
 DIGITS = {"fvu": 4, "delta_ce": 4, "delta_ce_percent": 2, "kl": 4, "ce": 4, "ce_score": 4}
 NAMES = {"fvu": "FVU", "delta_ce": "ΔCE"}
 METRICS = tuple(NAMES)  # what curves, comparisons and spreads are about
-PARTS = {"activations": "language model", "distances": "layer distances", "saes": "SAEs"}
+PARTS = {
+    "activations": "language model", "distances": "layer distances", "saes": "SAEs",
+    "store": "filling the store",
+}  # fmt: skip
 UNIT = {"fvu": "", "delta_ce": f"{TIGHT}nats"}
 
 

@@ -135,11 +135,11 @@ def forecast(
         for width, planned in one_of.items()
     }
     optimizers = {width: trial.configure_optimizers() for width, trial in trials.items()}
-    tokens = next(iter(data.loader("train", TRIAL, data.seed)))
+    rows = data.first_rows(slots, data.blocks_per_step)
     lm, saes = 0.0, dict.fromkeys(trials, 0.0)
     for measured in [False] + [True] * TRIAL:  # the first round warms up
         start = now(device)
-        batch = data.activations(tokens, slots)
+        batch = rows()
         between = now(device)
         lm += measured * (between - start)
         # every width in every round: as in training, each finds the cache full of the others

@@ -7,6 +7,7 @@ import torch
 from groupsae.cost.counter import flop_counter
 from groupsae.cost.model import FORMAT, Workload
 from groupsae.data.activations import ActivationDataModule
+from groupsae.data.batch import ActivationBatch
 from groupsae.grouping.angles import AngularDistance
 from groupsae.grouping.groupings import groupings
 from groupsae.grouping.plan import GroupPlan
@@ -64,6 +65,7 @@ def ledger(
             _part("distances", work.calibration + work.distances, distance_flops, distances),
             _part("saes", planned, sae_flops, saes),
             _part("validation", None, None, validation),
+            *([_part("store", None, None, data.fill_seconds)] if data.is_stored else []),
             _part("other", None, None, throughput.all.seconds - activations - saes - validation),
         ],
         "per_layer": {"planned_flops": cost.total_per_layer, "seconds": per_layer_seconds},
@@ -149,6 +151,9 @@ def _measured_flops(
 ) -> tuple[int, int, int]:
     """Return what a FLOP counter sees of the run: of one block, extrapolated.
 
+    Where activations are read from a store, the language model runs in neither training nor
+    measuring: nothing is seen of it, though the plan counts its forwards as if they were streamed.
+
     For the language model in training, for the distances (the forward over the calibration text
     included) and for the SAEs, which run as they do in training, but for AuxK. Nothing of them
     is changed (eval: a running threshold stands still). The SAEs are counted on a few rows and on
@@ -156,14 +161,21 @@ def _measured_flops(
     """
     # after fitting Lightning leaves the SAEs on the CPU; the language model is where it ran
     device, geometry = data.device, data.lm.geometry
-    tokens = next(iter(data.loader("train", 1, data.seed)))[:1].to(device)
-    with flop_counter() as lm:
-        batch = data.activations(tokens, data.slots)
+    rows, every = data.first_rows(data.slots, 1), list(range(geometry.num_layers))
+    with flop_counter() as lm:  # sees none where rows are read from a store
+        batch = rows()
+    num_tokens = batch.acts.shape[1]
     angles = AngularDistance(
         num_layers=geometry.num_layers, d_model=geometry.d_model, centring="none"
     ).to(device)
     with flop_counter() as calibration:
-        parts = list(data.every_layer(tokens, list(range(geometry.num_layers))))
+        if data.is_stored:  # values do not matter
+            layers = torch.tensor(every, device=device)[:, None].expand(-1, num_tokens)
+            acts = torch.ones(len(every), num_tokens, geometry.d_model, device=device)
+            parts = [ActivationBatch(acts, layers, None)]
+        else:
+            tokens = next(iter(data.loader("train", 1, data.seed)))[:1]
+            parts = list(data.every_layer(tokens, every))
     with flop_counter() as distances:
         for each in parts:
             angles.update(each.acts, each.everywhere())
@@ -181,9 +193,9 @@ def _measured_flops(
             output = member.sae.eval().forward(x, one, member.dead_latents(0))
             torch.stack(list(output.losses.values())).sum().backward()
         member.zero_grad()
-        of_saes += sae.get_total_flops() * (len(acts) / max(1, len(x))) / tokens.numel()
+        of_saes += sae.get_total_flops() * (len(acts) / max(1, len(x))) / num_tokens
     measured = (counter.get_total_flops() for counter in (lm, calibration, distances))
-    of_lm, of_calibration, of_distances = (n / tokens.numel() for n in measured)
+    of_lm, of_calibration, of_distances = (n / num_tokens for n in measured)
     measuring = work.calibration_passes * of_calibration + of_distances
     return (
         round(work.tokens * of_lm),

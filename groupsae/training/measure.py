@@ -177,6 +177,7 @@ def _measured(
 ) -> Measurement:
     """Run the calibration tokens through the model, once or (centred) twice."""
     centring = provenance["centring"]
+    data.fill_calibration(tokens)
     geometry, device = data.lm.geometry, trainer.strategy.root_device
     size = {"num_layers": geometry.num_layers, "d_model": geometry.d_model}
     moments = LayerMoments(**size).to(device)

@@ -96,6 +96,7 @@ class GroupLayers(L.Callback):
             widths = [planned.width for planned in self.plan.members]
             self._check_memory(trainer, pl_module, data, widths)
             pl_module.set_plan(self.plan, factors)
+        data.fill_training()
         if self.plan.others:
             device = trainer.strategy.root_device
             self.forecast = forecast(pl_module, data, device, trainer.world_size)

@@ -1,0 +1,1 @@
+"""Activations on disk: written once, read by everything that needs them."""

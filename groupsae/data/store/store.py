@@ -1,0 +1,229 @@
+"""A folder of stored activations: what is in it, what is missing, and reading it."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int64, Shaped
+from torch import Tensor
+
+from groupsae.data.splits import SPLITS, Split
+from groupsae.data.store.options import DTYPES
+from groupsae.data.store.shard import Damaged, Layout, Shard, read_shard
+from groupsae.data.whole import whole
+from groupsae.errors import UserError
+
+FORMAT = 1  # raise it when files or their meaning change: other stores are then made beside
+
+
+class Gap(NamedTuple):
+    """Blocks of one split that lack the same layers.
+
+    Attributes:
+        split: of the packed corpus.
+        blocks: in the order that they were asked for in.
+        layers: those that are missing.
+    """
+
+    split: Split
+    blocks: list[int]
+    layers: list[int]
+
+
+class ActivationStore:
+    """Activations of a language model over the packed blocks of a corpus, on disk.
+
+    A chunk is a handful of blocks; it has a folder `<split>/<chunk>/` with a file for each layer,
+    as `groupsae.data.store.shard` describes them. A file is there when it is whole, and what is
+    there is the sum of all files: so a store may grow by blocks or by layers at any time, by
+    several processes at once.
+
+    Reading it elsewhere, with the tokens of `ActivationDataModule.blocks`:
+
+        store = ActivationStore(Path("activations/3f0c5a1b2d4e6f70"))
+        for block, acts in store.iterate("heldout", layer=5):   # acts: [pos, d_model]
+            tokens = data.blocks.blocks["heldout"][block]       # [pos]
+
+    Args:
+        folder: with a `manifest.json`.
+
+    Attributes:
+        manifest: what the activations are of, as plain values.
+        layout: sizes and dtype of a block.
+        damaged: files that are not what was written; they count as not there.
+
+    Raises:
+        UserError: there is no manifest, or it is damaged or of another format.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+            if self.manifest["format"] != FORMAT:
+                raise ValueError(f"format {self.manifest['format']}, not {FORMAT}")
+            self.layout = Layout(
+                self.manifest["context"],
+                self.manifest["d_model"],
+                dtype_of(self.manifest["dtype"]),
+            )
+            self.num_blocks: dict[Split, int] = {s: self.manifest["num_blocks"][s] for s in SPLITS}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{folder} is no store of activations, or its manifest.json is damaged ({error}): "
+                "name a folder within data.cache, or delete it and give the command of its run "
+                "again."
+            ) from error
+        self.damaged: list[Damaged] = []
+        self._shards: list[Shard] = []
+        self._known: set[Path] = set()
+        # block -> which shard, and where in it
+        self._places: dict[tuple[Split, int], Int64[np.ndarray, "block 2"]] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look for files that have come since."""
+        self.damaged = []
+        for path in sorted(self.folder.glob("*/*/layer.*.safetensors")):
+            if path in self._known:
+                continue
+            try:
+                self._take_in(read_shard(path, self.layout))
+            except Damaged as error:
+                self.damaged.append(error)
+
+    def _take_in(self, shard: Shard) -> None:
+        split, layer = shard.path.parts[-3], int(shard.path.name.split(".")[1])
+        if split not in SPLITS or (shard.blocks >= self.num_blocks[split]).any():
+            raise Damaged(shard.path, "it belongs to other text")
+        places = self._places.setdefault(
+            (split, layer), np.full((self.num_blocks[split], 2), -1, dtype=np.int64)
+        )
+        places[shard.blocks, 0] = len(self._shards)
+        places[shard.blocks, 1] = np.arange(len(shard.blocks))
+        self._shards.append(shard)
+        self._known.add(shard.path)
+
+    def has(self, split: Split, blocks: Sequence[int], layer: int) -> np.ndarray:
+        """Return which of the blocks are there at a layer, bool [block]."""
+        places = self._places.get((split, layer))
+        wanted = np.asarray(blocks, dtype=np.int64)
+        return np.zeros(len(wanted), dtype=bool) if places is None else places[wanted, 0] >= 0
+
+    def blocks(self, split: Split, layer: int) -> list[int]:
+        """Return the blocks that are there at a layer, ascending."""
+        found: list[int] = np.flatnonzero(
+            self.has(split, range(self.num_blocks[split]), layer)
+        ).tolist()
+        return found
+
+    def gaps(self, split: Split, blocks: Sequence[int], layers: Sequence[int]) -> list[Gap]:
+        """Return what of some blocks and layers is missing, blocks that lack the same together."""
+        missing = np.stack([~self.has(split, blocks, layer) for layer in layers], axis=1)
+        found = []
+        for pattern in np.unique(missing, axis=0)[::-1]:
+            if pattern.any():
+                mine = np.flatnonzero((missing == pattern).all(axis=1)).tolist()
+                which = [blocks[i] for i in mine]
+                lacking = [layer for layer, lacks in zip(layers, pattern, strict=True) if lacks]
+                found.append(Gap(split, which, lacking))
+        return found
+
+    def read(
+        self,
+        split: Split,
+        block: int,
+        layer: int,
+        out: Shaped[Tensor, "pos d_model"] | None = None,
+    ) -> Shaped[Tensor, "pos d_model"]:
+        """Return the activations of a block at a layer, unfiltered, in the store's dtype.
+
+        Args:
+            split: of the packed corpus.
+            block: its number in the split.
+            layer: of the model.
+            out: where to put them; None makes a tensor.
+
+        Raises:
+            Damaged: they are not what was written.
+            KeyError: they are not there.
+        """
+        places = self._places.get((split, layer))
+        if places is None or not 0 <= block < len(places) or places[block, 0] < 0:
+            raise KeyError(f"block {block} of {split} at layer {layer}")
+        if out is None:
+            out = torch.empty(self.layout.context, self.layout.d_model, dtype=self.layout.dtype)
+        number, row = places[block]
+        self._shards[number].read(int(row), out)
+        return out
+
+    def iterate(self, split: Split, layer: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield (block, its activations [pos, d_model]) of all that is there, ascending."""
+        for block in self.blocks(split, layer):
+            yield block, self.read(split, block, layer)
+
+    def chunk_folder(self, gap: Gap) -> Path:
+        """Return where the files of these blocks go: the same for all that want them."""
+        key = hashlib.sha256(np.asarray(gap.blocks, dtype="<i8").tobytes()).hexdigest()[:16]
+        return self.folder / gap.split / key
+
+    def forget(self, path: Path) -> Gap | None:
+        """Let go of a file, and return what was in it; None if it is not known."""
+        number = next((i for i, shard in enumerate(self._shards) if shard.path == path), None)
+        if number is None or path not in self._known:
+            return None
+        split, layer = path.parts[-3], int(path.name.split(".")[1])
+        assert split in SPLITS
+        places = self._places[split, layer]
+        places[places[:, 0] == number] = -1
+        self._known.remove(path)
+        blocks: list[int] = self._shards[number].blocks.tolist()
+        return Gap(split, blocks, [layer])
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Return the dtype of one of the names in `DTYPES`."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r}")
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def shard_path(chunk: Path, layer: int) -> Path:
+    """Return the file of a layer in the folder of a chunk."""
+    return chunk / f"layer.{layer:02}.safetensors"
+
+
+def open_store(
+    cache: Path, made_from: dict[str, Any], layout: Layout, num_blocks: dict[Split, int]
+) -> ActivationStore:
+    """Return the store of this content, an empty one if there is none.
+
+    Args:
+        cache: folder of all stores.
+        made_from: what decides the activations, as plain values: the key.
+        layout: of a block.
+        num_blocks: of each split.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    content = {
+        "format": FORMAT,
+        "dtype": str(layout.dtype).removeprefix("torch."),
+        "context": layout.context,
+        "d_model": layout.d_model,
+        "made_from": made_from,
+    }
+    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache / key
+    try:
+        return ActivationStore(folder)
+    except UserError:  # none yet, or a manifest that is damaged: it says nothing new
+        with whole(folder / "manifest.json", shared=True, mode="w") as handle:
+            json.dump({**content, "num_blocks": num_blocks}, handle, indent=1)
+    return ActivationStore(folder)
