@@ -20,7 +20,7 @@ MORE = [
     "evaluation.together=false",
     "evaluation.similarity_tokens=64",
 ]
-SEVERAL = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy.timeout_minutes=0.5"]
+SEVERAL = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy.timeout_minutes=3"]
 
 
 @dataclass
