@@ -19,8 +19,9 @@ class StopOnSignal(L.Callback):
     """Turns the first SIGINT or SIGTERM into a checkpoint and an orderly end.
 
     A second one ends the process at once, unless it comes with the first: `timeout`, a terminal
-    or SLURM may tell a whole group of processes what one of them passes on to the others. With several processes all of them stop at the same
-    step, whichever was told: the one after, so that no step waits for the others' answers.
+    or SLURM may tell a whole group of processes what one of them passes on to the others. With
+    several processes all of them stop at the same step, whichever was told: the one after, so
+    that no step waits for the others' answers.
 
     Args:
         folder: where the checkpoint goes.
