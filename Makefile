@@ -5,6 +5,9 @@ BIN := .venv/bin
 READY := .venv/.ready
 ARGS ?=
 SEEDS ?= 0,1,2
+WORKERS ?= 2
+# in so many processes; the tests of a file stay together, as they share what they made
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: help train evaluate report export adopt test check format sweep replicate pretrain chaos bench bench-rivals \
 	docs clean
@@ -33,14 +36,14 @@ adopt: $(READY)  ## A run of SAEs that others trained: ARGS="path=<folder> model
 	@$(BIN)/python -m groupsae.adopt $(ARGS)
 
 test: $(READY)  ## Run the tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 check: $(READY)  ## Lint, types, import contracts, tests: what CI runs
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 format: $(READY)  ## Format the code, and mend what lint can mend
 	@$(BIN)/ruff check --fix .

@@ -3,6 +3,7 @@
 `groupsae` is imported inside the fixtures only: after the import hook stands.
 """
 
+import os
 import random
 import socket
 import sys
@@ -13,6 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 from jaxtyping import install_import_hook
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side: each has one core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Types and shapes in signatures are checked in the tests, and only there. (As an option of
 # jaxtyping's own pytest plugin this would have to be `beartype.beartype` as it is, which takes

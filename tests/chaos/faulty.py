@@ -48,7 +48,7 @@ def moments(act) -> None:
         path = str(arguments[0])
         if output not in path:
             return
-        phase = next((name for part, name in PHASES.items() if part in path), "other files")
+        phase = next((name for part, name in PHASES.items() if part in path), "other")
         count += 1
         act(count, phase, path)
 

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 KILLS, SEED = 20, 6
 PHASES = [  # as in faulty.py
-    "other files", "packing", "measuring", "training", "checkpoint", "saving", "evaluating",
+    "other", "packing", "measuring", "training", "checkpoint", "saving", "evaluating",
 ]  # fmt: skip
 
 
