@@ -243,17 +243,17 @@ def check_launcher(arguments: list[str]) -> None:
 
 def _points(task: list[str]) -> list[list[str]]:
     """Return the overrides of every point, in the order in which they run."""
-    axes = []
+    axes: dict[str, list[str]] = {}  # as Hydra does: of a key that is given twice the last counts
     try:
         for each in OverridesParser.create().parse_overrides(task):
             key = each.get_key_element()
             if each.is_sweep_override():
-                axes.append([f"{key}={value}" for value in each.sweep_string_iterator()])
+                axes[key] = [f"{key}={value}" for value in each.sweep_string_iterator()]
             else:
-                axes.append([f"{key}={each.get_value_element_as_str()}"])
+                axes[key] = [f"{key}={each.get_value_element_as_str()}"]
     except (HydraException, ValueError):
         return []  # glob() needs Hydra to be looked up: then only those that ran are told of
-    return [list(point) for point in itertools.product(*axes)]
+    return [list(point) for point in itertools.product(*axes.values())]
 
 
 def _starts_processes(cfg: DictConfig) -> bool:

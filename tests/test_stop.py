@@ -48,3 +48,18 @@ def test_all_stop_at_the_step_after_one_was_told(
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(process, (0, 1))) == [[3] if told else []] * 2
+
+
+def test_an_echo_of_a_signal_is_no_second_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ended, clock = [], iter([10.0, 11.0, 13.0])
+    monkeypatch.setattr("groupsae.training.callbacks.stop.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(signal, "raise_signal", ended.append)
+    stop = StopOnSignal(folder=str(tmp_path))
+    stop._note(signal.SIGTERM, None)
+    stop._note(signal.SIGTERM, None)
+    assert not ended
+    stop._note(signal.SIGTERM, None)
+    assert ended == [signal.SIGTERM]

@@ -67,13 +67,16 @@ def table(said):
 
 def test_a_failed_point_does_not_stop_the_others(command, tmp_path):
     ends = {1: UserError("theta is 7"), 2: RuntimeError("out of luck\nmore")}
-    status, said, begun = command(ends, "seed=0,1,2,3")
+    status, said, begun = command(ends, "tokens=1_000", "tokens=2_000", "seed=0,1,2,3")
     assert status == 1
     assert begun == [0, 1, 2, 3]
     assert rows(said) == {0: "done", 1: "failed", 2: "failed", 3: "done"}
     assert "theta is 7" in table(said)
     assert "RuntimeError: out of luck" in table(said)
-    assert f"python -m groupsae.train -m output={tmp_path} model=tiny seed=0,1,2,3" in said
+    assert (
+        f"python -m groupsae.train -m output={tmp_path} model=tiny tokens=1_000 tokens=2_000"
+        in said
+    )
     status, said, begun = command({}, "seed=0,1,2,3")
     assert status == 0
     assert set(rows(said).values()) == {"done"}
