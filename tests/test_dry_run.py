@@ -103,6 +103,24 @@ def test_what_does_not_fit_is_said_and_not_tried(
     assert "4 SAEs do not fit into the 150 kB that are free on cpu" in " ".join(said.split())
 
 
+def test_stored_activations_are_counted(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [
+        *arguments,
+        "groups=per_layer",
+        f"data.cache={tmp_path}/store",
+        "data.cache_dtype=float16",
+    ]
+    assert run(given)[0] == 0
+    assert list(tmp_path.iterdir()) == []
+    rows = rows_of(capsys.readouterr().out)
+    # 4 layers, 32 wide, 2 bytes: 3,072 tokens to train on, 1,024 held out, 1,024 to calibrate
+    assert count(rows["disk: stored activations, at most"][0]) == pytest.approx(
+        4 * 32 * 2 * (3072 + 1024 + 1024), rel=0.01
+    )
+
+
 def test_sizes_are_in_words() -> None:
     assert [size(n) for n in (12, 1_234, 5.6e6, 7.89e9, 1.5e13)] == [
         "12 B",

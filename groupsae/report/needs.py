@@ -60,6 +60,7 @@ def _rows(found: list[Needs]) -> list[tuple[str, list[str]]]:
         row("measuring the layers", seconds("measuring the layers")),
         row("disk: run folder", lambda n: size(n.run_folder)),
         row("disk: packed text, at most", lambda n: size(n.text)),
+        row("disk: stored activations, at most", lambda n: size(n.stored)),
     ]
 
 

@@ -36,6 +36,7 @@ class Needs:
         seconds: of training, of validations and of measuring the layers.
         run_folder: on disk, at most at once, over all processes.
         text: packed tokens on disk, at most; shared between runs.
+        stored: activations on disk (data.cache), at most; shared between runs; 0 without a store.
     """
 
     num_saes: int
@@ -51,6 +52,7 @@ class Needs:
     seconds: dict[str, float]
     run_folder: int
     text: int
+    stored: int
 
 
 def plans_of(choice: Choice, num_layers: int, folder: Path) -> list[GroupPlan]:
@@ -136,4 +138,16 @@ def needs(
         seconds=seconds,
         run_folder=min(KEPT + 1, written) * checkpoint + whole,
         text=4 * (data.packing.max_tokens or 0),
+        stored=_stored_bytes(data, plan, calibration_tokens),
     )
+
+
+def _stored_bytes(data: ActivationDataModule, plan: GroupPlan, calibration_tokens: int) -> int:
+    """Return what the run's activations take on disk; text that comes again is not taken off."""
+    if not data.is_stored:
+        return 0
+    used = len({layer for planned in plan.members for layer in planned.layers})
+    rows = used * (data.num_steps * data.tokens_per_step + data.heldout_tokens)
+    rows += plan.num_layers * calibration_tokens
+    width = getattr(torch, data.stored_dtype).itemsize
+    return int(rows * data.lm.geometry.d_model * width)
