@@ -26,6 +26,9 @@ ENTRY_POINTS = {
     "assess.py",
     "run.py",
     "config.py",
+    "sweep.py",
+    "targets.py",
+    "trust.py",
 }
 MAX_LINES = 300
 
