@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from benchmarks.scale import MODELS, RESULTS, Speed, Times, figures, simulate, tables
 
 DOCS = Path(__file__).parent.parent / "docs"
