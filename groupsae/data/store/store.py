@@ -173,9 +173,9 @@ class ActivationStore:
 
     def forget(self, path: Path) -> Gap | None:
         """Let go of a file, and return what was in it; None if it is not known."""
-        number = next((i for i, shard in enumerate(self._shards) if shard.path == path), None)
-        if number is None or path not in self._known:
+        if path not in self._known:
             return None
+        number = max(i for i, shard in enumerate(self._shards) if shard.path == path)
         split, layer = path.parts[-3], int(path.name.split(".")[1])
         assert split in SPLITS
         places = self._places[split, layer]
