@@ -52,7 +52,7 @@ class Post:
 def make_data(tiny_lm, tiny_text, tmp_path_factory):
     cache = str(tmp_path_factory.mktemp("cache"))
 
-    def make(rank=0, processes=1, training=True, **changes):
+    def make(rank=0, processes=1, training=True, store=None, **changes):
         values = {
             "lm": frozen(tiny_lm), "source": FileSource(path=str(tiny_text), text_column=None),
             "cache": cache, "context": CONTEXT, "heldout_fraction": 0.1,
@@ -62,12 +62,15 @@ def make_data(tiny_lm, tiny_text, tmp_path_factory):
             "heldout_tokens": None, "num_workers": 0, "seed": 3,
         }  # fmt: skip
         data = ActivationDataModule(**(values | changes))
+        if store is not None:
+            data.keep_in(str(store), "float32", lambda _: None)
         data.trainer = SimpleNamespace(
             training=training, world_size=processes, global_rank=rank,
             strategy=SimpleNamespace(root_device=torch.device("cpu")),
         )  # fmt: skip
         data.setup("fit")
         data.set_slots(SLOTS)
+        data.fill_training()
         return data
 
     return make
@@ -148,6 +151,33 @@ def test_validation_brings_the_layers_of_an_owners_saes(make_data, ratio):
                 assert len(one) == len(came)
                 # one part has rows of all processes: the same rows in another order
                 assert torch.equal(one.sum(1).sort().values, came.sum(1).sort().values)
+
+
+@pytest.mark.parametrize("ratio", [None, 1.2])
+def test_rows_from_a_store_travel_as_those_of_the_model(make_data, tmp_path, ratio):
+    """One process fills it, so forwards are cut for one; then three read their shares."""
+    wanted, changes = [[[0, 1], [3]], [], [[2], [0, 1]]], {"max_norm_ratio": ratio}
+
+    def validated(data):
+        data.trainer.training = False
+        parts = [data.on_before_batch_transfer(batch, 0) for batch in data.val_dataloader()]
+        return [batch for part in parts for batch in data.on_after_batch_transfer(part, 0)]
+
+    def both(data):
+        return trained(data), validated(data)
+
+    make_data(heldout_tokens=2 * 12 * CONTEXT, store=tmp_path, **changes)
+    more = {"heldout_tokens": 2 * 12 * CONTEXT, **changes}
+    streamed = exchanged(make_data, wanted, both, **more)
+    stored = exchanged(make_data, wanted, both, store=tmp_path, **more)
+    for (batches, parts), (from_store, parts_from_store) in zip(streamed, stored, strict=True):
+        found = zip([*batches, *parts], [*from_store, *parts_from_store], strict=True)
+        for mine, other in found:
+            assert mine.acts.shape == other.acts.shape
+            torch.testing.assert_close(mine.acts, other.acts, rtol=0, atol=1e-5)
+            assert torch.equal(mine.layers, other.layers)
+            assert (mine.keep is None) == (other.keep is None)
+            assert mine.keep is None or torch.equal(mine.keep, other.keep)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

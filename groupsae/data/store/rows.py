@@ -147,7 +147,7 @@ def read_ahead(
     Args:
         items: what to read, in this order.
         read: may raise `Damaged`; then the item is read again when that is repaired.
-        repair: called here, in the thread of the caller.
+        repair: mends what is damaged, in the same thread.
     """
     with ThreadPoolExecutor(1, "read-ahead") as pool:
         waiting: deque[tuple[Item, Future[Made]]] = deque()
@@ -174,5 +174,6 @@ def _result(
         try:
             return future.result()
         except Damaged as damaged:
-            repair(damaged)
+            # in the reading thread: nothing is read from what is just being mended
+            pool.submit(repair, damaged).result()
             future = pool.submit(read, item)
