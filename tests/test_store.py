@@ -44,7 +44,7 @@ def small_chunks(monkeypatch):
 
 @pytest.fixture
 def make_data(tiny_lm, tiny_text, cache, tmp_path):
-    """Return a function that gives a data module; with a store, unless dtype is None."""
+    """Return a function that gives a data module, with a store in `tmp_path` unless dtype is None."""
 
     def make(dtype="float32", steps=9, rank=0, world_size=1, place=tmp_path, **changes):
         values = {

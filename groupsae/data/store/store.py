@@ -80,7 +80,7 @@ class ActivationStore:
             ) from error
         self.damaged: list[Damaged] = []
         self._shards: list[Shard] = []
-        self._known: set[Path] = set()
+        self._known: dict[Path, int] = {}  # file -> its number
         # block -> which shard, and where in it
         self._places: dict[tuple[Split, int], Int64[np.ndarray, "block 2"]] = {}
         self.refresh()
@@ -103,10 +103,11 @@ class ActivationStore:
         places = self._places.setdefault(
             (split, layer), np.full((self.num_blocks[split], 2), -1, dtype=np.int64)
         )
-        places[shard.blocks, 0] = len(self._shards)
+        number = len(self._shards)
+        places[shard.blocks, 0] = number
         places[shard.blocks, 1] = np.arange(len(shard.blocks))
         self._shards.append(shard)
-        self._known.add(shard.path)
+        self._known[shard.path] = number
 
     def has(self, split: Split, blocks: Sequence[int], layer: int) -> np.ndarray:
         """Return which of the blocks are there at a layer, bool [block]."""
@@ -173,14 +174,14 @@ class ActivationStore:
 
     def forget(self, path: Path) -> Gap | None:
         """Let go of a file, and return what was in it; None if it is not known."""
-        if path not in self._known:
+        number = self._known.pop(path, None)
+        if number is None:
             return None
         number = max(i for i, shard in enumerate(self._shards) if shard.path == path)
         split, layer = path.parts[-3], int(path.name.split(".")[1])
         assert split in SPLITS
         places = self._places[split, layer]
         places[places[:, 0] == number] = -1
-        self._known.remove(path)
         blocks: list[int] = self._shards[number].blocks.tolist()
         return Gap(split, blocks, [layer])
 
