@@ -53,7 +53,7 @@ def test_all_stop_at_the_step_after_one_was_told(
 def test_an_echo_of_a_signal_is_no_second_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    ended, moments = [], iter([10.0, 11.0, 13.0])
+    ended, moments = [], iter([10.0, 11.0, 13.0, 13.0])
     clock = SimpleNamespace(monotonic=lambda: next(moments))
     monkeypatch.setattr("groupsae.training.callbacks.stop.time", clock)
     monkeypatch.setattr(signal, "signal", lambda *_: None)

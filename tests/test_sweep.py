@@ -220,8 +220,8 @@ def test_points_run_elsewhere(launcher, module, tiny_lm, tiny_text, tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
         table = done.stdout.split("what became of it")[-1]
         assert done.returncode == 1, done.stderr
-        assert table.count(" done ") == 2
-        assert table.count(" failed ") == 1
+        assert table.count("│ done ") == 2
+        assert table.count("│ failed ") == 1
         assert "num_groups is 9" in " ".join(table.split()).replace("│", "")
         finished = list(tmp_path.rglob("summary.json"))
         assert len(finished) == 2
