@@ -205,10 +205,12 @@ def tables(speed: Speed) -> str:
 # ---- measured ---------------------------------------------------------------------------------
 
 RUN = [
-    "model=tiny", "groups=per_layer", "tokens=131072", "logger=none", "eval_every=1000",
+    "model=tiny", "groups=per_layer", "tokens=65536", "stream.max_tokens=400_000",
+    "logger=none", "eval_every=1000",
     "checkpoint_every=1000", "calibration.tokens=4096", "stream.blocks_per_forward=2",
     "stream.heldout_tokens=4096", "log_every=100", "sae.expansion=32", "dead_after=100_000_000",
-    "+trainer.enable_progress_bar=false",
+    "+trainer.enable_progress_bar=false", "stream.heldout_fraction=0.1",
+    "stream.calibration_fraction=0.1",
 ]  # fmt: skip
 SIZE = 8  # blocks in a step
 

@@ -42,13 +42,22 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(fill, "FEW", 10**9)  # no trial
 
 
+@pytest.fixture(scope="module")
+def lm(tiny_lm):
+    """Return one model for all, whose tokenizer is read once."""
+    shared = frozen(tiny_lm)
+    tokenizer = shared.tokenizer()
+    shared.tokenizer = lambda: tokenizer
+    return shared
+
+
 @pytest.fixture
-def make_data(tiny_lm, tiny_text, cache, tmp_path):
-    """Return a function that gives a data module, with a store in `tmp_path` unless dtype is None."""
+def make_data(lm, tiny_text, cache, tmp_path):
+    """Return a function that gives a data module, with a store unless dtype is None."""
 
     def make(dtype="float32", steps=9, rank=0, world_size=1, place=tmp_path, **changes):
         values = {
-            "lm": frozen(tiny_lm),
+            "lm": lm,
             "source": FileSource(path=str(tiny_text), text_column=None),
             "cache": cache, "context": CONTEXT,
             "heldout_fraction": 0.1, "calibration_fraction": 0.1, "prepend_bos": False,

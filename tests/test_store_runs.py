@@ -15,7 +15,7 @@ TWO = ["groups=explicit", "groups.groups=[[0,1],[2]]"]
 
 @pytest.fixture(scope="module")
 def start(tiny_lm, tiny_text, tmp_path_factory):
-    """Return a function that gives the command line of a run in a folder, with and without store."""
+    """Return a function that gives the command line of a run, with and without store."""
     folder = tmp_path_factory.mktemp("store")
 
     def command(output: str, *more: str, dtype: str | None = "float32") -> list[str]:

@@ -177,7 +177,6 @@ class ActivationStore:
         number = self._known.pop(path, None)
         if number is None:
             return None
-        number = max(i for i, shard in enumerate(self._shards) if shard.path == path)
         split, layer = path.parts[-3], int(path.name.split(".")[1])
         assert split in SPLITS
         places = self._places[split, layer]
