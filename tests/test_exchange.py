@@ -99,6 +99,7 @@ def exchanged(make_data, wanted, take, **changes):
 def trained(data):
     """Return the batches of a training, as Lightning hands them over."""
     batches = []
+    data.trainer.training = True
     for tokens in data.train_dataloader():
         drawn = data.on_before_batch_transfer(tokens, 0).to(data.device)
         with no_waiting():

@@ -105,6 +105,7 @@ def test_the_mode_is_online_only_with_an_account_unless_the_user_says_so(
 
 def test_a_key_that_does_not_work_means_offline_and_not_a_crash(no_account, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123")
+    wandb.teardown()  # it remembers the mode of what the process recorded before
     with pytest.warns(UserWarning, match="recorded offline"):
         assert make(no_account / "run")._offline
     wandb.teardown()  # it remembers the key for the rest of the process

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.scale import MODELS, RESULTS, Speed, Times, figures, simulate, tables
+from benchmarks.scale import MODELS, Speed, Times, figures, simulate, tables
+from benchmarks.timing import RESULTS
 
 DOCS = Path(__file__).parent.parent / "docs"
 

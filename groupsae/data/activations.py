@@ -1,29 +1,29 @@
 """Tokens in, activations out: the DataModule that holds the language model."""
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from groupsae.cost.stopwatch import Stopwatch
 from groupsae.data.batch import ActivationBatch
-from groupsae.data.drawn import DrawnTokens, draw
+from groupsae.data.drawn import DrawnTokens
 from groupsae.data.exchange import Exchange
-from groupsae.data.filters import TokenFilter, check_filters
+from groupsae.data.filters import check_filters
 from groupsae.data.rows import draw_rows
 from groupsae.data.sizes import check_sizes
 from groupsae.data.sources import Source
 from groupsae.data.splits import SPLITS
-from groupsae.data.spread import SpreadTokens, draw_spread, exchange_rows, travelling_dtype
+from groupsae.data.spread import SpreadTokens, exchange_rows, travelling_dtype
 from groupsae.data.store.batches import StoredBatches, StoredParts
 from groupsae.data.store.rows import StoredRows
 from groupsae.data.tokens import Packing
 from groupsae.errors import UserError
-from groupsae.lm.hooked import HookedLM, read_after
+from groupsae.lm.hooked import HookedLM
 from groupsae.lm.load import FrozenLM
 
 LEAST_TEXT = 20_000_000  # tokens
@@ -144,18 +144,6 @@ class ActivationDataModule(StoredBatches):
         """Let go of the language model; it is loaded again when it is needed."""
         self._hooked = None
 
-    @cached_property
-    def special_ids(self) -> Int[Tensor, " id"]:
-        """Return the tokens that are no text."""
-        special, start = self.lm.tokenizer().all_special_ids, self.lm.start_token
-        return torch.tensor(special if start is None else [*special, start], dtype=torch.int64)
-
-    @property
-    def filters(self) -> TokenFilter:
-        """Return which tokens count."""
-        special = self.special_ids if self.exclude_special_tokens else None
-        return TokenFilter(special, self.skip_positions, self.max_norm_ratio)
-
     def described(self) -> dict[str, Any]:
         """Return what decides the activations, but for weights and text, as plain values."""
         return {
@@ -169,10 +157,6 @@ class ActivationDataModule(StoredBatches):
         }
 
     # ---- activations --------------------------------------------------------------------
-
-    def set_slots(self, groups: list[list[int]]) -> None:
-        """Choose the sets of layers that training batches draw from, one row each."""
-        self.slots = groups
 
     def exchange(self, training: Exchange, validation: Exchange) -> None:
         """Send rows to the processes that need them, in training and in validation.
@@ -235,36 +219,6 @@ class ActivationDataModule(StoredBatches):
         self.stopwatch.stop()
         return made
 
-    def spread(
-        self, batch: Tensor, first_block: int, *, training: bool
-    ) -> SpreadTokens | list[SpreadTokens]:
-        """Return what a batch that every process reads in full will show.
-
-        Args:
-            batch: its tokens.
-            first_block: place of its first block in the run.
-            training: or a validation, which comes in parts.
-        """
-        assert self.exchanges is not None
-        training_rows, layers = self.exchanges
-
-        def drawn(exchange: Exchange, part: slice) -> SpreadTokens:
-            found = draw_spread(
-                batch,
-                exchange,
-                part,
-                self.counted,
-                seed=self.seed,
-                first_position=first_block * self.packing.context,
-                blocks_per_forward=self.blocks_per_forward,
-            )
-            return found.pinned() if self.device.type == "cuda" else found
-
-        if training:
-            return drawn(training_rows, slice(None))
-        share, size = len(batch) // len(layers.wanted), self.blocks_per_forward
-        return [drawn(layers, slice(i, i + size)) for i in range(0, share, size)]
-
     def _made(self, drawn: Drawn, slots: list[list[int]], *, training: bool) -> ActivationBatch:
         if isinstance(drawn, DrawnTokens):
             return self.shown(drawn, slots)
@@ -277,28 +231,6 @@ class ActivationDataModule(StoredBatches):
             dtype=self.travelling,
             blocks_per_forward=self.blocks_per_forward,
         )
-
-    def used_layers(self) -> list[int]:
-        """Return every layer that some slot draws from, sorted."""
-        return sorted({layer for slot in self.slots for layer in slot})
-
-    def drawn(
-        self, tokens: Int[Tensor, "block pos"], slots: list[list[int]], first_position: int = 0
-    ) -> DrawnTokens:
-        """Return the draws for tokens on the host; `first_position` as in `activations`."""
-        found = draw(
-            tokens,
-            slots,
-            self.counted(tokens),
-            seed=self.seed,
-            first_position=first_position,
-            blocks_per_forward=self.blocks_per_forward,
-        )
-        return found.pinned() if self.device.type == "cuda" else found
-
-    def counted(self, tokens: Int[Tensor, "block pos"]) -> Bool[Tensor, "block pos"] | None:
-        """Return which tokens count whatever their activations; None if all do."""
-        return self.filters.tokens(read_after(self.lm.start_token, tokens))
 
     def shown(self, drawn: DrawnTokens, slots: list[list[int]]) -> ActivationBatch:
         """Return the activations of tokens whose draws from `slots` lie on the device."""

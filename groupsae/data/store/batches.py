@@ -1,36 +1,15 @@
-"""The part of a data module that reads activations from a store, and fills it."""
+"""The part of a data module that reads activations from a store."""
 
-import time
-from abc import abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
-from jaxtyping import Int64
-from torch import Tensor
+from typing import TypeVar
 
 from groupsae.data.batch import ActivationBatch
-from groupsae.data.batches import HELDOUT_SEED, TokenBatches
-from groupsae.data.drawn import DrawnTokens
-from groupsae.data.exchange import Exchange
-from groupsae.data.filters import TokenFilter
-from groupsae.data.loader import block_order
-from groupsae.data.rows import Show, by_model
+from groupsae.data.batches import HELDOUT_SEED
 from groupsae.data.splits import Split
 from groupsae.data.spread import SpreadTokens
-from groupsae.data.store.fill import PAUSE, Filler, size_of
-from groupsae.data.store.lock import claimed
-from groupsae.data.store.options import check_store
+from groupsae.data.store.filled import FilledBatches
 from groupsae.data.store.rows import RowReader, StoredRows, read_ahead
-from groupsae.data.store.shard import Damaged, Layout, read_shard
-from groupsae.data.store.store import ActivationStore, Gap, dtype_of, open_store
-from groupsae.errors import UserError
-from groupsae.lm.hooked import HookedLM
-
-REPAIRS = 3  # of one file: then it is the disk
 
 Batch = TypeVar("Batch", covariant=True)
 
@@ -55,199 +34,8 @@ class StoredParts:
         self.rows = rows
 
 
-class StoredBatches(TokenBatches):
-    """Token batches whose activations may come from a store; what makes them says the subclass.
-
-    Without `keep_in` there is no store. With one, the language model is loaded only when
-    something is missing in it, or damaged.
-
-    Attributes:
-        fill_seconds: that were spent on filling the store.
-    """
-
-    slots: list[list[int]]
-    exchanges: tuple[Exchange, Exchange] | None
-    blocks_per_forward: int
-    fill_seconds = 0.0
-    _place: tuple[Path, torch.dtype, Callable[[str], object]] | None = None
-    _store: ActivationStore | None = None
-
-    @property
-    @abstractmethod
-    def hooked(self) -> HookedLM:
-        """Return the language model, loaded if it is not yet."""
-
-    @property
-    @abstractmethod
-    def filters(self) -> TokenFilter:
-        """Return which tokens count."""
-
-    @abstractmethod
-    def release(self) -> None:
-        """Let go of the language model."""
-
-    @abstractmethod
-    def used_layers(self) -> list[int]:
-        """Return the layers that training needs."""
-
-    @abstractmethod
-    def drawn(self, tokens: Tensor, slots: list[list[int]], first_position: int) -> DrawnTokens:
-        """Return the draws for tokens."""
-
-    @abstractmethod
-    def spread(
-        self, batch: Tensor, first_block: int, *, training: bool
-    ) -> SpreadTokens | list[SpreadTokens]:
-        """Return the draws for tokens of all processes."""
-
-    # ---- the store ----------------------------------------------------------------------
-
-    def keep_in(self, folder: str, dtype: str, say: Callable[[str], object]) -> None:
-        """Read activations from a store in this folder, and write there what is missing.
-
-        Args:
-            folder: of all stores (data.cache); each content has a folder of its own there.
-            dtype: of what is stored (data.cache_dtype).
-            say: prints a sentence, in one process of several.
-
-        Raises:
-            UserError: activations are not stored so.
-        """
-        check_store(folder, dtype)
-        self._place = Path(folder), dtype_of(dtype), say
-
-    @property
-    def is_stored(self) -> bool:
-        """Return whether activations come from a store."""
-        return self._place is not None
-
-    @property
-    def stored_dtype(self) -> str:
-        """Return what activations are stored in."""
-        assert self._place is not None
-        return str(self._place[1]).removeprefix("torch.")
-
-    @property
-    def store(self) -> ActivationStore:
-        """Return the store of this text and model, opened; the text is packed first if need be.
-
-        Raises:
-            UserError: its folder cannot be written.
-        """
-        assert self._place is not None, "there is no store without keep_in"
-        if self._store is None:
-            folder, dtype, _ = self._place
-            blocks = self.blocks.blocks
-            # what a name or a folder is called matters to nobody: the fingerprint tells
-            read = ("dtype", "hookpoint", "stack", "blocks_path", "submodule", "load")
-            described = self.lm.described()
-            self._store = open_store(
-                folder,
-                {
-                    **{key: described[key] for key in read},
-                    "weights": self.lm.fingerprint(),
-                    "text": self.blocks.key,
-                },
-                Layout(self.packing.context, self.lm.geometry.d_model, dtype),
-                {split: len(blocks[split]) for split in blocks},
-            )
-            self._repairs: Counter[Path] = Counter()
-        return self._store
-
-    def needed(self, split: Split, num_steps: int) -> list[int]:
-        """Return the blocks that so many steps of a split read, in the order of first use."""
-        available = len(self.blocks.blocks[split])
-        count = min(available, num_steps * self.blocks_per_step)
-        if split == "calibration":
-            return list(range(count))
-        seed = self.seed if split == "train" else HELDOUT_SEED
-        order: list[int] = block_order(available, seed, 0, count).tolist()
-        return order
-
-    def fill_calibration(self, tokens: int) -> None:
-        """Write every layer of so many calibration tokens, where they are missing.
-
-        Raises:
-            UserError: the disk has no room for them and for what training needs afterwards.
-        """
-        if not self.is_stored:
-            return
-        every = list(range(self.lm.geometry.num_layers))
-        blocks = self.needed("calibration", self.steps_for("calibration", tokens))
-        # the grouping may leave the last layer out, no other
-        layout = self.store.layout
-        later = sum(size_of(gap, layout) for gap in self._training_gaps(every[:-1] or every))
-        self._fill(self.store.gaps("calibration", blocks, every), later)
-
-    def has_calibration(self, num_steps: int) -> bool:
-        """Return whether every layer of so many calibration steps can be read from a store."""
-        every = range(self.lm.geometry.num_layers)
-        blocks = self.needed("calibration", num_steps)
-        return self.is_stored and not self.store.gaps("calibration", blocks, every)
-
-    def fill_training(self) -> None:
-        """Write what training and validation of the chosen slots read, where it is missing.
-
-        Raises:
-            UserError: the disk has no room for it.
-        """
-        if self.is_stored:
-            self._fill(self._training_gaps(self.used_layers()), 0)
-
-    def _training_gaps(self, layers: list[int]) -> list[Gap]:
-        train = self.needed("train", self.num_steps)
-        heldout = self.needed("heldout", self.steps_for("heldout", self.heldout_tokens))
-        return [
-            *self.store.gaps("train", train, layers),
-            *self.store.gaps("heldout", heldout, layers),
-        ]
-
-    def _fill(self, gaps: list[Gap], later: int) -> None:
-        if gaps:
-            self.fill_seconds += self._filler(show=True).fill(gaps, later)
-            self.release()
-
-    def _filler(self, *, show: bool) -> Filler:
-        assert self._place is not None
-        rank, processes = self._rank()
-
-        def model(split: Split, blocks: Sequence[int]) -> Show:
-            return by_model(self.hooked, self._tokens(split, blocks).to(self.device))
-
-        return Filler(
-            self.store, model, self.blocks_per_step // processes, self.blocks_per_forward,
-            rank, processes, self._place[2], show and rank == 0,
-        )  # fmt: skip
-
-    def _repair(self, damaged: Damaged) -> None:
-        """Write a file anew that is not what was written, and no other.
-
-        Raises:
-            UserError: that does not help.
-        """
-        assert self._place is not None
-        store, gap = self.store, self.store.forget(damaged.path)
-        if gap is None:  # mended since
-            return
-        self._repairs[damaged.path] += 1
-        if self._repairs[damaged.path] > REPAIRS:
-            raise UserError(
-                f"{damaged}, though it was written anew {REPAIRS} times: the disk is not to be "
-                "trusted. Name another folder (data.cache=<folder>), or data.cache=null."
-            )
-        self._place[2](f"{damaged}: it is written anew.")
-        while True:
-            with claimed(damaged.path.parent) as mine:
-                if mine:
-                    if not _is_whole(damaged.path, store.layout):  # another process was faster
-                        damaged.path.unlink(missing_ok=True)
-                    break
-            time.sleep(PAUSE)
-        store.refresh()
-        lacking = store.gaps(gap.split, gap.blocks, gap.layers)
-        self.fill_seconds += self._filler(show=False).fill(lacking, 0)
-
-    # ---- batches ------------------------------------------------------------------------
+class StoredBatches(FilledBatches):
+    """Token batches whose activations come from a store."""
 
     def stored_training(self) -> StoredLoader[StoredRows]:
         """Return the training batches from `blocks_seen` on, with their rows."""
@@ -347,22 +135,3 @@ class StoredBatches(TokenBatches):
             threads=max(1, self.num_workers),
             pinned=self.device.type == "cuda",
         )
-
-    def _tokens(self, split: Split, blocks: Sequence[int]) -> Int64[Tensor, "block pos"]:
-        return torch.from_numpy(self.blocks.blocks[split][list(blocks)].astype("int64"))
-
-    def _rank(self) -> tuple[int, int]:
-        trainer: Any = self.trainer
-        return (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-
-
-def _is_whole(path: Path, layout: Layout) -> bool:
-    """Return whether every block of a file is what was written."""
-    try:
-        shard = read_shard(path, layout)
-        block = torch.empty(layout.context, layout.d_model, dtype=layout.dtype)
-        for row in range(len(shard.blocks)):
-            shard.read(row, block)
-    except Damaged:
-        return False
-    return True
