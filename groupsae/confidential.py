@@ -5,25 +5,26 @@ import re
 from collections.abc import Mapping, Sequence
 
 NAMES = {
-    "token", "use_auth_token", "auth_token", "access_token", "hf_token", "api_key", "apikey",
-    "wandb_api_key", "password", "passwd", "secret", "secret_key", "access_key", "credentials",
-    "authorization",
+    "token", "use_auth_token", "auth_token", "access_token", "hf_token", "refresh_token",
+    "session_token", "bearer_token", "api_key", "apikey", "wandb_api_key", "password", "passwd",
+    "secret", "client_secret", "secret_key", "access_key", "secret_access_key",
+    "aws_secret_access_key", "aws_session_token", "private_key", "credentials", "authorization",
 }  # fmt: skip
 _VARIABLE = re.compile(r"TOKEN|API_?KEY|SECRET|PASSW|CREDENTIAL")
 _SHORTEST = 12  # characters of a secret: less is found by chance
-_ADDRESS = re.compile(r"(\w+://)[^/\s@]+@")
-_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
-_IN_MESSAGES = (
-    (_ADDRESS, r"\1***@"),
-    (_HUB_TOKEN, "hf_***"),
-    (re.compile(r"(?i)\b((?:bearer|basic)\s+)[\w.~+/=-]{8,}"), r"\1***"),
+_PATTERNS = (  # what it looks like, what is shown instead, what it is
+    (re.compile(r"(\w+://)[^/\s@]+@"), r"\1***@", "an address with a password"),
+    (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "hf_***", "a token of the Hugging Face Hub"),
     (
         re.compile(
             r"(?i)([?&][\w-]*(?:token|signature|credential|api_?key|secret|password)=)[^&\s'\"]+"
         ),
         r"\1***",
+        "an address with a token",
     ),
 )
+# in messages only: a note in a configuration may begin with "Basic experiments"
+_AUTHORIZATION = re.compile(r"(?i)\b((?:bearer|basic)\s+)[\w.~+/=-]{8,}")
 
 
 def redacted(text: str) -> str:
@@ -32,8 +33,9 @@ def redacted(text: str) -> str:
     >>> redacted("cannot reach https://me:pass@hub.org/x?token=abc&b=1")
     'cannot reach https://***@hub.org/x?token=***&b=1'
     """
-    for pattern, instead in _IN_MESSAGES:
+    for pattern, instead, _ in _PATTERNS:
         text = pattern.sub(instead, text)
+    text = _AUTHORIZATION.sub(r"\1***", text)
     for value in _secret_variables().values():
         text = text.replace(value, "***")
     return text
@@ -52,15 +54,14 @@ def secret_in(value: object, where: str = "") -> tuple[str, str] | None:
     if isinstance(value, Mapping):
         for name, inner in value.items():
             at = f"{where}.{name}" if where else str(name)
-            if str(name).lower() in NAMES and inner not in (None, False, ""):
+            if str(name).lower().replace("-", "_") in NAMES and inner not in (None, False, ""):
                 return at, str(name)
             if (found := secret_in(inner, at)) is not None:
                 return found
     elif isinstance(value, str):
-        if _ADDRESS.search(value):
-            return where, "an address with a password"
-        if _HUB_TOKEN.search(value):
-            return where, "a token of the Hugging Face Hub"
+        for pattern, _, what in _PATTERNS:
+            if pattern.search(value):
+                return where, what
         for variable, secret in _secret_variables().items():
             if secret in value:
                 return where, f"the value of the environment variable {variable}"
@@ -73,5 +74,6 @@ def _secret_variables() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if len(value) >= _SHORTEST and _VARIABLE.search(name) and os.sep not in value
+        # HF_TOKEN_PATH and its like name a file
+        if len(value) >= _SHORTEST and _VARIABLE.search(name) and not os.path.exists(value)
     }

@@ -1,5 +1,6 @@
 """Errors that come from a network: which may pass, and how long to wait."""
 
+import errno
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -9,6 +10,10 @@ from groupsae.confidential import redacted
 
 LIBRARIES = {"aiohttp", "httpcore", "httpcore2", "httpx", "httpx2", "requests", "urllib3"}
 WORTH_RETRYING = {408, 425, 429}  # of the 4xx answers; the others say that asking again is useless
+LASTING = {  # of this machine: no pause mends them
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE,
+    errno.ENAMETOOLONG,
+}  # fmt: skip
 LONGEST_PAUSE = 60.0  # seconds
 LONGEST_WISH = 3600.0  # seconds that a server may ask for by Retry-After
 
@@ -20,6 +25,8 @@ def is_transient(error: BaseException) -> bool:
     status = _status(error)
     if isinstance(status, int) and 400 <= status < 500:
         return status in WORTH_RETRYING
+    if isinstance(error, OSError) and error.errno in LASTING:
+        return False
     lasting = FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError
     return not isinstance(error, lasting) and (
         isinstance(error, OSError | TimeoutError) or _of_network(error)

@@ -10,7 +10,6 @@ import json
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from groupsae.data.writer import write_json
 from groupsae.errors import UserError
 from groupsae.network import first_line
 from groupsae.run import is_leader
+from groupsae.sweep_child import run_alone, starts_processes
 from groupsae.trust import check_own
 
 PACKAGES = {  # of a launcher -> its module and our extra that brings it
@@ -53,6 +53,7 @@ class Points(Callback):
         self.points: list[list[str]] = []
         self.command: list[str] = []
         self.side_by_side = False  # by joblib
+        self.elsewhere = False  # jobs of submitit, which go on when this process ends
         self.received: int = signal.SIGINT
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
@@ -60,6 +61,7 @@ class Points(Callback):
         global _current
         self.command = sys.argv[1:]
         self.side_by_side = "joblib" in config.hydra.launcher._target_
+        self.elsewhere = "submitit" in config.hydra.launcher._target_
         task = list(config.hydra.overrides.task)
         own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
         try:
@@ -109,8 +111,11 @@ class Points(Callback):
         """Stop the point that runs here; points of joblib's processes are given time to stop.
 
         While a point trains here, its own callback has the signals. A second one ends all at once.
+        submitit's jobs are only left alone.
         """
         again, self.received = self.stopped, number
+        if self.elsewhere:
+            raise KeyboardInterrupt
         self.stop()
         if again or not self.side_by_side:
             raise KeyboardInterrupt
@@ -133,19 +138,19 @@ class Points(Callback):
         table.add_column("run folder, or why", overflow="fold")
         statuses = []
         for point in points:
-            lost = {"status": None, "said": "no end was seen: killed, or still running"}
+            lost = {"status": -1, "said": "no end was seen: killed, or still running"}
             each = found.get(tuple(point), lost)
             status = each["status"]
             statuses.append(status)
-            word = {0: "done", None: "not run"}.get(
+            word = {0: "done", None: "not run", -1: "not known"}.get(
                 status, "stopped" if (status or 0) > 128 else "failed"
             )
             varied = " ".join(o for o in point if o not in shared) or " ".join(point)
             table.add_row(varied, word, each["folder"] if status == 0 else each["said"])
         if any(status in (1, 2) for status in statuses):
             return 1, table
-        stopped = [status for status in statuses if status]
-        return (stopped[0] if stopped else 1 if None in statuses else 0), table
+        stopped = [status for status in statuses if (status or 0) > 128]
+        return (stopped[0] if stopped else int(any(status != 0 for status in statuses))), table
 
 
 def finish() -> int:
@@ -184,8 +189,8 @@ def run_point(
         from groupsae.run import run_folder
 
         folder = str(run_folder(cfg))
-        if _starts_processes(cfg):
-            status = _own_process(overrides)
+        if starts_processes(cfg):
+            status = run_alone(overrides)
             said = f"exit status {status}: see above" if status else ""
         else:
             status = train(cfg, overrides)
@@ -254,23 +259,3 @@ def _points(task: list[str]) -> list[list[str]]:
     except (HydraException, ValueError):
         return []  # glob() needs Hydra to be looked up: then only those that ran are told of
     return [list(point) for point in itertools.product(*axes.values())]
-
-
-def _starts_processes(cfg: DictConfig) -> bool:
-    """Return whether Lightning would start processes of its own, by giving the command again."""
-    several = cfg.trainer.devices not in (1, "1") or "strategy" in cfg.trainer
-    outside = {"WORLD_SIZE", "TORCHELASTIC_RUN_ID"} & set(os.environ)
-    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
-    return bool(several) and not outside and tasks == 1
-
-
-def _own_process(overrides: list[str]) -> int:
-    """Run a point as a command of its own; return its exit status."""
-    before = signal.getsignal(signal.SIGINT)
-    child = subprocess.Popen([sys.executable, "-m", "groupsae.train", *overrides])
-    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the child by itself
-    try:
-        status = child.wait()
-    finally:
-        signal.signal(signal.SIGINT, before)
-    return status if status >= 0 else 128 - status

@@ -1,5 +1,6 @@
 """Train Group-SAEs: `python -m groupsae.train model=pythia-1b groups=amad`."""
 
+import signal
 import sys
 from typing import Any
 
@@ -54,10 +55,13 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    stopped = 0
     try:
         run()
+    except KeyboardInterrupt:  # before training, or while jobs run elsewhere
+        stopped = 128 + signal.SIGINT
     finally:
-        status = finish()
+        status = max(finish(), stopped)
     if status:
         sys.exit(status)
 

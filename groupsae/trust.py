@@ -1,6 +1,7 @@
 """What a configuration may ask for: one's own, and that of a run folder which a stranger made."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -15,7 +16,6 @@ from groupsae.lm.options import runs_code
 from groupsae.targets import check_targets
 
 OURS = "run_folder"  # the only resolver that stays in what is saved
-_RESOLVER = re.compile(r"\$\{\s*([^{}:]+):")
 
 
 def check_own(cfg: DictConfig) -> None:
@@ -90,9 +90,26 @@ def _settle(node: DictConfig | ListConfig) -> None:
 
 def _resolvers(value: Any) -> list[str]:
     if isinstance(value, str):
-        return [name.strip() for name in _RESOLVER.findall(value)]
+        return list(_called(value))
     if isinstance(value, dict):
         return [name for key, each in value.items() for name in _resolvers([str(key), each])]
     if isinstance(value, list):
         return [name for each in value for name in _resolvers(each)]
     return []
+
+
+def _called(text: str) -> Iterator[str]:
+    """Yield the name of each resolver: what stands between a `${` and its own `:`.
+
+    OmegaConf lets a name be worked out, as in `${oc.${x}:HOME}`; it is yielded as it stands, and
+    is then none of ours.
+    """
+    for begin in re.finditer(r"\$\{", text):
+        depth = 0  # of what else begins within the name
+        for place in range(begin.end(), len(text)):
+            char = text[place]
+            if depth == 0 and char in ":}":
+                if char == ":":
+                    yield text[begin.end() : place].strip()
+                break
+            depth += (char == "{") - (char == "}")

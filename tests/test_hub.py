@@ -1,5 +1,7 @@
 """Data sets through `datasets`: from a folder, and over a connection that breaks."""
 
+import errno
+
 import datasets
 import httpx
 import pyarrow as pa
@@ -135,6 +137,9 @@ def answer(status):
         (answer(401), False),
         (OfflineModeIsEnabled(""), False),
         (FileNotFoundError(), False),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (OSError(errno.EMFILE, "Too many open files"), False),
+        (OSError(errno.EIO, "Input/output error"), True),
         (ValueError(), False),
     ],
 )

@@ -137,6 +137,14 @@ def stranger(tmp_path, tiny_lm, tiny_text):
         ({"logger": {"x": EVIL}}, "may not name"),
         ({"model.name": "${oc.env:HOME}/x"}, r"asks for \$\{oc\.env:\.\.\.\}, which could read"),
         ({"data.path": "a-${ oc.decode:${oc.env:HOME}}"}, "could read what is secret"),
+        (
+            {"data.path": "${oc.${seed}:HOME}"},
+            r"asks for \$\{oc\.\$\{seed\}:\.\.\.\}",
+        ),
+        ({"data.path": "${${model.name}:HOME}"}, "could read what is secret"),
+        ({"data.path": "${oc.env.${.a.${.b}}:HOME}"}, "could read what is secret"),
+        ({"data.path": "${run_folder:${oc.env:HOME}}"}, "could read what is secret"),
+        ({"model.load": {"${oc.env:HOME}": 1}}, "could read what is secret"),
         ({"model.load": {"trust_remote_code": True}}, r"would run code.*trust_remote_code=true"),
         ({"model.load": {"attn_implementation": "someone/kernel"}}, "attn_implementation would"),
     ],
@@ -149,6 +157,13 @@ def test_a_strangers_run_folder_runs_nothing_and_asks_nothing(stranger, changes,
     again = [f"output={folder}", "model=tiny", f"resume={folder}"]
     with pytest.raises(UserError, match=sentence.replace("trust_remote_code=true", "")):
         open_run(runs.composed(again), again[2:])
+
+
+@pytest.mark.parametrize("plain", ["${.a.${.b}}", "${seed}:x", "{a: ${seed}}", "${run_folder:}"])
+def test_what_asks_only_the_configuration_itself_is_no_resolver(stranger, plain):
+    with pytest.raises(UserError) as raised:  # there is no such model, which is looked at later
+        finished_run(stranger({"model.name": plain}), trusted=False)
+    assert "asks for" not in str(raised.value)
 
 
 def test_who_trusts_the_models_code_says_so(stranger):
@@ -188,12 +203,17 @@ def test_weights_are_never_unpickled_with_code():
         "+logger.wandb.api_key=0123",
         "model.name=planted-in-the-environment",
         "+trainer.a={b: [{password: x}]}",
+        "+data.Client-Secret=abc",
+        "+data.aws_secret_access_key=abc",
+        "data.path=https://hub.org/x.parquet?X-Amz-Signature=0123",
+        "model.name=planted/with+a/slash",
     ],
 )
 def test_a_secret_is_refused_before_it_is_written(
     argument, capsys, monkeypatch, tmp_path, tiny_lm
 ):
     monkeypatch.setenv("MY_API_KEY", "planted-in-the-environment")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted/with+a/slash")
     if "{" not in argument:
         with pytest.raises(SystemExit):
             check_arguments([argument], "train")
@@ -208,7 +228,9 @@ def test_a_secret_is_refused_before_it_is_written(
     assert not list(tmp_path.rglob("*"))
 
 
-def test_what_is_no_secret_is_none():
+def test_what_is_no_secret_is_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path))
+    assert secret_in({"output": f"{tmp_path}/x", "notes": "Basic experiments"}) is None
     cfg = runs.composed(["model=tiny"])
     assert secret_in(OmegaConf.to_container(cfg, resolve=False)) is None
     assert secret_in({"token": None, "column": "tokens", "path": "a@b:c/d"}) is None

@@ -1,7 +1,10 @@
 """The store of activations: what is written, read, mended, and shared between processes."""
 
+import errno
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +17,7 @@ import torch
 from lms import frozen
 from safetensors.torch import load_file
 
+from groupsae.data import whole
 from groupsae.data.activations import ActivationDataModule
 from groupsae.data.files import FileSource
 from groupsae.data.store import fill, store
@@ -157,9 +161,9 @@ def test_two_processes_read_what_one_reads(make_data):
     make_data(blocks_per_forward=2).fill_training()
     one = training_batches(make_data(blocks_per_forward=2))
     halves = [training_batches(make_data(rank=r, world_size=2)) for r in range(2)]
-    for whole, *parts in zip(one, *halves, strict=True):
-        assert torch.equal(torch.cat([part.acts for part in parts], 1), whole.acts)
-        assert torch.equal(torch.cat([part.layers for part in parts], 1), whole.layers)
+    for both, *parts in zip(one, *halves, strict=True):
+        assert torch.equal(torch.cat([part.acts for part in parts], 1), both.acts)
+        assert torch.equal(torch.cat([part.layers for part in parts], 1), both.layers)
 
 
 def test_a_file_is_a_safetensors_file_that_says_what_is_in_it(make_data):
@@ -235,11 +239,13 @@ def test_a_broken_off_filling_goes_on_and_rewrites_nothing(make_data, monkeypatc
     data = make_data()
     before = files(data)
     assert set(written) == set(before)
-    assert list(data.store.folder.glob("*/*/*.tmp"))
+    left = list(data.store.folder.glob("*/*/*.tmp"))
+    assert left
+    monkeypatch.setattr(whole.psutil, "pid_exists", lambda _: False)
     data.fill_training()
     after = files(data)
     assert {path: after[path] for path in before} == before
-    assert not [p for p in data.store.folder.glob("*/*/*") if p.suffix != ".safetensors"]
+    assert not list(data.store.folder.rglob("*.tmp"))
     same_batches(training_batches(data), training_batches(make_data(None)))
 
 
@@ -292,6 +298,120 @@ def test_a_file_that_is_not_whole_is_noticed_on_opening(make_data, damage, how):
     assert any(f"{path} is damaged" in said and how in said for said in data.said)
     assert {p for p, stat in files(data).items() if stat != before[p]} == {path}
     same_batches(training_batches(data), training_batches(make_data(None)))
+
+
+def test_a_file_that_many_batches_find_damaged_is_written_anew_once(make_data, forwards):
+    first = make_data()
+    first.fill_training()
+    path = min(first.store.folder.glob("train/*/layer.01.safetensors"))
+    blocks = len(load_file(path)["blocks"])
+    for block in range(blocks):  # so every batch ahead meets it
+        flip(path, -1 - block * BLOCK)
+    ran, data = len(forwards), make_data()
+    training_batches(data)
+    assert len(data.said) == 1
+    assert sum(forwards[ran:]) == blocks
+    assert data._hooked is None  # loaded for this only
+
+
+def test_whoever_finds_a_damaged_file_names_it(make_data, capsys):
+    make_data().fill_training()
+    data = make_data(rank=1, world_size=2)
+    path = min(data.store.folder.glob("train/*/layer.01.safetensors"))
+    for block in range(len(load_file(path)["blocks"])):
+        flip(path, -1 - block * BLOCK)
+    training_batches(data)
+    assert capsys.readouterr().err.startswith(f"process 1: {path} is damaged (the checksum of")
+    assert data.said == []  # the leader's
+
+
+def test_a_damaged_file_that_another_process_mended_is_kept(make_data):
+    first = make_data()
+    first.fill_training()
+    path = min(first.store.folder.glob("train/*/layer.01.safetensors"))
+    content = path.read_bytes()
+    path.write_bytes(b"")
+    late = make_data()
+    assert [damaged.path for damaged in late.store.damaged] == [path]
+    path.write_bytes(content)
+    before = files(first)
+    late._filler(show=False)._clear()
+    assert files(first) == before
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE])
+@pytest.mark.parametrize("opening", [True, False])
+def test_a_file_that_may_not_be_read_is_no_damaged_one(
+    make_data, monkeypatch, number, opening, forwards
+):
+    data, opened = make_data(), Path.open
+    data.fill_training()
+    path = min(data.store.folder.glob("train/*/layer.01.safetensors"))
+    before, ran = files(data), len(forwards)
+
+    def refused(self, *args, **kwargs):
+        if self == path:
+            raise OSError(number, os.strerror(number))
+        return opened(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(UserError, match=f"cannot read {path}: {os.strerror(number)}.*again"):
+        training_batches(make_data() if opening else data)
+    assert files(data) == before
+    assert len(forwards) == ran
+
+
+def test_what_others_are_writing_is_left_alone(make_data, monkeypatch, tmp_path):
+    data = make_data()
+    folder = data.store.folder / "train" / "x"
+    folder.mkdir(parents=True)
+    now = time.time()
+
+    def beside(host, process, age):
+        path = folder / f"layer.00.safetensors@{host}@{process}@{age}.tmp"
+        path.touch()
+        os.utime(path, (now - age, now - age))
+        return path
+
+    here = socket.gethostname()
+    living = [beside(here, os.getpid(), 10**6), beside("some.other-host", 1, 60)]
+    dead = [beside(here, 2**22 + 1, 0), beside("some.other-host", 1, 10**6)]
+    trial = whole.own_beside(data.store.folder / "trial")
+    trial.mkdir()
+    data.fill_training()
+    assert [path.exists() for path in living] == [True, True]
+    assert [path.exists() for path in dead] == [False, False]
+    assert trial.exists()
+    monkeypatch.setattr(whole.psutil, "pid_exists", lambda _: False)
+    data._filler(show=False)._clear()
+    assert not trial.exists()
+
+
+def test_a_trial_tells_the_time_beforehand_and_may_fail(make_data, monkeypatch):
+    monkeypatch.setattr(fill, "FEW", 2)
+    data = make_data()
+    data.fill_training()
+    (said,) = data.said
+    assert re.search(r": 0\.4 MB to write into .*, about 0:00:0\d by a trial\.$", said)
+    assert {p.parent.name for p in data.store.folder.rglob("*.safetensors")} == {
+        p.name for p in data.store.folder.glob("*/*")
+    }
+    monkeypatch.setattr(fill, "own_beside", lambda path: path.parent / "no" / "such" / "folder")
+    data = make_data("bfloat16")
+    data.fill_training()
+    assert len(data.said) == 1
+    assert "trial" not in data.said[0]
+    assert files(data)
+
+
+def test_a_chunk_stays_one_processs_to_write_when_another_has_just_ended(tmp_path):
+    """Who waits with the lock file of the first one open still excludes a third."""
+    with claimed(tmp_path) as mine:
+        assert mine
+        before = (tmp_path / "lock").stat().st_ino
+    with claimed(tmp_path) as mine:
+        assert mine
+    assert (tmp_path / "lock").stat().st_ino == before
 
 
 def test_a_file_that_stays_damaged_ends_the_run(make_data, monkeypatch):

@@ -1,17 +1,19 @@
 """Sweeps: a failed point does not stop the others, a stop does, and all are told of."""
 
 import importlib
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import runs
 
-from groupsae import sweep
+from groupsae import sweep, sweep_child
 from groupsae.errors import UserError
 from groupsae.lock import one_at_a_time
 
@@ -107,8 +109,7 @@ def test_a_point_that_submitit_told_to_stop_comes_again(command):
     assert told == [signal.SIGUSR2]
 
 
-def test_a_point_of_several_processes_is_a_command_of_its_own(command, monkeypatch):
-    """Lightning starts the others by giving the command again: it must be that of one point."""
+def test_a_point_of_several_processes_is_a_command_of_its_own(command, monkeypatch, tmp_path):
     given = []
 
     class Child:
@@ -118,15 +119,98 @@ def test_a_point_of_several_processes_is_a_command_of_its_own(command, monkeypat
         def wait(self):
             return -signal.SIGTERM if "seed=1" in given[-1] else 0
 
-    monkeypatch.setattr(sweep.subprocess, "Popen", Child)
+        def poll(self):
+            return 0
+
+    monkeypatch.setattr(sweep_child.subprocess, "Popen", Child)
+    (tmp_path / "my-conf").mkdir()
     more = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
-    status, said, begun = command({}, "seed=0,1", *more)
+    hydras = (f"--config-dir={tmp_path / 'my-conf'}", "hydra.verbose=false", "hydra.sweep.dir=x")
+    status, said, begun = command({}, "seed=0,1", *more, *hydras)
     assert begun == []
     assert [line[1:3] for line in given] == [["-m", "groupsae.train"]] * 2
     assert [line for line in given if "-m" in line[3:]] == []
+    assert [[part for part in line if part.startswith(("-", "hydra"))][1:] for line in given] == [
+        list(hydras[:2])
+    ] * 2
     assert ["seed=0" in given[0], "seed=1" in given[1], "trainer=ddp" in given[0]] == [True] * 3
     assert rows(said) == {0: "done", 1: "stopped"}
     assert status == 128 + signal.SIGTERM
+
+
+WAITS = """
+import signal, sys, time
+def told(number, frame):
+    time.sleep(0.5)
+    open(sys.argv[1], "w").write("ended in order")
+    sys.exit(128 + number)
+signal.signal(signal.SIGTERM, told)
+open(sys.argv[1] + ".ready", "w").close()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, signal.SIGTERM), (signal.SIGUSR2, signal.SIGUSR2)],
+)
+def test_a_stop_reaches_the_command_of_a_point_and_waits_for_it(
+    monkeypatch, tmp_path, number, status
+):
+    """A real process; submitit's signal stops it as well, and is answered with its own."""
+    note, popen = tmp_path / "note", subprocess.Popen
+    line = [sys.executable, "-c", WAITS, str(note)]
+    monkeypatch.setattr(sweep_child.subprocess, "Popen", lambda _: popen(line))
+    monkeypatch.setattr(sweep_child, "_of_the_command", list)
+
+    def tell():
+        while not Path(f"{note}.ready").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    teller = threading.Thread(target=tell)
+    teller.start()
+    assert sweep_child.run_alone([]) == 128 + status
+    teller.join()
+    assert note.read_text() == "ended in order"
+    assert signal.getsignal(number) == before
+
+
+def test_the_command_of_a_point_does_not_outlive_an_error(monkeypatch, tmp_path):
+    note, popen = tmp_path / "note", subprocess.Popen
+
+    class Child(popen):
+        def wait(self, timeout=None):
+            while not Path(f"{note}.ready").exists():
+                time.sleep(0.02)
+            monkeypatch.setattr(Child, "wait", popen.wait)
+            raise RuntimeError("something else")
+
+    line = [sys.executable, "-c", WAITS, str(note)]
+    monkeypatch.setattr(sweep_child.subprocess, "Popen", lambda _: Child(line))
+    monkeypatch.setattr(sweep_child, "_of_the_command", list)
+    with pytest.raises(RuntimeError, match="something else"):
+        sweep_child.run_alone([])
+    assert note.read_text() == "ended in order"
+
+
+def test_ctrl_c_leaves_jobs_elsewhere_alone(tmp_path, capfd):
+    points = sweep.Points()
+    points.folder, points.elsewhere = tmp_path, True
+    points.points = [["seed=0"], ["seed=1"]]
+    (tmp_path / "point-0.json").write_text(
+        json.dumps({"status": 0, "said": "", "folder": "f", "point": ["seed=0"]})
+    )
+    with pytest.raises(KeyboardInterrupt):
+        points._interrupted(signal.SIGINT, None)
+    assert not points.stopped  # jobs that have not begun yet look at this
+    status, shown = points.table()
+    assert status == 1
+    sweep.Console().print(shown)
+    said = capfd.readouterr().out
+    assert rows(said) == {0: "done", 1: "not known"}
+    assert "still running" in table(said)
 
 
 def test_a_secret_in_a_sweep_is_refused_before_anything_is_written(command, tmp_path):

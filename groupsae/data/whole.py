@@ -1,12 +1,19 @@
 """Files that are there whole or not at all, and a sentence where the disk refuses one."""
 
 import os
+import secrets
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+
 from groupsae.errors import UserError
+
+UNTOUCHED = 900.0  # seconds after which a file of another machine's process counts as left behind
 
 
 @contextmanager
@@ -24,7 +31,7 @@ def whole(path: Path, *, shared: bool = False, **how: Any) -> Iterator[IO[Any]]:
     Raises:
         UserError: it cannot be written; nothing of it is left.
     """
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
+    beside = own_beside(path) if shared else path.with_name(f"{path.name}.tmp")
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -37,6 +44,26 @@ def whole(path: Path, *, shared: bool = False, **how: Any) -> Iterator[IO[Any]]:
             with suppress(OSError):
                 beside.unlink(missing_ok=True)
             raise
+
+
+def own_beside(path: Path) -> Path:
+    """Return a name beside a file that no other process, on this machine or another, writes to."""
+    own = f"{socket.gethostname()}@{os.getpid()}@{secrets.token_hex(4)}"
+    return path.with_name(f"{path.name}@{own}.tmp")
+
+
+def left_behind(beside: Path) -> bool:
+    """Return whether what has a name of `own_beside` is of no use to anybody any more.
+
+    Its process has ended, or runs on another machine and has not touched it for a long time.
+    """
+    _, host, number, _ = beside.name.rsplit("@", 3)
+    if host == socket.gethostname():
+        return not psutil.pid_exists(int(number))
+    try:
+        return time.time() - beside.stat().st_mtime > UNTOUCHED
+    except OSError:  # gone meanwhile
+        return False
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from groupsae.data.splits import Split
 from groupsae.data.store.lock import claimed
 from groupsae.data.store.shard import Layout, ShardWriter
 from groupsae.data.store.store import ActivationStore, Gap, shard_path
-from groupsae.data.whole import explained
+from groupsae.data.whole import left_behind, own_beside
 from groupsae.errors import UserError
 from groupsae.progress import token_progress
 
@@ -75,9 +75,7 @@ class Filler(NamedTuple):
         if not gaps:
             return 0.0
         began, store = time.perf_counter(), self.store
-        for damaged in store.damaged:
-            self.say(f"{damaged}: it is written anew.")
-            damaged.path.unlink(missing_ok=True)
+        self._clear()
         needed = sum(size_of(gap, store.layout) for gap in gaps)
         check_room(store.folder, needed, later)
         self._announce(gaps, needed)
@@ -85,6 +83,28 @@ class Filler(NamedTuple):
         self._write(chunks)
         store.refresh()
         return time.perf_counter() - began
+
+    def rewrite(self, path: Path, gap: Gap) -> None:
+        """Put a file in the place of one that is damaged; its chunk is claimed.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        self._write_chunk(path.parent, gap, lambda _: None)
+
+    def _clear(self) -> None:
+        """Remove what killed processes left, and damaged files, which are then missing."""
+        for beside in list(self.store.folder.rglob("*@*.tmp")):
+            if left_behind(beside):
+                shutil.rmtree(beside, ignore_errors=True)
+                with suppress(OSError):
+                    beside.unlink()
+        for damaged in self.store.damaged:
+            self.say(f"{damaged}: it is written anew.")
+            with claimed(damaged.path.parent) as mine:
+                # who has it writes it anew just now, or did
+                if mine and not self.store.is_sound(damaged.path):
+                    damaged.path.unlink(missing_ok=True)
 
     def _chunks(self, gap: Gap) -> list[Gap]:
         """Return the blocks of a gap by the handful: whole steps, of some 64 MB a layer."""
@@ -106,23 +126,28 @@ class Filler(NamedTuple):
         sentence += str(self.store.folder)
         forwards = sum(len(gap.blocks) for gap in gaps) / self.blocks_per_forward
         if forwards > FEW and self.rank == 0:  # the others come to it while this one tries
-            seconds = forwards * self._trial(max(gaps, key=lambda gap: len(gap.blocks)))
-            about = timedelta(seconds=round(seconds / self.processes))
-            sentence += f", about {about} by a trial"
+            seconds = self._trial(max(gaps, key=lambda gap: len(gap.blocks)))
+            if seconds is not None:
+                about = timedelta(seconds=round(forwards * seconds / self.processes))
+                sentence += f", about {about} by a trial"
         self.say(f"{sentence}.")
 
-    def _trial(self, gap: Gap) -> float:
-        """Return the seconds of a forward, of which everything is written and thrown away."""
-        trial = self.store.folder / f"trial.{self.rank}"
+    def _trial(self, gap: Gap) -> float | None:
+        """Return the seconds of a forward, of which everything is written and thrown away.
+
+        None if that fails: what is wrong is told when the store itself is written.
+        """
+        trial = own_beside(self.store.folder / "trial")
         part = Gap(gap.split, gap.blocks[: self.blocks_per_forward], gap.layers)
         seconds = 0.0
-        with explained(trial):
-            trial.mkdir(parents=True, exist_ok=True)
         try:
+            trial.mkdir()
             for _ in range(2):  # the first one warms up
                 began = time.perf_counter()
                 self._write_chunk(trial, part, lambda _: None)
                 seconds = time.perf_counter() - began
+        except (OSError, UserError):
+            return None
         finally:
             shutil.rmtree(trial, ignore_errors=True)
         return seconds
@@ -152,9 +177,7 @@ class Filler(NamedTuple):
     def _complete(self, chunk: Gap, advance: Callable[[int], None]) -> None:
         """Write the files of a chunk that are not there: a killed process wrote some, perhaps."""
         folder = self.store.chunk_folder(chunk)
-        for left in folder.glob("*.tmp"):
-            left.unlink(missing_ok=True)
-        layers = [layer for layer in chunk.layers if not shard_path(folder, layer).exists()]
+        layers = [x for x in chunk.layers if not self.store.is_sound(shard_path(folder, x))]
         if layers:
             self._write_chunk(folder, Gap(chunk.split, chunk.blocks, layers), advance)
         else:

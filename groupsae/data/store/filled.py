@@ -1,5 +1,6 @@
 """The part of a data module that fills a store of activations, and mends it."""
 
+import sys
 import time
 from abc import abstractmethod
 from collections import Counter
@@ -120,6 +121,7 @@ class FilledBatches(DrawnBatches):
         """
         if not self.is_stored:
             return
+        self.store.refresh()  # other runs may have written since
         every = list(range(self.lm.geometry.num_layers))
         blocks = self.needed("calibration", self.steps_for("calibration", tokens))
         # the grouping may leave the last layer out, no other
@@ -140,6 +142,7 @@ class FilledBatches(DrawnBatches):
             UserError: the disk has no room for it.
         """
         if self.is_stored:
+            self.store.refresh()
             self._fill(self._training_gaps(self.used_layers()), 0)
 
     def _training_gaps(self, layers: list[int]) -> list[Gap]:
@@ -173,27 +176,35 @@ class FilledBatches(DrawnBatches):
         Raises:
             UserError: that does not help.
         """
+        began, path, mine = time.perf_counter(), damaged.path, False
+        gap = self.store.forget(path)
+        while gap is not None and not mine:
+            with claimed(path.parent) as mine:
+                # or another process was faster, or another batch that read the same file
+                if mine and not _is_whole(path, self.store.layout):
+                    self._count(damaged)
+                    self._filler(show=False).rewrite(path, gap)
+                    self.release()
+            if not mine:
+                time.sleep(PAUSE)
+        self.store.refresh()
+        self.fill_seconds += time.perf_counter() - began
+
+    def _count(self, damaged: Damaged) -> None:
+        """Say that a file is written anew, in whichever process found it; but not for ever."""
         assert self._place is not None
-        store, gap = self.store, self.store.forget(damaged.path)
-        if gap is None:  # mended since
-            return
         self._repairs[damaged.path] += 1
         if self._repairs[damaged.path] > REPAIRS:
             raise UserError(
                 f"{damaged}, though it was written anew {REPAIRS} times: the disk is not to be "
                 "trusted. Name another folder (data.cache=<folder>), or data.cache=null."
             )
-        self._place[2](f"{damaged}: it is written anew.")
-        while True:
-            with claimed(damaged.path.parent) as mine:
-                if mine:
-                    if not _is_whole(damaged.path, store.layout):  # another process was faster
-                        damaged.path.unlink(missing_ok=True)
-                    break
-            time.sleep(PAUSE)
-        store.refresh()
-        lacking = store.gaps(gap.split, gap.blocks, gap.layers)
-        self.fill_seconds += self._filler(show=False).fill(lacking, 0)
+        sentence = f"{damaged}: it is written anew."
+        rank, _ = self._rank()
+        if rank == 0:
+            self._place[2](sentence)
+        else:
+            print(f"process {rank}: {sentence}", file=sys.stderr, flush=True)
 
     def _tokens(self, split: Split, blocks: Sequence[int]) -> Int64[Tensor, "block pos"]:
         return torch.from_numpy(self.blocks.blocks[split][list(blocks)].astype("int64"))

@@ -14,6 +14,8 @@ def claimed(folder: Path) -> Iterator[bool]:
 
     The system takes a claim back when a process ends, however. Where files cannot be locked every
     process has every claim: then some write the same twice, each into a file of its own first.
+    The lock file stays: who finds none would make another and lock that one, beside a process
+    that has just opened this one.
 
     Raises:
         UserError: the folder cannot be written.
@@ -31,6 +33,3 @@ def claimed(folder: Path) -> Iterator[bool]:
         except OSError:  # a file system without locks
             pass
         yield True
-        # Only reached with everything written: whoever waits with the old file, or makes a new
-        # one, finds nothing to do.
-        (folder / "lock").unlink(missing_ok=True)

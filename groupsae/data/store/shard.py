@@ -14,11 +14,12 @@ are by block because a run reads block by block, in shuffled order: to check a b
 costs to read it, whereas whole files would all be read for the first step.
 """
 
+import errno
 import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -27,9 +28,11 @@ from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from groupsae.data.store.options import DTYPES
-from groupsae.data.whole import explained
+from groupsae.data.whole import explained, own_beside
+from groupsae.errors import UserError
 
 LARGEST_HEADER = 100_000  # bytes; ours have about 400
+OF_THE_FILE = (errno.ENOENT, errno.EIO)  # errors that writing it anew mends
 
 
 class Damaged(Exception):
@@ -109,7 +112,8 @@ class Shard:
         instead of pages.
 
         Raises:
-            Damaged: they are not what was written, or cannot be read.
+            Damaged: they are not what was written, or the disk does not give them.
+            UserError: they cannot be read for another reason.
         """
         place = _bytes_of(out)
         try:
@@ -122,7 +126,7 @@ class Shard:
                         raise Damaged(self.path, "cut short")
                     done += came
         except OSError as error:
-            raise Damaged(self.path, error.strerror or str(error)) from error
+            _unreadable(self.path, error)
         if not self.checked[row]:
             if checksum(out) != self.checksums[row]:
                 raise Damaged(self.path, f"the checksum of block {self.blocks[row]} is wrong")
@@ -135,6 +139,7 @@ def read_shard(path: Path, layout: Layout) -> Shard:
     Raises:
         Damaged: it is not as long as it should be, its record is not what was written, or it
             belongs to another store.
+        UserError: it cannot be read for another reason.
     """
     try:
         with path.open("rb") as file:
@@ -150,7 +155,7 @@ def read_shard(path: Path, layout: Layout) -> Shard:
                 raise Damaged(path, f"{size:,} bytes instead of {expected:,}")
             numbers = np.frombuffer(file.read(8 * (2 * num_blocks + 1)), dtype="<i8")
     except OSError as error:
-        raise Damaged(path, error.strerror or str(error)) from error
+        _unreadable(path, error)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise Damaged(path, "its header is wrong") from error
     if _signed(xxhash.xxh3_64_intdigest(numbers[:-1].tobytes())) != numbers[-1]:
@@ -171,7 +176,7 @@ class ShardWriter:
     def __init__(self, path: Path, blocks: list[int], layout: Layout) -> None:
         self.path, self.layout = path, layout
         self.blocks = np.asarray(blocks, dtype="<i8")
-        self.beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        self.beside = own_beside(path)
         self.checksums: list[int] = []
         header = layout.header(len(blocks))
         with explained(path):
@@ -217,6 +222,16 @@ class ShardWriter:
 def checksum(acts: Shaped[Tensor, "pos d_model"]) -> int:
     """Return XXH3 (64 bits, signed) of the bytes of a block."""
     return _signed(xxhash.xxh3_64_intdigest(_bytes_of(acts)))
+
+
+def _unreadable(path: Path, error: OSError) -> NoReturn:
+    why = error.strerror or str(error)
+    if error.errno in OF_THE_FILE:
+        raise Damaged(path, why) from error
+    raise UserError(
+        f"cannot read {path}: {why}. The file may be whole: mend this and give the same command "
+        "again."
+    ) from error
 
 
 def _file_size(layout: Layout, num_blocks: int) -> int:

@@ -92,14 +92,27 @@ class ActivationStore:
             if path in self._known:
                 continue
             try:
-                self._take_in(read_shard(path, self.layout))
+                self._take_in(*self._opened(path))
             except Damaged as error:
                 self.damaged.append(error)
 
-    def _take_in(self, shard: Shard) -> None:
-        split, layer = shard.path.parts[-3], int(shard.path.name.split(".")[1])
+    def is_sound(self, path: Path) -> bool:
+        """Return whether a file is there and its record is right; activations are not read."""
+        try:
+            self._opened(path)
+        except Damaged:
+            return False
+        return True
+
+    def _opened(self, path: Path) -> tuple[Shard, Split, int]:
+        """Return what a file holds, its split and layer."""
+        shard = read_shard(path, self.layout)
+        split, layer = path.parts[-3], int(path.name.split(".")[1])
         if split not in SPLITS or (shard.blocks >= self.num_blocks[split]).any():
-            raise Damaged(shard.path, "it belongs to other text")
+            raise Damaged(path, "it belongs to other text")
+        return shard, split, layer
+
+    def _take_in(self, shard: Shard, split: Split, layer: int) -> None:
         places = self._places.setdefault(
             (split, layer), np.full((self.num_blocks[split], 2), -1, dtype=np.int64)
         )

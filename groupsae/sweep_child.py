@@ -1,0 +1,68 @@
+"""A point of a sweep whose processes Lightning starts is a command of its own.
+
+Lightning starts the others by giving the command again: it must be that of one point.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+OF_THE_SWEEP = ("hydra.mode", "hydra.sweep", "hydra.launcher")  # which it is, what runs its points
+
+
+def starts_processes(cfg: DictConfig) -> bool:
+    """Return whether Lightning would start processes, by giving the command again."""
+    several = cfg.trainer.devices not in (1, "1") or "strategy" in cfg.trainer
+    outside = {"WORLD_SIZE", "TORCHELASTIC_RUN_ID"} & set(os.environ)
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    return bool(several) and not outside and tasks == 1
+
+
+def run_alone(overrides: list[str]) -> int:
+    """Run a point as a command of its own; return its exit status.
+
+    Signals to this process are passed on, and the command is waited for: nothing trains on that
+    nobody knows of.
+    """
+    line = [sys.executable, "-m", "groupsae.train", *_of_the_command(), *overrides]
+    told: list[int] = []
+    child: subprocess.Popen[bytes] | None = None
+
+    def pass_on(number: int, _frame: object) -> None:
+        told.append(number)
+        if child is not None and number != signal.SIGINT:  # Ctrl-C reaches it by itself
+            child.terminate()
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    before = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        child = subprocess.Popen(line)
+        if told:  # while it was started
+            child.terminate()
+        status = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if child is not None and child.poll() is None:
+            child.terminate()
+            child.wait()
+    status = status if status >= 0 else 128 - status
+    # submitit's signal, which the command would not know, asks for the job to come again
+    requeue = status == 128 + signal.SIGTERM and signal.SIGUSR2 in told
+    return 128 + signal.SIGUSR2 if requeue else status
+
+
+def _of_the_command() -> list[str]:
+    """Return what else of the command a point needs: folders of yaml files, Hydra's options."""
+    hydra = HydraConfig.get()
+    folders = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
+    options = [
+        option
+        for option in hydra.overrides.hydra
+        if not option.lstrip("+~").replace("/", ".").startswith(OF_THE_SWEEP)
+    ]
+    return [*(f"--config-dir={folder}" for folder in folders), *options]
