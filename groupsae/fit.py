@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 import wandb
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -28,13 +28,18 @@ from groupsae.screen import quiet
 from groupsae.training.allocator import keep_freed_memory
 from groupsae.training.callbacks.bar import Bar
 from groupsae.training.callbacks.grouping import GroupLayers
-from groupsae.training.callbacks.stop import StopOnSignal
+from groupsae.training.callbacks.stop import (
+    StopOnSignal,
+    Stopped,
+    leave_signals_to_us,
+    stopped_by_signals,
+)
 from groupsae.training.callbacks.throughput import Throughput
 from groupsae.training.checkpoints.io import SuiteCheckpoints
 from groupsae.training.dry_run import needs, plans_of
 from groupsae.training.ledger import ledger, seconds_of_all
 from groupsae.training.parallel.lost import told_of_lost
-from groupsae.training.parallel.spread import owners
+from groupsae.training.parallel.spread import busiest
 from groupsae.training.parallel.strategies import SAEParallel
 from groupsae.training.results import save_suite, summarise
 from groupsae.training.suite import GroupSAESuite
@@ -54,8 +59,8 @@ class Run(NamedTuple):
 def fit(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> int:
     """Train (or go on training) one suite; return the exit status.
 
-    A finished run is shown again, not repeated. A run that was told to stop leaves a checkpoint
-    and returns 128 + the signal's number.
+    A finished run is shown again, not repeated. A run that was told to stop leaves a checkpoint,
+    if it was training, and returns 128 + the signal's number.
     """
     console = Console(quiet=not is_leader())
     quiet()
@@ -66,13 +71,18 @@ def fit(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> int:
         announce(run, cfg, console)
         if cfg.dry_run:
             return _dry_run(run, cfg, folder, console)
-        if cfg.evaluate and is_leader():
-            steps_to_evaluate(run.data, cfg.evaluation.tokens)  # fails now if ever
         config: Any = OmegaConf.to_container(cfg, resolve=True)
         for logger in run.trainer.loggers:
             logger.log_hyperparams(config)
-        with told_of_lost(folder):
+        with told_of_lost(folder), stopped_by_signals():
             return _train(run, cfg, folder, checkpoint, console)
+    except Stopped as stopped:
+        console.print(
+            "stopped before or after the training steps; what is written is whole; go on with\n"
+            f"  python -m groupsae.train resume={folder}",
+            soft_wrap=True,
+        )
+        return 128 + stopped.number
     finally:
         if wandb.run is not None:  # or the next point of a sweep would log into this run
             wandb.finish()
@@ -94,7 +104,7 @@ def _dry_run(run: Run, cfg: DictConfig, folder: Path, console: Console) -> int:
             plan,
             device,
             processes=processes,
-            own=owners(run.suite, plan, processes)[0] if spread else None,
+            own=busiest(run.suite, plan, processes) if spread else None,
             eval_every=cfg.eval_every,
             checkpoint_every=cfg.checkpoint_every,
             calibration_tokens=cfg.calibration.tokens,
@@ -198,6 +208,9 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
     stop, throughput = StopOnSignal(folder=str(folder / "checkpoints")), Throughput()
     loggers = [] if cfg.dry_run else [make(logger) for logger in (cfg.logger or {}).values()]
     settings = make(cfg.trainer)
+    check = LambdaCallback(  # the text is packed by then, and nothing else is done
+        setup=lambda *_: steps_to_evaluate(data, cfg.evaluation.tokens) if cfg.evaluate else None
+    )
     trainer = L.Trainer(
         **settings,
         logger=loggers or False,
@@ -206,9 +219,11 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
         val_check_interval=min(cfg.eval_every, data.num_steps),
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
+        default_root_dir=folder,  # not the place of the command: Lightning looks there, too
         enable_model_summary=False,
         plugins=SuiteCheckpoints(say=partial(console.print, soft_wrap=True)),
         callbacks=[
+            check,
             grouping,
             throughput,
             Dashboard(grouping=grouping, folder=folder, console=console),
@@ -216,15 +231,14 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
                 dirpath=folder / "checkpoints",
                 filename="{step}",
                 every_n_train_steps=cfg.checkpoint_every,
-                monitor="step",
-                mode="max",
-                save_top_k=2,
+                save_top_k=-1,  # what is too old is removed where checkpoints are written
                 enable_version_counter=False,
             ),
             stop,
             *([Bar()] if settings.get("enable_progress_bar", True) else []),
         ],
     )
+    leave_signals_to_us(trainer)
     if cfg.stream.blocks_per_step % trainer.world_size:
         raise UserError(
             f"stream.blocks_per_step={cfg.stream.blocks_per_step} cannot be shared out equally "

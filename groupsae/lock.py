@@ -4,14 +4,18 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import IO
 
+from rich.console import Console
+
 from groupsae.errors import UserError
 
+PAUSE = 1.0  # seconds between two tries
 LOCK = "lock"  # in the run folder's .hydra; it stays there when the run has ended
 
 
@@ -39,16 +43,20 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def one_at_a_time(path: Path, wait: Callable[[], object]) -> Iterator[None]:
-    """Hold a lock file while something shared is made; wait while another process does.
+def one_at_a_time(
+    path: Path, what: str, wait: Callable[[], object] = lambda: None
+) -> Iterator[None]:
+    """Hold a lock file while something shared is made; say so and wait while another process does.
 
     Whoever gets the lock looks first whether what it wanted is there by now. The file goes away
     when what is done inside ends well: who makes a new one finds the result.
 
     Args:
         path: of the lock file; its folder is made if missing.
-        wait: is called once before waiting, to say so.
+        what: the other process does, such as "packing this text".
+        wait: is called before each second of waiting.
     """
+    said = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = path.open("w")
@@ -56,13 +64,20 @@ def one_at_a_time(path: Path, wait: Callable[[], object]) -> Iterator[None]:
         yield
         return
     with handle:
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            wait()
-            fcntl.lockf(handle, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks: one process at a time works there as ever
+        while True:
+            try:
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                if not said:
+                    sentence = f"another run is {what}: waiting for {path}"
+                    Console(stderr=True).print(sentence, highlight=False, soft_wrap=True)
+                said = True
+                wait()
+                time.sleep(PAUSE)
+                continue
+            except OSError:
+                pass  # a file system without locks: one process at a time works there as ever
+            break
         yield
         path.unlink(missing_ok=True)
 

@@ -24,7 +24,8 @@ def train(cfg: DictConfig, overrides: list[str]) -> int:
         try:
             return fit(cfg, folder, checkpoint)
         except UserError:
-            forget(folder)
+            if not cfg.dry_run:  # which may look at a folder that another run is in
+                forget(folder)
             raise
 
 

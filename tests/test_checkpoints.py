@@ -1,10 +1,12 @@
 """Checkpoints: whole or not there, verified, the last good one used; and taken apart by SAE."""
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -123,10 +125,42 @@ def test_without_a_whole_one_it_says_how_to_start_again(tmp_path: Path) -> None:
         read_checkpoint(path)
 
 
-def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
-    for step in (9, 10, 100):
-        save(made(step), tmp_path / f"step={step}.ckpt")
+def test_steps_are_ordered_as_numbers_and_other_names_are_no_checkpoints(tmp_path: Path) -> None:
+    for name in ("step=9.ckpt", "step=100.ckpt", "step=10.ckpt", "step=6.bak.ckpt", "step=x.ckpt"):
+        (tmp_path / name).mkdir()
     assert [p.stem for p in files.checkpoints(tmp_path)] == ["step=100", "step=10", "step=9"]
+
+
+def test_the_two_newest_are_kept_whoever_wrote_them(tmp_path: Path) -> None:
+    for step in (3, 6, 9, 7):  # the last one: after a resume from an older one
+        path = save(made(step), tmp_path / f"step={step}.ckpt")
+        assert path.exists()
+    assert [p.stem for p in files.checkpoints(tmp_path)] == ["step=9", "step=7"]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_disk_that_cannot_read_the_newest_costs_no_more_than_a_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, bad = (save(made(step), tmp_path / f"step={step}.ckpt") for step in (3, 6))
+    digest = files.hashlib.file_digest
+
+    def failing(handle: Any, how: str) -> Any:
+        if str(handle.name).startswith(str(bad)):
+            raise OSError(errno.EIO, "Input/output error")
+        return digest(handle, how)
+
+    monkeypatch.setattr(files.hashlib, "file_digest", failing)
+    said: list[str] = []
+    assert SuiteCheckpoints(say=said.append).load_checkpoint(bad)["global_step"] == 3
+    assert "is damaged ([Errno 5] Input/output error)" in said[0]
+
+
+def test_checkpoints_of_another_grouping_are_not_taken_for_damaged(tmp_path: Path) -> None:
+    path = save(made(), tmp_path / "step=3.ckpt")
+    with pytest.raises(UserError, match="holds 2 SAEs, but groups.json now asks for others"):
+        SuiteCheckpoints(say=print).load_checkpoint(path, members=[1, 5])
+    assert path.exists()
 
 
 KILL = """

@@ -121,6 +121,23 @@ def test_stored_activations_are_counted(
     )
 
 
+def test_spread_over_processes_the_busiest_is_told(
+    tiny_lm: Path, tiny_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its trial goes through, the step with dead latents as well, with all processes' rows."""
+    many = ["groups=all", "groups.smaller=[2]", "calibration.scale=none", "dry_run=true"]
+    several = ["trainer=sae_parallel", "trainer.accelerator=cpu", "trainer.devices=2"]
+    arguments = overrides(tiny_lm, tiny_text, tmp_path, *many)
+    assert run(arguments)[0] == 0
+    every = [int(cell.replace(",", "")) for cell in rows_of(capsys.readouterr().out)["parameters"]]
+    assert run([*arguments, *several])[0] == 0
+    said = capsys.readouterr().out
+    busiest = [int(cell.replace(",", "")) for cell in rows_of(said)["parameters"]]
+    for mine, both in zip(busiest, every, strict=True):
+        assert both / 2 <= mine < 0.6 * both
+    assert "nan" not in said
+
+
 def test_sizes_are_in_words() -> None:
     assert [size(n) for n in (12, 1_234, 5.6e6, 7.89e9, 1.5e13)] == [
         "12 B",

@@ -1,6 +1,9 @@
 """A step whose loss or gradient is not finite: the run stops, or that SAE leaves the step out."""
 
+from types import SimpleNamespace
+
 import pytest
+import saes
 import torch
 from test_group import GROUPS, fit, make_data, tiny_group, tiny_suite
 from torch.utils.data import DataLoader
@@ -103,6 +106,22 @@ def test_a_bad_step_changes_nothing_of_its_sae_and_of_no_other(
     equal(second, without_that_step, but=["skipped"])
     assert second["skipped"].tolist() == [1, 0, BAD + 1]
     assert second["5/step" if "5/step" in second else "0/step"] == 5
+
+
+@pytest.mark.parametrize("name", ["topk", "batchtopk", "jumprelu", "relu", "gated", "matryoshka"])
+def test_normalising_a_member_that_leaves_the_step_out_changes_no_bit(name):
+    sae = saes.make(name)
+    with torch.no_grad():
+        for each in sae.parameters():
+            each.mul_(1.1).add_(0.01)
+    before = {key: value.clone() for key, value in sae.state_dict().items()}
+    member = SimpleNamespace(sae=sae, buffers=list)
+    for bad in (True, False):
+        undo = nonfinite.Undo([member])
+        undo.note_losses(torch.tensor([bad]))
+        undo.normalize_decoders()
+        changed = {k for k, v in sae.state_dict().items() if not torch.equal(v, before[k])}
+        assert changed == (set() if bad else set(sae.normalized))
 
 
 def test_a_skipped_step_is_told_once_counted_and_logged(make_data):

@@ -7,9 +7,12 @@ from threading import Barrier, local
 from types import SimpleNamespace
 
 import pytest
+import runs
 import torch
 
-from groupsae.training.callbacks.stop import StopOnSignal
+from groupsae.errors import UserError
+from groupsae.training.callbacks.stop import StopOnSignal, Stopped, stopped_by_signals
+from groupsae.training.suite import GroupSAESuite
 
 
 @pytest.mark.parametrize("told", [{0: 2}, {1: 2}, {0: 2, 1: 3}, {}])
@@ -35,6 +38,8 @@ def test_all_stop_at_the_step_after_one_was_told(
             should_stop=False,
             strategy=SimpleNamespace(root_device=torch.device("cpu")),
             save_checkpoint=lambda file: saved.append(int(file.stem.split("=")[1])),
+            val_check_batch=4,
+            fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace()),
         )
         for step in range(6):
             if told.get(rank) == step:
@@ -64,3 +69,110 @@ def test_an_echo_of_a_signal_is_no_second_one(
     assert not ended
     stop._note(signal.SIGTERM, None)
     assert ended == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_what_is_done_inside_and_the_handlers_come_back(number: int) -> None:
+    before, after = signal.getsignal(number), []
+
+    def work() -> None:
+        with stopped_by_signals():
+            try:
+                signal.raise_signal(number)
+            finally:
+                signal.raise_signal(number)  # its echo does not disturb the end
+                after.append(True)
+
+    with pytest.raises(Stopped) as stopped:
+        work()
+    assert stopped.value.number == number
+    assert after
+    assert signal.getsignal(number) == before
+
+
+@pytest.fixture
+def validations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the steps at which the suite is validated."""
+    seen: list[int] = []
+    begin = GroupSAESuite.on_validation_epoch_start
+
+    def counted(self: GroupSAESuite) -> None:
+        seen.append(self.trainer.global_step)
+        begin(self)
+
+    monkeypatch.setattr(GroupSAESuite, "on_validation_epoch_start", counted)
+    return seen
+
+
+@pytest.mark.parametrize(("every", "validated"), [(6, []), (3, [3])])
+def test_a_stop_validates_only_what_is_due(
+    every: int,
+    validated: list[int],
+    validations: list[int],
+    tiny_lm: Path,
+    tiny_text: Path,
+    tmp_path: Path,
+) -> None:
+    """There may be no time for it; what is due would be missing in the log afterwards."""
+    arguments = runs.overrides(tiny_lm, tiny_text, tmp_path, f"eval_every={every}")
+    assert runs.stopped(arguments)[0] == 128 + signal.SIGTERM
+    assert validations == validated
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_last_validation_is_told_and_costs_nothing(
+    number: int,
+    tiny_lm: Path,
+    tiny_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = runs.overrides(tiny_lm, tiny_text, tmp_path, "eval_every=6")
+    begin, told = GroupSAESuite.on_validation_epoch_start, []
+
+    def interrupted(self: GroupSAESuite) -> None:
+        begin(self)
+        told.append(self.trainer.training)
+        if len(told) == 2:  # the first one belongs to the sixth step
+            signal.raise_signal(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GroupSAESuite, "on_validation_epoch_start", interrupted)
+        status, folder = runs.run(arguments)
+    assert status == 128 + number
+    assert f"python -m groupsae.train resume={folder}" in capsys.readouterr().out
+    assert not (folder / "summary.json").exists()
+    assert runs.run(arguments) == (0, folder)
+
+
+def test_a_signal_while_layers_are_measured_is_told(
+    tiny_lm: Path,
+    tiny_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from groupsae.training import measure
+
+    arguments = runs.overrides(tiny_lm, tiny_text, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "_measured", lambda *_: signal.raise_signal(signal.SIGTERM))
+        status, folder = runs.run(arguments)
+    assert status == 128 + signal.SIGTERM
+    assert f"resume={folder}" in capsys.readouterr().out
+    assert runs.run([f"output={tmp_path}", "model=tiny", f"resume={folder}"]) == (0, folder)
+
+
+def test_a_refused_dry_run_leaves_a_run_that_has_just_begun_alone(
+    tiny_lm: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    from groupsae import train
+
+    arguments = runs.overrides(tiny_lm, tiny_text, tmp_path)
+    _, folder, _ = runs.open_run(runs.composed(arguments), arguments)
+    refused = [*arguments, "dry_run=true", "trainer=ddp", "trainer.accelerator=cpu"]
+    refused += ["trainer.devices=3"]
+    with pytest.raises(UserError, match="cannot be shared out equally over 3 processes"):
+        train.train(runs.composed(refused), refused)
+    assert (folder / ".hydra" / "config.yaml").exists()

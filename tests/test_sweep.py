@@ -238,11 +238,11 @@ def test_a_launcher_that_cannot_work_is_refused(monkeypatch):
 # ---- runs side by side -------------------------------------------------------------------------
 
 
-def test_who_waited_finds_what_the_other_made(tmp_path):
+def test_who_waited_finds_what_the_other_made(tmp_path, capfd):
     lock, made = tmp_path / "deep" / "lock", tmp_path / "made"
     code = (
         "import sys, time, pathlib; from groupsae.lock import one_at_a_time\n"
-        "with one_at_a_time(pathlib.Path(sys.argv[1]), print):\n"
+        "with one_at_a_time(pathlib.Path(sys.argv[1]), 'at it'):\n"
         "    print('has it', flush=True); time.sleep(0.5); pathlib.Path(sys.argv[2]).touch()"
     )
     waited = []
@@ -251,9 +251,10 @@ def test_who_waited_finds_what_the_other_made(tmp_path):
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "has it\n"
-        with one_at_a_time(lock, lambda: waited.append(time.monotonic())):
+        with one_at_a_time(lock, "at it", lambda: waited.append(time.monotonic())):
             assert made.exists()
-    assert len(waited) == 1
+    assert waited
+    assert capfd.readouterr().err == f"another run is at it: waiting for {lock}\n"
     assert not lock.exists()
 
 
@@ -270,7 +271,7 @@ def test_layers_are_not_measured_again_when_another_run_just_did(
     stored.unlink()
 
     class OtherRun:
-        def __init__(self, path, _wait):
+        def __init__(self, path, *_):
             assert path == stored.with_suffix(".lock")
 
         def __enter__(self):

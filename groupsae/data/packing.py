@@ -58,8 +58,7 @@ def pack(
     """
     console = Console(stderr=True)
     lock = folder.with_suffix(".lock")
-    said = f"another process is packing this text: waiting for {lock}"
-    with one_at_a_time(lock, lambda: console.print(said, highlight=False, soft_wrap=True)):
+    with one_at_a_time(lock, "packing this text"):
         if (folder / "manifest.json").exists():
             return
         partial = folder.with_suffix(".partial")

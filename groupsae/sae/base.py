@@ -79,6 +79,7 @@ class SAE(nn.Module, ABC):
     """
 
     terms: ClassVar[tuple[str, ...]]  # of the loss, that `forward` can give
+    normalized: ClassVar[tuple[str, ...]] = ("W_dec",)  # that `normalize_decoder` changes
     kept_wide: ClassVar[float]  # float32 tensors [batch, d_sae] that wait for the backward pass
 
     def __init__(

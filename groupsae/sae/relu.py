@@ -32,6 +32,7 @@ class ReLU(SAE):
     """
 
     terms = ("fvu", "sparsity")
+    normalized = ("W_dec", "W_enc", "b_enc")
     kept_wide = 1.2
 
     def __init__(

@@ -11,11 +11,10 @@ from groupsae.data.activations import ActivationDataModule
 from groupsae.grouping.choices import Choice
 from groupsae.grouping.plan import GroupPlan
 from groupsae.interop.groups_file import load_plan
+from groupsae.training.checkpoints.folder import KEPT
 from groupsae.training.forecast import FLOAT, bytes_free, bytes_needed
 from groupsae.training.suite import GroupSAESuite
 from groupsae.training.trial import Trial, run_trial
-
-KEPT = 2  # checkpoints that stay, beside the one that is being written
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ def needs(
         tokens=steps * data.tokens_per_step,
         steps=steps,
         seconds=seconds,
-        run_folder=min(KEPT + 1, written) * checkpoint + whole,
+        run_folder=min(KEPT + 1, written) * checkpoint + whole,  # one is being written
         text=4 * (data.packing.max_tokens or 0),
         stored=_stored_bytes(data, plan, calibration_tokens),
     )

@@ -3,14 +3,14 @@
 import hashlib
 import json
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
-from rich.console import Console
 
 from groupsae.cost.stopwatch import Stopwatch
 from groupsae.data.activations import ActivationDataModule
@@ -151,7 +151,7 @@ def measure(
     content = json.dumps({**provenance, "format": FORMAT}, sort_keys=True)
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     path = cache / "angles" / f"{key}.npz"
-    with _one_run_at_a_time(path, leads=trainer.global_rank == 0):
+    with _one_run_at_a_time(path, trainer):
         found = cached(path) if trainer.global_rank == 0 else None
         found = trainer.strategy.broadcast(found)  # what the first process read, all go on with
         if found is None:
@@ -161,15 +161,23 @@ def measure(
     return found
 
 
-def _one_run_at_a_time(path: Path, *, leads: bool) -> AbstractContextManager[None]:
-    """Return a lock for the first process of a run; the others wait for what it tells them."""
-    if not leads:
-        return nullcontext()
-    said = f"another run is measuring these layers: waiting for {path.with_suffix('.lock')}"
-    console = Console(stderr=True)
-    return one_at_a_time(
-        path.with_suffix(".lock"), lambda: console.print(said, highlight=False, soft_wrap=True)
-    )
+@contextmanager
+def _one_run_at_a_time(path: Path, trainer: L.Trainer) -> Iterator[None]:
+    """Hold the lock of a measurement, in the first process of a run for all of them.
+
+    While it waits for another run the others hear of it each second: else they would take it for
+    lost after the time-out of a collective.
+    """
+    tell = trainer.strategy.broadcast
+    if trainer.global_rank:
+        while tell(None):
+            pass
+        yield
+        return
+    lock = path.with_suffix(".lock")
+    with one_at_a_time(lock, "measuring these layers", lambda: tell(True)):
+        tell(False)
+        yield
 
 
 def _measured(

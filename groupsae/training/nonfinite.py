@@ -18,6 +18,7 @@ ACTIONS = ("stop", "skip")
 # A batch that overflows is rare. So many in a row mean that no batch is any good: weights that
 # have grown too large, or a broken language model.
 MOST_IN_A_ROW = 100
+AT_ONCE = 4  # layers in a second look: beside gradients and all else there may be little room
 
 
 def check_nonfinite(action: str) -> None:
@@ -65,13 +66,15 @@ class Undo:
         self.before = []
         return list(self.bad.float().unbind())
 
+    @torch.no_grad()
     def normalize_decoders(self) -> None:
         """Normalise the decoders, but where the step was left out: that would round them anew."""
         for member, bad in zip(self.members, self.bad, strict=True):
-            weights = member.sae.W_dec.detach()
-            old = weights.clone()
+            weights = [getattr(member.sae, name) for name in member.sae.normalized]
+            before = [each.clone() for each in weights]
             member.sae.normalize_decoder()
-            weights.copy_(torch.where(bad, old, weights))
+            for each, old in zip(weights, before, strict=True):
+                each.copy_(torch.where(bad, old, each))
 
 
 @torch.no_grad()
@@ -88,9 +91,11 @@ def layers_not_finite(data: ActivationDataModule, step: int) -> list[int]:
     layers = sorted(set().union(*of_each(data.used_layers())))
     found = torch.zeros(len(layers), device=data.device)
     tokens = next(iter(data.loader("train", step, data.seed, first_step=step - 1)))
-    for batch in data.every_layer(tokens, layers):
-        finite = [batch.rows(slot)[0].isfinite().all() for slot in range(len(layers))]
-        found += ~torch.stack(finite)
+    for first in range(0, len(layers), AT_ONCE):
+        some = layers[first : first + AT_ONCE]
+        for batch in data.every_layer(tokens, some):
+            finite = [batch.rows(slot)[0].isfinite().all() for slot in range(len(some))]
+            found[first : first + AT_ONCE] += ~torch.stack(finite)
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(found)
     return [layer for layer, times in zip(layers, found.tolist(), strict=True) if times > 0]

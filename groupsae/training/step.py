@@ -104,13 +104,14 @@ class SAETraining(Validated):
         """Return the sum of a tensor over all processes that train an SAE together.
 
         Not by Lightning's strategy, which puts a barrier before it: there the host would wait for
-        a GPU.
+        a GPU. After the last step Lightning brings the suite back to the host, where NCCL sums
+        nothing: then the sum is made on the device all the same.
         """
         if self.shared_by() == 1:
             return value
-        total = value.clone()
+        total = value.to(self.trainer.strategy.root_device, copy=True)
         torch.distributed.all_reduce(total)
-        return total
+        return total.to(value.device)
 
     def log_training(self) -> None:
         """Log what accumulated since the last time: nothing is read for the log in between."""
@@ -170,7 +171,8 @@ class SAETraining(Validated):
         for m in self.members():
             weights = sum(float(p.detach().abs().sum()) for p in m.sae.parameters())
             finite = m.finite_steps(self.all_sum, self.shared_by())
-            sums[m.name] = (weights + float(m.running.sum()), m.running_steps, finite)
+            running = float(self.all_sum(m.running).sum())  # the same in all processes
+            sums[m.name] = (weights + running, m.running_steps, finite)
         for name, (value, steps, finite) in self.of_all(sums).items():
             self.check_finite(name, value, steps, finite)
 

@@ -105,19 +105,20 @@ def run_trial(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
+    def arriving() -> ActivationBatch:
+        batch = data.activations(tokens, slots)
+        return batch if own is None else _of_all(batch, rows, processes)
+
     calibration = _calibration(data, tokens, device)
     steps, began, passed = -1, 0.0, 0.0
     while steps < LEAST or (passed < SECONDS and steps < MOST):  # the first one warms up
-        batch = data.activations(tokens, slots)
-        step_together(
-            members, optimizers, batch if own is None else _of_all(batch, rows, processes)
-        )
+        step_together(members, optimizers, arriving())
         steps, passed = steps + 1, now(device) - began
         if steps == 0:
             began, passed = now(device), 0.0
     heldout = _heldout(members, data, tokens, device)
     alive = peak(device)
-    step_together(members, optimizers, data.activations(tokens, slots), dead=0.5)
+    step_together(members, optimizers, arriving(), dead=0.5)
     trial = Trial(alive, peak(device), steps, passed / steps, heldout, calibration)
     del members, optimizers
     gc.collect()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,9 @@ from safetensors import SafetensorError
 from groupsae.errors import UserError
 
 FORMAT = 1
+KEPT = 2  # checkpoints that stay: where the newest is damaged there is another
 MANIFEST = "manifest.json"
+_NAME = re.compile(r"step=(\d+)\.ckpt")
 
 Record = dict[str, Any]  # bytes and SHA-256 of one file
 
@@ -25,7 +28,8 @@ class Damaged(Exception):
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder, the highest step first, whether whole or not."""
-    found = {int(p.stem.split("=")[1]): p for p in folder.glob("step=*.ckpt")}
+    named = ((_NAME.fullmatch(path.name), path) for path in folder.glob("step=*.ckpt"))
+    found = {int(name[1]): path for name, path in named if name}
     return [found[step] for step in sorted(found, reverse=True)]
 
 
@@ -46,6 +50,9 @@ def begin(path: Path) -> Path:
 def seal(path: Path, records: Mapping[str, Record]) -> None:
     """Write the manifest and let the checkpoint count: the folder gets its name in one step.
 
+    Then all but the newest are removed, whoever wrote them: a run that is stopped and goes on
+    many times leaves as few as one that is not.
+
     Args:
         path: of the checkpoint; its files lie in `partial_of(path)`.
         records: name of each file -> what `record` gave.
@@ -59,6 +66,9 @@ def seal(path: Path, records: Mapping[str, Record]) -> None:
     _sync(partial)
     partial.rename(path)
     _sync(path.parent)
+    for old in checkpoints(path.parent)[KEPT:]:
+        if old != path:
+            remove(old)
 
 
 def record(file: Path) -> Record:
@@ -67,6 +77,11 @@ def record(file: Path) -> Record:
         os.fsync(handle.fileno())
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
     return {"bytes": file.stat().st_size, "sha256": digest}
+
+
+def clear(path: Path) -> None:
+    """Leave nothing of a checkpoint that could not be written."""
+    shutil.rmtree(partial_of(path), ignore_errors=True)
 
 
 def remove(path: Path) -> None:
@@ -128,7 +143,7 @@ def verify(path: Path, names: Sequence[str], records: Mapping[str, Record]) -> N
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn a failed write into a sentence, and leave no half of a checkpoint behind.
+    """Turn a failed write of a checkpoint into a sentence.
 
     Raises:
         UserError: the disk is full or cannot be written.
@@ -136,7 +151,6 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial_of(path), ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
             f"cannot write the checkpoint {path}: {reason}. Checkpoints before it are whole: make "

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
+from safetensors import SafetensorError
 
 from groupsae.errors import UserError
 from groupsae.training.checkpoints.folder import (
     Damaged,
     begin,
     checkpoints,
+    clear,
     explained,
     manifest_of,
     remove,
@@ -29,6 +31,7 @@ from groupsae.training.checkpoints.parts import (
     write_parts,
     write_rest,
 )
+from groupsae.training.parallel.collect import of_each
 
 
 class SuiteCheckpoints(CheckpointIO):
@@ -55,9 +58,13 @@ class SuiteCheckpoints(CheckpointIO):
         if path.exists():
             return
         rest, parts = take_apart(checkpoint)
-        with explained(path):
-            partial = begin(path)
-            seal(path, write_parts(partial, parts) | write_rest(partial, rest))
+        try:
+            with explained(path):
+                partial = begin(path)
+                seal(path, write_parts(partial, parts) | write_rest(partial, rest))
+        except UserError:
+            clear(path)
+            raise
 
     def load_checkpoint(
         self,
@@ -68,8 +75,8 @@ class SuiteCheckpoints(CheckpointIO):
     ) -> dict[str, Any]:
         """Return the checkpoint at `path`, or the last one before it that is whole.
 
-        Every process of a run calls this, and all of them take the same one. What is damaged is
-        set aside, and said.
+        Every process of a run calls this, and all of them take the same one, of those that the
+        first process sees. What is damaged is set aside, and said.
 
         Args:
             path: of the newest checkpoint.
@@ -78,58 +85,47 @@ class SuiteCheckpoints(CheckpointIO):
             members: numbers in the plan of the SAEs to read; None reads all.
 
         Raises:
-            UserError: none is whole.
+            UserError: none is whole, or the newest that is lacks an SAE.
         """
         path = Path(path)
-        older = checkpoints(path.parent)
-        for candidate in [path, *older[older.index(path) + 1 :]]:
-            found, why = self._read(candidate, members)
-            if everywhere(found is not None):
-                assert found is not None
+        there = checkpoints(path.parent)
+        mine = there[there.index(path) :] if path in there else [path]
+        for candidate in of_each(mine)[0]:
+            found, damage, lacking = self._read(candidate, members)
+            damages, lackings = zip(*of_each((damage, lacking)), strict=True)
+            if any(lackings):
+                raise UserError(next(filter(None, lackings)))
+            if not any(damages):
                 self.say(f"going on from {candidate}")
                 return found
-            why = first_said(why)
             if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
                 aside = set_aside(candidate)
                 self.say(
-                    f"{candidate} is damaged ({why}): it is now called {aside.name}, and the "
-                    "checkpoint before it is used."
+                    f"{candidate} is damaged ({next(filter(None, damages))}): it is now called "
+                    f"{aside.name}, and the checkpoint before it is used."
                 )
         raise UserError(
             f"no checkpoint in {path.parent} is whole. overwrite=true starts the run again."
         )
 
-    def _read(
-        self, path: Path, members: Sequence[int] | None
-    ) -> tuple[dict[str, Any] | None, str]:
-        """Return the checkpoint, or None and what is wrong with it."""
+    def _read(self, path: Path, members: Sequence[int] | None) -> tuple[dict[str, Any], str, str]:
+        """Return the checkpoint, what is damaged in it, and which SAE it lacks; or nothing."""
         try:
             records = manifest_of(path)
             every = [int(n.split("-")[1].split(".")[0]) for n in records if n != STATE]
             wanted = every if members is None else members
+            if set(wanted) - set(every):
+                asked = (
+                    f"{path} holds {len(every)} SAEs, but groups.json now asks for others: bring "
+                    "back the groups.json that it was written with, or start the run again with "
+                    "overwrite=true."
+                )
+                return {}, "", asked
             verify(path, [STATE, *map(file_of, wanted)], records)
-            return put_together(read_rest(path), read_parts(path, wanted)), ""
-        except Damaged as error:
-            return None, str(error)
+            return put_together(read_rest(path), read_parts(path, wanted)), "", ""
+        except (Damaged, OSError, SafetensorError) as error:
+            return {}, str(error) or type(error).__name__, ""
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint."""
         remove(Path(path))
-
-
-def everywhere(here: bool) -> bool:
-    """Return whether something holds in every process of the run."""
-    if not torch.distributed.is_initialized():
-        return here
-    answers: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(answers, here)
-    return all(answers)
-
-
-def first_said(here: str) -> str:
-    """Return what the first process has to say that has anything to say."""
-    if not torch.distributed.is_initialized():
-        return here
-    answers: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(answers, here)
-    return next((answer for answer in answers if answer), "")

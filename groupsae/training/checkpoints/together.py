@@ -8,9 +8,16 @@ from typing import Any
 import torch
 
 from groupsae.errors import UserError
-from groupsae.training.checkpoints.folder import Record, begin, explained, partial_of, seal
-from groupsae.training.checkpoints.io import first_said
+from groupsae.training.checkpoints.folder import (
+    Record,
+    begin,
+    clear,
+    explained,
+    partial_of,
+    seal,
+)
 from groupsae.training.checkpoints.parts import take_apart, write_parts, write_rest
+from groupsae.training.parallel.collect import of_each
 
 
 def save_together(checkpoint: dict[str, Any], path: Path) -> None:
@@ -22,17 +29,17 @@ def save_together(checkpoint: dict[str, Any], path: Path) -> None:
         UserError: one of the processes could not write; said in all of them.
     """
     leads = torch.distributed.get_rank() == 0
-    if _one_says(path.exists() if leads else None):
+    if of_each(leads and path.exists())[0]:
         return
     rest, parts = take_apart(checkpoint)
-    partial, records = partial_of(path), {}
+    partial = partial_of(path)
+    records: dict[str, Record] = {}
     with _all_or_none(path):
         if leads:
             begin(path)
     with _all_or_none(path):
         records = write_parts(partial, parts) | (write_rest(partial, rest) if leads else {})
-    every: list[dict[str, Record]] = [{}] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(every, records)
+    every = of_each(records)
     with _all_or_none(path):
         if leads:
             seal(path, {name: found for each in every for name, found in each.items()})
@@ -40,20 +47,19 @@ def save_together(checkpoint: dict[str, Any], path: Path) -> None:
 
 @contextmanager
 def _all_or_none(path: Path) -> Iterator[None]:
-    """Do something in all processes; if it fails in one, stop in all with the same sentence."""
+    """Do something in all processes; if it fails in one, stop in all with the same sentence.
+
+    Nothing is removed before all have stopped: else one would lose what it is writing into, and
+    say that instead of the cause.
+    """
     problem = ""
     try:
         with explained(path):
             yield
     except UserError as error:
         problem = str(error)
-    problem = first_said(problem)  # here they wait for each other
+    problem = next(filter(None, of_each(problem)), "")  # here they wait for each other
     if problem:
+        if torch.distributed.get_rank() == 0:
+            clear(path)
         raise UserError(problem)
-
-
-def _one_says(answer: bool | None) -> bool:
-    """Return what the first process answers."""
-    said: list[Any] = [answer]
-    torch.distributed.broadcast_object_list(said)
-    return bool(said[0])

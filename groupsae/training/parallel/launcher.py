@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
@@ -32,15 +33,21 @@ class WatchedLauncher(_SubprocessScriptLauncher):
         self.cluster_environment.validate_settings(
             num_devices=self.num_processes, num_nodes=self.num_nodes
         )
+        over = threading.Event()
         if not self.cluster_environment.creates_processes_externally:
             self._call_children_scripts()
-            threading.Thread(target=self._watch, daemon=True, name="watch-processes").start()
+        if self.procs:
+            _beside(self._watch, over)
+        elif isinstance(self.cluster_environment, LightningEnvironment):
+            _beside(_watch_first, os.getppid(), over)
         _set_num_threads_if_needed(num_processes=self.num_processes)
         try:
             return function(*args, **kwargs)
-        except Exception:
+        except BaseException:
             self._end_others()
             raise
+        finally:
+            over.set()
 
     def _end_others(self) -> None:
         """Wait for the others, who see the same error; end those that hang."""
@@ -51,17 +58,19 @@ class WatchedLauncher(_SubprocessScriptLauncher):
             except subprocess.TimeoutExpired:
                 process.kill()
 
-    def _watch(self) -> None:
+    def _watch(self, over: threading.Event) -> None:
         """Wait for a process that ends with an error; give this one some time to notice."""
-        while True:
-            time.sleep(POLL)
+        while not over.wait(POLL):
             codes = [process.poll() for process in self.procs]
             lost = [(rank, code) for rank, code in enumerate(codes, start=1) if code]
             if lost:
                 break
             if all(code == 0 for code in codes):
                 return
-        time.sleep(GRACE)  # as a rule this process ends meanwhile, and this thread with it
+        else:
+            return
+        if over.wait(GRACE):  # as a rule: this process has noticed, or they all stop in order
+            return
         rank, code = lost[0]
         how = f"signal {-code}" if code < 0 else f"exit status {code}"
         print(
@@ -74,3 +83,23 @@ class WatchedLauncher(_SubprocessScriptLauncher):
         for process in self.procs:
             process.kill()
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _watch_first(number: int, over: threading.Event) -> None:
+    """End this process when the first one, which started it, is gone and nothing noticed that."""
+    while os.getppid() == number:
+        if over.wait(POLL):
+            return
+    if over.wait(GRACE):
+        return
+    print(
+        "error: the first process of this run was lost, so this one is ended as well. Give the "
+        "same command again: the run goes on from its last checkpoint.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _beside(watch: Callable[..., None], *args: Any) -> None:
+    threading.Thread(target=watch, args=args, daemon=True, name=watch.__name__).start()

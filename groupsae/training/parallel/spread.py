@@ -33,12 +33,21 @@ class Share(NamedTuple):
 
 def owners(suite: GroupSAESuite, plan: GroupPlan, num_processes: int) -> list[list[int]]:
     """Return for each process the numbers in the plan of the SAEs that it holds."""
+    return place(_costs(suite, plan), num_processes)
+
+
+def busiest(suite: GroupSAESuite, plan: GroupPlan, num_processes: int) -> list[int]:
+    """Return what the process holds whose SAEs take the most memory."""
+    costs = _costs(suite, plan)
+    return max(place(costs, num_processes), key=lambda mine: sum(costs[i].memory for i in mine))
+
+
+def _costs(suite: GroupSAESuite, plan: GroupPlan) -> list[Cost]:
     slots, sizes = plan.slots, [suite.size(planned.width) for planned in plan.members]
-    costs = [
+    return [
         Cost(size.flops, FLOAT * STATE * size.parameters, slots.index(planned.layers))
         for size, planned in zip(sizes, plan.members, strict=True)
     ]
-    return place(costs, num_processes)
 
 
 def spread(
