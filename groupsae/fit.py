@@ -208,9 +208,12 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
     stop, throughput = StopOnSignal(folder=str(folder / "checkpoints")), Throughput()
     loggers = [] if cfg.dry_run else [make(logger) for logger in (cfg.logger or {}).values()]
     settings = make(cfg.trainer)
-    check = LambdaCallback(  # the text is packed by then, and nothing else is done
-        setup=lambda *_: steps_to_evaluate(data, cfg.evaluation.tokens) if cfg.evaluate else None
-    )
+
+    def check(*_: Any, **__: Any) -> None:
+        """Find out whether there is enough held-out text, once the text is packed."""
+        if cfg.evaluate:
+            steps_to_evaluate(data, cfg.evaluation.tokens)
+
     trainer = L.Trainer(
         **settings,
         logger=loggers or False,
@@ -223,7 +226,7 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
         enable_model_summary=False,
         plugins=SuiteCheckpoints(say=partial(console.print, soft_wrap=True)),
         callbacks=[
-            check,
+            LambdaCallback(setup=check),
             grouping,
             throughput,
             Dashboard(grouping=grouping, folder=folder, console=console),

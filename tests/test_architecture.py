@@ -27,6 +27,7 @@ ENTRY_POINTS = {
     "run.py",
     "config.py",
     "sweep.py",
+    "sweep_child.py",
     "targets.py",
     "trust.py",
 }

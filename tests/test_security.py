@@ -161,9 +161,7 @@ def test_a_strangers_run_folder_runs_nothing_and_asks_nothing(stranger, changes,
 
 @pytest.mark.parametrize("plain", ["${.a.${.b}}", "${seed}:x", "{a: ${seed}}", "${run_folder:}"])
 def test_what_asks_only_the_configuration_itself_is_no_resolver(stranger, plain):
-    with pytest.raises(UserError) as raised:  # there is no such model, which is looked at later
-        finished_run(stranger({"model.name": plain}), trusted=False)
-    assert "asks for" not in str(raised.value)
+    finished_run(stranger({"model.name": plain}), trusted=False)
 
 
 def test_who_trusts_the_models_code_says_so(stranger):
@@ -205,7 +203,7 @@ def test_weights_are_never_unpickled_with_code():
         "+trainer.a={b: [{password: x}]}",
         "+data.Client-Secret=abc",
         "+data.aws_secret_access_key=abc",
-        "data.path=https://hub.org/x.parquet?X-Amz-Signature=0123",
+        "data.path='https://hub.org/x.parquet?X-Amz-Signature=0123'",
         "model.name=planted/with+a/slash",
     ],
 )

@@ -321,7 +321,7 @@ def test_whoever_finds_a_damaged_file_names_it(make_data, capsys):
     for block in range(len(load_file(path)["blocks"])):
         flip(path, -1 - block * BLOCK)
     training_batches(data)
-    assert capsys.readouterr().err.startswith(f"process 1: {path} is damaged (the checksum of")
+    assert f"process 1: {path} is damaged (the checksum of" in capsys.readouterr().err
     assert data.said == []  # the leader's
 
 
@@ -400,7 +400,7 @@ def test_a_trial_tells_the_time_beforehand_and_may_fail(make_data, monkeypatch):
     data = make_data("bfloat16")
     data.fill_training()
     assert len(data.said) == 1
-    assert "trial" not in data.said[0]
+    assert "by a trial" not in data.said[0]
     assert files(data)
 
 
