@@ -2,10 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from runs import overrides, run, saved
+
+from groupsae.training.suite import GroupSAESuite
 
 pytestmark = pytest.mark.gpu
 
@@ -38,6 +42,23 @@ def test_one_process_over_nccl_gives_what_one_without_gives(
     assert status == 0
     for name, tensor in saved(alone).items():
         torch.testing.assert_close(tensor, saved(folder)[name], rtol=1e-5, atol=1e-6)
+
+
+def test_what_lies_on_the_host_is_summed_over_nccl(tmp_path: Path) -> None:
+    """As after the last step, when Lightning has brought the suite back to the host."""
+    suite: Any = SimpleNamespace(
+        shared_by=lambda: 2,
+        trainer=SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda", 0))),
+    )
+    torch.distributed.init_process_group(
+        "nccl", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1
+    )
+    try:
+        total = GroupSAESuite.all_sum(suite, torch.arange(3))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert total.tolist() == [0, 1, 2]
+    assert total.device.type == "cpu"
 
 
 def test_a_gpu_learns_what_a_cpu_learns(

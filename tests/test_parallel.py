@@ -4,6 +4,7 @@ import csv
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from processes import Ended, lose, stop, together, train
 from runs import overrides, read_checkpoint, run, saved, stopped
 
 from groupsae.grouping.plan import GroupPlan
+from groupsae.training.suite import GroupSAESuite
 
 # a forward of two blocks: in one process as in three, so that the same products are computed
 SIZES = ["stream.blocks_per_step=12", "stream.blocks_per_forward=2", "tokens=4608"]
@@ -200,3 +202,23 @@ def test_a_process_that_stalls_is_given_up(arguments: Any, tmp_path: Path, mode:
     assert left.status == 2, left.output
     assert "did not answer in time" in left.output
     assert stalled.status in (2, -signal.SIGKILL)
+
+
+def test_sums_are_made_on_the_device_wherever_the_suite_lies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """NCCL sums nothing on the host, where Lightning brings the suite after the last step."""
+    seen = []
+
+    def all_reduce(value: torch.Tensor) -> None:
+        seen.append(value.device.type)
+        raise NotImplementedError
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    suite: Any = SimpleNamespace(
+        shared_by=lambda: 2,
+        trainer=SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta"))),
+    )
+    with pytest.raises(NotImplementedError):
+        GroupSAESuite.all_sum(suite, torch.ones(3))
+    assert seen == ["meta"]
