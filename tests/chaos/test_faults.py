@@ -92,7 +92,7 @@ def test_a_full_disk(share, undisturbed, expected, program, row):
     assert full.status == 2, full.said
     assert "Traceback" not in full.said, full.said
     sentence = full.said[full.said.index("error: ") :]
-    named = re.search(r"cannot write (\S+?): .*(No space left on|File too large)", sentence)
+    named = re.search(r"cannot write .*?(/\S+?): .*(No space left on|File too large)", sentence)
     assert named, sentence
     assert again.status == 0, again.said
     assert victim.results() == expected
