@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from processes import Ended, lose, stop, together, train
 from runs import overrides, read_checkpoint, run, saved, stopped
 
 from groupsae.grouping.plan import GroupPlan
+from groupsae.training.parallel import launcher
 from groupsae.training.suite import GroupSAESuite
 
 # a forward of two blocks: in one process as in three, so that the same products are computed
@@ -222,3 +224,25 @@ def test_sums_are_made_on_the_device_wherever_the_suite_lies(
     with pytest.raises(NotImplementedError):
         GroupSAESuite.all_sum(suite, torch.ones(3))
     assert seen == ["meta"]
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "started", "watched"),
+    [(None, 0, []), (None, 1, ["_watch"]), ("0", 1, ["_watch"]), ("1", 0, ["_watch_first"])],
+)
+def test_who_started_processes_watches_them_and_they_watch_it(
+    local_rank: str | None, started: int, watched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a run of one process goes on when the shell that started it is gone."""
+    if local_rank is None:
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+    else:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    seen: list[str] = []
+    monkeypatch.setattr(launcher, "_beside", lambda watch, *_: seen.append(watch.__name__))
+    starts = launcher.WatchedLauncher(LightningEnvironment(), started + 1, 1)
+    starts.procs = [None] * started
+    monkeypatch.setattr(starts, "_call_children_scripts", lambda: None)
+    assert starts.launch(lambda: 3) == 3
+    assert seen == watched

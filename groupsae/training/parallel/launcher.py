@@ -38,7 +38,10 @@ class WatchedLauncher(_SubprocessScriptLauncher):
             self._call_children_scripts()
         if self.procs:
             _beside(self._watch, over)
-        elif isinstance(self.cluster_environment, LightningEnvironment):
+        elif (
+            isinstance(self.cluster_environment, LightningEnvironment)
+            and self.cluster_environment.local_rank()
+        ):  # its parent is the first process here; any other may leave a run alone
             _beside(_watch_first, os.getppid(), over)
         _set_num_threads_if_needed(num_processes=self.num_processes)
         try:
