@@ -69,7 +69,7 @@ def one_at_a_time(
                 fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 if not said:
-                    sentence = f"another run is {what}: waiting for {path}"
+                    sentence = f"another process is {what}: waiting for {path}"
                     Console(stderr=True).print(sentence, highlight=False, soft_wrap=True)
                 said = True
                 wait()

@@ -254,7 +254,7 @@ def test_who_waited_finds_what_the_other_made(tmp_path, capfd):
         with one_at_a_time(lock, "at it", lambda: waited.append(time.monotonic())):
             assert made.exists()
     assert waited
-    assert capfd.readouterr().err == f"another run is at it: waiting for {lock}\n"
+    assert capfd.readouterr().err == f"another process is at it: waiting for {lock}\n"
     assert not lock.exists()
 
 
