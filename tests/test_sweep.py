@@ -125,7 +125,11 @@ def test_a_point_of_several_processes_is_a_command_of_its_own(command, monkeypat
     monkeypatch.setattr(sweep_child.subprocess, "Popen", Child)
     (tmp_path / "my-conf").mkdir()
     more = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
-    hydras = (f"--config-dir={tmp_path / 'my-conf'}", "hydra.verbose=false", "hydra.sweep.dir=x")
+    hydras = (
+        f"--config-dir={tmp_path / 'my-conf'}",
+        "hydra.verbose=false",
+        f"hydra.sweep.dir={tmp_path / 'x'}",
+    )
     status, said, begun = command({}, "seed=0,1", *more, *reversed(hydras))
     assert (begun, len(given)) == ([], 2), said
     assert [line[1:3] for line in given] == [["-m", "groupsae.train"]] * 2
