@@ -10,6 +10,7 @@ import lightning as L
 import torch
 import wandb
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -71,9 +72,6 @@ def fit(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> int:
         announce(run, cfg, console)
         if cfg.dry_run:
             return _dry_run(run, cfg, folder, console)
-        config: Any = OmegaConf.to_container(cfg, resolve=True)
-        for logger in run.trainer.loggers:
-            logger.log_hyperparams(config)
         with told_of_lost(folder), stopped_by_signals():
             return _train(run, cfg, folder, checkpoint, console)
     except Stopped as stopped:
@@ -137,14 +135,17 @@ def _train(
 ) -> int:
     trainer, suite, data = run.trainer, run.suite, run.data
     trainer.fit(suite, datamodule=data, ckpt_path=checkpoint)
-    if run.stop.received is not None and trainer.global_step < data.num_steps:
+    told = run.stop.told()
+    if told is not None and trainer.global_step < data.num_steps:
         console.print(
             f"stopped at step {trainer.global_step} of {data.num_steps}; go on with\n"
             f"  python -m groupsae.train resume={folder}",
             soft_wrap=True,  # a command must come out in one piece
         )
-        return 128 + run.stop.received
+        return 128 + told
     trainer.save_checkpoint(folder / "checkpoints" / f"step={trainer.global_step}.ckpt")
+    if told is not None:
+        raise Stopped(told)
     trainer.validate(suite, datamodule=data, verbose=False)
     if suite.spread or trainer.is_global_zero:
         configured: Any = OmegaConf.to_container(cfg.sae, resolve=True)
@@ -206,7 +207,6 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
         **cfg.calibration,
     )
     stop, throughput = StopOnSignal(folder=str(folder / "checkpoints")), Throughput()
-    loggers = [] if cfg.dry_run else [make(logger) for logger in (cfg.logger or {}).values()]
     settings = make(cfg.trainer)
 
     def check(*_: Any, **__: Any) -> None:
@@ -214,9 +214,14 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
         if cfg.evaluate:
             steps_to_evaluate(data, cfg.evaluation.tokens)
 
+    def record(trainer: L.Trainer, _: Any, stage: str) -> None:
+        """Begin to, now that nothing will be refused any more: that leaves no record behind."""
+        if stage == "fit":
+            trainer.loggers = start_loggers(cfg, folder, console)
+
     trainer = L.Trainer(
         **settings,
-        logger=loggers or False,
+        logger=False,  # not yet
         max_epochs=1,  # the loader is as long as the run
         log_every_n_steps=min(cfg.log_every, data.num_steps),
         val_check_interval=min(cfg.eval_every, data.num_steps),
@@ -228,6 +233,7 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
         callbacks=[
             LambdaCallback(setup=check),
             grouping,
+            LambdaCallback(setup=record),
             throughput,
             Dashboard(grouping=grouping, folder=folder, console=console),
             ModelCheckpoint(
@@ -251,7 +257,7 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
 
 
 def announce(run: Run, cfg: DictConfig, console: Console) -> None:
-    """Say what is about to be trained, and where it is recorded."""
+    """Say what is about to be trained."""
     data, geometry = run.data, run.data.lm.geometry
     tokens = data.num_steps * data.tokens_per_step
     console.print(
@@ -259,6 +265,15 @@ def announce(run: Run, cfg: DictConfig, console: Console) -> None:
         f"{tokens:,} tokens per SAE in {data.num_steps:,} steps of {data.tokens_per_step:,}"
         + (f" (whole steps of the {cfg.tokens:,} asked for)" if tokens != cfg.tokens else "")
     )
+
+
+def start_loggers(cfg: DictConfig, folder: Path, console: Console) -> list[Logger]:
+    """Make the loggers of a configuration, give them all of it, and say where W&B records."""
+    loggers: list[Logger] = [make(logger) for logger in (cfg.logger or {}).values()]
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
+    for logger in loggers:
+        logger.log_hyperparams(config)
     if "wandb" in (cfg.logger or {}) and os.environ.get("WANDB_MODE") == "offline":
-        place = run.grouping.folder / "wandb"
+        place = folder / "wandb"
         console.print(f"W&B records offline; later: wandb sync {place}/offline-*", soft_wrap=True)
+    return loggers

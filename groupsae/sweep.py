@@ -171,6 +171,11 @@ def finish() -> int:
     return status
 
 
+def received() -> int:
+    """Return the signal that ended a command or one of its points with KeyboardInterrupt."""
+    return signal.SIGINT if _current is None else _current.received
+
+
 def run_point(
     cfg: DictConfig, overrides: list[str], train: Callable[[DictConfig, list[str]], int]
 ) -> dict[str, Any]:
@@ -198,7 +203,7 @@ def run_point(
         status, said = 2, str(error)
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        status = 128 + (signal.SIGINT if sweep is None else sweep.received)
+        status = 128 + received()
     except Exception as error:
         traceback.print_exc()
         said = first_line(error)

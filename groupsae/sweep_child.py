@@ -32,17 +32,21 @@ def run_alone(overrides: list[str]) -> int:
     told: list[int] = []
     child: subprocess.Popen[bytes] | None = None
 
+    def known(number: int) -> int:
+        """Return what the command is told; Ctrl-C may reach it twice, which it takes for once."""
+        return signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+
     def pass_on(number: int, _frame: object) -> None:
         told.append(number)
-        if child is not None and number != signal.SIGINT:  # Ctrl-C reaches it by itself
-            child.terminate()
+        if child is not None:
+            child.send_signal(known(number))
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
     before = {number: signal.signal(number, pass_on) for number in numbers}
     try:
         child = subprocess.Popen(line)
         if told:  # while it was started
-            child.terminate()
+            child.send_signal(known(told[0]))
         status = child.wait()
     finally:
         for number, handler in before.items():

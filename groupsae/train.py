@@ -1,6 +1,5 @@
 """Train Group-SAEs: `python -m groupsae.train model=pythia-1b groups=amad`."""
 
-import signal
 import sys
 from typing import Any
 
@@ -12,7 +11,7 @@ from omegaconf import DictConfig
 from groupsae.config import CONF, check_arguments, plain_folder
 from groupsae.errors import UserError
 from groupsae.run import alone, forget, open_run, register_resolver
-from groupsae.sweep import check_launcher, finish, run_point
+from groupsae.sweep import check_launcher, finish, received, run_point
 
 
 def train(cfg: DictConfig, overrides: list[str]) -> int:
@@ -60,7 +59,7 @@ def main() -> None:
     try:
         run()
     except KeyboardInterrupt:  # before training, or while jobs run elsewhere
-        stopped = 128 + signal.SIGINT
+        stopped = 128 + received()
     finally:
         status = max(finish(), stopped)
     if status:

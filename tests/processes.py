@@ -2,8 +2,11 @@
 
 import multiprocessing
 import os
+import signal
 import socket
+import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -95,13 +98,41 @@ def stop(arguments: list[str]) -> int:
     return _said(arguments, "stopped")
 
 
-def _said(arguments: list[str], how: str) -> int:
+def stop_second(arguments: list[str], step: int) -> int:
+    """Train until SIGTERM comes to the second process in some step."""
+
+    def tell() -> None:
+        if os.environ["RANK"] == "1":
+            signal.raise_signal(signal.SIGTERM)
+
+    return _said(arguments, "stopped", step, tell)
+
+
+def stop_group(arguments: list[str], number: int, measuring: bool) -> int:
+    """Train until a signal comes to all processes of this one's group, workers of loaders too."""
+    from groupsae.grouping.angles import AngularDistance
+
+    os.setpgrp()
+    multiprocessing.set_start_method("fork", force=True)  # as a command's workers are started
+
+    def tell(*_: object) -> None:
+        kill = ["kill", f"-{number}", "--", f"-{os.getpgid(0)}"]
+        subprocess.run(kill, check=True, start_new_session=True)  # from outside
+        time.sleep(1)  # in which a worker that ended would be noticed
+
+    if measuring:
+        AngularDistance.update = tell
+        return train(arguments)
+    return _said(arguments, "stopped", 3, tell)
+
+
+def _said(arguments: list[str], how: str, *more: object) -> int:
     import runs
 
     from groupsae.errors import UserError
 
     try:
-        status, _ = getattr(runs, how)(arguments)
+        status, _ = getattr(runs, how)(arguments, *more)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -110,8 +141,6 @@ def _said(arguments: list[str], how: str) -> int:
 
 def lose(arguments: list[str], rank: int, seconds: float) -> int:
     """Train until a process is killed after its fifth step, or stalls for so many seconds."""
-    import time
-
     from groupsae.training.callbacks.throughput import Throughput
 
     inherited = Throughput.on_train_batch_end

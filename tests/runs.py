@@ -1,6 +1,7 @@
 """Small real runs for the tests: the yaml files, a 4-layer model, a few steps."""
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +57,19 @@ def run(arguments: list[str]) -> tuple[int, Path]:
     return fit(cfg, folder, checkpoint), folder
 
 
-def stopped(arguments: list[str]) -> tuple[int, Path]:
+def stopped(
+    arguments: list[str],
+    step: int = 3,
+    tell: Callable[[], None] = lambda: signal.raise_signal(signal.SIGTERM),
+) -> tuple[int, Path]:
     """Train until SIGTERM comes in the third step; return the exit status and the run folder."""
     from groupsae.training.callbacks.stop import StopOnSignal
 
     inherited = StopOnSignal.on_train_batch_end
 
     def stop(self: StopOnSignal, trainer: Any, *args: Any) -> None:
-        if trainer.global_step == 3:
-            signal.raise_signal(signal.SIGTERM)
+        if trainer.global_step == step:
+            tell()
         inherited(self, trainer, *args)
 
     with pytest.MonkeyPatch.context() as patch:

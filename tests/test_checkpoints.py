@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from runs import flip_a_bit, overrides, read_checkpoint, run, saved
 
 from groupsae.errors import UserError
 from groupsae.training.checkpoints import folder as files
+from groupsae.training.checkpoints import io
 from groupsae.training.checkpoints.io import SuiteCheckpoints
 from groupsae.training.checkpoints.parts import put_together, take_apart
 
@@ -121,7 +123,7 @@ def test_the_last_good_one_is_used_and_said(tmp_path: Path, victim: str, how: st
 def test_without_a_whole_one_it_says_how_to_start_again(tmp_path: Path) -> None:
     path = tmp_path / "step=3.ckpt"
     torch.save(made(), path)  # a file, as earlier versions wrote them
-    with pytest.raises(UserError, match="no checkpoint .* is whole. overwrite=true"):
+    with pytest.raises(UserError, match="no checkpoint .* is whole: .*overwrite=true"):
         read_checkpoint(path)
 
 
@@ -154,6 +156,77 @@ def test_a_disk_that_cannot_read_the_newest_costs_no_more_than_a_damaged_one(
     said: list[str] = []
     assert SuiteCheckpoints(say=said.append).load_checkpoint(bad)["global_step"] == 3
     assert "is damaged ([Errno 5] Input/output error)" in said[0]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ESTALE])
+@pytest.mark.parametrize("opening", ["manifest.json", "sae-1.safetensors"])
+def test_one_that_cannot_be_read_just_now_is_not_taken_for_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, opening: str
+) -> None:
+    both = [save(made(step), tmp_path / f"step={step}.ckpt") for step in (3, 6)]
+    opened = Path.open
+
+    def refused(self: Path, *args: Any, **kwargs: Any) -> Any:
+        if self == both[1] / opening:
+            raise OSError(number, os.strerror(number))
+        return opened(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refused)
+        with pytest.raises(UserError, match=f"cannot read .*step=6.ckpt: {os.strerror(number)}"):
+            read_checkpoint(both[1])
+    assert files.checkpoints(tmp_path) == both[::-1]
+    assert read_checkpoint(both[1])["global_step"] == 6
+
+
+def test_what_another_process_cannot_read_stops_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(made(), tmp_path / "step=3.ckpt")
+    asks = [[path], ("", "")], [[path], ("", "cannot read it")]  # what each gives, in turn
+    turns = zip(*asks, strict=True)
+    monkeypatch.setattr(io, "of_each", lambda _: list(next(turns)))
+    with pytest.raises(UserError, match="^cannot read it$"):
+        read_checkpoint(path)
+    assert path.exists()
+
+
+def test_what_only_the_first_process_finds_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders that are not shared: the others have nothing, and that is no damage."""
+    path = save(made(), tmp_path / "step=3.ckpt")
+    (path / "sae-1.safetensors").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(io, "_leads", lambda: False)
+        with pytest.raises(UserError, match="cannot read .*step=3.ckpt: No such file"):
+            read_checkpoint(path)
+    assert path.exists()
+
+
+def test_a_damaged_one_that_cannot_be_renamed_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = save(made(), tmp_path / "step=3.ckpt")
+    flip_a_bit(bad / "state.pt")
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(UserError, match="is damaged .* and cannot be renamed: Read-only file sys"):
+        read_checkpoint(bad)
+
+
+def test_a_manifest_with_an_odd_name_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "step=3.ckpt"
+    partial = files.begin(path)
+    (partial / "odd").write_bytes(b"x")
+    files.seal(path, {"odd": files.record(partial / "odd")})
+    said: list[str] = []
+    with pytest.raises(UserError, match="no checkpoint .* is whole"):
+        SuiteCheckpoints(say=said.append).load_checkpoint(path)
+    assert "its manifest names 'odd', which is no file of an SAE" in said[0]
 
 
 def test_checkpoints_of_another_grouping_are_not_taken_for_damaged(tmp_path: Path) -> None:
@@ -211,18 +284,24 @@ def test_killed_at_any_system_call_a_whole_checkpoint_is_left(tmp_path: Path) ->
     assert count > 8
 
 
+@pytest.mark.parametrize("victim", ["sae-1.safetensors", "state.pt"])
 def test_a_full_disk_is_a_sentence_and_costs_no_earlier_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
 ) -> None:
     good = save(made(3), tmp_path / "step=3.ckpt")
-    original = os.fsync
 
-    def full(handle: int) -> None:
-        if "sae-1" in os.readlink(f"/proc/self/fd/{handle}"):
+    class Full(FileIO):
+        def write(self, content: Any) -> int:
             raise OSError(28, "No space left on device")
-        original(handle)
 
-    monkeypatch.setattr(os, "fsync", full)
+    opened = Path.open
+
+    def full(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if self.name == victim and "w" in mode:
+            return Full(self, mode)
+        return opened(self, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", full)
     with pytest.raises(UserError, match=r"cannot write .*step=6.ckpt: No space left on device"):
         save(made(6), tmp_path / "step=6.ckpt")
     assert list(tmp_path.iterdir()) == [good]

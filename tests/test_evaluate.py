@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import wandb
 from evaluated import KINDS, evaluate, evaluated, read, set_option, without_seconds
-from runs import config_of, overrides, run
+from runs import composed, config_of, overrides, run
 from safetensors.torch import load_file, save_file
 from test_loggers import recorded, values
 
@@ -378,6 +378,22 @@ def test_a_wrong_option_of_the_evaluation_costs_no_training(
     with pytest.raises(UserError, match=sentence):
         run([*command, wrong])
     assert not list(tmp_path.rglob("angles.npz"))  # not even the layers were measured
+
+
+def test_a_refused_command_leaves_no_record_behind(
+    tiny_lm: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That there is too little held-out text is seen once it is packed."""
+    from groupsae import train
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    output = tmp_path / "outputs"
+    command = overrides(tiny_lm, tiny_text, output, *KINDS["ordinary"], "evaluate=true")
+    command += ["evaluation.tokens=10000000", "logger=wandb"]
+    with pytest.raises(UserError, match="10,000,000 is more than"):
+        train.train(composed(command), command)
+    files = [path.relative_to(output) for path in output.rglob("*") if path.is_file()]
+    assert {file.parts[0] for file in files} == {"cache"}
 
 
 def test_sigterm_ends_an_evaluation_at_once(

@@ -1,5 +1,9 @@
 """The order of the blocks depends on the place in the run and on nothing else."""
 
+import multiprocessing
+import signal
+import subprocess
+
 import numpy as np
 import pytest
 import torch
@@ -92,3 +96,18 @@ def test_the_loader_gives_the_samplers_blocks_as_int64(num_workers):
     for batch, indices in zip(batches, sampler(), strict=True):
         assert batch.dtype == torch.int64
         assert batch.tolist() == blocks[indices].tolist()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_worker_ends_on_a_signal_of_its_own_process_only(number):
+    loader = make_loader(np.zeros((11, 3), np.int32), sampler(), 1, pin_memory=False)
+    batches = iter(loader)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True)
+    worker.join(0.3)
+    assert worker.exitcode is None
+    worker.terminate()  # as torch does with workers that do not end by themselves
+    worker.join(5)
+    assert worker.exitcode == 0

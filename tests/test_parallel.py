@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -240,9 +241,18 @@ def test_who_started_processes_watches_them_and_they_watch_it(
         monkeypatch.setenv("LOCAL_RANK", local_rank)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     seen: list[str] = []
-    monkeypatch.setattr(launcher, "_beside", lambda watch, *_: seen.append(watch.__name__))
+    parent = os.getppid()
+
+    def beside(watch: Any, *args: Any) -> None:
+        seen.append(watch.__name__)
+        assert watch.__name__ == "_watch" or args[0] == parent
+
+    monkeypatch.setattr(launcher, "_beside", beside)
     starts = launcher.WatchedLauncher(LightningEnvironment(), started + 1, 1)
     starts.procs = [None] * started
     monkeypatch.setattr(starts, "_call_children_scripts", lambda: None)
     assert starts.launch(lambda: 3) == 3
-    assert seen == watched
+    with monkeypatch.context() as patch:  # an orphan: validation is launched after training
+        patch.setattr(launcher.os, "getppid", lambda: 1)
+        assert starts.launch(lambda: 3) == 3
+    assert seen == 2 * watched

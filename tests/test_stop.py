@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import runs
 import torch
+from processes import stop_group, stop_second, together
 
 from groupsae.errors import UserError
 from groupsae.training.callbacks.stop import StopOnSignal, Stopped, stopped_by_signals
@@ -144,6 +145,45 @@ def test_a_signal_in_the_last_validation_is_told_and_costs_nothing(
     assert f"python -m groupsae.train resume={folder}" in capsys.readouterr().out
     assert not (folder / "summary.json").exists()
     assert runs.run(arguments) == (0, folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("measuring", [False, True])
+def test_a_signal_to_the_whole_group_stops_in_order(
+    number: int, measuring: bool, tiny_lm: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    """As Ctrl-C, `timeout` and SLURM send it: the workers that read text get it, too."""
+    arguments = runs.overrides(tiny_lm, tiny_text, tmp_path, "stream.num_workers=2")
+    (ended,) = together(stop_group, 1, tmp_path / "log", arguments, number, measuring)
+    assert ended.status == 128 + number, ended.output
+    assert "Traceback" not in ended.output
+    assert "stopped before or after" if measuring else "stopped at step 3 of 6" in ended.output
+    assert bool(list(tmp_path.rglob("step=3.ckpt"))) == (not measuring)
+
+
+def test_a_signal_in_the_last_step_is_told_and_costs_nothing(
+    tiny_lm: Path, tiny_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = runs.overrides(tiny_lm, tiny_text, tmp_path)
+    status, folder = runs.stopped(arguments, step=6)
+    assert status == 128 + signal.SIGTERM
+    assert f"python -m groupsae.train resume={folder}" in capsys.readouterr().out
+    assert runs.read_checkpoint(folder / "checkpoints" / "step=6.ckpt")["global_step"] == 6
+    assert not (folder / "summary.json").exists()
+    assert runs.run([f"resume={folder}"]) == (0, folder)
+
+
+@pytest.mark.parametrize("step", [5, 6])
+def test_a_signal_to_one_of_two_in_the_last_steps_stops_both(
+    step: int, tiny_lm: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    """What is told in the last step is read in the next one, and there is none."""
+    more = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    arguments = runs.overrides(tiny_lm, tiny_text, tmp_path, *more)
+    ended = together(stop_second, 2, tmp_path / "log", arguments, step)
+    assert [each.status for each in ended] == [128 + signal.SIGTERM] * 2, ended
+    assert "resume=" in ended[0].output
+    assert list(tmp_path.rglob("step=6.ckpt"))
 
 
 def test_a_signal_while_layers_are_measured_is_told(

@@ -387,6 +387,23 @@ def test_what_others_are_writing_is_left_alone(make_data, monkeypatch, tmp_path)
     assert not trial.exists()
 
 
+def test_a_trial_that_its_process_removes_meanwhile_is_in_nobodys_way(make_data, monkeypatch):
+    data = make_data()
+    trial = whole.own_beside(data.store.folder / "trial")
+    trial.mkdir()
+    scandir = os.scandir
+
+    def gone(path):
+        if Path(path) == trial:
+            raise FileNotFoundError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", gone)
+    data.fill_training()
+    data.store.refresh()
+    assert not data.store.gaps("train", [0], [0])
+
+
 def test_a_trial_tells_the_time_beforehand_and_may_fail(make_data, monkeypatch):
     monkeypatch.setattr(fill, "FEW", 2)
     data = make_data()

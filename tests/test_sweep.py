@@ -149,18 +149,17 @@ def told(number, frame):
     open(sys.argv[1], "w").write("ended in order")
     sys.exit(128 + number)
 signal.signal(signal.SIGTERM, told)
+signal.signal(signal.SIGINT, told)
 open(sys.argv[1] + ".ready", "w").close()
 time.sleep(60)
 """
 
 
 @pytest.mark.parametrize(
-    ("number", "status"),
-    [(signal.SIGTERM, signal.SIGTERM), (signal.SIGUSR2, signal.SIGUSR2)],
+    "number",
+    [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2],
 )
-def test_a_stop_reaches_the_command_of_a_point_and_waits_for_it(
-    monkeypatch, tmp_path, number, status
-):
+def test_a_stop_reaches_the_command_of_a_point_and_waits_for_it(monkeypatch, tmp_path, number):
     """A real process; submitit's signal stops it as well, and is answered with its own."""
     note, popen = tmp_path / "note", subprocess.Popen
     line = [sys.executable, "-c", WAITS, str(note)]
@@ -175,7 +174,7 @@ def test_a_stop_reaches_the_command_of_a_point_and_waits_for_it(
     before = signal.getsignal(number)
     teller = threading.Thread(target=tell)
     teller.start()
-    assert sweep_child.run_alone([]) == 128 + status
+    assert sweep_child.run_alone([]) == 128 + number
     teller.join()
     assert note.read_text() == "ended in order"
     assert signal.getsignal(number) == before
@@ -215,6 +214,18 @@ def test_ctrl_c_leaves_jobs_elsewhere_alone(tmp_path, capfd):
     said = capfd.readouterr().out
     assert rows(said) == {0: "done", 1: "not known"}
     assert "still running" in table(said)
+
+
+def test_the_signal_that_ends_a_sweep_of_jobs_elsewhere_is_its_status(command, monkeypatch):
+    def waiting():
+        sweep._current.elsewhere = True
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(
+        "groupsae.train.run_point", lambda *_: waiting()
+    )  # the launcher waits for jobs
+    status, _, _ = command({}, "seed=0,1")
+    assert status == 128 + signal.SIGTERM
 
 
 def test_a_secret_in_a_sweep_is_refused_before_anything_is_written(command, tmp_path):

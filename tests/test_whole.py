@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from groupsae.data.reading import read_metrics
-from groupsae.data.whole import whole
+from groupsae.data.whole import left_behind, whole
 from groupsae.errors import UserError
 from groupsae.training.loggers import MetricsCSV
 from groupsae.training.measure import Measurement, cached
@@ -37,6 +37,11 @@ def test_a_full_disk_is_a_sentence_that_names_the_file(tmp_path, monkeypatch):
     ):
         handle.write(b"half")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a@b.tmp", "a@b@c@d.tmp", "x@host@12@ab.npz", "@h@1@a.tmp"])
+def test_names_that_are_not_ours_are_left_alone(name):
+    assert not left_behind(Path(name))
 
 
 def test_metrics_that_cannot_be_written_are_a_sentence(tmp_path):

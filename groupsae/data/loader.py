@@ -1,5 +1,8 @@
 """Token blocks in a seeded order that is a pure function of the position in the run."""
 
+import os
+import signal
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -118,4 +121,24 @@ def make_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
+        worker_init_fn=_leave_signals_to_the_run,
     )
+
+
+def _leave_signals_to_the_run(_worker: int) -> None:
+    """Let signals for the whole run pass by this worker: the run still needs it to stop in order.
+
+    Ctrl-C, `timeout` and SLURM tell every process of a group or job, and a worker that ended, or
+    that did what the handlers say which it has from the run, would be a crash there. But SIGTERM
+    from the process that started it is how a loader that is given up ends its workers.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # of all threads from here on
+
+    def wait() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True, name="sigterm").start()

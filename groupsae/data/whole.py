@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, and a sentence where the disk refuses one."""
 
 import os
+import re
 import secrets
 import socket
 import time
@@ -13,6 +14,7 @@ import psutil
 
 from groupsae.errors import UserError
 
+_OWN = re.compile(r".+@(?P<host>[^@]*)@(?P<process>\d+)@[^@]+\.tmp")
 UNTOUCHED = 900.0  # seconds after which a file of another machine's process counts as left behind
 
 
@@ -55,11 +57,14 @@ def own_beside(path: Path) -> Path:
 def left_behind(beside: Path) -> bool:
     """Return whether what has a name of `own_beside` is of no use to anybody any more.
 
-    Its process has ended, or runs on another machine and has not touched it for a long time.
+    Its process has ended, or runs on another machine and has not touched it for a long time. What
+    has another name is somebody else's.
     """
-    _, host, number, _ = beside.name.rsplit("@", 3)
-    if host == socket.gethostname():
-        return not psutil.pid_exists(int(number))
+    named = _OWN.fullmatch(beside.name)
+    if not named:
+        return False
+    if named["host"] == socket.gethostname():
+        return not psutil.pid_exists(int(named["process"]))
     try:
         return time.time() - beside.stat().st_mtime > UNTOUCHED
     except OSError:  # gone meanwhile

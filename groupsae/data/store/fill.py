@@ -94,7 +94,8 @@ class Filler(NamedTuple):
 
     def _clear(self) -> None:
         """Remove what killed processes left, and damaged files, which are then missing."""
-        for beside in list(self.store.folder.rglob("*@*.tmp")):
+        left = "*@*.tmp"
+        for beside in [*self.store.folder.glob(left), *self.store.in_chunks(left)]:
             if left_behind(beside):
                 shutil.rmtree(beside, ignore_errors=True)
                 with suppress(OSError):

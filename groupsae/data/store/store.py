@@ -88,13 +88,17 @@ class ActivationStore:
     def refresh(self) -> None:
         """Look for files that have come since."""
         self.damaged = []
-        for path in sorted(self.folder.glob("*/*/layer.*.safetensors")):
+        for path in sorted(self.in_chunks("layer.*.safetensors")):
             if path in self._known:
                 continue
             try:
                 self._take_in(*self._opened(path))
             except Damaged as error:
                 self.damaged.append(error)
+
+    def in_chunks(self, pattern: str) -> list[Path]:
+        """Return what matches in the chunks' folders, and in no other: trials come and go."""
+        return [path for split in SPLITS for path in self.folder.glob(f"{split}/*/{pattern}")]
 
     def is_sound(self, path: Path) -> bool:
         """Return whether a file is there and its record is right; activations are not read."""

@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from groupsae.training.parallel.collect import of_each
 from groupsae.training.readback import Readback
 
 SAME = 2.0  # seconds in which a second signal is the first one's echo
@@ -122,6 +123,14 @@ class StopOnSignal(L.Callback):
         told.fill_(stop)
         torch.distributed.all_reduce(told)
         return Readback(told)
+
+    def told(self) -> int | None:
+        """Return the signal that this or another process got in training; every process calls it.
+
+        In its last step none hears of the others' signals any more.
+        """
+        every = of_each(self.received)
+        return self.received or next(filter(None, every), None)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Give the signals back, before Lightning gives its own back."""

@@ -104,7 +104,8 @@ def manifest_of(path: Path) -> dict[str, Record]:
     """Return file -> record of a checkpoint, after a look at the files' sizes.
 
     Raises:
-        Damaged: it is no checkpoint of this format, or a file is missing, too short or too long.
+        Damaged: it is no checkpoint of this format, or a file is too short or too long.
+        OSError: a file is missing or cannot be read.
     """
     if path.is_file():
         raise Damaged("it was written by an earlier version of groupsae")
@@ -119,13 +120,13 @@ def manifest_of(path: Path) -> dict[str, Record]:
             size = (path / name).stat().st_size
             if size != expected["bytes"]:
                 raise Damaged(f"{name} has {size:,} bytes instead of {expected['bytes']:,}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{type(error).__name__}: {error}") from error
     return files
 
 
 def verify(path: Path, names: Sequence[str], records: Mapping[str, Record]) -> None:
-    """Raise Damaged if a file's content is not what was written.
+    """Raise Damaged if a file's content is not what was written, OSError if it cannot be read.
 
     Args:
         path: of the checkpoint.

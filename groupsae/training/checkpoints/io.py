@@ -1,5 +1,6 @@
 """Lightning's seam for checkpoints: where and how a suite is saved and read back."""
 
+import errno
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from groupsae.training.checkpoints.folder import (
 from groupsae.training.checkpoints.parts import (
     STATE,
     file_of,
+    index_of,
     put_together,
     read_parts,
     read_rest,
@@ -85,34 +87,33 @@ class SuiteCheckpoints(CheckpointIO):
             members: numbers in the plan of the SAEs to read; None reads all.
 
         Raises:
-            UserError: none is whole, or the newest that is lacks an SAE.
+            UserError: none is whole; the newest that is lacks an SAE; or one cannot be read just
+                now in one of the processes, which says nothing about what is in it.
         """
         path = Path(path)
         there = checkpoints(path.parent)
         mine = there[there.index(path) :] if path in there else [path]
         for candidate in of_each(mine)[0]:
-            found, damage, lacking = self._read(candidate, members)
-            damages, lackings = zip(*of_each((damage, lacking)), strict=True)
-            if any(lackings):
-                raise UserError(next(filter(None, lackings)))
-            if not any(damages):
+            found, damage, refusal = self._read(candidate, members)
+            damages, refusals = zip(*of_each((damage, refusal)), strict=True)
+            if any(damages):
+                self._set_aside(candidate, next(filter(None, damages)))
+            elif any(refusals):
+                raise UserError(next(filter(None, refusals)))
+            else:
                 self.say(f"going on from {candidate}")
                 return found
-            if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-                aside = set_aside(candidate)
-                self.say(
-                    f"{candidate} is damaged ({next(filter(None, damages))}): it is now called "
-                    f"{aside.name}, and the checkpoint before it is used."
-                )
         raise UserError(
-            f"no checkpoint in {path.parent} is whole. overwrite=true starts the run again."
+            f"no checkpoint in {path.parent} is whole: they are called *.damaged now. If the disk "
+            "was at fault and reads them again, give one its name back (step=<n>.ckpt) and the "
+            "same command goes on from there. overwrite=true removes them and starts again."
         )
 
     def _read(self, path: Path, members: Sequence[int] | None) -> tuple[dict[str, Any], str, str]:
-        """Return the checkpoint, what is damaged in it, and which SAE it lacks; or nothing."""
+        """Return the checkpoint, or what is damaged in it, or why it is not to be read."""
         try:
             records = manifest_of(path)
-            every = [int(n.split("-")[1].split(".")[0]) for n in records if n != STATE]
+            every = [index_of(name) for name in records if name != STATE]
             wanted = every if members is None else members
             if set(wanted) - set(every):
                 asked = (
@@ -123,9 +124,41 @@ class SuiteCheckpoints(CheckpointIO):
                 return {}, "", asked
             verify(path, [STATE, *map(file_of, wanted)], records)
             return put_together(read_rest(path), read_parts(path, wanted)), "", ""
-        except (Damaged, OSError, SafetensorError) as error:
-            return {}, str(error) or type(error).__name__, ""
+        except (Damaged, SafetensorError) as error:
+            return {}, str(error), ""
+        except OSError as error:
+            # what one process does not find another may have: only who listed them can tell
+            if error.errno == errno.EIO or (error.errno == errno.ENOENT and _leads()):
+                return {}, str(error), ""
+            asked = (
+                f"cannot read the checkpoint {path}: {error.strerror or error}. It was left as it "
+                "is: mend that, and the same command goes on from it."
+            )
+            return {}, "", asked
+
+    def _set_aside(self, path: Path, damage: str) -> None:
+        """Rename a damaged checkpoint, in the first process, and say so."""
+        problem = ""
+        if _leads():
+            try:
+                aside = set_aside(path)
+                self.say(
+                    f"{path} is damaged ({damage}): it is now called {aside.name}, and the "
+                    "checkpoint before it is used."
+                )
+            except OSError as error:
+                problem = (
+                    f"{path} is damaged ({damage}) and cannot be renamed: "
+                    f"{error.strerror or error}. Move it away, and the same command goes on from "
+                    "the checkpoint before it."
+                )
+        if problem := of_each(problem)[0]:
+            raise UserError(problem)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint."""
         remove(Path(path))
+
+
+def _leads() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

@@ -1,6 +1,8 @@
 """Lightning's checkpoint, taken apart into what belongs to each SAE and the rest."""
 
+import io
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from groupsae.training.checkpoints.folder import Record, record
+from groupsae.training.checkpoints.folder import Damaged, Record, record
 
 STATE = "state.pt"
 PREFIX = "groups"  # of the members' names in the state dict
@@ -34,6 +36,18 @@ class Part:
 def file_of(index: int) -> str:
     """Return the name of the file of the plan's SAE number `index`."""
     return f"sae-{index}.safetensors"
+
+
+def index_of(file: str) -> int:
+    """Return the number in the plan of the SAE that has this file.
+
+    Raises:
+        Damaged: no SAE's file has such a name.
+    """
+    named = re.fullmatch(r"sae-(\d+)\.safetensors", file)
+    if named is None:
+        raise Damaged(f"its manifest names {file!r}, which is no file of an SAE")
+    return int(named[1])
 
 
 def take_apart(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, Part]]:
@@ -98,8 +112,9 @@ def write_parts(folder: Path, parts: Mapping[int, Part]) -> dict[str, Record]:
 def write_rest(folder: Path, rest: Mapping[str, Any]) -> dict[str, Record]:
     """Write what belongs to no SAE; return what the manifest says of it."""
     file = folder / STATE
-    with file.open("wb") as handle:
-        torch.save(dict(rest), handle)
+    written = io.BytesIO()  # into a file, torch would tell of a full disk as a RuntimeError
+    torch.save(dict(rest), written)
+    file.write_bytes(written.getbuffer())
     return {file.name: record(file)}
 
 

@@ -26,6 +26,10 @@ class WatchedLauncher(_SubprocessScriptLauncher):
     ends in order; this watch is for the case that nothing there notices it.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._parent = os.getppid()  # now: later it may be gone
+
     def launch(
         self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any
     ) -> Any:
@@ -42,7 +46,7 @@ class WatchedLauncher(_SubprocessScriptLauncher):
             isinstance(self.cluster_environment, LightningEnvironment)
             and self.cluster_environment.local_rank()
         ):  # its parent is the first process here; any other may leave a run alone
-            _beside(_watch_first, os.getppid(), over)
+            _beside(_watch_first, self._parent, over)
         _set_num_threads_if_needed(num_processes=self.num_processes)
         try:
             return function(*args, **kwargs)
