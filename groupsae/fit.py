@@ -1,7 +1,6 @@
 """Build the objects of one configuration, fit, and leave the results in the run folder."""
 
 import json
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ import lightning as L
 import torch
 import wandb
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -39,6 +38,8 @@ from groupsae.training.callbacks.throughput import Throughput
 from groupsae.training.checkpoints.io import SuiteCheckpoints
 from groupsae.training.dry_run import needs, plans_of
 from groupsae.training.ledger import ledger, seconds_of_all
+from groupsae.training.loggers import is_offline
+from groupsae.training.parallel.collect import of_each
 from groupsae.training.parallel.lost import told_of_lost
 from groupsae.training.parallel.spread import busiest
 from groupsae.training.parallel.strategies import SAEParallel
@@ -65,7 +66,7 @@ def fit(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> int:
     """
     console = Console(quiet=not is_leader())
     quiet()
-    run = build(cfg, folder, console)
+    run = build(cfg, folder, checkpoint, console)
     try:
         if (folder / "summary.json").exists() and not cfg.overwrite and not cfg.dry_run:
             return _show_finished(run, cfg, folder, console)
@@ -169,7 +170,7 @@ def _train(
     return 0
 
 
-def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
+def build(cfg: DictConfig, folder: Path, checkpoint: Path | None, console: Console) -> Run:
     """Return everything that a run consists of, ready to fit."""
     keep_freed_memory()
     L.seed_everything(cfg.seed, verbose=False)
@@ -207,21 +208,24 @@ def build(cfg: DictConfig, folder: Path, console: Console) -> Run:
         **cfg.calibration,
     )
     stop, throughput = StopOnSignal(folder=str(folder / "checkpoints")), Throughput()
+    loggers: list[Logger] = [make(logger) for logger in (cfg.logger or {}).values()]
     settings = make(cfg.trainer)
 
     def check(*_: Any, **__: Any) -> None:
-        """Find out whether there is enough held-out text, once the text is packed."""
+        """Look at what can only be known once processes have met and the text is packed."""
+        same_checkpoint(checkpoint, folder)
         if cfg.evaluate:
             steps_to_evaluate(data, cfg.evaluation.tokens)
 
     def record(trainer: L.Trainer, _: Any, stage: str) -> None:
-        """Begin to, now that nothing will be refused any more: that leaves no record behind."""
+        """Let the loggers begin after what may refuse a command: text, memory, layers."""
         if stage == "fit":
-            trainer.loggers = start_loggers(cfg, folder, console)
+            trainer.loggers = loggers
+            begin_records(loggers, cfg, folder, console)
 
     trainer = L.Trainer(
         **settings,
-        logger=False,  # not yet
+        logger=False,  # not yet: Lightning would let them begin first of all
         max_epochs=1,  # the loader is as long as the run
         log_every_n_steps=min(cfg.log_every, data.num_steps),
         val_check_interval=min(cfg.eval_every, data.num_steps),
@@ -267,13 +271,26 @@ def announce(run: Run, cfg: DictConfig, console: Console) -> None:
     )
 
 
-def start_loggers(cfg: DictConfig, folder: Path, console: Console) -> list[Logger]:
-    """Make the loggers of a configuration, give them all of it, and say where W&B records."""
-    loggers: list[Logger] = [make(logger) for logger in (cfg.logger or {}).values()]
+def begin_records(loggers: list[Logger], cfg: DictConfig, folder: Path, console: Console) -> None:
+    """Give the loggers the whole configuration, and say where W&B records if that is offline."""
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     for logger in loggers:
         logger.log_hyperparams(config)
-    if "wandb" in (cfg.logger or {}) and os.environ.get("WANDB_MODE") == "offline":
+    if is_offline() and any(isinstance(logger, WandbLogger) for logger in loggers):
         place = folder / "wandb"
         console.print(f"W&B records offline; later: wandb sync {place}/offline-*", soft_wrap=True)
-    return loggers
+
+
+def same_checkpoint(checkpoint: Path | None, folder: Path) -> None:
+    """Check that all processes of the run go on from a checkpoint, or none does.
+
+    Raises:
+        UserError: one sees a checkpoint that another does not see; said in all of them.
+    """
+    seen = of_each(checkpoint is not None)
+    if len(set(seen)) > 1:
+        raise UserError(
+            f"process {seen.index(False)} of this run does not see the checkpoints in {folder}, "
+            f"which process {seen.index(True)} sees: all need the same folder. Name one that all "
+            "machines share with output=<folder>, or copy this one to where it is missing."
+        )

@@ -113,7 +113,6 @@ def stop_group(arguments: list[str], number: int, measuring: bool) -> int:
     from groupsae.grouping.angles import AngularDistance
 
     os.setpgrp()
-    multiprocessing.set_start_method("fork", force=True)  # as a command's workers are started
 
     def tell(*_: object) -> None:
         kill = ["kill", f"-{number}", "--", f"-{os.getpgid(0)}"]

@@ -62,7 +62,7 @@ def stopped(
     step: int = 3,
     tell: Callable[[], None] = lambda: signal.raise_signal(signal.SIGTERM),
 ) -> tuple[int, Path]:
-    """Train until SIGTERM comes in the third step; return the exit status and the run folder."""
+    """Train until a signal comes in some step; return the exit status and the run folder."""
     from groupsae.training.callbacks.stop import StopOnSignal
 
     inherited = StopOnSignal.on_train_batch_end

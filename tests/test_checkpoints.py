@@ -133,6 +133,25 @@ def test_steps_are_ordered_as_numbers_and_other_names_are_no_checkpoints(tmp_pat
     assert [p.stem for p in files.checkpoints(tmp_path)] == ["step=100", "step=10", "step=9"]
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ESTALE])
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Else the run would begin again from its first step."""
+
+    def refused(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "listdir", refused)
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(UserError, match=f"cannot read {tmp_path}: {os.strerror(number)}"):
+        files.checkpoints(tmp_path)
+
+
+def test_a_folder_that_is_not_there_has_no_checkpoints(tmp_path: Path) -> None:
+    assert files.checkpoints(tmp_path / "none") == []
+
+
 def test_the_two_newest_are_kept_whoever_wrote_them(tmp_path: Path) -> None:
     for step in (3, 6, 9, 7):  # the last one: after a resume from an older one
         path = save(made(step), tmp_path / f"step={step}.ckpt")
@@ -194,7 +213,7 @@ def test_what_another_process_cannot_read_stops_all(
 def test_what_only_the_first_process_finds_is_not_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Folders that are not shared: the others have nothing, and that is no damage."""
+    """A network disk may show one process what it does not show another yet."""
     path = save(made(), tmp_path / "step=3.ckpt")
     (path / "sae-1.safetensors").unlink()
     with monkeypatch.context() as patch:

@@ -188,10 +188,11 @@ def test_wandb_gets_the_metrics_and_the_figures(copy: Path) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb")
 @pytest.mark.usefixtures("offline")
 def test_wandb_gets_training_and_evaluation_in_one_run(
-    tiny_lm: Path, tiny_text: Path, tmp_path: Path
+    tiny_lm: Path, tiny_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = overrides(tiny_lm, tiny_text, tmp_path, *KINDS["ordinary"], "logger=wandb")
     _, folder = run([*command, "evaluate=true"])
+    assert f"later: wandb sync {folder}/wandb/offline-*" in capsys.readouterr().out
     assert wandb.run is None  # closed: the next point of a sweep is another run
     rows = history(folder)
     assert any("train/fvu/layers.0" in row for row in rows)
@@ -384,16 +385,27 @@ def test_a_refused_command_leaves_no_record_behind(
     tiny_lm: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That there is too little held-out text is seen once it is packed."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wrong, refused = "evaluation.tokens=10000000", "10,000,000 is more than"
+    assert left_of(tiny_lm, tiny_text, tmp_path, wrong, refused) == {"cache"}
+
+
+def test_a_wrong_option_of_a_logger_is_refused_before_any_work(
+    tiny_lm: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    assert not left_of(tiny_lm, tiny_text, tmp_path, "+logger.wandb.nope=1", "nope")
+
+
+def left_of(lm: Path, text: Path, output: Path, wrong: str, refused: str) -> set[str]:
+    """Return the first folders of the files that a refused command has left."""
     from groupsae import train
 
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    output = tmp_path / "outputs"
-    command = overrides(tiny_lm, tiny_text, output, *KINDS["ordinary"], "evaluate=true")
-    command += ["evaluation.tokens=10000000", "logger=wandb"]
-    with pytest.raises(UserError, match="10,000,000 is more than"):
-        train.train(composed(command), command)
+    command = overrides(lm, text, output, *KINDS["ordinary"], "evaluate=true", "logger=wandb")
+    with pytest.raises(UserError, match=refused):
+        train.train(composed([*command, wrong]), [*command, wrong])
+    assert wandb.run is None
     files = [path.relative_to(output) for path in output.rglob("*") if path.is_file()]
-    assert {file.parts[0] for file in files} == {"cache"}
+    return {file.parts[0] for file in files}
 
 
 def test_sigterm_ends_an_evaluation_at_once(

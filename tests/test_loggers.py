@@ -99,16 +99,24 @@ def test_the_mode_is_online_only_with_an_account_unless_the_user_says_so(
         monkeypatch.setenv("WANDB_API_KEY", "0123")
     if mode:
         monkeypatch.setenv("WANDB_MODE", mode)
-    monkeypatch.setattr("lightning.pytorch.loggers.WandbLogger.experiment", None)  # no connecting
     assert make(no_account / "run")._offline is offline
 
 
 def test_a_key_that_does_not_work_means_offline_and_not_a_crash(no_account, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123")
     wandb.teardown()  # it remembers the mode of what the process recorded before
+    logger = make(no_account / "run")
     with pytest.warns(UserWarning, match="recorded offline"):
-        assert make(no_account / "run")._offline
+        run = logger.experiment
+    assert run.offline
+    wandb.finish()
     wandb.teardown()  # it remembers the key for the rest of the process
+
+
+def test_nothing_is_begun_before_it_is_used(no_account):
+    make(no_account / "run")
+    assert wandb.run is None
+    assert not (no_account / "run").exists()
 
 
 def test_a_run_goes_on_under_the_name_of_its_folder(no_account):

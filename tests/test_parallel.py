@@ -15,6 +15,8 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from processes import Ended, lose, stop, together, train
 from runs import overrides, read_checkpoint, run, saved, stopped
 
+from groupsae import fit
+from groupsae.errors import UserError
 from groupsae.grouping.plan import GroupPlan
 from groupsae.training.parallel import launcher
 from groupsae.training.suite import GroupSAESuite
@@ -225,6 +227,16 @@ def test_sums_are_made_on_the_device_wherever_the_suite_lies(
     with pytest.raises(NotImplementedError):
         GroupSAESuite.all_sum(suite, torch.ones(3))
     assert seen == ["meta"]
+
+
+def test_processes_that_do_not_see_the_same_checkpoints_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Folders that are not shared: one would go on, the other begin."""
+    monkeypatch.setattr(fit, "of_each", lambda own: [True, own])
+    fit.same_checkpoint(Path("step=3.ckpt"), Path("out"))
+    with pytest.raises(UserError, match="process 1 .* checkpoints in out, which process 0 sees"):
+        fit.same_checkpoint(None, Path("out"))
 
 
 @pytest.mark.parametrize(

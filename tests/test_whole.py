@@ -3,6 +3,7 @@
 import errno
 import os
 from pathlib import Path
+from socket import gethostname
 
 import numpy as np
 import pytest
@@ -39,9 +40,19 @@ def test_a_full_disk_is_a_sentence_that_names_the_file(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["a@b.tmp", "a@b@c@d.tmp", "x@host@12@ab.npz", "@h@1@a.tmp"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a@b.tmp",
+        "a@b@c@d.tmp",
+        "x@host@12@ab.npz",
+        "@h@1@a.tmp",
+        f"a@{gethostname()}@{9**30}@a.tmp",
+    ],
+)
 def test_names_that_are_not_ours_are_left_alone(name):
     assert not left_behind(Path(name))
+    assert not left_behind(Path(f"a@{gethostname()}@{9**30}@a.tmp"))
 
 
 def test_metrics_that_cannot_be_written_are_a_sentence(tmp_path):

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from groupsae.errors import UserError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # to a whole run
 
 
 class BlockDataset(Dataset[Tensor]):
@@ -103,10 +106,53 @@ class StepSampler(Sampler[list[int]]):
                 yield step[self.mine].tolist()
 
 
+class BlockLoader(DataLoader[Tensor]):
+    """A DataLoader whose workers leave the signals for the whole run to the run.
+
+    Ctrl-C, `timeout` and SLURM tell every process of a group or job. A worker that ended then
+    would be a crash of the run, which still needs it to stop in order. Only SIGTERM from the run
+    itself ends a worker: so torch and Python end those that are given up.
+
+    Args:
+        num_workers: forked processes that read; they only copy blocks.
+        **options: of DataLoader.
+    """
+
+    def __init__(self, dataset: BlockDataset, *, num_workers: int, **options: Any) -> None:
+        super().__init__(
+            dataset,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            worker_init_fn=_end_with_the_run,
+            # children of the run, which inherit what is blocked; not of a server of processes
+            multiprocessing_context="fork" if num_workers else None,
+            **options,
+        )
+
+    def __iter__(self) -> Any:
+        """Start the workers, if there are none yet; they are born with the signals blocked."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_the_run(_worker: int) -> None:
+    """Wait, beside what the worker does, for a SIGTERM from the process that started it."""
+
+    def wait() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True, name="sigterm").start()
+
+
 def make_loader(
     blocks: np.ndarray, sampler: StepSampler, num_workers: int, pin_memory: bool
 ) -> DataLoader[Tensor]:
-    """Return an ordinary DataLoader over the sampler's batches, int64 [blocks, context] each.
+    """Return a DataLoader over the sampler's batches, int64 [blocks, context] each.
 
     Args:
         blocks: of one split.
@@ -115,30 +161,9 @@ def make_loader(
         pin_memory: bring batches into page-locked memory, from which a GPU fetches them while
             the host goes on.
     """
-    return DataLoader(
+    return BlockLoader(
         BlockDataset(blocks),
         batch_sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
-        worker_init_fn=_leave_signals_to_the_run,
     )
-
-
-def _leave_signals_to_the_run(_worker: int) -> None:
-    """Let signals for the whole run pass by this worker: the run still needs it to stop in order.
-
-    Ctrl-C, `timeout` and SLURM tell every process of a group or job, and a worker that ended, or
-    that did what the handlers say which it has from the run, would be a crash there. But SIGTERM
-    from the process that started it is how a loader that is given up ends its workers.
-    """
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # of all threads from here on
-
-    def wait() -> None:
-        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True, name="sigterm").start()

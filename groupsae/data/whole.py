@@ -14,7 +14,7 @@ import psutil
 
 from groupsae.errors import UserError
 
-_OWN = re.compile(r".+@(?P<host>[^@]*)@(?P<process>\d+)@[^@]+\.tmp")
+_OWN = re.compile(r".+@(?P<host>[^@]*)@(?P<process>\d{1,9})@[^@]+\.tmp")
 UNTOUCHED = 900.0  # seconds after which a file of another machine's process counts as left behind
 
 

@@ -77,7 +77,32 @@ def has_wandb_account() -> bool:
         return False
 
 
-def make_wandb(*, project: str, folder: str, tags: list[str]) -> WandbLogger:
+class WandB(WandbLogger):
+    """Lightning's W&B logger, offline where W&B cannot be reached: a run must not die of that.
+
+    It begins to record when it is first used, not when it is made.
+    """
+
+    @property
+    def experiment(self) -> Any:
+        """Return W&B's run, which begins now if it has not."""
+        Path(str(self.save_dir)).mkdir(parents=True, exist_ok=True)
+        try:
+            return super().experiment
+        except Exception as error:  # whatever W&B raises
+            if os.environ["WANDB_MODE"] != "online":
+                raise
+            warnings.warn(f"W&B: {error}; this run is recorded offline", stacklevel=2)
+            self._offline, self._wandb_init["mode"] = True, "offline"
+            return super().experiment
+
+
+def is_offline() -> bool:
+    """Return whether W&B records offline; known once it has begun."""
+    return os.environ.get("WANDB_MODE") in ("offline", "dryrun")
+
+
+def make_wandb(*, project: str, folder: str, tags: list[str]) -> WandB:
     """Return a W&B logger: online with an account, offline without one, never a prompt.
 
     WANDB_MODE, if set, wins. A resumed run goes on under the same id, made from its folder.
@@ -89,27 +114,13 @@ def make_wandb(*, project: str, folder: str, tags: list[str]) -> WandbLogger:
     """
     os.environ.setdefault("WANDB_MODE", "online" if has_wandb_account() else "offline")
     os.environ.setdefault("WANDB_SILENT", "true")
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    name = "-".join(path.parts[-2:])
-
-    def logger() -> WandbLogger:
-        return WandbLogger(
-            project=project,
-            save_dir=str(path),
-            name=name,
-            id=name[-64:],
-            resume="allow",
-            tags=list(tags),
-            offline=os.environ["WANDB_MODE"] in ("offline", "dryrun"),
-        )
-
-    made = logger()
-    if os.environ["WANDB_MODE"] == "online":
-        try:
-            made.experiment  # noqa: B018 - connects now, while falling back is still possible
-        except Exception as error:  # whatever W&B raises: a run must not die of its dashboard
-            warnings.warn(f"W&B: {error}; this run is recorded offline", stacklevel=2)
-            os.environ["WANDB_MODE"] = "offline"
-            made = logger()
-    return made
+    name = "-".join(Path(folder).parts[-2:])
+    return WandB(
+        project=project,
+        save_dir=folder,
+        name=name,
+        id=name[-64:],
+        resume="allow",
+        tags=list(tags),
+        offline=is_offline(),
+    )

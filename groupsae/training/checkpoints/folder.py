@@ -27,8 +27,21 @@ class Damaged(Exception):
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, the highest step first, whether whole or not."""
-    named = ((_NAME.fullmatch(path.name), path) for path in folder.glob("step=*.ckpt"))
+    """Return the checkpoints in a folder, the highest step first, whether whole or not.
+
+    Raises:
+        UserError: the folder is there but cannot be read.
+    """
+    try:
+        there = list(folder.iterdir())  # (glob would take what it cannot read for empty)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(
+            f"cannot read {folder}: {error.strerror or error}. Mend that, and the same command "
+            "goes on from the last checkpoint there."
+        ) from error
+    named = ((_NAME.fullmatch(path.name), path) for path in there)
     found = {int(name[1]): path for name, path in named if name}
     return [found[step] for step in sorted(found, reverse=True)]
 

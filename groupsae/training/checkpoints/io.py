@@ -132,7 +132,8 @@ class SuiteCheckpoints(CheckpointIO):
                 return {}, str(error), ""
             asked = (
                 f"cannot read the checkpoint {path}: {error.strerror or error}. It was left as it "
-                "is: mend that, and the same command goes on from it."
+                "is: mend that, and the same command goes on from it; or move it away, and it "
+                "goes on from the one before."
             )
             return {}, "", asked
 
