@@ -1,5 +1,6 @@
 """Evaluate a run on held-out text: `python -m groupsae.evaluate run=<run folder>`."""
 
+import signal
 import sys
 
 import hydra
@@ -26,6 +27,9 @@ def run(cfg: DictConfig) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command begins the evaluation again", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def main() -> None:

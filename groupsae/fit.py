@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 import wandb
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import DictConfig, OmegaConf
@@ -36,7 +38,7 @@ from groupsae.training.callbacks.stop import (
 )
 from groupsae.training.callbacks.throughput import Throughput
 from groupsae.training.checkpoints.io import SuiteCheckpoints
-from groupsae.training.dry_run import needs, plans_of
+from groupsae.training.dry_run import needs, plans_of, too_small
 from groupsae.training.ledger import ledger, seconds_of_all
 from groupsae.training.loggers import is_offline
 from groupsae.training.parallel.collect import of_each
@@ -94,6 +96,8 @@ def _dry_run(run: Run, cfg: DictConfig, folder: Path, console: Console) -> int:
     trainer, data = run.trainer, run.data
     device, processes = trainer.strategy.root_device, trainer.world_size
     data.use(data.lm.load(device), device)
+    if device.type == "cpu" and processes > 1:  # they share the cores, as the launcher does it
+        _set_num_threads_if_needed(num_processes=trainer.num_devices)
     plans = plans_of(run.grouping.choice, data.lm.geometry.num_layers, folder)
     spread = isinstance(trainer.strategy, SAEParallel)
     found = [
@@ -111,6 +115,11 @@ def _dry_run(run: Run, cfg: DictConfig, folder: Path, console: Console) -> int:
         for plan in plans
     ]
     print_needs(console, found, processes, str(device))
+    places = {Path(cfg.output): max(each.run_folder + each.text for each in found)}
+    if data.is_stored:
+        places[Path(cfg.data.cache)] = max(each.stored for each in found)
+    for refusal in too_small(places):
+        console.print(refusal, soft_wrap=True)
     return 0
 
 
@@ -223,34 +232,40 @@ def build(cfg: DictConfig, folder: Path, checkpoint: Path | None, console: Conso
             trainer.loggers = loggers
             begin_records(loggers, cfg, folder, console)
 
-    trainer = L.Trainer(
-        **settings,
-        logger=False,  # not yet: Lightning would let them begin first of all
-        max_epochs=1,  # the loader is as long as the run
-        log_every_n_steps=min(cfg.log_every, data.num_steps),
-        val_check_interval=min(cfg.eval_every, data.num_steps),
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        default_root_dir=folder,  # not the place of the command: Lightning looks there, too
-        enable_model_summary=False,
-        plugins=SuiteCheckpoints(say=partial(console.print, soft_wrap=True)),
-        callbacks=[
-            LambdaCallback(setup=check),
-            grouping,
-            LambdaCallback(setup=record),
-            throughput,
-            Dashboard(grouping=grouping, folder=folder, console=console),
-            ModelCheckpoint(
-                dirpath=folder / "checkpoints",
-                filename="{step}",
-                every_n_train_steps=cfg.checkpoint_every,
-                save_top_k=-1,  # what is too old is removed where checkpoints are written
-                enable_version_counter=False,
-            ),
-            stop,
-            *([Bar()] if settings.get("enable_progress_bar", True) else []),
-        ],
-    )
+    try:
+        trainer = L.Trainer(
+            **settings,
+            logger=False,  # not yet: Lightning would let them begin first of all
+            max_epochs=1,  # the loader is as long as the run
+            log_every_n_steps=min(cfg.log_every, data.num_steps),
+            val_check_interval=min(cfg.eval_every, data.num_steps),
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            default_root_dir=folder,  # not the place of the command: Lightning looks there, too
+            enable_model_summary=False,
+            plugins=SuiteCheckpoints(say=partial(console.print, soft_wrap=True)),
+            callbacks=[
+                LambdaCallback(setup=check),
+                grouping,
+                LambdaCallback(setup=record),
+                throughput,
+                Dashboard(grouping=grouping, folder=folder, console=console),
+                ModelCheckpoint(
+                    dirpath=folder / "checkpoints",
+                    filename="{step}",
+                    every_n_train_steps=cfg.checkpoint_every,
+                    save_top_k=-1,  # what is too old is removed where checkpoints are written
+                    enable_version_counter=False,
+                ),
+                stop,
+                *([Bar()] if settings.get("enable_progress_bar", True) else []),
+            ],
+        )
+    except (MisconfigurationException, ValueError) as error:
+        raise UserError(
+            f"Lightning refuses this trainer ({error}): look at trainer, trainer.accelerator and "
+            "trainer.devices."
+        ) from error
     leave_signals_to_us(trainer)
     if cfg.stream.blocks_per_step % trainer.world_size:
         raise UserError(

@@ -11,6 +11,33 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 SILENCE = 30.0  # seconds between lines where no bar can move
 
 
+class Lines:
+    """A line every half minute, for output that is no terminal: a log file, SLURM.
+
+    Args:
+        title: what is going on.
+        total: tokens of the whole of it; None if nobody knows.
+        done: of them when this began.
+    """
+
+    def __init__(self, title: str, total: int | None, done: int = 0) -> None:
+        self.title, self.total, self.before = title, total, done
+        self.began = self.said = time.monotonic()
+
+    def tell(self, done: int, more: str = "") -> None:
+        """Say how far it is, unless a line came a short time ago or a bar moves instead."""
+        now = time.monotonic()
+        if now - self.said <= SILENCE or sys.stdout.isatty():
+            return
+        self.said = now
+        rate = (done - self.before) / (now - self.began)
+        line = f"{self.title}: {done:,} tokens, {rate:,.0f} tokens/s"
+        if self.total is not None:
+            left = timedelta(seconds=round((self.total - done) / max(rate, 1e-9)))
+            line = f"{self.title}: {done / self.total:.0%}, {rate:,.0f} tokens/s, {left} left"
+        print(line + more, flush=True)
+
+
 @contextmanager
 def token_progress(title: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
     """Give a function that is told the tokens of each part when it is done.
@@ -26,22 +53,16 @@ def token_progress(title: str, total: int, show: bool) -> Iterator[Callable[[int
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    began = said = time.monotonic()
+    lines, began = Lines(title, total), time.monotonic()
     with Progress(*columns, transient=True, disable=not show) as progress:
         task = progress.add_task("", total=total, rate="")
 
         def advance(tokens: int) -> None:
-            nonlocal said
-            now = time.monotonic()
             progress.advance(task, tokens)
             done = progress.tasks[task].completed
-            rate = done / max(now - began, 1e-9)
+            rate = done / max(time.monotonic() - began, 1e-9)
             progress.update(task, rate=f"{rate:,.0f} tokens/s")
-            if show and now - said > SILENCE and not sys.stdout.isatty():
-                said = now
-                left = timedelta(seconds=round((total - done) / rate))
-                print(
-                    f"{title}: {done / total:.0%}, {rate:,.0f} tokens/s, {left} left", flush=True
-                )
+            if show:
+                lines.tell(round(done))
 
         yield advance

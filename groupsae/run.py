@@ -119,6 +119,25 @@ def check_values(cfg: DictConfig) -> None:
         )
 
 
+def takes_several(trainer: DictConfig) -> bool:
+    """Return whether a trainer can be one of several processes."""
+    return trainer.devices not in (1, "1") or "strategy" in trainer
+
+
+def check_processes(cfg: DictConfig) -> None:
+    """Raise UserError if several processes were started that would not know of each other."""
+    variables = {"torchrun": "WORLD_SIZE", "srun": "SLURM_STEP_NUM_TASKS"}
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        del variables["torchrun"]
+    for command, variable in variables.items():
+        started = int(os.environ.get(variable, "1"))
+        if started > 1 and not takes_several(cfg.trainer):
+            raise UserError(
+                f"{command} started {started} processes, but this trainer is for one: use "
+                "trainer=ddp or trainer=sae_parallel, or start one process."
+            )
+
+
 @contextmanager
 def alone(cfg: DictConfig) -> Iterator[None]:
     """Keep other runs out of the run folder; the processes of one run are no other runs.
@@ -128,6 +147,7 @@ def alone(cfg: DictConfig) -> Iterator[None]:
     """
     check_own(cfg)  # settles what the folder's name is made of
     check_values(cfg)
+    check_processes(cfg)
     folder = run_folder(cfg)
     there = cfg.resume is None or (folder / ".hydra").is_dir()  # nothing is made where no run is
     writes = there and is_leader() and not cfg.dry_run
@@ -293,6 +313,7 @@ def _config_to_resume(cfg: DictConfig, folder: Path, overrides: list[str]) -> Di
                 f"({key}={old}). Leave it out to go on, or start a new run without resume."
             )
     if content_hash(saved) != before:
-        raise UserError(f"resume={folder}: {overrides} would change the result; leave it out.")
+        given = " ".join(o for o in overrides if not o.startswith("resume="))
+        raise UserError(f"resume={folder}: {given} would change the result; leave it out.")
     saved.resume, saved.overwrite = str(folder), False
     return saved

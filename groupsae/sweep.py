@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import traceback
@@ -240,6 +241,11 @@ def check_launcher(arguments: list[str]) -> None:
             raise UserError(
                 f"{argument} needs a package that is not installed: pip install "
                 f"'groupsae[{extra}]'"
+            )
+        if name in ("slurm", "submitit_slurm") and shutil.which("sbatch") is None:
+            raise UserError(
+                f"{argument} gives the points to SLURM, which is not on this machine (there is no "
+                "sbatch): start it where jobs are submitted, or take hydra/launcher=parallel."
             )
         if not sweep:
             raise UserError(f"{argument} spreads the points of a sweep: add -m, or leave it out.")

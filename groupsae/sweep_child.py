@@ -11,15 +11,16 @@ import sys
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from groupsae.run import takes_several
+
 OF_THE_SWEEP = ("hydra.mode", "hydra.sweep", "hydra.launcher")  # which it is, what runs its points
 
 
 def starts_processes(cfg: DictConfig) -> bool:
     """Return whether Lightning would start processes, by giving the command again."""
-    several = cfg.trainer.devices not in (1, "1") or "strategy" in cfg.trainer
     outside = {"WORLD_SIZE", "TORCHELASTIC_RUN_ID"} & set(os.environ)
     tasks = int(os.environ.get("SLURM_NTASKS", "1"))
-    return bool(several) and not outside and tasks == 1
+    return takes_several(cfg.trainer) and not outside and tasks == 1
 
 
 def run_alone(overrides: list[str]) -> int:

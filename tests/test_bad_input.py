@@ -11,7 +11,8 @@ from runs import composed, overrides, read_checkpoint, rewrite_checkpoint, run
 
 from groupsae.config import check_arguments
 from groupsae.errors import UserError
-from groupsae.run import open_run
+from groupsae.run import check_processes, open_run
+from groupsae.train import train
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -56,8 +57,6 @@ def test_a_refused_command_leaves_no_run_folder(
     tiny_lm: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
     """Such a folder could neither be finished nor evaluated."""
-    from groupsae.train import train
-
     arguments = overrides(tiny_lm, tiny_text, tmp_path, "sae.k=1000")
     with pytest.raises(UserError, match="sae.k is 1000"):
         train(composed(arguments), arguments)
@@ -101,6 +100,12 @@ def test_a_folder_of_the_users_own_yaml_files_is_left_to_hydra() -> None:
             "the smaller SAE layers.0.smaller-1: sae.k is 4",
         ),
         (["data.path=/no/such/folder"], "/no/such/folder"),
+        (["trainer=gpu"], "Lightning refuses this trainer (No supported gpu backend found!"),
+        (
+            ["trainer=ddp", "trainer.strategy.timeout_minutes=0"],
+            "timeout_minutes is 0",
+        ),
+        (["data.cache=README.md"], "data.cache=README.md is a file: give a folder"),
         (["stream.blocks_per_step=3000", "tokens=1000000"], "less than one step of 3000"),
     ],
 )
@@ -110,6 +115,30 @@ def test_bad_values_are_named_before_training_starts(
     with pytest.raises(UserError, match=sentence.replace("(", r"\(")):
         run(overrides(tiny_lm, tiny_text, tmp_path, *arguments))
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("variables", "command"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"}, "torchrun"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "srun"),
+    ],
+)
+def test_processes_that_would_not_know_of_each_other_are_refused(
+    variables: dict[str, str],
+    command: str,
+    tiny_lm: Path,
+    tiny_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    arguments = overrides(tiny_lm, tiny_text, tmp_path)
+    with pytest.raises(UserError, match=f"{command} started 2 processes, but this trainer is for"):
+        train(composed(arguments), arguments)
+    assert not list(tmp_path.iterdir())
+    check_processes(composed([*arguments, "trainer=ddp"]))
 
 
 def test_a_file_that_is_not_text_is_named(tiny_lm: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from runs import overrides, run
 from groupsae.grouping.choices import ByAmad, ByCount
 from groupsae.report.needs import size
 from groupsae.training import dry_run
-from groupsae.training.dry_run import plans_of
+from groupsae.training.dry_run import plans_of, too_small
 
 UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
@@ -119,6 +120,15 @@ def test_stored_activations_are_counted(
     assert count(rows["disk: stored activations, at most"][0]) == pytest.approx(
         4 * 32 * 2 * (3072 + 1024 + 1024), rel=0.01
     )
+
+
+def test_a_disk_that_is_too_small_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders on one disk, there or not yet, need its room together."""
+    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda _: SimpleNamespace(free=3e9))
+    places = {tmp_path: 10**9, tmp_path / "not" / "yet": 10**9}
+    assert not too_small(places)
+    (said,) = too_small({**places, tmp_path / "more": 2 * 10**9})
+    assert f"The disk of {tmp_path} has room for 3.00 GB, and up to 4.00 GB are needed" in said
 
 
 def test_spread_over_processes_the_busiest_is_told(

@@ -408,6 +408,18 @@ def left_of(lm: Path, text: Path, output: Path, wrong: str, refused: str) -> set
     return {file.parts[0] for file in files}
 
 
+def test_ctrl_c_ends_an_evaluation_with_a_sentence(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from groupsae import assess
+
+    monkeypatch.setattr(assess, "assess", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as ended:
+        evaluate(copy)
+    assert ended.value.code == 128 + signal.SIGINT
+    assert "the same command begins the evaluation again" in capsys.readouterr().err
+
+
 def test_sigterm_ends_an_evaluation_at_once(
     folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

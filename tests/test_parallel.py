@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import signal
+import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from processes import Ended, lose, stop, together, train
 from runs import overrides, read_checkpoint, run, saved, stopped
 
@@ -227,6 +229,35 @@ def test_sums_are_made_on_the_device_wherever_the_suite_lies(
     with pytest.raises(NotImplementedError):
         GroupSAESuite.all_sum(suite, torch.ones(3))
     assert seen == ["meta"]
+
+
+def test_the_first_process_does_not_wait_for_one_that_was_told_to_stop(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While processes meet, Ctrl-C ends those that still load; this one cannot hear it."""
+    monkeypatch.setattr(launcher, "POLL", 0.01)
+    monkeypatch.setattr(launcher, "TOLD", 0.05)
+    ended: list[str] = []
+    monkeypatch.setattr(launcher.os, "_exit", sys.exit)
+    for code, status in ((128 + signal.SIGINT, 130), (-signal.SIGTERM, 143)):
+        starts = launcher.WatchedLauncher(LightningEnvironment(), 3, 1)
+        codes = [None, code]
+        starts.procs = [
+            SimpleNamespace(poll=lambda c=c: c, kill=lambda: ended.append("other")) for c in codes
+        ]
+        with pytest.raises(SystemExit, match=f"^{status}$"):
+            starts._watch(threading.Event())
+        assert "the same command goes on" in capsys.readouterr().out
+    assert ended == ["other"] * 4
+
+
+def test_another_number_of_processes_than_was_started_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    starts = launcher.WatchedLauncher(TorchElasticEnvironment(), 4, 1)
+    with pytest.raises(UserError, match=r"trainer\.devices=4 and trainer\.num_nodes=1"):
+        starts.launch(lambda: 3)
 
 
 def test_processes_that_do_not_see_the_same_checkpoints_are_refused(

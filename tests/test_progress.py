@@ -1,9 +1,12 @@
 """The progress of long passes where no bar can move."""
 
+from pathlib import Path
+
 import pytest
+from runs import overrides, run
 
 from groupsae import progress
-from groupsae.progress import token_progress
+from groupsae.progress import Lines, token_progress
 
 
 def test_a_line_says_how_far_where_the_output_is_no_terminal(
@@ -19,6 +22,33 @@ def test_a_line_says_how_far_where_the_output_is_no_terminal(
         f"measuring: {25 * n}%" for n in (1, 2, 3, 4)
     ]
     assert lines[-1].endswith("0:00:00 left")
+
+
+def test_packing_and_training_say_how_far_they_are_in_a_log_file(
+    tiny_lm: Path,
+    tiny_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(progress, "SILENCE", 0.0)
+    arguments = overrides(tiny_lm, tiny_text, tmp_path)
+    arguments.remove("+trainer.enable_progress_bar=false")
+    assert run(arguments)[0] == 0
+    said = capsys.readouterr().out.splitlines()
+    lines = [line for line in said if line.startswith("training:")]
+    assert [line.split(",")[0] for line in lines] == [
+        f"training: {share}%" for share in (17, 33, 50, 67, 83, 100)
+    ]
+    assert any(line.startswith("packing: ") and "tokens/s" in line for line in said)
+
+
+def test_without_a_total_no_share_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "SILENCE", 0.0)
+    Lines("packing", None).tell(1200)
+    assert capsys.readouterr().out.startswith("packing: 1,200 tokens, ")
 
 
 @pytest.mark.parametrize(("show", "silence"), [(False, 0.0), (True, 30.0)])

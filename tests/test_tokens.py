@@ -148,6 +148,26 @@ def test_a_packed_corpus_is_not_read_again(tokenizer, tmp_path):
     )
 
 
+def test_a_token_that_has_changed_is_noticed(tokenizer, tmp_path):
+    """Another valid token would train other weights, silently."""
+    folder = load_token_blocks(ListSource(TEXTS), tokenizer, make_packing(), tmp_path).folder
+    file = folder / "train.bin"
+    whole = file.read_bytes()
+    tokens = np.frombuffer(whole, np.int32).copy()
+    tokens[3] ^= 1
+    file.write_bytes(tokens.tobytes())
+    with pytest.raises(UserError, match=r"checksum of train\.bin is wrong.*delete that folder"):
+        TokenBlocks(folder)
+    file.unlink()
+    with pytest.raises(UserError, match=r"damaged \(train\.bin is missing\)"):
+        TokenBlocks(folder)
+    file.write_bytes(whole)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["checksums"]  # as earlier versions wrote it
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert len(TokenBlocks(folder).blocks["train"])
+
+
 def test_nothing_but_the_corpus_is_left_in_the_cache(tokenizer, tmp_path):
     blocks = load_token_blocks(ListSource(TEXTS), tokenizer, make_packing(), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [blocks.key]

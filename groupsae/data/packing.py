@@ -12,10 +12,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from transformers import PreTrainedTokenizerBase
 
 from groupsae.data.sources import Document, Source
-from groupsae.data.splits import split_of
-from groupsae.data.writer import BlockWriter, explained, write_json
+from groupsae.data.splits import SPLITS, split_of
+from groupsae.data.writer import BlockWriter, checksum, explained, write_json
 from groupsae.errors import UserError
 from groupsae.lock import one_at_a_time
+from groupsae.progress import Lines
 
 BATCH_DOCUMENTS = 64  # tokenised in one call, over all cores unless TOKENIZERS_PARALLELISM=false
 BATCH_SIZE = 1_000_000  # characters (or tokens) read ahead at most, beside the last document
@@ -74,6 +75,7 @@ def pack(
         writer.flush()
         with explained(partial):
             manifest = {"key": key, "packing": vars(packing), **writer.summary()}
+            manifest["checksums"] = {split: checksum(partial, split) for split in SPLITS}
             write_json(partial / "manifest.json", manifest)
             writer.note.unlink()
             if folder.exists():  # without a manifest: not ours, and of no use to anybody
@@ -179,6 +181,7 @@ class Show:
     def __init__(self, progress: Progress, total: int | None, before: int) -> None:
         self.progress, self.before, self.began = progress, before, time.monotonic()
         self.task = progress.add_task("", total=total, completed=before, state="")
+        self.lines = Lines("packing", total, before)
 
     def __call__(self, writer: BlockWriter) -> None:
         """Show how far the writer is."""
@@ -188,6 +191,7 @@ class Show:
             f"{rate:,.0f} tokens/s"
         )
         self.progress.update(self.task, completed=writer.num_tokens, state=state)
+        self.lines.tell(writer.num_tokens)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from groupsae.data.packing import Packing, pack
 from groupsae.data.sources import Source
 from groupsae.data.splits import SPLITS, Split
-from groupsae.data.writer import write_json, wrong_tokenizer
+from groupsae.data.writer import checksum, write_json, wrong_tokenizer
 from groupsae.errors import UserError
 
 __all__ = ["Packing", "TokenBlocks", "load_token_blocks", "tokenizer_fingerprint", "write_json"]
@@ -33,7 +33,11 @@ class TokenBlocks:
             context = self.manifest["packing"]["context"]
             num_blocks = self.manifest["num_blocks"]
             sizes = {split: (folder / f"{split}.bin").stat().st_size for split in SPLITS}
-        except (OSError, ValueError, KeyError) as error:
+        except FileNotFoundError as error:
+            raise self._damaged(f"{Path(error.filename).name} is missing") from None
+        except OSError as error:
+            raise UserError(f"cannot read {folder}: {error.strerror or error}") from error
+        except (ValueError, KeyError) as error:
             raise self._damaged(f"{type(error).__name__}: {error}") from None
         self.blocks: dict[Split, np.ndarray] = {}
         for split in SPLITS:
@@ -42,6 +46,9 @@ class TokenBlocks:
                 raise self._damaged(
                     f"{split}.bin has {sizes[split]:,} bytes instead of {expected:,}"
                 )
+            written = self.manifest.get("checksums")  # earlier versions wrote none
+            if written is not None and written.get(split) != checksum(folder, split):
+                raise self._damaged(f"the checksum of {split}.bin is wrong")
             tokens = (
                 np.memmap(folder / f"{split}.bin", dtype=np.int32, mode="r")
                 if expected

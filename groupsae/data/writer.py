@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from groupsae.data.splits import SPLITS, Split
 from groupsae.data.whole import whole
@@ -134,6 +135,15 @@ class BlockWriter:
             "split_tokens": self.state["tokens"],
             "max_token_id": self.state["max_token_id"],
         }
+
+
+def checksum(folder: Path, split: Split) -> str:
+    """Return XXH3 (128 bits) of the packed tokens of a split, in hex."""
+    digest = xxhash.xxh3_128()
+    with (folder / f"{split}.bin").open("rb") as file:
+        while part := file.read(1 << 24):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def wrong_tokenizer(what: str, token_id: int, vocab_size: int) -> str:

@@ -24,6 +24,8 @@ def print_needs(console: Console, found: list[Needs], processes: int, device: st
             "The distances that decide how many SAEs there will be are not measured yet: these "
             "are the fewest and the most."
         )
+    if processes > 1:
+        console.print("The trial ran in one process: what they send each other comes on top.")
     for each in found:
         if each.trial is None:
             console.print(

@@ -145,7 +145,7 @@ class SuiteCheckpoints(CheckpointIO):
                 aside = set_aside(path)
                 self.say(
                     f"{path} is damaged ({damage}): it is now called {aside.name}, and the "
-                    "checkpoint before it is used."
+                    "checkpoint before it, if there is one, is used."
                 )
             except OSError as error:
                 problem = (

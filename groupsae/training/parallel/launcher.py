@@ -13,8 +13,11 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
+from groupsae.errors import UserError
+
 POLL = 1.0  # seconds between two looks
 END = 10.0  # that the others have to end by themselves after an error here
+TOLD = 5.0  # that this process has to stop after another did because of a signal
 GRACE = 60.0  # that this process has to notice the loss of another
 
 
@@ -34,9 +37,15 @@ class WatchedLauncher(_SubprocessScriptLauncher):
         self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any
     ) -> Any:
         """Start the processes that are not there yet, then call the function."""
-        self.cluster_environment.validate_settings(
-            num_devices=self.num_processes, num_nodes=self.num_nodes
-        )
+        try:
+            self.cluster_environment.validate_settings(
+                num_devices=self.num_processes, num_nodes=self.num_nodes
+            )
+        except ValueError as error:
+            raise UserError(
+                f"trainer.devices={self.num_processes} and trainer.num_nodes={self.num_nodes} are "
+                f"not what was started: {error}"
+            ) from error
         over = threading.Event()
         if not self.cluster_environment.creates_processes_externally:
             self._call_children_scripts()
@@ -76,9 +85,16 @@ class WatchedLauncher(_SubprocessScriptLauncher):
                 return
         else:
             return
-        if over.wait(GRACE):  # as a rule: this process has noticed, or they all stop in order
-            return
         rank, code = lost[0]
+        number = -code if code < 0 else code - 128
+        told = number in (signal.SIGINT, signal.SIGTERM)  # to stop, as perhaps all of them were
+        if over.wait(TOLD if told else GRACE):  # as a rule: this one has noticed, or stops, too
+            return
+        if told:  # and this one waits for it where signals do not come through
+            for process in self.procs:
+                process.kill()
+            print("stopped; the same command goes on from the last checkpoint", flush=True)
+            os._exit(128 + number)
         how = f"signal {-code}" if code < 0 else f"exit status {code}"
         print(
             f"error: process {rank} of this run was lost ({how}) and nothing was heard of it "

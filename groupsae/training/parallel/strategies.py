@@ -12,6 +12,7 @@ from lightning.pytorch.strategies.strategy import Strategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
+from groupsae.errors import UserError
 from groupsae.training.checkpoints.io import SuiteCheckpoints
 from groupsae.training.checkpoints.together import save_together
 from groupsae.training.parallel.launcher import WatchedLauncher
@@ -26,6 +27,10 @@ class DDP(DDPStrategy):
     """
 
     def __init__(self, *, timeout_minutes: float) -> None:
+        if timeout_minutes <= 0:
+            raise UserError(
+                f"trainer.strategy.timeout_minutes is {timeout_minutes}: it must be above 0."
+            )
         super().__init__(
             timeout=timedelta(minutes=timeout_minutes),
             broadcast_buffers=False,  # the step itself reduces counters and thresholds
