@@ -232,6 +232,22 @@ def build(cfg: DictConfig, folder: Path, checkpoint: Path | None, console: Conso
             trainer.loggers = loggers
             begin_records(loggers, cfg, folder, console)
 
+    callbacks: list[L.Callback] = [
+        LambdaCallback(setup=check),
+        grouping,
+        LambdaCallback(setup=record),
+        throughput,
+        Dashboard(grouping=grouping, folder=folder, console=console),
+        ModelCheckpoint(
+            dirpath=folder / "checkpoints",
+            filename="{step}",
+            every_n_train_steps=cfg.checkpoint_every,
+            save_top_k=-1,  # what is too old is removed where checkpoints are written
+            enable_version_counter=False,
+        ),
+        stop,
+        *([Bar()] if settings.get("enable_progress_bar", True) else []),
+    ]
     try:
         trainer = L.Trainer(
             **settings,
@@ -244,24 +260,9 @@ def build(cfg: DictConfig, folder: Path, checkpoint: Path | None, console: Conso
             default_root_dir=folder,  # not the place of the command: Lightning looks there, too
             enable_model_summary=False,
             plugins=SuiteCheckpoints(say=partial(console.print, soft_wrap=True)),
-            callbacks=[
-                LambdaCallback(setup=check),
-                grouping,
-                LambdaCallback(setup=record),
-                throughput,
-                Dashboard(grouping=grouping, folder=folder, console=console),
-                ModelCheckpoint(
-                    dirpath=folder / "checkpoints",
-                    filename="{step}",
-                    every_n_train_steps=cfg.checkpoint_every,
-                    save_top_k=-1,  # what is too old is removed where checkpoints are written
-                    enable_version_counter=False,
-                ),
-                stop,
-                *([Bar()] if settings.get("enable_progress_bar", True) else []),
-            ],
+            callbacks=callbacks,
         )
-    except (MisconfigurationException, ValueError) as error:
+    except (MisconfigurationException, RuntimeError, ValueError) as error:
         raise UserError(
             f"Lightning refuses this trainer ({error}): look at trainer, trainer.accelerator and "
             "trainer.devices."

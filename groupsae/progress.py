@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import IO
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -18,16 +19,19 @@ class Lines:
         title: what is going on.
         total: tokens of the whole of it; None if nobody knows.
         done: of them when this began.
+        stream: where the bar would be; None for stdout.
     """
 
-    def __init__(self, title: str, total: int | None, done: int = 0) -> None:
-        self.title, self.total, self.before = title, total, done
+    def __init__(
+        self, title: str, total: int | None, done: int = 0, stream: IO[str] | None = None
+    ) -> None:
+        self.title, self.total, self.before, self.stream = title, total, done, stream
         self.began = self.said = time.monotonic()
 
-    def tell(self, done: int, more: str = "") -> None:
+    def tell(self, done: int) -> None:
         """Say how far it is, unless a line came a short time ago or a bar moves instead."""
-        now = time.monotonic()
-        if now - self.said <= SILENCE or sys.stdout.isatty():
+        now, stream = time.monotonic(), self.stream or sys.stdout
+        if now - self.said <= SILENCE or stream.isatty():
             return
         self.said = now
         rate = (done - self.before) / (now - self.began)
@@ -35,7 +39,7 @@ class Lines:
         if self.total is not None:
             left = timedelta(seconds=round((self.total - done) / max(rate, 1e-9)))
             line = f"{self.title}: {done / self.total:.0%}, {rate:,.0f} tokens/s, {left} left"
-        print(line + more, flush=True)
+        print(line, file=stream, flush=True)
 
 
 @contextmanager

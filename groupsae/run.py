@@ -126,10 +126,12 @@ def takes_several(trainer: DictConfig) -> bool:
 
 def check_processes(cfg: DictConfig) -> None:
     """Raise UserError if several processes were started that would not know of each other."""
-    variables = {"torchrun": "WORLD_SIZE", "srun": "SLURM_STEP_NUM_TASKS"}
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        del variables["torchrun"]
-    for command, variable in variables.items():
+    started_by = {}
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        started_by["torchrun"] = "WORLD_SIZE"
+    if os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):  # a shell is no task
+        started_by["srun"] = "SLURM_STEP_NUM_TASKS"
+    for command, variable in started_by.items():
         started = int(os.environ.get(variable, "1"))
         if started > 1 and not takes_several(cfg.trainer):
             raise UserError(
@@ -147,7 +149,8 @@ def alone(cfg: DictConfig) -> Iterator[None]:
     """
     check_own(cfg)  # settles what the folder's name is made of
     check_values(cfg)
-    check_processes(cfg)
+    if cfg.resume is None:
+        check_processes(cfg)
     folder = run_folder(cfg)
     there = cfg.resume is None or (folder / ".hydra").is_dir()  # nothing is made where no run is
     writes = there and is_leader() and not cfg.dry_run
@@ -188,6 +191,7 @@ def open_run(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Path, P
     folder = run_folder(cfg)
     if cfg.resume is not None:
         cfg = _config_to_resume(cfg, folder, overrides)
+        check_processes(cfg)  # now that the run's own trainer is known
     if cfg.dry_run:  # leaves everything as it is
         return cfg, folder, None
     if cfg.resume is None and cfg.overwrite and folder.exists() and is_leader():

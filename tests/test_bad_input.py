@@ -1,5 +1,6 @@
 """What goes wrong is said in one sentence that names the value and the way out."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from runs import composed, overrides, read_checkpoint, rewrite_checkpoint, run
 
 from groupsae.config import check_arguments
 from groupsae.errors import UserError
-from groupsae.run import check_processes, open_run
+from groupsae.run import alone, check_processes, open_run
 from groupsae.train import train
 
 
@@ -100,7 +101,7 @@ def test_a_folder_of_the_users_own_yaml_files_is_left_to_hydra() -> None:
             "the smaller SAE layers.0.smaller-1: sae.k is 4",
         ),
         (["data.path=/no/such/folder"], "/no/such/folder"),
-        (["trainer=gpu"], "Lightning refuses this trainer (No supported gpu backend found!"),
+        (["+trainer.barebones=true"], "Lightning refuses this trainer (`Trainer(barebones=True"),
         (
             ["trainer=ddp", "trainer.strategy.timeout_minutes=0"],
             "timeout_minutes is 0",
@@ -112,7 +113,7 @@ def test_a_folder_of_the_users_own_yaml_files_is_left_to_hydra() -> None:
 def test_bad_values_are_named_before_training_starts(
     arguments: list[str], sentence: str, tiny_lm: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=sentence.replace("(", r"\(")):
+    with pytest.raises(UserError, match=re.escape(sentence)):
         run(overrides(tiny_lm, tiny_text, tmp_path, *arguments))
     assert not list(tmp_path.rglob("*.ckpt"))
 
@@ -139,6 +140,23 @@ def test_processes_that_would_not_know_of_each_other_are_refused(
         train(composed(arguments), arguments)
     assert not list(tmp_path.iterdir())
     check_processes(composed([*arguments, "trainer=ddp"]))
+    monkeypatch.setenv("SLURM_JOB_NAME", "bash")  # a shell of so many tasks
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    check_processes(composed(arguments))
+
+
+def test_a_run_of_several_processes_is_resumed_by_its_folder_alone(
+    tiny_lm: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer comes from the run; the command line has the default one."""
+    arguments = overrides(tiny_lm, tiny_text, tmp_path, "trainer=ddp")
+    _, folder, _ = open_run(composed(arguments), arguments)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    resume = [f"resume={folder}"]
+    with alone(composed(resume)):
+        cfg, _, _ = open_run(composed(resume), resume)
+    assert "strategy" in cfg.trainer
 
 
 def test_a_file_that_is_not_text_is_named(tiny_lm: Path, tmp_path: Path) -> None:

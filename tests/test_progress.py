@@ -35,12 +35,14 @@ def test_packing_and_training_say_how_far_they_are_in_a_log_file(
     arguments = overrides(tiny_lm, tiny_text, tmp_path)
     arguments.remove("+trainer.enable_progress_bar=false")
     assert run(arguments)[0] == 0
-    said = capsys.readouterr().out.splitlines()
-    lines = [line for line in said if line.startswith("training:")]
+    printed = capsys.readouterr()
+    lines = [line for line in printed.out.splitlines() if line.startswith("training:")]
     assert [line.split(",")[0] for line in lines] == [
         f"training: {share}%" for share in (17, 33, 50, 67, 83, 100)
     ]
-    assert any(line.startswith("packing: ") and "tokens/s" in line for line in said)
+    packing = [line for line in printed.err.splitlines() if line.startswith("packing: ")]
+    assert packing
+    assert "tokens/s" in packing[0]
 
 
 def test_without_a_total_no_share_is_said(

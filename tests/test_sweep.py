@@ -241,6 +241,7 @@ def test_a_launcher_that_cannot_work_is_refused(monkeypatch):
         with pytest.raises(UserError, match=rf"pip install 'groupsae\[{extra}\]'"):
             sweep.check_launcher(["-m", f"hydra/launcher={launcher}"])
     monkeypatch.setattr(sweep, "find_spec", lambda name: name)
+    monkeypatch.setattr(sweep.shutil, "which", lambda _: None)
     with pytest.raises(UserError, match="there is no sbatch"):
         sweep.check_launcher(["-m", "hydra/launcher=slurm"])
     with pytest.raises(UserError, match="add -m"):

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from groupsae.data import packing as packing_module
+from groupsae.data import tokens as tokens_module
 from groupsae.data import writer as writer_module
 from groupsae.data.sources import Document
 from groupsae.data.splits import SPLITS, split_of
@@ -148,8 +149,12 @@ def test_a_packed_corpus_is_not_read_again(tokenizer, tmp_path):
     )
 
 
-def test_a_token_that_has_changed_is_noticed(tokenizer, tmp_path):
+def test_a_token_that_has_changed_is_noticed(tokenizer, tmp_path, monkeypatch):
     """Another valid token would train other weights, silently."""
+
+    def refused(*_):
+        raise PermissionError(13, "Permission denied")
+
     folder = load_token_blocks(ListSource(TEXTS), tokenizer, make_packing(), tmp_path).folder
     file = folder / "train.bin"
     whole = file.read_bytes()
@@ -158,6 +163,10 @@ def test_a_token_that_has_changed_is_noticed(tokenizer, tmp_path):
     file.write_bytes(tokens.tobytes())
     with pytest.raises(UserError, match=r"checksum of train\.bin is wrong.*delete that folder"):
         TokenBlocks(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(tokens_module, "checksum", refused)
+        with pytest.raises(UserError, match="cannot read .*: Permission denied"):
+            TokenBlocks(folder)
     file.unlink()
     with pytest.raises(UserError, match=r"damaged \(train\.bin is missing\)"):
         TokenBlocks(folder)

@@ -1,6 +1,7 @@
 """Documents to token blocks on disk: resumable, and safe when two processes want the same."""
 
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -181,7 +182,7 @@ class Show:
     def __init__(self, progress: Progress, total: int | None, before: int) -> None:
         self.progress, self.before, self.began = progress, before, time.monotonic()
         self.task = progress.add_task("", total=total, completed=before, state="")
-        self.lines = Lines("packing", total, before)
+        self.lines = Lines("packing", total, before, sys.stderr)
 
     def __call__(self, writer: BlockWriter) -> None:
         """Show how far the writer is."""

@@ -28,33 +28,31 @@ class TokenBlocks:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.blocks: dict[Split, np.ndarray] = {}
         try:
             self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-            context = self.manifest["packing"]["context"]
-            num_blocks = self.manifest["num_blocks"]
-            sizes = {split: (folder / f"{split}.bin").stat().st_size for split in SPLITS}
+            for split in SPLITS:
+                self.blocks[split] = self._checked(split)
         except FileNotFoundError as error:
             raise self._damaged(f"{Path(error.filename).name} is missing") from None
         except OSError as error:
             raise UserError(f"cannot read {folder}: {error.strerror or error}") from error
         except (ValueError, KeyError) as error:
             raise self._damaged(f"{type(error).__name__}: {error}") from None
-        self.blocks: dict[Split, np.ndarray] = {}
-        for split in SPLITS:
-            expected = 4 * num_blocks[split] * context
-            if sizes[split] != expected:
-                raise self._damaged(
-                    f"{split}.bin has {sizes[split]:,} bytes instead of {expected:,}"
-                )
-            written = self.manifest.get("checksums")  # earlier versions wrote none
-            if written is not None and written.get(split) != checksum(folder, split):
-                raise self._damaged(f"the checksum of {split}.bin is wrong")
-            tokens = (
-                np.memmap(folder / f"{split}.bin", dtype=np.int32, mode="r")
-                if expected
-                else np.empty(0, np.int32)
-            )
-            self.blocks[split] = tokens.reshape(-1, context)
+
+    def _checked(self, split: Split) -> np.ndarray:
+        """Return the blocks of a split, after a look at their size and checksum."""
+        context = self.manifest["packing"]["context"]
+        file = self.folder / f"{split}.bin"
+        expected, size = 4 * self.manifest["num_blocks"][split] * context, file.stat().st_size
+        if size != expected:
+            raise self._damaged(f"{file.name} has {size:,} bytes instead of {expected:,}")
+        written = self.manifest.get("checksums")  # earlier versions wrote none
+        if written is not None and written.get(split) != checksum(self.folder, split):
+            raise self._damaged(f"the checksum of {file.name} is wrong")
+        if not expected:
+            return np.empty((0, context), np.int32)
+        return np.memmap(file, dtype=np.int32, mode="r").reshape(-1, context)
 
     def _damaged(self, how: str) -> UserError:
         return UserError(

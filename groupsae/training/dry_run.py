@@ -159,8 +159,8 @@ def too_small(places: Mapping[Path, int]) -> list[str]:
         if needed > free:
             found.append(
                 f"The disk of {folders[0]} has room for {free / 1e9:,.2f} GB, and up to "
-                f"{needed / 1e9:,.2f} GB are needed there: name folders elsewhere (output, "
-                "data.cache) or lower tokens."
+                f"{needed / 1e9:,.2f} GB are needed there, what an earlier run left of it "
+                "included: name folders elsewhere (output, data.cache) or lower tokens."
             )
     return found
 

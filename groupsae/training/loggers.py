@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -84,6 +85,7 @@ class WandB(WandbLogger):
     """
 
     @property
+    @rank_zero_experiment
     def experiment(self) -> Any:
         """Return W&B's run, which begins now if it has not."""
         Path(str(self.save_dir)).mkdir(parents=True, exist_ok=True)

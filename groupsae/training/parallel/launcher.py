@@ -60,6 +60,7 @@ class WatchedLauncher(_SubprocessScriptLauncher):
         try:
             return function(*args, **kwargs)
         except BaseException:
+            over.set()  # this one has noticed: the others are ended here
             self._end_others()
             raise
         finally:
