@@ -11,7 +11,7 @@ import wandb
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -21,11 +21,11 @@ from groupsae.data.activations import ActivationDataModule
 from groupsae.data.reading import read_metrics
 from groupsae.data.writer import write_json
 from groupsae.errors import UserError
+from groupsae.processes import is_leader
 from groupsae.report.dashboard import Dashboard, save_figures
 from groupsae.report.figures import training_curves
 from groupsae.report.needs import print_needs
 from groupsae.report.tables import print_ledger, print_result
-from groupsae.run import is_leader
 from groupsae.screen import quiet
 from groupsae.training.allocator import keep_freed_memory
 from groupsae.training.callbacks.bar import Bar
@@ -38,10 +38,10 @@ from groupsae.training.callbacks.stop import (
 )
 from groupsae.training.callbacks.throughput import Throughput
 from groupsae.training.checkpoints.io import SuiteCheckpoints
+from groupsae.training.checkpoints.together import same_checkpoint
 from groupsae.training.dry_run import needs, plans_of, too_small
 from groupsae.training.ledger import ledger, seconds_of_all
-from groupsae.training.loggers import is_offline
-from groupsae.training.parallel.collect import of_each
+from groupsae.training.loggers import begin_records
 from groupsae.training.parallel.lost import told_of_lost
 from groupsae.training.parallel.spread import busiest
 from groupsae.training.parallel.strategies import SAEParallel
@@ -230,7 +230,8 @@ def build(cfg: DictConfig, folder: Path, checkpoint: Path | None, console: Conso
         """Let the loggers begin after what may refuse a command: text, memory, layers."""
         if stage == "fit":
             trainer.loggers = loggers
-            begin_records(loggers, cfg, folder, console)
+            config: Any = OmegaConf.to_container(cfg, resolve=True)
+            begin_records(loggers, config, partial(console.print, soft_wrap=True))
 
     callbacks: list[L.Callback] = [
         LambdaCallback(setup=check),
@@ -285,28 +286,3 @@ def announce(run: Run, cfg: DictConfig, console: Console) -> None:
         f"{tokens:,} tokens per SAE in {data.num_steps:,} steps of {data.tokens_per_step:,}"
         + (f" (whole steps of the {cfg.tokens:,} asked for)" if tokens != cfg.tokens else "")
     )
-
-
-def begin_records(loggers: list[Logger], cfg: DictConfig, folder: Path, console: Console) -> None:
-    """Give the loggers the whole configuration, and say where W&B records if that is offline."""
-    config: Any = OmegaConf.to_container(cfg, resolve=True)
-    for logger in loggers:
-        logger.log_hyperparams(config)
-    if is_offline() and any(isinstance(logger, WandbLogger) for logger in loggers):
-        place = folder / "wandb"
-        console.print(f"W&B records offline; later: wandb sync {place}/offline-*", soft_wrap=True)
-
-
-def same_checkpoint(checkpoint: Path | None, folder: Path) -> None:
-    """Check that all processes of the run go on from a checkpoint, or none does.
-
-    Raises:
-        UserError: one sees a checkpoint that another does not see; said in all of them.
-    """
-    seen = of_each(checkpoint is not None)
-    if len(set(seen)) > 1:
-        raise UserError(
-            f"process {seen.index(False)} of this run does not see the checkpoints in {folder}, "
-            f"which process {seen.index(True)} sees: all need the same folder. Name one that all "
-            "machines share with output=<folder>, or copy this one to where it is missing."
-        )

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,6 +20,7 @@ from groupsae.data.whole import whole
 from groupsae.errors import UserError
 from groupsae.evaluation.options import check_options
 from groupsae.lock import alone_in
+from groupsae.processes import check_processes, is_leader
 from groupsae.training.checkpoints.folder import checkpoints
 from groupsae.trust import check_own, check_saved
 
@@ -119,27 +119,6 @@ def check_values(cfg: DictConfig) -> None:
         )
 
 
-def takes_several(trainer: DictConfig) -> bool:
-    """Return whether a trainer can be one of several processes."""
-    return trainer.devices not in (1, "1") or "strategy" in trainer
-
-
-def check_processes(cfg: DictConfig) -> None:
-    """Raise UserError if several processes were started that would not know of each other."""
-    started_by = {}
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        started_by["torchrun"] = "WORLD_SIZE"
-    if os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):  # a shell is no task
-        started_by["srun"] = "SLURM_STEP_NUM_TASKS"
-    for command, variable in started_by.items():
-        started = int(os.environ.get(variable, "1"))
-        if started > 1 and not takes_several(cfg.trainer):
-            raise UserError(
-                f"{command} started {started} processes, but this trainer is for one: use "
-                "trainer=ddp or trainer=sae_parallel, or start one process."
-            )
-
-
 @contextmanager
 def alone(cfg: DictConfig) -> Iterator[None]:
     """Keep other runs out of the run folder; the processes of one run are no other runs.
@@ -150,18 +129,12 @@ def alone(cfg: DictConfig) -> Iterator[None]:
     check_own(cfg)  # settles what the folder's name is made of
     check_values(cfg)
     if cfg.resume is None:
-        check_processes(cfg)
+        check_processes(cfg.trainer)
     folder = run_folder(cfg)
     there = cfg.resume is None or (folder / ".hydra").is_dir()  # nothing is made where no run is
     writes = there and is_leader() and not cfg.dry_run
     with alone_in(folder) if writes else nullcontext():
         yield
-
-
-def is_leader() -> bool:
-    """Return whether this is the first process: the others must not touch what it began."""
-    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
-    return all(os.environ.get(name, "0") == "0" for name in ranks)
 
 
 def register_resolver() -> None:
@@ -191,7 +164,7 @@ def open_run(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, Path, P
     folder = run_folder(cfg)
     if cfg.resume is not None:
         cfg = _config_to_resume(cfg, folder, overrides)
-        check_processes(cfg)  # now that the run's own trainer is known
+        check_processes(cfg.trainer)  # now that the run's own trainer is known
     if cfg.dry_run:  # leaves everything as it is
         return cfg, folder, None
     if cfg.resume is None and cfg.overwrite and folder.exists() and is_leader():

@@ -32,8 +32,8 @@ from groupsae.data.reading import read_json
 from groupsae.data.writer import write_json
 from groupsae.errors import UserError
 from groupsae.network import first_line
-from groupsae.run import is_leader
-from groupsae.sweep_child import run_alone, starts_processes
+from groupsae.processes import is_leader, starts_processes
+from groupsae.sweep_child import run_alone
 from groupsae.trust import check_own
 
 PACKAGES = {  # of a launcher -> its module and our extra that brings it
@@ -195,7 +195,7 @@ def run_point(
         from groupsae.run import run_folder
 
         folder = str(run_folder(cfg))
-        if starts_processes(cfg):
+        if starts_processes(cfg.trainer):
             status = run_alone(overrides)
             said = f"exit status {status}: see above" if status else ""
         else:

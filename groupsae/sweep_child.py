@@ -3,24 +3,13 @@
 Lightning starts the others by giving the command again: it must be that of one point.
 """
 
-import os
 import signal
 import subprocess
 import sys
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
-
-from groupsae.run import takes_several
 
 OF_THE_SWEEP = ("hydra.mode", "hydra.sweep", "hydra.launcher")  # which it is, what runs its points
-
-
-def starts_processes(cfg: DictConfig) -> bool:
-    """Return whether Lightning would start processes, by giving the command again."""
-    outside = {"WORLD_SIZE", "TORCHELASTIC_RUN_ID"} & set(os.environ)
-    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
-    return takes_several(cfg.trainer) and not outside and tasks == 1
 
 
 def run_alone(overrides: list[str]) -> int:

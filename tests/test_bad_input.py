@@ -12,7 +12,8 @@ from runs import composed, overrides, read_checkpoint, rewrite_checkpoint, run
 
 from groupsae.config import check_arguments
 from groupsae.errors import UserError
-from groupsae.run import alone, check_processes, open_run
+from groupsae.processes import check_processes
+from groupsae.run import alone, open_run
 from groupsae.train import train
 
 
@@ -139,10 +140,10 @@ def test_processes_that_would_not_know_of_each_other_are_refused(
     with pytest.raises(UserError, match=f"{command} started 2 processes, but this trainer is for"):
         train(composed(arguments), arguments)
     assert not list(tmp_path.iterdir())
-    check_processes(composed([*arguments, "trainer=ddp"]))
+    check_processes(composed([*arguments, "trainer=ddp"]).trainer)
     monkeypatch.setenv("SLURM_JOB_NAME", "bash")  # a shell of so many tasks
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    check_processes(composed(arguments))
+    check_processes(composed(arguments).trainer)
 
 
 def test_a_run_of_several_processes_is_resumed_by_its_folder_alone(

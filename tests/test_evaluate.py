@@ -413,7 +413,10 @@ def test_ctrl_c_ends_an_evaluation_with_a_sentence(
 ) -> None:
     from groupsae import assess
 
-    monkeypatch.setattr(assess, "assess", lambda *_: signal.raise_signal(signal.SIGINT))
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(assess, "assess", interrupted)
     with pytest.raises(SystemExit) as ended:
         evaluate(copy)
     assert ended.value.code == 128 + signal.SIGINT

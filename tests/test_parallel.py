@@ -17,9 +17,9 @@ from lightning.fabric.plugins.environments import LightningEnvironment, TorchEla
 from processes import Ended, lose, stop, together, train
 from runs import overrides, read_checkpoint, run, saved, stopped
 
-from groupsae import fit
 from groupsae.errors import UserError
 from groupsae.grouping.plan import GroupPlan
+from groupsae.training.checkpoints import together as checkpoints
 from groupsae.training.parallel import launcher
 from groupsae.training.suite import GroupSAESuite
 
@@ -264,10 +264,10 @@ def test_processes_that_do_not_see_the_same_checkpoints_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Folders that are not shared: one would go on, the other begin."""
-    monkeypatch.setattr(fit, "of_each", lambda own: [True, own])
-    fit.same_checkpoint(Path("step=3.ckpt"), Path("out"))
+    monkeypatch.setattr(checkpoints, "of_each", lambda own: [True, own])
+    checkpoints.same_checkpoint(Path("step=3.ckpt"), Path("out"))
     with pytest.raises(UserError, match="process 1 .* checkpoints in out, which process 0 sees"):
-        fit.same_checkpoint(None, Path("out"))
+        checkpoints.same_checkpoint(None, Path("out"))
 
 
 @pytest.mark.parametrize(

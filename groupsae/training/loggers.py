@@ -5,7 +5,7 @@ import netrc
 import os
 import warnings
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +126,13 @@ def make_wandb(*, project: str, folder: str, tags: list[str]) -> WandB:
         tags=list(tags),
         offline=is_offline(),
     )
+
+
+def begin_records(
+    loggers: Sequence[Logger], config: dict[str, Any], say: Callable[[str], object]
+) -> None:
+    """Give the loggers the whole configuration, and say where W&B records if that is offline."""
+    for logger in loggers:
+        logger.log_hyperparams(config)
+        if isinstance(logger, WandB) and is_offline():
+            say(f"W&B records offline; later: wandb sync {logger.save_dir}/wandb/offline-*")

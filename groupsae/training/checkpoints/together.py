@@ -45,6 +45,21 @@ def save_together(checkpoint: dict[str, Any], path: Path) -> None:
             seal(path, {name: found for each in every for name, found in each.items()})
 
 
+def same_checkpoint(checkpoint: Path | None, folder: Path) -> None:
+    """Check that all processes of the run go on from a checkpoint, or none does.
+
+    Raises:
+        UserError: one sees a checkpoint that another does not see; said in all of them.
+    """
+    seen = of_each(checkpoint is not None)
+    if len(set(seen)) > 1:
+        raise UserError(
+            f"process {seen.index(False)} of this run does not see the checkpoints in {folder}, "
+            f"which process {seen.index(True)} sees: all need the same folder. Name one that all "
+            "machines share with output=<folder>, or copy this one to where it is missing."
+        )
+
+
 @contextmanager
 def _all_or_none(path: Path) -> Iterator[None]:
     """Do something in all processes; if it fails in one, stop in all with the same sentence.
