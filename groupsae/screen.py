@@ -2,8 +2,11 @@
 
 import logging
 import warnings
+from pathlib import Path
 
 import transformers
+
+_with_place = warnings.formatwarning
 
 EXPECTED = (
     ".*treespec, LeafSpec.*",  # lightning 2.6 on torch 2.13
@@ -22,3 +25,17 @@ def quiet() -> None:
     transformers.logging.disable_progress_bar()
     for pattern in EXPECTED:
         warnings.filterwarnings("ignore", pattern)
+    warnings.formatwarning = _formatted
+
+
+def _formatted(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """Return a warning of ours as a sentence, any other with its place, as Python does."""
+    if Path(filename).is_relative_to(Path(__file__).parent):
+        return f"warning: {message}\n"
+    return _with_place(message, category, filename, lineno, line)
