@@ -24,7 +24,7 @@ from groupsae.errors import UserError
 from groupsae.processes import is_leader
 from groupsae.report.dashboard import Dashboard, save_figures
 from groupsae.report.figures import training_curves
-from groupsae.report.needs import print_needs
+from groupsae.report.needs import print_needs, too_small
 from groupsae.report.tables import print_ledger, print_result
 from groupsae.screen import quiet
 from groupsae.training.allocator import keep_freed_memory
@@ -39,7 +39,7 @@ from groupsae.training.callbacks.stop import (
 from groupsae.training.callbacks.throughput import Throughput
 from groupsae.training.checkpoints.io import SuiteCheckpoints
 from groupsae.training.checkpoints.together import same_checkpoint
-from groupsae.training.dry_run import needs, plans_of, too_small
+from groupsae.training.dry_run import needs, plans_of
 from groupsae.training.ledger import ledger, seconds_of_all
 from groupsae.training.loggers import begin_records
 from groupsae.training.parallel.lost import told_of_lost
@@ -220,8 +220,10 @@ def build(cfg: DictConfig, folder: Path, checkpoint: Path | None, console: Conso
     loggers: list[Logger] = [make(logger) for logger in (cfg.logger or {}).values()]
     settings = make(cfg.trainer)
 
-    def check(*_: Any, **__: Any) -> None:
+    def check(_trainer: L.Trainer, _: Any, stage: str) -> None:
         """Look at what can only be known once processes have met and the text is packed."""
+        if stage != "fit":
+            return
         same_checkpoint(checkpoint, folder)
         if cfg.evaluate:
             steps_to_evaluate(data, cfg.evaluation.tokens)

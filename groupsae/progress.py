@@ -28,13 +28,17 @@ class Lines:
         self.title, self.total, self.before, self.stream = title, total, done, stream
         self.began = self.said = time.monotonic()
 
+    def rate(self, done: float) -> float:
+        """Return the tokens per second since this began."""
+        return (done - self.before) / max(time.monotonic() - self.began, 1e-3)
+
     def tell(self, done: int) -> None:
         """Say how far it is, unless a line came a short time ago or a bar moves instead."""
         now, stream = time.monotonic(), self.stream or sys.stdout
         if now - self.said <= SILENCE or stream.isatty():
             return
         self.said = now
-        rate = (done - self.before) / (now - self.began)
+        rate = self.rate(done)
         line = f"{self.title}: {done:,} tokens, {rate:,.0f} tokens/s"
         if self.total is not None:
             left = timedelta(seconds=round((self.total - done) / max(rate, 1e-9)))
@@ -57,15 +61,14 @@ def token_progress(title: str, total: int, show: bool) -> Iterator[Callable[[int
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    lines, began = Lines(title, total), time.monotonic()
+    lines = Lines(title, total)
     with Progress(*columns, transient=True, disable=not show) as progress:
         task = progress.add_task("", total=total, rate="")
 
         def advance(tokens: int) -> None:
             progress.advance(task, tokens)
             done = progress.tasks[task].completed
-            rate = done / max(time.monotonic() - began, 1e-9)
-            progress.update(task, rate=f"{rate:,.0f} tokens/s")
+            progress.update(task, rate=f"{lines.rate(done):,.0f} tokens/s")
             if show:
                 lines.tell(round(done))
 

@@ -217,7 +217,7 @@ def test_what_only_the_first_process_finds_is_not_damaged(
     path = save(made(), tmp_path / "step=3.ckpt")
     (path / "sae-1.safetensors").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(io, "_leads", lambda: False)
+        patch.setattr(io, "leads", lambda: False)
         with pytest.raises(UserError, match="cannot read .*step=3.ckpt: No such file"):
             read_checkpoint(path)
     assert path.exists()
@@ -303,8 +303,25 @@ def test_killed_at_any_system_call_a_whole_checkpoint_is_left(tmp_path: Path) ->
     assert count > 8
 
 
-@pytest.mark.parametrize("victim", ["sae-1.safetensors", "state.pt"])
 def test_a_full_disk_is_a_sentence_and_costs_no_earlier_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = save(made(3), tmp_path / "step=3.ckpt")
+    original = os.fsync
+
+    def full(handle: int) -> None:
+        if "sae-1" in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(28, "No space left on device")
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"cannot write .*step=6.ckpt: No space left on device"):
+        save(made(6), tmp_path / "step=6.ckpt")
+    assert list(tmp_path.iterdir()) == [good]
+
+
+@pytest.mark.parametrize("victim", ["sae-1.safetensors", "state.pt"])
+def test_so_is_one_that_is_full_in_the_middle_of_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
 ) -> None:
     good = save(made(3), tmp_path / "step=3.ckpt")

@@ -12,9 +12,10 @@ import pytest
 from runs import overrides, run
 
 from groupsae.grouping.choices import ByAmad, ByCount
-from groupsae.report.needs import size
+from groupsae.report import needs as report
+from groupsae.report.needs import size, too_small
 from groupsae.training import dry_run
-from groupsae.training.dry_run import plans_of, too_small
+from groupsae.training.dry_run import plans_of
 
 UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
@@ -124,7 +125,7 @@ def test_stored_activations_are_counted(
 
 def test_a_disk_that_is_too_small_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Folders on one disk, there or not yet, need its room together."""
-    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda _: SimpleNamespace(free=3e9))
+    monkeypatch.setattr(report.shutil, "disk_usage", lambda _: SimpleNamespace(free=3e9))
     places = {tmp_path: 10**9, tmp_path / "not" / "yet": 10**9}
     assert not too_small(places)
     (said,) = too_small({**places, tmp_path / "more": 2 * 10**9})

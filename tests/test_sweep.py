@@ -155,10 +155,7 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize(
-    "number",
-    [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2],
-)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
 def test_a_stop_reaches_the_command_of_a_point_and_waits_for_it(monkeypatch, tmp_path, number):
     """A real process; submitit's signal stops it as well, and is answered with its own."""
     note, popen = tmp_path / "note", subprocess.Popen
@@ -221,9 +218,8 @@ def test_the_signal_that_ends_a_sweep_of_jobs_elsewhere_is_its_status(command, m
         sweep._current.elsewhere = True
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(
-        "groupsae.train.run_point", lambda *_: waiting()
-    )  # the launcher waits for jobs
+    # the launcher waits for jobs
+    monkeypatch.setattr("groupsae.train.run_point", lambda *_: waiting())
     status, _, _ = command({}, "seed=0,1")
     assert status == 128 + signal.SIGTERM
 

@@ -180,13 +180,13 @@ class Show:
     """The progress bar: called after each batch of documents, it shows where the writer is."""
 
     def __init__(self, progress: Progress, total: int | None, before: int) -> None:
-        self.progress, self.before, self.began = progress, before, time.monotonic()
+        self.progress = progress
         self.task = progress.add_task("", total=total, completed=before, state="")
         self.lines = Lines("packing", total, before, sys.stderr)
 
     def __call__(self, writer: BlockWriter) -> None:
         """Show how far the writer is."""
-        rate = (writer.num_tokens - self.before) / max(time.monotonic() - self.began, 1e-3)
+        rate = self.lines.rate(writer.num_tokens)
         state = (
             f"{writer.num_tokens:,} tokens of {writer.num_documents:,} documents, "
             f"{rate:,.0f} tokens/s"

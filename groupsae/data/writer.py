@@ -1,5 +1,6 @@
 """Appends tokens to one file of blocks per split, and remembers how far it came."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -139,11 +140,8 @@ class BlockWriter:
 
 def checksum(folder: Path, split: Split) -> str:
     """Return XXH3 (128 bits) of the packed tokens of a split, in hex."""
-    digest = xxhash.xxh3_128()
     with (folder / f"{split}.bin").open("rb") as file:
-        while part := file.read(1 << 24):
-            digest.update(part)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def wrong_tokenizer(what: str, token_id: int, vocab_size: int) -> str:

@@ -1,7 +1,9 @@
-"""The table of a dry run."""
+"""What a dry run says: its table, and what does not fit."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from datetime import timedelta
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +35,27 @@ def print_needs(console: Console, found: list[Needs], processes: int, device: st
                 f"{device}: lower sae.expansion or stream.blocks_per_step, train fewer SAEs, or "
                 "spread them over processes (trainer=sae_parallel)."
             )
+
+
+def too_small(places: Mapping[Path, int]) -> list[str]:
+    """Return a sentence for each disk that has too little room.
+
+    Args:
+        places: folder, there or not -> bytes that will be written into it at most.
+    """
+    disks: dict[int, tuple[Path, int]] = {}
+    for folder, needed in places.items():
+        there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+        disk = there.stat().st_dev
+        first, before = disks.get(disk, (there, 0))
+        disks[disk] = first, before + needed
+    return [
+        f"The disk of {folder} has room for {size(free)}, and up to {size(needed)} are needed "
+        "there, what an earlier run left of it included: name folders elsewhere (output, "
+        "data.cache) or lower tokens."
+        for folder, needed in disks.values()
+        if needed > (free := shutil.disk_usage(folder).free)
+    ]
 
 
 def _rows(found: list[Needs]) -> list[tuple[str, list[str]]]:

@@ -1,7 +1,6 @@
 """`dry_run=true`: what a run will need, before anything is packed, measured or trained."""
 
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,29 +139,6 @@ def needs(
         text=4 * (data.packing.max_tokens or 0),
         stored=_stored_bytes(data, plan, calibration_tokens),
     )
-
-
-def too_small(places: Mapping[Path, int]) -> list[str]:
-    """Return a sentence for each disk that has too little room.
-
-    Args:
-        places: folder, there or not -> bytes that will be written into it at most.
-    """
-    disks: dict[int, tuple[list[Path], int]] = {}
-    for folder, needed in places.items():
-        there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-        folders, before = disks.get(there.stat().st_dev, ([], 0))
-        disks[there.stat().st_dev] = [*folders, there], before + needed
-    found = []
-    for folders, needed in disks.values():
-        free = shutil.disk_usage(folders[0]).free
-        if needed > free:
-            found.append(
-                f"The disk of {folders[0]} has room for {free / 1e9:,.2f} GB, and up to "
-                f"{needed / 1e9:,.2f} GB are needed there, what an earlier run left of it "
-                "included: name folders elsewhere (output, data.cache) or lower tokens."
-            )
-    return found
 
 
 def _stored_bytes(data: ActivationDataModule, plan: GroupPlan, calibration_tokens: int) -> int:

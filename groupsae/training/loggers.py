@@ -88,7 +88,8 @@ class WandB(WandbLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         """Return W&B's run, which begins now if it has not."""
-        Path(str(self.save_dir)).mkdir(parents=True, exist_ok=True)
+        if self._experiment is None:
+            Path(str(self.save_dir)).mkdir(parents=True, exist_ok=True)
         try:
             return super().experiment
         except Exception as error:  # whatever W&B raises

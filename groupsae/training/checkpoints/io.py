@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.plugins import CheckpointIO
 from safetensors import SafetensorError
 
@@ -33,7 +32,7 @@ from groupsae.training.checkpoints.parts import (
     write_parts,
     write_rest,
 )
-from groupsae.training.parallel.collect import of_each
+from groupsae.training.parallel.collect import leads, of_each
 
 
 class SuiteCheckpoints(CheckpointIO):
@@ -128,7 +127,7 @@ class SuiteCheckpoints(CheckpointIO):
             return {}, str(error), ""
         except OSError as error:
             # what one process does not find another may have: only who listed them can tell
-            if error.errno == errno.EIO or (error.errno == errno.ENOENT and _leads()):
+            if error.errno == errno.EIO or (error.errno == errno.ENOENT and leads()):
                 return {}, str(error), ""
             asked = (
                 f"cannot read the checkpoint {path}: {error.strerror or error}. It was left as it "
@@ -140,7 +139,7 @@ class SuiteCheckpoints(CheckpointIO):
     def _set_aside(self, path: Path, damage: str) -> None:
         """Rename a damaged checkpoint, in the first process, and say so."""
         problem = ""
-        if _leads():
+        if leads():
             try:
                 aside = set_aside(path)
                 self.say(
@@ -159,7 +158,3 @@ class SuiteCheckpoints(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint."""
         remove(Path(path))
-
-
-def _leads() -> bool:
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

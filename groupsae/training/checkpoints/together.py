@@ -5,8 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from groupsae.errors import UserError
 from groupsae.training.checkpoints.folder import (
     Record,
@@ -17,7 +15,7 @@ from groupsae.training.checkpoints.folder import (
     seal,
 )
 from groupsae.training.checkpoints.parts import take_apart, write_parts, write_rest
-from groupsae.training.parallel.collect import of_each
+from groupsae.training.parallel.collect import leads, of_each
 
 
 def save_together(checkpoint: dict[str, Any], path: Path) -> None:
@@ -28,20 +26,20 @@ def save_together(checkpoint: dict[str, Any], path: Path) -> None:
     Raises:
         UserError: one of the processes could not write; said in all of them.
     """
-    leads = torch.distributed.get_rank() == 0
-    if of_each(leads and path.exists())[0]:
+    first = leads()
+    if of_each(first and path.exists())[0]:
         return
     rest, parts = take_apart(checkpoint)
     partial = partial_of(path)
     records: dict[str, Record] = {}
     with _all_or_none(path):
-        if leads:
+        if first:
             begin(path)
     with _all_or_none(path):
-        records = write_parts(partial, parts) | (write_rest(partial, rest) if leads else {})
+        records = write_parts(partial, parts) | (write_rest(partial, rest) if first else {})
     every = of_each(records)
     with _all_or_none(path):
-        if leads:
+        if first:
             seal(path, {name: found for each in every for name, found in each.items()})
 
 
@@ -75,6 +73,6 @@ def _all_or_none(path: Path) -> Iterator[None]:
         problem = str(error)
     problem = next(filter(None, of_each(problem)), "")  # here they wait for each other
     if problem:
-        if torch.distributed.get_rank() == 0:
+        if leads():
             clear(path)
         raise UserError(problem)

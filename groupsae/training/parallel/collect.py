@@ -7,6 +7,11 @@ import torch
 T = TypeVar("T")
 
 
+def leads() -> bool:
+    """Return whether this is the first process of the run, or the only one."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
 def of_each(value: T) -> list[T]:
     """Return what each process gives, by rank; every process of the run has to call it.
 
