@@ -32,18 +32,25 @@ class Lines:
         """Return the tokens per second since this began."""
         return (done - self.before) / max(time.monotonic() - self.began, 1e-3)
 
-    def tell(self, done: int) -> None:
-        """Say how far it is, unless a line came a short time ago or a bar moves instead."""
+    def tell(self, done: int, where: str | None = None) -> None:
+        """Say how far it is, unless a line came a short time ago or a bar moves instead.
+
+        Args:
+            done: tokens.
+            where: what the line begins with; None for the title and the share of the whole.
+        """
         now, stream = time.monotonic(), self.stream or sys.stdout
         if now - self.said <= SILENCE or stream.isatty():
             return
         self.said = now
         rate = self.rate(done)
-        line = f"{self.title}: {done:,} tokens, {rate:,.0f} tokens/s"
+        how_far, left = f"{done:,} tokens", ""
         if self.total is not None:
-            left = timedelta(seconds=round((self.total - done) / max(rate, 1e-9)))
-            line = f"{self.title}: {done / self.total:.0%}, {rate:,.0f} tokens/s, {left} left"
-        print(line, file=stream, flush=True)
+            how_far = f"{done / self.total:.0%}"
+            seconds = round((self.total - done) / max(rate, 1e-9))
+            left = f", {timedelta(seconds=seconds)} left"
+        where = where or f"{self.title}: {how_far}"
+        print(f"{where}, {rate:,.0f} tokens/s{left}", file=stream, flush=True)
 
 
 @contextmanager

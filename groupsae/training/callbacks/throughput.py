@@ -1,14 +1,13 @@
 """Tokens seen, tokens per second and time left."""
 
-import sys
 import time
-from datetime import timedelta
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
 from groupsae.cost.stopwatch import Stopwatch
+from groupsae.progress import Lines
 
 
 class Throughput(L.Callback):
@@ -20,7 +19,7 @@ class Throughput(L.Callback):
     """
 
     def __init__(self) -> None:
-        self.seconds = self.total_seconds = self._silent = 0.0
+        self.seconds = self.total_seconds = 0.0
         self.tokens = self.total_tokens = 0
         self.saes, self.validation, self.all = Stopwatch(), Stopwatch(), Stopwatch()
 
@@ -56,6 +55,9 @@ class Throughput(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock of the rate."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        step = data.tokens_per_step
+        self._lines = Lines("training", data.num_steps * step, trainer.global_step * step)
         self._last = time.perf_counter()
 
     def on_train_batch_start(
@@ -83,7 +85,6 @@ class Throughput(L.Callback):
         passed, self._last = now - self._last, now
         self.seconds += passed
         self.total_seconds += passed
-        self._silent += passed
         self.tokens += data.tokens_per_step
         self.total_tokens += data.tokens_per_step
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -96,11 +97,6 @@ class Throughput(L.Callback):
                 "tokens_seen", float(data.blocks_seen * data.packing.context), rank_zero_only=True
             )
             self.seconds, self.tokens = 0.0, 0
-        if self._silent > 30 and trainer.is_global_zero and not sys.stdout.isatty():
-            self._silent = 0.0
-            left = (data.num_steps - trainer.global_step) * data.tokens_per_step / self.overall()
-            print(
-                f"step {trainer.global_step}/{data.num_steps}, {self.overall():,.0f} tokens/s, "
-                f"{timedelta(seconds=round(left))} left",
-                flush=True,
-            )
+        if trainer.is_global_zero:
+            done = trainer.global_step * data.tokens_per_step
+            self._lines.tell(done, f"step {trainer.global_step}/{data.num_steps}")
