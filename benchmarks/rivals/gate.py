@@ -38,6 +38,7 @@ class Gate:
                 self._answer({"seconds": self.times})
             order = sys.stdin.readline()
             if not order:
+                sys.stdout.flush()  # what libraries printed belongs in the log
                 os._exit(0)  # amid a trainer's loop: there is nothing to clean up
             self.left, self.times = json.loads(order)["steps"], []
         self.since = time.perf_counter()
