@@ -9,7 +9,7 @@ WORKERS ?= 2
 # in so many processes; the tests of a file stay together, as they share what they made
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help train evaluate report export adopt test check format sweep replicate pretrain chaos bench bench-rivals \
+.PHONY: help train evaluate report export import-saes test check format sweep replicate pretrain chaos bench bench-rivals \
 	docs clean
 
 help:  ## Show this list
@@ -32,8 +32,8 @@ report: $(READY)  ## Write the report page of one or more runs: ARGS="run=<folde
 export: $(READY)  ## SAEs as other libraries load them: ARGS="run=<folder> format=saelens"
 	@$(BIN)/python -m groupsae.export $(ARGS)
 
-adopt: $(READY)  ## A run of SAEs that others trained: ARGS="path=<folder> model=<model>"
-	@$(BIN)/python -m groupsae.adopt $(ARGS)
+import-saes: $(READY)  ## A run of SAEs that others trained: ARGS="path=<folder> model=<model>"
+	@$(BIN)/python -m groupsae.import_saes $(ARGS)
 
 test: $(READY)  ## Run the tests
 	@$(PYTEST) $(ARGS)

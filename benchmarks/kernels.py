@@ -2,7 +2,7 @@
 
 The sums of a training step (decoding, the latents' gradient, both weights' gradients) by the
 sparse kernels of the device and by dense products, for several shares; the rule in
-groupsae/sae/kernels/choice.py is read off here. `device=cuda` measures a GPU, and there top-k by
+groupsae/sae/kernels/dispatch.py is read off here. `device=cuda` measures a GPU, and there top-k by
 Triton against torch's as well. A minute on two cores. Writes benchmarks/results/kernels.md,
 with the options in its name.
 """
@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.timing import Seconds, interleaved, options, timed, write
 from groupsae.sae.kernels import cuda, dense
-from groupsae.sae.kernels.choice import kernels_of
+from groupsae.sae.kernels.dispatch import kernels_of
 from groupsae.sae.sparse import Entries
 from groupsae.training.allocator import keep_freed_memory
 

@@ -17,7 +17,7 @@ from benchmarks.timing import interleaved, options, random_model, timed, write
 from groupsae.lm.attention import nothing_padded
 from groupsae.lm.hooked import HookedLM
 from groupsae.lm.load import FrozenLM
-from groupsae.screen import quiet
+from groupsae.runtime.quiet import quiet
 from groupsae.training.allocator import keep_freed_memory
 
 BLOCKS, CONTEXT, ROUNDS = 8, 256, 5

@@ -32,10 +32,10 @@ from lightning.pytorch.profilers import SimpleProfiler
 from rich.console import Console
 
 from benchmarks.timing import now, random_model, write
-from groupsae.config import CONF
-from groupsae.fit import Run, build
-from groupsae.run import register_resolver
-from groupsae.screen import quiet
+from groupsae.app.fit import Run, build
+from groupsae.app.run_folder import register_resolver
+from groupsae.config.arguments import CONF
+from groupsae.runtime.quiet import quiet
 
 ROUNDS = 4  # the first is not counted
 BUNDLED, VOCAB = "tiny", 50304

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from benchmarks.saes import SEEDS, composed, figures
 from benchmarks.timing import write
-from groupsae.config import make
-from groupsae.run import register_resolver
+from groupsae.app.run_folder import register_resolver
+from groupsae.config.arguments import make
+from groupsae.runtime.quiet import quiet
 from groupsae.sae.base import SAEOutput, SparseLatents
 from groupsae.sae.topk import TopK
-from groupsae.screen import quiet
 
 FAST, REFERENCE, LOW = "sparse kernels", "dense, by autograd", "found in bfloat16"
 

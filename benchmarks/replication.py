@@ -20,9 +20,9 @@ import numpy as np
 from hydra import compose, initialize_config_dir
 from scipy import stats
 
-from groupsae.config import CONF
-from groupsae.report.canvas import COLOURS, new_axes
-from groupsae.run import register_resolver, run_folder
+from groupsae.app.run_folder import register_resolver, run_folder
+from groupsae.config.arguments import CONF
+from groupsae.reporting.style import COLOURS, new_axes
 
 DOC = Path(__file__).parent.parent / "docs" / "replication.md"
 BEGIN, END = "<!-- figures: python -m benchmarks.replication -->", "<!-- end of figures -->"

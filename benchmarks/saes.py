@@ -23,10 +23,10 @@ from omegaconf import DictConfig
 from rich.console import Console
 from torch import nn
 
-from groupsae.config import CONF, make
-from groupsae.fit import build
-from groupsae.run import register_resolver
-from groupsae.screen import quiet
+from groupsae.app.fit import build
+from groupsae.app.run_folder import register_resolver
+from groupsae.config.arguments import CONF, make
+from groupsae.runtime.quiet import quiet
 from groupsae.training.group import SAEFactory
 from groupsae.training.suite import GroupSAESuite
 

@@ -21,12 +21,12 @@ from hydra import compose, initialize_config_dir
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.timing import RESULTS, interleaved, now, variant, write
-from groupsae.config import CONF, make, make_source
+from groupsae.app.run_folder import register_resolver
+from groupsae.config.arguments import CONF, make, make_source
 from groupsae.data.activations import ActivationDataModule
 from groupsae.grouping.partition import Partition
 from groupsae.grouping.plan import GroupPlan
-from groupsae.run import register_resolver
-from groupsae.screen import quiet
+from groupsae.runtime.quiet import quiet
 from groupsae.training.allocator import keep_freed_memory
 from groupsae.training.suite import GroupSAESuite
 

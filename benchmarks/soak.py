@@ -21,10 +21,10 @@ from rich.console import Console
 
 from benchmarks.loop import BUNDLED, ON_RANDOM, SHAPES, VOCAB, Shape
 from benchmarks.timing import options, random_model, write
-from groupsae.config import CONF
-from groupsae.fit import build
-from groupsae.run import register_resolver
-from groupsae.screen import quiet
+from groupsae.app.fit import build
+from groupsae.app.run_folder import register_resolver
+from groupsae.config.arguments import CONF
+from groupsae.runtime.quiet import quiet
 
 EVERY = 10.0  # seconds between looks
 FIRST = 0.5  # share of the time in which caches may still fill

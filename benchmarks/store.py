@@ -27,12 +27,12 @@ from rich.console import Console
 
 from benchmarks.loop import BUNDLED, ON_RANDOM, SHAPES, VOCAB, Shape
 from benchmarks.timing import Seconds, interleaved, now, options, random_model, write
-from groupsae.config import CONF
+from groupsae.app.fit import build
+from groupsae.app.run_folder import register_resolver
+from groupsae.config.arguments import CONF
 from groupsae.data.activations import ActivationDataModule
 from groupsae.data.rows import by_model
-from groupsae.fit import build
-from groupsae.run import register_resolver
-from groupsae.screen import quiet
+from groupsae.runtime.quiet import quiet
 
 MODELS = (BUNDLED, "pythia-70m")
 ROUNDS, RUNS = 5, 2  # the first round is not counted

@@ -13,7 +13,7 @@ except PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+checkout"
 
 if TYPE_CHECKING:
-    from groupsae.interop.suite import Suite, load_suite
+    from groupsae.suite.suite import Suite, load_suite
 
 __all__ = ["Suite", "__version__", "load_suite"]
 
@@ -21,7 +21,7 @@ __all__ = ["Suite", "__version__", "load_suite"]
 def __getattr__(name: str) -> Any:
     """Import the loading functions on first use: `import groupsae` stays light."""
     if name in {"Suite", "load_suite"}:
-        from groupsae.interop import suite
+        from groupsae.suite import suite
 
         return getattr(suite, name)
     raise AttributeError(name)

@@ -6,10 +6,10 @@ import sys
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from groupsae.config import CONF, check_arguments, plain_folder
-from groupsae.errors import UserError
-from groupsae.lock import alone_in
-from groupsae.run import finished_run, one_folder, register_resolver
+from groupsae.app.run_folder import finished_run, one_folder, register_resolver
+from groupsae.config.arguments import CONF, check_arguments, plain_folder
+from groupsae.files.locks import alone_in
+from groupsae.runtime.errors import UserError
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")
@@ -20,7 +20,7 @@ def run(cfg: DictConfig) -> None:
         trained = finished_run(folder, trusted=cfg.trust_remote_code)
         if OmegaConf.select(cfg, "logger") is not None:
             trained.logger = cfg.logger
-        from groupsae.assess import assess  # slow imports only after the cheap checks
+        from groupsae.app.evaluate import assess  # slow imports only after the cheap checks
 
         with alone_in(folder):
             assess(folder, trained, cfg.evaluation, cfg.device)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import hydra
 from omegaconf import DictConfig
 
-from groupsae.config import CONF, check_arguments, plain_folder
-from groupsae.errors import UserError
-from groupsae.run import finished_run, one_folder
+from groupsae.app.run_folder import finished_run, one_folder
+from groupsae.config.arguments import CONF, check_arguments, plain_folder
+from groupsae.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from groupsae.interop.outgoing import Written
@@ -28,12 +28,12 @@ def export(cfg: DictConfig) -> None:
     """
     run = _run_to_export(cfg)
     # slow imports only after cheap checks
-    from groupsae.interop.hub.card import card, figures_of_run, files_of_run, of_groupsae
-    from groupsae.interop.hub.repository import check_name, repository, upload
-    from groupsae.interop.libraries.formats import format_named
+    from groupsae.files.folders import check_free
+    from groupsae.interop.card import card, figures_of_run, files_of_run, of_groupsae
+    from groupsae.interop.formats import format_named
     from groupsae.interop.outgoing import export_suite, only
-    from groupsae.interop.suite import load_suite
-    from groupsae.interop.whole import check_free
+    from groupsae.suite.hub import check_name, repository, upload
+    from groupsae.suite.suite import load_suite
 
     chosen = None if cfg.format is None else format_named(cfg.format)
     name = str(cfg.format) if cfg.grouping is None else f"{cfg.format}-{cfg.grouping}"

@@ -16,14 +16,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from groupsae.config import CONF, check_arguments, make
+from groupsae.config.arguments import CONF, check_arguments, make
 from groupsae.data.loader import StepSampler, make_loader
-from groupsae.data.reading import read_metrics
 from groupsae.data.splits import Split, split_of
 from groupsae.data.tokens import Packing, load_token_blocks
 from groupsae.data.writer import write_json
-from groupsae.errors import UserError
+from groupsae.files.reading import read_metrics
 from groupsae.lm.build import build_gpt_neox, stack_layers, train_tokenizer
+from groupsae.runtime.errors import UserError
 from groupsae.training.allocator import keep_freed_memory
 from groupsae.training.loggers import MetricsCSV
 from groupsae.training.model_card import model_card

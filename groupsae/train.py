@@ -8,17 +8,17 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from groupsae.config import CONF, check_arguments, plain_folder
-from groupsae.errors import UserError
-from groupsae.run import alone, forget, open_run, register_resolver
-from groupsae.sweep import check_launcher, finish, received, run_point
+from groupsae.app.run_folder import alone, forget, open_run, register_resolver
+from groupsae.app.sweep import check_launcher, finish, received, run_point
+from groupsae.config.arguments import CONF, check_arguments, plain_folder
+from groupsae.runtime.errors import UserError
 
 
 def train(cfg: DictConfig, overrides: list[str]) -> int:
     """Run one configuration; return the exit status."""
     with alone(cfg):
         cfg, folder, checkpoint = open_run(cfg, overrides)
-        from groupsae.fit import fit  # slow imports only after the cheap checks
+        from groupsae.app.fit import fit  # slow imports only after the cheap checks
 
         try:
             return fit(cfg, folder, checkpoint)

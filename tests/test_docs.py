@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from groupsae.run import register_resolver
+from groupsae.app.run_folder import register_resolver
 
 ROOT = Path(__file__).parent.parent
 CONF, DOCS = ROOT / "conf", ROOT / "docs"

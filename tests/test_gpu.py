@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from runs import overrides, run, saved
 
 from groupsae.training.suite import GroupSAESuite
+from tests.helpers.runs import overrides, run, saved
 
 pytestmark = pytest.mark.gpu
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from benchmarks.rivals.activations import SHAPES
 from benchmarks.rivals.contenders import BASE, OURS
 from benchmarks.rivals.summary import Row, side_by_side, summed_up
-from groupsae.report.canvas import COLOURS, PER_LAYER, legend_below
+from groupsae.reporting.style import COLOURS, PER_LAYER, legend_below
 
 RESULTS = Path(__file__).parent.parent / "results"
 TOKENS = 2048  # of a step of the whole loop

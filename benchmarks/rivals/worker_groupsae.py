@@ -25,10 +25,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from rich.console import Console
 
-from groupsae.config import CONF, make
+from groupsae.app.run_folder import register_resolver
+from groupsae.config.arguments import CONF, make
 from groupsae.data.batch import ActivationBatch
-from groupsae.run import register_resolver
-from groupsae.screen import quiet
+from groupsae.runtime.quiet import quiet
 from groupsae.training.allocator import keep_freed_memory
 from groupsae.training.group import GroupSAE
 
@@ -115,7 +115,7 @@ def sae_steps(gate: Gate, shape: str, malloc: str, overrides: list[str]) -> None
 
 def whole_run(gate: Gate, lm: str, malloc: str, overrides: list[str]) -> None:
     """Train all groups from the language model, as `python -m groupsae.train` does."""
-    from groupsae import fit
+    from groupsae.app import fit
 
     folder = tempfile.mkdtemp(dir=lm)
     cfg = config(

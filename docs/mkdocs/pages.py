@@ -127,8 +127,8 @@ def api_pages(package: Path) -> dict[str, str]:
     pages[f"api/{ENTRY_POINTS}.md"] = _room(ENTRY_POINTS, _public(package, "*.py"), package)
     lines.append(f"| [`{ENTRY_POINTS}`]({ENTRY_POINTS}.md) | The commands and what they share. |")
     index = "# API reference\n\nFrom the docstrings, room by room. What most users need is\n"
-    index += "[`groupsae.load_suite`][groupsae.interop.suite.load_suite] and the\n"
-    index += "[`Suite`][groupsae.interop.suite.Suite] that it returns.\n\n"
+    index += "[`groupsae.load_suite`][groupsae.suite.suite.load_suite] and the\n"
+    index += "[`Suite`][groupsae.suite.suite.Suite] that it returns.\n\n"
     pages["api/index.md"] = index + "| room | what is in it |\n| --- | --- |\n" + "\n".join(lines)
     return pages
 

@@ -22,9 +22,9 @@ from groupsae.data.spread import SpreadTokens, exchange_rows, travelling_dtype
 from groupsae.data.store.batches import StoredBatches, StoredParts
 from groupsae.data.store.rows import StoredRows
 from groupsae.data.tokens import Packing
-from groupsae.errors import UserError
 from groupsae.lm.hooked import HookedLM
 from groupsae.lm.load import FrozenLM
+from groupsae.runtime.errors import UserError
 
 LEAST_TEXT = 20_000_000  # tokens
 

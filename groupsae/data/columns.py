@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from groupsae.data.sources import Document
-from groupsae.errors import UserError
+from groupsae.runtime.errors import UserError
 
 USUAL_COLUMNS = ("text", "content", "tokens", "input_ids")
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from groupsae.data.columns import pick_column, row_document
 from groupsae.data.paths import PARQUET, find_files, is_json_lines, read_checked
 from groupsae.data.sources import Document
-from groupsae.errors import UserError
+from groupsae.runtime.errors import UserError
 
 PIECE = 64 * 1024  # characters: one long file still gives training and held-out documents
 KEY = "data.text_column"

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from groupsae.errors import UserError
+from groupsae.runtime.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any, cast
 
 from groupsae.data.columns import pick_column, row_document
 from groupsae.data.sources import Document, files_fingerprint
-from groupsae.errors import UserError
-from groupsae.network import first_line, is_transient, lost_connection, pause_after
+from groupsae.runtime.errors import UserError
+from groupsae.runtime.retry import first_line, is_transient, lost_connection, pause_after
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +26,8 @@ class HubSource:
 
     Row i of the split is the document `<split>#i`. What breaks on the way (a lost connection, an
     answer cut short, a server that says nothing for HF_HUB_DOWNLOAD_TIMEOUT seconds, by itself 10)
-    is tried again at the row where it broke, after the pauses of `groupsae.network.pause_after`. A
-    stream that ends before the number of rows that the data set's card names has broken, too;
+    is tried again at the row where it broke, after the pauses of runtime/retry.py. A stream
+    that ends before the number of rows that the data set's card names has broken, too;
     where the card names none, a file that was cut between two lines cannot be told from a whole
     one.
 

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from groupsae.data.sources import Document, Source
 from groupsae.data.splits import SPLITS, split_of
 from groupsae.data.writer import BlockWriter, checksum, explained, write_json
-from groupsae.errors import UserError
-from groupsae.lock import one_at_a_time
-from groupsae.progress import Lines
+from groupsae.files.locks import one_at_a_time
+from groupsae.runtime.errors import UserError
+from groupsae.runtime.progress import Lines
 
 BATCH_DOCUMENTS = 64  # tokenised in one call, over all cores unless TOKENIZERS_PARALLELISM=false
 BATCH_SIZE = 1_000_000  # characters (or tokens) read ahead at most, beside the last document

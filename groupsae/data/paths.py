@@ -5,7 +5,7 @@ import glob
 import hashlib
 from pathlib import Path
 
-from groupsae.errors import UserError
+from groupsae.runtime.errors import UserError
 
 PARQUET = ".parquet"
 JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz")

@@ -1,8 +1,8 @@
 """Sizes of the stream that cannot be, told before anything is packed or loaded."""
 
 from groupsae.data.splits import Split
-from groupsae.errors import UserError
 from groupsae.lm.load import FrozenLM
+from groupsae.runtime.errors import UserError
 
 
 def check_sizes(

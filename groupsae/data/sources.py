@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from groupsae.errors import UserError
+from groupsae.runtime.errors import UserError
 
 
 class Document(NamedTuple):

@@ -12,7 +12,7 @@ from groupsae.data.packing import Packing, pack
 from groupsae.data.sources import Source
 from groupsae.data.splits import SPLITS, Split
 from groupsae.data.writer import checksum, write_json, wrong_tokenizer
-from groupsae.errors import UserError
+from groupsae.runtime.errors import UserError
 
 __all__ = ["Packing", "TokenBlocks", "load_token_blocks", "tokenizer_fingerprint", "write_json"]
 

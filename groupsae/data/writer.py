@@ -13,8 +13,8 @@ import numpy as np
 import xxhash
 
 from groupsae.data.splits import SPLITS, Split
-from groupsae.data.whole import whole
-from groupsae.errors import UserError
+from groupsae.files.atomic import whole
+from groupsae.runtime.errors import UserError
 
 FLUSH_TOKENS = 2_000_000  # what a kill in the middle of packing can cost, and what memory holds
 

@@ -5,12 +5,12 @@ from functools import partial
 from typing import Any
 
 from groupsae.cost.model import FORMAT, Workload, activation_flops, evaluation_flops
-from groupsae.errors import UserError
 from groupsae.grouping.groupings import Grouping
 from groupsae.grouping.rules import needs_distances
-from groupsae.interop.suite import Suite
 from groupsae.lm.geometry import Geometry
 from groupsae.lm.hooked import HookedLM
+from groupsae.runtime.errors import UserError
+from groupsae.suite.suite import Suite
 
 
 def relative_costs(

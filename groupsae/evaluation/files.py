@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from groupsae.data.whole import whole
 from groupsae.data.writer import write_json
-from groupsae.errors import UserError
 from groupsae.evaluation.results import Results
+from groupsae.files.atomic import whole
+from groupsae.runtime.errors import UserError
 
 FORMAT = 1
 NESTED = ("layers", "density_histogram", "profile")  # of an SAE: too much for a cell of a table

@@ -13,10 +13,10 @@ from groupsae.evaluation.effect import CleanPredictions, EffectSums
 from groupsae.evaluation.reconstruction import LayerSums, PerSequence, ReconstructionSums
 from groupsae.evaluation.similarity import Firings
 from groupsae.grouping.groupings import Grouping
-from groupsae.interop.suite import Suite
 from groupsae.lm.hooked import HookedLM
 from groupsae.lm.splice import Splicer
 from groupsae.sae.base import SparseLatents
+from groupsae.suite.suite import Suite
 
 Pair = tuple[str, int]  # name of an SAE, and a layer it serves
 

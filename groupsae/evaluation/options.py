@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from groupsae.errors import UserError
+from groupsae.runtime.errors import UserError
 
 
 def check_options(options: Mapping[str, Any]) -> None:

@@ -7,8 +7,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torchmetrics import Metric
 
-from groupsae.errors import UserError
 from groupsae.grouping.moments import check_finite, no_tokens, select_tokens, tokens_per_chunk
+from groupsae.runtime.errors import UserError
 
 
 class AngularDistance(Metric):

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy.typing as npt
 
-from groupsae.errors import UserError
 from groupsae.grouping.partition import (
     Distances,
     Partition,
@@ -30,6 +29,7 @@ from groupsae.grouping.rules import (
     curve,
     partition,
 )
+from groupsae.runtime.errors import UserError
 
 
 class Choice(ABC):

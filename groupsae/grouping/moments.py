@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torchmetrics import Metric
 
-from groupsae.errors import UserError
+from groupsae.runtime.errors import UserError
 
 # Float64 values in one chunk of tokens, and so the memory of an update: 8 MiB stays in the cache
 # of a CPU (measured: 48 MiB takes nearly three times as long), an accelerator wants few kernels.

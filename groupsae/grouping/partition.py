@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from groupsae.errors import UserError
+from groupsae.runtime.errors import UserError
 
 Distances = npt.NDArray[np.float64]
 

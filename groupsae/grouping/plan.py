@@ -8,8 +8,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from groupsae.errors import UserError
 from groupsae.grouping.partition import Partition, check_groups
+from groupsae.runtime.errors import UserError
 
 LastLayer = Literal["own", "skip", "group"]
 

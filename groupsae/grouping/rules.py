@@ -8,13 +8,13 @@ import numpy.typing as npt
 from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import pdist, squareform
 
-from groupsae.errors import UserError
 from groupsae.grouping.partition import (
     Distances,
     Partition,
     build_partition,
     validate_distances,
 )
+from groupsae.runtime.errors import UserError
 
 Groups = list[list[int]]
 

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from groupsae import __version__
-from groupsae.data.reading import read_json
 from groupsae.data.writer import write_json
-from groupsae.errors import UserError
+from groupsae.files.reading import read_json
 from groupsae.grouping.partition import Partition
 from groupsae.grouping.plan import GroupPlan, name_of
-from groupsae.interop.hub.repository import looks_like_name
-from groupsae.interop.libraries import group_sae
-from groupsae.interop.libraries.format import Incoming
-from groupsae.interop.libraries.formats import FORMATS
-from groupsae.interop.libraries.names import lens_model
-from groupsae.interop.suite import save_sae
+from groupsae.interop import group_sae
+from groupsae.interop.format import Incoming
+from groupsae.interop.formats import FORMATS
+from groupsae.interop.names import lens_model
+from groupsae.runtime.errors import UserError
+from groupsae.suite.hub import looks_like_name
+from groupsae.suite.suite import save_sae
 
 GROUP_SAE = "group-sae"
 READABLE = (*FORMATS, GROUP_SAE)

@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from groupsae.errors import UserError
-from groupsae.interop.libraries.fold import onto_raw
-from groupsae.interop.libraries.format import About, Format
-from groupsae.interop.libraries.formats import check_holds
-from groupsae.interop.suite import Suite
-from groupsae.interop.whole import written_whole
+from groupsae.files.folders import written_whole
+from groupsae.interop.fold import onto_raw
+from groupsae.interop.format import About, Format
+from groupsae.interop.formats import check_holds
+from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE
+from groupsae.suite.suite import Suite
 
 ROWS = 64
 TOLERANCE = 1e-5  # of the largest activation; float32 rounds to 6e-8, and d_model of them add up

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from groupsae.errors import UserError
+from groupsae.runtime.errors import UserError
 
 
 def find_blocks(model: nn.Module, num_layers: int, path: str | None = None) -> nn.ModuleList:

@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from groupsae.errors import UserError
+from groupsae.runtime.errors import UserError
 
 STACKS = ("encoder", "decoder")
 

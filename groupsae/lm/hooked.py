@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from groupsae.errors import UserError
 from groupsae.lm.attention import nothing_padded
 from groupsae.lm.hookpoints import find_sites
+from groupsae.runtime.errors import UserError
 
 Visit = Callable[[int, Tensor], Tensor | None]
 

@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from groupsae.errors import UserError
+from groupsae.runtime.errors import UserError
 
 HOOKPOINTS = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 

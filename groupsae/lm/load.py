@@ -20,13 +20,13 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from groupsae.errors import UserError
 from groupsae.lm.blocks import find_blocks
 from groupsae.lm.geometry import choose_stack, geometry_of, stacks_of, within_positions
 from groupsae.lm.hooked import HookedLM
 from groupsae.lm.hookpoints import check_hookpoint, paths_of
 from groupsae.lm.options import check_load_options, hub_options, recorded_options
-from groupsae.network import first_line, lost_connection
+from groupsae.runtime.errors import UserError
+from groupsae.runtime.retry import first_line, lost_connection
 
 BUNDLED = {"tiny": Path(__file__).parent.parent / "models" / "tiny"}
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
-from groupsae.confidential import secret_in
-from groupsae.errors import UserError
+from groupsae.runtime.errors import UserError
+from groupsae.runtime.secrets import secret_in
 
 # said elsewhere
 OURS = {
@@ -58,18 +58,6 @@ def check_load_options(load: object) -> None:
                 f"model.load.{name} needs the package accelerate, which is not installed: "
                 "pip install accelerate."
             )
-
-
-def runs_code(load: Mapping[str, Any]) -> str | None:
-    """Return the option that lets code of the model's owner run here, if there is one."""
-    if load.get("trust_remote_code"):
-        return "trust_remote_code"
-    kernels = [
-        name for name in load if name.endswith("_implementation") and "/" in str(load[name])
-    ]
-    if load.get("use_kernels"):
-        kernels.append("use_kernels")
-    return kernels[0] if kernels else None  # a kernel that is fetched from the Hub
 
 
 def hub_options(load: Mapping[str, Any]) -> dict[str, Any]:

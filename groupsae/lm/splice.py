@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from groupsae.errors import UserError
 from groupsae.lm.hooked import HookedLM
+from groupsae.runtime.errors import UserError
 
 
 class Splicer:

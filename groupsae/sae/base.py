@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from groupsae.errors import UserError
-from groupsae.sae.kernels.choice import kernels_of
+from groupsae.runtime.errors import UserError
+from groupsae.sae.kernels.dispatch import kernels_of
 from groupsae.sae.schedule import check_count, is_number
 from groupsae.sae.sparse import Decode, Entries
 

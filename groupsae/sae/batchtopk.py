@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from groupsae.sae.base import SAEOutput, SparseLatents, active_latents
-from groupsae.sae.kernels.largest import top_k
+from groupsae.sae.kernels.topk_cpu import top_k
 from groupsae.sae.schedule import check_share
 from groupsae.sae.topk import TopK
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from groupsae.errors import UserError
+from groupsae.runtime.errors import UserError
 from groupsae.sae.base import (
     SAE,
     AllSum,

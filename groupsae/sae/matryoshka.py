@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from groupsae.errors import UserError
+from groupsae.runtime.errors import UserError
 from groupsae.sae.batchtopk import BatchTopK
 from groupsae.sae.kernels.bookkeeping import rows_of
 from groupsae.sae.schedule import check_share

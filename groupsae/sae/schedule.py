@@ -3,7 +3,7 @@
 import math
 from typing import TypeGuard
 
-from groupsae.errors import UserError
+from groupsae.runtime.errors import UserError
 
 
 def ramp(start: float, end: float, warmup: float, progress: float) -> float:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from groupsae.sae.kernels.bookkeeping import rows_of
-from groupsae.sae.kernels.choice import kernels_for
+from groupsae.sae.kernels.dispatch import kernels_for
 
 
 class ByLatent(NamedTuple):

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from groupsae.errors import UserError
+from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE, AllSum, SAEOutput, SparseLatents, linear_pre_acts, same
-from groupsae.sae.kernels.choice import DENSE_SHARE
-from groupsae.sae.kernels.largest import top_k
+from groupsae.sae.kernels.dispatch import DENSE_SHARE
 from groupsae.sae.kernels.product import affine
+from groupsae.sae.kernels.topk_cpu import top_k
 from groupsae.sae.schedule import check_count, check_positive, check_share, is_number, ramp
 from groupsae.sae.sparse import Decode, Encode, Entries
 

@@ -10,11 +10,11 @@ import torch
 from groupsae.data.activations import ActivationDataModule
 from groupsae.grouping.choices import Choice
 from groupsae.grouping.plan import GroupPlan
-from groupsae.interop.groups_file import load_plan
+from groupsae.suite.groups_file import load_plan
 from groupsae.training.checkpoints.folder import KEPT
 from groupsae.training.forecast import FLOAT, bytes_free, bytes_needed
+from groupsae.training.profile import Trial, run_trial
 from groupsae.training.suite import GroupSAESuite
-from groupsae.training.trial import Trial, run_trial
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import psutil
 import torch
 
 from groupsae.data.activations import ActivationDataModule
-from groupsae.errors import UserError
+from groupsae.runtime.errors import UserError
 from groupsae.training.allocator import hand_back_freed_memory
+from groupsae.training.profile import now, step_together
 from groupsae.training.suite import GroupSAESuite
-from groupsae.training.trial import now, step_together
 
 FLOAT = 4  # bytes
 STATE = 4  # weights, gradients and Adam's two moments

@@ -13,8 +13,8 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from groupsae.data.reading import read_metrics
-from groupsae.data.whole import explained, whole
+from groupsae.files.atomic import explained, whole
+from groupsae.files.reading import read_metrics
 
 COLUMNS = ("step", "metric", "value")
 

@@ -14,13 +14,13 @@ import numpy as np
 
 from groupsae.cost.stopwatch import Stopwatch
 from groupsae.data.activations import ActivationDataModule
-from groupsae.data.reading import damaged, read_npz
-from groupsae.data.whole import whole
-from groupsae.errors import UserError
+from groupsae.files.atomic import whole
+from groupsae.files.locks import one_at_a_time
+from groupsae.files.reading import damaged, read_npz
 from groupsae.grouping.angles import AngularDistance
 from groupsae.grouping.moments import LayerMoments
-from groupsae.lock import one_at_a_time
-from groupsae.progress import token_progress
+from groupsae.runtime.errors import UserError
+from groupsae.runtime.progress import token_progress
 
 FORMAT = 4  # of the cached file
 

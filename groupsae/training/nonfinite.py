@@ -8,7 +8,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from groupsae.data.activations import ActivationDataModule
-from groupsae.errors import UserError
+from groupsae.runtime.errors import UserError
 from groupsae.training.parallel.collect import of_each
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from groupsae.errors import UserError
+from groupsae.runtime.errors import UserError
 
 DECAYS: dict[str, Callable[[float], float]] = {  # share of the decay that is left -> factor
     "constant": lambda _left: 1.0,

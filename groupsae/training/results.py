@@ -10,7 +10,7 @@ import torch
 
 from groupsae import __version__
 from groupsae.data.activations import ActivationDataModule
-from groupsae.interop.suite import save_sae
+from groupsae.suite.suite import save_sae
 from groupsae.training.callbacks.grouping import GroupLayers
 from groupsae.training.callbacks.throughput import Throughput
 from groupsae.training.suite import GroupSAESuite

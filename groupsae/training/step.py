@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from groupsae.data.batch import ActivationBatch
-from groupsae.errors import UserError
+from groupsae.runtime.errors import UserError
+from groupsae.training.b_dec_init import start_b_dec
 from groupsae.training.nonfinite import (
     MOST_IN_A_ROW,
     Undo,
@@ -19,7 +20,6 @@ from groupsae.training.nonfinite import (
 )
 from groupsae.training.optim import Adam
 from groupsae.training.readback import Readback
-from groupsae.training.start import start_b_dec
 from groupsae.training.validation import Validated, mean_of
 
 

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from groupsae.errors import UserError
 from groupsae.grouping.plan import GroupPlan, PlannedSAE
+from groupsae.runtime.errors import UserError
+from groupsae.training.b_dec_init import check_b_dec_start
 from groupsae.training.group import GroupSAE, SAEFactory
 from groupsae.training.nonfinite import check_nonfinite
 from groupsae.training.optim import Adam
-from groupsae.training.start import check_b_dec_start
 from groupsae.training.step import SAETraining
 
 

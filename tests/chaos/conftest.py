@@ -7,7 +7,8 @@ from datetime import date
 from pathlib import Path
 
 import pytest
-from program import SEVERAL, Program, Warm
+
+from tests.chaos.program import SEVERAL, Program, Warm
 
 BEGIN, END = "<!-- chaos: begin -->", "<!-- chaos: end -->"
 HEAD = ["fault", "promised", "seen", "tokens lost", "seconds"]

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from runs import overrides, saved
+from tests.helpers.runs import overrides, saved
 
 FAULTY = Path(__file__).with_name("faulty.py")
 TOKENS_PER_STEP, STEPS = 8 * 64, 12
@@ -37,7 +37,7 @@ class Warm:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(FAULTY.with_name("warm.py"))],
+            [sys.executable, "-m", "tests.chaos.warm"],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             text=True,

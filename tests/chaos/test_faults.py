@@ -9,8 +9,9 @@ import subprocess
 import time
 
 import pytest
-from program import TOKENS_PER_STEP, Done, resumed_from
-from runs import composed, flip_a_bit
+
+from tests.chaos.program import TOKENS_PER_STEP, Done, resumed_from
+from tests.helpers.runs import composed, flip_a_bit
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from program import SEVERAL, TOKENS_PER_STEP, resumed_from
+
+from tests.chaos.program import SEVERAL, TOKENS_PER_STEP, resumed_from
 
 pytestmark = pytest.mark.slow
 

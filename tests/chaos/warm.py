@@ -12,11 +12,10 @@ import sys
 import traceback
 from pathlib import Path
 
-import faulty
-
-import groupsae.assess
-import groupsae.fit  # noqa: F401
+import groupsae.app.evaluate
+import groupsae.app.fit  # noqa: F401
 from groupsae.train import main
+from tests.chaos import faulty
 
 
 def command(order: dict) -> None:

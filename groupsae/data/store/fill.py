@@ -15,12 +15,12 @@ from torch import Tensor
 
 from groupsae.data.rows import Show
 from groupsae.data.splits import Split
-from groupsae.data.store.lock import claimed
 from groupsae.data.store.shard import Layout, ShardWriter
 from groupsae.data.store.store import ActivationStore, Gap, shard_path
-from groupsae.data.whole import left_behind, own_beside
-from groupsae.errors import UserError
-from groupsae.progress import token_progress
+from groupsae.files.atomic import left_behind, own_beside
+from groupsae.files.claim import claimed
+from groupsae.runtime.errors import UserError
+from groupsae.runtime.progress import token_progress
 
 CHUNK_BYTES = 64_000_000  # of one layer's file
 RESERVE = 100_000_000  # bytes of the disk that are left for everything else

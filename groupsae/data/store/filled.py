@@ -18,12 +18,12 @@ from groupsae.data.loader import block_order
 from groupsae.data.rows import Show, by_model
 from groupsae.data.splits import Split
 from groupsae.data.store.fill import PAUSE, Filler, size_of
-from groupsae.data.store.lock import claimed
 from groupsae.data.store.options import check_store
 from groupsae.data.store.shard import Damaged, Layout, read_shard
 from groupsae.data.store.store import ActivationStore, Gap, dtype_of, open_store
-from groupsae.errors import UserError
+from groupsae.files.claim import claimed
 from groupsae.lm.hooked import HookedLM
+from groupsae.runtime.errors import UserError
 
 REPAIRS = 3  # of one file: then it is the disk
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from groupsae.errors import UserError
+from groupsae.runtime.errors import UserError
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # torch's names, safetensors'
 

@@ -28,8 +28,8 @@ from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from groupsae.data.store.options import DTYPES
-from groupsae.data.whole import explained, own_beside
-from groupsae.errors import UserError
+from groupsae.files.atomic import explained, own_beside
+from groupsae.runtime.errors import UserError
 
 LARGEST_HEADER = 100_000  # bytes; ours have about 400
 OF_THE_FILE = (errno.ENOENT, errno.EIO)  # errors that writing it anew mends

@@ -14,8 +14,8 @@ from torch import Tensor
 from groupsae.data.splits import SPLITS, Split
 from groupsae.data.store.options import DTYPES
 from groupsae.data.store.shard import Damaged, Layout, Shard, read_shard
-from groupsae.data.whole import whole
-from groupsae.errors import UserError
+from groupsae.files.atomic import whole
+from groupsae.runtime.errors import UserError
 
 FORMAT = 1  # raise it when files or their meaning change: other stores are then made beside
 

@@ -8,13 +8,13 @@ import lightning as L
 from groupsae.cost.model import RunCost, Workload, run_cost
 from groupsae.data.activations import ActivationDataModule
 from groupsae.data.exchange import all_to_all
-from groupsae.data.reading import read_json
 from groupsae.data.writer import write_json
-from groupsae.errors import UserError
+from groupsae.files.reading import read_json
 from groupsae.grouping.choices import Choice
 from groupsae.grouping.plan import GroupPlan
 from groupsae.grouping.rules import needs_distances
-from groupsae.interop.groups_file import load_plan
+from groupsae.runtime.errors import UserError
+from groupsae.suite.groups_file import load_plan
 from groupsae.training.forecast import Forecast, bytes_free, bytes_needed, forecast, refuse
 from groupsae.training.measure import Measurement, check_scale, measure, provenance_of
 from groupsae.training.parallel.collect import of_each

@@ -7,7 +7,7 @@ import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
 from groupsae.cost.stopwatch import Stopwatch
-from groupsae.progress import Lines
+from groupsae.runtime.progress import Lines
 
 
 class Throughput(L.Callback):

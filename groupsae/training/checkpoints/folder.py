@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from groupsae.errors import UserError
+from groupsae.runtime.errors import UserError
 
 FORMAT = 1
 KEPT = 2  # checkpoints that stay: where the newest is damaged there is another

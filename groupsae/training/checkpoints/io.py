@@ -8,7 +8,7 @@ from typing import Any
 from lightning.fabric.plugins import CheckpointIO
 from safetensors import SafetensorError
 
-from groupsae.errors import UserError
+from groupsae.runtime.errors import UserError
 from groupsae.training.checkpoints.folder import (
     Damaged,
     begin,

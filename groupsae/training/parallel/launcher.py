@@ -13,7 +13,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from groupsae.errors import UserError
+from groupsae.runtime.errors import UserError
 
 POLL = 1.0  # seconds between two looks
 END = 10.0  # that the others have to end by themselves after an error here

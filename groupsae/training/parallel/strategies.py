@@ -12,9 +12,9 @@ from lightning.pytorch.strategies.strategy import Strategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
-from groupsae.errors import UserError
+from groupsae.runtime.errors import UserError
+from groupsae.training.checkpoints.distributed_save import save_together
 from groupsae.training.checkpoints.io import SuiteCheckpoints
-from groupsae.training.checkpoints.together import save_together
 from groupsae.training.parallel.launcher import WatchedLauncher
 from groupsae.training.suite import GroupSAESuite
 

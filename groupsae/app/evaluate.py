@@ -1,0 +1,286 @@
+"""Build the objects of a finished run, evaluate its SAEs, and leave the results in its folder."""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import wandb
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from torch import Tensor
+
+from groupsae import __version__
+from groupsae.app.console import print_evaluation
+from groupsae.config.arguments import make, make_source
+from groupsae.cost.counter import flop_counter
+from groupsae.cost.model import activation_flops
+from groupsae.cost.stopwatch import Stopwatch
+from groupsae.data.activations import ActivationDataModule
+from groupsae.evaluation.cost import planned_flops, relative_costs
+from groupsae.evaluation.files import begin_evaluation, save_evaluation
+from groupsae.evaluation.heldout import HeldoutSums, run_heldout
+from groupsae.evaluation.intervals import Bootstrap
+from groupsae.evaluation.options import check_options
+from groupsae.evaluation.results import Results
+from groupsae.files.reading import read_json
+from groupsae.grouping.groupings import groupings
+from groupsae.grouping.plan import GroupPlan
+from groupsae.reporting.collection import evaluation_figures
+from groupsae.reporting.load import chosen_grouping, interval, read_run
+from groupsae.runtime.errors import UserError
+from groupsae.runtime.progress import token_progress
+from groupsae.runtime.quiet import quiet
+from groupsae.suite.groups_file import load_plan
+from groupsae.suite.suite import Suite, load_saes
+from groupsae.training.callbacks.dashboard import save_figures
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated."""
+
+    plan: GroupPlan
+    saes: dict[str, Suite]
+    data: ActivationDataModule
+
+
+def assess(folder: Path, cfg: DictConfig, options: DictConfig, device: str) -> dict[str, Any]:
+    """Evaluate every SAE of a finished run: write `evaluation/`, log it and print the tables.
+
+    Args:
+        folder: of the run.
+        cfg: its configuration, with the loggers to use.
+        options: conf/evaluation.
+        device: auto, cpu, cuda or cuda:<index>.
+
+    Returns:
+        What is in `evaluation/evaluation.json`.
+
+    Raises:
+        UserError: an option is not allowed, a file of the run is missing or damaged, the SAEs
+            belong to another model or text, or there is less held-out text than asked for.
+    """
+    console, watch = Console(), Stopwatch()
+    quiet()
+    # Logging goes on in the W&B run of the training, if that is still open.
+    warnings.filterwarnings("ignore", ".*wandb run already in progress.*")
+    place = _device(device)
+    plain: Any = OmegaConf.to_container(options)
+    check_options(plain)
+    summary = _file(folder / "summary.json")
+    # nobody knows what it cost to train SAEs that were adopted
+    ledger = None if "adopted" in summary else _file(folder / "ledger.json")
+    subject = _open(folder, cfg, place)
+    data, plan, saes = subject.data, subject.plan, subject.saes
+    steps = steps_to_evaluate(data, options.tokens)
+    if options.exclude_special_tokens is not None:
+        data.exclude_special_tokens = options.exclude_special_tokens
+    found = groupings(plan)
+    costs = relative_costs(ledger, found, saes) if ledger is not None else {}
+    bootstrap = Bootstrap(data.heldout_documents(steps), **options.bootstrap)
+    if not data.hooked.predicts:
+        console.print(
+            f"{data.lm.name} predicts no next token (stack: {data.lm.stack}): reconstruction is "
+            "measured, cross-entropy and KL are left empty."
+        )
+    spliced = options.together and data.hooked.predicts
+    sums = HeldoutSums(saes, found, spliced, options.similarity_tokens)
+    geometry, context = data.lm.geometry, data.packing.context
+    tokens = steps * data.tokens_per_step
+    begin_evaluation(folder / "evaluation")
+    with watch:
+        means, averaged, flops = _layer_means(data, tokens)
+        flops += _run(subject, sums, steps, means)
+        results = Results(sums, bootstrap)
+        figures = results.to_json(costs)
+    together = found if spliced else []
+    planned = averaged * activation_flops(geometry.num_layers, geometry.d_model, context)
+    planned += tokens * planned_flops(geometry, context, saes, together, data.hooked)
+    head = {
+        "groupsae": __version__,
+        "run": str(folder),
+        **data.described(),
+        "text": data.blocks.key,
+        "num_layers": geometry.num_layers,
+        "d_model": geometry.d_model,
+        "last_layer": plan.last_layer,
+        "theta": plan.theta,
+        "sequences": bootstrap.sequences,
+        "documents": bootstrap.documents,
+        "tokens": sums.tokens,
+        "predictions": int(sums.predictions.values.sum()),
+        "bootstrap": plain["bootstrap"],
+        "cost": {"planned_flops": planned, "measured_flops": flops, "seconds": watch.seconds},
+    }
+    evaluation = save_evaluation(folder / "evaluation", head, figures, results)
+    # one step later than training, so that evaluating again replaces these rows of the csv only
+    _log(folder, evaluation, cfg.logger or {}, summary["steps"] + 1)
+    print_evaluation(console, evaluation)
+    console.print(f"Results: {folder / 'evaluation'}", soft_wrap=True)
+    return evaluation
+
+
+def _log(folder: Path, evaluation: dict[str, Any], configs: Any, step: int) -> None:
+    """Send the chosen grouping's figures per layer, every grouping's means, and the figures."""
+    chosen = chosen_grouping(evaluation["groupings"])
+    assert chosen is not None
+    values = {
+        f"eval/{metric}/layer.{row['layer']}": plain
+        for row in evaluation["results"]
+        if chosen["sae_of_layer"].get(str(row["layer"])) == row["sae"]
+        for metric, stored in row.items()
+        if metric not in ("sae", "layer") and (plain := _value(stored)) is not None
+    }
+    found = {"ce/clean": evaluation["ce"]}
+    for row in evaluation["layers"]:
+        found |= {f"{k}/layer.{row['layer']}": v for k, v in row.items() if k.startswith("ce_")}
+    for each in evaluation["groupings"]:
+        together = each["spliced_together"] or {}
+        found |= {f"{k}/{each['name']}": v for k, v in each["all_layers"].items()}
+        found |= {f"{k}_together/{each['name']}": v for k, v in together.items()}
+    for name, stored in found.items():
+        if (plain := _value(stored)) is not None:
+            values[f"eval/{name}"] = plain
+    ours = wandb.run is None
+    try:
+        loggers = [make(config) for config in configs.values()]
+        for logger in loggers:
+            logger.log_metrics(values, step=step)
+        save_figures(folder / "figures", evaluation_figures(read_run(folder)), loggers)
+    finally:
+        if ours and wandb.run is not None:  # or the next point of a sweep would log into this run
+            wandb.finish()
+
+
+def _value(stored: Any) -> float | None:
+    found = interval(stored)
+    return None if found is None else found.value
+
+
+def _file(path: Path) -> dict[str, Any]:
+    values = read_json(path)
+    if values is None:
+        raise UserError(
+            f"{path} is missing, which a finished run leaves: copy it from where the run was "
+            "made, or train again."
+        )
+    return values
+
+
+def _device(name: object) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(str(name))
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise UserError(f"device is {name!r}; use auto, cpu, cuda or cuda:<index>.")
+    count = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= count:
+        there = f"the last GPU here is cuda:{count - 1}" if count else "there is no GPU here"
+        raise UserError(f"device is {name}, but {there}: use device=cpu or auto.")
+    return found
+
+
+def _open(folder: Path, cfg: DictConfig, device: torch.device) -> Subject:
+    """Return the SAEs with the model and the text that they were trained on, and on no other."""
+    plan = load_plan(folder)
+    if plan is None:
+        raise UserError(f"{folder} has no groups.json: it is not a run folder.")
+    saes = {
+        planned.name: load_saes(folder / "saes", [planned.name]).to(device)
+        for planned in plan.members
+    }
+    lm = make(cfg.model)
+    data = ActivationDataModule(
+        lm=lm,
+        source=make_source(cfg.data),
+        cache=str(Path(cfg.output) / "cache"),
+        tokens=cfg.tokens,
+        seed=cfg.seed,
+        **cfg.stream,
+    )
+    if cfg.data.get("cache") is not None:
+        data.keep_in(cfg.data.cache, cfg.data.cache_dtype, Console().print)
+    trained = next(iter(saes.values())).configs[plan.members[0].name]
+    weights = lm.fingerprint()
+    if trained["weights"] not in (None, weights):  # None: adopted, and nothing is known
+        raise UserError(
+            f"the SAEs in {folder} were trained on other weights of {trained['model']} "
+            f"({trained['weights'][:8]}) than {lm.name} has now ({weights[:8]}): bring the old "
+            "ones back, or train again."
+        )
+    if trained["text"] not in (None, data.blocks.key):
+        raise UserError(
+            f"the SAEs in {folder} were trained on packed text {trained['text']}, but data now "
+            f"gives {data.blocks.key}: files have changed, and held-out text might be text they "
+            "were trained on. Bring the old text back, or train again."
+        )
+    data.use(lm.load_with_head(device), device)
+    return Subject(plan, saes, data)
+
+
+def steps_to_evaluate(data: ActivationDataModule, tokens: int | None) -> int:
+    """Return the steps to evaluate on: what is asked for must be there, a default need not.
+
+    Args:
+        data: the stream; packs its text first if need be.
+        tokens: evaluation.tokens.
+
+    Raises:
+        UserError: the held-out split has fewer tokens, or they are less than one step.
+    """
+    available = data.steps_for("heldout", None) * data.tokens_per_step
+    if tokens is not None and tokens > available:
+        raise UserError(
+            f"evaluation.tokens={tokens:,} is more than the {available:,} tokens that the "
+            f"held-out split has: ask for at most {available:,}, or train with a larger "
+            "stream.heldout_fraction or more text."
+        )
+    if tokens is not None and tokens < data.tokens_per_step:
+        raise UserError(
+            f"evaluation.tokens={tokens:,} is less than one step of {data.tokens_per_step:,} "
+            f"tokens: ask for at least {data.tokens_per_step:,}."
+        )
+    return data.steps_for("heldout", data.heldout_tokens if tokens is None else tokens)
+
+
+def _run(subject: Subject, sums: HeldoutSums, steps: int, means: Tensor) -> int:
+    data = subject.data
+    title, total = f"evaluating {len(sums.pairs)} pairs", steps * data.tokens_per_step
+    with token_progress(title, total, show=True) as advance:
+
+        def parts() -> Iterator[Tensor]:
+            for batch in data.heldout(steps):
+                yield from batch.to(means.device).split(data.blocks_per_forward)
+
+        return run_heldout(sums, parts(), data.hooked, means, data.filters, advance)
+
+
+def _layer_means(data: ActivationDataModule, tokens: int) -> tuple[Tensor, int, int]:
+    """Return the mean activation of every layer, [layer, d_model], over calibration text.
+
+    Not over held-out text: what mean ablation puts in must not know what it is measured on.
+
+    Returns:
+        The means; the tokens that passed through the model; the FLOPs that takes, measured.
+    """
+    total, count, seen = torch.zeros(()), 0, 0
+    batches = data.calibration_batches(tokens)
+    with flop_counter() as counter:
+        first = next(batches)
+    with token_progress("averaging layers", tokens, show=True) as advance:
+        for batch in chain([first], batches):
+            seen += batch.acts.shape[1]
+            keep = batch.everywhere()
+            acts = batch.acts if keep is None else batch.acts[:, keep]
+            total = total.to(acts.device) + acts.sum(1, dtype=torch.float64)
+            count += acts.shape[1]
+            advance(batch.acts.shape[1])
+    per_token = counter.get_total_flops() / first.acts.shape[1]
+    return (total / count).float(), seen, round(seen * per_token)

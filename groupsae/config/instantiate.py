@@ -1,0 +1,111 @@
+"""Which classes a configuration may name, and the objects that it describes.
+
+A configuration is data, perhaps a stranger's: what it can build is what our own yaml files name.
+"""
+
+import importlib
+import inspect
+import os
+import re
+from collections.abc import Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from groupsae.runtime.errors import UserError
+
+_INSTALLED = Path(__file__).parents[1] / "conf"
+CONF = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "conf"
+VARIABLE = "GROUPSAE_TARGETS"  # of the environment: classes of the user's own, with commas
+# beside those of the yaml files
+MORE = (
+    "lightning.pytorch.strategies.DDPStrategy",  # in run folders of earlier versions
+    "transformers.BitsAndBytesConfig",  # model.load.quantization_config
+)
+_TARGET = re.compile(r"^\s*_target_: ((?:groupsae|lightning)\.[\w.]+)", re.MULTILINE)
+
+
+def allowed() -> frozenset[str]:
+    """Return the import paths that `_target_` may be."""
+    own = (name.strip() for name in os.environ.get(VARIABLE, "").split(","))
+    return _of_our_files() | {name for name in own if name}
+
+
+@cache
+def _of_our_files() -> frozenset[str]:
+    texts = (file.read_text(encoding="utf-8") for file in CONF.rglob("*.yaml"))
+    return frozenset(MORE).union(name for text in texts for name in _TARGET.findall(text))
+
+
+def check_targets(values: object, where: str = "") -> None:
+    """Look at everything that a configuration would build, before anything is built.
+
+    Args:
+        values: plain values, not resolved: a target that is put together from others is refused.
+        where: their dotted name.
+
+    Raises:
+        UserError: a class is named that is not allowed, or a key that Hydra would take for an
+            instruction.
+    """
+    if isinstance(values, list | tuple):
+        for number, each in enumerate(values):
+            check_targets(each, f"{where}[{number}]")
+    if not isinstance(values, Mapping):
+        return
+    for key, value in values.items():
+        name = f"{where}.{key}" if where else str(key)
+        if key == "_target_" and not (isinstance(value, str) and value in allowed()):
+            raise UserError(
+                f"{name} is {value!r}, which a configuration may not name: it could run any code. "
+                f"A class of your own is allowed by the environment variable {VARIABLE}, such as "
+                f"{VARIABLE}=my_package.MyClass."
+            )
+        if key == "_partial_" and not isinstance(value, bool):
+            raise UserError(f"{name} is {value!r}; it must be true or false.")
+        if str(key).startswith("_") and key not in ("_target_", "_partial_"):
+            raise UserError(f"{name} is no option: leave it out.")
+        check_targets(value, name)
+
+
+def make(cfg: Any, **more: Any) -> Any:
+    """Return what a conf node describes, built from plain Python values.
+
+    Args:
+        cfg: a node with `_target_` and the arguments' values, or one that holds such nodes.
+        **more: further arguments.
+
+    Raises:
+        UserError: a class is not allowed, or has no such argument; or what its constructor says.
+    """
+    if OmegaConf.is_config(cfg):
+        check_targets(OmegaConf.to_container(cfg, resolve=False))
+        cfg = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    check_targets(cfg)
+    return _built({**cfg, **more} if more else cfg)
+
+
+def _built(values: Any) -> Any:
+    if isinstance(values, list):
+        return [_built(each) for each in values]
+    if not isinstance(values, dict):
+        return values
+    arguments = {k: _built(v) for k, v in values.items() if k not in ("_target_", "_partial_")}
+    if "_target_" not in values:
+        return arguments
+    target = values["_target_"]
+    assert target in allowed()
+    module, _, name = target.rpartition(".")
+    try:
+        made = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{target} cannot be imported: {error}.") from error
+    later = values.get("_partial_", False)
+    try:
+        signature = inspect.signature(made)
+        (signature.bind_partial if later else signature.bind)(**arguments)
+    except TypeError as error:
+        raise UserError(f"{target}: {error}.") from error
+    return partial(made, **arguments) if later else made(**arguments)

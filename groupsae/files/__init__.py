@@ -1,0 +1,1 @@
+"""Atomic writes, locks, and reading the files of a run."""

@@ -1,1 +1,0 @@
-"""Suites on the Hugging Face Hub."""

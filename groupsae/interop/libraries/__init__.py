@@ -1,1 +1,0 @@
-"""The formats of other libraries: one file each, and what they share."""

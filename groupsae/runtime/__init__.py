@@ -1,0 +1,1 @@
+"""Errors, ranks, retries, progress and secrets: what every room may use."""

@@ -1,0 +1,41 @@
+"""Which processes there are: what torchrun, SLURM and Lightning tell by the environment."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from groupsae.runtime.errors import UserError
+
+
+def is_leader() -> bool:
+    """Return whether this is the first process: the others must not touch what it began."""
+    ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
+    return all(os.environ.get(name, "0") == "0" for name in ranks)
+
+
+def takes_several(trainer: Mapping[str, Any]) -> bool:
+    """Return whether a trainer can be one of several processes."""
+    return trainer["devices"] not in (1, "1") or "strategy" in trainer
+
+
+def check_processes(trainer: Mapping[str, Any]) -> None:
+    """Raise UserError if several processes were started that would not know of each other."""
+    started_by = {}
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        started_by["torchrun"] = "WORLD_SIZE"
+    if os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):  # a shell is no task
+        started_by["srun"] = "SLURM_STEP_NUM_TASKS"
+    for command, variable in started_by.items():
+        started = int(os.environ.get(variable, "1"))
+        if started > 1 and not takes_several(trainer):
+            raise UserError(
+                f"{command} started {started} processes, but this trainer is for one: use "
+                "trainer=ddp or trainer=sae_parallel, or start one process."
+            )
+
+
+def starts_processes(trainer: Mapping[str, Any]) -> bool:
+    """Return whether Lightning would start processes, by giving the command again."""
+    outside = {"WORLD_SIZE", "TORCHELASTIC_RUN_ID"} & set(os.environ)
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    return takes_several(trainer) and not outside and tasks == 1

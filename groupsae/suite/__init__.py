@@ -1,0 +1,1 @@
+"""A trained suite of SAEs: load, save, encode, decode; the Hub."""

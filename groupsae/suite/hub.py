@@ -1,0 +1,173 @@
+"""The Hugging Face Hub: repositories are named `hf:owner/name` or `hf:owner/name@revision`."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from groupsae.runtime.errors import UserError
+
+PREFIX = "hf:"
+_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
+_NETWORK = {"httpcore", "httpcore2", "httpx", "httpx2", "requests", "urllib3"}
+
+
+class Repository(NamedTuple):
+    """A repository of the Hub; revision None is its newest state."""
+
+    name: str
+    revision: str | None
+
+
+def repository(path: object) -> Repository | None:
+    """Return the repository that a path names; None if it names a folder.
+
+    Raises:
+        UserError: it begins with `hf:`, but what follows is no name of a repository.
+
+    >>> repository("hf:owner/name@v1")
+    Repository(name='owner/name', revision='v1')
+    """
+    text = str(path)
+    if not text.startswith(PREFIX):
+        return None
+    name, at, revision = text.removeprefix(PREFIX).partition("@")
+    check_name(name, text)
+    return Repository(name, revision if at else None)
+
+
+def check_name(name: str, given: str) -> None:
+    """Raise UserError unless this is `owner/name`."""
+    if not _NAME.match(name):
+        raise UserError(
+            f"{given} names no repository of the Hub: write owner/name, letters, digits, '-', '_' "
+            "and '.' only."
+        )
+
+
+def looks_like_name(text: str) -> bool:
+    """Return whether a text could be `owner/name` on the Hub, and is no folder here."""
+    return bool(_NAME.match(text)) and text[0] not in "./" and not Path(text).exists()
+
+
+def download(repo: Repository, patterns: Sequence[str]) -> Path:
+    """Return a local folder with the files of a repository that match; kept in the Hub's cache.
+
+    Raises:
+        UserError: there is no such repository or revision, it may not be read, or the Hub cannot
+            be reached and the cache does not hold it.
+    """
+    from huggingface_hub import snapshot_download
+
+    with _explained(repo.name, repo.revision):
+        return Path(
+            snapshot_download(repo.name, revision=repo.revision, allow_patterns=list(patterns))
+        )
+
+
+def upload(
+    name: str,
+    files: Mapping[str, Path | bytes],
+    *,
+    message: str,
+    private: bool,
+    replaced: Callable[[str], bool] | None,
+) -> str:
+    """Commit files to a repository, which is made if need be; return its address.
+
+    The token is the one that `hf auth login` left or HF_TOKEN holds; it is neither shown nor kept.
+
+    Args:
+        name: owner/name.
+        files: path in the repository -> file or content; one commit holds all.
+        message: of the commit.
+        private: a repository that is made now can be seen by its owner only.
+        replaced: which paths of a repository that holds files already are removed if they are
+            not among the new ones; None: such a repository is left alone.
+
+    Raises:
+        UserError: the repository holds files already and may not be changed, there is no token
+            or it may not write there, or the Hub cannot be reached.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+
+    check_name(name, f"hub={name}")
+    if get_token() is None:
+        raise UserError(
+            f"no token for hub={name}: log in with `hf auth login`, or set HF_TOKEN to a token "
+            "that may write."
+        )
+    with _explained(name, None):
+        api = HfApi()
+        address = api.create_repo(name, private=private, exist_ok=True)
+        there = [path for path in api.list_repo_files(name) if path != ".gitattributes"]
+        if there and replaced is None:
+            raise UserError(
+                f"hf:{name} holds {len(there)} files already, such as {min(there)}: "
+                "overwrite=true replaces its SAEs and its page, hub=<owner/name> uploads "
+                "elsewhere."
+            )
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            CommitOperationAdd(
+                path_in_repo=path, path_or_fileobj=str(file) if isinstance(file, Path) else file
+            )
+            for path, file in sorted(files.items())
+        ]
+        operations += [
+            CommitOperationDelete(path_in_repo=path)
+            for path in there
+            if replaced is not None and replaced(path) and path not in files
+        ]
+        api.create_commit(name, operations=operations, commit_message=message)
+    return str(address)
+
+
+@contextmanager
+def _explained(name: str, revision: str | None) -> Iterator[None]:
+    """Turn what the Hub or the network refuses into a sentence."""
+    try:
+        yield
+    except Exception as error:
+        # one of several uploads that went on at once is wrapped
+        inner = error.__cause__ if type(error) is RuntimeError else None
+        for each in (error, inner):
+            told = None if each is None else _sentence(each, name, revision)
+            if told is not None:
+                raise UserError(told) from error
+        raise
+
+
+def _sentence(error: BaseException, name: str, revision: str | None) -> str | None:
+    """Return what happened and the way out; None if it is nothing of the Hub's."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return (
+            f"hf:{name} is open only to those who accepted its terms: accept them on its page, "
+            "then log in with `hf auth login`."
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"hf:{name} has no revision '{revision}': name a branch, a tag or a commit of it."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"hf:{name} is not on the Hub, or it is private and your token may not see it: check "
+            "the name, or log in with `hf auth login`."
+        )
+    if isinstance(error, errors.HfHubHTTPError):
+        status = error.response.status_code
+        if status in (401, 403):
+            return (
+                f"the Hub refused hf:{name} (status {status}): the token must be valid, and to "
+                "upload it needs the right to write there. `hf auth whoami` shows whose it is."
+            )
+        return f"the Hub answered with status {status} for hf:{name}: try again later."
+    # of whichever library carries the requests
+    carried = type(error).__module__.split(".")[0] in _NETWORK
+    if carried or isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        return (
+            f"the Hub cannot be reached for hf:{name}, and the cache does not hold what is "
+            "needed: check the network (and HF_HUB_OFFLINE), or bring the files and give their "
+            "folder."
+        )
+    return None

@@ -1,0 +1,246 @@
+"""The SAEs of a run, saved as one folder per group and loaded without Lightning."""
+
+import importlib
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import save
+from torch import Tensor
+
+from groupsae.data.writer import write_json
+from groupsae.files.atomic import whole
+from groupsae.grouping.groupings import by_name
+from groupsae.runtime.errors import UserError
+from groupsae.sae.base import SAE, SparseLatents
+from groupsae.suite.build import KINDS, UNTRAINED
+from groupsae.suite.groups_file import load_plan
+from groupsae.suite.hub import download, repository
+from groupsae.suite.tensors import read_tensors, take
+
+FORMAT = 2
+
+
+def save_sae(folder: Path, sae: SAE, config: dict[str, Any]) -> None:
+    """Write `sae.safetensors` and `cfg.json`.
+
+    Args:
+        folder: of this group.
+        sae: the SAE; its state is saved in float32.
+        config: `architecture` (import path of the class), `arguments` (of its constructor),
+            `layers`, `norm_factors` (layer -> factor) and whatever else is worth keeping.
+    """
+    tensors = {name: p.detach().float().cpu().contiguous() for name, p in sae.state_dict().items()}
+    with whole(folder / "sae.safetensors") as handle:
+        handle.write(save(tensors))  # (save_file would make it readable by its owner only)
+    write_json(folder / "cfg.json", {"format": FORMAT, **config})
+
+
+class Suite:
+    """The SAEs of a run: which one belongs to a layer, and how to use it there.
+
+    Activations are those of the run's hookpoint (`resid_post` by default), raw as the language
+    model has them. The layer's norm factor is applied before encoding and undone after decoding.
+
+    Args:
+        saes: name -> SAE.
+        configs: name -> its `cfg.json`.
+    """
+
+    def __init__(self, saes: dict[str, SAE], configs: dict[str, dict[str, Any]]) -> None:
+        self.saes, self.configs = saes, configs
+        self._owner: dict[int, str] = {}
+        for name, config in configs.items():
+            for layer in config["layers"]:
+                if layer in self._owner:
+                    raise UserError(
+                        f"layer {layer} has two SAEs, {self._owner[layer]} and {name}: a suite "
+                        "has one for each layer. Choose with load_suite(path, grouping=...)."
+                    )
+                self._owner[layer] = name
+
+    @property
+    def d_model(self) -> int:
+        """Return the width of the activations."""
+        return next(iter(self.saes.values())).d_model
+
+    @property
+    def layers(self) -> list[int]:
+        """Return all layers that have an SAE."""
+        return sorted(self._owner)
+
+    def __repr__(self) -> str:
+        """Return the groups and their widths."""
+        return f"Suite({', '.join(f'{n}: {s.d_sae} latents' for n, s in self.saes.items())})"
+
+    def to(self, device: torch.device | str) -> "Suite":
+        """Move every SAE to a device; returns the suite itself."""
+        for sae in self.saes.values():
+            sae.to(device)
+        return self
+
+    def group_of(self, layer: int) -> str:
+        """Return the name of the group that a layer belongs to.
+
+        Raises:
+            UserError: no SAE was trained for this layer.
+        """
+        if layer not in self._owner:
+            raise UserError(f"no SAE for layer {layer}; this suite covers layers {self.layers}.")
+        return self._owner[layer]
+
+    def norm_factor(self, layer: int) -> float:
+        """Return what activations of a layer are multiplied by before encoding."""
+        return float(self.configs[self.group_of(layer)]["norm_factors"][str(layer)])
+
+    @torch.no_grad()
+    def encode(
+        self, acts: Float[Tensor, "*batch d_model"], layer: int
+    ) -> Float[Tensor, "*batch d_sae"]:
+        """Return the latent activations, dense, in the SAE's precision (float32 as saved).
+
+        Args:
+            acts: raw activations of `layer`, any leading shape and precision.
+            layer: where they come from.
+        """
+        sae = self.saes[self.group_of(layer)]
+        values, indices, _ = self.encode_sparse(acts.reshape(-1, acts.shape[-1]), layer)
+        dense = torch.zeros(len(values), sae.d_sae, dtype=values.dtype, device=values.device)
+        return dense.scatter_(1, indices, values).reshape(*acts.shape[:-1], sae.d_sae)
+
+    @torch.no_grad()
+    def encode_sparse(self, acts: Float[Tensor, "row d_model"], layer: int) -> SparseLatents:
+        """Return the active latents of raw rows of one layer, as values and indices."""
+        sae = self.saes[self.group_of(layer)]
+        if acts.shape[-1] != sae.d_model:
+            raise UserError(
+                f"activations of layer {layer} have width {acts.shape[-1]}, but its SAE takes "
+                f"{sae.d_model}: give activations of the model it was trained on."
+            )
+        rows = acts.to(next(sae.parameters()).dtype)
+        return sae.encode(rows * self.norm_factor(layer))
+
+    @torch.no_grad()
+    def decode_sparse(self, latents: SparseLatents, layer: int) -> Float[Tensor, "row d_model"]:
+        """Return the reconstruction at the scale of `layer`'s raw activations."""
+        return self.saes[self.group_of(layer)].decode(latents) / self.norm_factor(layer)
+
+    @torch.no_grad()
+    def decode(
+        self, latents: Float[Tensor, "*batch d_sae"], layer: int
+    ) -> Float[Tensor, "*batch d_model"]:
+        """Return the reconstruction at the scale of `layer`'s raw activations.
+
+        Args:
+            latents: dense latent activations, any leading shape.
+            layer: whose activations to reconstruct.
+        """
+        sae = self.saes[self.group_of(layer)]
+        if latents.shape[-1] != sae.d_sae:
+            raise UserError(
+                f"latents of layer {layer} have width {latents.shape[-1]}, but its SAE has "
+                f"{sae.d_sae}: give what encode(acts, layer={layer}) returns."
+            )
+        return sae.decode_dense(latents) / self.norm_factor(layer)
+
+    def reconstruct(
+        self, acts: Float[Tensor, "*batch d_model"], layer: int
+    ) -> Float[Tensor, "*batch d_model"]:
+        """Return decode(encode(acts)) for one layer."""
+        return self.decode(self.encode(acts, layer), layer)
+
+
+def load_suite(path: str | Path, grouping: str | None = None) -> Suite:
+    """Return the SAEs of a run folder (or of its `saes` folder), here or on the Hub.
+
+    Args:
+        path: the run folder, or `hf:owner/name`, or `hf:owner/name@revision`.
+        grouping: of a run with groups=all: which of its groupings, such as `complete-3`,
+            `per_layer` or `smaller-2`; None is the one that AMAD chose.
+
+    Raises:
+        UserError: there are no SAEs, one is damaged, there is no such grouping, or the Hub does
+            not give the files.
+    """
+    repo = repository(path)
+    folder = Path(path) if repo is None else download(repo, ("saes/*", "groups.json"))
+    folder = folder / "saes" if (folder / "saes").is_dir() else folder
+    names = sorted(file.parent.name for file in folder.glob("*/cfg.json"))
+    if not names:
+        raise UserError(
+            f"no SAEs under {path}: expected saes/<group>/cfg.json, as a finished run leaves "
+            "them. An unfinished run is finished by resume=<run folder>."
+        )
+    plan = load_plan(folder.parent)
+    if plan is not None:
+        known = by_name(plan)
+        chosen = next(iter(known)) if grouping is None else grouping
+        if chosen not in known:
+            raise UserError(f"no grouping '{chosen}' in {path}; it has {', '.join(known)}.")
+        names = list(dict.fromkeys(known[chosen].sae_of_layer.values()))
+    elif grouping is not None:
+        raise UserError(f"{path} has no groups.json: its SAEs belong to one grouping only.")
+    return load_saes(folder, names)
+
+
+def load_saes(folder: Path, names: Iterable[str]) -> Suite:
+    """Return the named SAEs of a `saes` folder, which must not share a layer.
+
+    Raises:
+        UserError: one is missing or damaged, or two serve one layer.
+    """
+    loaded = {name: _load_sae(folder / name / "cfg.json") for name in names}
+    return Suite(
+        {name: sae for name, (sae, _) in loaded.items()},
+        {name: config for name, (_, config) in loaded.items()},
+    )
+
+
+def _load_sae(file: Path) -> tuple[SAE, dict[str, Any]]:
+    """Return the SAE beside a `cfg.json`, and what the file says."""
+    try:
+        config = json.loads(file.read_text())
+        if config["format"] != FORMAT:
+            raise UserError(
+                f"{file} has format {config['format']}, this version of groupsae reads "
+                f"{FORMAT}: use the version that wrote it."
+            )
+        architecture = _architecture(config["architecture"], file)
+        # what only training asks for may be missing: an older version wrote the file
+        only_training = next(
+            UNTRAINED[kind] for kind, made in KINDS.items() if made is architecture
+        )
+        arguments = {**only_training, **config["arguments"]}
+        sae = architecture(**arguments, generator=torch.Generator())
+        weights = file.with_name("sae.safetensors")
+        wanted = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
+        try:
+            sae.load_state_dict(take(read_tensors(weights), wanted, weights))
+        except UserError as error:
+            raise UserError(f"{file.parent} is damaged: {error}") from error
+        for layer in config["layers"]:
+            float(config["norm_factors"][str(layer)])
+    except UserError:
+        raise
+    except Exception as error:  # whatever a cut or edited file leads to
+        raise UserError(
+            f"{file.parent} is damaged: {type(error).__name__}: {error}. Train it again, or copy "
+            "it anew from where it was whole."
+        ) from error
+    return sae.eval(), config
+
+
+def _architecture(path: str, file: Path) -> type[SAE]:
+    """Return the class that a `cfg.json` names, if it is an SAE of ours: never foreign code."""
+    module, _, name = path.rpartition(".")
+    found = None
+    if module.startswith("groupsae.sae."):
+        with suppress(ImportError):
+            found = getattr(importlib.import_module(module), name, None)
+    if isinstance(found, type) and issubclass(found, SAE) and found.__module__ == module:
+        return found
+    raise UserError(f"{file} names the architecture '{path}', which is not one of groupsae.sae.")

@@ -1,0 +1,61 @@
+"""Where an SAE's decoder bias starts: at zero, or in the middle of the first batch."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from groupsae.runtime.errors import UserError
+from groupsae.sae.base import SAE
+
+STARTS = ("zero", "mean", "geometric_median")
+ROUNDS, CLOSE = 100, 1e-5  # of Weiszfeld's algorithm; it stops when it moves less than this
+
+
+def check_b_dec_start(start: str) -> None:
+    """Raise UserError if there is no such start."""
+    if start not in STARTS:
+        raise UserError(f"b_dec_start is {start!r}: use {', '.join(STARTS)}.")
+
+
+@torch.no_grad()
+def start_b_dec(
+    sae: SAE,
+    x: Float[Tensor, "batch d_model"],
+    start: str,
+    all_sum: Callable[[Tensor], Tensor],
+) -> None:
+    """Set the decoder's bias from the scaled activations of the first batch.
+
+    Args:
+        sae: with its bias at zero.
+        x: this process's rows.
+        start: `zero` (paper), `mean`, or `geometric_median`, the point with the least sum of
+            distances, which single rows of extreme norm do not pull away.
+        all_sum: returns the sum over all processes.
+
+    Raises:
+        UserError: there is no such start.
+    """
+    check_b_dec_start(start)
+    if start == "zero":
+        return
+    x = x[x.isfinite().all(1)].double()  # a middle of rows that are not finite is none
+    centre = _weighted_mean(x, torch.ones_like(x[:, 0]), all_sum)
+    for _ in range(ROUNDS if start == "geometric_median" else 0):
+        weights = 1 / (x - centre).norm(dim=1).clamp_min(torch.finfo(x.dtype).eps)
+        last, centre = centre, _weighted_mean(x, weights, all_sum)
+        if (centre - last).norm() <= CLOSE * centre.norm():
+            break
+    sae.b_dec.copy_(centre)
+
+
+def _weighted_mean(
+    x: Float[Tensor, "batch d_model"],
+    weights: Float[Tensor, " batch"],
+    all_sum: Callable[[Tensor], Tensor],
+) -> Float[Tensor, " d_model"]:
+    """Return the weighted mean of the rows of all processes; zero if there are none."""
+    total = all_sum(torch.cat([weights @ x, weights.sum().reshape(1)]))
+    return total[:-1] / total[-1].clamp_min(torch.finfo(x.dtype).tiny)

@@ -1,0 +1,186 @@
+"""Data sets through `datasets`: from a folder, and over a connection that breaks."""
+
+import errno
+
+import datasets
+import httpx
+import pyarrow as pa
+import pytest
+from huggingface_hub.errors import OfflineModeIsEnabled
+from pyarrow import parquet
+
+from groupsae.data import hub
+from groupsae.data.hub import HubSource
+from groupsae.runtime.errors import UserError
+from groupsae.runtime.retry import is_transient
+
+TEXTS = [f"text {i}" for i in range(7)]
+
+
+def source(name, **changes):
+    values = {"config": None, "split": "train", "revision": None, "column": None, "retries": 2}
+    return HubSource(name=str(name), **(values | changes))
+
+
+@pytest.fixture(params=["saved", "saved with splits", "parquet files"])
+def folder(request, tmp_path):
+    data = datasets.Dataset.from_dict({"id": list(range(7)), "text": TEXTS})
+    place = tmp_path / "data"
+    if request.param == "saved":
+        data.save_to_disk(place)
+    elif request.param == "saved with splits":
+        datasets.DatasetDict({"train": data, "test": data}).save_to_disk(place)
+    else:
+        place.mkdir()
+        for part in (0, 1):
+            table = pa.table({"text": TEXTS[part * 4 : part * 4 + 4]})
+            parquet.write_table(table, place / f"train-{part}.parquet")
+    return place
+
+
+@pytest.mark.parametrize("start", [0, 3, 6, 7, 20])
+def test_rows_of_a_folder_are_documents_from_any_row_on(folder, start):
+    found = [(d.name, d.text) for d in source(folder).documents(start)]
+    assert found == [(f"train#{i}", text) for i, text in enumerate(TEXTS)][start:]
+
+
+def test_the_fingerprint_of_a_folder_is_its_content_and_not_its_place(folder, tmp_path):
+    before = source(folder).fingerprint()
+    moved = folder.rename(tmp_path / "elsewhere")
+    assert source(moved).fingerprint() == before
+    assert source(moved, column="text").fingerprint() != before
+    assert source(moved, split="test").fingerprint() != before
+    (moved / "more.txt").write_text("x")
+    assert source(moved).fingerprint() != before
+
+
+@pytest.mark.parametrize("column", ["tokens", "input_ids"])
+def test_tokenised_rows_keep_their_tokens(tmp_path, column):
+    datasets.Dataset.from_dict({column: [[1, 2], [], [3]]}).save_to_disk(tmp_path / "data")
+    found = [d.token_ids for d in source(tmp_path / "data").documents()]
+    assert found == [[1, 2], [], [3]]
+
+
+def test_a_missing_column_is_refused_with_those_that_there_are(folder):
+    with pytest.raises(UserError, match="no column named 'body'. It has: .*'text'.*data.column="):
+        next(source(folder, column="body").documents())
+
+
+def test_a_missing_split_is_refused_with_those_that_there_are(tmp_path):
+    data = datasets.Dataset.from_dict({"text": TEXTS})
+    datasets.DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match="no split 'dev'; it has: train, test"):
+        next(source(tmp_path / "saved", split="dev").documents())
+    (tmp_path / "files").mkdir()
+    parquet.write_table(pa.table({"text": TEXTS}), tmp_path / "files" / "train.parquet")
+    with pytest.raises(UserError, match="'dev'.*train"):
+        next(source(tmp_path / "files", split="dev").documents())
+
+
+def test_a_folder_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(UserError, match="none is no folder"):
+        source(tmp_path / "none").fingerprint()
+
+
+def broken(monkeypatch, breaks, error=ConnectionError):
+    """Let the stream break before each of the given rows, once for each time it is listed."""
+    breaks, pauses = list(breaks), []
+
+    def rows(_self, start):
+        for row in range(start, len(TEXTS)):
+            if row in breaks:
+                breaks.remove(row)
+                raise error("gone")
+            yield {"text": TEXTS[row]}
+
+    monkeypatch.setattr(HubSource, "_open", rows)
+    monkeypatch.setattr(hub.time, "sleep", pauses.append)
+    return pauses
+
+
+def test_a_lost_connection_is_taken_up_again_at_the_same_row(monkeypatch):
+    pauses = broken(monkeypatch, [0, 3, 3, 5])
+    assert [d.text for d in source("some/data").documents()] == TEXTS
+    assert pauses == [1, 1, 2, 1]
+
+
+def test_after_the_retries_the_user_is_told_how_to_go_on(monkeypatch):
+    pauses = broken(monkeypatch, [3, 3, 3])
+    stream, found = source("some/data").documents(), []
+    with pytest.raises(UserError, match="row 3 .* 2 retries .*again goes on where it stopped"):
+        found.extend(d.text for d in stream)
+    assert found == TEXTS[:3]
+    assert pauses == [1, 2]
+
+
+def test_an_error_that_stays_is_not_tried_again(monkeypatch):
+    pauses = broken(monkeypatch, [3], error=FileNotFoundError)
+    with pytest.raises(UserError, match="cannot read data set some/data, split 'train'.*gone"):
+        list(source("some/data").documents())
+    assert pauses == []
+
+
+def answer(status):
+    request = httpx.Request("GET", "http://localhost")
+    return httpx.HTTPStatusError("", request=request, response=httpx.Response(status))
+
+
+@pytest.mark.parametrize(
+    ("error", "transient"),
+    [
+        (ConnectionResetError(), True),
+        (TimeoutError(), True),
+        (httpx.ReadTimeout(""), True),
+        (answer(503), True),
+        (answer(429), True),
+        (answer(404), False),
+        (answer(401), False),
+        (OfflineModeIsEnabled(""), False),
+        (FileNotFoundError(), False),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (OSError(errno.EMFILE, "Too many open files"), False),
+        (OSError(errno.EIO, "Input/output error"), True),
+        (ValueError(), False),
+    ],
+)
+def test_only_what_the_network_may_mend_is_tried_again(error, transient):
+    assert is_transient(error) is transient
+
+
+class Hub:
+    """Knows one data set, or is out of reach."""
+
+    sha: str | None = "a" * 40
+
+    def dataset_info(self, *_args, **_kwargs):
+        if self.sha is None:
+            raise ConnectionError
+        return self
+
+
+@pytest.fixture
+def remote(monkeypatch, tmp_path):
+    readme = tmp_path / "snapshots" / ("a" * 40) / "README.md"
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_a, **_k: str(readme))
+    return monkeypatch
+
+
+def test_the_fingerprint_follows_the_commit_and_not_the_branch(remote):
+    before = source("some/data").fingerprint()
+    assert source("some/data", revision="main").fingerprint() == before
+    remote.setattr(Hub, "sha", "b" * 40)
+    assert source("some/data").fingerprint() != before
+
+
+def test_without_network_the_commit_seen_last_is_taken(remote):
+    before = source("some/data").fingerprint()
+    remote.setattr(Hub, "sha", None)
+    assert source("some/data").fingerprint() == before
+
+
+def test_a_full_commit_asks_nothing_of_the_hub(remote):
+    before = source("some/data").fingerprint()
+    remote.delattr(Hub, "dataset_info")
+    remote.delattr("huggingface_hub.try_to_load_from_cache")
+    assert source("some/data", revision="a" * 40).fingerprint() == before

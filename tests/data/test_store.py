@@ -1,0 +1,615 @@
+"""The store of activations: what is written, read, mended, and shared between processes."""
+
+import errno
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from groupsae.data.activations import ActivationDataModule
+from groupsae.data.files import FileSource
+from groupsae.data.store import fill, store
+from groupsae.data.store.rows import read_ahead
+from groupsae.data.store.shard import Damaged
+from groupsae.data.store.store import ActivationStore
+from groupsae.files import atomic as whole
+from groupsae.files.claim import claimed
+from groupsae.lm.hooked import HookedLM
+from groupsae.lm.load import FrozenLM
+from groupsae.runtime.errors import UserError
+from tests.helpers.lms import frozen
+
+CONTEXT, D_MODEL, LAYERS, STEP = 16, 32, 4, 4
+SLOTS = [[0, 1], [2], [1, 2, 3], [3]]
+BLOCK = CONTEXT * D_MODEL * 4  # bytes of a float32 block
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Two steps in a chunk: five of them for nine steps."""
+    monkeypatch.setattr(fill, "CHUNK_BYTES", 2 * STEP * BLOCK)
+    monkeypatch.setattr(fill, "FEW", 10**9)  # no trial
+
+
+@pytest.fixture(scope="module")
+def lm(tiny_lm):
+    """Return one model for all, whose tokenizer is read once."""
+    shared = frozen(tiny_lm)
+    tokenizer = shared.tokenizer()
+    shared.tokenizer = lambda: tokenizer
+    return shared
+
+
+@pytest.fixture
+def make_data(lm, tiny_text, cache, tmp_path):
+    """Return a function that gives a data module, with a store unless dtype is None."""
+
+    def make(dtype="float32", steps=9, rank=0, world_size=1, place=tmp_path, **changes):
+        values = {
+            "lm": lm,
+            "source": FileSource(path=str(tiny_text), text_column=None),
+            "cache": cache, "context": CONTEXT,
+            "heldout_fraction": 0.1, "calibration_fraction": 0.1, "prepend_bos": False,
+            "exclude_special_tokens": False, "skip_positions": 0, "max_norm_ratio": None,
+            "max_tokens": None, "blocks_per_step": STEP,
+            "blocks_per_forward": 3, "tokens": steps * STEP * CONTEXT,
+            "heldout_tokens": 2 * STEP * CONTEXT, "num_workers": 0, "seed": 3,
+        }  # fmt: skip
+        data = ActivationDataModule(**(values | changes))
+        data.said = []
+        if dtype is not None:
+            data.keep_in(str(place / "store"), dtype, data.said.append)
+        data.trainer = SimpleNamespace(
+            training=True, world_size=world_size, global_rank=rank,
+            strategy=SimpleNamespace(root_device=torch.device("cpu")),
+        )  # fmt: skip
+        data.setup("fit")
+        data.set_slots(SLOTS)
+        return data
+
+    return make
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """Return the list of forwards of the language model, by the number of blocks."""
+    ran, run = [], HookedLM.run
+
+    def counted(self, inputs, *args, **kwargs):
+        ran.append(len(inputs["input_ids"]))
+        return run(self, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(HookedLM, "run", counted)
+    return ran
+
+
+def files(data) -> dict[Path, tuple[int, int]]:
+    """Return the files of a store, with what changes when one is written again."""
+    found = {path: path.stat() for path in data.store.folder.glob("*/*/*.safetensors")}
+    return {path: (stat.st_mtime_ns, stat.st_ino) for path, stat in found.items()}
+
+
+def training_batches(data):
+    return [
+        data.on_after_batch_transfer(data.on_before_batch_transfer(batch, 0), 0)
+        for batch in data.train_dataloader()
+    ]
+
+
+def same_batches(first, second):
+    assert len(first) == len(second) > 0
+    for mine, other in zip(first, second, strict=True):
+        for a, b in zip(mine, other, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+
+
+def validation_parts(data):
+    data.trainer.training = False
+    return [
+        part
+        for batch in data.val_dataloader()
+        for part in data.on_after_batch_transfer(data.on_before_batch_transfer(batch, 0), 0)
+    ]
+
+
+FILTERS = [
+    {},
+    {"exclude_special_tokens": True, "skip_positions": 2},
+    {"max_norm_ratio": 1.05},
+    {"exclude_special_tokens": True, "max_norm_ratio": 1.05, "num_workers": 3},
+]
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=["all", "tokens", "norms", "both"])
+def test_batches_from_a_store_are_those_of_the_stream(make_data, filters):
+    stored, streamed = make_data(**filters), make_data(None, **filters | {"num_workers": 0})
+    stored.fill_calibration(3 * STEP * CONTEXT)
+    stored.fill_training()
+    same_batches(training_batches(stored), training_batches(streamed))
+    same_batches(validation_parts(stored), validation_parts(streamed))
+    tokens = 3 * STEP * CONTEXT
+    calibration = [list(data.calibration_batches(tokens)) for data in (stored, streamed)]
+    same_batches(*calibration)
+    assert stored.blocks_seen == streamed.blocks_seen == 9 * STEP
+    (first,) = [data.first_rows(SLOTS, 1)() for data in (stored,)]
+    assert torch.equal(first.acts, streamed.first_rows(SLOTS, 1)().acts)
+
+
+def test_filters_do_not_matter_to_what_is_stored(make_data, forwards):
+    make_data().fill_training()
+    ran = len(forwards)
+    make_data(skip_positions=3).fill_training()
+    assert len(forwards) == ran > 0
+
+
+def test_two_processes_read_what_one_reads(make_data):
+    make_data(blocks_per_forward=2).fill_training()
+    one = training_batches(make_data(blocks_per_forward=2))
+    halves = [training_batches(make_data(rank=r, world_size=2)) for r in range(2)]
+    for both, *parts in zip(one, *halves, strict=True):
+        assert torch.equal(torch.cat([part.acts for part in parts], 1), both.acts)
+        assert torch.equal(torch.cat([part.layers for part in parts], 1), both.layers)
+
+
+def test_a_file_is_a_safetensors_file_that_says_what_is_in_it(make_data):
+    data = make_data()
+    data.fill_training()
+    seen = []
+    for path in data.store.folder.glob("train/*/layer.02.safetensors"):
+        held = load_file(path)
+        assert held["acts"].shape == (len(held["blocks"]), CONTEXT, D_MODEL)
+        for block, acts in zip(held["blocks"].tolist(), held["acts"], strict=True):
+            assert torch.equal(data.store.read("train", block, 2), acts)
+            seen.append(block)
+    assert sorted(seen) == sorted(data.needed("train", 9))
+    assert len(seen) == 9 * STEP
+
+
+def test_what_is_stored_can_be_gone_through_with_its_tokens(make_data):
+    data = make_data()
+    data.fill_training()
+    opened, found = ActivationStore(data.store.folder), 0
+    for block, acts in opened.iterate("heldout", layer=1):
+        tokens = torch.from_numpy(data.blocks.blocks["heldout"][block].astype("int64"))
+        expected = data.activations(tokens[None], [[1]]).acts[0]
+        torch.testing.assert_close(acts, expected, rtol=1e-4, atol=1e-4)  # a forward of one block
+        found += 1
+    assert found == 2 * STEP
+    with pytest.raises(KeyError, match="block .* of train at layer 1"):
+        opened.read("train", min(set(range(99)) - set(opened.blocks("train", 1))), 1)
+
+
+def test_a_full_store_needs_no_model(make_data, monkeypatch):
+    make_data().fill_training()
+    monkeypatch.setattr(FrozenLM, "load", lambda *_: pytest.fail("the model was loaded"))
+    data = make_data()
+    data.fill_training()
+    assert len(training_batches(data)) == 9
+    assert data.said == []
+
+
+def test_more_tokens_and_more_layers_write_only_what_is_missing(make_data, forwards):
+    first = make_data(steps=4)
+    first.set_slots([[0, 1]])
+    first.fill_training()
+    before, ran = files(first), len(forwards)
+    more = make_data(steps=9, max_tokens=20_000_000)
+    more.set_slots([[0, 1]])
+    assert more.store.folder == first.store.folder
+    more.fill_training()
+    after = files(more)
+    assert {path: after[path] for path in before} == before
+    assert sum(forwards[ran:]) == 5 * STEP
+    layers = make_data(steps=9)
+    layers.set_slots([[0, 1, 2]])
+    layers.fill_training()
+    new = set(files(layers)) - set(after)
+    assert {path.name for path in new} == {"layer.02.safetensors"}
+
+
+def test_a_broken_off_filling_goes_on_and_rewrites_nothing(make_data, monkeypatch):
+    written, finish = [], fill.ShardWriter.finish
+
+    def broken_off(self):
+        if len(written) == 6:
+            raise KeyboardInterrupt
+        written.append(self.path)
+        finish(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fill.ShardWriter, "finish", broken_off)
+        patch.setattr(fill.ShardWriter, "discard", lambda self: self.file.close())  # killed
+        with pytest.raises(KeyboardInterrupt):
+            make_data().fill_training()
+    data = make_data()
+    before = files(data)
+    assert set(written) == set(before)
+    left = list(data.store.folder.glob("*/*/*.tmp"))
+    assert left
+    monkeypatch.setattr(whole.psutil, "pid_exists", lambda _: False)
+    data.fill_training()
+    after = files(data)
+    assert {path: after[path] for path in before} == before
+    assert not list(data.store.folder.rglob("*.tmp"))
+    same_batches(training_batches(data), training_batches(make_data(None)))
+
+
+def flip(path: Path, place: int) -> None:
+    """Turn a bit of a byte around; a negative place counts from the end."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_file_is_named_and_written_anew_alone_while_training_goes_on(
+    make_data, forwards
+):
+    first = make_data()
+    first.fill_training()
+    path = sorted(first.store.folder.glob("train/*/layer.01.safetensors"))[1]
+    blocks = len(load_file(path)["blocks"])
+    flip(path, -5)
+    before, ran = files(first), len(forwards)
+    data = make_data()
+    same_batches(training_batches(data), training_batches(make_data(None))[:9])
+    (said, *more) = data.said
+    assert f"{path} is damaged (the checksum of block" in said
+    assert "it is written anew" in said
+    assert sum(forwards[ran:]) == blocks + 9 * STEP  # the latter are the stream's
+    changed = {p for p, stat in files(data).items() if stat != before[p]}
+    assert changed == {path}
+    again = make_data()
+    training_batches(again)
+    assert again.said == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "how"),
+    [
+        (lambda path: flip(path, 3), "its header is wrong"),
+        (lambda path: flip(path, 40), "its header is wrong"),
+        (lambda path: flip(path, -(2 * STEP * BLOCK) - 20), "the checksum of its record is wrong"),
+        (lambda path: os.truncate(path, path.stat().st_size - 7), "bytes instead of"),
+        (lambda path: path.write_bytes(b""), "its header is wrong"),
+    ],
+)
+def test_a_file_that_is_not_whole_is_noticed_on_opening(make_data, damage, how):
+    first = make_data()
+    first.fill_training()
+    path = min(first.store.folder.glob("train/*/layer.03.safetensors"))
+    damage(path)
+    before, data = files(first), make_data()
+    data.fill_training()
+    assert any(f"{path} is damaged" in said and how in said for said in data.said)
+    assert {p for p, stat in files(data).items() if stat != before[p]} == {path}
+    same_batches(training_batches(data), training_batches(make_data(None)))
+
+
+def test_a_file_that_many_batches_find_damaged_is_written_anew_once(make_data, forwards):
+    first = make_data()
+    first.fill_training()
+    path = min(first.store.folder.glob("train/*/layer.01.safetensors"))
+    blocks = len(load_file(path)["blocks"])
+    for block in range(blocks):  # so every batch ahead meets it
+        flip(path, -1 - block * BLOCK)
+    ran, data = len(forwards), make_data()
+    training_batches(data)
+    assert len(data.said) == 1
+    assert sum(forwards[ran:]) == blocks
+    assert data._hooked is None  # loaded for this only
+
+
+def test_whoever_finds_a_damaged_file_names_it(make_data, capsys):
+    make_data().fill_training()
+    data = make_data(rank=1, world_size=2)
+    path = min(data.store.folder.glob("train/*/layer.01.safetensors"))
+    for block in range(len(load_file(path)["blocks"])):
+        flip(path, -1 - block * BLOCK)
+    training_batches(data)
+    assert f"process 1: {path} is damaged (the checksum of" in capsys.readouterr().err
+    assert data.said == []  # the leader's
+
+
+def test_a_damaged_file_that_another_process_mended_is_kept(make_data):
+    first = make_data()
+    first.fill_training()
+    path = min(first.store.folder.glob("train/*/layer.01.safetensors"))
+    content = path.read_bytes()
+    path.write_bytes(b"")
+    late = make_data()
+    assert [damaged.path for damaged in late.store.damaged] == [path]
+    path.write_bytes(content)
+    before = files(first)
+    late._filler(show=False)._clear()
+    assert files(first) == before
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE])
+@pytest.mark.parametrize("opening", [True, False])
+def test_a_file_that_may_not_be_read_is_no_damaged_one(
+    make_data, monkeypatch, number, opening, forwards
+):
+    data, opened = make_data(), Path.open
+    data.fill_training()
+    path = min(data.store.folder.glob("train/*/layer.01.safetensors"))
+    before, ran = files(data), len(forwards)
+
+    def refused(self, *args, **kwargs):
+        if self == path:
+            raise OSError(number, os.strerror(number))
+        return opened(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(UserError, match=f"cannot read {path}: {os.strerror(number)}.*again"):
+        training_batches(make_data() if opening else data)
+    assert files(data) == before
+    assert len(forwards) == ran
+
+
+def test_what_others_are_writing_is_left_alone(make_data, monkeypatch, tmp_path):
+    data = make_data()
+    folder = data.store.folder / "train" / "x"
+    folder.mkdir(parents=True)
+    now = time.time()
+
+    def beside(host, process, age):
+        path = folder / f"layer.00.safetensors@{host}@{process}@{age}.tmp"
+        path.touch()
+        os.utime(path, (now - age, now - age))
+        return path
+
+    here = socket.gethostname()
+    living = [beside(here, os.getpid(), 10**6), beside("some.other-host", 1, 60)]
+    dead = [beside(here, 2**22 + 1, 0), beside("some.other-host", 1, 10**6)]
+    trial = whole.own_beside(data.store.folder / "trial")
+    trial.mkdir()
+    data.fill_training()
+    assert [path.exists() for path in living] == [True, True]
+    assert [path.exists() for path in dead] == [False, False]
+    assert trial.exists()
+    monkeypatch.setattr(whole.psutil, "pid_exists", lambda _: False)
+    data._filler(show=False)._clear()
+    assert not trial.exists()
+
+
+def test_a_trial_that_its_process_removes_meanwhile_is_in_nobodys_way(make_data, monkeypatch):
+    data = make_data()
+    trial = whole.own_beside(data.store.folder / "trial")
+    trial.mkdir()
+    scandir = os.scandir
+
+    def gone(path):
+        if Path(path) == trial:
+            raise FileNotFoundError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", gone)
+    data.fill_training()
+    data.store.refresh()
+    assert not data.store.gaps("train", [0], [0])
+
+
+def test_a_trial_tells_the_time_beforehand_and_may_fail(make_data, monkeypatch):
+    monkeypatch.setattr(fill, "FEW", 2)
+    data = make_data()
+    data.fill_training()
+    (said,) = data.said
+    assert re.search(r": 0\.4 MB to write into .*, about 0:00:0\d by a trial\.$", said)
+    assert {p.parent.name for p in data.store.folder.rglob("*.safetensors")} == {
+        p.name for p in data.store.folder.glob("*/*")
+    }
+    monkeypatch.setattr(fill, "own_beside", lambda path: path.parent / "no" / "such" / "folder")
+    data = make_data("bfloat16")
+    data.fill_training()
+    assert len(data.said) == 1
+    assert "by a trial" not in data.said[0]
+    assert files(data)
+
+
+def test_a_chunk_stays_one_processs_to_write_when_another_has_just_ended(tmp_path):
+    """Who waits with the lock file of the first one open still excludes a third."""
+    with claimed(tmp_path) as mine:
+        assert mine
+        before = (tmp_path / "lock").stat().st_ino
+    with claimed(tmp_path) as mine:
+        assert mine
+    assert (tmp_path / "lock").stat().st_ino == before
+
+
+def test_a_file_that_stays_damaged_ends_the_run(make_data, monkeypatch):
+    data = make_data()
+    data.fill_training()
+
+    def damaged(self, row, out):
+        raise Damaged(self.path, "again")
+
+    monkeypatch.setattr(store.Shard, "read", damaged)
+    with pytest.raises(UserError, match="though it was written anew 3 times.*data.cache="):
+        training_batches(data)
+
+
+def test_a_disk_that_is_too_small_is_refused_with_figures(make_data, monkeypatch):
+    free = fill.RESERVE + 100_000
+    monkeypatch.setattr(fill.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    data = make_data()
+    # 9 steps and 2 of validation, 4 layers: 11 * 4 * 4 * 2048 bytes
+    message = r"take 0\.4 MB, but .*store.* has room for 0\.1 MB: .*bfloat16.*data\.cache=null"
+    with pytest.raises(UserError, match=message):
+        data.fill_training()
+    # one step of calibration would have room, but not what comes afterwards
+    with pytest.raises(UserError, match="take 0.0 MB, and at least 0.3 MB more afterwards"):
+        data.fill_calibration(STEP * CONTEXT)
+    assert files(data) == {}
+
+
+def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(make_data, monkeypatch):
+    calls, fsync = [], os.fsync
+
+    def full(handle):
+        calls.append(handle)
+        if len(calls) > 5:
+            raise OSError(28, "No space left on device")
+        fsync(handle)
+
+    data = make_data()
+    assert data.store.folder.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("groupsae.data.store.shard.os.fsync", full)
+        with pytest.raises(UserError, match="No space left on device.* same command goes on"):
+            data.fill_training()
+    before = files(data)
+    assert before
+    assert not list(data.store.folder.glob("*/*/*.tmp"))
+    data = make_data()
+    data.fill_training()
+    assert {path: files(data)[path] for path in before} == before
+    same_batches(training_batches(data), training_batches(make_data(None)))
+
+
+def test_float16_that_is_too_small_for_the_activations_is_refused(make_data, monkeypatch):
+    run = HookedLM.run
+
+    def larger(self, inputs, layers, visit, stop):
+        return run(self, inputs, layers, lambda x, acts: visit(x, acts * 1e6), stop)
+
+    monkeypatch.setattr(HookedLM, "run", larger)
+    with pytest.raises(UserError, match=r"float16 ends at 65,504, and layer \d has larger"):
+        make_data("float16").fill_training()
+    make_data("bfloat16").fill_training()
+
+
+def test_a_chunk_that_another_process_writes_is_waited_for(make_data, monkeypatch):
+    monkeypatch.setattr(fill, "PAUSE", 0.05)
+    data = make_data()
+    order = data.needed("train", 9)
+    (gap,) = data.store.gaps("train", order[: 2 * STEP], [0, 1, 2, 3])
+    folder = data.store.chunk_folder(gap)
+    folder.mkdir(parents=True)
+    other = subprocess.Popen(
+        [
+            sys.executable, "-c",
+            "import fcntl, sys, time\nhandle = open(sys.argv[1], 'w')\n"
+            "fcntl.lockf(handle, fcntl.LOCK_EX)\nprint('held', flush=True)\ntime.sleep(60)",
+            str(folder / "lock"),
+        ],
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"held\n"
+    with claimed(folder) as mine:
+        assert not mine
+
+    def killed(sentence):  # as soon as everything else is written
+        data.said.append(sentence)
+        if "waiting for it" in sentence:
+            assert len(list(data.store.folder.glob("train/*/*.safetensors"))) == 4 * 4
+            other.kill()
+
+    data.keep_in(str(data.store.folder.parent), "float32", killed)
+    data.fill_training()
+    other.wait()
+    other.stdout.close()
+    assert "waiting for it" in data.said[-1]
+    assert len(list(folder.glob("*.safetensors"))) == 4
+
+
+@pytest.mark.slow
+def test_two_processes_fill_one_store_and_one_of_them_is_killed(make_data, tmp_path):
+    """Each begins at another end; what the killed one had whole stays, the other does the rest."""
+    script = tmp_path / "fill.py"
+    script.write_text(KILLED)
+    data = make_data()
+    place = [str(data.lm.path), str(data.source.path), str(data.cache), str(tmp_path / "store")]
+    command = [sys.executable, str(script), *place]
+    child = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert child.returncode == -signal.SIGKILL
+    before = files(data)
+    assert before
+    assert list(data.store.folder.glob("*/*/*.tmp"))
+    data = make_data()
+    data.fill_training()
+    assert {path: files(data)[path] for path in before} == before
+    same_batches(training_batches(data), training_batches(make_data(None)))
+
+
+KILLED = """
+import os, signal, sys
+from types import SimpleNamespace
+import torch
+from tests.helpers.lms import frozen
+from groupsae.data.activations import ActivationDataModule
+from groupsae.data.files import FileSource
+from groupsae.data.store import fill
+
+lm, text, cache, store = sys.argv[1:]
+fill.CHUNK_BYTES, fill.FEW = 2 * 4 * 16 * 32 * 4, 10**9
+data = ActivationDataModule(
+    lm=frozen(lm), source=FileSource(path=text, text_column=None), cache=cache, context=16,
+    heldout_fraction=0.1, calibration_fraction=0.1, prepend_bos=False,
+    exclude_special_tokens=False, skip_positions=0, max_norm_ratio=None, max_tokens=None,
+    blocks_per_step=4, blocks_per_forward=3, tokens=9 * 4 * 16, heldout_tokens=2 * 4 * 16,
+    num_workers=0, seed=3,
+)
+data.keep_in(store, "float32", print)
+data.trainer = SimpleNamespace(
+    training=True, world_size=1, global_rank=0,
+    strategy=SimpleNamespace(root_device=torch.device("cpu")),
+)
+data.setup("fit")
+data.set_slots([[0, 1], [2], [1, 2, 3], [3]])
+finish, count = fill.ShardWriter.finish, []
+
+def killed(self):
+    count.append(self)
+    if len(count) == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    finish(self)
+
+fill.ShardWriter.finish = killed
+data.fill_training()
+"""
+
+
+def test_reading_ahead_keeps_the_order_and_its_bounds():
+    begun, repaired = [], []
+
+    def read(item):
+        begun.append(item)
+        if item == 3 and not repaired:
+            raise Damaged(Path("x"), "torn")
+        return 10 * item
+
+    ahead = read_ahead(range(8), read, repaired.append)
+    assert next(ahead) == 0
+    time.sleep(0.05)
+    assert max(begun) <= 2
+    assert list(ahead) == [10 * item for item in range(1, 8)]
+    assert len(repaired) == 1
+
+    def fails(item):
+        raise UserError("no")
+
+    with pytest.raises(UserError, match="no"):
+        next(read_ahead(range(8), fails, repaired.append))
+
+
+def test_the_layout_keeps_numbers_where_they_belong():
+    layout = store.Layout(CONTEXT, D_MODEL, torch.bfloat16)
+    for count in (1, 9, 10, 99_999):
+        assert len(layout.header(count)) % 8 == 0
+    assert layout.block_bytes == np.prod([CONTEXT, D_MODEL, 2])

@@ -1,0 +1,87 @@
+"""Files of a run: whole or as they were before, and a sentence when the disk is full."""
+
+import errno
+import os
+from pathlib import Path
+from socket import gethostname
+
+import numpy as np
+import pytest
+
+from groupsae.files.atomic import left_behind, whole
+from groupsae.files.reading import read_metrics
+from groupsae.runtime.errors import UserError
+from groupsae.training.loggers import MetricsCSV
+from groupsae.training.measure import Measurement, cached
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_breaks_off_leaves_the_file_as_it_was_and_nothing_beside_it(tmp_path, shared):
+    path = tmp_path / "new" / "file.txt"
+    with whole(path, mode="w", shared=shared) as handle:
+        handle.write("old")
+    with pytest.raises(TypeError), whole(path, shared=shared) as handle:
+        handle.writelines([b"half", None])
+    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
+    assert path.read_text() == "old"
+
+
+def test_a_full_disk_is_a_sentence_that_names_the_file(tmp_path, monkeypatch):
+    def full(_handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    path = tmp_path / "summary.json"
+    with (
+        pytest.raises(UserError, match=r"cannot write .*summary.json: No space left on device"),
+        whole(path) as handle,
+    ):
+        handle.write(b"half")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a@b.tmp",
+        "a@b@c@d.tmp",
+        "x@host@12@ab.npz",
+        "@h@1@a.tmp",
+        f"a@{gethostname()}@{9**30}@a.tmp",
+    ],
+)
+def test_names_that_are_not_ours_are_left_alone(name):
+    assert not left_behind(Path(name))
+
+
+def test_metrics_that_cannot_be_written_are_a_sentence(tmp_path):
+    logger = MetricsCSV(folder=str(tmp_path))
+    logger.log_metrics({"a": 1.0}, step=0)
+    (tmp_path / "metrics.csv").unlink()
+    (tmp_path / "metrics.csv").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*metrics.csv: Is a directory"):
+        logger.log_metrics({"a": 1.0}, step=1)
+
+
+def test_a_value_that_a_kill_cut_short_is_no_value(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(b"step,metric,value\r\n1,a,0.25\r\n2,a,0.1")  # of 0.125
+    assert read_metrics(path) == [(1, "a", 0.25)]
+
+
+def test_a_damaged_measurement_in_the_cache_is_made_anew(tmp_path: Path):
+    path = tmp_path / "angles.npz"
+    distances = np.ones((2, 2))
+    made = Measurement(distances, np.ones(2), np.ones(2), 4, {"tokens": 8}, 0.5)
+    made.save(path)
+    found = cached(path)
+    assert found is not None
+    assert np.array_equal(found.distances, distances)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 4] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        Measurement.load(path)
+    with pytest.warns(UserWarning, match="is damaged: it is measured anew"):
+        assert cached(path) is None
+    assert cached(tmp_path / "none.npz") is None

@@ -1,0 +1,70 @@
+"""A run folder is held by one process; the hold ends with it, and needs no locks to exist."""
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from groupsae.files.locks import alone_in
+from groupsae.runtime.errors import UserError
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from groupsae.files.locks import alone_in
+with alone_in(Path(sys.argv[1])):
+    child = os.fork()  # as a loader's process, which outlives a killed run
+    if child:
+        print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    child = int(process.stdout.readline())
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    os.kill(child, signal.SIGKILL)
+
+
+def test_a_second_process_is_refused_with_who_holds_it_until_that_one_dies(tmp_path, holder):
+    with pytest.raises(UserError) as refused, alone_in(tmp_path):
+        pass
+    said = str(refused.value)
+    assert f"{tmp_path} is in use by process {holder.pid} on " in said
+    assert ", since 20" in said
+    assert "give the same command again" in said
+    holder.kill()
+    holder.wait()
+    with alone_in(tmp_path):  # though a child of the dead one still lives
+        pass
+
+
+def test_a_process_may_come_again(tmp_path):
+    for _ in range(2):
+        with alone_in(tmp_path):
+            assert [p.name for p in (tmp_path / ".hydra").iterdir()] == ["lock"]
+
+
+def test_without_locks_or_a_folder_that_can_be_written_nothing_is_held(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with alone_in(tmp_path / "file"):
+        pass
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with alone_in(tmp_path):
+        pass

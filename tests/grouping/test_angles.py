@@ -1,0 +1,208 @@
+"""Angular distance and moments against a naive loop in float64, and by property."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from groupsae.grouping import moments
+from groupsae.grouping.angles import AngularDistance
+from groupsae.grouping.moments import LayerMoments
+from groupsae.runtime.errors import UserError
+
+L, TOKENS, D = 4, 50, 8
+
+
+def residual_stream(seed: int = 0, layers: int = L, tokens: int = TOKENS) -> Tensor:
+    """Return activations that drift from layer to layer, as in a transformer."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(layers, tokens, D, generator=generator).cumsum(dim=0)
+
+
+def naive(acts: Tensor) -> Tensor:
+    """Return the angles by a double loop with the formula that is exact at both ends."""
+    unit = acts.double() / acts.double().norm(dim=-1, keepdim=True)
+    result = torch.zeros(len(acts), len(acts), dtype=torch.float64)
+    for i, u in enumerate(unit):
+        for j, v in enumerate(unit):
+            halves = torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1))
+            result[i, j] = (2 * halves / math.pi).mean()
+    return result
+
+
+def measured(acts: Tensor, mask: Tensor | None = None) -> Tensor:
+    metric = AngularDistance(num_layers=len(acts), d_model=acts.shape[-1], centring="none")
+    metric.update(acts, mask)
+    return metric.compute()
+
+
+def test_distances_equal_a_naive_double_loop() -> None:
+    acts = residual_stream()
+    assert_close(measured(acts), naive(acts), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("step", [0.0, 1e-6, 1e-4, 1e-2])
+def test_distances_near_zero_keep_their_accuracy(step: float) -> None:
+    acts = residual_stream()
+    acts[1] = acts[0] + step * acts[2]
+    acts[3] = -acts[0]
+    assert_close(measured(acts), naive(acts), atol=1e-8, rtol=0)
+
+
+def test_equal_orthogonal_and_opposite_vectors_give_0_half_and_1() -> None:
+    x = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0], [-1.0, 0.0]])
+    expected = torch.tensor(
+        [[0, 0, 0.5, 1], [0, 0, 0.5, 1], [0.5, 0.5, 0, 0.5], [1, 1, 0.5, 0]], dtype=torch.float64
+    )
+    assert_close(measured(x[:, None, :]), expected)
+
+
+def test_cosines_that_round_beyond_one_are_clamped() -> None:
+    acts = residual_stream(tokens=2000)[:1].expand(3, -1, -1) * torch.tensor([1, 3, 7.7]).reshape(
+        3, 1, 1
+    )
+    result = measured(acts)
+    assert result.isfinite().all()
+    assert_close(result, torch.zeros_like(result), atol=1e-7, rtol=0)
+
+
+def test_the_result_is_float64_symmetric_with_zero_diagonal() -> None:
+    result = measured(residual_stream().bfloat16())
+    assert result.dtype == torch.float64
+    assert torch.equal(result, result.T)
+    assert torch.equal(result.diagonal(), torch.zeros(L, dtype=torch.float64))
+
+
+def test_the_scale_of_a_layer_does_not_matter() -> None:
+    acts = residual_stream()
+    scales = torch.tensor([1e-12, 1.0, 40.0, 1e12]).reshape(L, 1, 1)
+    assert_close(measured(acts * scales), measured(acts), atol=1e-7, rtol=0)
+
+
+def test_how_tokens_are_split_into_batches_does_not_matter() -> None:
+    acts = residual_stream()
+    metric = AngularDistance(num_layers=L, d_model=D, centring="none")
+    for batch in torch.split(acts, [1, 30, 19], dim=1):
+        metric.update(batch)
+    assert_close(metric.compute(), measured(acts), atol=1e-14, rtol=0)
+
+
+def test_how_tokens_are_split_into_chunks_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = measured(residual_stream())
+    monkeypatch.setattr(moments, "CHUNK_CPU", 7 * L * D)
+    assert_close(measured(residual_stream()), whole, atol=1e-14, rtol=0)
+
+
+def test_sums_over_ranks_equal_one_rank() -> None:
+    acts = residual_stream()
+    ranks = [AngularDistance(num_layers=L, d_model=D, centring="none") for _ in range(2)]
+    for rank, part in zip(ranks, torch.split(acts, [10, 40], dim=1), strict=True):
+        rank.update(part)
+    ranks[0].merge_state(ranks[1])
+    assert_close(ranks[0].compute(), measured(acts), atol=1e-14, rtol=0)
+
+
+def test_padding_is_left_out_whatever_it_holds() -> None:
+    acts = residual_stream()
+    mask = torch.arange(TOKENS) % 3 > 0
+    padded = acts.clone()
+    padded[:, ~mask] = torch.nan
+    assert_close(measured(padded, mask), measured(acts[:, mask]), atol=0, rtol=0)
+
+
+def test_tokens_with_a_zero_vector_are_left_out_of_all_pairs_and_counted() -> None:
+    acts = residual_stream()
+    acts[2, 7] = 0
+    acts[0, 9] = 0
+    keep = torch.ones(TOKENS, dtype=torch.bool)
+    keep[[7, 9]] = False
+    metric = AngularDistance(num_layers=L, d_model=D, centring="none")
+    metric.update(acts)
+    assert metric.skipped == 2
+    assert metric.count == TOKENS - 2
+    assert_close(metric.compute(), naive(acts[:, keep]), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_activation_that_is_not_finite_is_refused_and_names_its_layer(value: float) -> None:
+    acts = residual_stream()
+    acts[2, 7, 1] = value
+    metric = AngularDistance(num_layers=L, d_model=D, centring="none")
+    with pytest.raises(UserError, match="activations of layer 2 hold NaN or infinity"):
+        metric.update(acts)
+    assert metric.count == 0
+    with pytest.raises(UserError, match="layer 2"):
+        LayerMoments(num_layers=L, d_model=D).update(acts)
+
+
+def test_centring_subtracts_the_exact_mean() -> None:
+    acts = residual_stream() + 10
+    layers = LayerMoments(num_layers=L, d_model=D)
+    for batch in torch.split(acts, 20, dim=1):
+        layers.update(batch)
+    metric = AngularDistance(num_layers=L, d_model=D, centring="mean")
+    metric.set_mean(layers.mean())
+    metric.update(acts)
+    centred = acts.double() - acts.double().mean(dim=1, keepdim=True)
+    assert_close(metric.compute(), naive(centred), atol=1e-10, rtol=0)
+
+
+def test_centring_without_a_mean_is_refused() -> None:
+    metric = AngularDistance(num_layers=L, d_model=D, centring="mean")
+    with pytest.raises(RuntimeError, match="needs set_mean"):
+        metric.update(residual_stream())
+
+
+def test_a_mean_without_centring_is_refused() -> None:
+    metric = AngularDistance(num_layers=L, d_model=D, centring="none")
+    with pytest.raises(ValueError, match="set_mean is for"):
+        metric.set_mean(torch.zeros(L, D))
+
+
+def test_an_unknown_centring_is_refused() -> None:
+    with pytest.raises(UserError, match="centring is 'ema'"):
+        AngularDistance(num_layers=L, d_model=D, centring="ema")
+
+
+def test_activations_of_another_model_are_refused() -> None:
+    metric = AngularDistance(num_layers=L, d_model=D + 1, centring="none")
+    with pytest.raises(ValueError, match=r"expected \[4, token, 9\]"):
+        metric.update(residual_stream())
+
+
+def test_a_calibration_without_tokens_is_refused() -> None:
+    metric = AngularDistance(num_layers=L, d_model=D, centring="none")
+    metric.update(residual_stream(), torch.zeros(TOKENS, dtype=torch.bool))
+    with pytest.raises(UserError, match="No token was counted"):
+        metric.compute()
+
+
+def test_moments_equal_the_whole_batch_in_float64() -> None:
+    acts = residual_stream() * 100
+    mask = torch.arange(TOKENS) % 3 > 0
+    layers = LayerMoments(num_layers=L, d_model=D)
+    for part, keep in zip(torch.split(acts, 20, dim=1), torch.split(mask, 20), strict=True):
+        layers.update(part, keep)
+    exact = acts[:, mask].double()
+    assert_close(layers.mean(), exact.mean(dim=1), rtol=1e-14, atol=1e-12)
+    assert_close(
+        layers.rms_norm(), exact.square().sum(dim=-1).mean(dim=1).sqrt(), rtol=1e-14, atol=0
+    )
+
+
+def test_activations_divided_by_the_rms_norm_have_mean_squared_norm_one() -> None:
+    acts = residual_stream()
+    layers = LayerMoments(num_layers=L, d_model=D)
+    layers.update(acts)
+    scaled = acts.double() / layers.rms_norm().reshape(L, 1, 1)
+    assert_close(scaled.square().sum(dim=-1).mean(dim=1), torch.ones(L, dtype=torch.float64))
+
+
+def test_a_model_of_one_layer_keeps_its_shapes() -> None:
+    layers = LayerMoments(num_layers=1, d_model=1)
+    layers.update(torch.ones(1, 3, 1))
+    assert layers.mean().shape == (1, 1)
+    assert layers.rms_norm().shape == (1,)
+    assert measured(residual_stream(layers=1)) == 0

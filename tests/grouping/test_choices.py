@@ -1,0 +1,188 @@
+"""The options of conf/groups: labels, early checks, plans and their stored form."""
+
+import inspect
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from groupsae.grouping.choices import (
+    ByAmad,
+    ByCount,
+    Choice,
+    Even,
+    Explicit,
+    PerLayer,
+    Published,
+)
+from groupsae.grouping.plan import GroupPlan
+from groupsae.runtime.errors import UserError
+
+POINTS = np.array([0.0, 0.1, 0.12, 0.3, 0.31, 0.9])
+DISTANCES = np.abs(np.subtract.outer(POINTS, POINTS))  # 6 layers; the last one is far away
+
+ALL = [
+    ByAmad(theta=0.2, rule="complete", last_layer="own"),
+    ByCount(num_groups=2, rule="minmax", last_layer="skip"),
+    Even(num_groups=3, last_layer="group"),
+    PerLayer(last_layer="own"),
+    Explicit(groups=[[0, 1], [2, 3, 4]], last_layer="own"),
+    Published(theta=0.2, last_layer="own"),
+]
+
+
+@pytest.mark.parametrize(
+    ("choice", "label"),
+    [
+        (ByAmad(theta=0.2, rule="complete", last_layer="own"), "amad-0.2"),
+        (ByAmad(theta=0.15, rule="minmax", last_layer="skip"), "amad-0.15-minmax-last-skip"),
+        (ByCount(num_groups=6, rule="complete", last_layer="own"), "count-6"),
+        (
+            ByCount(num_groups=6, rule="published", last_layer="group"),
+            "count-6-published-last-group",
+        ),
+        (Even(num_groups=6, last_layer="own"), "even-6"),
+        (PerLayer(last_layer="own"), "per_layer"),
+        (Published(theta=0.2, last_layer="own"), "published-0.2"),
+    ],
+)
+def test_the_label_names_what_was_chosen(choice: Choice, label: str) -> None:
+    assert choice.label == label
+
+
+def test_the_label_of_explicit_groups_follows_their_content() -> None:
+    label = Explicit(groups=[[0, 1], [2]], last_layer="own").label
+    assert label == Explicit(groups=[(2,), (1, 0)], last_layer="own").label
+    assert label != Explicit(groups=[[0], [1, 2]], last_layer="own").label
+    assert len(label) == len("explicit-") + 8
+
+
+def test_thetas_that_differ_have_different_labels() -> None:
+    a, b = (ByAmad(theta=t, rule="complete", last_layer="own") for t in (0.2, 0.2000000001))
+    assert a.label != b.label
+
+
+@pytest.mark.parametrize("kind", [type(choice) for choice in ALL])
+def test_constructors_take_keywords_without_defaults(kind: type[Choice]) -> None:
+    for parameter in inspect.signature(kind).parameters.values():
+        assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        assert parameter.default is inspect.Parameter.empty
+
+
+@pytest.mark.parametrize(
+    ("choice", "saes"),
+    [
+        (ALL[0], [[0, 1, 2], [3, 4], [5]]),
+        (ALL[1], [[0, 1, 2], [3, 4]]),
+        (ALL[2], [[0, 1], [2, 3], [4, 5]]),
+        (ALL[3], [[0], [1], [2], [3], [4], [5]]),
+        (ALL[4], [[0, 1], [2, 3, 4], [5]]),
+    ],
+)
+def test_plans_hold_the_expected_saes(choice: Choice, saes: list[list[int]]) -> None:
+    assert choice.plan(DISTANCES).saes == saes
+
+
+def test_the_last_layer_is_no_part_of_the_distances_that_choose() -> None:
+    far, near = DISTANCES.copy(), DISTANCES.copy()
+    near[5, :5] = near[:5, 5] = 0.01
+    for choice in (ALL[0], ALL[1], ALL[5]):
+        assert choice.plan(far).hash == choice.plan(near).hash
+
+
+@pytest.mark.parametrize(
+    ("last_layer", "saes"),
+    [
+        ("own", [[0, 1, 2, 3, 4], [5]]),
+        ("skip", [[0, 1, 2, 3, 4]]),
+        ("group", [[0, 1, 2, 3, 4, 5]]),
+    ],
+)
+def test_the_last_layer_is_owned_skipped_or_grouped(last_layer: str, saes: list[Any]) -> None:
+    choice = ByCount(num_groups=1, rule="complete", last_layer=last_layer)
+    assert choice.plan(DISTANCES).saes == saes
+
+
+def test_the_names_of_saes_are_folder_safe() -> None:
+    plan = Explicit(groups=[[0, 1, 2], [3], [4]], last_layer="own").plan(DISTANCES)
+    assert plan.names == ["layers.0-2", "layers.3", "layers.4", "layers.5"]
+
+
+@pytest.mark.parametrize("choice", ALL)
+def test_a_plan_survives_json_exactly(choice: Choice) -> None:
+    plan = choice.plan(DISTANCES / 3)
+    stored = json.loads(json.dumps({"model": "anything else", **plan.to_json()}))
+    assert GroupPlan.from_json(stored) == plan
+    assert stored["amad"] == plan.partition.amad
+
+
+def test_a_stored_plan_that_was_edited_is_refused() -> None:
+    stored = ALL[4].plan(DISTANCES).to_json()
+    stored["groups"] = [[0], [1, 2, 3, 4]]
+    with pytest.raises(UserError, match="changed by hand"):
+        GroupPlan.from_json(stored)
+
+
+def test_a_stored_plan_that_lacks_a_key_is_refused() -> None:
+    stored = ALL[4].plan(DISTANCES).to_json()
+    del stored["last_layer"]
+    with pytest.raises(UserError, match="lack 'last_layer'"):
+        GroupPlan.from_json(stored)
+
+
+def test_equal_saes_have_equal_hashes_however_they_were_chosen() -> None:
+    by_hand = Explicit(groups=[[0], [1], [2], [3], [4]], last_layer="own").plan(DISTANCES)
+    assert by_hand.hash == PerLayer(last_layer="own").plan(DISTANCES).hash
+    assert by_hand.hash != PerLayer(last_layer="skip").plan(DISTANCES).hash
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: ByAmad(theta=1.2, rule="complete", last_layer="own"), "theta is 1.2"),
+        (lambda: ByAmad(theta=0.2, rule="complet", last_layer="own"), "Did you mean 'complete'"),
+        (lambda: ByCount(num_groups=0, rule="even", last_layer="own"), "num_groups is 0"),
+        (lambda: ByCount(num_groups=2, rule="Even", last_layer="own"), "Did you mean 'even'"),
+        (lambda: Even(num_groups=-2, last_layer="own"), "num_groups is -2"),
+        (lambda: PerLayer(last_layer="none"), "last_layer is 'none': use own"),
+        (lambda: Explicit(groups=[[0, 1], [1]], last_layer="own"), "Layer 1 is listed twice"),
+        (lambda: Explicit(groups=[[0, 2]], last_layer="own"), "skips layer 1"),
+        (lambda: Published(theta=0.0, last_layer="own"), "theta is 0.0"),
+    ],
+)
+def test_bad_values_are_refused_at_construction(make: Any, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("choice", "sentence"),
+    [
+        (ByCount(num_groups=6, rule="even", last_layer="own"), "only 5 layers to group"),
+        (Even(num_groups=6, last_layer="skip"), "only 5 layers to group"),
+        (Even(num_groups=7, last_layer="group"), "only 6 layers to group"),
+        (Explicit(groups=[[0, 1], [3, 4]], last_layer="own"), "leave out layer 2"),
+        (Explicit(groups=[[0, 1, 2, 3, 4]], last_layer="group"), "leave out layer 5"),
+        (Explicit(groups=[[0, 1, 2, 3, 4, 5]], last_layer="own"), "Use last_layer=group"),
+        (Explicit(groups=[[0, 1, 2, 3, 4], [5]], last_layer="skip"), "name the last layer, 5"),
+        (Explicit(groups=[list(range(9))], last_layer="own"), "name the last layer, 5"),
+        (Explicit(groups=[list(range(9))], last_layer="group"), "Layer 6 is in a group"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_before_any_work(
+    choice: Choice, sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        choice.check(6)
+
+
+@pytest.mark.parametrize("choice", ALL)
+def test_what_fits_the_model_passes_the_check(choice: Choice) -> None:
+    choice.check(6)
+
+
+def test_a_model_of_one_layer_needs_last_layer_group() -> None:
+    with pytest.raises(UserError, match="Use last_layer=group"):
+        PerLayer(last_layer="own").check(1)
+    assert PerLayer(last_layer="group").plan(np.zeros((1, 1))).saes == [[0]]

@@ -1,0 +1,167 @@
+"""Partitions, their figures and the sentences for bad input."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from groupsae.grouping import amad, choose, partition
+from groupsae.grouping.partition import build_partition, sort_groups, validate_distances
+from groupsae.grouping.rules import check_num_groups, check_theta
+from groupsae.runtime.errors import UserError
+
+# Worked by hand: layers at 0, 1, 3 and 6 tenths on a line.
+LINE = np.abs(np.subtract.outer([0.0, 0.1, 0.3, 0.6], [0.0, 0.1, 0.3, 0.6]))
+
+
+def test_amad_of_a_hand_worked_example() -> None:
+    assert amad(LINE, [[0, 1, 2], [3]]) == pytest.approx((0.3 + 0.0) / 2)
+
+
+def test_amad_of_singletons_is_zero() -> None:
+    assert amad(LINE, [[0], [1], [2], [3]]) == 0.0
+
+
+def test_amad_of_one_group_is_the_largest_distance() -> None:
+    assert amad(LINE, [[0, 1, 2, 3]]) == pytest.approx(0.6)
+
+
+def test_amad_refuses_a_layer_that_is_not_in_the_matrix() -> None:
+    with pytest.raises(UserError, match="Layer -1 is in a group, but there are 4 layers"):
+        amad(LINE, [[0, -1]])
+
+
+def test_amad_refuses_an_empty_group() -> None:
+    with pytest.raises(UserError, match="empty list: remove it"):
+        amad(LINE, [[0], []])
+
+
+def test_a_partition_tells_its_figures() -> None:
+    made = build_partition(LINE, [[3], [0, 1, 2]], "explicit")
+    assert made.groups == [[0, 1, 2], [3]]
+    assert made.num_groups == 2
+    assert made.diameters == pytest.approx([0.3, 0.0])
+    assert made.amad == pytest.approx(0.15)
+    assert made.size_weighted_amad == pytest.approx(0.3 * 3 / 4)
+    assert made.max_diameter == pytest.approx(0.3)
+    assert made.rule == "explicit"
+
+
+def test_a_partition_finds_the_group_of_a_layer() -> None:
+    made = build_partition(LINE, [[0, 1], [2, 3]], "explicit")
+    assert [made.group_of(layer) for layer in range(4)] == [0, 0, 1, 1]
+
+
+def test_a_partition_refuses_to_find_an_unknown_layer() -> None:
+    with pytest.raises(UserError, match="Layer 4 is in no group"):
+        build_partition(LINE, [[0, 1, 2, 3]], "explicit").group_of(4)
+
+
+@pytest.mark.parametrize(
+    ("groups", "sentence"),
+    [
+        ([[0, 1], [3]], r"leave out layer 2.*Add layer 2"),
+        ([[1, 2, 3]], "leave out layer 0"),
+        ([[0, 1]], "leave out layers 2, 3"),
+        ([[0, 1], [1, 2, 3]], r"Layer 1 is listed twice, in \[0, 1\] and \[1, 2, 3\]"),
+        ([[0, 2], [1], [3]], r"\[0, 2\] skips layer 1"),
+        ([[0, 1, 2, 3, 4]], "Layer 4 is in a group, but there are 4 layers"),
+    ],
+)
+def test_bad_groups_are_refused_with_a_sentence(groups: list[list[int]], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        build_partition(LINE, groups, "explicit")
+
+
+@pytest.mark.parametrize(
+    ("groups", "sentence"),
+    [
+        ([[0, 1, 2, 3], []], "not a list with a layer"),
+        ([[0, 1, 2, -1]], "holds -1: layers are whole numbers"),
+        ([[0, 1, 2, 3.0]], "holds 3.0"),
+        ([[False, 1, 2, 3]], "holds False"),
+        ([], "write them like"),
+        ([0, 1, 2, 3], "The group 0 is not a list"),
+        ("0-3", "write them like"),
+        (None, "write them like"),
+    ],
+)
+def test_what_is_no_list_of_layers_is_refused(groups: object, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        sort_groups(groups)
+
+
+def changed(row: int, column: int, value: float) -> np.ndarray:
+    copy = LINE.copy()
+    copy[row, column] = value
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("distances", "sentence"),
+    [
+        (LINE[:3], r"shape \[3, 4\]"),
+        (np.zeros((0, 0)), r"shape \[0, 0\]"),
+        (np.zeros((2, 2, 2)), r"shape \[2, 2, 2\]"),
+        (changed(0, 2, np.nan), "between layers 0 and 2 is nan"),
+        (changed(3, 1, np.inf), "between layers 3 and 1 is inf"),
+        (changed(1, 2, 1.2), r"between layers 1 and 2 is 1.2: .* lie in \[0, 1\]"),
+        (changed(1, 2, -0.1), "is -0.1"),
+        (changed(2, 2, 0.01), "layer 2 from itself is 0.01"),
+        (np.tril(LINE), "must be symmetric"),
+    ],
+)
+def test_bad_distances_are_refused_with_a_sentence(distances: np.ndarray, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        validate_distances(distances)
+
+
+def test_distances_that_differ_by_rounding_become_exactly_symmetric() -> None:
+    square = validate_distances(changed(0, 1, 0.1 + 1e-12))
+    assert (square == square.T).all()
+
+
+def test_the_distances_of_a_single_layer_may_be_a_scalar() -> None:
+    assert validate_distances(np.float64(0.0)).shape == (1, 1)
+
+
+@pytest.mark.parametrize("theta", [0.0, 1.0, -0.1, 1.5, float("nan")])
+def test_theta_outside_its_range_is_refused(theta: float) -> None:
+    with pytest.raises(UserError, match=r"theta is .*between 0 and 1"):
+        choose(LINE, theta)
+
+
+@pytest.mark.parametrize("theta", [0, 1, True, "0.2", None])
+def test_a_theta_that_is_no_fraction_is_refused(theta: object) -> None:
+    with pytest.raises(UserError, match=r"theta is .*between 0 and 1"):
+        check_theta(theta)
+
+
+@pytest.mark.parametrize("num_groups", [0, -1, 2.0, None, True])
+def test_a_number_of_groups_that_is_no_count_is_refused(num_groups: object) -> None:
+    with pytest.raises(UserError, match="use a whole number from 1 up"):
+        check_num_groups(num_groups)
+
+
+def test_more_groups_than_layers_are_refused() -> None:
+    with pytest.raises(UserError, match="num_groups is 5, but there are only 4 layers"):
+        partition(LINE, 5)
+
+
+def test_an_unknown_rule_is_answered_with_the_nearest_name() -> None:
+    with pytest.raises(UserError, match=r"no rule 'min-max'.*Did you mean 'minmax'\?"):
+        partition(LINE, 3, rule="min-max")
+
+
+def test_a_rule_like_no_other_is_answered_with_all_names() -> None:
+    with pytest.raises(UserError, match="complete, minmax, even, published. Use one of those"):
+        partition(LINE, 3, rule="xyz")
+
+
+def test_importing_grouping_loads_no_heavy_library() -> None:
+    heavy = "{'torch', 'lightning', 'hydra', 'transformers', 'omegaconf'}"
+    code = f"import sys, groupsae.grouping; print(*({heavy} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == ""

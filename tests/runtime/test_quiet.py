@@ -1,0 +1,20 @@
+"""What reaches the screen besides our own words."""
+
+import warnings
+
+import pytest
+
+from groupsae.runtime import quiet as screen
+
+
+def test_our_warnings_are_sentences_and_others_keep_their_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back afterwards
+    with warnings.catch_warnings():
+        screen.quiet()
+        screen.quiet()  # the next run of a sweep
+        ours = warnings.formatwarning("measured anew", UserWarning, screen.__file__, 3)
+        theirs = warnings.formatwarning("of somebody else", UserWarning, "/else/where.py", 7)
+    assert ours == "warning: measured anew\n"
+    assert theirs == "/else/where.py:7: UserWarning: of somebody else\n"

@@ -1,0 +1,321 @@
+"""What a run will need: against what a step really takes, and the refusal before it starts."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from groupsae.data.batch import ActivationBatch
+from groupsae.data.draws import draw_layers
+from groupsae.grouping.choices import All
+from groupsae.runtime.errors import UserError
+from groupsae.sae.base import SAE
+from groupsae.sae.topk import TopK
+from groupsae.training import forecast
+from groupsae.training.allocator import keep_freed_memory
+from groupsae.training.forecast import Forecast, bytes_free, bytes_needed, refuse
+from groupsae.training.group import SAEFactory
+from groupsae.training.optim import Adam
+from groupsae.training.suite import GroupSAESuite
+from tests.helpers.runs import overrides, run
+from tests.helpers.saes import CONSTANT, FAMILY, REST
+
+LAYERS, D_MODEL, EXPANSION, TOKENS = 6, 64, 8, 512
+CPU = torch.device("cpu")
+
+
+def make_sae(*, d_model: int, generator: torch.Generator, **changed: float | None) -> TopK:
+    size = {"expansion": EXPANSION, "d_sae": None, **changed}
+    return TopK(
+        d_model=d_model,
+        **REST | size,
+        k=8,
+        auxk_alpha=1 / 32,
+        auxk_share=0.5,
+        generator=generator,
+    )
+
+
+def make_suite(smaller: list[int], sae: SAEFactory = make_sae) -> GroupSAESuite:
+    """Return a suite of all groupings of a model of six layers, ready to train."""
+    suite = GroupSAESuite(
+        sae=sae,
+        d_sae=EXPANSION * D_MODEL,
+        d_model=D_MODEL,
+        optim=Adam(
+            base_lr=1e-3, base_d_sae=512, betas=(0.9, 0.999), eps=1e-8, clip_norm=1.0, **CONSTANT
+        ),
+        dead_after=10**9,
+        b_dec_start="zero",
+        nonfinite="stop",
+        seed=0,
+    )
+    places = np.array([0.0, 0.1, 0.13, 0.3, 0.5, 0.9])
+    choice = All(rules=["complete"], theta=0.2, smaller=smaller, last_layer="own")
+    plan = choice.plan(np.abs(np.subtract.outer(places, places)))
+    suite.set_plan(plan, dict.fromkeys(range(LAYERS), 1.0))
+    suite.configure_model()
+    suite._trainer = SimpleNamespace(
+        global_step=0,
+        world_size=1,
+        log_every_n_steps=10**9,
+        optimizers=[],
+        datamodule=SimpleNamespace(num_steps=1),
+    )
+    return suite
+
+
+def widths_of(suite: GroupSAESuite) -> list[float]:
+    assert suite.plan is not None
+    return [member.width for member in suite.plan.members]
+
+
+def stream(tokens: int) -> Any:
+    """Return the little of a data module that the estimate asks for."""
+    return SimpleNamespace(tokens_per_step=tokens)
+
+
+def one_step(suite: GroupSAESuite, optimizer: torch.optim.Optimizer) -> None:
+    """Do what Lightning does with a batch, its rows included."""
+    assert suite.plan is not None
+    slots = suite.plan.slots
+    layers = torch.stack([draw_layers(torch.arange(TOKENS), slot, 0) for slot in slots])
+    batch = ActivationBatch(torch.randn(len(slots), TOKENS, D_MODEL), layers, None)
+    suite.training_step(batch, 0).backward()
+    suite.configure_gradient_clipping(optimizer)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("smaller", [[], [1, 2]])
+def test_weights_gradients_and_moments_are_counted_to_the_byte(smaller: list[int]) -> None:
+    suite = make_suite(smaller)
+    optimizer = suite.configure_optimizers()
+    for parameter in suite.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    held = [t for p in suite.parameters() for t in (p, p.grad, *optimizer.state[p].values())]
+    counted = sum(t.numel() * t.element_size() for t in held)
+    steps = 4 * len(list(suite.parameters()))  # Adam's counters of steps
+    needed = bytes_needed(suite, stream(0), widths_of(suite), 1)
+    if not smaller:
+        assert needed == counted - steps
+    # of smaller SAEs the decoder's bias is not smaller, and latents are whole
+    assert needed == pytest.approx(counted - steps, rel=0.01)
+
+
+def test_a_second_process_takes_half_of_the_step() -> None:
+    suite = make_suite([])
+    nothing, one, two = (
+        bytes_needed(suite, stream(tokens), [1.0] * 5, processes)
+        for tokens, processes in ((0, 1), (TOKENS, 1), (TOKENS, 2))
+    )
+    assert two - nothing == (one - nothing) // 2
+
+
+@pytest.mark.parametrize("smaller", [[], [1, 2]])
+@pytest.mark.parametrize(("dead", "least", "most"), [(True, 0.8, 1.25), (False, 1.0, 1.8)])
+def test_a_step_needs_about_what_was_said(
+    smaller: list[int], dead: bool, least: float, most: float
+) -> None:
+    """With dead latents, for which there is a second reconstruction; less without any."""
+    suite = make_suite(smaller)
+    for member in suite.members():
+        member.dead_after = 0 if dead else 10**9
+    optimizer = suite.configure_optimizers()
+    one_step(suite, optimizer)  # makes Adam's moments
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        one_step(suite, optimizer)
+    kept = 3 * sum(4 * p.numel() for p in suite.parameters())
+    needed = bytes_needed(suite, stream(TOKENS), widths_of(suite), 1)
+    assert least < needed / (kept + peak(watched)) < most
+
+
+@pytest.mark.parametrize("kind", ["relu", "jumprelu", "gated"])
+def test_a_step_of_dense_kinds_needs_about_what_was_said(kind: str) -> None:
+    """What each SAE keeps for the backward pass is there for all of them at once."""
+    architecture, values = FAMILY[kind]
+
+    def dense(*, d_model: int, generator: torch.Generator, **changed: float | None) -> SAE:
+        size = values | {"expansion": EXPANSION} | changed
+        return architecture(d_model=d_model, generator=generator, **size)
+
+    suite = make_suite([], dense)
+    optimizer = suite.configure_optimizers()
+    one_step(suite, optimizer)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        one_step(suite, optimizer)
+    kept = 3 * sum(4 * p.numel() for p in suite.parameters())
+    needed = bytes_needed(suite, stream(TOKENS), widths_of(suite), 1)
+    assert 0.9 < needed / (kept + peak(watched)) < 1.5
+
+
+def peak(watched: profile) -> int:
+    """Return the most bytes that were held at once of what was allocated meanwhile."""
+    results = watched.profiler.kineto_results
+    changes, waiting = [], list(results.experimental_event_tree())
+    while waiting:
+        event = waiting.pop()
+        waiting.extend(event.children)
+        if event.name == "[memory]":
+            changes.append((event.start_time_ns, event.extra_fields.alloc_size))
+    held = np.cumsum([size for _, size in sorted(changes, key=lambda change: change[0])])
+    return int(held.max())
+
+
+def test_free_memory_is_the_machines_or_a_share_of_it() -> None:
+    memory = psutil.virtual_memory()
+    alone = bytes_free(CPU, 1)
+    assert 0 < alone <= memory.total
+    assert bytes_free(CPU, 4) == pytest.approx(alone / 4, rel=0.2)
+
+
+def test_freed_memory_is_handed_back_before_free_memory_is_asked_for() -> None:
+    keep_freed_memory()
+    held = torch.ones(2**27)  # half a GiB
+    process = psutil.Process()
+    while_held = process.memory_info().rss
+    del held
+    bytes_free(CPU, 1)
+    assert while_held - process.memory_info().rss > 2**28
+
+
+def test_a_control_groups_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("700000\n")
+    (tmp_path / "memory.stat").write_text("anon 500000\ninactive_file 100000\n")
+    monkeypatch.setattr(forecast, "CONTROL_GROUP", tmp_path)
+    assert bytes_free(CPU, 1) == 400_000
+    assert bytes_free(CPU, 2) == 200_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert bytes_free(CPU, 1) > 10**7
+
+
+def test_what_fits_is_not_refused() -> None:
+    refuse(10**9, 10**9, 5, CPU)
+
+
+def test_the_refusal_names_the_numbers_and_what_to_reduce() -> None:
+    with pytest.raises(UserError) as error:
+        refuse(81_300_000_000, 7_900_000_000, 61, CPU)
+    said = str(error.value)
+    assert "61 SAEs at once needs about 81.3 GB, but cpu has 7.9 GB free" in said
+    for way_out in (
+        "sae.expansion",
+        "stream.blocks_per_step",
+        "groups.rules",
+        "groups.smaller=[]",
+    ):
+        assert way_out in said
+    assert "-m groups=count groups.num_groups=1,2,3" in said
+    assert "\n" not in said
+
+
+def test_the_forecast_is_one_sentence() -> None:
+    said = str(
+        Forecast(
+            num_saes=12,
+            memory=3_400_000_000,
+            activation_seconds=30,
+            sae_seconds=90,
+            step_seconds={1.0: 0.1},
+        )
+    )
+    assert said == (
+        "12 SAEs from one stream: about 3.4 GB of memory, and by a trial of 3 steps 0:02:00 of "
+        "training (25% of it the language model's)."
+    )
+
+
+# ---- whole runs -----------------------------------------------------------------------------
+
+ALL = ["groups=all", "groups.rules=[complete,even]", "groups.smaller=[1,2]"]
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Note what is estimated and whether the layers are measured; `free` decides what fits."""
+    from groupsae.training.callbacks import grouping
+
+    notes = SimpleNamespace(needed=[], saes=[], measured=0, free=lambda needed: 10**12)
+    estimate, measure = grouping.bytes_needed, grouping.measure
+
+    def noted(suite: Any, data: Any, widths: list[float], world_size: int) -> int:
+        notes.needed.append(estimate(suite, data, widths, world_size))
+        notes.saes.append(len(widths))
+        return notes.needed[-1]
+
+    def counted(*args: Any) -> Any:
+        notes.measured += 1
+        return measure(*args)
+
+    monkeypatch.setattr(grouping, "bytes_needed", noted)
+    monkeypatch.setattr(grouping, "bytes_free", lambda *_: notes.free(notes.needed))
+    monkeypatch.setattr(grouping, "measure", counted)
+    return notes
+
+
+def test_what_can_never_fit_is_refused_before_the_layers_are_measured(
+    watched: SimpleNamespace, tiny_lm: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    watched.free = lambda needed: needed[0] - 1
+    with pytest.raises(UserError, match="training 6 SAEs at once needs about"):
+        run(overrides(tiny_lm, tiny_text, tmp_path, *ALL))
+    assert watched.measured == 0
+    assert not list(tmp_path.rglob("groups.json"))
+
+
+def test_what_turns_out_not_to_fit_is_refused_after_grouping(
+    watched: SimpleNamespace, tiny_lm: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    watched.free = lambda needed: needed[0]
+    with pytest.raises(UserError, match=r"training 1[2-9] SAEs at once needs about"):
+        run(overrides(tiny_lm, tiny_text, tmp_path, *ALL))
+    assert watched.measured == 1
+    assert watched.saes[0] < watched.saes[1]
+    assert not list(tmp_path.rglob("groups.json"))
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_an_ordinary_run_is_refused_too_and_forecasts_nothing(
+    watched: SimpleNamespace,
+    tiny_lm: Path,
+    tiny_text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = overrides(tiny_lm, tiny_text, tmp_path, "groups=per_layer")
+    watched.free = lambda needed: 0
+    with pytest.raises(UserError, match="has 0.0 GB free"):
+        run(arguments)
+    assert watched.measured == 0
+    watched.free = lambda needed: 10**12
+    assert run(arguments)[0] == 0
+    assert "from one stream" not in capsys.readouterr().out
+
+
+def test_a_run_of_all_groupings_says_first_what_it_will_need(
+    watched: SimpleNamespace,
+    tiny_lm: Path,
+    tiny_text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    status, folder = run(overrides(tiny_lm, tiny_text, tmp_path, *ALL))
+    assert status == 0
+    said = " ".join(capsys.readouterr().out.split())
+    number = len(json.loads((folder / "groups.json").read_text())["saes"])
+    sentence = (
+        rf"{number} SAEs from one stream: about \d+\.\d GB of memory, and by a trial of 3 steps "
+        r"\d+:\d\d:\d\d of training \(\d+% of it the language model's\)\."
+    )
+    found = re.search(sentence, said)
+    assert found is not None
+    assert found.start() < said.index("held-out reconstruction")
