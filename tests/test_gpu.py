@@ -80,7 +80,7 @@ def test_a_language_model_in_bfloat16_costs_little(
 def test_the_dry_run_tells_the_memory_that_the_run_takes(
     tiny_lm: Path, tiny_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from test_dry_run import count, rows_of
+    from tests.training.test_dry_run import count, rows_of
 
     arguments = overrides(
         tiny_lm, tiny_text, tmp_path, *GPU, "sae.expansion=512", "groups=per_layer",

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import wandb
 from safetensors.torch import load_file, save_file
-from test_loggers import recorded, values
 
 from groupsae.evaluation.results import AVERAGED
 from groupsae.files.reading import read_metrics
 from groupsae.runtime.errors import UserError
 from tests.helpers.evaluated import KINDS, evaluate, evaluated, read, set_option, without_seconds
 from tests.helpers.runs import composed, config_of, overrides, run
+from tests.training.test_loggers import recorded, values
 
 Folder = Callable[[str], Path]
 

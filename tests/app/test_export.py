@@ -383,8 +383,8 @@ def test_an_architecture_with_an_unknown_tensor_is_not_folded():
     ("module", "argument", "told"),
     [
         ("export", "formt=saelens", "formt is unknown. Did you mean format?"),
-        ("adopt", "path=some,where=1", "path=some,where=1: there is no such folder."),
-        ("adopt", "nums_groups=3", "nums_groups is unknown. Did you mean num_groups"),
+        ("import_saes", "path=some,where=1", "path=some,where=1: there is no such folder."),
+        ("import_saes", "nums_groups=3", "nums_groups is unknown. Did you mean num_groups"),
     ],
 )
 def test_the_command_line_answers_with_one_sentence_and_status_2(module, argument, told, tmp_path):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_all import LINE, every, fast, groupable, last_layers, matrices, rules
 
 from groupsae.grouping.choices import ByAmad, ByCount, Choice, Even, Explicit, PerLayer
 from groupsae.grouping.groupings import groupings
 from groupsae.grouping.rules import choose, curve
+from tests.app.test_all import LINE, every, fast, groupable, last_layers, matrices, rules
 
 
 @fast

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.report_run import LAYERS, near, write_run
+from tests.helpers.report_run import LAYERS, near, write_run
 
 
 def verdict_of(folder: Path) -> str:
@@ -418,7 +418,7 @@ def test_a_table_that_goes_on_beyond_the_edge_shows_a_shadow_there(ordinary_html
 
 def test_the_dendrogram_keeps_the_layers_in_order():
     from groupsae.reporting.figures import linkage_tree
-    from tests.report_run import distances
+    from tests.helpers.report_run import distances
 
     axes = linkage_tree(distances()[:11, :11], [[0, 1, 2], list(range(3, 11))]).axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == list(map(str, range(11)))

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_group import GROUPS, fit, make_data, tiny_group, tiny_suite
 from torch.utils.data import DataLoader
 
 from groupsae.runtime.errors import UserError
@@ -13,6 +12,7 @@ from groupsae.training import step as stepping
 from groupsae.training.nonfinite import check_nonfinite
 from groupsae.training.optim import Adam
 from tests.helpers import saes
+from tests.training.test_group import GROUPS, fit, make_data, tiny_group, tiny_suite
 
 BAD = 2  # number of the poisoned step, the first being 0
 __all__ = ["make_data"]  # a fixture
