@@ -1,6 +1,6 @@
 """The table of docs/saes.md: `python -m benchmarks.saes [seed=0,1,2] [kinds=relu,gated] [...]`.
 
-Trains every kind of SAE on the bundled model at its own settings (conf/tuning/tiny), all of them
+Trains every kind of SAE on the bundled model at its own settings (conf/model/tiny), all of them
 at once on the same activations. SAEs that are trained together get bit for bit what each gets
 alone, so a row is what `python -m groupsae.train sae=<kind>` gives. Penalties are set so that all
 have about the same L0 on held-out text; `relu:l1_coefficient=0.3` adds an SAE with another one,

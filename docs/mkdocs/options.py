@@ -50,7 +50,7 @@ class ConfFile:
     """One yaml file.
 
     Attributes:
-        group: of conf/, such as `groups` or `tuning/tiny`; empty for a command's own file.
+        group: of conf/, such as `groups` or `model/tiny`; empty for a command's own file.
         name: of the file, without `.yaml`.
         about: the comment at its head.
         package: where its keys go, such as `groups`; empty for the top.
@@ -117,7 +117,7 @@ class _Reader:
                 if not group.startswith("hydra") and "optional" not in words:
                     self.file.choices.append((group, value.value))
             elif entry.value != "_self_":
-                self.file.parents.append(entry.value)
+                self.file.parents.append(entry.value.partition("@")[0])
 
     def _read(self, pairs: list, prefix: str, target: str) -> None:
         said = arguments(target, ROOT) if target else {}
@@ -164,11 +164,15 @@ def read_conf(conf: Path = ROOT / "conf") -> list[ConfFile]:
     """Return every yaml file, those of commands first, with a description of each key.
 
     A key that only changes another file's value (of the option that it starts from, of an
-    experiment) is described by that file.
+    experiment) is described by that file, and a file without a comment at its head by its parent.
     """
     paths = sorted(conf.rglob("*.yaml"), key=lambda p: (len(p.relative_to(conf).parts), p))
     files = [_Reader(path, conf).file for path in paths]
+    by_name = {(file.group, file.name): file for file in files}
     for file in files:
+        if not file.about and file.parents:
+            parent = by_name[file.group, file.parents[0]]
+            file.about, file.choices = parent.about, [*parent.choices, *file.choices]
         if file.group:
             file.options = [_described(option, file, files) for option in file.options]
     return files
@@ -197,7 +201,7 @@ def _elsewhere(key: str, file: ConfFile, files: list[ConfFile]) -> list[ConfFile
             waiting += [(parent.group, each) for each in parent.parents]
     chosen = dict(train.choices) | dict(file.choices)
     group = key.partition(".")[0]
-    # for tuning/tiny/relu that is sae/relu; then what the defaults choose
+    # for model/tiny/relu that is sae/relu; then what the defaults choose
     names = [(group, file.name), (group, chosen.get(group, ""))]
     near += [by_name[name] for name in names if name in by_name]
     return [*near, train, *(each for each in files if each.group == group)]

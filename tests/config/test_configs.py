@@ -31,6 +31,7 @@ OPTIONS = [
 # what a user has to name: any value will do here
 NAMED = {
     ("model", "hf"): ["model.name=some/model"],
+    ("model", "base"): ["model.name=some/model"],
     ("data", "files"): ["data.path=some/folder"],
     ("data", "hf"): ["data.name=some/data"],
     ("groups", "count"): ["groups.num_groups=3"],
