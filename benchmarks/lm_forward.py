@@ -21,10 +21,6 @@ from groupsae.runtime.quiet import quiet
 from groupsae.training.allocator import keep_freed_memory
 
 BLOCKS, CONTEXT, ROUNDS = 8, 256, 5
-OPTIONS: dict[str, Any] = {
-    "revision": None, "dtype": "float32", "hookpoint": "resid_post", "stack": None,
-    "blocks_path": None, "submodule": None, "compile": False, "load": {},
-}  # fmt: skip
 BASE = "as groupsae runs it"
 
 
@@ -34,7 +30,7 @@ def variants(name: str, device: torch.device) -> dict[str, Callable[[], Any]]:
     tokens = tokens.to(device)
 
     def load(**changes: Any) -> HookedLM:
-        return FrozenLM(name=name, **(OPTIONS | changes)).load(device)
+        return FrozenLM(name=name, **changes).load(device)
 
     def run(lm: HookedLM, layers: range | None = None, **changes: Any) -> dict[int, Tensor]:
         every = range(len(lm.blocks)) if layers is None else layers
@@ -42,7 +38,7 @@ def variants(name: str, device: torch.device) -> dict[str, Callable[[], Any]]:
         lm.run(lm.inputs(tokens) | changes, every, lambda i, x: seen.update({i: x}), stop=True)
         return seen
 
-    plain, whole = load(), FrozenLM(name=name, **OPTIONS).load_with_head(device)
+    plain, whole = load(), FrozenLM(name=name).load_with_head(device)
     eager, half = load(load={"attn_implementation": "eager"}), load(dtype="bfloat16")
     compiled = load(compile=True)
     causal = torch.ones(CONTEXT, CONTEXT, dtype=torch.bool, device=device).tril()

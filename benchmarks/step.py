@@ -75,17 +75,10 @@ def activations(shape: Shape) -> Tensor:
 
 def group_of(shape: Shape, selection: str, device: torch.device) -> GroupSAE:
     """Return a group as training makes it."""
-    make = functools.partial(
-        TopK, expansion=None, d_sae=shape.d_sae, tied=True, k=shape.k, k_start=None,
-        sparsity_warmup=0.0, auxk_alpha=1 / 32, auxk_share=0.5, selection=selection,
-    )  # fmt: skip
-    optim = Adam(
-        base_lr=2e-4, base_d_sae=2**14, betas=(0.9, 0.999), eps=1e-8, clip_norm=1.0, warmup=0.0,
-        decay="constant", decay_share=0.0,
-    )  # fmt: skip
+    make = functools.partial(TopK, d_sae=shape.d_sae, k=shape.k, selection=selection)
     return GroupSAE(
         name="layers.0", layers=[0], norm_factors={0: 1.0}, sae=make, d_model=shape.d_model,
-        optim=optim, dead_after=10**9, b_dec_start="zero", nonfinite="stop", seed=0,
+        optim=Adam(), dead_after=10**9, b_dec_start="zero", nonfinite="stop", seed=0,
     ).to(device)  # fmt: skip
 
 

@@ -43,7 +43,7 @@ class FileSource:
             ids; None takes the first of `text`, `content`, `tokens`, `input_ids`.
     """
 
-    def __init__(self, *, path: str, text_column: str | None) -> None:
+    def __init__(self, *, path: str, text_column: str | None = None) -> None:
         self.path, self.text_column = path, text_column
 
     @cached_property

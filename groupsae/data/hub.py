@@ -47,11 +47,11 @@ class HubSource:
         self,
         *,
         name: str,
-        config: str | None,
-        split: str,
-        revision: str | None,
-        column: str | None,
-        retries: int,
+        config: str | None = None,
+        split: str = "train",
+        revision: str | None = None,
+        column: str | None = None,
+        retries: int = 5,
     ) -> None:
         self.name, self.config, self.split = name, config, split
         self.revision, self.column, self.retries = revision, column, retries

@@ -52,7 +52,7 @@ class PythonSource:
         packages: also read the source of every package installed in this environment.
     """
 
-    def __init__(self, *, packages: bool) -> None:
+    def __init__(self, *, packages: bool = False) -> None:
         paths = sysconfig.get_paths()
         self.roots = [Path(paths["stdlib"])]
         if packages:

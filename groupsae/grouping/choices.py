@@ -44,7 +44,7 @@ class Choice(ABC):
 
     theta: float | None = None  # the bound on AMAD, where one chooses
 
-    def __init__(self, *, last_layer: str) -> None:
+    def __init__(self, *, last_layer: str = "own") -> None:
         self.last_layer = check_last_layer(last_layer)
 
     @property
@@ -99,7 +99,9 @@ class ByAmad(Choice):
 
     theta: float
 
-    def __init__(self, *, theta: float, rule: str, last_layer: str) -> None:
+    def __init__(
+        self, *, theta: float = 0.2, rule: str = "complete", last_layer: str = "own"
+    ) -> None:
         super().__init__(last_layer=last_layer)
         check_theta(theta)
         check_rule(rule)
@@ -121,7 +123,9 @@ class ByCount(Choice):
         last_layer: see `Choice`.
     """
 
-    def __init__(self, *, num_groups: int, rule: str, last_layer: str) -> None:
+    def __init__(
+        self, *, num_groups: int, rule: str = "complete", last_layer: str = "own"
+    ) -> None:
         super().__init__(last_layer=last_layer)
         check_num_groups(num_groups)
         check_rule(rule)
@@ -145,7 +149,7 @@ class Even(Choice):
         last_layer: see `Choice`.
     """
 
-    def __init__(self, *, num_groups: int, last_layer: str) -> None:
+    def __init__(self, *, num_groups: int, last_layer: str = "own") -> None:
         super().__init__(last_layer=last_layer)
         check_num_groups(num_groups)
         self.num_groups = num_groups
@@ -167,7 +171,7 @@ class PerLayer(Choice):
         last_layer: see `Choice`; "own" and "group" come to the same here.
     """
 
-    def __init__(self, *, last_layer: str) -> None:
+    def __init__(self, *, last_layer: str = "own") -> None:
         super().__init__(last_layer=last_layer)
 
     def _name(self) -> str:
@@ -187,7 +191,7 @@ class Explicit(Choice):
         last_layer: see `Choice`.
     """
 
-    def __init__(self, *, groups: Sequence[Sequence[int]], last_layer: str) -> None:
+    def __init__(self, *, groups: Sequence[Sequence[int]], last_layer: str = "own") -> None:
         super().__init__(last_layer=last_layer)
         self.groups = sort_groups(groups)
 
@@ -218,7 +222,7 @@ class Published(Choice):
 
     theta: float
 
-    def __init__(self, *, theta: float, last_layer: str) -> None:
+    def __init__(self, *, theta: float = 0.2, last_layer: str = "own") -> None:
         super().__init__(last_layer=last_layer)
         check_theta(theta)
         self.theta = theta
@@ -248,7 +252,12 @@ class All(Choice):
     theta: float
 
     def __init__(
-        self, *, rules: Sequence[str], theta: float, smaller: Sequence[int] | str, last_layer: str
+        self,
+        *,
+        rules: Sequence[str] = ("complete",),
+        theta: float = 0.2,
+        smaller: Sequence[int] | str = "chosen",
+        last_layer: str = "own",
     ) -> None:
         super().__init__(last_layer=last_layer)
         check_theta(theta)

@@ -57,15 +57,16 @@ class FrozenLM:
         self,
         *,
         name: str,
-        revision: str | None,
-        dtype: str,
-        hookpoint: str,
-        stack: str | None,
-        blocks_path: str | None,
-        submodule: str | None,
-        compile: bool,
-        load: dict[str, Any],
+        revision: str | None = None,
+        dtype: str = "float32",
+        hookpoint: str = "resid_post",
+        stack: str | None = None,
+        blocks_path: str | None = None,
+        submodule: str | None = None,
+        compile: bool = False,
+        load: dict[str, Any] | None = None,
     ) -> None:
+        load = {} if load is None else load
         self.name, self.revision = name, revision
         found = getattr(torch, dtype, None)
         if not isinstance(found, torch.dtype) or not found.is_floating_point:

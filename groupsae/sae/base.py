@@ -68,11 +68,10 @@ class SAE(nn.Module, ABC):
 
     Args:
         d_model: width of the residual stream.
-        expansion: latents per dimension, d_sae = round(expansion * d_model); null if `d_sae` says
-            how many.
-        d_sae: number of latents; null if `expansion` says how many.
+        expansion: latents per dimension, d_sae = round(expansion * d_model). Give this or `d_sae`.
+        d_sae: number of latents.
         tied: start the encoder as the decoder's transpose; otherwise from directions of its own.
-        generator: for the initial weights.
+        generator: of the initial weights; None is torch's default one.
 
     Raises:
         UserError: not exactly one of `expansion` and `d_sae` is given, or it leaves no latent.
@@ -86,10 +85,10 @@ class SAE(nn.Module, ABC):
         self,
         *,
         d_model: int,
-        expansion: float | None,
-        d_sae: int | None,
-        tied: bool,
-        generator: torch.Generator,
+        expansion: float | None = None,
+        d_sae: int | None = None,
+        tied: bool = True,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.d_model, self.d_sae = d_model, _width(d_model, expansion, d_sae)
@@ -98,12 +97,12 @@ class SAE(nn.Module, ABC):
         self.W_dec = nn.Parameter(decoder)
         self.b_dec = nn.Parameter(torch.zeros(d_model))
 
-    def _directions(self, generator: torch.Generator) -> Tensor:
+    def _directions(self, generator: torch.Generator | None) -> Tensor:
         """Return random unit vectors, one for each latent."""
         # the generator's device, not the default one: Lightning builds modules on the accelerator
-        drawn = torch.randn(
-            self.d_sae, self.d_model, generator=generator, device=generator.device
-        ).to(torch.get_default_device())
+        device = generator.device if generator else torch.get_default_device()
+        drawn = torch.randn(self.d_sae, self.d_model, generator=generator, device=device)
+        drawn = drawn.to(torch.get_default_device())
         return drawn / drawn.norm(dim=1, keepdim=True)
 
     # ---- inference ----------------------------------------------------------------------

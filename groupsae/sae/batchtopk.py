@@ -28,7 +28,7 @@ class BatchTopK(TopK):
 
     threshold: Tensor
 
-    def __init__(self, *, threshold_momentum: float, **arguments: Any) -> None:
+    def __init__(self, *, threshold_momentum: float = 0.95, **arguments: Any) -> None:
         super().__init__(**arguments)
         check_share("threshold_momentum", threshold_momentum)
         self.threshold_momentum = threshold_momentum

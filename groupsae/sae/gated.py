@@ -36,8 +36,8 @@ class Gated(SAE):
     def __init__(
         self,
         *,
-        l1_coefficient: float,
-        sparsity_warmup: float,
+        l1_coefficient: float = 0.1,
+        sparsity_warmup: float = 0.1,
         **size: Any,
     ) -> None:
         super().__init__(**size)

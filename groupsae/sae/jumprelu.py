@@ -45,11 +45,11 @@ class JumpReLU(SAE):
     def __init__(
         self,
         *,
-        target_l0: float,
-        l0_coefficient: float,
-        sparsity_warmup: float,
-        threshold: float,
-        bandwidth: float,
+        target_l0: float = 128,
+        l0_coefficient: float = 1.0,
+        sparsity_warmup: float = 0.1,
+        threshold: float = 0.03,
+        bandwidth: float = 0.03,
         **size: Any,
     ) -> None:
         super().__init__(**size)

@@ -14,6 +14,8 @@ from groupsae.sae.kernels.bookkeeping import rows_of
 from groupsae.sae.schedule import check_share
 from groupsae.sae.sparse import Decode, Entries
 
+PREFIXES = (0.0625, 0.125, 0.25, 0.5, 1.0)
+
 
 class Matryoshka(BatchTopK):
     """BatchTopK whose first latents must reconstruct on their own.
@@ -33,7 +35,7 @@ class Matryoshka(BatchTopK):
     terms = ("fvu", "nested", "auxk")
     begins: Tensor  # first latent of each ring: what a prefix adds to the one before
 
-    def __init__(self, *, prefixes: Sequence[float], **arguments: Any) -> None:
+    def __init__(self, *, prefixes: Sequence[float] = PREFIXES, **arguments: Any) -> None:
         super().__init__(**arguments)
         for share in prefixes:
             check_share("prefixes", share)

@@ -38,8 +38,8 @@ class ReLU(SAE):
     def __init__(
         self,
         *,
-        l1_coefficient: float,
-        sparsity_warmup: float,
+        l1_coefficient: float = 0.1,
+        sparsity_warmup: float = 0.1,
         **size: Any,
     ) -> None:
         super().__init__(**size)

@@ -48,11 +48,11 @@ class TopK(SAE):
         self,
         *,
         k: int,
-        k_start: int | None,
-        sparsity_warmup: float,
-        auxk_alpha: float,
-        auxk_share: float,
-        selection: str,
+        k_start: int | None = None,
+        sparsity_warmup: float = 0.0,
+        auxk_alpha: float = 1 / 32,
+        auxk_share: float = 0.5,
+        selection: str = "float32",
         **size: Any,
     ) -> None:
         super().__init__(**size)

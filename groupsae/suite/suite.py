@@ -17,7 +17,6 @@ from groupsae.files.atomic import whole
 from groupsae.grouping.groupings import by_name
 from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE, SparseLatents
-from groupsae.suite.build import KINDS, UNTRAINED
 from groupsae.suite.groups_file import load_plan
 from groupsae.suite.hub import download, repository
 from groupsae.suite.tensors import read_tensors, take
@@ -210,12 +209,7 @@ def _load_sae(file: Path) -> tuple[SAE, dict[str, Any]]:
                 f"{FORMAT}: use the version that wrote it."
             )
         architecture = _architecture(config["architecture"], file)
-        # what only training asks for may be missing: an older version wrote the file
-        only_training = next(
-            UNTRAINED[kind] for kind, made in KINDS.items() if made is architecture
-        )
-        arguments = {**only_training, **config["arguments"]}
-        sae = architecture(**arguments, generator=torch.Generator())
+        sae = architecture(**config["arguments"], generator=torch.Generator())
         weights = file.with_name("sae.safetensors")
         wanted = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
         try:

@@ -39,14 +39,14 @@ class Adam:
         UserError: warmup, decay or decay_share is not one of these.
     """
 
-    base_lr: float
-    base_d_sae: int
-    betas: Sequence[float]
-    eps: float
-    clip_norm: float
-    warmup: float
-    decay: str
-    decay_share: float
+    base_lr: float = 2e-4
+    base_d_sae: int = 2**14
+    betas: Sequence[float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    warmup: float = 0.0
+    decay: str = "constant"
+    decay_share: float = 0.2
 
     def __post_init__(self) -> None:
         """Check the schedule."""

@@ -23,6 +23,7 @@ from groupsae.training.callbacks.grouping import GroupLayers
 from groupsae.training.optim import Adam
 from groupsae.training.pretraining import LanguageModel
 
+PACKAGE = Path(inspect.getfile(groupsae)).parent
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
 OPTIONS = [
     (group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))
@@ -40,6 +41,7 @@ NAMED = {
 }
 # what a class gets from the program, not from its yaml file
 FROM_PROGRAM = {"groupsae.sae": {"d_model", "generator"}}
+REQUIRED = inspect.Parameter.empty
 # what stands beside a class's own values, for others to read
 BESIDE = {"groupsae.data": {"cache", "cache_dtype"}}
 
@@ -64,21 +66,36 @@ def targets(node: Any) -> Iterator[DictConfig]:
                 yield from targets(node[key])
 
 
-def without_defaults(made: Callable[..., Any]) -> set[str]:
-    """Return the names of the parameters, all of which must be keyword-only, without a default.
+def parameters(made: Callable[..., Any]) -> dict[str, Any]:
+    """Return the names of the parameters, all of which must be keyword-only, with their defaults.
 
     A class that hands `**others` on to the class above it has that one's parameters as well.
     """
-    names = set()
+    names: dict[str, Any] = {}
     for p in inspect.signature(made).parameters.values():
         if p.kind is inspect.Parameter.VAR_KEYWORD:
             assert isinstance(made, type)
-            names |= without_defaults(made.__mro__[1])
+            names |= parameters(made.__mro__[1])
             continue
         assert p.kind is inspect.Parameter.KEYWORD_ONLY, f"{made}: {p.name} is not keyword-only"
-        assert p.default is inspect.Parameter.empty, f"{made}: {p.name} has a default in Python"
-        names.add(p.name)
+        names[p.name] = p.default
     return names
+
+
+def required(made: Callable[..., Any]) -> set[str]:
+    return {name for name, default in parameters(made).items() if default is REQUIRED}
+
+
+def ours(cfg: DictConfig) -> Iterator[tuple[DictConfig, set[str]]]:
+    """Yield every node that names a class of ours, and which keys are for its constructor."""
+    for node in targets(cfg):
+        if node._target_.startswith("groupsae."):
+            keys = {str(key) for key in node if not str(key).startswith("_")}
+            yield node, keys - BESIDE.get(room_of(node), set())
+
+
+def room_of(node: DictConfig) -> str:
+    return ".".join(node._target_.split(".")[:2])
 
 
 def test_there_are_options_to_test():
@@ -93,15 +110,42 @@ def test_every_option_composes_with_nothing_left_open(group, option):
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
-def test_yaml_keys_are_the_parameters_of_our_classes(group, option):
-    for node in targets(chosen(group, option)):
+def test_yaml_keys_are_parameters_of_our_classes_and_none_is_missing(group, option):
+    for node, keys in ours(chosen(group, option)):
         made = get_object(node._target_)
-        if not node._target_.startswith("groupsae."):
-            continue
-        given = {key for key in node if not str(key).startswith("_")}
-        room = ".".join(node._target_.split(".")[:2])
-        given -= BESIDE.get(room, set())
-        assert given | FROM_PROGRAM.get(room, set()) == without_defaults(made), node._target_
+        assert keys <= set(parameters(made)), node._target_
+        assert required(made) <= keys | FROM_PROGRAM.get(room_of(node), set()), node._target_
+
+
+# where an option's yaml file has another value than the constructor: what an experiment fixes
+DIFFERENT = {
+    ("sae", "batchtopk"): {"expansion": (16, None)},
+    ("sae", "gated"): {"expansion": (16, None)},
+    ("sae", "jumprelu"): {"expansion": (16, None)},
+    ("sae", "matryoshka"): {"expansion": (16, None)},
+    ("sae", "relu"): {"expansion": (16, None)},
+    ("sae", "topk"): {"expansion": (16, None)},
+    ("data", "pile"): {"column": ("tokens", None)},
+}
+
+
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [o for o in OPTIONS if o[0] in ("data", "groups", "model", "optim", "sae")],
+)
+def test_yaml_values_are_the_constructors_defaults_but_for_these(group, option):
+    # a Pythia model brings no values of its own for the SAE and the optimiser
+    others = [] if group == "model" else ["model=pythia-160m"]
+    cfg = composed(*others, f"{group}={option}", *NAMED.get((group, option), []))
+    found = {}
+    for node, keys in ours(cfg[group]):
+        defaults = parameters(get_object(node._target_))
+        for key in keys:
+            value = OmegaConf.to_container(node, resolve=True)[key]
+            default = list(defaults[key]) if isinstance(defaults[key], tuple) else defaults[key]
+            if default is not REQUIRED and (default or None) != (value or None):
+                found[key] = (value, default)
+    assert found == DIFFERENT.get((group, option), {})
 
 
 @pytest.mark.parametrize("name", ["train", "pretrain"])
@@ -114,18 +158,18 @@ def test_every_target_exists(name):
 
 def test_stream_keys_are_the_parameters_of_the_data_module():
     runtime = {"lm", "source", "cache", "tokens", "seed"}
-    assert set(composed().stream) | runtime == without_defaults(ActivationDataModule)
+    assert set(composed().stream) | runtime == set(parameters(ActivationDataModule))
 
 
 def test_calibration_keys_are_the_parameters_of_the_grouping_callback():
     runtime = {"choice", "folder", "cache", "say"}
-    assert set(composed().calibration) | runtime == without_defaults(GroupLayers)
+    assert set(composed().calibration) | runtime == set(parameters(GroupLayers))
 
 
 def test_pretraining_keys_are_the_parameters_they_reach():
     cfg = composed(name="pretrain")
-    assert set(cfg.model) == without_defaults(build_gpt_neox)
-    assert set(cfg.optim) | {"lm", "num_steps"} == without_defaults(LanguageModel)
+    assert set(cfg.model) == set(parameters(build_gpt_neox))
+    assert set(cfg.optim) | {"lm", "num_steps"} == set(parameters(LanguageModel))
 
 
 @pytest.mark.parametrize(
@@ -138,15 +182,13 @@ def test_pretraining_keys_are_the_parameters_they_reach():
 )
 def test_no_option_is_dead(name, readers):
     """Every key at the top of a command's yaml file is read by its entry points."""
-    package = Path(groupsae.__file__).parent
-    code = "".join((package / f"{reader}.py").read_text() for reader in readers)
+    code = "".join((PACKAGE / f"{reader}.py").read_text() for reader in readers)
     for key in composed(name=name):
         assert re.search(rf"\bcfg\.{key}\b|\(cfg, \"{key}\"\)", code), f"nobody reads {key}"
 
 
 def test_no_option_of_the_evaluation_is_dead():
-    package = Path(groupsae.__file__).parent
-    code = (package / "app" / "evaluate.py").read_text()
+    code = (PACKAGE / "app" / "evaluate.py").read_text()
     for key in composed().evaluation:
         assert re.search(rf"\boptions\.{key}\b", code), f"nobody reads evaluation.{key}"
 

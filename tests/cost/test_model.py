@@ -22,7 +22,6 @@ from groupsae.cost.stopwatch import Stopwatch
 from groupsae.sae.kernels import cpu
 from groupsae.sae.topk import TopK
 from tests.helpers.lms import hooked
-from tests.helpers.saes import REST
 
 # layers, d_model, A and T in PFLOPs for 1e9 tokens at 16x width and context 1024, the published
 # number of groups, and savings in per cent: the paper's, and with the last layer on both sides.
@@ -91,15 +90,7 @@ def test_our_counter_sees_all_of_an_sae_step(k):
     """Products with a single vector, paid once for a batch, are not counted on either side."""
     d_model, rows = 16, 64
     generator = torch.Generator().manual_seed(0)
-    sae = TopK(
-        d_model=d_model,
-        expansion=4,
-        **REST,
-        k=k,
-        auxk_alpha=0,
-        auxk_share=0.5,
-        generator=generator,
-    )
+    sae = TopK(d_model=d_model, expansion=4, k=k, auxk_alpha=0, generator=generator)
     x = torch.randn(rows, d_model, generator=generator)
     with flop_counter() as counter:
         output = sae(x, torch.tensor(1.0), torch.zeros(0, dtype=torch.int64))
@@ -138,15 +129,7 @@ def test_the_sae_count_is_what_a_flop_counter_sees_plus_the_sparse_decoder(k):
     """
     d_model, rows = 16, 64
     generator = torch.Generator().manual_seed(0)
-    sae = TopK(
-        d_model=d_model,
-        expansion=4,
-        **REST,
-        k=k,
-        auxk_alpha=0,
-        auxk_share=0.5,
-        generator=generator,
-    )
+    sae = TopK(d_model=d_model, expansion=4, k=k, auxk_alpha=0, generator=generator)
     x = torch.randn(rows, d_model, generator=generator)
     with FlopCounterMode(display=False, custom_mapping=onednn()) as counter:
         sum(

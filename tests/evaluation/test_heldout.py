@@ -20,7 +20,6 @@ from groupsae.sae.topk import TopK
 from groupsae.suite.suite import Suite
 from tests.helpers.evaluated import evaluate, evaluated, read, reference, set_option
 from tests.helpers.lms import frozen
-from tests.helpers.saes import REST
 
 Folder = Callable[[str], Path]
 
@@ -150,10 +149,7 @@ class Zeros(Stub):
 
 
 def stub(kind: type[Suite], name: str, layers: list[int]) -> Suite:
-    sae = TopK(
-        d_model=32, expansion=2, **REST, k=4, auxk_alpha=0.03, auxk_share=0.5,
-        generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
+    sae = TopK(d_model=32, expansion=2, k=4, generator=torch.Generator().manual_seed(0))
     config = {"layers": layers, "norm_factors": {str(layer): 1.0 for layer in layers}}
     return kind({name: sae}, {name: config})
 

@@ -21,7 +21,6 @@ from groupsae.sae.topk import TopK
 from groupsae.suite.suite import Suite, load_suite
 from tests.helpers.evaluated import evaluate, evaluated, read
 from tests.helpers.lms import frozen
-from tests.helpers.saes import REST
 
 Folder = Callable[[str], Path]
 
@@ -194,14 +193,8 @@ def twins(tiny_lm: Path) -> dict[str, Any]:
     lm = frozen(tiny_lm)
     model = lm.load_with_head(torch.device("cpu"))
     tokens = torch.randint(0, 512, (8, 64), generator=torch.Generator().manual_seed(1))
-    sae = TopK(
-        d_model=32, expansion=2, **REST, k=4, auxk_alpha=0.03, auxk_share=0.5,
-        generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
-    worse = TopK(
-        d_model=32, expansion=1, **REST, k=1, auxk_alpha=0.03, auxk_share=0.5,
-        generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
+    sae = TopK(d_model=32, expansion=2, k=4, generator=torch.Generator().manual_seed(0))
+    worse = TopK(d_model=32, expansion=1, k=1, generator=torch.Generator().manual_seed(0))
 
     def alone(name: str, layers: list[int], which: TopK) -> Suite:
         factors = {str(layer): 1.0 for layer in layers}

@@ -1,6 +1,5 @@
 """The options of conf/groups: labels, early checks, plans and their stored form."""
 
-import inspect
 import json
 from typing import Any
 
@@ -61,13 +60,6 @@ def test_the_label_of_explicit_groups_follows_their_content() -> None:
 def test_thetas_that_differ_have_different_labels() -> None:
     a, b = (ByAmad(theta=t, rule="complete", last_layer="own") for t in (0.2, 0.2000000001))
     assert a.label != b.label
-
-
-@pytest.mark.parametrize("kind", [type(choice) for choice in ALL])
-def test_constructors_take_keywords_without_defaults(kind: type[Choice]) -> None:
-    for parameter in inspect.signature(kind).parameters.values():
-        assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
-        assert parameter.default is inspect.Parameter.empty
 
 
 @pytest.mark.parametrize(

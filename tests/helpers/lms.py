@@ -1,4 +1,4 @@
-"""Language models as the tests want them: from a folder with the defaults of conf, or in hand."""
+"""Language models for the tests: from a folder, or one that is in hand."""
 
 from pathlib import Path
 from typing import Any
@@ -9,21 +9,10 @@ from groupsae.lm.blocks import find_blocks
 from groupsae.lm.hooked import HookedLM
 from groupsae.lm.load import FrozenLM
 
-DEFAULTS: dict[str, Any] = {
-    "revision": None,
-    "dtype": "float32",
-    "hookpoint": "resid_post",
-    "stack": None,
-    "blocks_path": None,
-    "submodule": None,
-    "compile": False,
-    "load": {},
-}
 
-
-def frozen(name: Path | str, **changes: Any) -> FrozenLM:
-    """Return the model of a folder (or a name), with conf/model/hf.yaml's values but for some."""
-    return FrozenLM(**{"name": str(name), **DEFAULTS, **changes})
+def frozen(name: Path | str, **options: Any) -> FrozenLM:
+    """Return the model of a folder (or a name)."""
+    return FrozenLM(name=str(name), **options)
 
 
 def hooked(

@@ -1,4 +1,4 @@
-"""SAEs for the tests: what each needs beside the values that a test is about."""
+"""SAEs for the tests, one of each kind."""
 
 from typing import Any
 
@@ -12,26 +12,14 @@ from groupsae.sae.matryoshka import Matryoshka
 from groupsae.sae.relu import ReLU
 from groupsae.sae.topk import TopK
 
-# what a TopK needs beside the values of most tests
-REST = {
-    "d_sae": None, "tied": True, "k_start": None, "sparsity_warmup": 0.0, "selection": "float32"
-}  # fmt: skip
-CONSTANT = {"warmup": 0.0, "decay": "constant", "decay_share": 0.0}  # of an Adam
-
-TOPK: dict[str, Any] = {**REST, "k": 3, "auxk_alpha": 1 / 32, "auxk_share": 0.5}
-L1 = {"d_sae": None, "tied": True, "l1_coefficient": 0.3, "sparsity_warmup": 0.0}
+L1 = {"l1_coefficient": 0.3, "sparsity_warmup": 0.0}
+# what suits so few latents, and full penalties from the first step on
 FAMILY: dict[str, tuple[type[SAE], dict[str, Any]]] = {
-    "topk": (TopK, TOPK),
-    "batchtopk": (BatchTopK, {**TOPK, "threshold_momentum": 0.95}),
-    "matryoshka": (
-        Matryoshka, {**TOPK, "threshold_momentum": 0.95, "prefixes": [0.25, 0.5, 1.0]}
-    ),
+    "topk": (TopK, {"k": 3}),
+    "batchtopk": (BatchTopK, {"k": 3}),
+    "matryoshka": (Matryoshka, {"k": 3, "prefixes": [0.25, 0.5, 1.0]}),
     "jumprelu": (
-        JumpReLU,
-        {
-            "d_sae": None, "tied": True, "target_l0": 3, "l0_coefficient": 1.0,
-            "sparsity_warmup": 0.0, "threshold": 0.1, "bandwidth": 0.1,
-        },
+        JumpReLU, {"target_l0": 3, "sparsity_warmup": 0.0, "threshold": 0.1, "bandwidth": 0.1}
     ),
     "relu": (ReLU, L1),
     "gated": (Gated, L1),

@@ -14,7 +14,7 @@ from groupsae.sae.base import active_latents, firings
 from groupsae.sae.schedule import check_count, check_positive, check_share
 from groupsae.training.group import GroupSAE
 from groupsae.training.optim import Adam
-from tests.helpers.saes import CONSTANT, FAMILY, generator, make, trained
+from tests.helpers.saes import FAMILY, generator, make, trained
 
 EXACT = {"rtol": 1e-11, "atol": 1e-13}  # float64, sums in another order
 KINDS = list(FAMILY)
@@ -405,6 +405,14 @@ def test_values_of_another_type_are_refused() -> None:
         check_positive(l1_coefficient=None)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_notebook_needs_no_more_than_the_sizes(kind: str) -> None:
+    size = {"k": 4} if "topk" in kind or kind == "matryoshka" else {}
+    sae = FAMILY[kind][0](d_model=8, d_sae=256, **size)
+    x = torch.randn(5, 8)
+    assert sae.decode(sae.encode(x)).shape == x.shape
+
+
 def test_a_number_of_latents_takes_the_place_of_the_factor() -> None:
     assert make("relu", expansion=None, d_sae=37).W_dec.shape == (37, 6)
 
@@ -424,9 +432,7 @@ def test_a_sparse_dictionary_is_recovered_by_the_recipe(kind: str) -> None:
     group = GroupSAE(
         name="g", layers=[0], norm_factors={0: 0.5}, d_model=d_model, dead_after=20 * rows,
         sae=functools.partial(architecture, expansion=4, **(values | strength)),
-        optim=Adam(
-            base_lr=1e-2, base_d_sae=128, betas=(0.9, 0.999), eps=1e-8, clip_norm=1.0, **CONSTANT
-        ),
+        optim=Adam(base_lr=1e-2, base_d_sae=128),
         b_dec_start="zero", nonfinite="stop", seed=0,
     )  # fmt: skip
     optimizer = group.configure_optimizers()

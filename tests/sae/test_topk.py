@@ -10,7 +10,6 @@ from groupsae.sae.base import SparseLatents
 from groupsae.sae.topk import TopK
 from groupsae.training.group import GroupSAE
 from groupsae.training.optim import Adam
-from tests.helpers.saes import CONSTANT, REST
 
 EXACT = {"rtol": 1e-12, "atol": 1e-14}  # float64, sums in another order
 
@@ -21,15 +20,8 @@ def generator(seed=0):
 
 def make_sae(dtype=torch.float64, noise=0.3, **changes):
     """Return an SAE away from its symmetric start: untied, with biases."""
-    values = {
-        "d_model": 6,
-        "expansion": 4,
-        **REST,
-        "k": 3,
-        "auxk_alpha": 1 / 32,
-        "auxk_share": 0.5,
-    }
-    sae = TopK(**(values | changes), generator=generator()).to(dtype)
+    sae = TopK(**({"d_model": 6, "expansion": 4, "k": 3} | changes), generator=generator())
+    sae = sae.to(dtype)
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter += noise * torch.randn(parameter.shape, generator=generator(1), dtype=dtype)
@@ -130,15 +122,7 @@ def test_gradients_equal_autograd_through_the_dense_version(dead):
 
 def three_latents(k=1):
     """Latents along x, y and -x in the plane; all biases zero but the decoder's."""
-    sae = TopK(
-        d_model=3,
-        expansion=1,
-        **REST,
-        k=k,
-        auxk_alpha=0.5,
-        auxk_share=1 / 3,
-        generator=generator(),
-    )
+    sae = TopK(d_model=3, expansion=1, k=k, auxk_alpha=0.5, auxk_share=1 / 3)
     directions = torch.tensor([[1.0, 0, 0], [0, 1, 0], [-1, 0, 0]])
     with torch.no_grad():
         sae.W_enc.copy_(directions)
@@ -191,9 +175,7 @@ def test_auxk_is_absent_without_dead_latents_or_without_weight():
 
 
 def group_of(sae_factory, d_model, layers=(0,), dead_after=10, optim=None):
-    optim = optim or Adam(
-        base_lr=1e-3, base_d_sae=2**10, betas=(0.9, 0.999), eps=1e-8, clip_norm=1.0, **CONSTANT
-    )
+    optim = optim or Adam(base_lr=1e-3, base_d_sae=2**10)
     return GroupSAE(
         name="g", layers=list(layers), norm_factors=dict.fromkeys(layers, 1.0), sae=sae_factory,
         d_model=d_model, optim=optim, dead_after=dead_after, b_dec_start="zero",
@@ -264,13 +246,5 @@ def test_decode_takes_latents_from_anywhere():
 def test_weights_are_drawn_on_the_generators_device_and_go_to_the_default_one():
     # Lightning builds modules with the accelerator as the default device
     with torch.device("meta"):
-        sae = TopK(
-            d_model=8,
-            expansion=2,
-            **REST,
-            k=2,
-            auxk_alpha=0.0,
-            auxk_share=0.5,
-            generator=torch.Generator("cpu"),
-        )
+        sae = TopK(d_model=8, expansion=2, k=2, generator=torch.Generator("cpu"))
     assert {p.device.type for p in sae.parameters()} == {"meta"}

@@ -25,22 +25,15 @@ from groupsae.training.group import SAEFactory
 from groupsae.training.optim import Adam
 from groupsae.training.suite import GroupSAESuite
 from tests.helpers.runs import overrides, run
-from tests.helpers.saes import CONSTANT, FAMILY, REST
+from tests.helpers.saes import FAMILY
 
 LAYERS, D_MODEL, EXPANSION, TOKENS = 6, 64, 8, 512
 CPU = torch.device("cpu")
 
 
 def make_sae(*, d_model: int, generator: torch.Generator, **changed: float | None) -> TopK:
-    size = {"expansion": EXPANSION, "d_sae": None, **changed}
-    return TopK(
-        d_model=d_model,
-        **REST | size,
-        k=8,
-        auxk_alpha=1 / 32,
-        auxk_share=0.5,
-        generator=generator,
-    )
+    size = {"expansion": EXPANSION, **changed}
+    return TopK(d_model=d_model, k=8, generator=generator, **size)
 
 
 def make_suite(smaller: list[int], sae: SAEFactory = make_sae) -> GroupSAESuite:
@@ -49,9 +42,7 @@ def make_suite(smaller: list[int], sae: SAEFactory = make_sae) -> GroupSAESuite:
         sae=sae,
         d_sae=EXPANSION * D_MODEL,
         d_model=D_MODEL,
-        optim=Adam(
-            base_lr=1e-3, base_d_sae=512, betas=(0.9, 0.999), eps=1e-8, clip_norm=1.0, **CONSTANT
-        ),
+        optim=Adam(base_lr=1e-3, base_d_sae=512),
         dead_after=10**9,
         b_dec_start="zero",
         nonfinite="stop",

@@ -24,7 +24,7 @@ from groupsae.training.optim import Adam
 from groupsae.training.readback import Readback
 from groupsae.training.suite import GroupSAESuite
 from tests.helpers.lms import frozen
-from tests.helpers.saes import CONSTANT, FAMILY, REST
+from tests.helpers.saes import FAMILY
 from tests.helpers.waiting import no_waiting, waiting
 
 D_MODEL, K = 8, 3
@@ -32,20 +32,11 @@ NORMS = {0: 0.5, 1: 0.25, 2: 2.0, 3: 1.5, 4: 3.0}
 
 
 def make_sae(*, d_model, generator, k=K):
-    return TopK(
-        d_model=d_model,
-        expansion=4,
-        **REST,
-        k=k,
-        auxk_alpha=1 / 32,
-        auxk_share=0.5,
-        generator=generator,
-    )
+    return TopK(d_model=d_model, expansion=4, k=k, generator=generator)
 
 
 def make_optim(**changes):
-    values = {"base_lr": 1e-3, "base_d_sae": 32, "betas": (0.9, 0.999), "eps": 1e-8}
-    return Adam(**(values | {"clip_norm": 1.0, **CONSTANT} | changes))
+    return Adam(**({"base_lr": 1e-3, "base_d_sae": 32} | changes))
 
 
 def make_group(layers=(1, 3), dead_after=10_000, **changes):
@@ -173,7 +164,7 @@ def test_the_learning_rate_follows_the_papers_law(d_sae, lr):
 
 def test_every_member_has_a_named_parameter_group_of_its_own():
     suite = suite_of([make_group((0, 1)), make_group((2, 3), sae=lambda **kwargs: TopK(
-        expansion=16, **REST, k=2, auxk_alpha=0, auxk_share=0.5, **kwargs))])  # fmt: skip
+        expansion=16, k=2, auxk_alpha=0, **kwargs))])  # fmt: skip
     groups = suite.configure_optimizers().param_groups
     assert [g["name"] for g in groups] == ["layers.0-1", "layers.2-3"]
     assert [g["lr"] for g in groups] == [pytest.approx(1e-3), pytest.approx(5e-4)]
@@ -243,7 +234,7 @@ TINY = {0: 1.1, 1: 0.7, 2: 0.4, 3: 0.2}  # norm factors
 
 
 def tiny_sae(**kwargs):
-    return TopK(expansion=4, **REST, k=4, auxk_alpha=1 / 32, auxk_share=0.5, **kwargs)
+    return TopK(expansion=4, k=4, **kwargs)
 
 
 @pytest.fixture(scope="module")
