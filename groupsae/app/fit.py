@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 import wandb
-from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
@@ -23,28 +22,25 @@ from groupsae.data.activations import ActivationDataModule
 from groupsae.data.writer import write_json
 from groupsae.files.reading import read_metrics
 from groupsae.reporting.figures import training_curves
+from groupsae.runtime.compat import disable_signal_handling, share_cores
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.quiet import quiet
 from groupsae.runtime.ranks import is_leader
+from groupsae.runtime.signals import Stopped, stopped_by_signals
 from groupsae.training.allocator import keep_freed_memory
 from groupsae.training.callbacks.bar import Bar
 from groupsae.training.callbacks.dashboard import Dashboard, save_figures
 from groupsae.training.callbacks.grouping import GroupLayers
-from groupsae.training.callbacks.stop import (
-    StopOnSignal,
-    Stopped,
-    leave_signals_to_us,
-    stopped_by_signals,
-)
+from groupsae.training.callbacks.stop import StopOnSignal
 from groupsae.training.callbacks.throughput import Throughput
 from groupsae.training.checkpoints.distributed_save import same_checkpoint
 from groupsae.training.checkpoints.io import SuiteCheckpoints
 from groupsae.training.dry_run import needs, plans_of
 from groupsae.training.ledger import ledger, seconds_of_all
 from groupsae.training.loggers import begin_records
-from groupsae.training.parallel.peer_errors import told_of_lost
+from groupsae.training.parallel.peer_errors import explain_lost_process
 from groupsae.training.parallel.spread import busiest
-from groupsae.training.parallel.strategies import SAEParallel
+from groupsae.training.parallel.strategies import DDP, SAEParallel
 from groupsae.training.results import save_suite, summarise
 from groupsae.training.suite import GroupSAESuite
 
@@ -75,7 +71,7 @@ def fit(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> int:
         announce(run, cfg, console)
         if cfg.dry_run:
             return _dry_run(run, cfg, folder, console)
-        with told_of_lost(folder), stopped_by_signals():
+        with explain_lost_process(folder), stopped_by_signals():
             return _train(run, cfg, folder, checkpoint, console)
     except Stopped as stopped:
         console.print(
@@ -97,7 +93,7 @@ def _dry_run(run: Run, cfg: DictConfig, folder: Path, console: Console) -> int:
     device, processes = trainer.strategy.root_device, trainer.world_size
     data.use(data.lm.load(device), device)
     if device.type == "cpu" and processes > 1:  # they share the cores, as the launcher does it
-        _set_num_threads_if_needed(num_processes=trainer.num_devices)
+        share_cores(trainer.num_devices)
     plans = plans_of(run.grouping.choice, data.lm.geometry.num_layers, folder)
     spread = isinstance(trainer.strategy, SAEParallel)
     found = [
@@ -145,17 +141,17 @@ def _train(
 ) -> int:
     trainer, suite, data = run.trainer, run.suite, run.data
     trainer.fit(suite, datamodule=data, ckpt_path=checkpoint)
-    told = run.stop.told()
-    if told is not None and trainer.global_step < data.num_steps:
+    received = run.stop.received_anywhere()
+    if received is not None and trainer.global_step < data.num_steps:
         console.print(
             f"stopped at step {trainer.global_step} of {data.num_steps}; go on with\n"
             f"  python -m groupsae.train resume={folder}",
             soft_wrap=True,  # a command must come out in one piece
         )
-        return 128 + told
+        return 128 + received
     trainer.save_checkpoint(folder / "checkpoints" / f"step={trainer.global_step}.ckpt")
-    if told is not None:
-        raise Stopped(told)
+    if received is not None:
+        raise Stopped(received)
     trainer.validate(suite, datamodule=data, verbose=False)
     if suite.spread or trainer.is_global_zero:
         configured: Any = OmegaConf.to_container(cfg.sae, resolve=True)
@@ -270,12 +266,14 @@ def build(cfg: DictConfig, folder: Path, checkpoint: Path | None, console: Conso
             plugins=SuiteCheckpoints(say=partial(console.print, soft_wrap=True)),
             callbacks=callbacks,
         )
+        if isinstance(trainer.strategy, DDP):
+            trainer.strategy.check_processes()
     except (MisconfigurationException, RuntimeError, ValueError) as error:
         raise UserError(
             f"Lightning refuses this trainer ({error}): look at trainer, trainer.accelerator and "
             "trainer.devices."
         ) from error
-    leave_signals_to_us(trainer)
+    disable_signal_handling(trainer)
     if cfg.stream.blocks_per_step % trainer.world_size:
         raise UserError(
             f"stream.blocks_per_step={cfg.stream.blocks_per_step} cannot be shared out equally "

@@ -14,6 +14,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from groupsae.files.reading import read_json
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.ranks import is_leader, starts_processes
 from groupsae.runtime.retry import first_line
+from groupsae.runtime.signals import handled_by
 
 PACKAGES = {  # of a launcher -> its module and our extra that brings it
     "parallel": ("hydra_plugins.hydra_joblib_launcher", "joblib"),
@@ -44,6 +46,7 @@ PACKAGES = {  # of a launcher -> its module and our extra that brings it
     "submitit_local": ("hydra_plugins.hydra_submitit_launcher", "submitit"),
 }
 _current: "Points | None" = None  # the sweep that this process belongs to
+_signals = ExitStack()  # its signal handlers, which stay until this process ends
 
 
 class Points(Callback):
@@ -77,8 +80,7 @@ class Points(Callback):
             old.unlink(missing_ok=True)
         self.points = _points(task)
         _current = self
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._interrupted)
+        _signals.enter_context(handled_by(self._interrupted, requeue=False))
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         """Make itself known to the function that runs a point."""
@@ -86,7 +88,7 @@ class Points(Callback):
         if config.hydra.mode == RunMode.MULTIRUN:
             _current = self
             if self.side_by_side:
-                signal.signal(signal.SIGTERM, self._end_here)
+                _signals.enter_context(handled_by(self._end_here, requeue=False))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """Write down what became of a point."""

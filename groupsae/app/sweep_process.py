@@ -9,6 +9,8 @@ import sys
 
 from hydra.core.hydra_config import HydraConfig
 
+from groupsae.runtime.signals import handled_by
+
 OF_THE_SWEEP = ("hydra.mode", "hydra.sweep", "hydra.launcher")  # which it is, what runs its points
 
 
@@ -19,34 +21,31 @@ def run_alone(overrides: list[str]) -> int:
     nobody knows of.
     """
     line = [sys.executable, "-m", "groupsae.train", *_of_the_command(), *overrides]
-    told: list[int] = []
+    received: list[int] = []
     child: subprocess.Popen[bytes] | None = None
 
     def known(number: int) -> int:
-        """Return what the command is told; Ctrl-C may reach it twice, which it takes for once."""
+        """Return the signal for the command; Ctrl-C may reach it twice, which it ignores."""
         return signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
 
     def pass_on(number: int, _frame: object) -> None:
-        told.append(number)
+        received.append(number)
         if child is not None:
             child.send_signal(known(number))
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-    before = {number: signal.signal(number, pass_on) for number in numbers}
-    try:
+    with handled_by(pass_on):
         child = subprocess.Popen(line)
-        if told:  # while it was started
-            child.send_signal(known(told[0]))
-        status = child.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if child is not None and child.poll() is None:
-            child.terminate()
-            child.wait()
+        try:
+            if received:  # while it was started
+                child.send_signal(known(received[0]))
+            status = child.wait()
+        finally:
+            if child.poll() is None:
+                child.terminate()
+                child.wait()
     status = status if status >= 0 else 128 - status
-    # submitit's signal, which the command would not know, asks for the job to come again
-    requeue = status == 128 + signal.SIGTERM and signal.SIGUSR2 in told
+    # submitit's signal, which the command does not know, asks for the job to be queued again
+    requeue = status == 128 + signal.SIGTERM and signal.SIGUSR2 in received
     return 128 + signal.SIGUSR2 if requeue else status
 
 

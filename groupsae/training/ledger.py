@@ -13,7 +13,7 @@ from groupsae.grouping.groupings import groupings
 from groupsae.grouping.plan import GroupPlan
 from groupsae.training.callbacks.grouping import GroupLayers
 from groupsae.training.callbacks.throughput import Throughput
-from groupsae.training.parallel.collect import of_each
+from groupsae.training.parallel.collect import gather
 from groupsae.training.suite import GroupSAESuite
 
 FEW = 64  # rows that the FLOPs of an SAE are counted on
@@ -102,7 +102,7 @@ def seconds_of_all(
     mine = data.stopwatch.seconds, throughput.saes.seconds
     if not spread:
         return mine
-    activations, saes = zip(*of_each(mine), strict=True)
+    activations, saes = zip(*gather(mine), strict=True)
     return min(activations), sum(saes) / len(saes)
 
 

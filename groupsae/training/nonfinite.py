@@ -9,7 +9,7 @@ from torch import Tensor
 
 from groupsae.data.activations import ActivationDataModule
 from groupsae.runtime.errors import UserError
-from groupsae.training.parallel.collect import of_each
+from groupsae.training.parallel.collect import gather
 
 if TYPE_CHECKING:
     from groupsae.training.group import GroupSAE
@@ -88,7 +88,7 @@ def layers_not_finite(data: ActivationDataModule, step: int) -> list[int]:
         data: the stream.
         step: number of the step, the first being 1.
     """
-    layers = sorted(set().union(*of_each(data.used_layers())))
+    layers = sorted(set().union(*gather(data.used_layers())))
     found = torch.zeros(len(layers), device=data.device)
     tokens = next(iter(data.loader("train", step, data.seed, first_step=step - 1)))
     for first in range(0, len(layers), AT_ONCE):

@@ -8,7 +8,7 @@ import torch
 
 from groupsae.data.batch import ActivationBatch
 from groupsae.sae.metrics import Reconstruction
-from groupsae.training.parallel.collect import of_each
+from groupsae.training.parallel.collect import gather_named
 
 if TYPE_CHECKING:
     from groupsae.training.group import GroupSAE
@@ -45,7 +45,7 @@ class Validated(L.LightningModule):
         """
         if not self.spread:
             return mine
-        found = {name: said for each in of_each(mine) for name, said in each.items()}
+        found = gather_named(mine)
         return {name: found[name] for name in self.all_names()}
 
     def serving(self) -> dict[int, str]:

@@ -204,7 +204,7 @@ def test_what_another_process_cannot_read_stops_all(
     path = save(made(), tmp_path / "step=3.ckpt")
     asks = [[path], ("", "")], [[path], ("", "cannot read it")]  # what each gives, in turn
     turns = zip(*asks, strict=True)
-    monkeypatch.setattr(io, "of_each", lambda _: list(next(turns)))
+    monkeypatch.setattr(io, "gather", lambda _: list(next(turns)))
     with pytest.raises(UserError, match="^cannot read it$"):
         read_checkpoint(path)
     assert path.exists()

@@ -2,10 +2,7 @@
 
 import csv
 import json
-import os
 import signal
-import sys
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
 from groupsae.grouping.plan import GroupPlan
 from groupsae.runtime.errors import UserError
 from groupsae.training.checkpoints import distributed_save as checkpoints
-from groupsae.training.parallel import launcher
 from groupsae.training.suite import GroupSAESuite
 from tests.helpers.processes import Ended, lose, stop, together, train
 from tests.helpers.runs import overrides, read_checkpoint, run, saved, stopped
@@ -231,71 +226,21 @@ def test_sums_are_made_on_the_device_wherever_the_suite_lies(
     assert seen == ["meta"]
 
 
-def test_the_first_process_does_not_wait_for_one_that_was_told_to_stop(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """While processes meet, Ctrl-C ends those that still load; this one cannot hear it."""
-    monkeypatch.setattr(launcher, "POLL", 0.01)
-    monkeypatch.setattr(launcher, "TOLD", 0.05)
-    ended: list[str] = []
-    monkeypatch.setattr(launcher.os, "_exit", sys.exit)
-    for code, status in ((128 + signal.SIGINT, 130), (-signal.SIGTERM, 143)):
-        starts = launcher.WatchedLauncher(LightningEnvironment(), 3, 1)
-        codes = [None, code]
-        starts.procs = [
-            SimpleNamespace(poll=lambda c=c: c, kill=lambda: ended.append("other")) for c in codes
-        ]
-        with pytest.raises(SystemExit, match=f"^{status}$"):
-            starts._watch(threading.Event())
-        assert "the same command goes on" in capsys.readouterr().out
-    assert ended == ["other"] * 4
-
-
 def test_another_number_of_processes_than_was_started_is_a_sentence(
-    monkeypatch: pytest.MonkeyPatch,
+    arguments: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    starts = launcher.WatchedLauncher(TorchElasticEnvironment(), 4, 1)
-    with pytest.raises(UserError, match=r"trainer\.devices=4 and trainer\.num_nodes=1"):
-        starts.launch(lambda: 3)
+    for name, value in {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UserError, match=r"devices=4.*trainer\.devices"):
+        run(arguments("trainer=ddp", *CPUS, "trainer.devices=4"))
 
 
 def test_processes_that_do_not_see_the_same_checkpoints_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Folders that are not shared: one would go on, the other begin."""
-    monkeypatch.setattr(checkpoints, "of_each", lambda own: [True, own])
+    monkeypatch.setattr(checkpoints, "gather", lambda own: [True, own])
     checkpoints.same_checkpoint(Path("step=3.ckpt"), Path("out"))
     with pytest.raises(UserError, match="process 1 .* checkpoints in out, which process 0 sees"):
         checkpoints.same_checkpoint(None, Path("out"))
-
-
-@pytest.mark.parametrize(
-    ("local_rank", "started", "watched"),
-    [(None, 0, []), (None, 1, ["_watch"]), ("0", 1, ["_watch"]), ("1", 0, ["_watch_first"])],
-)
-def test_who_started_processes_watches_them_and_they_watch_it(
-    local_rank: str | None, started: int, watched: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And a run of one process goes on when the shell that started it is gone."""
-    if local_rank is None:
-        monkeypatch.delenv("LOCAL_RANK", raising=False)
-    else:
-        monkeypatch.setenv("LOCAL_RANK", local_rank)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    seen: list[str] = []
-    parent = os.getppid()
-
-    def beside(watch: Any, *args: Any) -> None:
-        seen.append(watch.__name__)
-        assert watch.__name__ == "_watch" or args[0] == parent
-
-    monkeypatch.setattr(launcher, "_beside", beside)
-    starts = launcher.WatchedLauncher(LightningEnvironment(), started + 1, 1)
-    starts.procs = [None] * started
-    monkeypatch.setattr(starts, "_call_children_scripts", lambda: None)
-    assert starts.launch(lambda: 3) == 3
-    with monkeypatch.context() as patch:  # an orphan: validation is launched after training
-        patch.setattr(launcher.os, "getppid", lambda: 1)
-        assert starts.launch(lambda: 3) == 3
-    assert seen == 2 * watched

@@ -1,94 +1,14 @@
 """Processes that were told to stop at different steps end at the same one."""
 
 import signal
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier, local
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 from groupsae.runtime.errors import UserError
-from groupsae.training.callbacks.stop import StopOnSignal, Stopped, stopped_by_signals
 from groupsae.training.suite import GroupSAESuite
 from tests.helpers import runs
 from tests.helpers.processes import stop_group, stop_second, together
-
-
-@pytest.mark.parametrize("told", [{0: 2}, {1: 2}, {0: 2, 1: 3}, {}])
-def test_all_stop_at_the_step_after_one_was_told(
-    told: dict[int, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Two threads in step stand for the processes, which know of each other by the sums only."""
-    me, barrier, given = local(), Barrier(2), [torch.empty(0)] * 2
-
-    def all_reduce(value: torch.Tensor) -> None:
-        given[me.rank] = value.clone()
-        barrier.wait(30)
-        value.copy_(given[0] + given[1])
-        barrier.wait(30)
-
-    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-
-    def process(rank: int) -> list[int]:
-        me.rank, saved = rank, []
-        stop = StopOnSignal(folder=str(tmp_path))
-        trainer = SimpleNamespace(
-            world_size=2,
-            should_stop=False,
-            strategy=SimpleNamespace(root_device=torch.device("cpu")),
-            save_checkpoint=lambda file: saved.append(int(file.stem.split("=")[1])),
-            val_check_batch=4,
-            fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace()),
-        )
-        for step in range(6):
-            if told.get(rank) == step:
-                stop._note(signal.SIGTERM, None)
-            trainer.global_step = step
-            stop.on_train_batch_end(trainer)  # type: ignore[arg-type]
-            if trainer.should_stop:
-                break
-        assert (stop.received == signal.SIGTERM) == bool(told)
-        return saved
-
-    with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(process, (0, 1))) == [[3] if told else []] * 2
-
-
-def test_an_echo_of_a_signal_is_no_second_one(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    ended, moments = [], iter([10.0, 11.0, 13.0, 13.0])
-    clock = SimpleNamespace(monotonic=lambda: next(moments))
-    monkeypatch.setattr("groupsae.training.callbacks.stop.time", clock)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(signal, "raise_signal", ended.append)
-    stop = StopOnSignal(folder=str(tmp_path))
-    stop._note(signal.SIGTERM, None)
-    stop._note(signal.SIGTERM, None)
-    assert not ended
-    stop._note(signal.SIGTERM, None)
-    assert ended == [signal.SIGTERM]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_what_is_done_inside_and_the_handlers_come_back(number: int) -> None:
-    before, after = signal.getsignal(number), []
-
-    def work() -> None:
-        with stopped_by_signals():
-            try:
-                signal.raise_signal(number)
-            finally:
-                signal.raise_signal(number)  # its echo does not disturb the end
-                after.append(True)
-
-    with pytest.raises(Stopped) as stopped:
-        work()
-    assert stopped.value.number == number
-    assert after
-    assert signal.getsignal(number) == before
 
 
 @pytest.fixture
@@ -174,17 +94,18 @@ def test_a_signal_in_the_last_step_is_told_and_costs_nothing(
     assert runs.run([f"resume={folder}"]) == (0, folder)
 
 
-@pytest.mark.parametrize("step", [5, 6])
-def test_a_signal_to_one_of_two_in_the_last_steps_stops_both(
-    step: int, tiny_lm: Path, tiny_text: Path, tmp_path: Path
+@pytest.mark.parametrize(("step", "stopped"), [(1, 2), (5, 6), (6, 6)])
+def test_a_signal_to_one_of_two_stops_both_one_step_later(
+    step: int, stopped: int, tiny_lm: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
-    """What is told in the last step is read in the next one, and there is none."""
+    """In the last step there is no later one."""
     more = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
     arguments = runs.overrides(tiny_lm, tiny_text, tmp_path, *more)
     ended = together(stop_second, 2, tmp_path / "log", arguments, step)
     assert [each.status for each in ended] == [128 + signal.SIGTERM] * 2, ended
     assert "resume=" in ended[0].output
-    assert list(tmp_path.rglob("step=6.ckpt"))
+    newest = max(tmp_path.rglob("step=*.ckpt"), key=lambda path: path.name)
+    assert newest.name == f"step={stopped}.ckpt"
 
 
 def test_a_signal_while_layers_are_measured_is_told(

@@ -17,7 +17,7 @@ from groupsae.runtime.errors import UserError
 from groupsae.suite.groups_file import load_plan
 from groupsae.training.forecast import Forecast, bytes_free, bytes_needed, forecast, refuse
 from groupsae.training.measure import Measurement, check_scale, measure, provenance_of
-from groupsae.training.parallel.collect import of_each
+from groupsae.training.parallel.collect import gather
 from groupsae.training.parallel.spread import described, owners, spread
 from groupsae.training.parallel.strategies import SAEParallel
 from groupsae.training.suite import GroupSAESuite
@@ -130,7 +130,7 @@ class GroupLayers(L.Callback):
         """Stop all processes if one of them has too little memory."""
         device = trainer.strategy.root_device
         mine = needed, bytes_free(device, trainer.num_devices), num_saes, str(device)
-        for each in of_each(mine):
+        for each in gather(mine):
             refuse(*each)
 
     def confirm(self, data: ActivationDataModule) -> None:

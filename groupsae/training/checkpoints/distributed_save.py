@@ -15,7 +15,7 @@ from groupsae.training.checkpoints.folder import (
     seal,
 )
 from groupsae.training.checkpoints.parts import take_apart, write_parts, write_rest
-from groupsae.training.parallel.collect import leads, of_each
+from groupsae.training.parallel.collect import gather, gather_named, leads
 
 
 def save_together(checkpoint: dict[str, Any], path: Path) -> None:
@@ -27,7 +27,7 @@ def save_together(checkpoint: dict[str, Any], path: Path) -> None:
         UserError: one of the processes could not write; said in all of them.
     """
     first = leads()
-    if of_each(first and path.exists())[0]:
+    if gather(first and path.exists())[0]:
         return
     rest, parts = take_apart(checkpoint)
     partial = partial_of(path)
@@ -37,10 +37,10 @@ def save_together(checkpoint: dict[str, Any], path: Path) -> None:
             begin(path)
     with _all_or_none(path):
         records = write_parts(partial, parts) | (write_rest(partial, rest) if first else {})
-    every = of_each(records)
+    every = gather_named(records)
     with _all_or_none(path):
         if first:
-            seal(path, {name: found for each in every for name, found in each.items()})
+            seal(path, every)
 
 
 def same_checkpoint(checkpoint: Path | None, folder: Path) -> None:
@@ -49,7 +49,7 @@ def same_checkpoint(checkpoint: Path | None, folder: Path) -> None:
     Raises:
         UserError: one sees a checkpoint that another does not see; said in all of them.
     """
-    seen = of_each(checkpoint is not None)
+    seen = gather(checkpoint is not None)
     if len(set(seen)) > 1:
         raise UserError(
             f"process {seen.index(False)} of this run does not see the checkpoints in {folder}, "
@@ -71,7 +71,7 @@ def _all_or_none(path: Path) -> Iterator[None]:
             yield
     except UserError as error:
         problem = str(error)
-    problem = next(filter(None, of_each(problem)), "")  # here they wait for each other
+    problem = next(filter(None, gather(problem)), "")  # here they wait for each other
     if problem:
         if leads():
             clear(path)

@@ -32,7 +32,7 @@ from groupsae.training.checkpoints.parts import (
     write_parts,
     write_rest,
 )
-from groupsae.training.parallel.collect import leads, of_each
+from groupsae.training.parallel.collect import gather, leads
 
 
 class SuiteCheckpoints(CheckpointIO):
@@ -92,9 +92,9 @@ class SuiteCheckpoints(CheckpointIO):
         path = Path(path)
         there = checkpoints(path.parent)
         mine = there[there.index(path) :] if path in there else [path]
-        for candidate in of_each(mine)[0]:
+        for candidate in gather(mine)[0]:
             found, damage, refusal = self._read(candidate, members)
-            damages, refusals = zip(*of_each((damage, refusal)), strict=True)
+            damages, refusals = zip(*gather((damage, refusal)), strict=True)
             if any(damages):
                 self._set_aside(candidate, next(filter(None, damages)))
             elif any(refusals):
@@ -152,7 +152,7 @@ class SuiteCheckpoints(CheckpointIO):
                     f"{error.strerror or error}. Move it away, and the same command goes on from "
                     "the checkpoint before it."
                 )
-        if problem := of_each(problem)[0]:
+        if problem := gather(problem)[0]:
             raise UserError(problem)
 
     def remove_checkpoint(self, path: str | Path) -> None:

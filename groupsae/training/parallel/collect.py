@@ -1,5 +1,6 @@
-"""Small plain values of all processes."""
+"""Exchanges small plain values between the processes of a run."""
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
@@ -12,8 +13,8 @@ def leads() -> bool:
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
-def of_each(value: T) -> list[T]:
-    """Return what each process gives, by rank; every process of the run has to call it.
+def gather(value: T) -> list[T]:
+    """Return the value of each process, by rank; every process of the run has to call it.
 
     For a few numbers or names now and then: the host waits.
     """
@@ -22,3 +23,8 @@ def of_each(value: T) -> list[T]:
     values: list[T] = [value] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def gather_named(values: Mapping[str, T]) -> dict[str, T]:
+    """Return the named values of all processes; every process of the run has to call it."""
+    return {name: value for each in gather(dict(values)) for name, value in each.items()}

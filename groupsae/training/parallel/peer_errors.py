@@ -1,4 +1,4 @@
-"""What is said when another process of the run no longer answers."""
+"""Explains the error of a collective when another process of the run no longer answers."""
 
 import re
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import torch
 
 from groupsae.runtime.errors import UserError
 
-# what gloo writes; it raises RuntimeError itself
+# in messages of gloo, which raises RuntimeError
 SIGNS = (
     "connection closed by peer", "connection reset by peer", "connection refused", "broken pipe",
     "timed out waiting", "timeout", "connectfullmesh failed", "socket", "gloo",
@@ -18,8 +18,8 @@ SIGNS = (
 
 
 @contextmanager
-def told_of_lost(folder: Path) -> Iterator[None]:
-    """Turn the error of a collective into a sentence that says how to go on.
+def explain_lost_process(folder: Path) -> Iterator[None]:
+    """Turn the error of a collective into a sentence that says how to resume.
 
     Args:
         folder: of the run.
@@ -30,27 +30,27 @@ def told_of_lost(folder: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not is_lost(error):
+        if not is_lost_process(error):
             raise
         raise UserError(
             "another process of this run was lost, or did not answer in time "
-            f"({_short(error)}). What it says itself is above or in its own "
-            "log. Start all processes again; the run goes on from its last checkpoint:\n"
+            f"({_short(error)}). Its own error is above, or in its own log. Start all processes "
+            "again; the run resumes from its last checkpoint:\n"
             f"  python -m groupsae.train {quote(f'resume={folder}')}"
         ) from error
 
 
-def is_lost(error: RuntimeError) -> bool:
-    """Return whether an error is that of a collective whose other side is gone."""
+def is_lost_process(error: RuntimeError) -> bool:
+    """Return whether a collective failed because another process is gone."""
     if isinstance(error, torch.distributed.DistError):  # of NCCL, and while processes meet
         return True
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return False
-    said = str(error).lower()
-    return type(error) is RuntimeError and any(sign in said for sign in SIGNS)
+    message = str(error).lower()
+    return type(error) is RuntimeError and any(sign in message for sign in SIGNS)
 
 
 def _short(error: RuntimeError) -> str:
-    """Return the part of an error that is not of places in the source and of causes guessed."""
+    """Return an error's first line without places in the source and guesses at the cause."""
     first = re.sub(r"^\[\S*\] ", "", str(error).partition("\n")[0])
     return first.partition(" This is typically")[0].rstrip(".")

@@ -1,8 +1,11 @@
 """Lightning's strategies for several processes, as the yaml files name them."""
 
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from subprocess import TimeoutExpired
 from typing import Any
 
 import lightning as L
@@ -12,11 +15,13 @@ from lightning.pytorch.strategies.strategy import Strategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
 
+from groupsae.runtime.compat import release_started_processes
 from groupsae.runtime.errors import UserError
 from groupsae.training.checkpoints.distributed_save import save_together
 from groupsae.training.checkpoints.io import SuiteCheckpoints
-from groupsae.training.parallel.launcher import WatchedLauncher
 from groupsae.training.suite import GroupSAESuite
+
+END = 10.0  # seconds that other processes have to end after an error in the one that started them
 
 
 class DDP(DDPStrategy):
@@ -37,11 +42,24 @@ class DDP(DDPStrategy):
             gradient_as_bucket_view=True,  # no second copy of the gradients
         )
 
-    def _configure_launcher(self) -> None:
+    def check_processes(self) -> None:
+        """Raise ValueError if torchrun or SLURM started another number of processes."""
         assert self.cluster_environment is not None
-        self._launcher = WatchedLauncher(
-            self.cluster_environment, self.num_processes, self.num_nodes
-        )
+        self.cluster_environment.validate_settings(self.num_processes, self.num_nodes)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Wait for the processes that this one started, which see the same error; end the rest."""
+        super().on_exception(exception)
+        deadline = time.monotonic() + END
+        for process in release_started_processes(self.launcher):
+            with suppress(TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+            process.kill()  # does nothing to one that has ended
+
+    def teardown(self) -> None:
+        """Let the processes that this one started end with any status, as this one does."""
+        release_started_processes(self.launcher)
+        super().teardown()
 
 
 class SAEParallel(DDP):
