@@ -29,7 +29,7 @@ from groupsae.evaluation.results import Results
 from groupsae.files.reading import read_json
 from groupsae.grouping.groupings import groupings
 from groupsae.grouping.plan import GroupPlan
-from groupsae.reporting.collection import evaluation_figures
+from groupsae.reporting.figures import evaluation_figures
 from groupsae.reporting.load import chosen_grouping, interval, read_run
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.progress import token_progress

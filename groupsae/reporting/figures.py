@@ -1,18 +1,111 @@
-"""The figures of a run, as matplotlib figures."""
+"""The figures of a run: how each is drawn, and all of them with their captions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator, MultipleLocator
 from scipy.cluster.hierarchy import dendrogram, linkage
 from scipy.spatial.distance import squareform
 
-from groupsae.grouping.partition import Distances, Partition
-from groupsae.reporting.style import COLOURS, layer_ticks, legend_below, new_axes
+from groupsae.evaluation.latents import layer_profile
+from groupsae.grouping.partition import Distances, Partition, build_partition
+from groupsae.grouping.rules import RULES, curve
+from groupsae.reporting.formatting import METRICS, RULE_NAMES
+from groupsae.reporting.load import Interval, RunFiles, Values, cost_of, interval
+from groupsae.reporting.style import (
+    COLOURS,
+    DASHES,
+    MARKERS,
+    PER_LAYER,
+    RULE_COLOURS,
+    SMALLER,
+    bars,
+    layer_ticks,
+    legend_below,
+    line_with_band,
+    new_axes,
+)
 
 MOST_LABELS = 15  # lines with a legend; more would need more room than the curves
+PANELS = 4  # in a row
+UNITS = {"fvu": "FVU (share of variance lost)", "delta_ce": "ΔCE (nats per token)"}
+
+
+class Captioned(NamedTuple):
+    """A figure of the page.
+
+    Attributes:
+        name: of its PNG, without the ending.
+        section: of the page: groups, quality, layers, latents or training.
+        figure: the figure.
+        title: short, for readers who cannot see it.
+        caption: what one sees.
+    """
+
+    name: str
+    section: str
+    figure: Figure
+    title: str
+    caption: str
+
+
+def run_figures(run: RunFiles) -> Iterator[Captioned]:
+    """Yield every figure that the files of a run allow, in the order of the page."""
+    yield from _group_figures(run)
+    yield from _evaluation_figures(run)
+    yield from _training_figures(run)
+
+
+def evaluation_figures(run: RunFiles) -> dict[str, Figure]:
+    """Return name -> figure of all that an evaluation adds to a run; none without one."""
+    return {each.name: each.figure for each in _evaluation_figures(run)}
+
+
+# ---- layers and groups --------------------------------------------------------------------------
+
+
+def _group_figures(run: RunFiles) -> Iterator[Captioned]:
+    if run.distances is None or not run.groups:
+        return
+    own = [[len(run.distances) - 1]] if run.plan.get("last_layer") == "own" else []
+    n, rule = sum(map(len, run.groups)), str(run.plan.get("rule"))
+    grouped = run.distances[:n, :n]
+    yield Captioned(
+        "distances",
+        "groups",
+        distance_heatmap(run.distances, [*run.groups, *own]),
+        "Heat map of the angular distances of all layer pairs, groups outlined",
+        "Mean angle between the residual streams of two layers. Orange: layers that share an "
+        "SAE. Dark squares are layers that point the same way.",
+    )
+    if n > 1:
+        source = "come from this tree" if rule == "complete" else f"come from the rule {rule}"
+        yield Captioned(
+            "dendrogram",
+            "groups",
+            linkage_tree(grouped, run.groups),
+            "Dendrogram of complete linkage",
+            "Where complete linkage joins layers: the height is the largest angle inside the "
+            f"joined group. The colours are the groups of this run, which {source}.",
+        )
+    known = rule if rule in RULES else "complete"
+    threshold = "" if run.theta is None else ", the first below θ"
+    chosen = build_partition(grouped, run.groups, known)
+    yield Captioned(
+        "amad",
+        "groups",
+        amad_curve(curve(grouped, known), chosen, run.theta),
+        "AMAD against the number of groups",
+        "AMAD is the mean over groups of their largest angle. Ringed: the number of groups of "
+        f"this run{threshold}. More groups are closer, and cost more.",
+    )
 
 
 def distance_heatmap(distances: np.ndarray, groups: Sequence[Sequence[int]]) -> Figure:
@@ -35,15 +128,9 @@ def distance_heatmap(distances: np.ndarray, groups: Sequence[Sequence[int]]) -> 
     if layers <= 16:
         for (i, j), value in np.ndenumerate(distances):
             if i != j:
-                axes.text(
-                    j,
-                    i,
-                    f"{value:.2f}".lstrip("0"),
-                    ha="center",
-                    va="center",
-                    fontsize=6,
-                    color="white" if value < 0.6 * distances.max() else "black",
-                )
+                colour = "white" if value < 0.6 * distances.max() else "black"
+                text = f"{value:.2f}".lstrip("0")
+                axes.text(j, i, text, ha="center", va="center", fontsize=6, color=colour)
     ticks = layer_ticks(range(layers))
     axes.set(
         xlabel="layer",
@@ -99,36 +186,17 @@ def amad_curve(curve: Sequence[Partition], chosen: Partition, theta: float | Non
     """
     figure, axes = new_axes(5.6, 4.0)
     counts = [p.num_groups for p in curve]
-    axes.plot(counts, [p.amad for p in curve], "o-", color=COLOURS[0], label="AMAD")
-    axes.plot(
-        counts,
-        [p.max_diameter for p in curve],
-        "--",
-        color=COLOURS[4],
-        lw=1,
-        label="largest diameter",
-    )
-    axes.plot(
-        counts,
-        [p.size_weighted_amad for p in curve],
-        ":",
-        color=COLOURS[2],
-        lw=1.4,
-        label="size-weighted AMAD",
-    )
+    for values, look, colour, width, label in (
+        ([p.amad for p in curve], "o-", 0, 1.5, "AMAD"),
+        ([p.max_diameter for p in curve], "--", 4, 1, "largest diameter"),
+        ([p.size_weighted_amad for p in curve], ":", 2, 1.4, "size-weighted AMAD"),
+    ):
+        axes.plot(counts, values, look, color=COLOURS[colour], lw=width, label=label)
     if theta is not None:
         axes.axhline(theta, color="0.4", lw=1)
         axes.text(counts[-1], theta, f"θ = {theta:g}", ha="right", va="bottom", color="0.3")
-    axes.plot(
-        [chosen.num_groups],
-        [chosen.amad],
-        "o",
-        ms=13,
-        mfc="none",
-        mec=COLOURS[1],
-        mew=2,
-        label=f"this run: G = {chosen.num_groups}",
-    )
+    label = f"this run: G = {chosen.num_groups}"
+    _ring(axes, chosen.num_groups, chosen.amad, label)
     axes.set(
         xlabel="number of groups G",
         ylabel="fractions of π",
@@ -138,6 +206,408 @@ def amad_curve(curve: Sequence[Partition], chosen: Partition, theta: float | Non
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     return figure
+
+
+def _ring(axes: Axes, x: float, y: float, label: str) -> None:
+    axes.plot([x], [y], "o", ms=13, mfc="none", mec=COLOURS[1], mew=2, label=label)
+
+
+# ---- what sharing costs -------------------------------------------------------------------------
+
+
+class Against(NamedTuple):
+    """A figure of the quality of groupings.
+
+    Attributes:
+        x: where a grouping stands.
+        label: of the x axis.
+        title: of the figure, after the metric's name.
+        text: title in the page.
+        remark: of the caption.
+        lost: whether it shows the difference from one SAE per layer.
+    """
+
+    x: Callable[[Values], float | None]
+    label: str
+    title: str
+    text: str
+    remark: str
+    lost: bool = False
+
+
+AGAINST = {
+    "groups": Against(
+        lambda g: g["num_groups"],
+        "number of groups G",
+        "against G",
+        "against the number of groups",
+        "Lower is better; further right costs more.",
+    ),
+    "lost": Against(
+        lambda g: g["num_groups"],
+        "number of groups G",
+        "lost by sharing",
+        "lost against one SAE per layer",
+        "Paired over the same text, so that only the sharing is left.",
+        lost=True,
+    ),
+    "amad": Against(
+        lambda g: g.get("amad"),
+        "AMAD (fractions of π)",
+        "against AMAD",
+        "against AMAD",
+        "How well the distances alone predict the quality.",
+    ),
+    "cost": Against(
+        cost_of,
+        "FLOPs relative to one SAE per layer",
+        "against cost",
+        "against relative cost",
+        "Towards the lower left: better and cheaper.",
+    ),
+}
+MEANING = {
+    "fvu": "FVU is the share of the variance of the activations that the reconstruction loses. ",
+    "delta_ce": "ΔCE is the rise of the language model's cross-entropy with one layer's "
+    "activations replaced by the reconstruction. ",
+}
+
+
+def _evaluation_figures(run: RunFiles) -> Iterator[Captioned]:
+    kinds = [k for k in AGAINST if k != "lost" or run.per_layer] if len(run.groupings) > 1 else []
+    for kind in kinds:
+        for metric, name in METRICS.items():
+            title = f"{name} {AGAINST[kind].text}"
+            yield Captioned(
+                f"{metric}_{kind}",
+                "quality",
+                quality(run, metric, kind),
+                title,
+                f"{title}, one line per rule. {AGAINST[kind].remark} "
+                f"{MEANING[metric] if kind == 'groups' else ''}Bands and bars: confidence "
+                "intervals. Mean over the grouped layers.",
+            )
+    for metric, name in METRICS.items():
+        if figure := layer_bars(run, metric):
+            marks = " Marks: the baselines." if len(run.groupings) > 1 else ""
+            yield Captioned(
+                f"{metric}_layers",
+                "layers",
+                figure,
+                f"{name} of every layer",
+                f"{name} of every layer with the SAE of its group; one colour is one SAE, "
+                f"whiskers are confidence intervals.{marks}",
+            )
+    if run.similarity:
+        yield Captioned(
+            "similarity",
+            "layers",
+            similarity(run),
+            "MMCS and MMCO per layer",
+            "How well the latents of a layer's own SAE are found again in the SAE of its group: "
+            "by direction (MMCS) and by the tokens on which they fire (MMCO). 1: a perfect match.",
+        )
+    if figure := layer_profiles(run):
+        yield Captioned(
+            "profiles",
+            "latents",
+            figure,
+            "Share of each latent's firings per layer, for every shared SAE",
+            "Each row is a latent, sorted by the mean layer on which it fires. Yellow: it fires "
+            "on that layer only; an even colour: on all layers of the group alike.",
+        )
+    if figure := density(run):
+        yield Captioned(
+            "density",
+            "latents",
+            figure,
+            "Histogram of latent densities",
+            "Latents to the right of the dotted line fire on more than a tenth of the tokens "
+            "(dense); those that never fired are counted in the legend.",
+        )
+
+
+def quality(run: RunFiles, metric: str, kind: str) -> Figure:
+    """Return a metric of all groupings, one line per rule, against one of AGAINST."""
+    against = AGAINST[kind]
+    figure, axes = new_axes()
+
+    def read(grouping: Values) -> Interval | None:
+        means = grouping.get("against_per_layer" if against.lost else "grouped_layers") or {}
+        return interval(means.get(metric))
+
+    def points(groupings: Iterable[Values]) -> tuple[list[float], list[Interval]]:
+        """Return x and values from left to right, so that no line turns back."""
+        found = [(x, v) for g in groupings if (x := against.x(g)) is not None and (v := read(g))]
+        found.sort(key=lambda point: point[0])
+        return [float(x) for x, _ in found], [value for _, value in found]
+
+    if against.lost:
+        axes.axhline(0, color=PER_LAYER, lw=1, ls="--", label="one SAE per layer")
+    rules = dict.fromkeys(r for g in run.groupings if g["kind"] == "groups" for r in g["rules"])
+    for position, rule in enumerate(rules):
+        x, values = points(
+            g for g in run.groupings if g["kind"] != "smaller" and rule in (g["rules"] or [])
+        )
+        if x:
+            colour = COLOURS[RULE_COLOURS.get(rule, position % len(COLOURS))]
+            line_with_band(
+                axes,
+                x,
+                values,
+                colour=colour,
+                marker=MARKERS.get(rule, "o"),
+                label=RULE_NAMES.get(rule, rule),
+            )
+    if run.per_layer and not against.lost and (level := read(run.per_layer)):
+        axes.axhline(level.value, color=PER_LAYER, lw=1, ls="--", label="one SAE per layer")
+    x, values = points(g for g in run.groupings if g["kind"] == "smaller")
+    if x:
+        axes.errorbar(
+            x,
+            [v.value for v in values],
+            bars(values),
+            fmt="D",
+            ms=6,
+            color=SMALLER,
+            mec="black",
+            mew=0.7,
+            ecolor=SMALLER,
+            capsize=3,
+            label="smaller SAEs",
+        )
+    for chosen in run.groupings[:1]:
+        label = "AMAD's choice" if chosen.get("chosen_by") else "this run"
+        for at, value in zip(*points([chosen]), strict=True):
+            _ring(axes, at, value.value, label)
+    if kind == "amad" and run.theta is not None:
+        axes.axvline(run.theta, color="0.4", lw=1, ls=":", label=f"θ = {run.theta:g}")
+    change = "change of " if against.lost else ""
+    axes.set(
+        xlabel=against.label,
+        ylabel=change + UNITS[metric],
+        title=f"{METRICS[metric]} {against.title}",
+    )
+    if kind == "amad":
+        axes.set_xlim(0, None)
+    elif kind == "cost":
+        axes.xaxis.set_major_formatter("{x:.0%}")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    legend_below(figure)
+    return figure
+
+
+# ---- layer by layer -----------------------------------------------------------------------------
+
+
+def layer_bars(run: RunFiles, metric: str) -> Figure | None:
+    """Return a metric per layer as bars in the colours of the groups, baselines as marks.
+
+    Returns:
+        None where the run has no such values.
+    """
+    own = _by_layer(run, run.chosen, metric)
+    if not own:
+        return None
+    figure, axes = new_axes(max(5.6, min(12.0, 1.6 + 0.34 * len(own))))
+    colours = _colour_of_layer(run)
+    axes.bar(
+        list(own),
+        [v.value for v in own.values()],
+        color=[colours.get(layer, "0.6") for layer in own],
+        width=0.78,
+        yerr=bars(list(own.values())),
+        error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "0.25"},
+    )
+    halo = [withStroke(linewidth=4, foreground="white")]
+    for kind, label, marker, colour, shift in (
+        ("per_layer", "one SAE per layer", "_", PER_LAYER, 0.0),
+        ("even", "evenly spaced", "s", "white", -0.2),
+        ("smaller", "smaller SAEs", "D", SMALLER, 0.2),
+    ):
+        baseline = run.baseline(kind)
+        if baseline is not None:
+            found, line = _by_layer(run, baseline, metric), marker == "_"
+            axes.plot(
+                [layer + shift for layer in found],
+                [v.value for v in found.values()],
+                marker,
+                ms=11 if line else 4.5,
+                mew=2.2 if line else 0.8,
+                color=colour,
+                mec="black",
+                label=label,
+                path_effects=halo if line else [],
+            )
+    axes.set(
+        xlabel="layer",
+        ylabel=UNITS[metric],
+        xticks=layer_ticks(list(own)),
+        title=f"{METRICS[metric]} of every layer",
+    )
+    legend_below(figure)
+    return figure
+
+
+def _by_layer(run: RunFiles, grouping: Values | None, metric: str) -> dict[int, Interval]:
+    rows = run.layer_results(grouping).items()
+    return {layer: value for layer, row in rows if (value := interval(row.get(metric)))}
+
+
+def _colour_of_layer(run: RunFiles) -> dict[int, str]:
+    """Return layer -> colour, one for each SAE, neighbours always different."""
+    return {
+        layer: COLOURS[i % len(COLOURS)]
+        for i, layers in enumerate(run.saes.values())
+        for layer in layers
+    }
+
+
+def similarity(run: RunFiles) -> Figure:
+    """Return MMCS and MMCO of each layer's own SAE against the SAE of its group."""
+    of_layer = run.similarity
+    figure, axes = new_axes(max(5.6, min(12.0, 1.6 + 0.34 * len(of_layer))))
+    colours = _colour_of_layer(run)
+    for key, label, marker in (
+        ("mmcs", "MMCS: cosine of the decoder directions", "o"),
+        ("mmco", "MMCO: overlap of the tokens where they fire", "D"),
+    ):
+        look: dict[str, Any] = {"marker": marker, "ls": "", "ms": 7, "mew": 1.6}
+        for x, row in of_layer.items():
+            if row.get(key) is not None:
+                colour = colours.get(x, "0.6")
+                face = "white" if marker == "D" else colour
+                axes.plot(x, row[key], mec=colour, mfc=face, **look)
+        axes.plot([], [], mec="0.4", mfc="white" if marker == "D" else "0.4", label=label, **look)
+    axes.set(
+        xlabel="layer",
+        ylabel="mean over the layer's latents",
+        ylim=(0, 1),
+        xticks=layer_ticks(list(of_layer)),
+        title="Latents of the layer's own SAE found again in its group's",
+    )
+    legend_below(figure, columns=1)
+    return figure
+
+
+# ---- latents ------------------------------------------------------------------------------------
+
+
+def layer_profiles(run: RunFiles) -> Figure | None:
+    """Return an image per shared SAE: the share of each latent's firings in each layer.
+
+    Latents are sorted by their mean layer; those that never fired are left out (paper, figure
+    "feature distribution").
+
+    Returns:
+        None where no SAE is shared, or the counts were not saved.
+    """
+    panels = [(name, *profile) for name in run.saes if (profile := _profile(run, name))]
+    if not panels:
+        return None
+    columns = min(PANELS, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(
+        figsize=(max(4.2, 2.35 * columns + 0.9), 3.2 * rows), layout="constrained", dpi=150
+    )
+    grid = figure.subplots(rows, columns, squeeze=False)
+    image = None
+    for axes, (name, layers, shares) in zip(grid.flat, panels, strict=False):
+        image = axes.imshow(
+            shares,
+            aspect="auto",
+            cmap="viridis",
+            norm=PowerNorm(0.5, 0, 1),  # even shares of a large group are small, and must be seen
+            interpolation="nearest",
+        )
+        ticks = layer_ticks(layers)[:: 2 if len(layers) > 8 else 1]
+        axes.set_xticks([layers.index(x) for x in ticks], [str(x) for x in ticks])
+        axes.set(title=_label(name), xlabel="layer")
+        axes.title.set_fontsize(10)
+        axes.locator_params(axis="y", nbins=5)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("latent, by mean layer")
+    assert image is not None
+    figure.colorbar(image, ax=grid, label="share of the latent's firings", shrink=0.8)
+    return figure
+
+
+def _profile(
+    run: RunFiles, name: str
+) -> tuple[list[int], Float[np.ndarray, "latent layer"]] | None:
+    stored = run.latents(name)
+    if stored is None or len(stored["layers"]) < 2:
+        return None
+    layers = [int(x) for x in stored["layers"]]
+    tokens = np.broadcast_to(stored["tokens"].astype(np.int64), len(layers))
+    profile = layer_profile(stored["fired"].astype(np.int64), tokens, layers)
+    order = np.argsort(profile.mean_layers, kind="stable")
+    shares = profile.shares[order[profile.alive[order]]]
+    return (layers, shares) if len(shares) else None
+
+
+def density(run: RunFiles) -> Figure | None:
+    """Return the histogram of how often latents fire, one line per SAE.
+
+    Returns:
+        None where the run was not evaluated.
+    """
+    saes = {s["name"]: s for s in run.evaluation.get("saes", [])}
+    found = [(name, saes[name]["density_histogram"]) for name in run.saes if name in saes]
+    if not found:
+        return None
+    figure, axes = new_axes()
+    for i, (name, histogram) in enumerate(found):
+        counts = np.asarray(histogram["counts"], dtype=np.float64)
+        total = max(1.0, counts.sum() + histogram["never"])
+        never = f", {histogram['never']} never" if histogram["never"] else ""
+        axes.stairs(
+            counts / total,
+            np.asarray(histogram["edges"], dtype=np.float64),
+            color=COLOURS[i % len(COLOURS)],
+            ls=DASHES[i // len(COLOURS) % 3],
+            lw=1.6,
+            label=_label(name) + never,
+        )
+    axes.axvline(-1, color="0.4", lw=1, ls=":")
+    axes.text(-1, 0.99, " dense", transform=axes.get_xaxis_transform(), va="top", color="0.3")
+    axes.set(
+        xlabel="share of tokens on which a latent fires",
+        ylabel="share of the SAE's latents",
+        ylim=(0, None),
+        title="How often latents fire",
+    )
+    axes.xaxis.set_major_formatter("$10^{{{x:g}}}$")
+    axes.xaxis.set_major_locator(MultipleLocator(1))
+    legend_below(figure)
+    return figure
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+def _training_figures(run: RunFiles) -> Iterator[Captioned]:
+    names = {f"{kind}/{name}" for name in run.saes for kind in ("val/fvu", "train/dead")}
+    rows = [row for row in run.metrics if row[1] in names]
+    steps = run.summary.get("steps")
+    if steps:
+        per_step = (run.summary.get("tokens") or steps) // steps
+    else:  # the run is unfinished
+        context, blocks = (run.setting(f"stream.{k}") for k in ("context", "blocks_per_step"))
+        per_step = context * blocks if isinstance(context, int) and isinstance(blocks, int) else 0
+        steps = max((row[0] for row in rows), default=0) + 1
+    if rows and per_step:
+        yield Captioned(
+            "training",
+            "training",
+            training_curves(rows, per_step, steps),
+            "Held-out FVU and dead latents against training tokens",
+            "Left: FVU on held-out text during training. Right: latents that have not fired for "
+            "long; they come back to life where the curve falls.",
+        )
 
 
 def training_curves(
@@ -164,11 +634,11 @@ def training_curves(
                 [min(s + 1, num_steps) * tokens_per_step / 1e6 for s, _ in points],
                 [v for _, v in points],
                 color=COLOURS[i % len(COLOURS)],
-                ls=("-", "--", ":")[i // len(COLOURS) % 3],
+                ls=DASHES[i // len(COLOURS) % 3],
                 marker="." if stage == "val" else None,
                 clip_on=False,  # a curve at zero is seen on top of the axis
                 zorder=3,
-                label=label_of(name.rsplit("/", 1)[1]),
+                label=_label(name.rsplit("/", 1)[1]),
             )
         axes.set(xlabel="tokens per SAE (millions)", ylabel=label, xlim=(0, None), ylim=(0, None))
         axes.locator_params(nbins=6)
@@ -181,7 +651,7 @@ def training_curves(
     return figure
 
 
-def label_of(name: str) -> str:
+def _label(name: str) -> str:
     """Return `layers 3-5` for `layers.3-5`, `layer 3` for `layers.3`."""
     span = name.removeprefix("layers.").split(".")[0]
     return f"layers {span}" if "-" in span else f"layer {span}"

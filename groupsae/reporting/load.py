@@ -1,7 +1,7 @@
-"""What a run folder holds, read for the report: plain files, nothing of the training stack."""
+"""Reads a run folder for the report: plain files, nothing of the training stack."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from shlex import quote
@@ -15,25 +15,27 @@ from groupsae.runtime.errors import UserError
 from groupsae.suite.groups_file import load_plan
 
 FORMAT = 1  # of evaluation.json
+_EXAMPLE = "such as outputs/tiny/amad-0.2/<...>"
+Values = Mapping[str, Any]
 
 
 class Interval(NamedTuple):
     """A value with its confidence interval; low and high are None where there is none."""
 
     value: float
-    low: float | None
-    high: float | None
+    low: float | None = None
+    high: float | None = None
 
     @property
     def sign(self) -> int:
-        """Return -1 or 1 where the whole interval lies on one side of 0, else 0."""
+        """-1 or 1 where the complete interval lies on one side of 0, else 0."""
         if self.low is None or self.high is None:
             return 0
         return int(self.low > 0) - int(self.high < 0)
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Return (low, high), both the value where there is no interval."""
+        """(low, high); both are the value where there is no interval."""
         if self.low is None or self.high is None:
             return self.value, self.value
         return self.low, self.high
@@ -41,149 +43,177 @@ class Interval(NamedTuple):
 
 def interval(stored: Any) -> Interval | None:
     """Return what `evaluation.json` stores as an interval or as a bare number; None for null."""
-    if stored is None:
-        return None
+    if isinstance(stored, Interval):
+        return stored
     if isinstance(stored, Mapping):
         if stored.get("value") is None:
             return None
         return Interval(stored["value"], stored.get("low"), stored.get("high"))
-    return Interval(float(stored), None, None)
+    return None if stored is None else Interval(float(stored))
+
+
+def value_of(stored: Any) -> float | None:
+    """Return the value of what `interval` reads, without its ends."""
+    found = interval(stored)
+    return None if found is None else found.value
+
+
+def chosen_grouping(groupings: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the grouping that stands for the run, which an evaluation puts first."""
+    return groupings[0] if groupings else None
+
+
+def cost_of(grouping: Values) -> float | None:
+    """Return the FLOPs of a grouping relative to one full-width SAE per layer at equal tokens."""
+    return (grouping.get("cost") or {}).get("flops")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFiles:
-    """One run folder.
+    """One run folder; what a run does not have yet is empty.
 
     Args:
         folder: where it is.
-        config: what `.hydra/config.yaml` says, interpolations as they stand there.
-        config_text: the file itself.
+        config: `.hydra/config.yaml`, with its interpolations unresolved.
+        config_text: the same file as text.
         overrides: the arguments of the command that started the run.
         plan: of `groups.json`.
         measured: provenance of the distances.
         distances: fractions of pi, [L, L]; None if `angles.npz` is missing.
         metrics: (step, metric, value) of `metrics.csv`.
-        summary: `summary.json`; None while the run is unfinished.
-        evaluation: `evaluation/evaluation.json`; None before it was evaluated.
-        ledger: `ledger.json`, if there is one.
+        summary: `summary.json`; empty while the run is unfinished.
+        evaluation: `evaluation/evaluation.json`; empty before the run was evaluated.
+        ledger: `ledger.json`.
     """
 
-    folder: Path
-    config: dict[str, Any]
-    config_text: str
-    overrides: list[str]
-    plan: dict[str, Any]
-    measured: dict[str, Any]
-    distances: Distances | None
-    metrics: list[tuple[int, str, float]]
-    summary: dict[str, Any] | None
-    evaluation: dict[str, Any] | None
-    ledger: dict[str, Any] | None
+    folder: Path = Path()
+    config: Values = field(default_factory=dict)
+    config_text: str = ""
+    overrides: Sequence[str] = ()
+    plan: Values = field(default_factory=dict)
+    measured: Values = field(default_factory=dict)
+    distances: Distances | None = None
+    metrics: Sequence[tuple[int, str, float]] = ()
+    summary: Values = field(default_factory=dict)
+    evaluation: Values = field(default_factory=dict)
+    ledger: Values = field(default_factory=dict)
+
+    def setting(self, key: str) -> Any:
+        """Return a value of the configuration by its dotted key; None if it is missing."""
+        found: Any = self.config
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, Mapping) else None
+        return found
 
     @property
     def name(self) -> str:
-        """Return the last parts of the folder: model, grouping, and the run's own name."""
+        """The last parts of the folder: model, grouping, and the run's own name."""
         return "/".join(self.folder.parts[-3:])
 
     @property
     def model(self) -> str:
-        """Return the language model's name."""
-        found = self.setting("model.name", self.measured.get("model", self.folder.parts[-3:][0]))
-        return str(found)
+        """The language model's name."""
+        return str(self.setting("model.name") or self.measured.get("model", self.name))
+
+    @property
+    def imported(self) -> str | None:
+        """Where SAEs that others trained come from; None if the run trained its own."""
+        return self.summary.get("adopted")
 
     @property
     def seed(self) -> int | None:
-        """Return the seed of the run."""
-        seed = self.setting("seed", None)
-        return int(seed) if seed is not None else None
+        """The seed of the training."""
+        return None if self.imported else self.setting("seed")
 
     @property
-    def adopted(self) -> str | None:
-        """Return where SAEs that others trained were found; None if the run trained its own."""
-        return (self.summary or {}).get("adopted")
-
-    @property
-    def kinds(self) -> str:
-        """Return the kinds of SAE that the report is about; empty before an evaluation."""
-        found = (sae.get("architecture") for sae in (self.evaluation or {}).get("saes", []))
-        return ", ".join(sorted({str(kind) for kind in found if kind}))
-
-    @property
-    def l0(self) -> float | None:
-        """Return the mean L0 over the layers of the grouping that the report is about."""
-        rows = (self.evaluation or {}).get("results", [])
-        mine = (self.summary or {}).get("chosen") or [row["sae"] for row in rows]
-        found = [v.value for r in rows if r["sae"] in mine and (v := interval(r.get("l0")))]
-        return sum(found) / len(found) if found else None
+    def amad(self) -> float | None:
+        """AMAD of the groups, fractions of pi; None if nobody measured the angles."""
+        return None if self.imported else self.plan.get("amad")
 
     @property
     def theta(self) -> float | None:
-        """Return the threshold on AMAD, if the groups were chosen by one."""
-        theta = (self.evaluation or {}).get("theta", self.setting("groups.theta", None))
+        """The threshold on AMAD, if the groups were chosen by one."""
+        theta = self.evaluation.get("theta", self.setting("groups.theta"))
         return float(theta) if isinstance(theta, int | float) else None
 
-    def setting(self, key: str, default: Any) -> Any:
-        """Return a value of the configuration by its dotted key."""
-        found: Any = self.config
-        for part in key.split("."):
-            if not isinstance(found, Mapping) or part not in found:
-                return default
-            found = found[part]
-        return found
-
-    @cached_property
-    def groupings(self) -> list[dict[str, Any]]:
-        """Return the evaluated groupings; none before the run was evaluated."""
-        return list((self.evaluation or {}).get("groupings", []))
-
-    @cached_property
-    def chosen(self) -> dict[str, Any] | None:
-        """Return the grouping the report is about; None before the run was evaluated."""
-        return chosen_grouping(self.groupings)
-
-    @cached_property
+    @property
     def groups(self) -> list[list[int]]:
-        """Return the groups the report is about, without a last layer of its own."""
-        if self.chosen is not None and self.chosen["kind"] != "smaller":
-            return [list(group) for group in self.chosen["groups"]]
+        """The groups of layers, without a last layer of its own."""
         return [list(group) for group in self.plan.get("groups", [])]
 
-    @cached_property
+    @property
     def saes(self) -> dict[str, list[int]]:
-        """Return name -> layers of the SAEs the report is about."""
-        if self.chosen is not None and self.evaluation is not None:
-            layers = {s["name"]: list(s["layers"]) for s in self.evaluation["saes"]}
-            return {name: layers[name] for name in self.chosen["saes"] if name in layers}
-        names = self.plan.get("names", [])
-        return dict(zip(names, self.plan.get("saes", []), strict=False))
+        """Name -> layers of the SAEs of the chosen grouping."""
+        return dict(zip(self.plan.get("names", []), self.plan.get("saes", []), strict=True))
 
-    @cached_property
+    @property
+    def groupings(self) -> list[dict[str, Any]]:
+        """The evaluated groupings."""
+        return self.evaluation.get("groupings", [])
+
+    @property
+    def chosen(self) -> dict[str, Any] | None:
+        """The grouping that the report is about; None before the run was evaluated."""
+        return chosen_grouping(self.groupings)
+
+    @property
+    def grouped_layers(self) -> Values:
+        """The chosen grouping's means over the grouped layers."""
+        return (self.chosen or {}).get("grouped_layers") or {}
+
+    @property
+    def saving(self) -> float | None:
+        """The share of FLOPs that the chosen grouping saves against one SAE per layer."""
+        cost = cost_of(self.chosen or {})
+        if cost is not None:
+            return 1 - cost
+        stored = self.ledger.get("saving", {}).get("flops")
+        return (self.summary.get("cost") or {}).get("saving") if stored is None else stored
+
+    @property
     def per_layer(self) -> dict[str, Any] | None:
-        """Return the grouping with one full-width SAE per layer, if it was trained."""
+        """The grouping with one full-width SAE per layer, if it was trained."""
         return next((g for g in self.groupings if g["kind"] == "per_layer"), None)
 
     def baseline(self, kind: str) -> dict[str, Any] | None:
-        """Return the `even` or `smaller` baseline of the chosen grouping's cost, if trained."""
-        if self.chosen is None or self.chosen["kind"] != "groups":
-            return None
-        for grouping in self.groupings:
-            of_kind = (
-                grouping["kind"] == "smaller"
-                if kind == "smaller"
-                else grouping["kind"] == "groups" and "even" in (grouping.get("rules") or [])
-            )
-            if of_kind and grouping["num_groups"] == self.chosen["num_groups"]:
-                return grouping
-        return None
+        """Return a baseline of the chosen grouping, if it was trained and is another grouping.
 
-    def result(self, sae: str, layer: int) -> dict[str, Any] | None:
-        """Return the figures of one SAE at one layer."""
-        return self._results.get((sae, layer))
+        Args:
+            kind: `per_layer`, `even` (as many groups, evenly spaced) or `smaller` (SAEs on every
+                layer at equal cost).
+        """
+        chosen = self.chosen
+        if chosen is None or (kind != "per_layer" and chosen["kind"] != "groups"):
+            return None
+        for each in self.groupings:
+            alike = kind == "per_layer" or each["num_groups"] == chosen["num_groups"]
+            even = each["kind"] == "groups" and "even" in (each.get("rules") or [])
+            if alike and (even if kind == "even" else each["kind"] == kind):
+                return None if each is chosen else each
+        return None
 
     @cached_property
     def _results(self) -> dict[tuple[str, int], dict[str, Any]]:
-        results = (self.evaluation or {}).get("results", [])
-        return {(r["sae"], int(r["layer"])): r for r in results}
+        return {(r["sae"], int(r["layer"])): r for r in self.evaluation.get("results", [])}
+
+    def layer_results(self, grouping: Values | None) -> dict[int, dict[str, Any]]:
+        """Return layer -> the figures of the SAE that a grouping gives the layer, ascending."""
+        owners = sorted(
+            (int(x), sae) for x, sae in (grouping or {}).get("sae_of_layer", {}).items()
+        )
+        return {x: self._results[sae, x] for x, sae in owners if (sae, x) in self._results}
+
+    @property
+    def similarity(self) -> dict[int, dict[str, Any]]:
+        """Layer -> MMCS and MMCO of its own SAE against that of its group; shared SAEs only."""
+        owners = (self.chosen or {}).get("sae_of_layer", {})
+        rows = self.evaluation.get("similarity") or []
+        found = {
+            int(row["layer"]): row
+            for row in rows
+            if owners.get(str(row["layer"])) == row["sae"] != row["baseline"]
+        }
+        return dict(sorted(found.items()))
 
     def latents(self, sae: str) -> dict[str, np.ndarray] | None:
         """Return fired [layer, d_sae], layers and tokens of one SAE, if they were saved."""
@@ -191,13 +221,8 @@ class RunFiles:
         return read_npz(path) if path.exists() else None
 
 
-def chosen_grouping(groupings: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the grouping that sums a run up, which an evaluation puts first."""
-    return groupings[0] if groupings else None
-
-
 def read_run(folder: Path) -> RunFiles:
-    """Return what a run folder holds; what comes later in a run's life may be missing.
+    """Return the files of a run folder; those that come later in a run's life may be missing.
 
     Raises:
         UserError: it is no run folder, or one of its files is damaged or of another format.
@@ -208,31 +233,26 @@ def read_run(folder: Path) -> RunFiles:
         inside = sorted(folder.glob("**/groups.json"))
         hint = f"Did you mean {inside[0].parent}?" if inside else f"Name one {_EXAMPLE}."
         raise UserError(f"run={folder}: no run there (no groups.json). {hint}")
-    load_plan(folder)  # refuses what was changed by hand, as evaluating does
-    groups = read_json(folder / "groups.json") or {}
-    evaluation = read_json(folder / "evaluation" / "evaluation.json")
-    if evaluation is not None and evaluation.get("format") != FORMAT:
+    plan = load_plan(folder)  # refuses groups that were changed by hand
+    assert plan is not None
+    results = folder / "evaluation" / "evaluation.json"
+    evaluation = read_json(results) or {}
+    if evaluation and evaluation.get("format") != FORMAT:
         raise UserError(
-            f"{folder / 'evaluation' / 'evaluation.json'} has format {evaluation.get('format')}; "
-            f"this version reads {FORMAT}. Evaluate the run again: "
-            f"python -m groupsae.evaluate {quote(f'run={folder}')}"
+            f"{results} has format {evaluation.get('format')}; this version reads {FORMAT}. "
+            f"Evaluate the run again: python -m groupsae.evaluate {quote(f'run={folder}')}"
         )
-    config_file, angles = folder / ".hydra" / "config.yaml", folder / "angles.npz"
-    text = config_file.read_text(encoding="utf-8") if config_file.exists() else ""
-    overrides = folder / ".hydra" / "overrides.yaml"
+    config, angles = folder / ".hydra" / "config.yaml", folder / "angles.npz"
     return RunFiles(
         folder=folder,
-        config=read_yaml(config_file) or {},
-        config_text=text,
-        overrides=[str(value) for value in read_yaml(overrides) or []],
-        plan=groups.get("plan", {}),
-        measured=groups.get("measured", {}),
+        config=read_yaml(config) or {},
+        config_text=config.read_text(encoding="utf-8") if config.exists() else "",
+        overrides=[str(value) for value in read_yaml(config.with_name("overrides.yaml")) or []],
+        plan=plan.to_json(),
+        measured=(read_json(folder / "groups.json") or {}).get("measured", {}),
         distances=read_npz(angles)["distances"].astype(np.float64) if angles.exists() else None,
         metrics=read_metrics(folder / "metrics.csv"),
-        summary=read_json(folder / "summary.json"),
+        summary=read_json(folder / "summary.json") or {},
         evaluation=evaluation,
-        ledger=read_json(folder / "ledger.json"),
+        ledger=read_json(folder / "ledger.json") or {},
     )
-
-
-_EXAMPLE = "such as outputs/tiny/amad-0.2/<...>"

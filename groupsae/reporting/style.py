@@ -1,4 +1,4 @@
-"""What the figures share: sizes, colours, and how a value with its interval is drawn."""
+"""The style of all figures: sizes, colours, and how a value with its interval is drawn."""
 
 from collections.abc import Sequence
 
@@ -10,17 +10,10 @@ from groupsae.reporting.load import Interval
 
 # Okabe and Ito: told apart with every kind of colour blindness; black is kept for the baseline
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
-RULES = {"complete": 0, "minmax": 2, "even": 4, "published": 3}  # rule -> index into COLOURS
+DASHES = ("-", "--", ":")  # once all colours are used
+RULE_COLOURS = {"complete": 0, "minmax": 2, "even": 4, "published": 3}  # indices into COLOURS
 MARKERS = {"complete": "o", "minmax": "^", "even": "s", "published": "v"}
 LINES = {"complete": "-", "minmax": "-.", "even": "--", "published": ":"}
-RULE_NAMES = {
-    "complete": "complete linkage",
-    "minmax": "min-max",
-    "even": "evenly spaced",
-    "published": "published rule",
-    "explicit": "groups by hand",
-}
-CHOSEN = COLOURS[1]
 PER_LAYER = "#000000"
 SMALLER = COLOURS[5]
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,12 @@ def write_run(
         folder / "summary.json",
         {
             "folder": str(folder),
-            "groups": {},
+            "groups": {
+                name: {"fvu": 0.1 + 0.05 * i, "l0": 16.0, "dead": 0.001, "layers": layers}
+                | {"tokens_per_layer": {x: 1024000 // len(layers) for x in layers}}
+                for i, (name, layers) in enumerate(zip(names, chosen.groups + own, strict=True))
+            },
+            "chosen": names,
             "fvu": 0.186,
             "tokens": 1024000,
             "steps": 500,
@@ -347,6 +353,14 @@ def _fired(rng: np.random.Generator, layers: int) -> np.ndarray:
 
 def _name(group: list[int]) -> str:
     return f"layers.{group[0]}" + (f"-{group[-1]}" if len(group) > 1 else "")
+
+
+def change(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Let `edit` change the values of a run's evaluation.json in place."""
+    path = folder / "evaluation" / "evaluation.json"
+    values = json.loads(path.read_text())
+    edit(values)
+    _json(path, values)
 
 
 def _json(path: Path, value: Any) -> None:

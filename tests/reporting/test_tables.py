@@ -1,0 +1,280 @@
+"""The tables and the summary of a run: known numbers in, the same numbers out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from groupsae.reporting import tables
+from groupsae.reporting.load import read_run
+from groupsae.reporting.page import provenance, summary
+from tests.helpers.report_run import change, near, write_run
+
+BASELINES = ["one SAE per layer", "as many groups, evenly spaced"]
+
+
+def baselines(folder: Path, against: str = "even-2") -> dict[str, dict[str, Any]]:
+    """Return metric -> the row of the comparison with one baseline."""
+    table = tables.baselines_table(read_run(folder))
+    assert table is not None
+    rows = table.frame[table.frame["baseline"] == against].to_dict("records")
+    return {row["metric"]: row for row in rows}
+
+
+def texts_of(folder: Path) -> str:
+    """Return all sentences of the summary, with plain spaces."""
+    section = summary(read_run(folder))
+    texts = [section.headline, *section.notes, *section.caveats]
+    return "\n".join(texts).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def tiles_of(folder: Path) -> dict[str, tuple[str, str]]:
+    """Return label -> value and note."""
+    return {
+        tile.label.replace("\N{NO-BREAK SPACE}", " "): (tile.value, tile.note)
+        for tile in summary(read_run(folder)).tiles
+    }
+
+
+@pytest.fixture(scope="module")
+def ordinary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "tiny" / "amad-0.2" / "s0")
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "tiny" / "all" / "s0", every=True)
+
+
+# ---- against baselines --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gap", "width", "answer"),
+    [(0.1, 0.001, "yes: better"), (-0.1, 0.001, "yes: worse"), (0.004, 0.02, "no")],
+)
+def test_whether_even_spacing_is_distinguishable(tmp_path: Path, gap, width, answer):
+    folder = write_run(tmp_path / "r", every=True, even_gap=gap, width=width)
+    assert baselines(folder)["FVU"]["distinguishable"] == answer
+
+
+def test_a_comparison_has_the_numbers_of_the_evaluation(every: Path):
+    groupings = json.loads((every / "evaluation" / "evaluation.json").read_text())["groupings"]
+    by_name = {g["name"]: g["against_per_layer"] for g in groupings}
+    lost, even = by_name["complete-2"], by_name["even-2"]
+    row = baselines(every, "per_layer")["FVU"]
+    ends = ("difference", "difference_low", "difference_high")
+    assert [row[key] for key in ends] == list(lost["fvu"].values())
+    assert row["interval"] == "paired"
+    row = baselines(every)["ΔCE, nats"]
+    assert [row[key] for key in ends] == [
+        lost["delta_ce"]["value"] - even["delta_ce"]["value"],
+        lost["delta_ce"]["low"] - even["delta_ce"]["high"],
+        lost["delta_ce"]["high"] - even["delta_ce"]["low"],
+    ]
+    assert row["interval"] == "not paired, too wide"
+
+
+def test_a_paired_comparison_is_preferred(tmp_path: Path):
+    folder = write_run(tmp_path / "r", every=True, even_gap=0.1, width=0.001)
+    row = {
+        "grouping": "complete-2",
+        "baseline": "even-2",
+        "fvu": near(-0.01, 0.02),
+        "delta_ce": near(0.01, 0.002),
+    }
+    change(folder, lambda values: values.update(comparisons=[row]))
+    found = baselines(folder)
+    assert found["FVU"]["difference"] == -0.01
+    assert found["FVU"]["distinguishable"] == "no"
+    assert found["FVU"]["interval"] == "paired"
+    assert found["ΔCE, nats"]["distinguishable"] == "yes: worse"
+
+
+def test_without_intervals_nothing_is_called_distinguishable_or_not(tmp_path: Path):
+    folder = write_run(tmp_path / "r", every=True)
+
+    def drop(value: Any) -> None:
+        for inner in value.values() if isinstance(value, dict) else value:
+            if isinstance(inner, dict) and "low" in inner:
+                inner["low"] = inner["high"] = None
+            elif isinstance(inner, dict | list):
+                drop(inner)
+
+    change(folder, drop)
+    assert not {"distinguishable", "interval", "difference_low"} & set(baselines(folder)["FVU"])
+
+
+def test_a_run_without_baselines_has_no_comparison(ordinary: Path):
+    assert tables.baselines_table(read_run(ordinary)) is None
+
+
+# ---- the summary --------------------------------------------------------------------------------
+
+
+def test_the_summary_has_the_numbers_of_the_evaluation(every: Path):
+    chosen = json.loads((every / "evaluation" / "evaluation.json").read_text())["groupings"][0]
+    lost, saved = chosen["against_per_layer"]["fvu"], 1 - chosen["cost"]["flops"]
+    text, tiles = texts_of(every), tiles_of(every)
+    assert f"save {100 * saved:.1f} % of the FLOPs" in text
+    ends = f"{lost['low']:.4f} to {lost['high']:.4f}"
+    assert f"the difference in FVU is +{lost['value']:.4f} ({ends})" in text
+    assert tiles["FVU lost against one SAE per layer"] == (f"+{lost['value']:.4f}", ends)
+    assert tiles["groups"] == ("2", "AMAD 0.178")
+    assert "AMAD below θ = 0.2 chose 2 groups of layers (0–2 · 3–10)." in text
+    assert "The last layer has an SAE of its own." in text
+    assert "This is one training run (seed 0)" in text
+    assert "128 sequences from 30 documents" in text
+
+
+def test_without_baselines_the_summary_names_the_command(ordinary: Path):
+    assert "groups=all trains every number of groups and the baselines" in texts_of(ordinary)
+    assert tiles_of(ordinary)["FVU"] == ("0.1729", "0.1689 to 0.1769")
+
+
+def test_without_evaluation_the_summary_names_the_command(tmp_path: Path):
+    folder = write_run(tmp_path / "r", evaluated=False)
+    assert f"python -m groupsae.evaluate run={folder}" in texts_of(folder)
+    assert tiles_of(folder)["FVU"] == ("0.1860", "held-out text")
+
+
+def test_a_negative_saving_is_called_a_cost(tmp_path: Path):
+    folder = write_run(tmp_path / "r")
+    change(folder, lambda values: values["groupings"][0]["cost"].update(flops=1.05))
+    assert "cost 5.0 % more FLOPs than one SAE per layer" in texts_of(folder)
+
+
+def test_a_missing_baseline_is_named_with_the_option_that_trains_it(tmp_path: Path):
+    folder = write_run(tmp_path / "r", every=True)
+
+    def drop(values: dict[str, Any]) -> None:
+        kept = [g for g in values["groupings"] if "even" not in g["rules"] or g["num_groups"] > 10]
+        values["groupings"] = kept
+
+    change(folder, drop)
+    assert "Evenly spaced groups were not trained: groups.rules=[complete,even]" in texts_of(
+        folder
+    )
+
+
+def test_imported_saes_have_no_angles_seed_or_command(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    file = folder / "summary.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "adopted": "theirs"}))
+    text = texts_of(folder)
+    assert "imported from theirs" in text
+    assert "AMAD" not in text + str(tiles_of(folder))
+    assert "training run" not in text
+    facts = dict(provenance(read_run(folder)))
+    assert facts["imported from"] == "theirs"
+    assert "command" not in facts
+
+
+def test_a_model_without_next_tokens_has_no_cross_entropy(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+
+    def without_ce(evaluation: dict[str, Any]) -> None:
+        evaluation["ce"] = None
+        for grouping in evaluation["groupings"]:
+            grouping["grouped_layers"].update(delta_ce=None, delta_ce_percent=None)
+
+    change(folder, without_ce)
+    table = tables.groupings_table(read_run(folder))
+    assert table is not None
+    assert {"fvu", "flops"} < set(table.columns)
+    assert not {"delta_ce", "delta_ce_percent"} & set(table.columns)
+    assert tables.scale_table(read_run(folder)) is None
+    assert "predicts no next token" in texts_of(folder)
+    assert "nats" not in texts_of(folder) + str(tiles_of(folder))
+
+
+# ---- one table at a time ------------------------------------------------------------------------
+
+
+def test_cells_have_fixed_digits_and_the_interval_as_a_note(every: Path):
+    table = tables.layers_table(read_run(every))
+    assert table is not None
+    assert table.cell(0, "layer") == ("0", "")
+    assert table.cell(0, "fvu") == ("0.1300", "0.1260 to 0.1340")
+    assert table.cell(0, "l0") == ("16.0", "")
+    assert len(table.rows) == 12 + 2 + 2  # layers, shared SAEs, and the grouped and all layers
+    assert list(table.marked) == [12, 13, 14, 15]
+    assert table.cell(14, "sae") == ("grouped layers", "")
+    assert table.cell(14, "fvu") == ("0.1729", "0.1689 to 0.1769")
+
+
+def test_the_scale_of_the_ce_score(every: Path):
+    table = tables.scale_table(read_run(every))
+    assert table is not None
+    assert "CE is 2.7000 nats (2.6800 to 2.7200)" in table.caption
+    assert [cell.value for _, cell in table.rows[1]] == ["1", "9.0000", "6.0000", "2.00"]
+
+
+def test_the_chosen_grouping_is_one_even_if_theta_picks_one_of_every_rule(tmp_path: Path):
+    folder = write_run(tmp_path / "r", every=True)
+    even = "even-3"
+
+    def choose(values: dict[str, Any]) -> None:
+        next(g for g in values["groupings"] if g["name"] == even).update(chosen_by=["even"])
+
+    change(folder, choose)
+    table = tables.groupings_table(read_run(folder))
+    assert table is not None
+    chosen = table.frame[table.frame["rules"].str.contains("chosen")]
+    assert list(chosen["grouping"]) == ["complete-2"]
+    assert table.marked == [0]
+
+
+def test_the_caption_of_one_grouping_promises_no_others(ordinary: Path, every: Path):
+    one, many = (tables.groupings_table(read_run(folder)) for folder in (ordinary, every))
+    assert one is not None
+    assert many is not None
+    assert one.caption.startswith("Mean over the grouped layers")
+    assert many.caption.startswith("Every grouping")
+
+
+def test_largest_angles_are_those_of_the_distances(ordinary: Path):
+    run = read_run(ordinary)
+    table = tables.groups_table(run)
+    assert table is not None
+    assert run.distances is not None
+    assert table.frame["diameter"][1] == run.distances[3:11, 3:11].max()
+    assert table.cell(2, "diameter").value == "–"  # a single layer has none
+
+
+def test_the_ledger_lists_parts_savings_and_sharing(every: Path):
+    run = read_run(every)
+    parts, saved = tables.parts_table(run), tables.saved_table(run)
+    sharing = tables.sharing_table(run)
+    assert parts is not None
+    assert saved is not None
+    assert sharing is not None
+    assert [cell.value for _, cell in parts.rows[0]] == [
+        "language model",
+        "5.2 TFLOP",
+        "5.3 TFLOP",
+        "61\N{NO-BREAK SPACE}s",
+    ]
+    assert list(parts.frame["part"])[-2:] == ["evaluation", "instead: one SAE per layer"]
+    assert list(saved.frame["saved"]) == [0.346, 0.41, 0.595, 0.54]
+    assert sharing.cell(0, "factor").value == "6.60"
+
+
+def test_a_table_without_rows_is_left_out_and_so_is_an_empty_column():
+    assert tables.build("x", "x", []) is None
+    table = tables.build("x", "x", [{"sae": "a", "fvu": None}, {"sae": "b", "fvu": None}])
+    assert table is not None
+    assert list(table.frame) == ["sae"]
+
+
+def test_csv_files_hold_the_plain_values(every: Path):
+    from groupsae.reporting.page import write_report
+
+    write_report([every])
+    frame = pd.read_csv(every / "report" / "layers.csv")
+    results = json.loads((every / "evaluation" / "evaluation.json").read_text())["results"]
+    first = next(r for r in results if (r["sae"], r["layer"]) == ("layers.0-2", 0))
+    stored = frame.iloc[0][["fvu", "fvu_low", "fvu_high"]].tolist()
+    assert stored == list(first["fvu"].values())
