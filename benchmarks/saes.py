@@ -45,13 +45,12 @@ class Zoo(GroupSAESuite):
         """Build one member for each kind and group."""
         if self.groups is not None:
             return
-        assert self.plan is not None
         made, slots = [], self.plan.slots
         for kind, factory in self.kinds.items():
             self.make_sae = factory
             for planned in self.plan.members:
                 named = planned._replace(name=f"{kind}/{planned.name}")
-                made.append(self.make_member(named, slots.index(planned.layers)))
+                made.append(self.make_member(named, slots))
         self.groups = nn.ModuleDict({str(i): member for i, member in enumerate(made)})
 
     def serving(self):
@@ -99,16 +98,7 @@ def figures(
         cfg = composed([f"seed={seed}", "logger=none", *overrides])
         run = build(cfg, Path(folder), console)
         suite = run.suite
-        zoo = Zoo(
-            sae=suite.make_sae,
-            d_sae=suite.d_sae,
-            d_model=suite.d_model,
-            optim=suite.optim,
-            dead_after=suite.dead_after,
-            b_dec_start=suite.b_dec_start,
-            nonfinite=suite.nonfinite,
-            seed=suite.seed,
-        )
+        zoo = Zoo(sae=suite.make_sae, **suite.make_group.keywords)
         zoo.kinds = dict(kinds)
         run.trainer.callbacks.append(watch := DeadShare())
         run.trainer.fit(zoo, datamodule=run.data)

@@ -147,7 +147,6 @@ def prepared(folder: str, overrides: Sequence[str], sizes: dict[str, int]) -> Ca
     data.set_slots(plan.slots)
     suite = GroupSAESuite(
         sae=make(cfg.sae),
-        d_sae=sizes["d_sae"],
         d_model=lm.geometry.d_model,
         optim=make(cfg.optim),
         dead_after=cfg.dead_after,

@@ -2,13 +2,12 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
-from groupsae.training.suite import GroupSAESuite
+from groupsae.training.group import JointStep
+from tests.helpers.fits import make_optim
 from tests.helpers.runs import overrides, run, saved
 
 pytestmark = pytest.mark.gpu
@@ -46,15 +45,12 @@ def test_one_process_over_nccl_gives_what_one_without_gives(
 
 def test_what_lies_on_the_host_is_summed_over_nccl(tmp_path: Path) -> None:
     """As after the last step, when Lightning has brought the suite back to the host."""
-    suite: Any = SimpleNamespace(
-        shared_by=lambda: 2,
-        trainer=SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda", 0))),
-    )
+    joint = JointStep([], make_optim(), "stop", sharing=2, device=torch.device("cuda", 0))
     torch.distributed.init_process_group(
         "nccl", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1
     )
     try:
-        total = GroupSAESuite.all_sum(suite, torch.arange(3))
+        total = joint.all_sum(torch.arange(3))
     finally:
         torch.distributed.destroy_process_group()
     assert total.tolist() == [0, 1, 2]

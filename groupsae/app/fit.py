@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
-import torch
 import wandb
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
@@ -181,8 +180,6 @@ def build(cfg: DictConfig, folder: Path, checkpoint: Path | None, console: Conso
     L.seed_everything(cfg.seed, verbose=False)
     lm, choice = make(cfg.model), make(cfg.groups)
     choice.check(lm.geometry.num_layers)
-    sae = make(cfg.sae)
-    example = sae(d_model=lm.geometry.d_model, generator=torch.Generator())  # fails now if ever
     cache = Path(cfg.output) / "cache"
     data = ActivationDataModule(
         lm=lm,
@@ -196,8 +193,7 @@ def build(cfg: DictConfig, folder: Path, checkpoint: Path | None, console: Conso
         say = partial(console.print, soft_wrap=True, highlight=False)
         data.keep_in(cfg.data.cache, cfg.data.cache_dtype, say)
     suite = GroupSAESuite(
-        sae=sae,
-        d_sae=example.d_sae,
+        sae=make(cfg.sae),
         d_model=lm.geometry.d_model,
         seed=cfg.seed,
         optim=make(cfg.optim),

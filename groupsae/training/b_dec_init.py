@@ -1,13 +1,11 @@
-"""Where an SAE's decoder bias starts: at zero, or in the middle of the first batch."""
-
-from collections.abc import Callable
+"""The initial decoder bias of an SAE: zero, or a centre of the first batch."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from groupsae.runtime.errors import UserError
-from groupsae.sae.base import SAE
+from groupsae.sae.base import SAE, AllSum
 
 STARTS = ("zero", "mean", "geometric_median")
 ROUNDS, CLOSE = 100, 1e-5  # of Weiszfeld's algorithm; it stops when it moves less than this
@@ -20,20 +18,15 @@ def check_b_dec_start(start: str) -> None:
 
 
 @torch.no_grad()
-def start_b_dec(
-    sae: SAE,
-    x: Float[Tensor, "batch d_model"],
-    start: str,
-    all_sum: Callable[[Tensor], Tensor],
-) -> None:
+def init_b_dec(sae: SAE, x: Float[Tensor, "batch d_model"], start: str, all_sum: AllSum) -> None:
     """Set the decoder's bias from the scaled activations of the first batch.
 
     Args:
         sae: with its bias at zero.
         x: this process's rows.
-        start: `zero` (paper), `mean`, or `geometric_median`, the point with the least sum of
+        start: `zero` (paper), `mean`, or `geometric_median`, the point with the smallest sum of
             distances, which single rows of extreme norm do not pull away.
-        all_sum: returns the sum over all processes.
+        all_sum: returns the sum of a tensor over all processes.
 
     Raises:
         UserError: there is no such start.
@@ -41,7 +34,7 @@ def start_b_dec(
     check_b_dec_start(start)
     if start == "zero":
         return
-    x = x[x.isfinite().all(1)].double()  # a middle of rows that are not finite is none
+    x = x[x.isfinite().all(1)].double()  # NaN in one row would spread to all of the bias
     centre = _weighted_mean(x, torch.ones_like(x[:, 0]), all_sum)
     for _ in range(ROUNDS if start == "geometric_median" else 0):
         weights = 1 / (x - centre).norm(dim=1).clamp_min(torch.finfo(x.dtype).eps)
@@ -52,9 +45,7 @@ def start_b_dec(
 
 
 def _weighted_mean(
-    x: Float[Tensor, "batch d_model"],
-    weights: Float[Tensor, " batch"],
-    all_sum: Callable[[Tensor], Tensor],
+    x: Float[Tensor, "batch d_model"], weights: Float[Tensor, " batch"], all_sum: AllSum
 ) -> Float[Tensor, " d_model"]:
     """Return the weighted mean of the rows of all processes; zero if there are none."""
     total = all_sum(torch.cat([weights @ x, weights.sum().reshape(1)]))

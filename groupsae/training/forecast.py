@@ -131,8 +131,7 @@ def forecast(
     slots, widths = plan.slots, [planned.width for planned in plan.members]
     one_of = {planned.width: planned for planned in reversed(plan.members)}
     trials = {
-        width: suite.make_member(planned, slots.index(planned.layers)).to(device)
-        for width, planned in one_of.items()
+        width: suite.make_member(planned, slots).to(device) for width, planned in one_of.items()
     }
     optimizers = {width: trial.configure_optimizers() for width, trial in trials.items()}
     rows = data.first_rows(slots, data.blocks_per_step)

@@ -1,19 +1,33 @@
-"""One group of layers and its SAE."""
+"""One group of layers with its SAE, and the training step that several groups take together."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
+import lightning as L
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from groupsae.data.batch import ActivationBatch
 from groupsae.data.draws import stream_key
 from groupsae.sae.base import SAE, AllSum, SparseLatents, firings, same
+from groupsae.sae.metrics import Reconstruction
+from groupsae.training.b_dec_init import init_b_dec
+from groupsae.training.metrics import (
+    RunningStats,
+    check_stats,
+    is_logging_step,
+    log_training,
+    log_validation,
+    mean_of,
+    steps_of,
+)
 from groupsae.training.optim import Adam
-from groupsae.training.step import SAETraining
+from groupsae.training.parallel.collect import num_processes
+from groupsae.training.readback import Readback
 
 
+@runtime_checkable
 class SAEFactory(Protocol):
     """Makes an SAE for a residual stream of width `d_model`."""
 
@@ -22,38 +36,25 @@ class SAEFactory(Protocol):
         ...
 
 
-class Running(NamedTuple):
-    """What a member has to say of the steps since it was last logged.
+class GroupSAE(L.LightningModule):
+    """One group of layers, its SAE, its norm factors and its counters; can be fitted alone.
 
-    Attributes:
-        values: figure -> mean over the steps, or the present state.
-        steps: how many there were.
-        finite: how many of them came before the first whose loss was not finite.
-        skipped: steps left out since the run began: how many, how many in a row, the last.
-    """
-
-    values: dict[str, float]
-    steps: int
-    finite: int
-    skipped: list[int]
-
-
-class GroupSAE(SAETraining):
-    """One group of layers, its SAE and its norm factors; can be fitted alone.
+    Fitted alone it is a `JointStep` of one group; in a suite it is one of many. Both run the same
+    code, so an SAE gets the same weights either way, bit for bit.
 
     Args:
         name: such as `layers.3-5`.
         layers: the group, sorted.
-        norm_factors: 1 / sqrt(mean |x|^2) of each of the layers; activations are multiplied by
-            it on the way in and divided on the way out.
+        norm_factors: 1 / sqrt(mean |x|^2) of each layer; activations are multiplied by it before
+            the SAE, and reconstructions divided by it.
         sae: factory of the SAE.
         d_model: width of the residual stream.
         optim: the optimiser's recipe.
         dead_after: tokens without firing after which a latent counts as dead.
-        b_dec_start: where the decoder's bias starts, see `start_b_dec`.
-        nonfinite: `stop` or `skip`, as of `GroupSAESuite`.
+        b_dec_start: initial decoder bias, see `init_b_dec`.
+        nonfinite: `stop` or `skip`, see `GroupSAESuite`.
         seed: of the initial weights, together with the layers.
-        slot: which rows of a batch are this group's.
+        slot: which rows of a batch belong to this group.
     """
 
     norm_factors: Tensor
@@ -61,6 +62,7 @@ class GroupSAE(SAETraining):
     tokens_per_layer: Tensor
     running: Tensor
     skipped: Tensor
+    joint: "JointStep"
 
     def __init__(
         self,
@@ -89,24 +91,19 @@ class GroupSAE(SAETraining):
         self.register_buffer("tokens_per_layer", torch.zeros(len(factors), dtype=torch.int64))
         # steps left out: how many, how many in a row, the last
         self.register_buffer("skipped", torch.zeros(3, dtype=torch.int64))
-        # sums since last logged: the loss's terms, l0, steps with a finite loss
+        # sums since last logged: the terms of the loss, l0, steps with a finite loss
         running = torch.zeros(len(self.sae.terms) + 2, dtype=torch.float64)
         self.register_buffer("running", running, persistent=False)
-        self.running_steps = self.skipped_before = 0
+        self.running_steps = 0
         self.fired: Tensor = torch.empty(0)
+        self.shown: dict[str, float] = {}  # figures for the progress bar
 
-    def members(self) -> list["GroupSAE"]:
-        """Return itself."""
-        return [self]
-
-    def serving(self) -> dict[int, str]:
-        """Return its own name for each of its layers."""
-        return dict.fromkeys(self.layers, self.name)
+    # ---- one training step, in this order -------------------------------------------------
 
     def rows(
         self, batch: ActivationBatch
     ) -> tuple[Float[Tensor, "row d_model"], Int[Tensor, "row"]]:
-        """Return the rows of a batch that are this group's, scaled, and their layers."""
+        """Return the rows of a batch that belong to this group, scaled, and their layers."""
         acts, layers = batch.rows(self.slot)
         return self.scaled(acts, layers), layers
 
@@ -118,11 +115,11 @@ class GroupSAE(SAETraining):
 
     def moments(
         self, x: Float[Tensor, "row d_model"], layers: Int[Tensor, "row"]
-    ) -> Float[Tensor, "d_model+1+layer"]:
-        """Return sum of x, sum of |x|^2 and rows per layer of scaled rows, in float64."""
+    ) -> Float[Tensor, "moment"]:
+        """Return sum of x, sum of |x|^2 and rows per layer, in one float64 vector."""
         wide = torch.float64
         counts = torch.zeros(len(self.norm_factors), dtype=wide, device=x.device)
-        # whole numbers, so in any order; bincount would wait for the device to know its size
+        # integers, so their order does not matter; bincount would wait for the device
         counts.scatter_add_(0, layers, torch.ones_like(layers, dtype=wide))
         squares = torch.linalg.vector_norm(x, dtype=wide).square().reshape(1)
         return torch.cat([x.sum(0, dtype=wide), squares, counts])
@@ -131,18 +128,18 @@ class GroupSAE(SAETraining):
         self,
         x: Float[Tensor, "row d_model"],
         layers: Int[Tensor, "row"],
-        moments: Float[Tensor, "d_model+1+layer"],
+        moments: Float[Tensor, "moment"],
         num_dead: int = 0,
         progress: float = 1.0,
         all_sum: AllSum = same,
     ) -> Float[Tensor, ""]:
-        """Return this process's part of the loss; remembers what fired.
+        """Return this process's part of the loss; updates the counters and notes what fired.
 
         Args:
             x: scaled activations.
             layers: the layer of each row.
-            moments: of the batch over all processes, as `moments` gives them.
-            num_dead: how many latents are dead.
+            moments: the sum over all processes of what `moments` returns.
+            num_dead: number of dead latents.
             progress: share of the training that is done.
             all_sum: returns the sum of a tensor over all processes.
         """
@@ -171,22 +168,74 @@ class GroupSAE(SAETraining):
             self.running_steps += 1
         return loss
 
-    def dead(self) -> Tensor:
+    def count_dead(self, fired: Bool[Tensor, "d_sae"]) -> None:
+        """Reset the counters of latents that fired anywhere in the global batch."""
+        self.tokens_since_fired.masked_fill_(fired, 0)
+
+    def clip_gradient(self) -> Float[Tensor, ""]:
+        """Project the decoder's gradient, then clip all gradients; return the norm before.
+
+        In this order: a large part along the latents would shrink everything else to nothing.
+        """
+        self.sae.project_gradient()
+        return nn.utils.clip_grad_norm_(self.sae.parameters(), self.optim.clip_norm)
+
+    @torch.no_grad()
+    def normalize_decoder(self, unless: Bool[Tensor, ""] | None = None) -> None:
+        """Make the latents' directions unit vectors; `unless` leaves every bit as it is."""
+        if unless is None:
+            self.sae.normalize_decoder()
+            return
+        weights = [getattr(self.sae, name) for name in self.sae.normalized]
+        before = [weight.clone() for weight in weights]
+        self.sae.normalize_decoder()
+        for weight, old in zip(weights, before, strict=True):
+            weight.copy_(torch.where(unless, old, weight))
+
+    # ---- dead latents ---------------------------------------------------------------------
+
+    def dead(self) -> Bool[Tensor, "d_sae"]:
         """Return the mask of latents that have not fired for `dead_after` tokens."""
         return self.tokens_since_fired >= self.dead_after
 
     def dead_latents(self, count: int) -> Int[Tensor, "dead"]:
-        """Return the dead latents, which are `count`; so the device need not be waited for."""
+        """Return the dead latents; `count` is their number, so that the host need not wait."""
         if count == 0:
             return torch.empty(0, dtype=torch.int64, device=self.tokens_since_fired.device)
         return self.dead().byte().argsort(descending=True, stable=True)[:count]
 
-    def count_dead(self, fired: Bool[Tensor, "d_sae"]) -> None:
-        """Reset the counters of what fired anywhere in the global batch."""
-        self.tokens_since_fired.masked_fill_(fired, 0)
+    # ---- steps that are left out ----------------------------------------------------------
 
-    def read_running(self, all_sum: AllSum, processes: int) -> Running:
-        """Return what there is to say of the steps since the last call, and start anew.
+    def remember(self) -> list[Tensor]:
+        """Return copies of what a step changes before its gradient is known.
+
+        Counters, thresholds and sums; the optimiser itself spares weights and moments.
+        """
+        return [buffer.clone() for buffer in self.buffers()]
+
+    def leave_out(self, bad: Bool[Tensor, ""], before: Sequence[Tensor], step: int) -> None:
+        """Restore what `remember` returned where `bad` is true; the host never knows.
+
+        Args:
+            bad: whether the loss or the gradient of the step is not finite.
+            before: of `remember`.
+            step: number of the step, the first being 1.
+        """
+        for buffer, old in zip(self.buffers(), before, strict=True):
+            buffer.copy_(torch.where(bad, old, buffer))
+        times, in_a_row, last = self.skipped.unbind()
+        last = torch.where(bad, torch.full_like(last, step), last)
+        self.skipped.copy_(torch.stack([times + bad, (in_a_row + 1) * bad, last]))
+
+    # ---- figures --------------------------------------------------------------------------
+
+    def start_running(self) -> None:
+        """Set the running sums to zero."""
+        self.running.zero_()
+        self.running_steps = 0
+
+    def read_running(self, all_sum: AllSum, sharing: int) -> RunningStats:
+        """Return the figures of the steps since the last call, and start again.
 
         fvu here is that of the mixed batch: its variance includes the differences between the
         layers' means, so compare groups by `val/fvu`, which is per layer. If all steps were left
@@ -194,31 +243,32 @@ class GroupSAE(SAETraining):
 
         Args:
             all_sum: returns the sum of a tensor over all processes; each holds its part.
-            processes: that train this SAE together.
+            sharing: processes that train this SAE together.
         """
         values, skipped = {"dead": float(self.dead().double().mean())}, self.skipped.tolist()
-        steps, finite = self.running_steps, self.finite_steps(all_sum, processes)
+        steps, (sums, finite) = self.running_steps, self.running_sums(all_sum, sharing)
         if self.nonfinite == "skip":
             values["skipped"] = float(skipped[0])
-        taken = steps - (skipped[0] - self.skipped_before)
+        taken = finite if self.nonfinite == "skip" else steps
         if taken > 0:
-            *means, _ = (all_sum(self.running.clone()) / taken).tolist()
-            values |= dict(zip((*self.sae.terms, "l0"), means, strict=True))
+            values |= {k: v / taken for k, v in zip((*self.sae.terms, "l0"), sums, strict=True)}
         self.start_running()
-        return Running(values, steps, finite, skipped)
+        return RunningStats(values, steps, finite, skipped)
 
-    def start_running(self) -> None:
-        """Start the sums anew; steps left out before are no matter."""
-        self.running.zero_()
-        self.running_steps, self.skipped_before = 0, int(self.skipped[0])
+    def running_sums(self, all_sum: AllSum, sharing: int) -> tuple[list[float], int]:
+        """Return the sums over processes, and the steps before the first non-finite loss.
 
-    def finite_steps(self, all_sum: AllSum, processes: int) -> int:
-        """Return the steps since last logged before the first whose loss was not finite.
-
-        Such a loss spoils the weights, so that all after it are not finite either; in the step
-        itself that may be so in one process only.
+        Such a loss spoils the weights, so all losses after it are not finite either. In that step
+        itself it may be so in one process only.
         """
-        return int(all_sum(self.running[-1].clone())) // processes
+        *sums, finite = all_sum(self.running.clone()).tolist()
+        return sums, int(finite) // sharing
+
+    def check_value(self, all_sum: AllSum, sharing: int) -> RunningStats:
+        """Return a value that is finite if weights and losses since last logged are."""
+        sums, finite = self.running_sums(all_sum, sharing)
+        weights = sum(float(p.detach().abs().sum()) for p in self.sae.parameters())
+        return RunningStats({"weights": weights + sum(sums)}, self.running_steps, finite, [])
 
     @torch.no_grad()
     def reconstruct(
@@ -228,3 +278,205 @@ class GroupSAE(SAETraining):
         factor = self.norm_factors[layer]
         latents = self.sae.encode(x * factor)
         return self.sae.decode(latents) / factor, latents
+
+    def start_validation(self, sync: bool = True) -> None:
+        """Start empty metrics, one for each layer; `sync` sums them over the processes."""
+        size = {"d_model": self.sae.d_model, "d_sae": self.sae.d_sae}
+        self.val_metrics = {
+            layer: Reconstruction(**size, sync_on_compute=sync).to(self.norm_factors.device)
+            for layer in self.layers
+        }
+
+    def validate(self, batch: ActivationBatch, layers: Sequence[int]) -> None:
+        """Reconstruct each of this group's layers; `layers` are those in the batch."""
+        for layer, metric in self.val_metrics.items():
+            x, _ = batch.rows(layers.index(layer))
+            metric.update(x, *self.reconstruct(x, layer))
+
+    def validated(self) -> dict[str, Any]:
+        """Return the figures of a validation as plain values: per layer, and over all layers."""
+        found = {layer: metric.compute() for layer, metric in self.val_metrics.items()}
+        fired = torch.stack([result["fired"] for result in found.values()]).any(0)
+        per_layer = {x: {key: float(r[key]) for key in ("fvu", "l0")} for x, r in found.items()}
+        return {
+            **{key: mean_of(r[key] for r in per_layer.values()) for key in ("fvu", "l0")},
+            "unfired": 1 - float(fired.double().mean()),
+            "dead": float(self.dead().double().mean()),
+            "skipped": int(self.skipped[0]),
+            "tokens_per_layer": {x: int(self.tokens_per_layer[x]) for x in self.layers},
+            "per_layer": per_layer,
+        }
+
+    # ---- fitted alone: the suite's hooks, for one group -----------------------------------
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Begin a fit: a joint step of this group only."""
+        self.joint = JointStep([self], self.optim, self.nonfinite, num_processes(), self.device)
+        return self.joint.optimizer
+
+    def training_step(self, batch: ActivationBatch, batch_idx: int) -> Tensor:
+        """Return the loss."""
+        return self.joint.loss(batch, self.global_step, steps_of(self))
+
+    def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
+        """Project the decoder's gradient and clip."""
+        self.joint.clip_gradients(self.global_step)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step at the schedule's rate, then normalise: every checkpoint holds unit decoders."""
+        self.joint.set_rates(self.global_step, steps_of(self))
+        super().optimizer_step(*args, **kwargs)
+        self.joint.normalize_decoders()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Log the running means, at every logging step."""
+        if is_logging_step(self):
+            log_training(self, self.joint.read_running(), {self.name})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to save weights that are not finite."""
+        check_stats(self, self.joint.check_values())
+
+    def on_validation_epoch_start(self) -> None:
+        """Start empty metrics."""
+        self.start_validation()
+
+    def validation_step(self, batch: Iterable[ActivationBatch], batch_idx: int) -> None:
+        """Reconstruct every layer."""
+        for part in batch:
+            self.validate(part, self.layers)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log fvu and l0."""
+        log_validation(self, {self.name: self.validated()}, dict.fromkeys(self.layers, self.name))
+
+
+class JointStep:
+    """One training step of several groups: one forward, summed losses, one Adam.
+
+    Losses are summed (not averaged) and each group is clipped alone, so no group influences
+    another: trained together they get bit for bit what each gets alone. Nothing in a step waits
+    for the device. A new one is made for each fit, so it remembers nothing of an earlier fit.
+
+    Args:
+        groups: that this process trains; maybe none.
+        optim: the optimiser's recipe.
+        nonfinite: `stop` or `skip`, see `GroupSAESuite`.
+        sharing: processes that train each SAE together.
+        device: that trains.
+
+    Attributes:
+        optimizer: one Adam with a named parameter group for each group.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[GroupSAE],
+        optim: Adam,
+        nonfinite: str,
+        sharing: int = 1,
+        device: torch.device | None = None,
+    ) -> None:
+        self.groups, self.optim, self.sharing, self.device = list(groups), optim, sharing, device
+        self.skips = nonfinite == "skip"
+        self.warned = False  # that a step was left out
+        self.num_dead: Readback | None = None
+        self.before: list[list[Tensor]] = []
+        self.bad: Tensor | None = None  # groups that leave this step out; None: none may
+        parameters = [
+            {"params": list(g.sae.parameters()), "name": g.name, "lr": optim.lr(g.sae.d_sae)}
+            for g in self.groups
+        ]
+        # Lightning counts steps of optimisers: a process without an SAE steps an unused number
+        self.idle = torch.zeros(1, requires_grad=True)
+        idle = {"params": [self.idle], "name": "idle", "lr": 0.0}
+        self.optimizer = optim.build(parameters or [idle])
+        for group in self.groups:
+            group.start_running()
+
+    def loss(self, batch: ActivationBatch, step: int, num_steps: int) -> Tensor:
+        """Return the summed loss of all groups, and update their counters.
+
+        Args:
+            batch: of activations.
+            step: steps taken so far.
+            num_steps: of the whole training.
+        """
+        groups = self.groups
+        if not groups:
+            return self.idle.sum() * 0
+        rows = [group.rows(batch) for group in groups]
+        if step == 0:
+            for group, (x, _) in zip(groups, rows, strict=True):
+                init_b_dec(group.sae, x, group.b_dec_start, self.all_sum)
+        moments = self.sums([g.moments(*row) for g, row in zip(groups, rows, strict=True)])
+        num_dead = (self.num_dead or self.count_dead()).read()  # counted a step ago
+        if self.skips:
+            self.before = [group.remember() for group in groups]
+        losses = [
+            group.step(*row, moment, dead, step / num_steps, self.all_sum)
+            for group, row, moment, dead in zip(groups, rows, moments, num_dead, strict=True)
+        ]
+        nonfinite = ~torch.stack(losses).detach().isfinite()
+        *fired, bad = self.sums([*(group.fired for group in groups), nonfinite])
+        self.bad = bad > 0 if self.skips else None
+        for group, times in zip(groups, fired, strict=True):
+            group.count_dead(times > 0)
+            if self.sharing > 1:
+                for state in group.sae.followed():
+                    state.copy_(self.all_sum(state) / self.sharing)
+        self.num_dead = self.count_dead()
+        # DDP averages gradients over processes; the denominators of the loss are global already
+        return torch.stack(losses).sum() * self.sharing
+
+    def clip_gradients(self, step: int) -> None:
+        """Project and clip each group's gradients, and mark the groups that leave the step out."""
+        norms = [group.clip_gradient() for group in self.groups]
+        if self.bad is None:
+            return
+        self.bad = self.bad | ~torch.stack(norms).isfinite()
+        for group, bad, before in zip(self.groups, self.bad, self.before, strict=True):
+            group.leave_out(bad, before, step + 1)
+        self.optimizer.left_out = list(self.bad.float().unbind())
+        self.num_dead = self.count_dead()  # again: the counters may have gone back
+
+    def set_rates(self, step: int, num_steps: int) -> None:
+        """Set the learning rates of a step."""
+        self.optim.schedule(self.optimizer, step, num_steps)
+
+    def normalize_decoders(self) -> None:
+        """Make the directions of all latents unit vectors, after the optimiser's step."""
+        unless = [None] * len(self.groups) if self.bad is None else self.bad
+        for group, bad in zip(self.groups, unless, strict=True):
+            group.normalize_decoder(bad)
+
+    def count_dead(self) -> Readback:
+        """Return how many latents of each group are dead, for the next step to read."""
+        return Readback(torch.stack([group.dead().sum() for group in self.groups]))
+
+    # ---- over the processes that share the groups -----------------------------------------
+
+    def all_sum(self, value: Tensor) -> Tensor:
+        """Return the sum of a tensor over all processes that train an SAE together.
+
+        Not by Lightning's strategy, which puts a barrier before it: there the host would wait for
+        a GPU. After the last step Lightning moves the SAEs to the host, where NCCL sums nothing:
+        the sum is made on the device all the same.
+        """
+        if self.sharing == 1:
+            return value
+        total = value.to(self.device, copy=True)
+        torch.distributed.all_reduce(total)
+        return total.to(value.device)
+
+    def sums(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the sums of several vectors, by one collective."""
+        return self.all_sum(torch.cat(list(parts))).split([len(part) for part in parts])
+
+    def read_running(self) -> dict[str, RunningStats]:
+        """Return what `GroupSAE.read_running` returns, by group."""
+        return {g.name: g.read_running(self.all_sum, self.sharing) for g in self.groups}
+
+    def check_values(self) -> dict[str, RunningStats]:
+        """Return what `GroupSAE.check_value` returns, by group."""
+        return {g.name: g.check_value(self.all_sum, self.sharing) for g in self.groups}

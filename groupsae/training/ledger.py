@@ -185,7 +185,7 @@ def _measured_flops(
     for planned in plan.members:
         slot = data.slots.index(planned.layers)
         # of what another process holds, a fresh one: it costs the same
-        member = (held.get(planned.name) or suite.make_member(planned, slot)).cpu()
+        member = (held.get(planned.name) or suite.make_member(planned, data.slots)).cpu()
         acts, layers = batch.rows(slot)
         few = slice(min(FEW, len(acts)))
         x, one = member.scaled(acts[few].cpu(), layers[few].cpu()), torch.ones(())

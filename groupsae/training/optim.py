@@ -73,32 +73,26 @@ class Adam:
         """Return the learning rate of an SAE with `d_sae` latents."""
         return self.base_lr / math.sqrt(d_sae / self.base_d_sae)
 
-    def build(self, groups: list[dict[str, Any]], skips: bool) -> torch.optim.Optimizer:
-        """Return one fused Adam over named parameter groups, each with its own `lr`.
-
-        Args:
-            groups: the parameters.
-            skips: whether it must be able to leave single groups as they are.
-        """
+    def build(self, groups: list[dict[str, Any]]) -> "SkippingAdam":
+        """Return one fused Adam over named parameter groups, each with its own `lr`."""
         for group in groups:
             group["full_lr"] = group["lr"]
-        made = SkippingAdam if skips else torch.optim.Adam
-        return made(groups, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=True)
+        return SkippingAdam(groups, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=True)
 
 
 class SkippingAdam(torch.optim.Adam):
-    """An Adam that leaves some parameter groups as they are: weights, moments and step count.
+    """An Adam that can leave parameter groups as they are: weights, moments and step count.
 
     Attributes:
-        left_out: for each group 1.0, on its device, if it takes no part in the step, otherwise
-            0.0; fused Adam takes it as it takes the gradient scaler's `found_inf`. None: all do.
+        left_out: for each group 1.0, on its device, if it takes no part in the next step,
+            otherwise 0.0; fused Adam reads it as the gradient scaler's `found_inf`. None: all do.
     """
 
     left_out: Sequence[Tensor] | None = None
     found_inf: Tensor | None = None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step group by group, as Adam does, each with its own mark; the closure sets them."""
+        """Step as Adam does, or group by group where the closure has set `left_out`."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
         if self.left_out is None:

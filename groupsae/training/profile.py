@@ -96,7 +96,7 @@ def run_trial(
     suite.set_plan(plan, dict.fromkeys(range(plan.num_layers), 1.0), own)
     slots, mine = plan.slots, suite.slots_of(suite.own)
     held = [plan.members[i] for i in suite.own]
-    members = [suite.make_member(each, mine.index(each.layers)).to(device) for each in held]
+    members = [suite.make_member(each, mine).to(device) for each in held]
     rows = torch.tensor([slots.index(slot) for slot in mine], device=device)
     optimizers = [member.configure_optimizers() for member in members]
     blocks = data.blocks_per_step // processes

@@ -1,23 +1,34 @@
 """All groups of a partition, fed by one forward of the language model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import lightning as L
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from groupsae.data.batch import ActivationBatch
 from groupsae.grouping.plan import GroupPlan, PlannedSAE
 from groupsae.runtime.errors import UserError
 from groupsae.training.b_dec_init import check_b_dec_start
-from groupsae.training.group import GroupSAE, SAEFactory
+from groupsae.training.group import GroupSAE, JointStep, SAEFactory
+from groupsae.training.metrics import (
+    check_stats,
+    is_logging_step,
+    log_training,
+    log_validation,
+    steps_of,
+)
 from groupsae.training.nonfinite import check_nonfinite
 from groupsae.training.optim import Adam
-from groupsae.training.step import SAETraining
+from groupsae.training.parallel.collect import gather_named, num_processes
+
+T = TypeVar("T")
 
 
 class Size(NamedTuple):
-    """What can be known of an SAE before it is made.
+    """What is known of an SAE before it is trained.
 
     Attributes:
         d_sae: number of latents.
@@ -32,29 +43,36 @@ class Size(NamedTuple):
     flops: int
 
 
-class GroupSAESuite(SAETraining):
-    """One `GroupSAE` for each group of the plan; the plan arrives after construction.
+class GroupSAESuite(L.LightningModule):
+    """Holds one `GroupSAE` for each group of the plan; the plan arrives after construction.
 
     The grouping callback measures the layers in its `setup` and calls `set_plan`; Lightning then
     calls `configure_model`, which builds the SAEs.
 
     Args:
         sae: factory of an SAE.
-        d_sae: number of latents that the factory is configured with.
         d_model: width of the residual stream.
         optim: the optimiser's recipe.
         dead_after: tokens without firing after which a latent counts as dead.
-        b_dec_start: where the decoders' biases start, see `start_b_dec`.
-        nonfinite: what becomes of a step whose loss or gradient is not finite: `stop` ends the
+        b_dec_start: initial decoder bias, see `init_b_dec`.
+        nonfinite: what happens to a step whose loss or gradient is not finite: `stop` ends the
             run, `skip` leaves the step out for the SAE that it concerns.
         seed: of the initial weights.
+
+    Attributes:
+        plan: of all SAEs of all processes.
+        own: numbers in the plan of the SAEs that this process holds.
+        spread: whether each SAE is held by one process, not by all.
+        groups: number in the plan -> `GroupSAE`; None before `configure_model`.
     """
+
+    plan: GroupPlan
+    joint: JointStep
 
     def __init__(
         self,
         *,
         sae: SAEFactory,
-        d_sae: int,
         d_model: int,
         optim: Adam,
         dead_after: int,
@@ -63,15 +81,26 @@ class GroupSAESuite(SAETraining):
         seed: int,
     ) -> None:
         super().__init__()
-        self.make_sae, self.d_sae, self.d_model = sae, d_sae, d_model
-        self.optim, self.dead_after, self.seed = optim, dead_after, seed
         check_b_dec_start(b_dec_start)
         check_nonfinite(nonfinite)
-        self.b_dec_start, self.nonfinite = b_dec_start, nonfinite
-        self.plan: GroupPlan | None = None
+        self.make_sae, self.d_model, self.optim, self.nonfinite = sae, d_model, optim, nonfinite
+        self.make_group = partial(
+            GroupSAE,
+            d_model=d_model,
+            optim=optim,
+            dead_after=dead_after,
+            b_dec_start=b_dec_start,
+            nonfinite=nonfinite,
+            seed=seed,
+        )
         self.own: list[int] = []
+        self.spread = False
         self.groups: nn.ModuleDict | None = None
-        self._sizes: dict[float, Size] = {}
+        self.shown: dict[str, float] = {}  # figures for the progress bar
+        self.sizes: dict[float, Size] = {}
+        self.d_sae = self.size(1.0).d_sae  # raises UserError if the SAE is impossible
+
+    # ---- the plan and its SAEs ------------------------------------------------------------
 
     def set_plan(
         self,
@@ -79,7 +108,7 @@ class GroupSAESuite(SAETraining):
         norm_factors: Mapping[int, float],
         own: Sequence[int] | None = None,
     ) -> None:
-        """Tell the suite which groups to train and how to scale each layer.
+        """Choose the groups to train and the scale of each layer.
 
         Args:
             plan: of all SAEs.
@@ -92,107 +121,135 @@ class GroupSAESuite(SAETraining):
         self.own = list(range(len(plan.members)) if own is None else own)
 
     def configure_model(self) -> None:
-        """Build this process's SAEs; called again by Lightning for validation, does nothing then.
+        """Build this process's SAEs; Lightning calls it again for validation.
 
         Their names in the state dict are their numbers in the plan, whoever holds them.
         """
-        if self.groups is not None:
-            return
-        assert self.plan is not None, "set_plan comes first"
-        slots, planned = self.slots_of(self.own), self.plan.members
-        self.groups = nn.ModuleDict(
-            {
-                str(i): self.make_member(planned[i], slots.index(planned[i].layers))
-                for i in self.own
-            }
-        )
+        if self.groups is None:
+            slots, planned = self.slots_of(self.own), self.plan.members
+            groups = {i: self.make_member(planned[i], slots) for i in self.own}
+            self.groups = nn.ModuleDict({str(i): group for i, group in groups.items()})
 
     def slots_of(self, indices: Sequence[int]) -> list[list[int]]:
         """Return the sets of layers that some SAEs of the plan draw from, in the plan's order."""
-        assert self.plan is not None
         needed = [self.plan.members[i].layers for i in indices]
         return [slot for slot in self.plan.slots if slot in needed]
 
     def size(self, width: float) -> Size:
-        """Return what an SAE of a width is like."""
-        if width not in self._sizes:
-            sae = self._sized(width)(d_model=self.d_model, generator=torch.Generator())
-            self._sizes[width] = Size(
-                sae.d_sae,
-                sum(p.numel() for p in sae.parameters()),
-                sae.kept_wide,
-                sae.training_flops(),
-            )
-        return self._sizes[width]
+        """Return the size of an SAE with a share of the configured number of latents."""
+        if width not in self.sizes:
+            sae = self.factory(width)(d_model=self.d_model, generator=torch.Generator())
+            parameters = sum(p.numel() for p in sae.parameters())
+            self.sizes[width] = Size(sae.d_sae, parameters, sae.kept_wide, sae.training_flops())
+        return self.sizes[width]
 
-    def make_member(self, planned: PlannedSAE, slot: int) -> GroupSAE:
-        """Return a fresh member.
-
-        Args:
-            planned: of the plan.
-            slot: which rows of a batch are its own.
-
-        Raises:
-            UserError: its width leaves too few latents; names it.
-        """
-        try:
-            return GroupSAE(
-                name=planned.name,
-                layers=planned.layers,
-                norm_factors=self.norm_factors,
-                sae=self._sized(planned.width),
-                d_model=self.d_model,
-                optim=self.optim,
-                dead_after=self.dead_after,
-                b_dec_start=self.b_dec_start,
-                nonfinite=self.nonfinite,
-                seed=self.seed,
-                slot=slot,
-            )
-        except UserError as error:  # too few latents: at full width that was seen before
-            raise UserError(
-                f"the smaller SAE {planned.name}: {error} Raise sae.expansion (or sae.d_sae), or "
-                "leave small numbers out of groups.smaller."
-            ) from None
-
-    def _sized(self, width: float) -> SAEFactory:
+    def factory(self, width: float) -> SAEFactory:
         """Return the factory of SAEs with a share of the configured number of latents."""
         if width == 1:
             return self.make_sae
         return partial(self.make_sae, expansion=None, d_sae=round(self.d_sae * width))
 
-    def serving(self) -> dict[int, str]:
-        """Return layer -> the name of its SAE in the chosen partition."""
-        assert self.plan is not None
-        names = zip(self.plan.names, self.plan.saes, strict=True)
-        return {layer: name for name, layers in names for layer in layers}
+    def make_member(self, planned: PlannedSAE, slots: Sequence[list[int]]) -> GroupSAE:
+        """Return a fresh group.
+
+        Args:
+            planned: of the plan.
+            slots: sets of layers that the rows of a batch are drawn from.
+
+        Raises:
+            UserError: its width leaves too few latents; names it.
+        """
+        try:
+            return self.make_group(
+                name=planned.name,
+                layers=planned.layers,
+                norm_factors=self.norm_factors,
+                sae=self.factory(planned.width),
+                slot=slots.index(planned.layers),
+            )
+        except UserError as error:  # too few latents: full width was checked before
+            raise UserError(
+                f"the smaller SAE {planned.name}: {error} Raise sae.expansion (or sae.d_sae), or "
+                "leave small numbers out of groups.smaller."
+            ) from None
 
     def members(self) -> list[GroupSAE]:
         """Return the groups that this process holds, in the order of the plan."""
         assert self.groups is not None
         return list(self.groups.values())  # type: ignore[arg-type]
 
-    def all_names(self) -> list[str]:
-        """Return the names of all groups in the order of the plan."""
-        assert self.plan is not None
-        return [planned.name for planned in self.plan.members]
+    def serving(self) -> dict[int, str]:
+        """Return layer -> the name of its SAE in the chosen partition."""
+        names = zip(self.plan.names, self.plan.saes, strict=True)
+        return {layer: name for name, layers in names for layer in layers}
+
+    def collect(self, mine: dict[str, T]) -> dict[str, T]:
+        """Return what every process knows of its groups, by name in the order of the plan."""
+        if not self.spread:
+            return mine
+        found = gather_named(mine)
+        return {planned.name: found[planned.name] for planned in self.plan.members}
+
+    # ---- Lightning's hooks, as those of `GroupSAE` ----------------------------------------
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Begin a fit: a joint step of all groups that this process holds."""
+        sharing = 1 if self.spread else num_processes()
+        self.joint = JointStep(self.members(), self.optim, self.nonfinite, sharing, self.device)
+        return self.joint.optimizer
+
+    def training_step(self, batch: ActivationBatch, batch_idx: int) -> Tensor:
+        """Return the summed loss."""
+        return self.joint.loss(batch, self.global_step, steps_of(self))
+
+    def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
+        """Project the decoders' gradients and clip each group on its own."""
+        self.joint.clip_gradients(self.global_step)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step at the schedule's rate, then normalise: every checkpoint holds unit decoders."""
+        self.joint.set_rates(self.global_step, steps_of(self))
+        super().optimizer_step(*args, **kwargs)
+        self.joint.normalize_decoders()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Log the running means, at every logging step."""
+        if is_logging_step(self):
+            stats = self.collect(self.joint.read_running())
+            log_training(self, stats, set(self.serving().values()))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note which partition the weights belong to."""
-        super().on_save_checkpoint(checkpoint)
-        assert self.plan is not None
+        """Refuse to save weights that are not finite; note which partition they belong to."""
+        check_stats(self, self.collect(self.joint.check_values()))
         checkpoint["plan"] = self.plan.hash
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Confirm that checkpoint and run folder speak of the same partition.
+        """Check that checkpoint and run folder hold the same partition.
 
         Raises:
-            UserError: they do not; said here, before the weights fail on their shapes.
+            UserError: they do not; here, before the weights fail on their shapes.
         """
-        assert self.plan is not None
         if checkpoint["plan"] != self.plan.hash:
             raise UserError(
                 f"the checkpoint holds the partition {checkpoint['plan'][:8]}, but groups.json "
-                f"now gives {self.plan.hash[:8]} ({self.plan.saes}). Bring back the groups.json "
-                "that belongs to the checkpoint, or start a new run."
+                f"now gives {self.plan.hash[:8]} ({self.plan.saes}). Restore the groups.json that "
+                "belongs to the checkpoint, or start a new run."
             )
+
+    def on_validation_epoch_start(self) -> None:
+        """Start empty metrics; a process that sees everything sums nothing over the others."""
+        for group in self.members():
+            group.start_validation(sync=not self.spread)
+
+    def validation_step(self, batch: Iterable[ActivationBatch], batch_idx: int) -> None:
+        """Reconstruct every layer with each of its SAEs."""
+        groups = self.members()
+        layers = sorted({layer for group in groups for layer in group.layers})
+        for part in batch:
+            for group in groups:
+                group.validate(part, layers)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log fvu and l0 per layer and per SAE."""
+        self.val_results = self.collect({g.name: g.validated() for g in self.members()})
+        log_validation(self, self.val_results, self.serving())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from groupsae.grouping.moments import LayerMoments
 from groupsae.runtime.errors import UserError
-from groupsae.training.b_dec_init import check_b_dec_start, start_b_dec
+from groupsae.training.b_dec_init import check_b_dec_start, init_b_dec
 from groupsae.training.measure import Measurement, check_scale
 from groupsae.training.optim import Adam
 from tests.helpers.saes import make
@@ -32,7 +32,7 @@ def alone(value: Tensor) -> Tensor:
 
 def started(start: str, x: Tensor, all_sum: Callable[[Tensor], Tensor] = alone) -> Tensor:
     sae = make("topk")
-    start_b_dec(sae, x, start, all_sum)
+    init_b_dec(sae, x, start, all_sum)
     return sae.b_dec.detach()
 
 
@@ -113,7 +113,7 @@ def test_the_schedule_keeps_what_each_width_has_of_its_own() -> None:
     optim = adam(decay="linear", decay_share=1.0)
     weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
     groups = [{"params": [w], "lr": optim.lr(n)} for w, n in zip(weights, (32, 128), strict=True)]
-    optimizer = optim.build(groups, skips=False)
+    optimizer = optim.build(groups)
     for step in (2, 1):  # each from the full rate, not from the last one
         optim.schedule(optimizer, step, 4)
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([7.5e-4, 3.75e-4])

@@ -40,7 +40,6 @@ def make_suite(smaller: list[int], sae: SAEFactory = make_sae) -> GroupSAESuite:
     """Return a suite of all groupings of a model of six layers, ready to train."""
     suite = GroupSAESuite(
         sae=sae,
-        d_sae=EXPANSION * D_MODEL,
         d_model=D_MODEL,
         optim=Adam(base_lr=1e-3, base_d_sae=512),
         dead_after=10**9,

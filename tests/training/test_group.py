@@ -2,28 +2,21 @@
 
 import contextlib
 import math
-import warnings
 from functools import partial
-from types import SimpleNamespace
 
-import lightning as L
 import pytest
 import torch
 from torch import nn
 
-from groupsae.data.activations import ActivationDataModule
 from groupsae.data.batch import ActivationBatch
 from groupsae.data.draws import draw_layers
-from groupsae.data.files import FileSource
-from groupsae.grouping.choices import Explicit
 from groupsae.runtime.errors import UserError
 from groupsae.sae.topk import TopK
 from groupsae.training.callbacks.bar import Bar
 from groupsae.training.group import GroupSAE
-from groupsae.training.optim import Adam
 from groupsae.training.readback import Readback
 from groupsae.training.suite import GroupSAESuite
-from tests.helpers.lms import frozen
+from tests.helpers.fits import GROUPS, fit, make_optim, tiny_group, tiny_suite
 from tests.helpers.saes import FAMILY
 from tests.helpers.waiting import no_waiting, waiting
 
@@ -33,10 +26,6 @@ NORMS = {0: 0.5, 1: 0.25, 2: 2.0, 3: 1.5, 4: 3.0}
 
 def make_sae(*, d_model, generator, k=K):
     return TopK(d_model=d_model, expansion=4, k=k, generator=generator)
-
-
-def make_optim(**changes):
-    return Adam(**({"base_lr": 1e-3, "base_d_sae": 32} | changes))
 
 
 def make_group(layers=(1, 3), dead_after=10_000, **changes):
@@ -88,8 +77,6 @@ def test_a_row_of_a_foreign_layer_never_passes_silently(foreign):
             step(group, acts, layers)
     else:
         assert step(group, acts, layers).isnan()
-        with pytest.raises(UserError, match="not a finite number"):
-            attach(group).on_save_checkpoint({})
 
 
 def test_norm_factors_of_other_layers_are_not_in_the_group():
@@ -176,7 +163,7 @@ def test_every_member_has_a_named_parameter_group_of_its_own():
 
 def suite_of(members, optim=None):
     suite = GroupSAESuite(
-        sae=make_sae, d_sae=4 * D_MODEL, d_model=D_MODEL, optim=optim or make_optim(),
+        sae=make_sae, d_model=D_MODEL, optim=optim or make_optim(),
         dead_after=100, b_dec_start="zero", nonfinite="stop",
         seed=0,
     )  # fmt: skip
@@ -199,6 +186,7 @@ def test_clipping_is_by_member_and_leaves_small_gradients_alone():
     for member, size in zip(members, [100.0, 1e-3, 1.0], strict=True):
         give_gradients(member, size)
     suite = suite_of(members)
+    suite.configure_optimizers()
     for member in members:
         member.sae.project_gradient()
     norms = [total_norm(member) for member in members]
@@ -211,6 +199,7 @@ def test_clipping_is_by_member_and_leaves_small_gradients_alone():
 
 def test_the_gradient_is_projected_before_it_is_clipped():
     group = make_group()
+    group.configure_optimizers()
     give_gradients(group, 0.01)
     # a huge part along the latents: clipping first would shrink all the rest to nothing
     before = {name: p.grad.clone() for name, p in group.sae.named_parameters()}
@@ -227,66 +216,6 @@ def test_the_gradient_is_projected_before_it_is_clipped():
 
 
 # ---- whole runs by Lightning ----------------------------------------------------------------
-
-
-GROUPS = [[0, 1], [2], [3]]
-TINY = {0: 1.1, 1: 0.7, 2: 0.4, 3: 0.2}  # norm factors
-
-
-def tiny_sae(**kwargs):
-    return TopK(expansion=4, k=4, **kwargs)
-
-
-@pytest.fixture(scope="module")
-def make_data(tiny_lm, tiny_text, tmp_path_factory):
-    cache = str(tmp_path_factory.mktemp("cache"))
-
-    def make(groups, steps=6):
-        data = ActivationDataModule(
-            lm=frozen(tiny_lm), cache=cache,
-            source=FileSource(path=str(tiny_text), text_column=None), context=32,
-            heldout_fraction=0.1, calibration_fraction=0.1, prepend_bos=False,
-            exclude_special_tokens=True, skip_positions=0, max_norm_ratio=None, max_tokens=None,
-            blocks_per_step=4, blocks_per_forward=4,
-            tokens=steps * 4 * 32, heldout_tokens=256, num_workers=0, seed=0,
-        )  # fmt: skip
-        data.set_slots(groups)
-        return data
-
-    return make
-
-
-def fit(module, data, max_steps=None):
-    """Train on the CPU, as a run does."""
-    trainer = L.Trainer(
-        accelerator="cpu", max_steps=max_steps or data.num_steps, logger=False, barebones=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        num_sanity_val_steps=0, log_every_n_steps=2, val_check_interval=data.num_steps,
-        use_distributed_sampler=False,
-    )  # fmt: skip
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*treespec, LeafSpec.*")  # lightning 2.6 on torch 2.13
-        warnings.filterwarnings("ignore", ".*does not have many workers.*")
-        trainer.fit(module, datamodule=data)
-    return trainer
-
-
-def tiny_group(layers, dead_after=200, sae=tiny_sae, nonfinite="stop"):
-    return GroupSAE(
-        name=f"layers.{layers[0]}", layers=layers, norm_factors=TINY, sae=sae, d_model=32,
-        optim=make_optim(base_lr=5e-3, clip_norm=0.05), dead_after=dead_after,
-        b_dec_start="zero", nonfinite=nonfinite, seed=0,
-    )  # fmt: skip
-
-
-def tiny_suite(nonfinite="stop"):
-    choice = Explicit(groups=GROUPS[:2], last_layer="own")
-    suite = GroupSAESuite(
-        sae=tiny_sae, d_sae=128, d_model=32, optim=make_optim(base_lr=5e-3, clip_norm=0.05),
-        dead_after=200, b_dec_start="zero", nonfinite=nonfinite, seed=0,
-    )  # fmt: skip
-    suite.set_plan(choice.plan(torch.ones(4, 4).fill_diagonal_(0).double().numpy()), TINY)
-    return suite
 
 
 def test_the_bar_shows_figures_that_the_host_has(trained_suite):
@@ -320,23 +249,13 @@ def test_no_step_waits_for_the_device(kind, nonfinite, make_data, monkeypatch):
         watched.append(self.global_step)
         with contextlib.nullcontext() if logs else no_waiting():
             step(self, *args, **kwargs)
-        dead.append(sum(self.num_dead.read()))
+        dead.append(sum(self.joint.num_dead.read()))
 
     monkeypatch.setattr(Readback, "read", read_later)
     monkeypatch.setattr(GroupSAE, "optimizer_step", watch)
     fit(group, make_data([[0, 1]]))
     assert watched == list(range(6))
     assert dead[-1] > 0 or kind in ("jumprelu", "relu", "gated")  # which fire everywhere at first
-
-
-def attach(module):
-    """Give a module that is not being fitted the little of a trainer that messages need."""
-    data = SimpleNamespace(
-        num_steps=6, seed=0, device="cpu", used_layers=list, every_layer=lambda *_: [],
-        loader=lambda *_, **__: [torch.zeros(1, 4)],
-    )  # fmt: skip
-    module._trainer = SimpleNamespace(global_step=0, world_size=1, datamodule=data)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -417,19 +336,24 @@ def test_a_nan_in_the_activations_ends_the_run_with_one_sentence(make_data):
         fit(group, make_data([[0, 1]]))
 
 
-def test_spoilt_weights_are_not_saved():
-    group, (acts, layers) = attach(make_group()), make_rows()
-    group.on_save_checkpoint({})
-    step(group, acts * math.inf, layers)
-    with pytest.raises(UserError, match="not a finite number"):
-        group.on_save_checkpoint({})
+@pytest.mark.parametrize("what", ["weights", "losses"])
+def test_what_is_not_finite_is_not_saved(what, make_data, tmp_path):
+    group = tiny_group([0, 1])
+    trainer = fit(group, make_data([[0, 1]]))
+    trainer.save_checkpoint(tmp_path / "good.ckpt")
+    if what == "weights":
+        with torch.no_grad():
+            group.sae.W_enc[0, 0] = math.inf
+    else:
+        step(group, math.inf * torch.ones(3, 32), torch.tensor([0, 1, 0]))
+    with pytest.raises(UserError, match="layers.0: the loss is not a finite number at step 6"):
+        trainer.save_checkpoint(tmp_path / "bad.ckpt")
+    assert [file.name for file in tmp_path.iterdir()] == ["good.ckpt"]
 
 
-def test_a_checkpoint_of_another_partition_is_refused():
-    suite = tiny_suite()
-    suite.configure_model()
-    checkpoint = {}
-    attach(suite).on_save_checkpoint(checkpoint)
-    suite.on_load_checkpoint(checkpoint)
+def test_a_checkpoint_of_another_partition_is_refused(trained_suite, tmp_path):
+    suite, trainer = trained_suite
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    suite.on_load_checkpoint(torch.load(tmp_path / "last.ckpt", weights_only=True))
     with pytest.raises(UserError, match="holds the partition 00000000"):
         suite.on_load_checkpoint({"plan": "0" * 64})

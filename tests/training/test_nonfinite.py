@@ -1,6 +1,6 @@
 """A step whose loss or gradient is not finite: the run stops, or that SAE leaves the step out."""
 
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import torch
@@ -8,14 +8,12 @@ from torch.utils.data import DataLoader
 
 from groupsae.runtime.errors import UserError
 from groupsae.training import nonfinite
-from groupsae.training import step as stepping
 from groupsae.training.nonfinite import check_nonfinite
 from groupsae.training.optim import Adam
 from tests.helpers import saes
-from tests.training.test_group import GROUPS, fit, make_data, tiny_group, tiny_suite
+from tests.helpers.fits import GROUPS, fit, tiny_group, tiny_suite
 
 BAD = 2  # number of the poisoned step, the first being 0
-__all__ = ["make_data"]  # a fixture
 
 
 def poisoned(data, layer, value=torch.nan, steps=(BAD,)):
@@ -39,7 +37,7 @@ def poisoned(data, layer, value=torch.nan, steps=(BAD,)):
 def state_of(module, trainer):
     """Return weights, counters and Adam's state of each member."""
     groups = trainer.optimizers[0].state_dict()
-    for member, group in zip(module.members(), groups["param_groups"], strict=True):
+    for member, group in zip(module.joint.groups, groups["param_groups"], strict=True):
         own = {k: v.clone() for k, v in member.state_dict().items() if k != "norm_factors"}
         moments = {
             f"{place}/{name}": value
@@ -110,16 +108,15 @@ def test_a_bad_step_changes_nothing_of_its_sae_and_of_no_other(
 
 @pytest.mark.parametrize("name", ["topk", "batchtopk", "jumprelu", "relu", "gated", "matryoshka"])
 def test_normalising_a_member_that_leaves_the_step_out_changes_no_bit(name):
-    sae = saes.make(name)
+    kind, values = saes.FAMILY[name]
+    group = tiny_group([2], sae=partial(kind, **values, expansion=4))
+    sae = group.sae
     with torch.no_grad():
         for each in sae.parameters():
             each.mul_(1.1).add_(0.01)
     before = {key: value.clone() for key, value in sae.state_dict().items()}
-    member = SimpleNamespace(sae=sae, buffers=list)
     for bad in (True, False):
-        undo = nonfinite.Undo([member])
-        undo.note_losses(torch.tensor([bad]))
-        undo.normalize_decoders()
+        group.normalize_decoder(torch.tensor(bad))
         changed = {k for k, v in sae.state_dict().items() if not torch.equal(v, before[k])}
         assert changed == (set() if bad else set(sae.normalized))
 
@@ -148,8 +145,7 @@ def test_stopping_names_member_step_and_layer(make_data):
 
 
 def test_too_many_steps_in_a_row_end_the_run(make_data, monkeypatch):
-    for module in (stepping, nonfinite):
-        monkeypatch.setattr(module, "MOST_IN_A_ROW", 3)
+    monkeypatch.setattr(nonfinite, "MOST_IN_A_ROW", 3)
     data = poisoned(make_data(GROUPS), 3, steps=(1, 2, 3))
     with (
         pytest.warns(UserWarning, match="a step was left out"),
@@ -159,16 +155,17 @@ def test_too_many_steps_in_a_row_end_the_run(make_data, monkeypatch):
 
 
 def test_an_adam_that_leaves_a_group_out_steps_the_others_as_adam_does():
-    def made(skips):
+    def made(plain):
         optim = Adam(
             base_lr=1e-2, base_d_sae=4, betas=(0.9, 0.999), eps=1e-8, clip_norm=1.0, warmup=0,
             decay="constant", decay_share=0,
         )  # fmt: skip
         weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
         groups = [{"params": [w], "lr": lr} for w, lr in zip(weights, (1.0, 0.1), strict=True)]
-        return weights, optim.build(groups, skips)
+        built = optim.build(groups)
+        return weights, torch.optim.Adam(built.param_groups, fused=True) if plain else built
 
-    (a, plain), (b, skipping) = made(False), made(True)
+    (a, plain), (b, skipping) = made(True), made(False)
     for number in range(3):
         for one, other in zip(a, b, strict=True):
             one.grad, other.grad = torch.arange(3.0) - number, torch.arange(3.0) - number

@@ -4,7 +4,6 @@ import csv
 import json
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,8 @@ import torch
 from groupsae.grouping.plan import GroupPlan
 from groupsae.runtime.errors import UserError
 from groupsae.training.checkpoints import distributed_save as checkpoints
-from groupsae.training.suite import GroupSAESuite
+from groupsae.training.group import JointStep
+from tests.helpers.fits import make_optim
 from tests.helpers.processes import Ended, lose, stop, together, train
 from tests.helpers.runs import overrides, read_checkpoint, run, saved, stopped
 
@@ -217,12 +217,9 @@ def test_sums_are_made_on_the_device_wherever_the_suite_lies(
         raise NotImplementedError
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    suite: Any = SimpleNamespace(
-        shared_by=lambda: 2,
-        trainer=SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta"))),
-    )
+    joint = JointStep([], make_optim(), "stop", sharing=2, device=torch.device("meta"))
     with pytest.raises(NotImplementedError):
-        GroupSAESuite.all_sum(suite, torch.ones(3))
+        joint.all_sum(torch.ones(3))
     assert seen == ["meta"]
 
 

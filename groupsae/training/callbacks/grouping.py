@@ -63,7 +63,7 @@ class GroupLayers(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Choose the groups, once."""
         assert isinstance(pl_module, GroupSAESuite)
-        if stage != "fit" or pl_module.plan is not None:
+        if stage != "fit" or hasattr(pl_module, "plan"):
             return
         data: ActivationDataModule = trainer.datamodule  # type: ignore[attr-defined]
         self.choice.check(data.lm.geometry.num_layers)

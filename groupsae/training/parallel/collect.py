@@ -13,6 +13,11 @@ def leads() -> bool:
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
+def num_processes() -> int:
+    """Return the number of processes of the run."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
 def gather(value: T) -> list[T]:
     """Return the value of each process, by rank; every process of the run has to call it.
 

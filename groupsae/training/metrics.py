@@ -1,0 +1,92 @@
+"""What is logged of a fit: running means of the steps, and validations."""
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import lightning as L
+
+from groupsae.training.nonfinite import check_finite, check_skips
+
+
+class RunningStats(NamedTuple):
+    """Figures of a group over the steps since they were last logged.
+
+    Attributes:
+        values: figure -> mean over the steps, or its present value.
+        steps: number of steps.
+        finite: steps before the first whose loss was not finite.
+        skipped: steps left out since the run began: how many, how many in a row, the last.
+    """
+
+    values: dict[str, float]
+    steps: int
+    finite: int
+    skipped: list[int]
+
+
+def steps_of(module: L.LightningModule) -> int:
+    """Return the steps of the complete training."""
+    data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
+    return int(data.num_steps)
+
+
+def is_logging_step(module: L.LightningModule) -> bool:
+    """Return whether the step that was just taken is one of those that are logged."""
+    every: int = module.trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return module.global_step % every == 0
+
+
+def check_stats(module: L.LightningModule, stats: Mapping[str, RunningStats]) -> None:
+    """Raise UserError if a value of a group is not finite; the same in all processes."""
+    for name, (values, steps, finite, _) in stats.items():
+        check_finite(module, name, values.values(), steps, finite)
+
+
+def log_training(module: Any, stats: Mapping[str, RunningStats], serving: Collection[str]) -> None:
+    """Log the figures of training steps.
+
+    Args:
+        module: that is being fitted.
+        stats: by group, the same in all processes.
+        serving: groups whose mean fvu the progress bar shows.
+
+    Raises:
+        UserError: a value is not finite, or a group left out too many steps in a row.
+    """
+    check_stats(module, stats)
+    for name, (values, _, _, skipped) in stats.items():
+        for figure, value in values.items():
+            module.log(f"train/{figure}/{name}", value, rank_zero_only=True)
+        if "skipped" in values:
+            check_skips(module, name, *skipped)
+    shown = [stats[name].values for name in serving]
+    if all("fvu" in values for values in shown):  # not where all steps were left out
+        module.shown["fvu"] = mean_of(values["fvu"] for values in shown)
+
+
+def log_validation(
+    module: Any, results: Mapping[str, dict[str, Any]], serving: Mapping[int, str]
+) -> None:
+    """Log fvu and l0 per layer; per group their means and the share of unfired latents.
+
+    Args:
+        module: that is being fitted.
+        results: by group, what `GroupSAE.validated` returns.
+        serving: layer -> name of the group whose figures are those of the layer.
+    """
+    for name, result in results.items():
+        for figure in ("fvu", "l0", "unfired"):
+            module.log(f"val/{figure}/{name}", result[figure], rank_zero_only=True)
+    served = {x: results[name]["per_layer"][x] for x, name in sorted(serving.items())}
+    for layer, result in served.items():
+        for figure in ("fvu", "l0"):
+            module.log(f"val/{figure}/layer.{layer}", result[figure], rank_zero_only=True)
+    mean = mean_of(result["fvu"] for result in served.values())
+    module.log("val/fvu/mean", mean, rank_zero_only=True)
+    module.shown["val/fvu/mean"] = mean
+
+
+def mean_of(values: Iterable[float]) -> float:
+    """Return the mean."""
+    listed = list(values)
+    return sum(listed) / len(listed)
