@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from groupsae.app.run_folder import finished_run, one_folder, register_resolver
 from groupsae.config.arguments import CONF, check_arguments, plain_folder
-from groupsae.files.locks import alone_in
+from groupsae.files.locks import lock_folder
 from groupsae.runtime.errors import UserError
 
 
@@ -22,7 +22,7 @@ def run(cfg: DictConfig) -> None:
             trained.logger = cfg.logger
         from groupsae.app.evaluate import assess  # slow imports only after the cheap checks
 
-        with alone_in(folder):
+        with lock_folder(folder):
             assess(folder, trained, cfg.evaluation, cfg.device)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -28,7 +28,7 @@ def export(cfg: DictConfig) -> None:
     """
     run = _run_to_export(cfg)
     # slow imports only after cheap checks
-    from groupsae.files.folders import check_free
+    from groupsae.files.atomic import check_free
     from groupsae.interop.card import card, figures_of_run, files_of_run, of_groupsae
     from groupsae.interop.formats import format_named
     from groupsae.interop.outgoing import export_suite, only

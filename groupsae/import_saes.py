@@ -48,7 +48,7 @@ def import_saes(cfg: DictConfig) -> Path:
             "names: python -m groupsae.evaluate run=<folder>."
         )
     check_own(cfg)
-    from groupsae.files.folders import check_free, written_whole
+    from groupsae.files.atomic import atomic_folder, check_free
     from groupsae.interop.incoming import READABLE, is_adopted, lay_out, other_model, read_folder
     from groupsae.suite.hub import repository  # slow, after the cheap checks
 
@@ -75,7 +75,7 @@ def import_saes(cfg: DictConfig) -> Path:
         stack=lm.stack,
     )
     facts = {**lm.described(), **{key: cfg.stream[key] for key in STREAM}}
-    with written_whole(target, overwrite=cfg.overwrite, ours=is_adopted, source=source) as beside:
+    with atomic_folder(target, overwrite=cfg.overwrite, ours=is_adopted, source=source) as beside:
         (beside / ".hydra").mkdir()
         plain: Any = OmegaConf.to_container(cfg, resolve=False)
         kept = {**without(plain, OWN + TRAINING), "overwrite": False}

@@ -26,7 +26,7 @@ from groupsae.evaluation.heldout import HeldoutSums, run_heldout
 from groupsae.evaluation.intervals import Bootstrap
 from groupsae.evaluation.options import check_options
 from groupsae.evaluation.results import Results
-from groupsae.files.reading import read_json
+from groupsae.files.reading import require_json
 from groupsae.grouping.groupings import groupings
 from groupsae.grouping.plan import GroupPlan
 from groupsae.reporting.figures import evaluation_figures
@@ -71,9 +71,9 @@ def assess(folder: Path, cfg: DictConfig, options: DictConfig, device: str) -> d
     place = _device(device)
     plain: Any = OmegaConf.to_container(options)
     check_options(plain)
-    summary = _file(folder / "summary.json")
+    summary = require_json(folder / "summary.json")
     # nobody knows what it cost to train SAEs that were adopted
-    ledger = None if "adopted" in summary else _file(folder / "ledger.json")
+    ledger = None if "adopted" in summary else require_json(folder / "ledger.json")
     subject = _open(folder, cfg, place)
     data, plan, saes = subject.data, subject.plan, subject.saes
     steps = steps_to_evaluate(data, options.tokens)
@@ -159,16 +159,6 @@ def _log(folder: Path, evaluation: dict[str, Any], configs: Any, step: int) -> N
 def _value(stored: Any) -> float | None:
     found = interval(stored)
     return None if found is None else found.value
-
-
-def _file(path: Path) -> dict[str, Any]:
-    values = read_json(path)
-    if values is None:
-        raise UserError(
-            f"{path} is missing, which a finished run leaves: copy it from where the run was "
-            "made, or train again."
-        )
-    return values
 
 
 def _device(name: object) -> torch.device:

@@ -18,13 +18,13 @@ from groupsae.app.evaluate import assess, steps_to_evaluate
 from groupsae.app.needs import print_needs, too_small
 from groupsae.config.arguments import make, make_source
 from groupsae.data.activations import ActivationDataModule
-from groupsae.data.writer import write_json
+from groupsae.files.atomic import write_json
 from groupsae.files.reading import read_metrics
 from groupsae.reporting.figures import training_curves
-from groupsae.runtime.compat import disable_signal_handling, share_cores
+from groupsae.runtime.compat import disable_signal_handling
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.quiet import quiet
-from groupsae.runtime.ranks import is_leader
+from groupsae.runtime.ranks import is_leader, share_cores
 from groupsae.runtime.signals import Stopped, stopped_by_signals
 from groupsae.training.allocator import keep_freed_memory
 from groupsae.training.callbacks.bar import Bar

@@ -2,12 +2,12 @@
 
 import shutil
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from groupsae.runtime.units import format_bytes, format_seconds
 from groupsae.training.dry_run import Needs
 from groupsae.training.profile import Trial
 
@@ -31,7 +31,7 @@ def print_needs(console: Console, found: list[Needs], processes: int, device: st
     for each in found:
         if each.trial is None:
             console.print(
-                f"{each.num_saes} SAEs do not fit into the {size(each.free)} that are free on "
+                f"{each.num_saes} SAEs do not fit into the {format_bytes(each.free)} free on "
                 f"{device}: lower sae.expansion or stream.blocks_per_step, train fewer SAEs, or "
                 "spread them over processes (trainer=sae_parallel)."
             )
@@ -50,9 +50,9 @@ def too_small(places: Mapping[Path, int]) -> list[str]:
         first, before = disks.get(disk, (there, 0))
         disks[disk] = first, before + needed
     return [
-        f"The disk of {folder} has room for {size(free)}, and up to {size(needed)} are needed "
-        "there, what an earlier run left of it included: name folders elsewhere (output, "
-        "data.cache) or lower tokens."
+        f"The disk of {folder} has room for {format_bytes(free)}, and up to "
+        f"{format_bytes(needed)} are needed there, files of an earlier run included: name "
+        "other folders (output, data.cache) or lower tokens."
         for folder, needed in disks.values()
         if needed > (free := shutil.disk_usage(folder).free)
     ]
@@ -66,37 +66,26 @@ def _rows(found: list[Needs]) -> list[tuple[str, list[str]]]:
         return lambda each: "does not fit" if each.trial is None else show(each, each.trial)
 
     def seconds(part: str) -> Callable[[Needs], str]:
-        return tried(lambda each, _: _time(each.seconds[part]))
+        return tried(lambda each, _: format_seconds(each.seconds[part]))
 
     rate = tried(lambda n, t: f"{n.tokens / n.steps / t.step_seconds:,.0f}")
     return [
         row("parameters", lambda n: f"{n.parameters:,}"),
-        row("weights", lambda n: size(n.weights)),
-        row("gradients", lambda n: size(n.gradients)),
-        row("optimiser state", lambda n: size(n.optimizer)),
-        row("activations of a step", lambda n: size(n.activations)),
-        row("peak memory, by a trial", tried(lambda _, t: size(t.peak))),
-        row("the same with half of the latents dead", tried(lambda _, t: size(t.peak_dead))),
+        row("weights", lambda n: format_bytes(n.weights)),
+        row("gradients", lambda n: format_bytes(n.gradients)),
+        row("optimiser state", lambda n: format_bytes(n.optimizer)),
+        row("activations of a step", lambda n: format_bytes(n.activations)),
+        row("peak memory, by a trial", tried(lambda _, t: format_bytes(t.peak))),
+        row(
+            "the same with half of the latents dead", tried(lambda _, t: format_bytes(t.peak_dead))
+        ),
         row("tokens per SAE", lambda n: f"{n.tokens:,}"),
         row("steps", lambda n: f"{n.steps:,}"),
         row("tokens per second, by a trial", rate),
         row("training", seconds("training")),
         row("validation", seconds("validation")),
         row("measuring the layers", seconds("measuring the layers")),
-        row("disk: run folder", lambda n: size(n.run_folder)),
-        row("disk: packed text, at most", lambda n: size(n.text)),
-        row("disk: stored activations, at most", lambda n: size(n.stored)),
+        row("disk: run folder", lambda n: format_bytes(n.run_folder)),
+        row("disk: packed text, at most", lambda n: format_bytes(n.text)),
+        row("disk: stored activations, at most", lambda n: format_bytes(n.stored)),
     ]
-
-
-def size(count: float) -> str:
-    """Return a number of bytes in words: 1.64 GB."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.2f} GB" if count < 1000 else f"{count / 1000:,.2f} TB"
-
-
-def _time(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))

@@ -18,8 +18,9 @@ from groupsae.config.identity import RUNTIME, decisive
 from groupsae.config.security import check_own, check_saved
 from groupsae.data.store.options import check_store
 from groupsae.evaluation.options import check_options
-from groupsae.files.atomic import whole
-from groupsae.files.locks import alone_in
+from groupsae.files.atomic import atomic_write
+from groupsae.files.locks import lock_folder
+from groupsae.files.reading import damaged
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.ranks import check_processes, is_leader
 from groupsae.training.checkpoints.folder import checkpoints
@@ -133,7 +134,7 @@ def alone(cfg: DictConfig) -> Iterator[None]:
     folder = run_folder(cfg)
     there = cfg.resume is None or (folder / ".hydra").is_dir()  # nothing is made where no run is
     writes = there and is_leader() and not cfg.dry_run
-    with alone_in(folder) if writes else nullcontext():
+    with lock_folder(folder) if writes else nullcontext():
         yield
 
 
@@ -226,9 +227,7 @@ def _saved_config(folder: Path, key: str, trusted: bool) -> DictConfig:
     except (YAMLError, OmegaConfBaseException, OSError):
         saved = None
     if not isinstance(saved, DictConfig) or "overwrite" not in saved:  # always near the end
-        raise UserError(
-            f"{saved_file} is cut short or damaged: copy it anew, or start the run again."
-        )
+        raise damaged(saved_file)
     if saved.get("run_format") != FORMAT:
         raise UserError(
             f"{key}={folder}: its configuration has format {saved.get('run_format', 1)}, this "
@@ -240,18 +239,11 @@ def _saved_config(folder: Path, key: str, trusted: bool) -> DictConfig:
 
 def _remember(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
     """Write the configuration into the run folder; a resumed run keeps its first command."""
-    try:
-        with whole(folder / ".hydra" / "config.yaml", mode="w") as handle:
-            OmegaConf.save(cfg, handle)
-        if cfg.resume is None:
-            with whole(folder / ".hydra" / "overrides.yaml", mode="w") as handle:
-                OmegaConf.save(overrides, handle)
-    except UserError as error:
-        reason = getattr(error.__cause__, "strerror", None) or error
-        raise UserError(
-            f"cannot write to {folder}: {reason}. Set output=<folder> to a place that can be "
-            "written."
-        ) from error
+    with atomic_write(folder / ".hydra" / "config.yaml", "w") as handle:
+        OmegaConf.save(cfg, handle)
+    if cfg.resume is None:
+        with atomic_write(folder / ".hydra" / "overrides.yaml", "w") as handle:
+            OmegaConf.save(overrides, handle)
 
 
 def forget(folder: Path) -> None:

@@ -31,11 +31,11 @@ from rich.table import Table
 
 from groupsae.app.sweep_process import run_alone
 from groupsae.config.security import check_own
-from groupsae.data.writer import write_json
+from groupsae.files.atomic import write_json
 from groupsae.files.reading import read_json
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.ranks import is_leader, starts_processes
-from groupsae.runtime.retry import first_line
+from groupsae.runtime.retry import one_line
 from groupsae.runtime.signals import handled_by
 
 PACKAGES = {  # of a launcher -> its module and our extra that brings it
@@ -209,7 +209,7 @@ def run_point(
         status = 128 + received()
     except Exception as error:
         traceback.print_exc()
-        said = first_line(error)
+        said = one_line(error)
     if status == 128 + signal.SIGUSR2 and callable(signal.getsignal(signal.SIGUSR2)):
         signal.raise_signal(signal.SIGUSR2)  # to submitit, which lets the point come again
     if status > 128:

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from groupsae.config.arguments import INSTEAD
 from groupsae.config.instantiate import check_targets
+from groupsae.runtime.compat import raw_child
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.secrets import secret_in
 
@@ -86,8 +87,7 @@ def _settle(node: DictConfig | ListConfig) -> None:
     """Write plain values in the place of what asks a resolver other than ours."""
     keys: Any = list(node.keys()) if isinstance(node, DictConfig) else range(len(node))
     for key in keys:
-        child: Any = node._get_node(key)
-        raw = None if child is None else child._value()
+        child, raw = raw_child(node, key)
         if isinstance(raw, str):
             if any(name != OURS for name in _resolvers(raw)):
                 try:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-aten = torch.ops.aten
+from groupsae.runtime.compat import of_tensors, private_flop_formulas
 
 
 def flop_counter() -> FlopCounterMode:
@@ -16,14 +16,8 @@ def flop_counter() -> FlopCounterMode:
     2 d FLOPs for every row they touch; PyTorch's own registry has neither, nor oneDNN's products,
     nor the CPU's attention.
     """
-    known = {
-        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-        aten._embedding_bag_forward_only: _rows_of_the_table,
-        aten._embedding_bag: _rows_of_the_table,
-        aten.sparse_sampled_addmm: _sampled,
-    }
-    if torch.backends.mkldnn.is_available():
-        known[torch.ops.mkldnn._linear_pointwise] = _linear
+    known = private_flop_formulas(attention=_attention, rows=_rows_of_the_table, linear=_linear)
+    known[torch.ops.aten.sparse_sampled_addmm] = of_tensors(_sampled)  # shapes hide the entries
     return FlopCounterMode(display=False, custom_mapping=known)
 
 
@@ -41,6 +35,3 @@ def _rows_of_the_table(table: Any, indices: Any, *_: Any, **__: Any) -> int:
 
 def _sampled(entries: Any, left: Any, *_: Any, **__: Any) -> int:
     return 2 * int(entries.values().numel()) * int(left.shape[1])
-
-
-_sampled._get_raw = True  # type: ignore[attr-defined]  # of the tensors: their shapes hide the entries

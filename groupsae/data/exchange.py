@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
-from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import DeviceMesh
+
+from groupsae.runtime import compat
 
 Swap = Callable[[Tensor, list[int], list[int]], Tensor]
 
@@ -19,7 +20,8 @@ def all_to_all(mesh: DeviceMesh) -> Swap:
     """
 
     def swap(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        return functional.all_to_all_single(rows, received, sent, mesh)
+        exchanged: Tensor = compat.all_to_all(rows, received, sent, mesh)
+        return exchanged
 
     return swap
 

@@ -3,16 +3,17 @@
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+from tenacity import RetryCallState
+
 from groupsae.data.columns import pick_column, row_document
 from groupsae.data.sources import Document, files_fingerprint
 from groupsae.runtime.errors import UserError
-from groupsae.runtime.retry import first_line, is_transient, lost_connection, pause_after
+from groupsae.runtime.retry import is_transient, network_cause, one_line, retrying
 
 log = logging.getLogger(__name__)
 
@@ -112,43 +113,42 @@ class HubSource:
             yield row_document(f"{self.split}#{row}", record[column], column, where)
 
     def _rows(self, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        row, failures = start, 0
-        while True:
-            try:
-                with _few_retries_of_their_own(self.retries):
+        row = start
+
+        def report(state: RetryCallState) -> None:
+            error = None if state.outcome is None else state.outcome.exception()
+            log.warning(
+                "%s: connection lost at row %d (%s); retry %d of %d in %.0f s",
+                self.name,
+                row,
+                error and one_line(error),
+                state.attempt_number,
+                self.retries,
+                state.upcoming_sleep,
+            )
+
+        try:
+            for attempt in retrying(self.retries, self._may_pass, report):
+                with attempt, _few_retries_of_their_own(self.retries):
                     for record in self._open(row):
                         yield row, record
-                        row, failures = row + 1, 0
+                        row += 1
+                        attempt.retry_state.attempt_number = 1  # failures in a row are counted
                     if self.promised is not None and row < self.promised:
                         raise EndedEarlyError(
                             f"it ended after {row:,} of the {self.promised:,} rows that its card "
                             "names"
                         )
-                return
-            except UserError:
-                raise
-            except Exception as error:
-                if not self._may_pass(error):
-                    raise self._hopeless(error) from error
-                failures += 1
-                if failures > self.retries:
-                    raise self._lost(error, row) from error
-                pause = pause_after(error, failures)
-                log.warning(
-                    "%s: connection lost at row %d (%s); retry %d of %d in %.0f s",
-                    self.name,
-                    row,
-                    first_line(error),
-                    failures,
-                    self.retries,
-                    pause,
-                )
-                time.sleep(pause)
+        except UserError:
+            raise
+        except Exception as error:
+            lost = self._may_pass(error)
+            raise (self._lost(error, row) if lost else self._hopeless(error)) from error
 
-    def _may_pass(self, error: Exception) -> bool:
+    def _may_pass(self, error: BaseException) -> bool:
         if self._folder is not None:  # nothing is cut short on the way: a damaged file stays so
             return is_transient(error)
-        return is_transient(error) or is_damaged(error) or lost_connection(error) is not None
+        return is_transient(error) or is_damaged(error) or network_cause(error) is not None
 
     def _lost(self, error: Exception, row: int) -> UserError:
         kept = (
@@ -163,12 +163,12 @@ class HubSource:
         if is_damaged(error):
             return UserError(
                 f"data set {self.name}: what came from row {row} on was cut short or damaged in "
-                f"{self.retries + 1} tries ({first_line(error)}). {kept}; if the file itself is "
+                f"{self.retries + 1} tries ({one_line(error)}). {kept}; if the file itself is "
                 "damaged, set stream.max_tokens to less than what comes before it"
             )
         return UserError(
             f"data set {self.name}: the connection was lost at row {row} and not regained in "
-            f"{self.retries} retries ({first_line(error)}). {kept}"
+            f"{self.retries} retries ({one_line(error)}). {kept}"
         )
 
     def _open(self, start: int) -> Iterable[dict[str, Any]]:
@@ -203,7 +203,7 @@ class HubSource:
         revision = "" if self.revision is None else f", revision {self.revision!r}"
         return UserError(
             f"cannot read data set {self.name}{config}, split {self.split!r}{revision}: "
-            f"{first_line(error)}"
+            f"{one_line(error)}"
         )
 
 

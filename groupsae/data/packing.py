@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from groupsae.data.sources import Document, Source
 from groupsae.data.splits import SPLITS, split_of
-from groupsae.data.writer import BlockWriter, checksum, explained, write_json
+from groupsae.data.writer import BlockWriter, checksum
+from groupsae.files.atomic import explain_write_errors, write_json
 from groupsae.files.locks import one_at_a_time
 from groupsae.runtime.errors import UserError
-from groupsae.runtime.progress import Lines
+from groupsae.runtime.progress import ProgressLines
 
 BATCH_DOCUMENTS = 64  # tokenised in one call, over all cores unless TOKENIZERS_PARALLELISM=false
 BATCH_SIZE = 1_000_000  # characters (or tokens) read ahead at most, beside the last document
@@ -74,7 +75,7 @@ def pack(
             writer.flush()
             raise
         writer.flush()
-        with explained(partial):
+        with explain_write_errors(partial):
             manifest = {"key": key, "packing": vars(packing), **writer.summary()}
             manifest["checksums"] = {split: checksum(partial, split) for split in SPLITS}
             write_json(partial / "manifest.json", manifest)
@@ -182,7 +183,7 @@ class Show:
     def __init__(self, progress: Progress, total: int | None, before: int) -> None:
         self.progress = progress
         self.task = progress.add_task("", total=total, completed=before, state="")
-        self.lines = Lines("packing", total, before, sys.stderr)
+        self.lines = ProgressLines("packing", total, before, sys.stderr)
 
     def __call__(self, writer: BlockWriter) -> None:
         """Show how far the writer is."""
@@ -192,7 +193,7 @@ class Show:
             f"{rate:,.0f} tokens/s"
         )
         self.progress.update(self.task, completed=writer.num_tokens, state=state)
-        self.lines.tell(writer.num_tokens)
+        self.lines.update(writer.num_tokens)
 
 
 @contextmanager

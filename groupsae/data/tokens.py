@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from groupsae.data.packing import Packing, pack
 from groupsae.data.sources import Source
 from groupsae.data.splits import SPLITS, Split
-from groupsae.data.writer import checksum, write_json, wrong_tokenizer
+from groupsae.data.writer import checksum, wrong_tokenizer
+from groupsae.files.atomic import write_json
 from groupsae.runtime.errors import UserError
 
 __all__ = ["Packing", "TokenBlocks", "load_token_blocks", "tokenizer_fingerprint", "write_json"]

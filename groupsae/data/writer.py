@@ -4,8 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import numpy as np
 import xxhash
 
 from groupsae.data.splits import SPLITS, Split
-from groupsae.files.atomic import whole
+from groupsae.files.atomic import explain_write_errors, write_json
 from groupsae.runtime.errors import UserError
 
 FLUSH_TOKENS = 2_000_000  # what a kill in the middle of packing can cost, and what memory holds
@@ -43,7 +41,7 @@ class BlockWriter:
             "rest": {split: [] for split in SPLITS},
             "max_token_id": -1,
         }
-        with explained(folder):
+        with explain_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._go_on_or_start_anew()
             for split in SPLITS:
@@ -107,7 +105,7 @@ class BlockWriter:
     def flush(self) -> None:
         """Bring whole blocks to disk, then the note that they are there."""
         body = self.context - (self.bos is not None)
-        with explained(self.folder):
+        with explain_write_errors(self.folder):
             for split in SPLITS:
                 tokens = np.concatenate(self.pending[split])
                 whole = len(tokens) // body * body
@@ -151,26 +149,3 @@ def wrong_tokenizer(what: str, token_id: int, vocab_size: int) -> str:
         f"{vocab_size - 1}: it was tokenised with another tokenizer. Take the model it was made "
         "for, or a data set (or column) with text"
     )
-
-
-@contextmanager
-def explained(folder: Path) -> Iterator[None]:
-    """Turn the operating system's refusal to write into a sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write the token cache in {folder}: {error.strerror or error}. Free or choose "
-            "another place with output=..."
-        ) from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of one.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    text = json.dumps(value, indent=1)
-    with whole(path, mode="w") as handle:
-        handle.write(text)

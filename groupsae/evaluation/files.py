@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from groupsae.data.writer import write_json
 from groupsae.evaluation.results import Results
-from groupsae.files.atomic import whole
+from groupsae.files.atomic import atomic_write, write_json
 from groupsae.runtime.errors import UserError
 
 FORMAT = 1
@@ -45,14 +44,14 @@ def save_evaluation(
         results: the rest of what was computed.
     """
     for name, suite in results.sums.saes.items():
-        with whole(folder / "latents" / f"{name}.npz") as handle:
+        with atomic_write(folder / "latents" / f"{name}.npz") as handle:
             np.savez_compressed(
                 handle,
                 fired=results.fired(name),
                 layers=np.array(suite.layers),
                 tokens=results.tokens(name),
             )
-    with whole(folder / "sequences.npz") as handle:
+    with atomic_write(folder / "sequences.npz") as handle:
         np.savez_compressed(handle, **_sequences(results))  # type: ignore[arg-type]
     write_csv(folder / "results.csv", [_flat(row) for row in figures["results"]])
     clean = _flat({"ce_clean": figures["ce"]})
@@ -85,7 +84,7 @@ def save_evaluation(
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows with all columns that any of them has."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with whole(path, mode="w", newline="") as handle:
+    with atomic_write(path, "w", newline="") as handle:
         writer = csv.DictWriter(handle, columns)
         writer.writeheader()
         writer.writerows(rows)

@@ -1,87 +1,176 @@
-"""Files that are there whole or not at all, and a sentence where the disk refuses one."""
+"""Files and folders that are complete or absent, and one sentence where the disk refuses them."""
 
+import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
+from safetensors import SafetensorError
 
 from groupsae.runtime.errors import UserError
 
-_OWN = re.compile(r".+@(?P<host>[^@]*)@(?P<process>\d{1,9})@[^@]+\.tmp")
-UNTOUCHED = 900.0  # seconds after which a file of another machine's process counts as left behind
+_TEMPORARY = re.compile(r".+@(?P<host>[^@]*)@(?P<process>\d{1,9})@[^@]+\.tmp")
+ABANDONED = 900.0  # seconds without a write after which another machine's process counts as dead
 
 
 @contextmanager
-def whole(path: Path, *, shared: bool = False, **how: Any) -> Iterator[IO[Any]]:
-    """Give a file to write into, which takes the place of `path` when all of it is on disk.
-
-    A process that is killed, or a disk that is full, leaves what was there before.
+def explain_write_errors(path: Path, hint: str = "output=<folder>") -> Iterator[None]:
+    """Turn the operating system's refusal to write into a sentence.
 
     Args:
-        path: of the file to be; its folder is made if missing.
-        shared: several processes may write it at once (a cache); each then has a file of its own
-            until the end.
-        **how: to open it: mode (bytes if none is given), encoding, newline.
+        path: what is written.
+        hint: the option that chooses another place.
+
+    Raises:
+        UserError: the code inside ends with an OSError.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}. Complete files "
+            f"are kept: free space there and give the same command again, or use {hint}."
+        ) from error
+
+
+@contextmanager
+def atomic_write(
+    path: Path, mode: str = "wb", *, shared: bool = False, **how: Any
+) -> Iterator[IO[Any]]:
+    """Open a file that replaces `path` once all of it is on disk.
+
+    A killed process or a full disk leaves the old file.
+
+    Args:
+        path: of the file; its folder is made if missing.
+        mode: of `open`.
+        shared: several processes may write it at once (a cache): each gets its own temporary file.
+        **how: other arguments of `open`: encoding, newline.
 
     Raises:
         UserError: it cannot be written; nothing of it is left.
     """
-    beside = own_beside(path) if shared else path.with_name(f"{path.name}.tmp")
-    with explained(path):
+    temporary = temporary_name(path) if shared else path.with_name(f"{path.name}.tmp")
+    with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with beside.open(**({"mode": "wb"} | how)) as handle:
+            with temporary.open(mode, **how) as handle:
                 yield handle
                 handle.flush()
                 os.fsync(handle.fileno())
-            beside.replace(path)
+            temporary.replace(path)
         except BaseException:
             with suppress(OSError):
-                beside.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
             raise
 
 
-def own_beside(path: Path) -> Path:
-    """Return a name beside a file that no other process, on this machine or another, writes to."""
-    own = f"{socket.gethostname()}@{os.getpid()}@{secrets.token_hex(4)}"
-    return path.with_name(f"{path.name}@{own}.tmp")
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON: a reader sees the old file or the new one.
 
-
-def left_behind(beside: Path) -> bool:
-    """Return whether what has a name of `own_beside` is of no use to anybody any more.
-
-    Its process has ended, or runs on another machine and has not touched it for a long time. What
-    has another name is somebody else's.
+    Raises:
+        UserError: it cannot be written.
     """
-    named = _OWN.fullmatch(beside.name)
-    if not named:
+    with atomic_write(path, "w") as handle:
+        handle.write(json.dumps(value, indent=1))
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a name next to `path` that no other process, on any machine, writes to."""
+    unique = f"{socket.gethostname()}@{os.getpid()}@{secrets.token_hex(4)}"
+    return path.with_name(f"{path.name}@{unique}.tmp")
+
+
+def is_abandoned(temporary: Path) -> bool:
+    """Return whether a file or folder named by `temporary_name` was left by a dead process.
+
+    The process has ended, or runs on another machine and has not written for 15 minutes. False
+    for any other name.
+    """
+    found = _TEMPORARY.fullmatch(temporary.name)
+    if not found:
         return False
-    if named["host"] == socket.gethostname():
-        return not psutil.pid_exists(int(named["process"]))
-    try:
-        return time.time() - beside.stat().st_mtime > UNTOUCHED
-    except OSError:  # gone meanwhile
-        return False
+    if found["host"] == socket.gethostname():
+        return not psutil.pid_exists(int(found["process"]))
+    with suppress(FileNotFoundError):
+        return time.time() - temporary.stat().st_mtime > ABANDONED
+    return False
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusal to write a file into a sentence.
+def atomic_folder(
+    target: Path, *, overwrite: bool, ours: Callable[[Path], bool], source: Path | None = None
+) -> Iterator[Path]:
+    """Give a temporary folder that takes the target's name at the end.
+
+    On any error it is removed, as are parent folders made for it, and an old target stays.
+
+    Args:
+        target: the folder to make.
+        overwrite: replace an existing target.
+        ours: whether an existing folder is of the kind that this command writes.
+        source: what the command reads; never replaced.
 
     Raises:
-        UserError: what is done inside ends with an OSError.
+        UserError: the target exists and may not be replaced, or cannot be written.
     """
-    try:
-        yield
-    except OSError as error:
+    check_free(target, overwrite=overwrite, ours=ours, source=source)
+    target = target.resolve()
+    new_parents = [folder for folder in target.parents if not folder.exists()]
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    old = temporary.with_name(f"{temporary.name}.old")
+    with explain_write_errors(target, "to=<folder>"):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            yield temporary
+            if target.exists():
+                target.replace(old)
+            temporary.replace(target)
+        finally:
+            if old.exists() and not target.exists():
+                old.replace(target)
+            for leftover in (temporary, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            with suppress(OSError):  # a parent that holds something stays
+                for folder in new_parents:
+                    folder.rmdir()
+
+
+def check_free(
+    target: Path, *, overwrite: bool, ours: Callable[[Path], bool], source: Path | None = None
+) -> None:
+    """Check that a folder may be written; the arguments are those of `atomic_folder`.
+
+    Only what a command of the same kind wrote is ever replaced, and never the source, the
+    working folder or a folder around them.
+
+    Raises:
+        UserError: the target exists and may not be replaced.
+    """
+    if not target.exists():
+        return
+    if not overwrite:
         raise UserError(
-            f"cannot write {path}: {error.strerror or error}. What was written before is whole: "
-            "make room there, and the same command goes on."
-        ) from error
+            f"{target} exists: overwrite=true replaces it, to=<folder> writes elsewhere."
+        )
+    resolved = target.resolve()
+    for kept in (Path.cwd(), *([] if source is None else [source.resolve()])):
+        if kept.is_relative_to(resolved):
+            raise UserError(
+                f"{target} is or contains {kept}, which is never replaced: name another folder "
+                "with to=<folder>."
+            )
+    if not resolved.is_dir() or (any(resolved.iterdir()) and not ours(resolved)):
+        raise UserError(
+            f"{target} holds files that this command does not write, so overwrite=true does not "
+            "replace it: name another folder with to=<folder>."
+        )

@@ -1,7 +1,6 @@
-"""One process at a time writes into a run folder, or makes what several need."""
+"""Locks between processes: one writes a run folder, a chunk, or what several need."""
 
 import fcntl
-import json
 import os
 import socket
 import time
@@ -13,32 +12,36 @@ from typing import IO
 
 from rich.console import Console
 
+from groupsae.files.atomic import explain_write_errors
 from groupsae.runtime.errors import UserError
 
 PAUSE = 1.0  # seconds between two tries
-LOCK = "lock"  # in the run folder's .hydra; it stays there when the run has ended
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Hold a run folder's lock, which the system takes back when this process ends, however.
-
-    Where files cannot be locked, or not even be written, nothing is held.
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold a run folder's lock, `.hydra/lock`, which the system frees when the process ends.
 
     Args:
-        folder: the run folder; is made if missing.
+        folder: the run folder; made if missing.
 
     Raises:
-        UserError: another process holds it; says which, and since when.
+        UserError: another process holds it (the message names it), or nothing can be written.
     """
-    path = folder / ".hydra" / LOCK
-    handle = _take(path)
-    if handle is None:
-        yield
-        return
-    with handle:
-        # Closing gives the lock back. The file stays: who finds none would make another and lock
-        # that one, beside a process that has just opened this one.
+    with _open(folder / ".hydra" / "lock") as handle:
+        if not _try(handle):
+            handle.seek(0)
+            raise UserError(
+                f"{folder} is in use by {handle.read() or 'another process'}: two runs would "
+                "overwrite each other's files. Wait until it ends, or stop it (Ctrl-C or SIGTERM "
+                "leave a checkpoint) and give the same command again; output=<folder> starts a "
+                "second run elsewhere."
+            )
+        with suppress(OSError):  # a full disk: the lock holds all the same
+            handle.truncate(0)
+            since = datetime.now().astimezone().isoformat(" ", "seconds")
+            handle.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}")
+            handle.flush()
         yield
 
 
@@ -46,77 +49,62 @@ def alone_in(folder: Path) -> Iterator[None]:
 def one_at_a_time(
     path: Path, what: str, wait: Callable[[], object] = lambda: None
 ) -> Iterator[None]:
-    """Hold a lock file while something shared is made; say so and wait while another process does.
+    """Hold a lock file while something shared is made; wait while another process makes it.
 
-    Whoever gets the lock looks first whether what it wanted is there by now. The file goes away
-    when what is done inside ends well: who makes a new one finds the result.
+    Code inside must check first whether the result exists by now. The lock file is removed when
+    that code succeeds: whoever makes a new one finds the result.
 
     Args:
         path: of the lock file; its folder is made if missing.
         what: the other process does, such as "packing this text".
-        wait: is called before each second of waiting.
+        wait: called before each second of waiting.
+
+    Raises:
+        UserError: the lock file cannot be written.
     """
-    said = False
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = path.open("w")
-    except OSError:  # whatever is written next says it
-        yield
-        return
-    with handle:
-        while True:
-            try:
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                if not said:
-                    sentence = f"another process is {what}: waiting for {path}"
-                    Console(stderr=True).print(sentence, highlight=False, soft_wrap=True)
-                said = True
-                wait()
-                time.sleep(PAUSE)
-                continue
-            except OSError:
-                pass  # a file system without locks: one process at a time works there as ever
-            break
+    with _open(path) as handle:
+        reported = False
+        while not _try(handle):
+            if not reported:
+                sentence = f"another process is {what}: waiting for {path}"
+                Console(stderr=True).print(sentence, highlight=False, soft_wrap=True)
+            reported = True
+            wait()
+            time.sleep(PAUSE)
         yield
         path.unlink(missing_ok=True)
 
 
-def _take(path: Path) -> IO[str] | None:
-    """Return the locked file, or None if there are no locks here."""
-    try:
+@contextmanager
+def try_lock(folder: Path) -> Iterator[bool]:
+    """Try to hold the lock file in a folder, made if missing; yield whether this process does.
+
+    Without locks (see `_try`) several processes may write the same: each must write its own
+    temporary file.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    with _open(folder / "lock") as handle:
+        yield _try(handle)
+
+
+def _open(path: Path) -> IO[str]:
+    """Open a lock file, which stays: a process that made another would lock that one instead."""
+    with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = path.open("a+")
-    except OSError:  # whatever is written next says it
-        return None
+        return path.open("a+")
+
+
+def _try(handle: IO[str]) -> bool:
+    """Take the lock unless another process has it; True where the file system has no locks.
+
+    `lockf`, not `flock`: child processes would inherit that lock and outlive a killed run.
+    """
     try:
-        # Not flock: the loader's processes would inherit that lock, and hold it for the seconds
-        # by which they outlive a killed run.
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        with handle:
-            raise UserError(_held(path, handle)) from None
-    except OSError:  # a file system without locks
-        handle.close()
-        return None
-    with suppress(OSError):
-        handle.truncate(0)
-        since = datetime.now().astimezone().isoformat(" ", "seconds")
-        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": since}, handle)
-        handle.flush()
-    return handle
-
-
-def _held(path: Path, handle: IO[str]) -> str:
-    """Return who holds the lock, and what can be done."""
-    try:
-        handle.seek(0)
-        by = json.load(handle)
-        who = f"process {by['pid']} on {by['host']}, since {by['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        who = "another process"
-    return (
-        f"{path.parent.parent} is in use by {who}: two runs would spoil each other's files. Wait "
-        "until it ends, or stop it (Ctrl-C or SIGTERM leave a checkpoint) and give the same "
-        "command again; output=<folder> runs a second one beside it."
-    )
+        return False
+    except OSError:
+        pass
+    return True

@@ -5,6 +5,7 @@ import json
 import zipfile
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -36,15 +37,27 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise damaged(path) from error
+    except (OSError, ValueError) as error:
+        raise damaged(path, error) from error
     if not isinstance(values, dict):
-        raise damaged(path)
+        raise damaged(path, f"it holds a {type(values).__name__}, not an object")
+    return values
+
+
+def require_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    values = read_json(path)
+    if values is None:
+        raise missing(path)
     return values
 
 
 def read_yaml(path: Path) -> Any:
-    """Return what a YAML file holds; None if there is no file.
+    """Return the content of a YAML file; None if there is no file.
 
     Raises:
         UserError: it is damaged.
@@ -53,29 +66,57 @@ def read_yaml(path: Path) -> Any:
         return None
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise damaged(path) from error
 
 
 def read_metrics(path: Path) -> list[tuple[int, str, float]]:
     """Return the (step, metric, value) rows of a `metrics.csv`; none if there is no file.
 
-    A last line without an end was cut by a kill or a full disk, in the middle of its value maybe.
+    A last line without an end is left out: a kill or a full disk truncated it.
     """
     rows: list[tuple[int, str, float]] = []
     if path.exists():
         with path.open(newline="", encoding="utf-8") as handle:
             lines = [line for line in handle if line.endswith("\n")]
         for row in list(csv.reader(lines))[1:]:
-            with suppress(ValueError):  # what a full disk cut and a later row went on with
+            with suppress(ValueError):  # a truncated line that later rows continued
                 step, name, value = row
                 rows.append((int(step), name, float(value)))
     return rows
 
 
-def damaged(path: Path) -> UserError:
-    """Return the error that says a file is not whole, and how to mend it."""
-    return UserError(
-        f"{path} is cut short or damaged: remove it and make it anew (evaluation/ by "
-        "python -m groupsae.evaluate, the rest by training again)."
+def missing(path: Path) -> UserError:
+    """Return the error about a file that is not there."""
+    return UserError(f"{path} is missing: {_remedy(path)}.")
+
+
+def damaged(path: Path, reason: object = "") -> UserError:
+    """Return the error about a truncated or damaged file or folder: what it is, how to fix it.
+
+    Args:
+        path: of it.
+        reason: an exception or a text; its first line is shown.
+    """
+    lines = str(reason).strip().splitlines()
+    if isinstance(reason, Exception):
+        lines = [f"{type(reason).__name__}: {lines[0]}" if lines else type(reason).__name__]
+    detail = f" ({lines[0]})" if lines else ""
+    return UserError(f"{path} is damaged{detail}: {_remedy(path)}.")
+
+
+def _remedy(path: Path) -> str:
+    """Return which command writes a file again, if it belongs to a run folder."""
+    run = next((folder for folder in path.parents if (folder / ".hydra").is_dir()), None)
+    if run is None:
+        return "restore it from a complete copy"
+    inside = path.relative_to(run)
+    if inside.parts[0] == "evaluation":
+        return f"python -m groupsae.evaluate {quote(f'run={run}')} writes it again"
+    if inside.parts[0] == ".hydra":
+        return "restore it from a copy, or give the command that started the run again"
+    return (
+        f"restore it from a copy of the run, or delete it and summary.json and give\n"
+        f"  python -m groupsae.train {quote(f'resume={run}')}\n"
+        "which writes them again from the last checkpoint"
     )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from groupsae.files.reading import require_json
 from groupsae.interop.fold import subtract_b_dec
 from groupsae.interop.format import (
     About,
@@ -22,7 +23,7 @@ from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE
 from groupsae.sae.matryoshka import Matryoshka
 from groupsae.suite.build import kind_of
-from groupsae.suite.tensors import number, read_config, read_pickled, take
+from groupsae.suite.tensors import number, read_pickled, take
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 HOLDS = {
@@ -125,7 +126,7 @@ def read(folder: Path) -> Incoming:
             whose threshold was never set.
     """
     file, weights = folder / CONFIG, folder / WEIGHTS
-    config = read_config(file)
+    config = require_json(file)
     trainer = config.get("trainer")
     trainer = trainer if isinstance(trainer, dict) else {}
     name = trainer.get("dict_class")

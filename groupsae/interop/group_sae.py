@@ -13,11 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
+from groupsae.files.reading import require_json
 from groupsae.interop.format import Incoming
 from groupsae.interop.names import parse_module_path
 from groupsae.interop.sparsify import CONFIG, WEIGHTS, ours
 from groupsae.runtime.errors import UserError
-from groupsae.suite.tensors import number, read_config, read_pickled, section
+from groupsae.suite.tensors import number, read_pickled, section
 
 FACTORS = "scaling_factors.pt"
 _CLUSTER = re.compile(r"^k(\d+)-c(\d+)$")
@@ -111,10 +112,10 @@ def choose(folders: list[Path], num_groups: int | None, num_layers: int) -> list
 def mine(folder: Path) -> bool:
     """Return whether this is such a folder: it or one above it holds scaling factors."""
     file = folder / CONFIG
-    if not (folder / WEIGHTS).exists() or not file.exists() or "d_in" not in read_config(file):
+    if not (folder / WEIGHTS).exists() or not file.exists() or "d_in" not in require_json(file):
         return False
     named = _CLUSTER.match(folder.name) is not None
-    return named or "jumprelu" in read_config(file) or _factors_file(folder) is not None
+    return named or "jumprelu" in require_json(file) or _factors_file(folder) is not None
 
 
 def layers_of(folder: Path, num_layers: int) -> list[int]:
@@ -127,7 +128,7 @@ def layers_of(folder: Path, num_layers: int) -> list[int]:
     if place is not None:
         return [place[0]]
     for above in (folder, *folder.parents[:2]):
-        clusters = read_config(above / "config.json") if (above / "config.json").exists() else {}
+        clusters = require_json(above / "config.json") if (above / "config.json").exists() else {}
         known = section(clusters, "clusters", above / "config.json").get(folder.name)
         if isinstance(known, list):
             return sorted(int(layer) for layer in known)
@@ -150,7 +151,7 @@ def read(folder: Path, num_layers: int) -> Incoming:
     Raises:
         UserError: it is damaged, or lacks a norm factor.
     """
-    config, file = read_config(folder / CONFIG), folder / CONFIG
+    config, file = require_json(folder / CONFIG), folder / CONFIG
     layers, k = layers_of(folder, num_layers), config.get("k", 0)
     kind = "topk" if isinstance(k, int) and k > 0 else "relu"
     kind = "jumprelu" if kind == "relu" and config.get("jumprelu") else kind

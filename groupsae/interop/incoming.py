@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from groupsae import __version__
-from groupsae.data.writer import write_json
-from groupsae.files.reading import read_json
+from groupsae.files.atomic import write_json
+from groupsae.files.reading import damaged, read_json
 from groupsae.grouping.partition import Partition
 from groupsae.grouping.plan import GroupPlan, name_of
 from groupsae.interop import group_sae
@@ -218,16 +218,10 @@ def _read(folder: Path, name: str, num_layers: int) -> Incoming:
     except UserError:
         raise
     except Exception as error:  # whatever a cut or edited file leads to
-        raise UserError(
-            f"{folder} is damaged: {type(error).__name__}: {' '.join(str(error).split())}. Copy "
-            "it anew from where it is whole."
-        ) from error
+        raise damaged(folder, error) from error
     for tensor_name, tensor in found.sae.state_dict().items():
         if not tensor.isfinite().all():
-            raise UserError(
-                f"{folder} is damaged: {tensor_name} holds values that are no numbers, or "
-                "infinite ones. Copy it anew from where it is whole."
-            )
+            raise damaged(folder, f"{tensor_name} holds NaN or infinite values")
     return found
 
 

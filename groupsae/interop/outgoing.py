@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from groupsae.files.folders import written_whole
+from groupsae.files.atomic import atomic_folder
 from groupsae.interop.fold import onto_raw
 from groupsae.interop.format import About, Format
 from groupsae.interop.formats import check_holds
@@ -66,7 +66,7 @@ def export_suite(suite: Suite, chosen: Format, target: Path, *, overwrite: bool)
     ]
     folders = [chosen.folder(about) for about in abouts]  # may refuse: before anything is written
     written = []
-    with written_whole(target, overwrite=overwrite, ours=only(chosen)) as beside:
+    with atomic_folder(target, overwrite=overwrite, ours=only(chosen)) as beside:
         for about, name in zip(abouts, folders, strict=True):
             folder = beside / name
             folder.mkdir(parents=True)

@@ -7,13 +7,14 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
+from groupsae.files.reading import require_json
 from groupsae.interop.fold import subtract_b_dec
 from groupsae.interop.format import About, Format, Incoming, known_place, wrong_place
 from groupsae.interop.names import lens_hook, lens_model, parse_lens_hook
 from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE
 from groupsae.suite.build import kind_of
-from groupsae.suite.tensors import number, read_config, read_tensors, section, take
+from groupsae.suite.tensors import number, read_tensors, section, take
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 HOLDS = {
@@ -83,7 +84,7 @@ def read(folder: Path) -> Incoming:
         UserError: it is damaged, or does what our SAEs cannot (scaling within, other kinds).
     """
     file = folder / CONFIG
-    config = read_config(file)
+    config = require_json(file)
     metadata = section(config, "metadata", file)
     known = known_place(metadata, file)
     name = _architecture(config, file)

@@ -7,6 +7,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
+from groupsae.files.reading import require_json
 from groupsae.interop.format import (
     About,
     Format,
@@ -18,7 +19,7 @@ from groupsae.interop.format import (
 from groupsae.interop.names import parse_module_path
 from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE
-from groupsae.suite.tensors import number, read_config, read_tensors, take
+from groupsae.suite.tensors import number, read_tensors, take
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 HOLDS = {"topk": "topk"}
@@ -65,7 +66,7 @@ def write(folder: Path, sae: SAE, about: About) -> None:
 def mine(folder: Path) -> bool:
     """Return whether this is a folder of sparsify (or of the paper's code, which began as one)."""
     file = folder / CONFIG
-    return (folder / WEIGHTS).exists() and file.exists() and "d_in" in read_config(file)
+    return (folder / WEIGHTS).exists() and file.exists() and "d_in" in require_json(file)
 
 
 def read(folder: Path) -> Incoming:
@@ -75,7 +76,7 @@ def read(folder: Path) -> Incoming:
         UserError: it is damaged, or does what our SAEs cannot (transcoders, GroupMax).
     """
     file = folder / CONFIG
-    config = read_config(file)
+    config = require_json(file)
     for key, plain in (("activation", "topk"), ("transcode", False), ("skip_connection", False)):
         if config.get(key, plain) != plain:
             raise UserError(

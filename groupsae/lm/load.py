@@ -26,7 +26,7 @@ from groupsae.lm.hooked import HookedLM
 from groupsae.lm.hookpoints import check_hookpoint, paths_of
 from groupsae.lm.options import check_load_options, hub_options, recorded_options
 from groupsae.runtime.errors import UserError
-from groupsae.runtime.retry import first_line, lost_connection
+from groupsae.runtime.retry import network_cause, one_line
 
 BUNDLED = {"tiny": Path(__file__).parent.parent / "models" / "tiny"}
 
@@ -88,7 +88,7 @@ class FrozenLM:
         try:
             return auto.from_pretrained(self.path, revision=self.revision or "main", **kwargs)
         except Exception as error:
-            lost = lost_connection(error)
+            lost = network_cause(error)
             known = (OSError, ValueError, RuntimeError, ImportError, SafetensorError)
             if lost is None and not isinstance(error, known):
                 raise
@@ -96,7 +96,7 @@ class FrozenLM:
             reason = said[0]
             if lost is not None:
                 reason += (
-                    f" The connection failed ({first_line(lost)}), also in huggingface_hub's own "
+                    f" The connection failed ({one_line(lost)}), also in huggingface_hub's own "
                     "retries; what has come is kept, and the same command goes on."
                 )
             raise UserError(

@@ -1,1 +1,1 @@
-"""Errors, ranks, retries, progress and secrets: what every room may use."""
+"""Errors, ranks, retries, progress, units, secrets, and private parts of other libraries."""

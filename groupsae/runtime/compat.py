@@ -1,30 +1,28 @@
-"""Private API of other libraries that we rely on; tests/runtime/test_compat.py checks each."""
+"""The private parts of other libraries that this package uses, all of them.
 
+`tests/runtime/test_compat.py` tests what each function assumes. Nothing is imported at the top:
+rooms that must load without Lightning or torch use this module as well.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
-import lightning as L
-from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+# ---- Lightning (pyproject.toml: < 2.7, as a renamed attribute would fail silently) -------------
 
 
-def share_cores(num_processes: int) -> None:
-    """Give this process its share of a machine's cores, as Lightning's launcher does."""
-    _set_num_threads_if_needed(num_processes=num_processes)
+def disable_signal_handling(trainer: Any) -> None:
+    """Switch off Lightning's own answer to signals.
 
-
-def disable_signal_handling(trainer: L.Trainer) -> None:
-    """Turn off Lightning's own reaction to signals.
-
-    On SIGTERM it exits without a checkpoint and with status 0, by a collective inside the signal
-    handler; with several processes it asks before every step whether a signal came, for which the
-    host waits; and under SLURM it saves in the middle of a step, on SIGUSR1.
+    On SIGTERM it exits without a checkpoint and with status 0; with several processes it asks
+    before every step whether a signal came, for which the host waits; under SLURM it saves on
+    SIGUSR1 in the middle of a step.
     """
-    private: Any = trainer
-    private._signal_connector.register_signal_handlers = lambda: None
-    private.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
 
-def skip_next_validation(trainer: L.Trainer) -> None:
-    """Leave out the validation that Lightning would run when training is told to stop."""
+def skip_next_validation(trainer: Any) -> None:
+    """Keep a trainer that was told to stop from validating before it ends."""
     trainer.fit_loop.epoch_loop._skip_next_val = True
 
 
@@ -40,3 +38,62 @@ def release_started_processes(launcher: Any) -> list[Any]:
     processes = list(launcher.procs)
     launcher.procs.clear()
     return processes
+
+
+def wandb_has_begun(logger: Any) -> bool:
+    """Return whether a WandbLogger has started its run."""
+    return logger._experiment is not None
+
+
+def make_wandb_offline(logger: Any) -> None:
+    """Let a WandbLogger that has not begun record offline."""
+    logger._offline, logger._wandb_init["mode"] = True, "offline"
+
+
+# ---- torch (a missing operator raises an error) ------------------------------------------------
+
+
+def all_to_all(rows: Any, received: list[int], sent: list[int], mesh: Any) -> Any:
+    """Start an all-to-all of rows; the result is waited for where it is first used."""
+    from torch.distributed import _functional_collectives as functional
+
+    return functional.all_to_all_single(rows, received, sent, mesh)
+
+
+def onednn_linear(x: Any, weight: Any, bias: Any) -> Any:
+    """Return x W^T + b by oneDNN, which must be available."""
+    import torch
+
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def private_flop_formulas(
+    *, attention: Callable[..., int], rows: Callable[..., int], linear: Callable[..., int]
+) -> dict[Any, Callable[..., int]]:
+    """Return operators without a public name -> FLOPs from the shapes of their arguments."""
+    import torch
+
+    aten = torch.ops.aten
+    formulas: dict[Any, Callable[..., int]] = {
+        aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        aten._embedding_bag_forward_only: rows,
+        aten._embedding_bag: rows,
+    }
+    if torch.backends.mkldnn.is_available():
+        formulas[torch.ops.mkldnn._linear_pointwise] = linear
+    return formulas
+
+
+def of_tensors(formula: Callable[..., int]) -> Callable[..., int]:
+    """Let PyTorch's FLOP counter call a formula with tensors instead of their shapes."""
+    formula._get_raw = True  # type: ignore[attr-defined]
+    return formula
+
+
+# ---- OmegaConf (a missing method raises an error) ----------------------------------------------
+
+
+def raw_child(node: Any, key: Any) -> tuple[Any, Any]:
+    """Return a child of an OmegaConf node and its value, with `${...}` as it is written."""
+    child = node._get_node(key)
+    return child, None if child is None else child._value()

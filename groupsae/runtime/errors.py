@@ -4,10 +4,10 @@ from groupsae.runtime.secrets import redacted
 
 
 class UserError(Exception):
-    """Something the user can mend: the message names the value, what is allowed and the way out.
+    """An error that the user can fix: it names the value, what is allowed and what to do.
 
-    The entry points print it and exit with status 2; library callers catch it like any exception.
-    What a library said and is secret (an address with a password, a token) is left out of it.
+    Commands print it and exit with status 2; library callers catch it like any exception.
+    Secrets that a library put into its message (passwords in addresses, tokens) are removed.
     """
 
     def __init__(self, message: str) -> None:

@@ -1,65 +1,64 @@
-"""How far a pass over tokens is: a bar on a terminal, a line every half minute elsewhere."""
+"""Progress of a pass over tokens: a bar on a terminal, a line every half minute elsewhere."""
 
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import IO
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from groupsae.runtime.units import format_seconds
+
 SILENCE = 30.0  # seconds between lines where no bar can move
 
 
-class Lines:
+class ProgressLines:
     """A line every half minute, for output that is no terminal: a log file, SLURM.
 
     Args:
-        title: what is going on.
-        total: tokens of the whole of it; None if nobody knows.
-        done: of them when this began.
-        stream: where the bar would be; None for stdout.
+        title: of the work.
+        total: tokens of all of it; None if unknown.
+        done: tokens already done at the start.
+        stream: where a bar would be shown; None for stdout.
     """
 
     def __init__(
         self, title: str, total: int | None, done: int = 0, stream: IO[str] | None = None
     ) -> None:
         self.title, self.total, self.before, self.stream = title, total, done, stream
-        self.began = self.said = time.monotonic()
+        self.began = self.printed = time.monotonic()
 
     def rate(self, done: float) -> float:
-        """Return the tokens per second since this began."""
+        """Return the tokens per second since the start."""
         return (done - self.before) / max(time.monotonic() - self.began, 1e-3)
 
-    def tell(self, done: int, where: str | None = None) -> None:
-        """Say how far it is, unless a line came a short time ago or a bar moves instead.
+    def update(self, done: int, where: str | None = None) -> None:
+        """Print a line, unless one was printed a short time ago or a bar moves instead.
 
         Args:
             done: tokens.
-            where: what the line begins with; None for the title and the share of the whole.
+            where: the beginning of the line; None for the title and the share that is done.
         """
         now, stream = time.monotonic(), self.stream or sys.stdout
-        if now - self.said <= SILENCE or stream.isatty():
+        if now - self.printed <= SILENCE or stream.isatty():
             return
-        self.said = now
-        rate = self.rate(done)
-        how_far, left = f"{done:,} tokens", ""
+        self.printed = now
+        rate, share, left = self.rate(done), f"{done:,} tokens", ""
         if self.total is not None:
-            how_far = f"{done / self.total:.0%}"
-            seconds = round((self.total - done) / max(rate, 1e-9))
-            left = f", {timedelta(seconds=seconds)} left"
-        where = where or f"{self.title}: {how_far}"
+            share = f"{done / self.total:.0%}"
+            left = f", {format_seconds((self.total - done) / max(rate, 1e-9))} left"
+        where = where or f"{self.title}: {share}"
         print(f"{where}, {rate:,.0f} tokens/s{left}", file=stream, flush=True)
 
 
 @contextmanager
 def token_progress(title: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """Give a function that is told the tokens of each part when it is done.
+    """Yield a function to call with the tokens of each part that is done.
 
     Args:
-        title: what is going on.
-        total: tokens of the whole pass.
+        title: of the work.
+        total: tokens of all of it.
         show: whether to show anything; one process of several does.
     """
     columns = (
@@ -68,7 +67,7 @@ def token_progress(title: str, total: int, show: bool) -> Iterator[Callable[[int
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    lines = Lines(title, total)
+    lines = ProgressLines(title, total)
     with Progress(*columns, transient=True, disable=not show) as progress:
         task = progress.add_task("", total=total, rate="")
 
@@ -77,6 +76,6 @@ def token_progress(title: str, total: int, show: bool) -> Iterator[Callable[[int
             done = progress.tasks[task].completed
             progress.update(task, rate=f"{lines.rate(done):,.0f} tokens/s")
             if show:
-                lines.tell(round(done))
+                lines.update(round(done))
 
         yield advance

@@ -1,12 +1,14 @@
-"""What reaches the user's screen besides our own words."""
+"""Keeps other libraries' chatter off the screen."""
 
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import transformers
 
-_with_place = warnings.formatwarning
+_PACKAGE = Path(__file__).parents[1]
+_python_format = warnings.formatwarning
 
 EXPECTED = (
     ".*treespec, LeafSpec.*",  # lightning 2.6 on torch 2.13
@@ -19,23 +21,17 @@ EXPECTED = (
 
 
 def quiet() -> None:
-    """Keep third-party chatter off the screen: what remains is ours or a warning that matters."""
+    """Silence other libraries; our output and warnings that matter remain."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     for pattern in EXPECTED:
         warnings.filterwarnings("ignore", pattern)
-    warnings.formatwarning = _formatted
+    warnings.formatwarning = _format  # type: ignore[assignment]
 
 
-def _formatted(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    line: str | None = None,
-) -> str:
-    """Return a warning of ours as a sentence, any other with its place, as Python does."""
-    if Path(filename).is_relative_to(Path(__file__).parents[1]):
+def _format(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> str:
+    """Return a warning of this package as a sentence, any other as Python formats it."""
+    if Path(filename).is_relative_to(_PACKAGE):
         return f"warning: {message}\n"
-    return _with_place(message, category, filename, lineno, line)
+    return _python_format(message, category, filename, *rest)

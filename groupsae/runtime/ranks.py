@@ -4,6 +4,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from groupsae.runtime.errors import UserError
 
 
@@ -32,6 +34,16 @@ def check_processes(trainer: Mapping[str, Any]) -> None:
                 f"{command} started {started} processes, but this trainer is for one: use "
                 "trainer=ddp or trainer=sae_parallel, or start one process."
             )
+
+
+def share_cores(processes: int) -> None:
+    """Give this process its share of the cores, as Lightning does where it starts processes."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        here = getattr(os, "sched_getaffinity", None)  # macOS has none
+        cores = len(here(0)) if here else os.cpu_count() or 1
+        threads = max(1, cores // processes)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 def starts_processes(trainer: Mapping[str, Any]) -> bool:

@@ -1,21 +1,53 @@
-"""Errors that come from a network: which may pass, and how long to wait."""
+"""Network errors: which may pass, and how long to wait before the next try."""
 
 import errno
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    stop_after_attempt,
+    wait_exponential,
+)
+
 from groupsae.runtime.secrets import redacted
 
-LIBRARIES = {"aiohttp", "httpcore", "httpcore2", "httpx", "httpx2", "requests", "urllib3"}
-WORTH_RETRYING = {408, 425, 429}  # of the 4xx answers; the others say that asking again is useless
-LASTING = {  # of this machine: no pause mends them
+_LIBRARIES = {"aiohttp", "httpcore", "httpcore2", "httpx", "httpx2", "requests", "urllib3"}
+_RETRIED = {408, 425, 429}  # of the 4xx answers; the others say that asking again is useless
+_PERMANENT = {  # errors of this machine, which no pause removes
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE,
     errno.ENAMETOOLONG,
 }  # fmt: skip
-LONGEST_PAUSE = 60.0  # seconds
 LONGEST_WISH = 3600.0  # seconds that a server may ask for by Retry-After
+
+
+def retrying(
+    retries: int,
+    may_pass: Callable[[BaseException], bool],
+    report: Callable[[RetryCallState], None],
+) -> Retrying:
+    """Return tenacity's loop over tries.
+
+    It waits 1, 2, 4, ... and at most 60 seconds, or as long as the server asks by Retry-After
+    (seconds or a date), but no more than an hour. The last error is raised as it is.
+
+    Args:
+        retries: after the first try.
+        may_pass: whether an error is worth another try.
+        report: called before each pause.
+    """
+    return Retrying(
+        stop=stop_after_attempt(retries + 1),
+        wait=_pause,
+        retry=retry_if_exception(lambda e: isinstance(e, Exception) and may_pass(e)),
+        before_sleep=report,
+        sleep=lambda seconds: time.sleep(seconds),  # looked up late: tests replace it
+        reraise=True,
+    )
 
 
 def is_transient(error: BaseException) -> bool:
@@ -23,70 +55,62 @@ def is_transient(error: BaseException) -> bool:
     if type(error).__name__ == "OfflineModeIsEnabled":
         return False
     status = _status(error)
-    if isinstance(status, int) and 400 <= status < 500:
-        return status in WORTH_RETRYING
-    if isinstance(error, OSError) and error.errno in LASTING:
+    if status is not None and 400 <= status < 500:
+        return status in _RETRIED
+    permanent = FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError
+    if isinstance(error, permanent) or getattr(error, "errno", None) in _PERMANENT:
         return False
-    lasting = FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError
-    return not isinstance(error, lasting) and (
-        isinstance(error, OSError | TimeoutError) or _of_network(error)
-    )
+    return isinstance(error, OSError) or is_network_error(error)
 
 
-def lost_connection(error: BaseException) -> BaseException | None:
-    """Return what of the errors behind an error came from the network and may pass, if any did."""
-    for each in chain(error):
-        if (_of_network(each) or isinstance(_status(each), int)) and is_transient(each):
-            return each
+def is_network_error(error: BaseException) -> bool:
+    """Return whether a library that carries HTTP requests raised the error."""
+    return any(kind.__module__.split(".")[0] in _LIBRARIES for kind in type(error).__mro__)
+
+
+def network_cause(error: BaseException) -> BaseException | None:
+    """Return the transient network error behind an error, if there is one."""
+    for cause in causes(error):
+        if (is_network_error(cause) or _status(cause) is not None) and is_transient(cause):
+            return cause
     return None
 
 
-def pause_after(error: BaseException, failures: int) -> float:
-    """Return the seconds to wait before the next try.
-
-    They are 1, 2, 4, ... and at most a minute, or what the server asked for by Retry-After (in
-    seconds or as a date), but no more than an hour.
-
-    Args:
-        error: of the last try.
-        failures: how many tries in a row have failed.
-    """
-    own = min(LONGEST_PAUSE, 2.0 ** (failures - 1))
-    for each in chain(error):
-        headers = getattr(getattr(each, "response", None), "headers", None)
-        headers = getattr(each, "headers", None) if headers is None else headers
-        wish = None if headers is None else _seconds(str(headers.get("Retry-After", "")))
-        if wish is not None:
-            return max(own, min(LONGEST_WISH, wish))
-    return own
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error, then each that it was raised from or while handling."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
-def first_line(error: BaseException) -> str:
-    """Return the kind of an error and the first line of what it says, without secrets."""
+def one_line(error: BaseException) -> str:
+    """Return the class of an error and the first line of its message, without secrets."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {redacted(lines[0])}" if lines else type(error).__name__
 
 
-def chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and those that it was raised from, or while handling them."""
-    seen: set[int] = set()
-    each: BaseException | None = error
-    while each is not None and id(each) not in seen:
-        seen.add(id(each))
-        yield each
-        each = each.__cause__ or each.__context__
+def _pause(state: RetryCallState) -> float:
+    pause = wait_exponential(max=60)(state)
+    error = None if state.outcome is None else state.outcome.exception()
+    for cause in causes(error) if error is not None else ():
+        headers = getattr(getattr(cause, "response", cause), "headers", None)
+        wish = None if headers is None else _seconds(str(headers.get("Retry-After", "")))
+        if wish is not None:
+            return max(pause, min(LONGEST_WISH, wish))
+    return pause
 
 
-def _status(error: BaseException) -> object:
+def _status(error: BaseException) -> int | None:
     status = getattr(getattr(error, "response", None), "status_code", None)
-    return getattr(error, "status", None) if status is None else status  # aiohttp's name
-
-
-def _of_network(error: BaseException) -> bool:
-    return bool({kind.__module__.partition(".")[0] for kind in type(error).__mro__} & LIBRARIES)
+    status = getattr(error, "status", None) if status is None else status  # aiohttp's name
+    return status if isinstance(status, int) else None
 
 
 def _seconds(wish: str) -> float | None:
+    """Return what a Retry-After header asks for; None if it cannot be read."""
     if wish.strip().isdigit():
         return float(wish)
     try:
@@ -94,4 +118,4 @@ def _seconds(wish: str) -> float | None:
     except ValueError:
         return None
     moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    return max(0.0, (moment - datetime.fromtimestamp(time.time(), UTC)).total_seconds())
+    return max(0.0, (moment - datetime.now(UTC)).total_seconds())

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from groupsae.runtime.errors import UserError
+from groupsae.runtime.retry import is_network_error
 
 PREFIX = "hf:"
 _NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
-_NETWORK = {"httpcore", "httpcore2", "httpx", "httpx2", "requests", "urllib3"}
 
 
 class Repository(NamedTuple):
@@ -162,9 +162,8 @@ def _sentence(error: BaseException, name: str, revision: str | None) -> str | No
                 "upload it needs the right to write there. `hf auth whoami` shows whose it is."
             )
         return f"the Hub answered with status {status} for hf:{name}: try again later."
-    # of whichever library carries the requests
-    carried = type(error).__module__.split(".")[0] in _NETWORK
-    if carried or isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+    offline = isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled)
+    if offline or is_network_error(error):
         return (
             f"the Hub cannot be reached for hf:{name}, and the cache does not hold what is "
             "needed: check the network (and HF_HUB_OFFLINE), or bring the files and give their "

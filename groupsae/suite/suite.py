@@ -12,8 +12,8 @@ from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor
 
-from groupsae.data.writer import write_json
-from groupsae.files.atomic import whole
+from groupsae.files.atomic import atomic_write, write_json
+from groupsae.files.reading import damaged
 from groupsae.grouping.groupings import by_name
 from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE, SparseLatents
@@ -34,7 +34,7 @@ def save_sae(folder: Path, sae: SAE, config: dict[str, Any]) -> None:
             `layers`, `norm_factors` (layer -> factor) and whatever else is worth keeping.
     """
     tensors = {name: p.detach().float().cpu().contiguous() for name, p in sae.state_dict().items()}
-    with whole(folder / "sae.safetensors") as handle:
+    with atomic_write(folder / "sae.safetensors") as handle:
         handle.write(save(tensors))  # (save_file would make it readable by its owner only)
     write_json(folder / "cfg.json", {"format": FORMAT, **config})
 
@@ -221,10 +221,7 @@ def _load_sae(file: Path) -> tuple[SAE, dict[str, Any]]:
     except UserError:
         raise
     except Exception as error:  # whatever a cut or edited file leads to
-        raise UserError(
-            f"{file.parent} is damaged: {type(error).__name__}: {error}. Train it again, or copy "
-            "it anew from where it was whole."
-        ) from error
+        raise damaged(file.parent, error) from error
     return sae.eval(), config
 
 

@@ -1,6 +1,5 @@
 """Reads others' files: whole, with the tensors that are expected, and never code."""
 
-import json
 import pickle
 import warnings
 import zipfile
@@ -13,24 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from groupsae.files.reading import damaged, missing
 from groupsae.runtime.errors import UserError
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        UserError: the file is missing or holds something else.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise _missing(path) from None
-    except (OSError, ValueError) as error:
-        raise _damaged(path, error) from error
-    if not isinstance(values, dict):
-        raise _damaged(path, f"it holds a {type(values).__name__}, not an object")
-    return values
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -42,9 +25,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError:
-        raise _missing(path) from None
+        raise missing(path) from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
 def read_pickled(path: Path) -> Any:
@@ -58,16 +41,16 @@ def read_pickled(path: Path) -> Any:
             warnings.simplefilter("ignore")  # of pickles that torch.save did not write
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise _missing(path) from None
+        raise missing(path) from None
     except pickle.UnpicklingError as error:
         if not zipfile.is_zipfile(path) and "Unsupported" not in str(error):
-            raise _damaged(path, "it is no file of torch.save") from error
+            raise damaged(path, "it is no file of torch.save") from error
         raise UserError(
             f"{path} holds more than tensors, and loading that would run code of whoever wrote "
             "it: it is not read. Save the state dict alone with torch.save(sae.state_dict(), ...)."
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
 def take(
@@ -128,15 +111,3 @@ def number(config: Mapping[str, Any], key: str, where: Path, *, latents: int | N
     if latents is not None and value > latents:
         raise UserError(f"{where} has {key} = {value}, more than its {latents} latents.")
     return value
-
-
-def _missing(path: Path) -> UserError:
-    return UserError(f"{path} is missing: copy the folder anew from where it is whole.")
-
-
-def _damaged(path: Path, reason: object) -> UserError:
-    told = str(reason).strip().splitlines()
-    return UserError(
-        f"{path} is cut short or damaged ({told[0] if told else type(reason).__name__}): copy it "
-        "anew from where it is whole."
-    )

@@ -13,8 +13,9 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from groupsae.files.atomic import explained, whole
+from groupsae.files.atomic import atomic_write, explain_write_errors
 from groupsae.files.reading import read_metrics
+from groupsae.runtime.compat import make_wandb_offline, wandb_has_begun
 
 COLUMNS = ("step", "metric", "value")
 
@@ -53,7 +54,7 @@ class MetricsCSV(Logger):
         """Append one row for each metric."""
         if not self._checked:
             self._start(step or 0)
-        with explained(self.path), self.path.open("a", newline="") as handle:
+        with explain_write_errors(self.path), self.path.open("a", newline="") as handle:
             csv.writer(handle).writerows(
                 (step or 0, name, value) for name, value in metrics.items() if name != "epoch"
             )
@@ -62,7 +63,7 @@ class MetricsCSV(Logger):
         """Write the header, or drop what a killed run wrote from this step on."""
         self._checked = True
         kept = [row for row in read_metrics(self.path) if row[0] < step]
-        with whole(self.path, mode="w", newline="") as handle:
+        with atomic_write(self.path, "w", newline="") as handle:
             csv.writer(handle).writerows([COLUMNS, *kept])
 
 
@@ -88,7 +89,7 @@ class WandB(WandbLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         """Return W&B's run, which begins now if it has not."""
-        if self._experiment is None:
+        if not wandb_has_begun(self):
             Path(str(self.save_dir)).mkdir(parents=True, exist_ok=True)
         try:
             return super().experiment
@@ -96,7 +97,7 @@ class WandB(WandbLogger):
             if os.environ["WANDB_MODE"] != "online":
                 raise
             warnings.warn(f"W&B: {error}; this run is recorded offline", stacklevel=2)
-            self._offline, self._wandb_init["mode"] = True, "offline"
+            make_wandb_offline(self)
             return super().experiment
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from groupsae.cost.stopwatch import Stopwatch
 from groupsae.data.activations import ActivationDataModule
-from groupsae.files.atomic import whole
+from groupsae.files.atomic import atomic_write
 from groupsae.files.locks import one_at_a_time
 from groupsae.files.reading import damaged, read_npz
 from groupsae.grouping.angles import AngularDistance
@@ -82,7 +82,7 @@ class Measurement:
 
     def save(self, path: Path) -> None:
         """Write everything into one npz, whole or not at all."""
-        with whole(path, shared=True) as handle:
+        with atomic_write(path, shared=True) as handle:
             np.savez(
                 handle,
                 distances=self.distances,

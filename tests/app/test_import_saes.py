@@ -240,7 +240,7 @@ def test_factors_that_are_none_are_named(tmp_path, factors):
     folder = sparsify(tmp_path / "layers.3", tensors_of("topk"))
     torch.save(factors, folder / "scaling_factors.pt")
     with pytest.raises(
-        UserError, match=r"layers\.3 is damaged: \w+: |no factor above 0 for layer 3"
+        UserError, match=r"layers\.3 is damaged \(\w+: |no factor above 0 for layer 3"
     ):
         read(folder)
 
@@ -290,7 +290,7 @@ def test_a_file_cut_short_is_named(tmp_path, file, kept):
     content = (folder / file).read_bytes()
     length = kept if kept >= 1 else int(kept * len(content))
     (folder / file).write_bytes(content[:length])
-    with pytest.raises(UserError, match=f"{file} is cut short or damaged"):
+    with pytest.raises(UserError, match=f"{file} is damaged"):
         read(folder)
 
 
@@ -320,7 +320,7 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path):
         ({"d_in": "many"}, "d_in = 'many'; a whole number"),
         ({"architecture": "topk", "k": 99}, "k = 99, more than its 48 latents"),
         ({"metadata": [1]}, r"metadata = \[1\]; an object"),
-        ({"architecture": ["topk"]}, "is damaged: TypeError"),
+        ({"architecture": ["topk"]}, r"is damaged \(TypeError"),
         ({"architecture": "topk", "activation_fn_kwargs": [1]}, r"activation_fn_kwargs = \[1\]"),
         ({"metadata": {"groupsae": {"format": 99}}}, "of format 99, and this version reads 1"),
     ],
@@ -368,12 +368,12 @@ def test_a_batchtopk_whose_threshold_was_never_set_is_refused(tmp_path):
     same(found, *naive("batchtopk", t, rows()), rows())
     with pytest.raises(UserError, match="layer -1, but the model has 12 layers"):
         read(dictionary(tmp_path / "v", "BatchTopKSAE", state, k=K, layer=-1))
-    with pytest.raises(UserError, match="w is damaged: "):
+    with pytest.raises(UserError, match=r"w is damaged \("):
         read(dictionary(tmp_path / "w", "BatchTopKSAE", state | {"k": torch.tensor([1, 2])}))
-    with pytest.raises(UserError, match="x is damaged: TypeError"):
+    with pytest.raises(UserError, match=r"x is damaged \(TypeError"):
         read(dictionary(tmp_path / "x", ["BatchTopKSAE"], state))
     state["b_dec"] = torch.full((d,), torch.nan)
-    with pytest.raises(UserError, match="y is damaged: b_dec holds values that are no numbers"):
+    with pytest.raises(UserError, match=r"y is damaged \(b_dec holds NaN"):
         read(dictionary(tmp_path / "y", "BatchTopKSAE", state, k=K))
     with pytest.raises(UserError, match="dict_class 'Crosscoder'"):
         read(dictionary(tmp_path / "u", "Crosscoder", state))

@@ -1,18 +1,14 @@
 """Data sets through `datasets`: from a folder, and over a connection that breaks."""
 
-import errno
+import time
 
 import datasets
-import httpx
 import pyarrow as pa
 import pytest
-from huggingface_hub.errors import OfflineModeIsEnabled
 from pyarrow import parquet
 
-from groupsae.data import hub
 from groupsae.data.hub import HubSource
 from groupsae.runtime.errors import UserError
-from groupsae.runtime.retry import is_transient
 
 TEXTS = [f"text {i}" for i in range(7)]
 
@@ -94,7 +90,7 @@ def broken(monkeypatch, breaks, error=ConnectionError):
             yield {"text": TEXTS[row]}
 
     monkeypatch.setattr(HubSource, "_open", rows)
-    monkeypatch.setattr(hub.time, "sleep", pauses.append)
+    monkeypatch.setattr(time, "sleep", pauses.append)
     return pauses
 
 
@@ -118,33 +114,6 @@ def test_an_error_that_stays_is_not_tried_again(monkeypatch):
     with pytest.raises(UserError, match="cannot read data set some/data, split 'train'.*gone"):
         list(source("some/data").documents())
     assert pauses == []
-
-
-def answer(status):
-    request = httpx.Request("GET", "http://localhost")
-    return httpx.HTTPStatusError("", request=request, response=httpx.Response(status))
-
-
-@pytest.mark.parametrize(
-    ("error", "transient"),
-    [
-        (ConnectionResetError(), True),
-        (TimeoutError(), True),
-        (httpx.ReadTimeout(""), True),
-        (answer(503), True),
-        (answer(429), True),
-        (answer(404), False),
-        (answer(401), False),
-        (OfflineModeIsEnabled(""), False),
-        (FileNotFoundError(), False),
-        (OSError(errno.ENOSPC, "No space left on device"), False),
-        (OSError(errno.EMFILE, "Too many open files"), False),
-        (OSError(errno.EIO, "Input/output error"), True),
-        (ValueError(), False),
-    ],
-)
-def test_only_what_the_network_may_mend_is_tried_again(error, transient):
-    assert is_transient(error) is transient
 
 
 class Hub:

@@ -22,8 +22,8 @@ from groupsae.data.store import fill, store
 from groupsae.data.store.rows import read_ahead
 from groupsae.data.store.shard import Damaged
 from groupsae.data.store.store import ActivationStore
-from groupsae.files import atomic as whole
-from groupsae.files.claim import claimed
+from groupsae.files import atomic
+from groupsae.files.locks import try_lock
 from groupsae.lm.hooked import HookedLM
 from groupsae.lm.load import FrozenLM
 from groupsae.runtime.errors import UserError
@@ -241,7 +241,7 @@ def test_a_broken_off_filling_goes_on_and_rewrites_nothing(make_data, monkeypatc
     assert set(written) == set(before)
     left = list(data.store.folder.glob("*/*/*.tmp"))
     assert left
-    monkeypatch.setattr(whole.psutil, "pid_exists", lambda _: False)
+    monkeypatch.setattr(atomic.psutil, "pid_exists", lambda _: False)
     data.fill_training()
     after = files(data)
     assert {path: after[path] for path in before} == before
@@ -376,20 +376,20 @@ def test_what_others_are_writing_is_left_alone(make_data, monkeypatch, tmp_path)
     here = socket.gethostname()
     living = [beside(here, os.getpid(), 10**6), beside("some.other-host", 1, 60)]
     dead = [beside(here, 2**22 + 1, 0), beside("some.other-host", 1, 10**6)]
-    trial = whole.own_beside(data.store.folder / "trial")
+    trial = atomic.temporary_name(data.store.folder / "trial")
     trial.mkdir()
     data.fill_training()
     assert [path.exists() for path in living] == [True, True]
     assert [path.exists() for path in dead] == [False, False]
     assert trial.exists()
-    monkeypatch.setattr(whole.psutil, "pid_exists", lambda _: False)
+    monkeypatch.setattr(atomic.psutil, "pid_exists", lambda _: False)
     data._filler(show=False)._clear()
     assert not trial.exists()
 
 
 def test_a_trial_that_its_process_removes_meanwhile_is_in_nobodys_way(make_data, monkeypatch):
     data = make_data()
-    trial = whole.own_beside(data.store.folder / "trial")
+    trial = atomic.temporary_name(data.store.folder / "trial")
     trial.mkdir()
     scandir = os.scandir
 
@@ -423,10 +423,10 @@ def test_a_trial_tells_the_time_beforehand_and_may_fail(make_data, monkeypatch):
 
 def test_a_chunk_stays_one_processs_to_write_when_another_has_just_ended(tmp_path):
     """Who waits with the lock file of the first one open still excludes a third."""
-    with claimed(tmp_path) as mine:
+    with try_lock(tmp_path) as mine:
         assert mine
         before = (tmp_path / "lock").stat().st_ino
-    with claimed(tmp_path) as mine:
+    with try_lock(tmp_path) as mine:
         assert mine
     assert (tmp_path / "lock").stat().st_ino == before
 
@@ -511,7 +511,7 @@ def test_a_chunk_that_another_process_writes_is_waited_for(make_data, monkeypatc
     )  # fmt: skip
     assert other.stdout is not None
     assert other.stdout.readline() == b"held\n"
-    with claimed(folder) as mine:
+    with try_lock(folder) as mine:
         assert not mine
 
     def killed(sentence):  # as soon as everything else is written

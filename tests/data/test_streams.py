@@ -4,7 +4,6 @@ The real `datasets` and huggingface_hub read from a server on this machine.
 """
 
 import time
-from email.utils import formatdate
 
 import datasets
 import httpx2
@@ -14,7 +13,6 @@ from huggingface_hub import constants
 from groupsae.data.hub import HubSource
 from groupsae.data.packing import Packing, pack
 from groupsae.runtime.errors import UserError
-from groupsae.runtime.retry import is_transient, lost_connection, pause_after
 from tests.helpers.data_hub import closed, cut, files_of, serving, short, silent, status, stuck
 from tests.helpers.lms import frozen
 
@@ -180,39 +178,3 @@ def test_a_connection_lost_in_a_models_download_is_a_sentence(monkeypatch, tiny_
     with pytest.raises(UserError, match="connection failed.*what has come is kept") as raised:
         frozen(tiny_lm)
     assert "secret" not in str(raised.value)
-
-
-# ---- errors and pauses -------------------------------------------------------------------------
-
-
-def answered(code, **headers):
-    request = httpx2.Request("GET", "http://localhost")
-    answer = httpx2.Response(code, headers=headers, request=request)
-    return httpx2.HTTPStatusError("", request=request, response=answer)
-
-
-def test_pauses_grow_to_a_minute():
-    assert [pause_after(ConnectionError(), n) for n in range(1, 9)] == [1, 2, 4, 8, 16, 32, 60, 60]
-
-
-@pytest.mark.parametrize(
-    ("wish", "pause"), [("30", 30), ("0", 2), ("99999", 3600), ("soon", 2), ("", 2)]
-)
-def test_a_wish_of_the_server_is_kept_but_for_no_more_than_an_hour(wish, pause):
-    error = ConnectionError()
-    error.__cause__ = answered(503, **{"Retry-After": wish})
-    assert pause_after(error, 2) == pause
-
-
-def test_a_wish_may_be_a_date():
-    wish = {"Retry-After": formatdate(time.time() + 50, usegmt=True)}
-    assert 45 < pause_after(answered(429, **wish), 1) <= 50
-
-
-def test_a_lost_connection_is_found_behind_other_errors():
-    lost, gone = httpx2.ReadTimeout(""), answered(404)
-    for inner, found in ((lost, lost), (gone, None), (None, None)):
-        error = OSError("cannot load")
-        error.__cause__ = inner
-        assert lost_connection(error) is found
-    assert is_transient(lost)

@@ -295,7 +295,7 @@ def test_a_disk_that_was_full_for_a_while_spoils_nothing(tokenizer, tmp_path, mo
 
     monkeypatch.setattr(os, "fsync", full)
     cache = tmp_path / "cache"
-    with pytest.raises(UserError, match="cannot write the token cache .* No space left"):
+    with pytest.raises(UserError, match="cannot write .*: No space left"):
         load_token_blocks(ListSource(TEXTS), tokenizer, make_packing(), cache)
     blocks = load_token_blocks(ListSource(TEXTS), tokenizer, make_packing(), cache)
     assert files(blocks.folder) == undisturbed(tokenizer, make_packing(), tmp_path)
@@ -353,7 +353,7 @@ def test_a_cache_of_older_code_is_still_read(tokenizer, tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_refused(tokenizer, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="cannot write the token cache in .*file"):
+    with pytest.raises(UserError, match="cannot write .*file"):
         load_token_blocks(ListSource(TEXTS), tokenizer, make_packing(), tmp_path / "file" / "c")
 
 

@@ -8,7 +8,7 @@ from socket import gethostname
 import numpy as np
 import pytest
 
-from groupsae.files.atomic import left_behind, whole
+from groupsae.files.atomic import atomic_write, is_abandoned
 from groupsae.files.reading import read_metrics
 from groupsae.runtime.errors import UserError
 from groupsae.training.loggers import MetricsCSV
@@ -18,9 +18,9 @@ from groupsae.training.measure import Measurement, cached
 @pytest.mark.parametrize("shared", [False, True])
 def test_what_breaks_off_leaves_the_file_as_it_was_and_nothing_beside_it(tmp_path, shared):
     path = tmp_path / "new" / "file.txt"
-    with whole(path, mode="w", shared=shared) as handle:
+    with atomic_write(path, "w", shared=shared) as handle:
         handle.write("old")
-    with pytest.raises(TypeError), whole(path, shared=shared) as handle:
+    with pytest.raises(TypeError), atomic_write(path, shared=shared) as handle:
         handle.writelines([b"half", None])
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
     assert path.read_text() == "old"
@@ -34,7 +34,7 @@ def test_a_full_disk_is_a_sentence_that_names_the_file(tmp_path, monkeypatch):
     path = tmp_path / "summary.json"
     with (
         pytest.raises(UserError, match=r"cannot write .*summary.json: No space left on device"),
-        whole(path) as handle,
+        atomic_write(path) as handle,
     ):
         handle.write(b"half")
     assert not list(tmp_path.iterdir())
@@ -51,7 +51,7 @@ def test_a_full_disk_is_a_sentence_that_names_the_file(tmp_path, monkeypatch):
     ],
 )
 def test_names_that_are_not_ours_are_left_alone(name):
-    assert not left_behind(Path(name))
+    assert not is_abandoned(Path(name))
 
 
 def test_metrics_that_cannot_be_written_are_a_sentence(tmp_path):

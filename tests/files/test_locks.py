@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from groupsae.files.locks import alone_in
+from groupsae.files.locks import lock_folder, try_lock
 from groupsae.runtime.errors import UserError
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from groupsae.files.locks import alone_in
-with alone_in(Path(sys.argv[1])):
+from groupsae.files.locks import lock_folder
+with lock_folder(Path(sys.argv[1])):
     child = os.fork()  # as a loader's process, which outlives a killed run
     if child:
         print(child, flush=True)
@@ -39,7 +39,7 @@ def holder(tmp_path: Path):
 
 
 def test_a_second_process_is_refused_with_who_holds_it_until_that_one_dies(tmp_path, holder):
-    with pytest.raises(UserError) as refused, alone_in(tmp_path):
+    with pytest.raises(UserError) as refused, lock_folder(tmp_path):
         pass
     said = str(refused.value)
     assert f"{tmp_path} is in use by process {holder.pid} on " in said
@@ -47,24 +47,27 @@ def test_a_second_process_is_refused_with_who_holds_it_until_that_one_dies(tmp_p
     assert "give the same command again" in said
     holder.kill()
     holder.wait()
-    with alone_in(tmp_path):  # though a child of the dead one still lives
+    with lock_folder(tmp_path):  # though a child of the dead one still lives
         pass
 
 
 def test_a_process_may_come_again(tmp_path):
     for _ in range(2):
-        with alone_in(tmp_path):
+        with lock_folder(tmp_path):
             assert [p.name for p in (tmp_path / ".hydra").iterdir()] == ["lock"]
 
 
-def test_without_locks_or_a_folder_that_can_be_written_nothing_is_held(tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    with alone_in(tmp_path / "file"):
-        pass
-
+def test_where_files_cannot_be_locked_every_process_may_write(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    with alone_in(tmp_path):
+    with lock_folder(tmp_path), try_lock(tmp_path / "chunk") as ours:
+        assert ours
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    refused = pytest.raises(UserError, match=r"cannot write .*lock: Not a directory\. .*output=")
+    with refused, lock_folder(tmp_path / "file"):
         pass

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GPTNeoXConfig
 
-from groupsae.data.writer import write_json
+from groupsae.files.atomic import write_json
 from groupsae.sae.base import SAE
 from groupsae.suite.build import build
 from groupsae.suite.suite import save_sae

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from groupsae.runtime import progress
-from groupsae.runtime.progress import Lines, token_progress
+from groupsae.runtime.progress import ProgressLines, token_progress
 from tests.helpers.runs import overrides, run
 
 
@@ -47,7 +47,7 @@ def test_without_a_total_no_share_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "SILENCE", 0.0)
-    Lines("packing", None).tell(1200)
+    ProgressLines("packing", None).tell(1200)
     assert capsys.readouterr().out.startswith("packing: 1,200 tokens, ")
 
 

@@ -10,8 +10,8 @@ from hydra import compose, initialize_config_dir
 import groupsae
 from groupsae.app.run_folder import register_resolver
 from groupsae.config.arguments import CONF
-from groupsae.data.writer import write_json
 from groupsae.export import export as command
+from groupsae.files.atomic import write_json
 from groupsae.import_saes import _download, import_saes
 from groupsae.interop.incoming import read_folder
 from groupsae.runtime.errors import UserError

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,10 +16,11 @@ from groupsae.data.rows import Show
 from groupsae.data.splits import Split
 from groupsae.data.store.shard import Layout, ShardWriter
 from groupsae.data.store.store import ActivationStore, Gap, shard_path
-from groupsae.files.atomic import left_behind, own_beside
-from groupsae.files.claim import claimed
+from groupsae.files.atomic import is_abandoned, temporary_name
+from groupsae.files.locks import try_lock
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.progress import token_progress
+from groupsae.runtime.units import format_bytes, format_seconds
 
 CHUNK_BYTES = 64_000_000  # of one layer's file
 RESERVE = 100_000_000  # bytes of the disk that are left for everything else
@@ -96,13 +96,13 @@ class Filler(NamedTuple):
         """Remove what killed processes left, and damaged files, which are then missing."""
         left = "*@*.tmp"
         for beside in [*self.store.folder.glob(left), *self.store.in_chunks(left)]:
-            if left_behind(beside):
+            if is_abandoned(beside):
                 shutil.rmtree(beside, ignore_errors=True)
                 with suppress(OSError):
                     beside.unlink()
         for damaged in self.store.damaged:
             self.say(f"{damaged}: it is written anew.")
-            with claimed(damaged.path.parent) as mine:
+            with try_lock(damaged.path.parent) as mine:
                 # who has it writes it anew just now, or did
                 if mine and not self.store.is_sound(damaged.path):
                     damaged.path.unlink(missing_ok=True)
@@ -123,13 +123,15 @@ class Filler(NamedTuple):
             tokens[gap.split] += len(gap.blocks) * self.store.layout.context
         layers = len({layer for gap in gaps for layer in gap.layers})
         what = " and ".join(f"{count:,} {split} tokens" for split, count in tokens.items())
-        sentence = f"activations of {layers} layers for {what}: {amount(needed)} to write into "
+        sentence = (
+            f"activations of {layers} layers for {what}: {format_bytes(needed)} to write into "
+        )
         sentence += str(self.store.folder)
         forwards = sum(len(gap.blocks) for gap in gaps) / self.blocks_per_forward
         if forwards > FEW and self.rank == 0:  # the others come to it while this one tries
             seconds = self._trial(max(gaps, key=lambda gap: len(gap.blocks)))
             if seconds is not None:
-                about = timedelta(seconds=round(forwards * seconds / self.processes))
+                about = format_seconds(forwards * seconds / self.processes)
                 sentence += f", about {about} by a trial"
         self.say(f"{sentence}.")
 
@@ -138,7 +140,7 @@ class Filler(NamedTuple):
 
         None if that fails: what is wrong is told when the store itself is written.
         """
-        trial = own_beside(self.store.folder / "trial")
+        trial = temporary_name(self.store.folder / "trial")
         part = Gap(gap.split, gap.blocks[: self.blocks_per_forward], gap.layers)
         seconds = 0.0
         try:
@@ -163,7 +165,7 @@ class Filler(NamedTuple):
             while waiting:
                 others = []
                 for chunk in waiting:
-                    with claimed(self.store.chunk_folder(chunk)) as mine:
+                    with try_lock(self.store.chunk_folder(chunk)) as mine:
                         if not mine:
                             others.append(chunk)
                             continue
@@ -248,22 +250,10 @@ def check_room(folder: Path, needed: int, later: int) -> None:
     free = shutil.disk_usage(folder).free - RESERVE
     if needed + later <= free:
         return
-    also = f", and at least {amount(later)} more afterwards" if later else ""
+    also = f", and at least {format_bytes(later)} more afterwards" if later else ""
     raise UserError(
-        f"activations to be stored take {amount(needed)}{also}, but {folder} has room for "
-        f"{amount(max(0, free))}: name a folder on a larger disk (data.cache=<folder>), lower "
-        "tokens or calibration.tokens, halve them with data.cache_dtype=bfloat16 if it is "
+        f"activations to be stored take {format_bytes(needed)}{also}, but {folder} has room for "
+        f"{format_bytes(max(0, free))}: name a folder on a larger disk (data.cache=<folder>), "
+        "lower tokens or calibration.tokens, halve them with data.cache_dtype=bfloat16 if it is "
         "float32, or use data.cache=null, which stores nothing."
     )
-
-
-def amount(size: int) -> str:
-    """Return bytes in words.
-
-    >>> amount(1_234_000_000), amount(56_700)
-    ('1.2 GB', '0.1 MB')
-    """
-    for unit, name in ((10**12, "TB"), (10**9, "GB")):
-        if size >= unit:
-            return f"{size / unit:,.1f} {name}"
-    return f"{size / 1e6:,.1f} MB"

@@ -21,7 +21,7 @@ from groupsae.data.store.fill import PAUSE, Filler, size_of
 from groupsae.data.store.options import check_store
 from groupsae.data.store.shard import Damaged, Layout, read_shard
 from groupsae.data.store.store import ActivationStore, Gap, dtype_of, open_store
-from groupsae.files.claim import claimed
+from groupsae.files.locks import try_lock
 from groupsae.lm.hooked import HookedLM
 from groupsae.runtime.errors import UserError
 
@@ -179,7 +179,7 @@ class FilledBatches(DrawnBatches):
         began, path, mine = time.perf_counter(), damaged.path, False
         gap = self.store.forget(path)
         while gap is not None and not mine:
-            with claimed(path.parent) as mine:
+            with try_lock(path.parent) as mine:
                 # or another process was faster, or another batch that read the same file
                 if mine and not _is_whole(path, self.store.layout):
                     self._count(damaged)

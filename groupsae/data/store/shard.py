@@ -28,7 +28,7 @@ from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from groupsae.data.store.options import DTYPES
-from groupsae.files.atomic import explained, own_beside
+from groupsae.files.atomic import explain_write_errors, temporary_name
 from groupsae.runtime.errors import UserError
 
 LARGEST_HEADER = 100_000  # bytes; ours have about 400
@@ -176,10 +176,10 @@ class ShardWriter:
     def __init__(self, path: Path, blocks: list[int], layout: Layout) -> None:
         self.path, self.layout = path, layout
         self.blocks = np.asarray(blocks, dtype="<i8")
-        self.beside = own_beside(path)
+        self.beside = temporary_name(path)
         self.checksums: list[int] = []
         header = layout.header(len(blocks))
-        with explained(path):
+        with explain_write_errors(path, "data.cache=<folder>"):
             self.file: IO[bytes] = self.beside.open("wb")
             self.file.write(header + bytes(8 * (2 * len(blocks) + 1)))
         self.record = len(header)
@@ -191,7 +191,7 @@ class ShardWriter:
             UserError: they cannot be written.
         """
         assert acts.dtype == self.layout.dtype
-        with explained(self.path):
+        with explain_write_errors(self.path, "data.cache=<folder>"):
             for block in acts:
                 self.checksums.append(checksum(block))
                 self.file.write(_bytes_of(block))
@@ -204,7 +204,7 @@ class ShardWriter:
         """
         numbers = np.concatenate([self.blocks, np.asarray(self.checksums, dtype="<i8")])
         record = _signed(xxhash.xxh3_64_intdigest(numbers.tobytes()))
-        with explained(self.path):
+        with explain_write_errors(self.path, "data.cache=<folder>"):
             self.file.seek(self.record)
             self.file.write(numbers.tobytes() + record.to_bytes(8, "little", signed=True))
             self.file.flush()

@@ -14,7 +14,7 @@ from torch import Tensor
 from groupsae.data.splits import SPLITS, Split
 from groupsae.data.store.options import DTYPES
 from groupsae.data.store.shard import Damaged, Layout, Shard, read_shard
-from groupsae.files.atomic import whole
+from groupsae.files.atomic import atomic_write
 from groupsae.runtime.errors import UserError
 
 FORMAT = 1  # raise it when files or their meaning change: other stores are then made beside
@@ -241,6 +241,6 @@ def open_store(
     try:
         return ActivationStore(folder)
     except UserError:  # none yet, or a manifest that is damaged: it says nothing new
-        with whole(folder / "manifest.json", shared=True, mode="w") as handle:
+        with atomic_write(folder / "manifest.json", "w", shared=True) as handle:
             json.dump({**content, "num_blocks": num_blocks}, handle, indent=1)
     return ActivationStore(folder)

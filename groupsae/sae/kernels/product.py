@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from groupsae.runtime.compat import onednn_linear
+
 
 @torch.no_grad()
 def affine(
@@ -23,6 +25,6 @@ def affine(
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and torch.backends.mkldnn.is_available()
     ):
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        result: Tensor = onednn_linear(x, weight, bias)
         return result
     return F.linear(x, weight, bias)

@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 
 from groupsae.cost.model import RunCost
-from groupsae.files.atomic import whole
+from groupsae.files.atomic import atomic_write
 from groupsae.grouping.plan import GroupPlan
 from groupsae.grouping.rules import RULES, curve
 from groupsae.reporting.figures import amad_curve, distance_heatmap, linkage_tree
@@ -19,7 +19,7 @@ from groupsae.training.callbacks.grouping import GroupLayers
 def save_figures(folder: Path, figures: dict[str, Figure], loggers: list[Any]) -> None:
     """Write figures as png into `folder`, and to W&B if it is among the loggers."""
     for name, figure in figures.items():
-        with whole(folder / f"{name}.png") as handle:
+        with atomic_write(folder / f"{name}.png") as handle:
             figure.savefig(handle, format="png")
     for logger in loggers:
         if isinstance(logger, WandbLogger):

@@ -8,7 +8,7 @@ import lightning as L
 from groupsae.cost.model import RunCost, Workload, run_cost
 from groupsae.data.activations import ActivationDataModule
 from groupsae.data.exchange import all_to_all
-from groupsae.data.writer import write_json
+from groupsae.files.atomic import write_json
 from groupsae.files.reading import read_json
 from groupsae.grouping.choices import Choice
 from groupsae.grouping.plan import GroupPlan

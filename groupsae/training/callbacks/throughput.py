@@ -7,7 +7,7 @@ import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
 from groupsae.cost.stopwatch import Stopwatch
-from groupsae.runtime.progress import Lines
+from groupsae.runtime.progress import ProgressLines
 
 
 class Throughput(L.Callback):
@@ -57,7 +57,7 @@ class Throughput(L.Callback):
         """Start the clock of the rate."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         step = data.tokens_per_step
-        self._lines = Lines("training", data.num_steps * step, trainer.global_step * step)
+        self._lines = ProgressLines("training", data.num_steps * step, trainer.global_step * step)
         self._last = time.perf_counter()
 
     def on_train_batch_start(
@@ -99,4 +99,4 @@ class Throughput(L.Callback):
             self.seconds, self.tokens = 0.0, 0
         if trainer.is_global_zero:
             done = trainer.global_step * data.tokens_per_step
-            self._lines.tell(done, f"step {trainer.global_step}/{data.num_steps}")
+            self._lines.update(done, f"step {trainer.global_step}/{data.num_steps}")

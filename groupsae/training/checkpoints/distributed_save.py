@@ -5,12 +5,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from groupsae.files.atomic import explain_write_errors
 from groupsae.runtime.errors import UserError
 from groupsae.training.checkpoints.folder import (
     Record,
     begin,
     clear,
-    explained,
     partial_of,
     seal,
 )
@@ -67,7 +67,7 @@ def _all_or_none(path: Path) -> Iterator[None]:
     """
     problem = ""
     try:
-        with explained(path):
+        with explain_write_errors(path):
             yield
     except UserError as error:
         problem = str(error)

@@ -5,12 +5,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from groupsae.runtime.errors import UserError
 
@@ -153,23 +150,6 @@ def verify(path: Path, names: Sequence[str], records: Mapping[str, Record]) -> N
             digest = hashlib.file_digest(handle, "sha256").hexdigest()
         if digest != records[name]["sha256"]:
             raise Damaged(f"the checksum of {name} is wrong")
-
-
-@contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turn a failed write of a checkpoint into a sentence.
-
-    Raises:
-        UserError: the disk is full or cannot be written.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(
-            f"cannot write the checkpoint {path}: {reason}. Checkpoints before it are whole: make "
-            "room there, and the same command goes on from the last one."
-        ) from error
 
 
 def _digest(records: Mapping[str, Record]) -> str:

@@ -8,13 +8,13 @@ from typing import Any
 from lightning.fabric.plugins import CheckpointIO
 from safetensors import SafetensorError
 
+from groupsae.files.atomic import explain_write_errors
 from groupsae.runtime.errors import UserError
 from groupsae.training.checkpoints.folder import (
     Damaged,
     begin,
     checkpoints,
     clear,
-    explained,
     manifest_of,
     remove,
     seal,
@@ -60,7 +60,7 @@ class SuiteCheckpoints(CheckpointIO):
             return
         rest, parts = take_apart(checkpoint)
         try:
-            with explained(path):
+            with explain_write_errors(path):
                 partial = begin(path)
                 seal(path, write_parts(partial, parts) | write_rest(partial, rest))
         except UserError:
