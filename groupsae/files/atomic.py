@@ -36,8 +36,8 @@ def explain_write_errors(path: Path, hint: str = "output=<folder>") -> Iterator[
         yield
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"cannot write {path}: {getattr(error, 'strerror', None) or error}. Complete files "
-            f"are kept: free space there and give the same command again, or use {hint}."
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}. Fix that or "
+            f"write elsewhere ({hint}), then give the same command again; complete files are kept."
         ) from error
 
 
@@ -166,8 +166,8 @@ def check_free(
     for kept in (Path.cwd(), *([] if source is None else [source.resolve()])):
         if kept.is_relative_to(resolved):
             raise UserError(
-                f"{target} is or contains {kept}, which is never replaced: name another folder "
-                "with to=<folder>."
+                f"{target} is or contains {kept}, which this does not replace: name another "
+                "folder with to=<folder>."
             )
     if not resolved.is_dir() or (any(resolved.iterdir()) and not ours(resolved)):
         raise UserError(

@@ -171,7 +171,7 @@ def test_a_folder_that_cannot_be_written_is_named(
     tiny_lm: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="Set output="):
+    with pytest.raises(UserError, match="output=<folder>"):
         run(overrides(tiny_lm, tiny_text, tmp_path / "file"))
 
 
@@ -283,7 +283,7 @@ def test_a_finished_run_is_not_shown_for_text_that_has_changed(
     ("arguments", "sentence"),
     [
         (["groups=count"], "groups.num_groups has no default"),
-        (["output=/dev/null/x"], "Set output="),
+        (["output=/dev/null/x"], "(output=<folder>)"),
     ],
 )
 def test_the_command_line_names_a_missing_value_and_a_folder_that_cannot_be(

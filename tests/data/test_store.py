@@ -409,7 +409,7 @@ def test_a_trial_tells_the_time_beforehand_and_may_fail(make_data, monkeypatch):
     data = make_data()
     data.fill_training()
     (said,) = data.said
-    assert re.search(r": 0\.4 MB to write into .*, about 0:00:0\d by a trial\.$", said)
+    assert re.search(r": 360 kB to write into .*, about 0:00:0\d by a trial\.$", said)
     assert {p.parent.name for p in data.store.folder.rglob("*.safetensors")} == {
         p.name for p in data.store.folder.glob("*/*")
     }
@@ -448,11 +448,11 @@ def test_a_disk_that_is_too_small_is_refused_with_figures(make_data, monkeypatch
     monkeypatch.setattr(fill.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     data = make_data()
     # 9 steps and 2 of validation, 4 layers: 11 * 4 * 4 * 2048 bytes
-    message = r"take 0\.4 MB, but .*store.* has room for 0\.1 MB: .*bfloat16.*data\.cache=null"
+    message = r"take 360 kB, but .*store.* has room for 100 kB: .*bfloat16.*data\.cache=null"
     with pytest.raises(UserError, match=message):
         data.fill_training()
     # one step of calibration would have room, but not what comes afterwards
-    with pytest.raises(UserError, match="take 0.0 MB, and at least 0.3 MB more afterwards"):
+    with pytest.raises(UserError, match=r"take \d+\.?\d* kB, and at least \d+ kB more afterwards"):
         data.fill_calibration(STEP * CONTEXT)
     assert files(data) == {}
 
@@ -470,7 +470,7 @@ def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(make_data, monke
     assert data.store.folder.exists()
     with monkeypatch.context() as patch:
         patch.setattr("groupsae.data.store.shard.os.fsync", full)
-        with pytest.raises(UserError, match="No space left on device.* same command goes on"):
+        with pytest.raises(UserError, match="No space left on device.* same command again"):
             data.fill_training()
     before = files(data)
     assert before

@@ -47,7 +47,7 @@ def test_without_a_total_no_share_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "SILENCE", 0.0)
-    ProgressLines("packing", None).tell(1200)
+    ProgressLines("packing", None).update(1200)
     assert capsys.readouterr().out.startswith("packing: 1,200 tokens, ")
 
 
