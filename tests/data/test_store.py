@@ -413,7 +413,9 @@ def test_a_trial_tells_the_time_beforehand_and_may_fail(make_data, monkeypatch):
     assert {p.parent.name for p in data.store.folder.rglob("*.safetensors")} == {
         p.name for p in data.store.folder.glob("*/*")
     }
-    monkeypatch.setattr(fill, "temporary_name", lambda path: path.parent / "no" / "such" / "folder")
+    monkeypatch.setattr(
+        fill, "temporary_name", lambda path: path.parent / "no" / "such" / "folder"
+    )
     data = make_data("bfloat16")
     data.fill_training()
     assert len(data.said) == 1

@@ -165,7 +165,7 @@ def test_damaged_files_are_named(tmp_path: Path):
         folder = write_run(tmp_path / name.replace("/", "-"))
         data = (folder / name).read_bytes()
         (folder / name).write_bytes(data[: len(data) // 2])
-        assert f"{folder / name} is cut short or damaged" in refusal(folder)
+        assert f"{folder / name} is damaged" in refusal(folder)
 
 
 def test_groups_that_were_changed_by_hand_are_refused_with_the_file(tmp_path: Path):
