@@ -4,8 +4,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from groupsae.runtime.errors import UserError
 
 
@@ -38,6 +36,8 @@ def check_processes(trainer: Mapping[str, Any]) -> None:
 
 def share_cores(processes: int) -> None:
     """Give this process its share of the cores, as Lightning does where it starts processes."""
+    import torch  # slow: commands check their arguments first
+
     if "OMP_NUM_THREADS" not in os.environ:
         here = getattr(os, "sched_getaffinity", None)  # macOS has none
         cores = len(here(0)) if here else os.cpu_count() or 1
