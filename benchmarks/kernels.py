@@ -2,9 +2,9 @@
 
 The sums of a training step (decoding, the latents' gradient, both weights' gradients) by the
 sparse kernels of the device and by dense products, for several shares; the rule in
-groupsae/sae/kernels/dispatch.py is read off here. `device=cuda` measures a GPU, and there top-k by
-Triton against torch's as well. A minute on two cores. Writes benchmarks/results/kernels.md,
-with the options in its name.
+groupsae/sae/kernels/dispatch.py is read off here. `device=cuda` measures a GPU. A minute on two
+cores; `size=smallest` takes a second. Writes benchmarks/results/kernels.md, with the options in
+its name.
 """
 
 import sys
@@ -12,13 +12,14 @@ from types import ModuleType
 
 import torch
 
-from benchmarks.timing import Seconds, interleaved, options, timed, write
-from groupsae.sae.kernels import cuda, dense
+from benchmarks.timing import Seconds, interleaved, options, smallest, timed, write
+from groupsae.sae.kernels import dense
 from groupsae.sae.kernels.dispatch import kernels_of
 from groupsae.sae.sparse import Entries
 from groupsae.training.allocator import keep_freed_memory
 
 SHAPES = {"cpu": [(128, 1024, 2048), (512, 4096, 1024)], "cuda": [(768, 12288, 8192)]}
+TINY = [(16, 64, 32)]
 SHARES = [1 / 256, 1 / 64, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
 ROUNDS = 5
 
@@ -26,7 +27,7 @@ ROUNDS = 5
 def measured(
     d_model: int, d_sae: int, batch: int, share: float, device: torch.device
 ) -> dict[str, Seconds]:
-    """Return the seconds of a step's four sums by both kinds of kernel, and of top-k."""
+    """Return the seconds of a step's four sums by both kinds of kernel."""
     source = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -46,21 +47,17 @@ def measured(
             kernels.combine(sorted_acts, rows, starts, x)
 
     uses = {"sparse": lambda: sums(kernels_of(table)), "dense": lambda: sums(dense)}
-    if device.type == "cuda":
-        uses |= {
-            "torch.topk": lambda: pre_acts.topk(k, dim=1, sorted=False),
-            "Triton's top_k": lambda: cuda.top_k(pre_acts, k),
-        }
     blocks = {name: timed(use, device) for name, use in uses.items()}
     return interleaved(blocks, ROUNDS, f"{d_model} x {d_sae}, share {share:.3f}")
 
 
 def main(arguments: list[str]) -> None:
     """Measure every shape and share and write the table."""
-    device = torch.device(options(arguments, device=("cpu", "cpu|cuda"))["device"])
+    given = options(arguments, device=("cpu", "cpu|cuda"))
+    device = torch.device(given["device"])
     keep_freed_memory()
     lines = []
-    for shape in SHAPES[device.type]:
+    for shape in TINY if smallest() else SHAPES[device.type]:
         found = [measured(*shape, share, device) for share in SHARES]
         names = list(found[0])
         lines += [

@@ -22,7 +22,7 @@ from benchmarks.timing import write
 from groupsae.app.run_folder import register_resolver
 from groupsae.config.arguments import make
 from groupsae.runtime.quiet import quiet
-from groupsae.sae.base import SAEOutput, SparseLatents
+from groupsae.sae.base import GlobalBatch, SAEOutput, SparseLatents
 from groupsae.sae.topk import TopK
 
 FAST, REFERENCE, LOW = "sparse kernels", "dense, by autograd", "found in bfloat16"
@@ -31,12 +31,11 @@ FAST, REFERENCE, LOW = "sparse kernels", "dense, by autograd", "found in bfloat1
 class Dense(TopK):
     """TopK with AuxK as its formulas say, every latent decoded."""
 
-    def forward(
-        self, x: Tensor, total_variance: Tensor, dead: Tensor, progress: float = 1.0, *_: object
-    ) -> SAEOutput:
+    def forward(self, x: Tensor, batch: GlobalBatch) -> SAEOutput:
         """Return what `TopK.forward` does."""
+        total_variance, dead = batch.total_variance, batch.dead
         pre_acts = F.linear(x - self.b_dec, self.W_enc, self.b_enc)
-        values, indices = pre_acts.topk(self.k_at(progress), dim=1)
+        values, indices = pre_acts.topk(self.k_at(batch.progress), dim=1)
         acts = torch.zeros_like(pre_acts).scatter(1, indices, values.relu())
         x_hat = self.decode_dense(acts)
         losses = {"fvu": (x - x_hat).square().sum() / total_variance}

@@ -27,8 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.timing import Seconds, interleaved, options, timed, write
-from groupsae.sae.kernels.product import affine
-from groupsae.sae.kernels.topk_cpu import top_k
+from groupsae.sae.kernels.dispatch import affine, top_k
 from groupsae.sae.topk import SELECTIONS, TopK
 from groupsae.training.allocator import keep_freed_memory
 from groupsae.training.group import GroupSAE

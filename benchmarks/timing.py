@@ -23,6 +23,7 @@ from rich.progress import track
 
 from groupsae.lm.build import build_gpt_neox, train_tokenizer
 
+SMALLEST = "size=smallest"
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -109,13 +110,22 @@ def processor() -> str:
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
+def smallest() -> bool:
+    """Return whether the command line has `size=smallest`: seconds on a CPU, no file is written.
+
+    For CI, which so runs every line of a benchmark; the figures mean nothing.
+    """
+    return SMALLEST in sys.argv[1:]
+
+
 def options(arguments: Sequence[str], **allowed: tuple[str, str]) -> dict[str, str]:
-    """Return the value of every option; `allowed` has default and pattern of each.
+    """Return the value of every option but `size`; `allowed` has default and pattern of each.
 
     Raises:
-        SystemExit: an argument is none of them; says which are.
+        SystemExit: an argument is none of them; the message names those that are.
     """
     values = {name: default for name, (default, _) in allowed.items()}
+    arguments = [a for a in arguments if a != SMALLEST]
     for argument in arguments:
         name, _, value = argument.partition("=")
         if name not in allowed or not re.fullmatch(allowed[name][1], value):
@@ -142,5 +152,6 @@ def write(name: str, title: str, text: str, device: torch.device, notes: str = "
     command = " ".join([f"python -m benchmarks.{name}", *sys.argv[1:]])
     whole = f"# {title}\n\n{text}\n\n{notes}\n\n{machine(device)}. Command: `{command}`\n"
     print(whole)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}{variant()}.md").write_text(whole)
+    if not smallest():
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}{variant()}.md").write_text(whole)

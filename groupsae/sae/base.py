@@ -1,4 +1,4 @@
-"""What every sparse autoencoder is made of, what it gives back and how it keeps its books."""
+"""What all sparse autoencoders share: weights, decoding, and the interface of a training step."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -10,27 +10,27 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from groupsae.runtime.errors import UserError
+from groupsae.sae.checks import check_count, is_number
 from groupsae.sae.kernels.dispatch import kernels_of
-from groupsae.sae.schedule import check_count, is_number
 from groupsae.sae.sparse import Decode, Entries
 
 AllSum = Callable[[Tensor], Tensor]
 
 
-def same(value: Tensor) -> Tensor:
-    """Return the sum over the one process that there is."""
+def no_reduce(value: Tensor) -> Tensor:
+    """Return the sum over all processes where there is one: the value."""
     return value
 
 
 class SparseLatents(NamedTuple):
     """Latent activations of a batch; a value of zero means not active.
 
-    `encode` gives k a row. Where the rows of a training batch have different numbers of active
-    latents, `starts` says where each row begins, and the other two have one dimension.
+    `encode` returns k per row. Where the rows of a training batch have different numbers of active
+    latents, `starts` tells where each row begins, and the other two have one dimension.
 
     Attributes:
         acts: activations, never negative (while a training step selects: pre-activations).
-        indices: which latents they belong to.
+        indices: the latents they belong to.
         starts: None, or the first entry of each row, and the number of entries at the end.
     """
 
@@ -45,13 +45,32 @@ class SparseLatents(NamedTuple):
         return Entries(self.indices, self.starts, d_sae)
 
 
+class GlobalBatch(NamedTuple):
+    """What a training step must know beyond its own rows of the batch.
+
+    Attributes:
+        total_variance: sum over the batches of all processes of |x - mean|^2.
+        dead: latents that have not fired for long.
+        progress: share of the training that is done, for schedules of sparsity.
+        share: of the rows of all processes that this process has.
+        all_sum: returns the sum of a tensor over all processes.
+    """
+
+    total_variance: Float[Tensor, ""]
+    dead: Int[Tensor, "dead"]
+    progress: float = 1.0
+    share: float | Float[Tensor, ""] = 1.0
+    all_sum: AllSum = no_reduce
+
+
 class SAEOutput(NamedTuple):
-    """Forward pass in training.
+    """Result of a training step's forward pass.
 
     Attributes:
         reconstruction: of the scaled activations.
-        latents: what was active; all latents where they are dense in training.
-        losses: named terms; the training loss is their sum.
+        latents: the active ones; all latents where they are dense in training.
+        losses: named terms, each this process's part of a sum over processes. The training loss
+            is the sum of the terms.
     """
 
     reconstruction: Float[Tensor, "batch d_model"]
@@ -63,7 +82,7 @@ class SAE(nn.Module, ABC):
     """f(x) = sigma(W_enc (x - b_dec) + b_enc), x_hat = W_dec f(x) + b_dec.
 
     Architectures differ in sigma and in what they add to the loss. All work on activations that
-    are already scaled by their layer's norm factor. Weights are [d_sae, d_model] both, one latent
+    are already scaled by their layer's norm factor. Both weights are [d_sae, d_model], one latent
     a row; the decoder's rows have unit norm before and after every step; biases start at zero.
 
     Args:
@@ -77,9 +96,10 @@ class SAE(nn.Module, ABC):
         UserError: not exactly one of `expansion` and `d_sae` is given, or it leaves no latent.
     """
 
-    terms: ClassVar[tuple[str, ...]]  # of the loss, that `forward` can give
-    normalized: ClassVar[tuple[str, ...]] = ("W_dec",)  # that `normalize_decoder` changes
+    terms: ClassVar[tuple[str, ...]]  # names of the losses that `forward` can return
+    normalized: ClassVar[tuple[str, ...]] = ("W_dec",)  # tensors that `normalize_decoder` changes
     kept_wide: ClassVar[float]  # float32 tensors [batch, d_sae] that wait for the backward pass
+    b_enc: Tensor
 
     def __init__(
         self,
@@ -107,18 +127,24 @@ class SAE(nn.Module, ABC):
 
     # ---- inference ----------------------------------------------------------------------
 
+    def pre_acts(self, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_sae"]:
+        """Return W_enc (x - b_dec) + b_enc.
+
+        b_dec goes through the bias, which saves the backward pass a full-size product.
+        """
+        return F.linear(x, self.W_enc, self.b_enc - self.W_enc @ self.b_dec)
+
     @abstractmethod
     def encode(self, x: Float[Tensor, "batch d_model"]) -> SparseLatents:
         """Return the active latents, as many entries a row as the row with most needs."""
 
     def decode(self, latents: SparseLatents) -> Float[Tensor, "batch d_model"]:
-        """Return the reconstruction; touches only the active rows of the decoder."""
+        """Return the reconstruction; reads only the active rows of the decoder."""
         return self.combine(latents) + self.b_dec
 
     def combine(self, latents: SparseLatents) -> Float[Tensor, "batch d_model"]:
-        """Return what the latents add up to, without the bias."""
-        entries = latents.entries(self.d_sae)
-        return Decode.apply(latents.acts.flatten(), self.W_dec, entries)
+        """Return the reconstruction without the bias."""
+        return Decode.apply(latents.acts.flatten(), self.W_dec, latents.entries(self.d_sae))
 
     def decode_dense(
         self, latents: Float[Tensor, "*batch d_sae"]
@@ -133,32 +159,14 @@ class SAE(nn.Module, ABC):
     # ---- training -----------------------------------------------------------------------
 
     @abstractmethod
-    def forward(
-        self,
-        x: Float[Tensor, "batch d_model"],
-        total_variance: Float[Tensor, ""],
-        dead: Int[Tensor, "dead"],
-        progress: float = 1.0,
-        share: float | Float[Tensor, ""] = 1.0,
-        all_sum: AllSum = same,
-    ) -> SAEOutput:
-        """Return reconstruction, latents and loss terms of a training batch.
+    def forward(self, x: Float[Tensor, "batch d_model"], batch: GlobalBatch) -> SAEOutput:
+        """Return reconstruction, latents and losses of scaled activations.
 
-        Every term is this process's part of a sum over processes. The first, `fvu`, is
-        sum |x - x_hat|^2 / total_variance.
-
-        Args:
-            x: scaled activations.
-            total_variance: sum over the *global* batch of |x - mean|^2; with several processes
-                it is more than this batch's own.
-            dead: latents that have not fired for long.
-            progress: share of the training that is done, for schedules of sparsity.
-            share: of the global batch's rows that are in `x`.
-            all_sum: returns the sum of a tensor over all processes.
+        The first loss, `fvu`, is sum |x - x_hat|^2 / total_variance.
         """
 
-    def followed(self) -> list[Tensor]:
-        """Return state that follows the batches, to be averaged over processes after a step."""
+    def running_state(self) -> list[Tensor]:
+        """Return state that training updates, to be averaged over processes after a step."""
         return []
 
     @torch.no_grad()
@@ -181,13 +189,13 @@ class SAE(nn.Module, ABC):
     def training_flops(self) -> int:
         """Return the FLOPs per token of a training step: dense, 10 d n.
 
-        Encoder forward and weight gradient 2 d n each, decoder forward and its two gradients as
-        well (paper section 3.3).
+        2 d n each: the encoder's forward and weight gradient, the decoder's forward and its two
+        gradients (paper, section 3.3).
         """
         return 10 * self.d_model * self.d_sae
 
     def inference_flops(self) -> int:
-        """Return the FLOPs per token of encoding and decoding, at most: 4 d n."""
+        """Return the most FLOPs per token that encoding and decoding take: 4 d n."""
         return 4 * self.d_model * self.d_sae
 
 
@@ -197,29 +205,26 @@ def _width(d_model: int, expansion: float | None, d_sae: int | None) -> int:
             f"sae.expansion is {expansion} and sae.d_sae is {d_sae}: give one of them and null "
             "for the other, such as sae.expansion=null sae.d_sae=16384."
         )
-    if expansion is not None:
-        if not is_number(expansion) or round(expansion * d_model) < 1:
-            raise UserError(f"sae.expansion is {expansion!r}; it must be above 0, such as 16.")
-        return round(expansion * d_model)
-    assert d_sae is not None
-    check_count("d_sae", d_sae)
-    return d_sae
+    if expansion is None:
+        check_count("d_sae", d_sae)
+        assert d_sae is not None
+        return d_sae
+    if not is_number(expansion) or round(expansion * d_model) < 1:
+        raise UserError(f"sae.expansion is {expansion!r}; it must be above 0, such as 16.")
+    return round(expansion * d_model)
 
 
-def linear_pre_acts(
-    x: Float[Tensor, "batch d_model"], sae: SAE, bias: Float[Tensor, "d_sae"]
-) -> Float[Tensor, "batch d_sae"]:
-    """Return W_enc (x - b_dec) + bias.
-
-    b_dec goes through the bias, which saves the backward pass a full-size product.
-    """
-    return F.linear(x, sae.W_enc, bias - sae.W_enc @ sae.b_dec)
+def ramp(start: float, end: float, warmup: float, progress: float) -> float:
+    """Return a value that goes from start to end, linearly, over a share `warmup` of training."""
+    if progress >= warmup:
+        return end
+    return start + (end - start) * progress / warmup
 
 
 def firings(
     latents: SparseLatents | Float[Tensor, "batch d_sae"], d_sae: int
 ) -> tuple[Bool[Tensor, "d_sae"], Int[Tensor, ""]]:
-    """Return which latents fired in a batch, and how often all of them did."""
+    """Return which latents fired in a batch, and the number of all firings."""
     if isinstance(latents, Tensor):
         return (latents > 0).any(dim=0), (latents > 0).sum()
     active = (latents.acts > 0).flatten()

@@ -6,20 +6,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from groupsae.sae.base import SAEOutput, SparseLatents, active_latents
-from groupsae.sae.kernels.topk_cpu import top_k
-from groupsae.sae.schedule import check_share
+from groupsae.sae.base import GlobalBatch, SAEOutput, SparseLatents, active_latents
+from groupsae.sae.checks import check_share
+from groupsae.sae.kernels.dispatch import top_k
 from groupsae.sae.topk import TopK
 
 
 class BatchTopK(TopK):
     """In training the k * batch largest latents of the whole batch are active.
 
-    So a row has k on average, and as many as it needs. A row must not depend on its neighbours
-    afterwards: `encode` keeps what lies above `threshold`, a running mean of the smallest positive
-    latent that training kept in a batch (section 3 of the paper has the mean over batches). With
-    several processes, each takes the largest of its own part of the batch, and the threshold is
-    the mean of theirs.
+    So a row has k on average, and as many as it needs. Afterwards a row must not depend on its
+    neighbours: `encode` keeps the latents above `threshold`, a running mean of the smallest
+    positive latent that training kept in a batch (section 3 of the paper has the mean over
+    batches). With several processes, each takes the largest of its own part of the batch, and the
+    threshold is the mean of theirs.
 
     Args:
         threshold_momentum: of the running mean of the threshold.
@@ -47,31 +47,31 @@ class BatchTopK(TopK):
         return SparseLatents(values, place % width, starts)
 
     def narrow(self, candidates: SparseLatents, k: int) -> SparseLatents:
-        """Return the k * batch largest among pre-activations that `select` gave."""
+        """Return the k * batch largest of the pre-activations that `select` returned."""
         assert candidates.starts is not None
         count = k * (len(candidates.starts) - 1)
         values, place, starts = _largest(candidates.acts, count, candidates.starts)
         return SparseLatents(values, candidates.indices[place], starts)
 
-    def forward(self, *args: Any, **kwargs: Any) -> SAEOutput:
-        """Return what `TopK` does; in training the threshold follows."""
-        output = super().forward(*args, **kwargs)
+    def forward(self, x: Float[Tensor, "batch d_model"], batch: GlobalBatch) -> SAEOutput:
+        """Return what `TopK` does; training updates the threshold."""
+        output = super().forward(x, batch)
         if self.training:
             assert isinstance(output.latents, SparseLatents)
-            self._follow(output.latents.acts)
+            self._update_threshold(output.latents.acts)
         return output
 
     @torch.no_grad()
-    def _follow(self, acts: Float[Tensor, "entry"]) -> None:
+    def _update_threshold(self, acts: Float[Tensor, "entry"]) -> None:
         """Move the threshold towards the smallest positive of the kept activations."""
-        if acts.numel() == 0:  # every token of the step is left out
+        if acts.numel() == 0:  # the token filters left no row of the step
             return
         smallest = torch.where(acts > 0, acts, torch.inf).min()
         slow = self.threshold_momentum * self.threshold + (1 - self.threshold_momentum) * smallest
         moved = torch.where(self.threshold == 0, smallest, slow)
         self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
 
-    def followed(self) -> list[Tensor]:
+    def running_state(self) -> list[Tensor]:
         """Return the threshold."""
         return [self.threshold]
 
@@ -79,7 +79,7 @@ class BatchTopK(TopK):
 def _largest(
     values: Float[Tensor, "value"], count: int, starts: Int[Tensor, "bound"]
 ) -> tuple[Float[Tensor, "entry"], Int[Tensor, "entry"], Int[Tensor, "bound"]]:
-    """Return the largest values in the order that they are in, their places, and where rows start.
+    """Return the `count` largest values in their order, their places, and where rows start.
 
     Args:
         values: one row after the other.

@@ -3,23 +3,16 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from groupsae.sae.base import (
-    SAE,
-    AllSum,
-    SAEOutput,
-    SparseLatents,
-    active_latents,
-    linear_pre_acts,
-    same,
-)
-from groupsae.sae.schedule import check_positive, check_share, ramp
+from groupsae.sae.base import SAE, GlobalBatch, SAEOutput, SparseLatents, active_latents, ramp
+from groupsae.sae.checks import check_positive, check_share
 
 
 class Gated(SAE):
-    """Which latents are active and how strongly are two questions: f = 1[gate > 0] ReLU(mag).
+    """f = 1[gate > 0] ReLU(mag): one answer for which latents are active, one for how strongly.
 
     gate = W_enc (x - b_dec) + b_gate and mag = exp(r_mag) W_enc (x - b_dec) + b_mag share their
     weights. L1 acts on the gate only, so it does not shrink the activations.
@@ -34,11 +27,7 @@ class Gated(SAE):
     kept_wide = 4.5
 
     def __init__(
-        self,
-        *,
-        l1_coefficient: float = 0.1,
-        sparsity_warmup: float = 0.1,
-        **size: Any,
+        self, *, l1_coefficient: float = 0.1, sparsity_warmup: float = 0.1, **size: Any
     ) -> None:
         super().__init__(**size)
         check_positive(l1_coefficient=l1_coefficient)
@@ -48,11 +37,15 @@ class Gated(SAE):
         self.b_mag = nn.Parameter(torch.zeros(self.d_sae))
         self.r_mag = nn.Parameter(torch.zeros(self.d_sae))
 
+    def pre_acts(self, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_sae"]:
+        """Return W_enc (x - b_dec), which gate and magnitude share."""
+        return F.linear(x, self.W_enc, torch.zeros_like(self.b_gate) - self.W_enc @ self.b_dec)
+
     def gate_and_acts(
         self, x: Float[Tensor, "batch d_model"]
     ) -> tuple[Float[Tensor, "batch d_sae"], Float[Tensor, "batch d_sae"]]:
         """Return the gate after ReLU, and all latents."""
-        shared = linear_pre_acts(x, self, torch.zeros_like(self.b_gate))
+        shared = self.pre_acts(x)
         gate, magnitude = shared + self.b_gate, shared * self.r_mag.exp() + self.b_mag
         return gate.relu(), magnitude.relu() * (gate > 0)
 
@@ -60,29 +53,21 @@ class Gated(SAE):
         """Return the active latents."""
         return active_latents(self.gate_and_acts(x)[1])
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch d_model"],
-        total_variance: Float[Tensor, ""],
-        dead: Int[Tensor, "dead"],
-        progress: float = 1.0,
-        share: float | Float[Tensor, ""] = 1.0,
-        all_sum: AllSum = same,
-    ) -> SAEOutput:
-        """Return reconstruction, latents and loss terms of a training batch.
+    def forward(self, x: Float[Tensor, "batch d_model"], batch: GlobalBatch) -> SAEOutput:
+        """Return reconstruction, latents and losses.
 
         Losses: fvu; sparsity = coefficient * sum ReLU(gate) / total_variance; and gate, the fvu of
-        decoding ReLU(gate) with a decoder that this term does not train: through it the gate
-        learns what to let pass.
+        decoding ReLU(gate) with a decoder that this term does not train, from which the gate
+        learns which latents to let pass.
         """
-        gate, acts = self.gate_and_acts(x)
+        (gate, acts), total = self.gate_and_acts(x), batch.total_variance
         reconstruction = self.decode_dense(acts)
         through_gate = gate @ self.W_dec.detach() + self.b_dec.detach()
-        weight = ramp(0, self.l1_coefficient, self.sparsity_warmup, progress)
+        weight = ramp(0, self.l1_coefficient, self.sparsity_warmup, batch.progress)
         losses = {
-            "fvu": (x - reconstruction).square().sum() / total_variance,
-            "sparsity": weight * gate.sum() / total_variance,
-            "gate": (x - through_gate).square().sum() / total_variance,
+            "fvu": (x - reconstruction).square().sum() / total,
+            "sparsity": weight * gate.sum() / total,
+            "gate": (x - through_gate).square().sum() / total,
         }
         return SAEOutput(reconstruction, acts.detach(), losses)
 

@@ -4,28 +4,20 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from groupsae.runtime.errors import UserError
-from groupsae.sae.base import (
-    SAE,
-    AllSum,
-    SAEOutput,
-    SparseLatents,
-    active_latents,
-    linear_pre_acts,
-    same,
-)
-from groupsae.sae.schedule import check_positive, check_share, ramp
+from groupsae.sae.base import SAE, GlobalBatch, SAEOutput, SparseLatents, active_latents, ramp
+from groupsae.sae.checks import check_positive, check_share
 
 
 class JumpReLU(SAE):
     """f(x)_i = z_i if z_i > theta_i, else 0, with z = W_enc (x - b_dec) + b_enc and theta > 0.
 
-    Sparsity is driven to a chosen L0 (as the reference code does): the penalty is
+    Sparsity is driven to a chosen L0, as in the reference code: the penalty is
     coefficient * (L0 / target_l0 - 1)^2. A step has no gradient, so both the activation and the
-    count of active latents get that of the step smoothed over a width around the threshold.
+    count of active latents get that of a step that is smoothed around the threshold.
 
     Args:
         target_l0: active latents per row that training aims at, on average.
@@ -69,40 +61,28 @@ class JumpReLU(SAE):
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
         self.log_threshold = nn.Parameter(torch.full((self.d_sae,), math.log(threshold)))
 
-    def pre_acts(self, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_sae"]:
-        """Return W_enc (x - b_dec) + b_enc."""
-        return linear_pre_acts(x, self, self.b_enc)
-
     def encode(self, x: Float[Tensor, "batch d_model"]) -> SparseLatents:
         """Return the latents above their thresholds."""
         pre_acts = self.pre_acts(x)
         return active_latents(pre_acts * (pre_acts > self.log_threshold.exp()))
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch d_model"],
-        total_variance: Float[Tensor, ""],
-        dead: Int[Tensor, "dead"],
-        progress: float = 1.0,
-        share: float | Float[Tensor, ""] = 1.0,
-        all_sum: AllSum = same,
-    ) -> SAEOutput:
-        """Return reconstruction, latents and loss terms of a training batch.
+    def forward(self, x: Float[Tensor, "batch d_model"], batch: GlobalBatch) -> SAEOutput:
+        """Return reconstruction, latents and losses.
 
         Losses: fvu, and sparsity = coefficient * (L0 / target_l0 - 1)^2, with L0 the mean number
         of active latents over the global batch; each process has its share of the value, and the
         gradient for its own rows.
         """
         acts, active = Jump.apply(self.pre_acts(x), self.log_threshold.exp(), self.bandwidth)
-        reconstruction = self.decode_dense(acts)
+        reconstruction, share = self.decode_dense(acts), batch.share
         num_active = active.sum()
-        excess = all_sum(num_active.detach()) * share / max(1, len(x)) / self.target_l0 - 1
+        excess = batch.all_sum(num_active.detach()) * share / max(1, len(x)) / self.target_l0 - 1
         slope = 2 * excess * share / max(1, len(x)) / self.target_l0
-        weight = ramp(0, self.l0_coefficient, self.sparsity_warmup, progress)
+        penalty = share * excess.square() + slope * (num_active - num_active.detach())
+        weight = ramp(0, self.l0_coefficient, self.sparsity_warmup, batch.progress)
         losses = {
-            "fvu": (x - reconstruction).square().sum() / total_variance,
-            "sparsity": weight
-            * (share * excess.square() + slope * (num_active - num_active.detach())),
+            "fvu": (x - reconstruction).square().sum() / batch.total_variance,
+            "sparsity": weight * penalty,
         }
         return SAEOutput(reconstruction, acts.detach(), losses)
 

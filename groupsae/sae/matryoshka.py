@@ -10,8 +10,8 @@ from torch import Tensor
 
 from groupsae.runtime.errors import UserError
 from groupsae.sae.batchtopk import BatchTopK
-from groupsae.sae.kernels.bookkeeping import rows_of
-from groupsae.sae.schedule import check_share
+from groupsae.sae.checks import check_share
+from groupsae.sae.kernels.dense import rows_of
 from groupsae.sae.sparse import Decode, Entries
 
 PREFIXES = (0.0625, 0.125, 0.25, 0.5, 1.0)
@@ -20,9 +20,9 @@ PREFIXES = (0.0625, 0.125, 0.25, 0.5, 1.0)
 class Matryoshka(BatchTopK):
     """BatchTopK whose first latents must reconstruct on their own.
 
-    The latents are nested: the first m_1, the first m_2, ... all. Each such prefix reconstructs
-    the input from its own active latents, and all their errors count: general features settle in
-    the small prefixes and are not split up among the later latents.
+    Each prefix of the latents (the first m_1, the first m_2, ... all) reconstructs the input from
+    its own active latents, and all their errors count: general features settle in the small
+    prefixes and are not split up among the later latents.
 
     Args:
         prefixes: shares of the latents, growing, the last one 1.
@@ -56,19 +56,19 @@ class Matryoshka(BatchTopK):
         entries: Entries,
         total_variance: Float[Tensor, ""],
     ) -> tuple[Float[Tensor, "batch d_model"], dict[str, Float[Tensor, ""]]]:
-        """Return the reconstruction from all latents, and the losses of all prefixes.
-
-        fvu is that of all latents, nested the sum of those of the smaller prefixes.
-        """
+        """Return the reconstruction by all latents, its fvu, and the sum of the others, nested."""
         rings = Decode.apply(acts, self.W_dec, self._by_ring(entries))
         x_hats = self.b_dec + rings.unflatten(0, (len(x), len(self.sizes))).cumsum(dim=1)
         squares = (x.unsqueeze(1) - x_hats).square().sum(dim=(0, 2)) / total_variance
         return x_hats[:, -1], {"fvu": squares[-1], "nested": squares[:-1].sum()}
 
     def _by_ring(self, entries: Entries) -> Entries:
-        """Cut each row where a prefix ends: the entries are in order of row and latent."""
+        """Return the entries with each row split where a prefix ends.
+
+        They are in order of row and latent.
+        """
         row = rows_of(entries.starts, len(entries.latents))
         rows = torch.arange(len(entries.starts) - 1, device=row.device)
         cuts = (rows.unsqueeze(1) * self.d_sae + self.begins).flatten()
         starts = torch.searchsorted(row * self.d_sae + entries.latents, cuts)
-        return entries.cut(torch.cat([starts, entries.starts[-1:]]))
+        return entries.with_rows(torch.cat([starts, entries.starts[-1:]]))

@@ -9,16 +9,15 @@ from groupsae.sae.base import SparseLatents
 
 
 class Reconstruction(Metric):
-    """FVU, L0 and which latents fired, over everything seen since the last reset.
+    """FVU, L0 and which latents fired, over all batches since the last reset.
 
-    fvu = sum |x - x_hat|^2 / sum |x - mean|^2 with the mean over the whole evaluation set (not
-    the batch), in float64; l0 = mean number of latents above zero.
+    fvu = sum |x - x_hat|^2 / sum |x - mean|^2 with the mean over all batches, in float64;
+    l0 = mean number of latents above zero.
 
     Args:
         d_model: width of the activations.
         d_sae: number of latents.
-        sync_on_compute: take all processes' sums, where there are several; False where one of
-            them sees everything.
+        sync_on_compute: sum over all processes; False where one of them sees all batches.
     """
 
     full_state_update = False
@@ -31,12 +30,9 @@ class Reconstruction(Metric):
 
     def __init__(self, *, d_model: int, d_sae: int, sync_on_compute: bool = True) -> None:
         super().__init__(sync_on_compute=sync_on_compute)
-        zero = torch.zeros((), dtype=torch.float64)
-        self.add_state("squared_error", zero.clone(), dist_reduce_fx="sum")
+        for name in ("squared_error", "sum_squares", "active", "count"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("sum_x", torch.zeros(d_model, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("sum_squares", zero.clone(), dist_reduce_fx="sum")
-        self.add_state("active", zero.clone(), dist_reduce_fx="sum")
-        self.add_state("count", zero.clone(), dist_reduce_fx="sum")
         self.add_state("fired", torch.zeros(d_sae, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(

@@ -3,19 +3,11 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from groupsae.sae.base import (
-    SAE,
-    AllSum,
-    SAEOutput,
-    SparseLatents,
-    active_latents,
-    linear_pre_acts,
-    same,
-)
-from groupsae.sae.schedule import check_positive, check_share, ramp
+from groupsae.sae.base import SAE, GlobalBatch, SAEOutput, SparseLatents, active_latents, ramp
+from groupsae.sae.checks import check_positive, check_share
 
 
 class ReLU(SAE):
@@ -36,11 +28,7 @@ class ReLU(SAE):
     kept_wide = 1.2
 
     def __init__(
-        self,
-        *,
-        l1_coefficient: float = 0.1,
-        sparsity_warmup: float = 0.1,
-        **size: Any,
+        self, *, l1_coefficient: float = 0.1, sparsity_warmup: float = 0.1, **size: Any
     ) -> None:
         super().__init__(**size)
         check_positive(l1_coefficient=l1_coefficient)
@@ -48,38 +36,26 @@ class ReLU(SAE):
         self.l1_coefficient, self.sparsity_warmup = l1_coefficient, sparsity_warmup
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
 
-    def acts(self, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_sae"]:
-        """Return all latents."""
-        return linear_pre_acts(x, self, self.b_enc).relu()
-
     def encode(self, x: Float[Tensor, "batch d_model"]) -> SparseLatents:
         """Return the latents above zero."""
-        return active_latents(self.acts(x))
+        return active_latents(self.pre_acts(x).relu())
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch d_model"],
-        total_variance: Float[Tensor, ""],
-        dead: Int[Tensor, "dead"],
-        progress: float = 1.0,
-        share: float | Float[Tensor, ""] = 1.0,
-        all_sum: AllSum = same,
-    ) -> SAEOutput:
-        """Return reconstruction, latents and loss terms of a training batch.
+    def forward(self, x: Float[Tensor, "batch d_model"], batch: GlobalBatch) -> SAEOutput:
+        """Return reconstruction, latents and losses.
 
         Losses: fvu, and sparsity = coefficient * sum f_i |W_dec,i| / total_variance.
         """
-        acts = self.acts(x)
+        acts, total = self.pre_acts(x).relu(), batch.total_variance
         reconstruction = self.decode_dense(acts)
-        weight = ramp(0, self.l1_coefficient, self.sparsity_warmup, progress)
+        weight = ramp(0, self.l1_coefficient, self.sparsity_warmup, batch.progress)
         losses = {
-            "fvu": (x - reconstruction).square().sum() / total_variance,
-            "sparsity": weight * (acts.sum(dim=0) @ self.W_dec.norm(dim=1)) / total_variance,
+            "fvu": (x - reconstruction).square().sum() / total,
+            "sparsity": weight * (acts.sum(dim=0) @ self.W_dec.norm(dim=1)) / total,
         }
         return SAEOutput(reconstruction, acts.detach(), losses)
 
     def project_gradient(self) -> None:
-        """Leave the gradient whole: the norms are free within a step."""
+        """Leave the gradient as it is: the norms are free within a step."""
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:

@@ -1,9 +1,8 @@
 """The encoder and the decoder at the active latents only, with gradients.
 
 An SAE with k of n latents active needs one dense product, the encoder's, to find them. Their
-gradients, and everything the decoder does, touch k rows a token: with E entries (active latents of
-all tokens), z_e = W_enc[j_e] . (x[r_e] - b_dec) + b_enc[j_e] and a decoded row
-y_r = sum_{e in row r} a_e W_dec[j_e],
+gradients and the decoder touch k rows a token. With E entries (active latents of all tokens),
+z_e = W_enc[j_e] . (x[r_e] - b_dec) + b_enc[j_e] and y_r = sum_{e in row r} a_e W_dec[j_e],
 
     dL/da_e = dL/dy[r_e] . W_dec[j_e]
     dL/dW_dec[j] = sum_{e: j_e = j} a_e dL/dy[r_e]
@@ -11,8 +10,8 @@ y_r = sum_{e in row r} a_e W_dec[j_e],
     dL/db_enc[j] = sum_{e: j_e = j} dL/dz_e,   dL/db_dec = -W_enc^T dL/db_enc
 
 Both weights' gradients are sums over the entries in order of latents, `Entries.by_latent`, of the
-same form as decoding, which is a sum over them in order of rows. Nothing of the size
-[entry, d_model] or [batch, d_sae] is kept or made.
+same form as decoding, which is a sum over them in order of rows. No tensor of size
+[entry, d_model] or [batch, d_sae] is made here.
 """
 
 from functools import cached_property
@@ -24,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from groupsae.sae.kernels.bookkeeping import rows_of
+from groupsae.sae.kernels.dense import rows_of
 from groupsae.sae.kernels.dispatch import kernels_for
 
 
@@ -32,9 +31,9 @@ class ByLatent(NamedTuple):
     """Entries sorted by latent.
 
     Attributes:
-        order: which entries, by their number in order of rows.
+        order: their numbers in order of rows.
         rows: the row of each.
-        starts: where each latent's begin, and their number at the end.
+        starts: where each latent's entries begin, and their number at the end.
     """
 
     order: Int[Tensor, "entry"]
@@ -63,8 +62,8 @@ class Entries:
         starts = torch.arange(rows + 1, device=latents.device) * k
         return cls(latents.flatten(), starts, d_sae)
 
-    def cut(self, starts: Int[Tensor, "bound"]) -> "Entries":
-        """Return the same entries in other rows, which need not be sorted again."""
+    def with_rows(self, starts: Int[Tensor, "bound"]) -> "Entries":
+        """Return the same entries in other rows; they need not be sorted again."""
         entries = Entries(self.latents, starts, self.d_sae)
         entries._sorted = self._sorted
         return entries
@@ -87,7 +86,7 @@ class Entries:
 
 
 class Decode(torch.autograd.Function):
-    """What active latents add up to, without the bias: [row, d_model]."""
+    """The decoder at the active latents, without the bias: [row, d_model]."""
 
     @staticmethod
     def forward(
@@ -119,18 +118,18 @@ class Encode(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        found: Float[Tensor, "entry"] | None,
+        known: Float[Tensor, "entry"] | None,
         x: Float[Tensor, "row d"],
         W_enc: Float[Tensor, "n d"],
         b_enc: Float[Tensor, "n"],
         b_dec: Float[Tensor, "d"],
         entries: Entries,
     ) -> Float[Tensor, "entry"]:
-        """Return W_enc[j] . (x - b_dec) + b_enc[j] of each entry; `found` if that is known."""
+        """Return W_enc[j] . (x - b_dec) + b_enc[j] of each entry, or what is `known` of it."""
         ctx.save_for_backward(x, W_enc, b_dec)
         ctx.entries = entries
-        if found is not None:
-            return found.clone()
+        if known is not None:
+            return known.clone()
         kernels = entries.kernels(W_enc)
         return (
             kernels.dots(x - b_dec, W_enc, entries.starts, entries.latents)

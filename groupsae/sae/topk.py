@@ -8,11 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from groupsae.runtime.errors import UserError
-from groupsae.sae.base import SAE, AllSum, SAEOutput, SparseLatents, linear_pre_acts, same
-from groupsae.sae.kernels.dispatch import DENSE_SHARE
-from groupsae.sae.kernels.product import affine
-from groupsae.sae.kernels.topk_cpu import top_k
-from groupsae.sae.schedule import check_count, check_positive, check_share, is_number, ramp
+from groupsae.sae.base import SAE, GlobalBatch, SAEOutput, SparseLatents, ramp
+from groupsae.sae.checks import check_count, check_positive, check_share, is_number
+from groupsae.sae.kernels.dispatch import DENSE_SHARE, affine, top_k
 from groupsae.sae.sparse import Decode, Encode, Entries
 
 SELECTIONS = ("float32", "bfloat16")
@@ -28,11 +26,11 @@ class TopK(SAE):
 
     Args:
         k: active latents per row.
-        k_start: active latents at the start of training; null: k.
+        k_start: active latents at the start of training; None: k.
         sparsity_warmup: share of the training in which k_start goes over to k, linearly.
         auxk_alpha: weight of the AuxK term (paper: 1/32); 0 switches it off.
         auxk_share: AuxK uses up to auxk_share * d_model dead latents (0.5, as Gao et al. and the
-            reference code do; the paper's text says half of d_sae).
+            reference code; the paper's text has half of d_sae).
         selection: dtype of the encoder's product that finds a training step's active latents,
             float32 or bfloat16; their values and all gradients are float32 either way.
         **size: of `SAE`.
@@ -42,7 +40,7 @@ class TopK(SAE):
     """
 
     terms: ClassVar[tuple[str, ...]] = ("fvu", "auxk")
-    kept_wide = 0.0  # the k active latents a row are small beside the weights
+    kept_wide = 0.0  # the k active latents of a row are few against the weights
 
     def __init__(
         self,
@@ -61,17 +59,13 @@ class TopK(SAE):
         check_count("k_start", k if k_start is None else k_start, self.d_sae)
         check_positive(auxk_share=auxk_share)
         if not is_number(auxk_alpha) or auxk_alpha < 0:
-            raise UserError(f"sae.auxk_alpha is {auxk_alpha!r}; it must be at least 0.")
+            raise UserError(f"sae.auxk_alpha is {auxk_alpha!r}; it must be 0 or more.")
         if selection not in SELECTIONS:
             raise UserError(f"sae.selection is {selection!r}: use {' or '.join(SELECTIONS)}.")
         self.selection = selection
         self.k, self.k_start, self.sparsity_warmup = k, k_start or k, sparsity_warmup
         self.auxk_alpha, self.max_auxk = auxk_alpha, max(1, round(auxk_share * self.d_model))
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
-
-    def pre_acts(self, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_sae"]:
-        """Return W_enc (x - b_dec) + b_enc."""
-        return linear_pre_acts(x, self, self.b_enc)
 
     def encode(self, x: Float[Tensor, "batch d_model"]) -> SparseLatents:
         """Return the k largest latents of each row."""
@@ -87,7 +81,7 @@ class TopK(SAE):
         return SparseLatents(*top_k(pre_acts, k))
 
     def narrow(self, candidates: SparseLatents, k: int) -> SparseLatents:
-        """Return the largest among pre-activations that `select` gave, k a row."""
+        """Return the largest of the pre-activations that `select` returned, k a row."""
         values, place = top_k(candidates.acts, k)
         return SparseLatents(values, candidates.indices.gather(1, place))
 
@@ -95,10 +89,10 @@ class TopK(SAE):
     def find(
         self, x: Float[Tensor, "batch d_model"], k: int
     ) -> tuple[SparseLatents, Float[Tensor, "batch d_sae"]]:
-        """Return the pre-activations that are active in training, and all as they were found.
+        """Return the pre-activations of the active latents, and all, in the dtype of `selection`.
 
-        Found in bfloat16, the best 2 k are worked out again in float32, and the best k of those
-        are taken: its rounding, 2^-9 of a value, reaches across the k-th place but hardly ever
+        In bfloat16 the best 2 k are found, computed again in float32, and the best k of those
+        taken: its rounding, 2^-9 of a value, reaches across the k-th place but hardly ever
         across as many values again.
         """
         centred = x - self.b_dec
@@ -109,34 +103,26 @@ class TopK(SAE):
         pre_acts = affine(centred.to(low), self.W_enc.to(low), self.b_enc.to(low))
         candidates = self.select(pre_acts, min(CANDIDATES * k, self.d_sae))
         exact = self._encode_at(None, x, candidates.entries(self.d_sae))
-        again = candidates._replace(acts=exact.view_as(candidates.acts))
-        return self.narrow(again, k), pre_acts
+        return self.narrow(candidates._replace(acts=exact.view_as(candidates.acts)), k), pre_acts
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch d_model"],
-        total_variance: Float[Tensor, ""],
-        dead: Int[Tensor, "dead"],
-        progress: float = 1.0,
-        share: float | Float[Tensor, ""] = 1.0,
-        all_sum: AllSum = same,
-    ) -> SAEOutput:
-        """Return reconstruction, latents and loss terms of a training batch.
+    def forward(self, x: Float[Tensor, "batch d_model"], batch: GlobalBatch) -> SAEOutput:
+        """Return reconstruction, latents and losses.
 
         Losses: fvu, and auxk = alpha * share * sum |e - e_hat|^2 / total_variance, with
         e = x - x_hat detached, e_hat its reconstruction from the top dead latents and
         share = min(dead / max_auxk, 1), so that a handful of dead latents does not get the full
         weight.
         """
-        found, pre_acts = self.find(x, self.k_at(progress))
+        found, pre_acts = self.find(x, self.k_at(batch.progress))
         entries = found.entries(self.d_sae)
         acts = self._encode_at(found.acts.flatten(), x, entries).relu()
-        reconstruction, losses = self.reconstruct(x, acts, entries, total_variance)
-        if self.auxk_alpha > 0 and len(dead) > 0:
+        reconstruction, losses = self.reconstruct(x, acts, entries, batch.total_variance)
+        num_dead = len(batch.dead)
+        if self.auxk_alpha > 0 and num_dead > 0:
             error = (x - reconstruction).detach()
-            squares = F.mse_loss(self._auxk(x, pre_acts, dead), error, reduction="sum")
-            weight = self.auxk_alpha * min(len(dead) / self.max_auxk, 1.0)
-            losses["auxk"] = weight * squares / total_variance
+            squares = F.mse_loss(self._auxk(x, pre_acts, batch.dead), error, reduction="sum")
+            weight = self.auxk_alpha * min(num_dead / self.max_auxk, 1.0)
+            losses["auxk"] = weight * squares / batch.total_variance
         latents = found._replace(acts=acts.detach().view_as(found.acts))
         return SAEOutput(reconstruction, latents, losses)
 
@@ -147,16 +133,16 @@ class TopK(SAE):
         entries: Entries,
         total_variance: Float[Tensor, ""],
     ) -> tuple[Float[Tensor, "batch d_model"], dict[str, Float[Tensor, ""]]]:
-        """Return the reconstruction and the loss terms that come from it."""
+        """Return the reconstruction and the losses that come from it."""
         reconstruction = Decode.apply(acts, self.W_dec, entries) + self.b_dec
         squares = F.mse_loss(reconstruction, x, reduction="sum")
         return reconstruction, {"fvu": squares / total_variance}
 
     def _encode_at(
-        self, found: Float[Tensor, "entry"] | None, x: Tensor, entries: Entries
+        self, known: Float[Tensor, "entry"] | None, x: Tensor, entries: Entries
     ) -> Float[Tensor, "entry"]:
-        """Return the pre-activations of entries, whose values are `found` if that is known."""
-        return Encode.apply(found, x, self.W_enc, self.b_enc, self.b_dec, entries)
+        """Return the pre-activations of entries, which are `known` or not."""
+        return Encode.apply(known, x, self.W_enc, self.b_enc, self.b_dec, entries)
 
     def _auxk(
         self,
@@ -164,7 +150,7 @@ class TopK(SAE):
         pre_acts: Float[Tensor, "batch d_sae"],
         dead: Int[Tensor, "dead"],
     ) -> Float[Tensor, "batch d_model"]:
-        """Return what the top dead latents add up to: a TopK of the dead latents alone."""
+        """Return the sum of the top dead latents: a TopK of the dead latents alone."""
         values, indices = top_k(pre_acts[:, dead], min(len(dead), self.max_auxk))
         known = values.flatten() if self.selection == "float32" else None
         entries = Entries.of_rows(indices, len(dead))
@@ -176,8 +162,7 @@ class TopK(SAE):
 
         The encoder's product is dense, 2 d n; its gradient, decoding and decoding's two gradients
         touch k rows, 2 d k each, or all n where so many are active that dense products are
-        faster. AuxK, which runs only while latents are dead, is not counted,
-        nor what k_start adds at the beginning.
+        faster. Not counted: AuxK, which runs only while latents are dead, and what k_start adds.
         """
         touched = self.d_sae if self.k > DENSE_SHARE * self.d_sae else self.k
         again = 2 * CANDIDATES * self.k if self.selection != "float32" else 0

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from groupsae.data.batch import ActivationBatch
 from groupsae.data.draws import stream_key
-from groupsae.sae.base import SAE, AllSum, SparseLatents, firings, same
+from groupsae.sae.base import SAE, AllSum, GlobalBatch, SparseLatents, firings, no_reduce
 from groupsae.sae.metrics import Reconstruction
 from groupsae.training.b_dec_init import init_b_dec
 from groupsae.training.metrics import (
@@ -131,7 +131,7 @@ class GroupSAE(L.LightningModule):
         moments: Float[Tensor, "moment"],
         num_dead: int = 0,
         progress: float = 1.0,
-        all_sum: AllSum = same,
+        all_sum: AllSum = no_reduce,
     ) -> Float[Tensor, ""]:
         """Return this process's part of the loss; updates the counters and notes what fired.
 
@@ -147,14 +147,9 @@ class GroupSAE(L.LightningModule):
         # at least 1 row and a positive variance: a batch of excluded tokens only has loss zero
         num_rows = counts.sum().clamp_min(1)
         variance = (sum_squares[0] - sum_x.square().sum() / num_rows).clamp_min(1e-12)
-        output = self.sae.forward(
-            x,
-            variance.float(),
-            self.dead_latents(num_dead),
-            progress,
-            (len(x) / num_rows).float(),
-            all_sum,
-        )
+        dead, share = self.dead_latents(num_dead), (len(x) / num_rows).float()
+        batch = GlobalBatch(variance.float(), dead, progress, share, all_sum)
+        output = self.sae.forward(x, batch)
         loss = torch.stack(list(output.losses.values())).sum()
         with torch.no_grad():
             fired, active = firings(output.latents, self.sae.d_sae)
@@ -423,7 +418,7 @@ class JointStep:
         for group, times in zip(groups, fired, strict=True):
             group.count_dead(times > 0)
             if self.sharing > 1:
-                for state in group.sae.followed():
+                for state in group.sae.running_state():
                     state.copy_(self.all_sum(state) / self.sharing)
         self.num_dead = self.count_dead()
         # DDP averages gradients over processes; the denominators of the loss are global already

@@ -11,6 +11,7 @@ from groupsae.data.batch import ActivationBatch
 from groupsae.grouping.angles import AngularDistance
 from groupsae.grouping.groupings import groupings
 from groupsae.grouping.plan import GroupPlan
+from groupsae.sae.base import GlobalBatch
 from groupsae.training.callbacks.grouping import GroupLayers
 from groupsae.training.callbacks.throughput import Throughput
 from groupsae.training.parallel.collect import gather
@@ -188,9 +189,11 @@ def _measured_flops(
         member = (held.get(planned.name) or suite.make_member(planned, data.slots)).cpu()
         acts, layers = batch.rows(slot)
         few = slice(min(FEW, len(acts)))
-        x, one = member.scaled(acts[few].cpu(), layers[few].cpu()), torch.ones(())
+        x = member.scaled(acts[few].cpu(), layers[few].cpu())
         with flop_counter() as sae, torch.enable_grad():
-            output = member.sae.eval().forward(x, one, member.dead_latents(0))
+            output = member.sae.eval().forward(
+                x, GlobalBatch(torch.ones(()), member.dead_latents(0))
+            )
             torch.stack(list(output.losses.values())).sum().backward()
         member.zero_grad()
         of_saes += sae.get_total_flops() * (len(acts) / max(1, len(x))) / num_tokens

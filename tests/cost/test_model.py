@@ -19,6 +19,7 @@ from groupsae.cost.model import (
     sae_flops,
 )
 from groupsae.cost.stopwatch import Stopwatch
+from groupsae.sae.base import GlobalBatch
 from groupsae.sae.kernels import cpu
 from groupsae.sae.topk import TopK
 from tests.helpers.lms import hooked
@@ -93,7 +94,7 @@ def test_our_counter_sees_all_of_an_sae_step(k):
     sae = TopK(d_model=d_model, expansion=4, k=k, auxk_alpha=0, generator=generator)
     x = torch.randn(rows, d_model, generator=generator)
     with flop_counter() as counter:
-        output = sae(x, torch.tensor(1.0), torch.zeros(0, dtype=torch.int64))
+        output = sae(x, GlobalBatch(torch.tensor(1.0), torch.zeros(0, dtype=torch.int64)))
         assert counter.get_total_flops() == rows * (
             2 * d_model * 64 + 2 * d_model * (k if k < 16 else 64)
         )  # of 16 all is dense
@@ -133,7 +134,9 @@ def test_the_sae_count_is_what_a_flop_counter_sees_plus_the_sparse_decoder(k):
     x = torch.randn(rows, d_model, generator=generator)
     with FlopCounterMode(display=False, custom_mapping=onednn()) as counter:
         sum(
-            sae(x, torch.tensor(1.0), torch.zeros(0, dtype=torch.int64)).losses.values()
+            sae(
+                x, GlobalBatch(torch.tensor(1.0), torch.zeros(0, dtype=torch.int64))
+            ).losses.values()
         ).backward()
     counted = counter.get_total_flops()
     sparse = 8 * d_model * k if k < 16 else 0  # of 16 of 64 all is dense

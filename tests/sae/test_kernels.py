@@ -7,9 +7,7 @@ from hypothesis import strategies as st
 
 from groupsae.cost.counter import flop_counter
 from groupsae.sae.kernels import cpu, dense
-from groupsae.sae.kernels.dispatch import kernels_for
-from groupsae.sae.kernels.product import affine
-from groupsae.sae.kernels.topk_cpu import WORTH, top_k
+from groupsae.sae.kernels.dispatch import COLUMNS_PER_K, affine, group_size, kernels_for, top_k
 from groupsae.sae.sparse import Decode, Encode, Entries
 
 EXACT = {"rtol": 1e-12, "atol": 1e-13}  # float64, sums in another order
@@ -177,7 +175,7 @@ def test_top_k_returns_the_k_largest_whatever_the_shape(rows, n, k, seed, levels
 
 
 def test_top_k_takes_a_nan_for_the_largest_as_torch_does():
-    values = torch.zeros(2, WORTH * 8)
+    values = torch.zeros(2, COLUMNS_PER_K * 8)
     values[1, 77] = torch.nan
     found, where = top_k(values, 2)
     assert 77 in where[1]
@@ -186,7 +184,5 @@ def test_top_k_takes_a_nan_for_the_largest_as_torch_does():
 
 
 def test_two_stages_are_really_taken():
-    from groupsae.sae.kernels.topk_cpu import _group_size
-
     sizes = {(4096, 32): 16, (12288, 64): 16, (1024, 16): 8, (1024, 65): 1, (1001, 1): 1}
-    assert {shape: _group_size(*shape) for shape in sizes} == sizes
+    assert {shape: group_size(*shape) for shape in sizes} == sizes

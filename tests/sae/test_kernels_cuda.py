@@ -19,9 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from groupsae.sae import base
-from groupsae.sae.kernels import cuda, dense
-from groupsae.sae.kernels import dispatch as choice
-from groupsae.sae.kernels.dispatch import kernels_of
+from groupsae.sae.base import GlobalBatch
+from groupsae.sae.kernels import cuda, dense, dispatch
 from tests.helpers.saes import trained
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -146,8 +145,6 @@ def test_tensors_may_lie_in_memory_in_any_way():
     check(result, *naive_combine(weights, picked, starts, table), torch.float32)
     result = cuda.dots(x, table, starts.int(), picked.int())
     check(result, *naive_dots(x, table, starts, picked), torch.float32)
-    values, _ = cuda.top_k(table, 3)
-    assert torch.equal(values.sort(dim=1).values, table.sort(dim=1).values[:, -3:])
 
 
 @on_device
@@ -233,55 +230,6 @@ def test_a_row_of_zeros_has_no_direction():
     assert directions.isnan().any(dim=1).tolist() == [False, True, False]
 
 
-# ---- top-k ----------------------------------------------------------------------------------
-
-
-def check_top_k(pre_acts, k, firsts):
-    values, indices = cuda.top_k(pre_acts.to(DEVICE), k)
-    values, indices = values.cpu(), indices.cpu()
-    expected, order = pre_acts.sort(dim=1, descending=True, stable=True)
-    assert torch.equal(values, pre_acts.gather(1, indices))
-    assert torch.equal(values.sort(dim=1, descending=True).values, expected[:, :k])
-    assert all(len(set(row)) == k for row in indices.tolist())
-    if firsts:
-        assert torch.equal(indices.sort(dim=1).values, order[:, :k].sort(dim=1).values)
-
-
-@on_device
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (100, 7), (100, 100), (3000, 1), (5000, 64)])
-def test_top_k_finds_the_largest_and_of_equal_ones_the_first(n, k, dtype):
-    # bfloat16 has many equal ones among 5,000
-    check_top_k(make_rows(2, n, torch.float64).cpu().to(dtype), k, firsts=dtype != torch.float64)
-
-
-@on_device
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("n", "k"), [(20_000, 40), (33_000, 5000), (33_000, 6000)])
-def test_top_k_of_long_rows(n, k, dtype):
-    check_top_k(make_rows(1, n, torch.float64).cpu().to(dtype), k, firsts=False)
-
-
-@on_device
-@pytest.mark.parametrize("n", [300, 20_000])
-def test_top_k_among_few_latents_that_are_not_masked(n):
-    # as AuxK masks the living ones; fewer are left than k
-    pre_acts = torch.full((2, n), -math.inf)
-    pre_acts[0, [5, n - 1]] = torch.tensor([-2.0, -1.0])
-    pre_acts[1, :9] = 1.0
-    check_top_k(pre_acts, 8, firsts=n == 300)
-
-
-@on_device
-@settings(max_examples=20, deadline=None)
-@given(
-    row=st.lists(st.sampled_from([-2.5, -1.0, 0.0, 1e-40, 0.5, 1.0, 3e38]), min_size=1),
-    share=st.floats(0, 1),
-)
-def test_top_k_among_equal_values(row, share):
-    check_top_k(torch.tensor([row]), max(1, round(share * len(row))), firsts=True)
-
-
 # ---- in a training step ---------------------------------------------------------------------
 
 
@@ -294,7 +242,9 @@ def test_a_training_step_is_that_of_the_cpu(kind, monkeypatch):
 
     def step(device):
         sae = trained(kind).to(device)
-        output = sae(x.to(device), torch.tensor(7.0, device=device).double(), dead.to(device))
+        output = sae(
+            x.to(device), GlobalBatch(torch.tensor(7.0, device=device).double(), dead.to(device))
+        )
         assert output.losses.keys() >= {"fvu", "auxk"}
         sum(output.losses.values()).backward()
         sae.project_gradient()
@@ -309,7 +259,7 @@ def test_a_training_step_is_that_of_the_cpu(kind, monkeypatch):
     for name in ("combine", "dots", "project_rows", "normalize_rows"):
         monkeypatch.setattr(cuda, name, noted(getattr(cuda, name), name, used))
     if INTERPRETED:  # tensors that lie on the CPU
-        monkeypatch.setattr(choice, "kernels_of", lambda table: cuda)
+        monkeypatch.setattr(dispatch, "kernels_of", lambda table: cuda)
         monkeypatch.setattr(base, "kernels_of", lambda table: cuda)
     for name, value in step(DEVICE).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-11, atol=1e-13)
@@ -348,7 +298,7 @@ def test_without_triton_the_module_is_there_and_says_so(monkeypatch):
     try:
         importlib.reload(cuda)
         assert not cuda.available()
-        assert kernels_of(torch.empty(2, 2, device="meta")) is dense
+        assert dispatch.kernels_of(torch.empty(2, 2, device="meta")) is dense
     finally:
         cuda.available.cache_clear()
 

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from groupsae.cost.counter import flop_counter
 from groupsae.runtime.errors import UserError
-from groupsae.sae.base import active_latents, firings
-from groupsae.sae.schedule import check_count, check_positive, check_share
+from groupsae.sae.base import GlobalBatch, active_latents, firings
+from groupsae.sae.checks import check_count, check_positive, check_share
 from groupsae.training.group import GroupSAE
 from groupsae.training.optim import Adam
 from tests.helpers.saes import FAMILY, generator, make, trained
@@ -25,8 +25,9 @@ def make_x(rows: int = 40, seed: int = 2) -> torch.Tensor:
     return torch.randn(rows, 6, generator=generator(seed), dtype=torch.float64)
 
 
-def nobody(sae: Any) -> torch.Tensor:
-    return torch.zeros(0, dtype=torch.int64)
+def batch(total_variance: torch.Tensor = ONE, *more: Any) -> GlobalBatch:
+    """Return a batch without dead latents."""
+    return GlobalBatch(total_variance, torch.zeros(0, dtype=torch.int64), *more)
 
 
 def dense(sae: Any, latents: Any, rows: int) -> torch.Tensor:
@@ -95,7 +96,7 @@ def test_a_rows_latents_do_not_depend_on_its_neighbours_nor_on_the_mode(kind: st
 def test_no_rows_give_no_latents(kind: str) -> None:
     sae = trained(kind)
     assert len(sae.encode(make_x(0)).acts) == 0
-    output = sae(make_x(0), ONE, nobody(sae), 0.5, torch.tensor(0.0))
+    output = sae(make_x(0), batch(ONE, 0.5, torch.tensor(0.0)))
     assert sum(output.losses.values()) == 0
     sum(output.losses.values()).backward()
 
@@ -141,7 +142,7 @@ def reference(kind: str, sae: Any, x: torch.Tensor) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", ["batchtopk", "matryoshka", "relu", "gated"])
 def test_losses_and_gradients_are_those_of_the_dense_formula(kind: str) -> None:
     sae, x = trained(kind), make_x()
-    output, expected = sae(x, 7 * ONE, nobody(sae)), reference(kind, sae, x)
+    output, expected = sae(x, batch(7 * ONE)), reference(kind, sae, x)
     assert output.losses.keys() == expected.keys() <= set(sae.terms)
     for name, value in expected.items():
         torch.testing.assert_close(output.losses[name], value, **EXACT)
@@ -158,10 +159,10 @@ def test_latents_found_in_bfloat16_are_those_of_float32_with_its_values(kind: st
     size = {"d_model": 64, "expansion": 16, "k": 8}
     exact, low = make(kind, **size), make(kind, **size, selection="bfloat16")
     low.load_state_dict(exact.state_dict())
-    x, alive = torch.randn(512, 64, generator=generator(3)), nobody(exact)
+    x = torch.randn(512, 64, generator=generator(3))
     with torch.no_grad():
         x[:] += exact.b_dec
-    outputs = exact(x, ONE.float(), alive), low(x, ONE.float(), alive)
+    outputs = exact(x, batch(ONE.float())), low(x, batch(ONE.float()))
     found, expected = (dense(exact, o.latents, len(x)) for o in reversed(outputs))
     same = (found > 0) & (expected > 0)
     assert same.sum() >= 0.999 * (expected > 0).sum()
@@ -181,14 +182,14 @@ def test_auxk_found_in_bfloat16_has_the_values_of_float32(kind: str) -> None:
     size = {"d_model": 64, "expansion": 16, "k": 8}
     exact, low = make(kind, **size), make(kind, **size, selection="bfloat16")
     x, dead = torch.randn(64, 64, generator=generator(3)), torch.arange(0, 1000, 40)
-    auxk = [sae(x, ONE.float(), dead).losses["auxk"] for sae in (exact, low)]
+    auxk = [sae(x, GlobalBatch(ONE.float(), dead)).losses["auxk"] for sae in (exact, low)]
     torch.testing.assert_close(*auxk, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_reconstruction_is_that_of_the_latents_given(kind: str) -> None:
     sae, x = trained(kind), make_x()
-    output = sae(x, ONE, nobody(sae))
+    output = sae(x, batch())
     acts = dense(sae, output.latents, len(x))
     assert (acts > 0).any()
     torch.testing.assert_close(
@@ -199,7 +200,7 @@ def test_the_reconstruction_is_that_of_the_latents_given(kind: str) -> None:
 def test_auxk_of_batchtopk_is_that_of_topk_for_the_same_error() -> None:
     sae, x = trained("batchtopk"), make_x()
     dead = torch.tensor([1, 4, 20])
-    output = sae(x, 7 * ONE, dead)
+    output = sae(x, GlobalBatch(7 * ONE, dead))
     pre = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).relu()[:, dead]
     error = x - output.reconstruction - pre @ sae.W_dec[dead]  # 3 dead of at most 3
     torch.testing.assert_close(output.losses["auxk"], error.square().sum() / 7 / 32, **EXACT)
@@ -208,25 +209,25 @@ def test_auxk_of_batchtopk_is_that_of_topk_for_the_same_error() -> None:
 def test_rows_share_out_the_active_latents_of_a_batch() -> None:
     sae, x = trained("batchtopk"), make_x()
     x[:5] *= 10
-    counts = (dense(sae, sae(x, ONE, nobody(sae)).latents, len(x)) > 0).sum(1)
+    counts = (dense(sae, sae(x, batch()).latents, len(x)) > 0).sum(1)
     assert counts.sum() == sae.k * len(x)
     assert counts[:5].float().mean() > 1.5 * counts[5:].float().mean()
 
 
 def test_the_threshold_starts_at_the_smallest_kept_latent_and_then_follows_it() -> None:
     sae, x = trained("batchtopk"), make_x()
-    kept = [sae(part, ONE, nobody(sae)).latents.acts for part in (x, 2 * x)]
+    kept = [sae(part, batch()).latents.acts for part in (x, 2 * x)]
     smallest = [acts[acts > 0].min().item() for acts in kept]
     sae.threshold.zero_()
     for part in (x, 2 * x):
-        sae(part, ONE, nobody(sae))
+        sae(part, batch())
     assert sae.threshold.item() == pytest.approx(0.95 * smallest[0] + 0.05 * smallest[1])
     before = sae.threshold.clone()
-    sae.eval()(x, ONE, nobody(sae))
-    sae.train()(x[:0], ONE, nobody(sae))
+    sae.eval()(x, batch())
+    sae.train()(x[:0], batch())
     assert sae.threshold == before
     sae.b_enc.data[:] = -100.0  # nothing is positive: there is nothing to follow
-    sae(x, ONE, nobody(sae))
+    sae(x, batch())
     assert sae.threshold == before
 
 
@@ -234,7 +235,7 @@ def test_the_threshold_makes_as_many_latents_active_as_training_did() -> None:
     sae = trained("batchtopk")
     sae.threshold.zero_()
     for seed in range(60):
-        sae(make_x(200, seed), ONE, nobody(sae))
+        sae(make_x(200, seed), batch())
     l0 = (sae.encode(make_x(4000, 99)).acts > 0).sum() / 4000
     assert l0 == pytest.approx(sae.k, rel=0.05)
 
@@ -242,7 +243,7 @@ def test_the_threshold_makes_as_many_latents_active_as_training_did() -> None:
 def test_the_gradients_of_jumprelu_are_those_of_the_smoothed_step() -> None:
     """By hand: rectangular kernel around the threshold (arXiv 2407.14435, equations 11 and 12)."""
     sae, x = trained("jumprelu", bandwidth=0.5), make_x()
-    output = sae(x, 7 * ONE, nobody(sae))
+    output = sae(x, batch(7 * ONE))
     pre = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
     theta = sae.log_threshold.exp()
     active = (pre > theta).double()
@@ -269,9 +270,9 @@ def test_folding_norms_changes_neither_reconstruction_nor_loss_of_relu() -> None
     sae, x = trained("relu"), make_x()
     with torch.no_grad():
         sae.W_dec *= torch.rand(24, 1, generator=generator(5), dtype=torch.float64) + 0.5
-    before = sae(x, ONE, nobody(sae))
+    before = sae(x, batch())
     sae.normalize_decoder()
-    after = sae(x, ONE, nobody(sae))
+    after = sae(x, batch())
     torch.testing.assert_close(after.reconstruction, before.reconstruction, **EXACT)
     torch.testing.assert_close(after.losses["sparsity"], before.losses["sparsity"], **EXACT)
     norms = sae.W_dec.norm(dim=1)
@@ -280,7 +281,7 @@ def test_folding_norms_changes_neither_reconstruction_nor_loss_of_relu() -> None
 
 def test_the_gradient_of_relu_keeps_its_part_along_the_latents() -> None:
     sae, x = trained("relu"), make_x()
-    sum(sae(x, ONE, nobody(sae)).losses.values()).backward()
+    sum(sae(x, batch()).losses.values()).backward()
     before = sae.W_dec.grad.clone()
     sae.project_gradient()
     assert torch.equal(sae.W_dec.grad, before)
@@ -293,11 +294,11 @@ def test_halves_of_a_batch_add_up_where_rows_are_chosen_alone(kind: str) -> None
     The only other thing that they tell each other is how many latents were active.
     """
     sae, x = trained(kind), make_x()
-    whole = sae(x, 7 * ONE, nobody(sae))
+    whole = sae(x, batch(7 * ONE))
     _, active = firings(whole.latents, sae.d_sae)
     parts = [(x[:10], 0.25), (x[10:], 0.75)]
     halves = [
-        sae(part, 7 * ONE, nobody(sae), 1.0, share, lambda _mine: active.double()).losses
+        sae(part, batch(7 * ONE, 1.0, share, lambda _mine: active.double())).losses
         for part, share in parts
     ]
     for name, value in whole.losses.items():
@@ -317,7 +318,7 @@ def test_k_goes_over_from_its_start_to_its_end() -> None:
     assert [sae.k_at(p) for p in (0.0, 0.125, 0.25, 0.5, 1.0)] == [10, 8, 6, 2, 2]
     x = make_x().float()
     for progress, k in ((0.0, 10), (1.0, 2)):
-        assert sae(x, ONE.float(), nobody(sae), progress).latents.acts.shape == (40, k)
+        assert sae(x, batch(ONE.float(), progress)).latents.acts.shape == (40, k)
     assert sae.encode(x).acts.shape == (40, 2)
     assert make("topk", k=2, sparsity_warmup=0.5).k_at(0.1) == 2
 
@@ -326,8 +327,7 @@ def test_k_goes_over_from_its_start_to_its_end() -> None:
 def test_penalties_rise_from_zero_to_their_full_weight(kind: str) -> None:
     sae, x = trained(kind, sparsity_warmup=0.4), make_x()
     at = [
-        sae(x, ONE, nobody(sae), progress).losses["sparsity"].item()
-        for progress in (0.0, 0.1, 0.4, 1.0)
+        sae(x, batch(ONE, progress)).losses["sparsity"].item() for progress in (0.0, 0.1, 0.4, 1.0)
     ]
     assert at[0] == 0
     assert at[1:3] == pytest.approx([at[3] / 4, at[3]])
@@ -351,7 +351,7 @@ def test_flops_are_what_the_counter_sees(kind: str) -> None:
     sae = make(kind, d_model=16, auxk_alpha=0) if "topk" in kind else make(kind, d_model=16)
     x = torch.randn(64, 16, generator=generator())
     with flop_counter() as counter:
-        sum(sae(x, ONE.float(), nobody(sae)).losses.values()).backward()
+        sum(sae(x, batch(ONE.float())).losses.values()).backward()
     once = 0 if kind != "relu" else counter.get_total_flops() - 64 * sae.training_flops()
     assert 0 <= once <= 6 * sae.d_sae  # the penalty's product with the norms, and its gradients
     assert counter.get_total_flops() - once == 64 * sae.training_flops()
@@ -368,7 +368,7 @@ def test_flops_are_what_the_counter_sees(kind: str) -> None:
         ("topk", {"d_sae": 9}, "sae.expansion is 4 and sae.d_sae is 9"),
         ("topk", {"expansion": None, "d_sae": 0}, "sae.d_sae is 0"),
         ("topk", {"k_start": 25}, "sae.k_start is 25.* 24 latents"),
-        ("topk", {"sparsity_warmup": 1.5}, "sae.sparsity_warmup is 1.5.* between 0 and 1"),
+        ("topk", {"sparsity_warmup": 1.5}, "sae.sparsity_warmup is 1.5.* from 0 to 1"),
         ("batchtopk", {"threshold_momentum": -1}, "sae.threshold_momentum is -1"),
         ("matryoshka", {"prefixes": [0.5]}, "sae.prefixes is .0.5.*end in 1"),
         ("matryoshka", {"prefixes": [0.5, 0.5, 1]}, "sae.prefixes"),
@@ -399,7 +399,7 @@ def test_values_of_another_type_are_refused() -> None:
         with pytest.raises(UserError, match=f"sae.k is {value!r}.* between 1 and the 24 latents"):
             check_count("k", value, 24)
     for value in ("x", None, float("nan"), 2):
-        with pytest.raises(UserError, match="sae.momentum is .* between 0 and 1"):
+        with pytest.raises(UserError, match="sae.momentum is .* from 0 to 1"):
             check_share("momentum", value)
     with pytest.raises(UserError, match="sae.l1_coefficient is None"):
         check_positive(l1_coefficient=None)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from groupsae.runtime.errors import UserError
-from groupsae.sae.base import SparseLatents
+from groupsae.sae.base import GlobalBatch, SparseLatents
 from groupsae.sae.topk import TopK
 from groupsae.training.group import GroupSAE
 from groupsae.training.optim import Adam
@@ -98,7 +98,7 @@ def test_encode_and_decode_equal_the_dense_topk_of_relu(k):
 def test_loss_terms_equal_their_formulas(dead):
     sae, x, variance = make_sae(), make_x(), torch.tensor(77.0, dtype=torch.float64)
     dead = dead_latents(dead)
-    output, expected = sae(x, variance, dead), dense_losses(sae, x, variance, dead)
+    output, expected = sae(x, GlobalBatch(variance, dead)), dense_losses(sae, x, variance, dead)
     assert output.losses.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(output.losses[name], value, **EXACT)
@@ -111,7 +111,7 @@ def test_gradients_equal_autograd_through_the_dense_version(dead):
     dead = dead_latents(dead)
     parameters = dict(sae.named_parameters())
     ours = torch.autograd.grad(
-        sum(sae(x, variance, dead).losses.values()), list(parameters.values())
+        sum(sae(x, GlobalBatch(variance, dead)).losses.values()), list(parameters.values())
     )
     dense = torch.autograd.grad(
         sum(dense_losses(sae, x, variance, dead).values()), list(parameters.values())
@@ -137,18 +137,18 @@ def test_auxk_worked_by_hand_on_three_latents():
     # x - b_dec = (3, 2, 0): latent 0 fires with 3, so x - x_hat = (0, 2, 0). Latent 1 is dead and
     # would fire with 2: its share of the reconstruction, without the bias, is just the error.
     x, one = torch.tensor([[3.0, 2.0, 5.0]]), torch.tensor(1.0)
-    losses = sae(x, one, torch.tensor([1])).losses
+    losses = sae(x, GlobalBatch(one, torch.tensor([1]))).losses
     assert losses["fvu"].item() == 4.0
     assert losses["auxk"].item() == 0.0  # sign wrong: 0.5 * 16; with the bias: 0.5 * 25
     # With latent 2 dead instead, nothing can predict the error: 0.5 * 2^2.
-    assert sae(x, one, torch.tensor([2])).losses["auxk"].item() == 2.0
+    assert sae(x, GlobalBatch(one, torch.tensor([2]))).losses["auxk"].item() == 2.0
 
 
 def test_auxk_trains_dead_latents_only_and_not_the_error_that_they_predict():
     sae, x, one = three_latents(), torch.tensor([[3.0, 2.5, 0.0]]), torch.tensor(1.0)
     with torch.no_grad():
         sae.W_enc[1, 1] = 0.5  # predicts 1.25 of 2.5
-    sae(x, one, torch.tensor([1])).losses["auxk"].backward()
+    sae(x, GlobalBatch(one, torch.tensor([1]))).losses["auxk"].backward()
     # L = 0.5 (2.5 - w z)^2 with z = 1.25, w = 1: dL/dw = -z 1.25, dL/dW_enc = -w 1.25 x
     torch.testing.assert_close(
         sae.W_dec.grad, torch.tensor([[0.0] * 3, [0, -1.5625, 0], [0.0] * 3])
@@ -163,15 +163,15 @@ def test_auxk_gets_its_full_weight_only_with_enough_dead_latents():
     sae.b_enc.data[:] = -100.0  # no latent fires: e_hat = 0 whatever is dead
     squares = (x - sae.b_dec).square().sum()
     for num_dead, share in [(1, 1 / 6), (3, 0.5), (6, 1.0), (20, 1.0)]:
-        loss = sae(x, one, dead_latents(list(range(num_dead)))).losses["auxk"]
+        loss = sae(x, GlobalBatch(one, dead_latents(list(range(num_dead))))).losses["auxk"]
         torch.testing.assert_close(loss, squares * share / 32, **EXACT)
 
 
 def test_auxk_is_absent_without_dead_latents_or_without_weight():
     sae, x, one = make_sae(), make_x(), torch.tensor(1.0, dtype=torch.float64)
-    assert sae(x, one, dead_latents([])).losses.keys() == {"fvu"}
+    assert sae(x, GlobalBatch(one, dead_latents([]))).losses.keys() == {"fvu"}
     off = make_sae(auxk_alpha=0)
-    assert off(x, one, dead_latents([1, 2])).losses.keys() == {"fvu"}
+    assert off(x, GlobalBatch(one, dead_latents([1, 2]))).losses.keys() == {"fvu"}
 
 
 def group_of(sae_factory, d_model, layers=(0,), dead_after=10, optim=None):
@@ -194,7 +194,7 @@ def test_selected_latents_of_value_zero_do_not_count_as_fired():
 def test_the_projected_gradient_has_no_part_along_the_latents():
     sae, x = make_sae(), make_x()
     one = torch.tensor(1.0, dtype=torch.float64)
-    sum(sae(x, one, dead_latents([1, 4])).losses.values()).backward()
+    sum(sae(x, GlobalBatch(one, dead_latents([1, 4]))).losses.values()).backward()
     before = sae.W_dec.grad.clone()
     sae.project_gradient()
     along = (sae.W_dec.grad * sae.W_dec).sum(1)

@@ -1,13 +1,17 @@
-"""The plain definition: a dense matrix with zeros where nothing is active.
+"""The definition of the kernels: a dense matrix with zeros where no latent is active.
 
-Right on every device, and the fastest where a large share of the latents is active.
+Correct on every device, and the fastest where a large share of the latents is active.
 """
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from groupsae.sae.kernels.bookkeeping import rows_of
+
+def rows_of(starts: Int[Tensor, "bound"], count: int) -> Int[Tensor, "entry"]:
+    """Return the row of each of `count` entries; does not wait for the device."""
+    rows = torch.arange(len(starts) - 1, device=starts.device)
+    return rows.repeat_interleave(starts.diff(), output_size=count)
 
 
 def combine(
@@ -16,7 +20,11 @@ def combine(
     starts: Int[Tensor, "bound"],
     table: Float[Tensor, "row d"],
 ) -> Float[Tensor, "segment d"]:
-    """Return for each segment the sum of weights[e] * table[picked[e]] over its entries."""
+    """Return the weighted sum of the picked rows of each segment.
+
+    out[s] = sum_e weights[e] * table[picked[e]] over starts[s] <= e < starts[s + 1]; zeros for an
+    empty segment.
+    """
     matrix = weights.new_zeros(len(starts) - 1, len(table))
     matrix.index_put_((rows_of(starts, len(picked)), picked), weights, accumulate=True)
     return matrix @ table
@@ -28,7 +36,7 @@ def dots(
     starts: Int[Tensor, "bound"],
     picked: Int[Tensor, "entry"],
 ) -> Float[Tensor, "entry"]:
-    """Return x[row of e] . table[picked[e]] for each entry."""
+    """Return x[r] . table[picked[e]] of each entry, starts[r] <= e < starts[r + 1]."""
     return (x @ table.T)[rows_of(starts, len(picked)), picked]
 
 

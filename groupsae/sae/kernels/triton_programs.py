@@ -1,11 +1,9 @@
-"""What runs on the GPU: Triton programs for the sparse sums, for passes over rows and for top-k.
+"""The Triton programs that run on the GPU. `cuda` launches them; only it imports this module.
 
-`cuda` launches them and says what they compute; only it imports this module, since it needs
-Triton. Every program sums in an order that follows from the shapes alone and uses no atomics, so
+Every program sums in an order that follows from the shapes alone and uses no atomics, so
 equal input gives equal bits. Sums are in float32, in float64 where DOUBLE.
 
-`no_type_check` keeps the checkers of types and shapes, which wrap functions, away from a source
-text that Triton compiles.
+`no_type_check` keeps the shape checker, which wraps functions, away from Triton's code.
 """
 
 from typing import no_type_check
@@ -32,8 +30,8 @@ def combine(
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = columns < d
     start, stop = tl.load(starts + segment), tl.load(starts + segment + 1)
-    # BLOCK_E sums side by side, added up at the end: no exchange between threads in the loop, and
-    # the many rows of a hot segment lose less to rounding than in a single sum.
+    # BLOCK_E partial sums, added up at the end: no exchange between threads in the loop, and the
+    # many rows of a hot segment lose less to rounding than in a single sum.
     sums = tl.zeros([BLOCK_E, BLOCK_D], tl.float64 if DOUBLE else tl.float32)
     for first in range(start, stop, BLOCK_E):
         entries = first + tl.arange(0, BLOCK_E)
@@ -93,7 +91,7 @@ def project_rows(
     BLOCK_D: tl.constexpr,
     DOUBLE: tl.constexpr,
 ):
-    """Remove each gradient row's component along its direction; whole rows, BLOCK_R of them."""
+    """Remove each gradient row's component along its direction; full rows, BLOCK_R of them."""
     wide: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = tl.arange(0, BLOCK_D)
@@ -115,7 +113,7 @@ def normalize_rows(
     BLOCK_D: tl.constexpr,
     DOUBLE: tl.constexpr,
 ):
-    """Divide whole rows by their norms, BLOCK_R of them."""
+    """Divide full rows by their norms, BLOCK_R of them."""
     wide: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = tl.arange(0, BLOCK_D)
@@ -126,72 +124,3 @@ def normalize_rows(
     squares = tl.where(present, tl.sum(w * w, axis=1), 1.0)  # rows past the end: not 0 / 0
     w /= tl.sqrt(squares)[:, None]
     tl.store(directions + places, w.to(directions.dtype.element_ty), inside)
-
-
-@triton.jit
-@no_type_check
-def _maxima(x, columns, n, BLOCK: tl.constexpr, GROUP: tl.constexpr):
-    """Return for each column c the largest of x[c], x[c + BLOCK], ..., as float32."""
-    best = tl.load(x + columns, columns < n, other=float("-inf")).to(tl.float32)
-    for member in tl.static_range(1, GROUP):
-        more = columns + member * BLOCK
-        other = tl.load(x + more, more < n, other=float("-inf")).to(tl.float32)
-        best = tl.maximum(best, other)
-    return best
-
-
-@triton.jit
-@no_type_check
-def _keys(values, SPARE: tl.constexpr):
-    """Return integers that are ordered as the float32 values are.
-
-    These are their bits, those below the sign turned over where it is set. The lowest SPARE ones
-    are left out: they are empty in what was half precision.
-    """
-    bits = values.to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SPARE
-
-
-@triton.jit
-@no_type_check
-def top_k(
-    x,
-    values,
-    indices,
-    n,
-    k,
-    BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
-    SPARE: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """Find the k columns of one row with the largest maxima, column c over c, c + BLOCK, ...
-
-    With GROUP = 1 these are the k largest entries. The k-th largest is built up bit by bit, from
-    the highest: a bit is set if at least k keys are no smaller. The keys stay in registers.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    x, values, indices = x + row * n, values + row * k, indices + row * k
-    keys = _keys(_maxima(x, tl.arange(0, BLOCK), n, BLOCK, GROUP), SPARE)
-    least = tl.where(tl.sum((keys >= 0).to(tl.int32), axis=0) >= k, 0, -(2 ** (31 - SPARE)))
-    least = least.to(tl.int32)
-    for step in range(31 - SPARE):
-        higher = least + (1 << (30 - SPARE - step))
-        least = tl.where(tl.sum((keys >= higher).to(tl.int32), axis=0) >= k, higher, least)
-    missing = k - tl.sum((keys > least).to(tl.int32), axis=0)
-    # Write out what is larger and the first `missing` that are equal. The row is read again, from
-    # the cache and in chunks: a running sum over all of it would need more registers than there
-    # are. One sum counts both, the larger ones in its low half and the equal ones in the high.
-    before = 0
-    for first in range(0, BLOCK, CHUNK):
-        columns = first + tl.arange(0, CHUNK)
-        best = _maxima(x, columns, n, BLOCK, GROUP)
-        some = _keys(best, SPARE)
-        marks = tl.where(some > least, 1, tl.where(some == least, 1 << 16, 0))
-        counts = before + tl.cumsum(marks, axis=0)
-        equal = counts >> 16
-        kept = (some > least) | ((some == least) & (equal <= missing))
-        slots = (counts & 0xFFFF) + tl.minimum(equal, missing) - 1
-        tl.store(values + slots, best.to(values.dtype.element_ty), kept)
-        tl.store(indices + slots, columns.to(tl.int64), kept)
-        before += tl.sum(marks, axis=0)
