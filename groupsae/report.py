@@ -12,7 +12,7 @@ from groupsae.runtime.errors import UserError
 
 def report(cfg: DictConfig) -> Path:
     """Write the page and return its path."""
-    if cfg.run is None:
+    if not cfg.run:
         raise UserError("run has no default: give run=<run folder>[,<another>...].")
     from groupsae.reporting.page import write_report  # slow imports only after the cheap checks
 

@@ -1,7 +1,8 @@
 """What a run prints: the groups before training, the result after it."""
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.console import Console
@@ -37,18 +38,11 @@ def show(
     screen = Screen(title=title or table.caption, box=box.SIMPLE_HEAD, pad_edge=False)
     names = [name for name in columns or table.columns if name in table.columns]
     for name in names:
-        column = table.columns[name]
-        screen.add_column(
-            column.heading, justify="left" if column.is_text else "right", no_wrap=True
-        )
+        heading = table.heading(name)
+        side: Literal["left", "right"] = "left" if heading.is_text else "right"
+        screen.add_column(heading.value, justify=side, no_wrap=True)
     for row in range(len(table.frame)):
-        cells = []
-        for name in names:
-            text, (_, low, high) = table.cell(row, name).value, table.values(row, name)
-            half = name in halves and low is not None
-            cells.append(
-                f"{text} ±{table.columns[name].write((high - low) / 2)}" if half else text
-            )
+        cells = (table.cell(row, name, half=name in halves).value for name in names)
         screen.add_row(*cells, style="bold" if row in table.marked else None)
     console.print(screen)
 
@@ -83,7 +77,7 @@ def print_plan(console: Console, plan: GroupPlan, cost: "RunCost") -> None:
 
 def print_result(console: Console, summary: Mapping[str, Any]) -> None:
     """Print the table at the end of a run from its `summary.json`."""
-    show(console, tables.trained_table(RunFiles(summary=summary), summary["chosen"]))
+    show(console, tables.groups_table(RunFiles(summary=summary)))
     console.print(
         f"{summary['tokens']:,} tokens per SAE at {summary['tokens_per_second']:,.0f} tokens/s; "
         f"saved {summary['cost']['saving']:.1%} of the FLOPs of one SAE per layer."
@@ -113,6 +107,7 @@ def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
     run = RunFiles(evaluation=evaluation)
     if run.chosen is None:
         return
+    groupings = tables.groupings_table(run)
     show(
         console,
         tables.layers_table(run),
@@ -126,19 +121,26 @@ def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
         console.print("The language model predicts no next token, so it has no CE to compare.")
     else:
         zero, mean = (
-            number(sum(values) / len(values), 3)
+            number(fmean(value_of(row[key]) or 0.0 for row in evaluation["layers"]), 3)
             for key in ("ce_zero", "ce_mean")
-            if (values := [value_of(row[key]) or 0.0 for row in evaluation["layers"]])
         )
         console.print(
             f"The language model's CE is {number(clean)} nats; with one layer set to zero {zero}, "
             f"to its mean {mean} (mean over layers)."
         )
-    show(console, tables.together_table(run), halves=("delta_ce", "kl"))
+    together = [f"{metric}_together" for metric in ("ce", "delta_ce", "delta_ce_percent", "kl")]
+    if run.chosen["spliced_together"]:
+        show(
+            console,
+            groupings,
+            "all layers replaced at once",
+            ["grouping", *together],
+            together[1:],
+        )
     if len(run.groupings) > 1:
         show(
             console,
-            tables.groupings_table(run),
+            groupings,
             "every grouping: mean over the grouped layers; lost: against one SAE per layer",
             (
                 "grouping",

@@ -1,7 +1,11 @@
 """The figures of a run: how each is drawn, and all of them with their captions."""
 
+import base64
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from io import BytesIO
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -38,22 +42,39 @@ PANELS = 4  # in a row
 UNITS = {"fvu": "FVU (share of variance lost)", "delta_ce": "ΔCE (nats per token)"}
 
 
-class Captioned(NamedTuple):
+@dataclass(frozen=True)
+class Captioned:
     """A figure of the page.
 
     Attributes:
         name: of its PNG, without the ending.
-        section: of the page: groups, quality, layers, latents or training.
+        section: of the page: groups, quality, layers, latents, training or runs.
         figure: the figure.
-        title: short, for readers who cannot see it.
         caption: what one sees.
     """
 
     name: str
     section: str
     figure: Figure
-    title: str
     caption: str
+
+    @cached_property
+    def png(self) -> bytes:
+        """The figure as a PNG, the same bytes for the same figure."""
+        buffer = BytesIO()
+        self.figure.savefig(buffer, format="png", metadata={"Software": None})
+        return buffer.getvalue()
+
+    @property
+    def uri(self) -> str:
+        """The PNG as a data URI."""
+        return f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in CSS pixels."""
+        width, height = self.figure.get_size_inches()
+        return round(96 * width), round(96 * height)
 
 
 def run_figures(run: RunFiles) -> Iterator[Captioned]:
@@ -74,36 +95,32 @@ def evaluation_figures(run: RunFiles) -> dict[str, Figure]:
 def _group_figures(run: RunFiles) -> Iterator[Captioned]:
     if run.distances is None or not run.groups:
         return
-    own = [[len(run.distances) - 1]] if run.plan.get("last_layer") == "own" else []
-    n, rule = sum(map(len, run.groups)), str(run.plan.get("rule"))
+    own = [[len(run.distances) - 1]] if run.plan["last_layer"] == "own" else []
+    n, rule = sum(map(len, run.groups)), run.plan["rule"]
     grouped = run.distances[:n, :n]
     yield Captioned(
         "distances",
         "groups",
         distance_heatmap(run.distances, [*run.groups, *own]),
-        "Heat map of the angular distances of all layer pairs, groups outlined",
         "Mean angle between the residual streams of two layers. Orange: layers that share an "
         "SAE. Dark squares are layers that point the same way.",
     )
     if n > 1:
-        source = "come from this tree" if rule == "complete" else f"come from the rule {rule}"
         yield Captioned(
             "dendrogram",
             "groups",
             linkage_tree(grouped, run.groups),
-            "Dendrogram of complete linkage",
-            "Where complete linkage joins layers: the height is the largest angle inside the "
-            f"joined group. The colours are the groups of this run, which {source}.",
+            "Complete linkage of the layers: a merge is as high as the largest angle inside the "
+            "merged group. The colours are the groups of this run, which come from "
+            + ("this tree." if rule == "complete" else f"the rule {rule}."),
         )
-    known = rule if rule in RULES else "complete"
+    rule = rule if rule in RULES else "complete"
     threshold = "" if run.theta is None else ", the first below θ"
-    chosen = build_partition(grouped, run.groups, known)
     yield Captioned(
         "amad",
         "groups",
-        amad_curve(curve(grouped, known), chosen, run.theta),
-        "AMAD against the number of groups",
-        "AMAD is the mean over groups of their largest angle. Ringed: the number of groups of "
+        amad_curve(curve(grouped, rule), build_partition(grouped, run.groups, rule), run.theta),
+        "AMAD, the mean over groups of their largest angle, against the number of groups. Ringed: "
         f"this run{threshold}. More groups are closer, and cost more.",
     )
 
@@ -195,8 +212,7 @@ def amad_curve(curve: Sequence[Partition], chosen: Partition, theta: float | Non
     if theta is not None:
         axes.axhline(theta, color="0.4", lw=1)
         axes.text(counts[-1], theta, f"θ = {theta:g}", ha="right", va="bottom", color="0.3")
-    label = f"this run: G = {chosen.num_groups}"
-    _ring(axes, chosen.num_groups, chosen.amad, label)
+    _ring(axes, chosen.num_groups, chosen.amad, f"this run: G = {chosen.num_groups}")
     axes.set(
         xlabel="number of groups G",
         ylabel="fractions of π",
@@ -215,95 +231,65 @@ def _ring(axes: Axes, x: float, y: float, label: str) -> None:
 # ---- what sharing costs -------------------------------------------------------------------------
 
 
-class Against(NamedTuple):
-    """A figure of the quality of groupings.
-
-    Attributes:
-        x: where a grouping stands.
-        label: of the x axis.
-        title: of the figure, after the metric's name.
-        text: title in the page.
-        remark: of the caption.
-        lost: whether it shows the difference from one SAE per layer.
-    """
-
-    x: Callable[[Values], float | None]
-    label: str
-    title: str
-    text: str
-    remark: str
-    lost: bool = False
-
-
-AGAINST = {
-    "groups": Against(
-        lambda g: g["num_groups"],
+# kind -> where a grouping stands, label of that axis, title of the figure, remark of its caption
+QUALITY: dict[str, tuple[Callable[[Values], float | None], str, str, str]] = {
+    "groups": (
+        lambda grouping: grouping["num_groups"],
         "number of groups G",
         "against G",
-        "against the number of groups",
         "Lower is better; further right costs more.",
     ),
-    "lost": Against(
-        lambda g: g["num_groups"],
+    "lost": (
+        lambda grouping: grouping["num_groups"],
         "number of groups G",
         "lost by sharing",
-        "lost against one SAE per layer",
-        "Paired over the same text, so that only the sharing is left.",
-        lost=True,
+        "Against one SAE per layer, paired over the same text: only the sharing is left.",
     ),
-    "amad": Against(
-        lambda g: g.get("amad"),
+    "amad": (
+        lambda grouping: grouping.get("amad"),
         "AMAD (fractions of π)",
-        "against AMAD",
         "against AMAD",
         "How well the distances alone predict the quality.",
     ),
-    "cost": Against(
+    "cost": (
         cost_of,
         "FLOPs relative to one SAE per layer",
         "against cost",
-        "against relative cost",
         "Towards the lower left: better and cheaper.",
     ),
 }
 MEANING = {
-    "fvu": "FVU is the share of the variance of the activations that the reconstruction loses. ",
-    "delta_ce": "ΔCE is the rise of the language model's cross-entropy with one layer's "
-    "activations replaced by the reconstruction. ",
+    "fvu": "FVU: the share of the variance of the activations that the reconstruction loses.",
+    "delta_ce": "ΔCE: the rise of the language model's cross-entropy with the activations of one "
+    "layer replaced by the reconstruction.",
 }
 
 
 def _evaluation_figures(run: RunFiles) -> Iterator[Captioned]:
-    kinds = [k for k in AGAINST if k != "lost" or run.per_layer] if len(run.groupings) > 1 else []
-    for kind in kinds:
-        for metric, name in METRICS.items():
-            title = f"{name} {AGAINST[kind].text}"
+    several = len(run.groupings) > 1
+    for kind, (_, _, title, remark) in QUALITY.items() if several else ():
+        for metric, name in METRICS.items() if run.per_layer or kind != "lost" else ():
             yield Captioned(
                 f"{metric}_{kind}",
                 "quality",
                 quality(run, metric, kind),
-                title,
-                f"{title}, one line per rule. {AGAINST[kind].remark} "
-                f"{MEANING[metric] if kind == 'groups' else ''}Bands and bars: confidence "
-                "intervals. Mean over the grouped layers.",
+                f"{name} {title}, mean over the grouped layers. {remark} Bands and bars: "
+                f"confidence intervals. {MEANING[metric]}",
             )
     for metric, name in METRICS.items():
         if figure := layer_bars(run, metric):
-            marks = " Marks: the baselines." if len(run.groupings) > 1 else ""
             yield Captioned(
                 f"{metric}_layers",
                 "layers",
                 figure,
-                f"{name} of every layer",
-                f"{name} of every layer with the SAE of its group; one colour is one SAE, "
-                f"whiskers are confidence intervals.{marks}",
+                f"{name} of every layer with the SAE of its group. One colour is one SAE, "
+                f"whiskers are confidence intervals{', marks baselines' if several else ''}.",
             )
     if run.similarity:
         yield Captioned(
             "similarity",
             "layers",
             similarity(run),
-            "MMCS and MMCO per layer",
             "How well the latents of a layer's own SAE are found again in the SAE of its group: "
             "by direction (MMCS) and by the tokens on which they fire (MMCO). 1: a perfect match.",
         )
@@ -312,37 +298,36 @@ def _evaluation_figures(run: RunFiles) -> Iterator[Captioned]:
             "profiles",
             "latents",
             figure,
-            "Share of each latent's firings per layer, for every shared SAE",
-            "Each row is a latent, sorted by the mean layer on which it fires. Yellow: it fires "
-            "on that layer only; an even colour: on all layers of the group alike.",
+            "Share of each latent's firings per layer, for every shared SAE, sorted by the mean "
+            "layer. Yellow: it fires on that layer only; an even colour: on all layers alike.",
         )
     if figure := density(run):
         yield Captioned(
             "density",
             "latents",
             figure,
-            "Histogram of latent densities",
-            "Latents to the right of the dotted line fire on more than a tenth of the tokens "
-            "(dense); those that never fired are counted in the legend.",
+            "How often latents fire. Right of the dotted line: on more than a tenth of the tokens "
+            "(dense). Latents that never fired are counted in the legend.",
         )
 
 
 def quality(run: RunFiles, metric: str, kind: str) -> Figure:
-    """Return a metric of all groupings, one line per rule, against one of AGAINST."""
-    against = AGAINST[kind]
+    """Return a metric of all groupings, one line per rule; kind is a key of QUALITY."""
+    where, label, title, _ = QUALITY[kind]
     figure, axes = new_axes()
+    lost = kind == "lost"
 
     def read(grouping: Values) -> Interval | None:
-        means = grouping.get("against_per_layer" if against.lost else "grouped_layers") or {}
+        means = grouping.get("against_per_layer" if lost else "grouped_layers") or {}
         return interval(means.get(metric))
 
     def points(groupings: Iterable[Values]) -> tuple[list[float], list[Interval]]:
         """Return x and values from left to right, so that no line turns back."""
-        found = [(x, v) for g in groupings if (x := against.x(g)) is not None and (v := read(g))]
+        found = [(x, v) for g in groupings if (x := where(g)) is not None and (v := read(g))]
         found.sort(key=lambda point: point[0])
         return [float(x) for x, _ in found], [value for _, value in found]
 
-    if against.lost:
+    if lost:
         axes.axhline(0, color=PER_LAYER, lw=1, ls="--", label="one SAE per layer")
     rules = dict.fromkeys(r for g in run.groupings if g["kind"] == "groups" for r in g["rules"])
     for position, rule in enumerate(rules):
@@ -351,15 +336,9 @@ def quality(run: RunFiles, metric: str, kind: str) -> Figure:
         )
         if x:
             colour = COLOURS[RULE_COLOURS.get(rule, position % len(COLOURS))]
-            line_with_band(
-                axes,
-                x,
-                values,
-                colour=colour,
-                marker=MARKERS.get(rule, "o"),
-                label=RULE_NAMES.get(rule, rule),
-            )
-    if run.per_layer and not against.lost and (level := read(run.per_layer)):
+            marker, name = MARKERS.get(rule, "o"), RULE_NAMES.get(rule, rule)
+            line_with_band(axes, x, values, colour=colour, marker=marker, label=name)
+    if run.per_layer and not lost and (level := read(run.per_layer)):
         axes.axhline(level.value, color=PER_LAYER, lw=1, ls="--", label="one SAE per layer")
     x, values = points(g for g in run.groupings if g["kind"] == "smaller")
     if x:
@@ -377,16 +356,14 @@ def quality(run: RunFiles, metric: str, kind: str) -> Figure:
             label="smaller SAEs",
         )
     for chosen in run.groupings[:1]:
-        label = "AMAD's choice" if chosen.get("chosen_by") else "this run"
         for at, value in zip(*points([chosen]), strict=True):
-            _ring(axes, at, value.value, label)
+            _ring(axes, at, value.value, "AMAD's choice" if chosen["chosen_by"] else "this run")
     if kind == "amad" and run.theta is not None:
         axes.axvline(run.theta, color="0.4", lw=1, ls=":", label=f"θ = {run.theta:g}")
-    change = "change of " if against.lost else ""
     axes.set(
-        xlabel=against.label,
-        ylabel=change + UNITS[metric],
-        title=f"{METRICS[metric]} {against.title}",
+        xlabel=label,
+        ylabel=("change of " if lost else "") + UNITS[metric],
+        title=f"{METRICS[metric]} {title}",
     )
     if kind == "amad":
         axes.set_xlim(0, None)
@@ -604,7 +581,6 @@ def _training_figures(run: RunFiles) -> Iterator[Captioned]:
             "training",
             "training",
             training_curves(rows, per_step, steps),
-            "Held-out FVU and dead latents against training tokens",
             "Left: FVU on held-out text during training. Right: latents that have not fired for "
             "long; they come back to life where the curve falls.",
         )

@@ -3,21 +3,26 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
+import numpy as np
+import pandas as pd  # type: ignore[import-untyped,unused-ignore]
 from matplotlib.figure import Figure
 
 from groupsae.config.identity import decisive
 from groupsae.reporting.figures import UNITS, Captioned
 from groupsae.reporting.formatting import METRICS
-from groupsae.reporting.load import Interval, RunFiles, cost_of, interval
+from groupsae.reporting.load import RunFiles, value_of
 from groupsae.reporting.style import COLOURS, LINES, MARKERS, legend_below, new_axes
-from groupsae.reporting.tables import BASELINES, COLUMNS, Table, build, estimates
+from groupsae.reporting.tables import Table, baselines_table, build, estimates, groupings_table
 
 LONG = 40  # characters of a legend's label that leave no room for a second column
 
 
-class Family(NamedTuple):
+@dataclass(frozen=True)
+class Family:
     """Runs that differ in their seed only.
 
     Attributes:
@@ -28,10 +33,19 @@ class Family(NamedTuple):
     label: str
     runs: list[RunFiles]
 
-    @property
-    def seeds(self) -> int:
-        """How many of the runs were evaluated."""
-        return sum(bool(run.groupings) for run in self.runs)
+    @cached_property
+    def evaluated(self) -> list[RunFiles]:
+        """The runs that were evaluated."""
+        return [run for run in self.runs if run.groupings]
+
+    @cached_property
+    def groupings(self) -> pd.DataFrame:
+        """Every grouping: mean and range over the seeds; of a single run, with its intervals."""
+        frames = [table.frame for run in self.evaluated if (table := groupings_table(run))]
+        if len(frames) < 2:
+            return frames[0] if frames else pd.DataFrame({"grouping": []})
+        values = ("flops", *METRICS, *(f"{metric}_lost" for metric in METRICS))
+        return over_seeds(frames, ["grouping"], values)
 
 
 def families(runs: Sequence[RunFiles]) -> list[Family]:
@@ -39,7 +53,7 @@ def families(runs: Sequence[RunFiles]) -> list[Family]:
     found: dict[str, list[RunFiles]] = {}
     for run in runs:
         kept = decisive(run.config, ("seed", "hydra")) or str(run.folder)
-        key = json.dumps([kept, run.plan.get("last_layer"), measured_on(run)], default=str)
+        key = json.dumps([kept, run.plan["last_layer"], measured_on(run)], default=str)
         found.setdefault(key, []).append(run)
     for depth in (1, 2, 3):
         labels = [_label(members[0], depth) for members in found.values()]
@@ -54,6 +68,20 @@ def _label(run: RunFiles, depth: int) -> str:
     *_, model, grouping, name = ("", "", "", *run.folder.parts)
     stem = re.sub(r"-s\d+-[0-9a-f]{8}$", "", name)
     return ", ".join([grouping, stem, model][:depth])
+
+
+def over_seeds(
+    frames: Sequence[pd.DataFrame], keys: list[str], values: Sequence[str]
+) -> pd.DataFrame:
+    """Return mean, smallest (`_low`) and largest (`_high`) value of each row over seeds."""
+    rows = pd.concat(frames).groupby(keys, sort=False)
+    columns: dict[str, pd.Series] = {}
+    for value in values:
+        if all(value in frame for frame in frames):
+            group = rows[value]
+            columns |= {value: group.mean(), f"{value}_low": group.min()}
+            columns[f"{value}_high"] = group.max()
+    return pd.DataFrame(columns).reset_index()
 
 
 # ---- were they evaluated alike? -----------------------------------------------------------------
@@ -84,8 +112,8 @@ def differing(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
     return {key: values for key, values in found.items() if len(values) > 1}
 
 
-def not_alike(runs: Sequence[RunFiles]) -> str | None:
-    """Return a warning that names what differs between the evaluations of runs, if they do."""
+def not_alike(runs: Sequence[RunFiles]) -> str:
+    """Return a warning that names what differs between the evaluations of runs, or nothing."""
     what = "; ".join(f"{key}: {' and '.join(values)}" for key, values in differing(runs).items())
     return what and (
         f"The runs were not evaluated alike ({what}): differences between them may come from "
@@ -98,32 +126,31 @@ def not_alike(runs: Sequence[RunFiles]) -> str | None:
 
 def runs_table(runs: Sequence[RunFiles], names: Sequence[str]) -> Table | None:
     """Return one row per run; rows of runs that were evaluated unlike the first are marked."""
-    unlike, rows, marked = differing(runs), [], []
+    unlike, marked = differing(runs), []
+    rows: list[dict[str, Any]] = []
     first = next((where for run in runs if (where := measured_on(run))), {})
-    for i, (run, name) in enumerate(zip(runs, names, strict=True)):
+    for run, name in zip(runs, names, strict=True):
         where = measured_on(run)
         if where and where != first:
-            marked.append(i)
-        on = "; ".join(f"{key}: {where[key]}" for key in unlike) if where else ""
-        kinds = {str(sae.get("architecture")) for sae in run.evaluation.get("saes", [])}
-        chosen = run.chosen or {}
+            marked.append(len(rows))
+        on = "; ".join(f"{key}: {where[key]}" for key in unlike if where) or None
+        kinds = {str(sae["architecture"]) for sae in run.evaluation.get("saes", [])}
+        l0 = [value_of(row.get("l0")) for row in run.layer_results(run.chosen).values()]
+        known = [value for value in l0 if value is not None]
+        grouping = (run.chosen or {}).get("name", run.plan["rule"])
         rows.append(
             {
                 "run": name,
-                "grouping": "imported"
-                if run.imported
-                else chosen.get("name") or run.plan.get("rule"),
+                "grouping": "imported" if run.imported else grouping,
                 "architecture": ", ".join(sorted(kinds)) or None,
                 "seed": run.seed,
                 "num_groups": None if run.imported else len(run.groups),
                 "amad": run.amad,
-                "l0": _l0(run),
-                **estimates(run.grouped_layers or run.summary, "fvu", "delta_ce"),
+                "l0": sum(known) / len(known) if known else None,
+                **estimates(run.grouped_layers or run.summary, *METRICS),
                 "flops_saved": run.saving,
                 "tokens": run.summary.get("tokens"),
-                "measured_on": (on or None)
-                if where
-                else "not evaluated: FVU of all layers at the end of training",
+                "measured_on": on if where else "not evaluated: FVU of all layers, in training",
             }
         )
     return build(
@@ -134,83 +161,34 @@ def runs_table(runs: Sequence[RunFiles], names: Sequence[str]) -> Table | None:
     )
 
 
-def _l0(run: RunFiles) -> float | None:
-    """Return the mean L0 over the layers of the grouping that the report is about."""
-    rows = run.layer_results(run.chosen).values()
-    found = [value.value for row in rows if (value := interval(row.get("l0")))]
-    return sum(found) / len(found) if found else None
-
-
 def seeds_table(found: Sequence[Family]) -> Table | None:
     """Return mean and range over the seeds of each grouping, for configurations with several."""
-    rows: list[dict[str, Any]] = []
-    marked = []
-    for family in found:
-        chosen = {run.chosen["name"] for run in family.runs if run.chosen is not None}
-        names = dict.fromkeys(g["name"] for run in family.runs for g in run.groupings)
-        for name in names if family.seeds > 1 else ():
-            if name in chosen:
-                marked.append(len(rows))
-            lost = {m: spread(_gaps(family, m, name, "per_layer")) for m in METRICS}
-            rows.append(
-                {
-                    "configuration": f"{family.label}, {family.seeds} seeds",
-                    "grouping": name,
-                    **estimates({m: over_seeds(family, m, name) for m in METRICS}, *METRICS),
-                    **estimates(lost, *METRICS, suffix="_lost"),
-                }
-            )
-    return build("seeds", "Over seeds: mean and range; lost: by sharing", rows, marked)
+    frames = [_labelled(f, f.groupings) for f in found if len(f.evaluated) > 1]
+    return _table("seeds", "Over seeds: mean and range; lost: by sharing", frames)
 
 
 def seeds_baselines_table(found: Sequence[Family]) -> Table | None:
     """Return the chosen grouping minus each baseline over seeds, each seed within itself."""
-    rows = []
+    frames = []
     for family in found:
-        for kind, against in BASELINES.items():
-            for metric in METRICS if family.seeds > 1 else ():
-                gaps = []
-                for run in family.runs:
-                    other, values = run.baseline(kind), means(run, metric)
-                    if run.chosen is not None and other is not None:
-                        gaps.append(values[run.chosen["name"]].value - values[other["name"]].value)
-                if gaps:
-                    rows.append(
-                        {
-                            "configuration": f"{family.label}, {family.seeds} seeds",
-                            "against": against,
-                            "metric": COLUMNS[metric].heading,
-                            **estimates({"difference": spread(gaps)}, "difference"),
-                            "lower_in": f"{sum(gap < 0 for gap in gaps)} of {len(gaps)}",
-                        }
-                    )
-    return build(
-        "seeds_baselines",
-        "Over seeds: the chosen grouping minus each baseline, mean and range (lower is better)",
-        rows,
-    )
+        parts = [table.frame for run in family.evaluated if (table := baselines_table(run))]
+        if len(parts) > 1:
+            keys = ["against", "metric"]
+            frame = over_seeds(parts, keys, ["difference"])
+            gaps = pd.concat(parts).groupby(keys, sort=False)["difference"]
+            lower = gaps.agg(lambda values: f"{(values < 0).sum()} of {len(values)}")
+            frames.append(_labelled(family, frame.assign(lower_in=lower.to_numpy())))
+    caption = "Over seeds: the chosen grouping minus each baseline, mean and range"
+    return _table("seeds_baselines", f"{caption} (lower is better)", frames)
 
 
-def means(run: RunFiles, metric: str) -> dict[str, Interval]:
-    """Return grouping name -> mean over the grouped layers."""
-    found = {g["name"]: interval(g["grouped_layers"].get(metric)) for g in run.groupings}
-    return {name: value for name, value in found.items() if value is not None}
+def _labelled(family: Family, frame: pd.DataFrame) -> pd.DataFrame:
+    label = f"{family.label}, {len(family.evaluated)} seeds"
+    return pd.concat([pd.Series([label] * len(frame), name="configuration"), frame], axis=1)
 
 
-def spread(values: Sequence[float]) -> Interval | None:
-    """Return mean, smallest and largest of values over seeds; None without any."""
-    return Interval(sum(values) / len(values), min(values), max(values)) if values else None
-
-
-def over_seeds(family: Family, metric: str, name: str) -> Interval | None:
-    """Return a grouping's metric over the seeds: mean and range."""
-    return spread([v[name].value for run in family.runs if name in (v := means(run, metric))])
-
-
-def _gaps(family: Family, metric: str, name: str, other: str) -> list[float]:
-    """Return one grouping minus another, each seed within itself."""
-    found = [means(run, metric) for run in family.runs] if name != other else []
-    return [v[name].value - v[other].value for v in found if name in v and other in v]
+def _table(name: str, caption: str, frames: Sequence[pd.DataFrame]) -> Table | None:
+    return Table(name, caption, pd.concat(frames, ignore_index=True)) if frames else None
 
 
 # ---- figures ------------------------------------------------------------------------------------
@@ -219,17 +197,14 @@ def _gaps(family: Family, metric: str, name: str, other: str) -> list[float]:
 def runs_figures(found: Sequence[Family]) -> Iterator[Captioned]:
     """Yield the figures of several runs together."""
     for metric, name in METRICS.items():
-        figure = against_cost(found, metric)
-        if figure is not None:
-            title = f"{name} against relative cost, all runs"
+        if figure := against_cost(found, metric):
             yield Captioned(
                 f"{metric}_runs",
                 "runs",
                 figure,
-                title,
-                f"{title}; one colour per configuration. Towards the lower left: better and "
-                "cheaper. Several seeds are shown by mean and range, single runs with their "
-                "confidence interval.",
+                f"{name} against relative cost, all runs; one colour per configuration. Towards "
+                "the lower left: better and cheaper. Several seeds are shown by mean and range, "
+                "single runs with their confidence interval.",
             )
 
 
@@ -240,20 +215,23 @@ def against_cost(found: Sequence[Family], metric: str) -> Figure | None:
     are shown by their mean and range, a single one by its confidence interval.
     """
     figure, axes = new_axes(6.4, 4.6)
-    labels = [f"{f.label} ({f.seeds} seeds, range)" if f.seeds > 1 else f.label for f in found]
+    labels = []
     for i, family in enumerate(found):
-        colour, labelled = COLOURS[i % len(COLOURS)], False
+        seeds, colour = len(family.evaluated), COLOURS[i % len(COLOURS)]
+        label: str | None = f"{family.label} ({seeds} seeds, range)" if seeds > 1 else family.label
+        labels.append(label or "")
         for (marker, line), names in _series(family).items():
-            points = sorted(p for name in names if (p := _point(family, metric, name)))
-            if not points:
+            columns = ["flops", metric, f"{metric}_low", f"{metric}_high"]
+            points = family.groupings.reindex(columns=["grouping", *columns])
+            points = points[points["grouping"].isin(names)].dropna(subset=columns[:2])
+            if points.empty:
                 continue
-            x, y, low, high = zip(*points, strict=True)
-            below = [b - a for a, b in zip(low, y, strict=True)]
-            above = [b - a for a, b in zip(y, high, strict=True)]
+            points = points.sort_values(columns)
+            x, y, low, high = (points[name].astype(float).to_numpy() for name in columns)
             axes.errorbar(
                 x,
                 y,
-                [below, above],
+                np.nan_to_num([y - low, high - y]),
                 marker=marker,
                 ms=9 if marker == "*" else 5,
                 ls=line if len(x) > 1 else "",
@@ -261,19 +239,20 @@ def against_cost(found: Sequence[Family], metric: str) -> Figure | None:
                 lw=1.4,
                 capsize=2.5,
                 color=colour,
-                label=None if labelled else labels[i],
+                label=label,
             )
-            labelled = True
+            label = None  # once per configuration
     if not axes.containers:
         return None
-    for marker, line, label in (
+    for marker, line, name in (
         ("*", "", "one SAE per layer"),
         ("D", "", "smaller SAEs"),
         ("s", LINES["even"], "evenly spaced"),
     ):
         look: dict[str, Any] = {"ms": 8 if marker == "*" else 5, "color": "0.5", "ls": line}
-        face = "white" if marker == "s" else "0.5"
-        axes.plot([], [], marker=marker, mfc=face, label=label, **look)
+        axes.plot(
+            [], [], marker=marker, mfc="white" if marker == "s" else "0.5", label=name, **look
+        )
     axes.set(
         xlabel="FLOPs relative to one SAE per layer of the same kind",
         ylabel=UNITS[metric],
@@ -284,26 +263,14 @@ def against_cost(found: Sequence[Family], metric: str) -> Figure | None:
     return figure
 
 
-def _series(family: Family) -> dict[tuple[str, str], dict[str, None]]:
+def _series(family: Family) -> dict[tuple[str, str], set[str]]:
     """Return (marker, style of the line that joins them) -> names of groupings."""
-    series: dict[tuple[str, str], dict[str, None]] = {}
+    series: dict[tuple[str, str], set[str]] = {}
     for run in family.runs:
         for grouping in run.groupings:
-            rule = (grouping.get("rules") or [""])[0]
+            rule = (grouping["rules"] or [""])[0]
             by_rule = (MARKERS.get(rule, "o"), LINES.get(rule, "-"))
             baselines = {"per_layer": ("*", ""), "smaller": ("D", "")}
             look = baselines.get(grouping["kind"], by_rule)
-            series.setdefault(look, {})[grouping["name"]] = None
+            series.setdefault(look, set()).add(grouping["name"])
     return series
-
-
-def _point(family: Family, metric: str, name: str) -> tuple[float, float, float, float] | None:
-    """Return cost, value and the ends of its bar."""
-    groupings = [g for run in family.runs for g in run.groupings if g["name"] == name]
-    costs = [cost for g in groupings if (cost := cost_of(g)) is not None]
-    values = over_seeds(family, metric, name)
-    if not costs or values is None:
-        return None
-    if family.seeds == 1:
-        (values,) = (v for run in family.runs if (v := means(run, metric).get(name)))
-    return sum(costs) / len(costs), values.value, *values.bounds

@@ -21,118 +21,87 @@ from groupsae.reporting.formatting import (
     span,
     spans,
 )
-from groupsae.reporting.load import Interval, RunFiles, Values, cost_of, interval, value_of
+from groupsae.reporting.load import RunFiles, Values, cost_of, interval, value_of
 
-JOIN = "\N{WORD JOINER}"  # no line break inside a span of layers
+# fmt: off
+HEADINGS = {  # of the columns that are shown
+    "run": "run", "configuration": "configuration", "part": "part", "count": "count",
+    "layer": "layer", "sae": "SAE", "layers": "layers", "tokens_per_layer": "tokens per layer",
+    "grouping": "grouping", "rules": "made by", "groups": "groups", "against": "against",
+    "baseline": "baseline", "metric": "metric", "architecture": "SAE type", "seed": "seed",
+    "diameter": "largest angle, fractions of π", "num_groups": "G", "amad": "AMAD",
+    "flops": "FLOPs", "seconds_share": "time",
+    "fvu": "FVU", "delta_ce": "ΔCE, nats", "delta_ce_percent": "ΔCE, %", "ce_score": "CE score",
+    "kl": "KL, nats", "l0": "L0",
+    "fvu_lost": "FVU lost", "delta_ce_lost": "ΔCE lost, nats",
+    "delta_ce_percent_lost": "ΔCE lost, %",
+    "ce_together": "CE, all layers at once, nats", "delta_ce_together": "ΔCE, all at once, nats",
+    "delta_ce_percent_together": "ΔCE, all at once, %", "kl_together": "KL, all at once, nats",
+    "difference": "difference", "distinguishable": "distinguishable", "lower_in": "lower in",
+    "ce_zero": "CE at zero, nats", "ce_mean": "CE at the mean, nats", "rms_norm": "RMS norm",
+    "explained_variance_legacy": "EV legacy",
+    "explained_variance_dictionary_learning": "EV dictionary_learning",
+    "explained_variance_saebench": "EV saebench",
+    "mse": "MSE", "cosine": "cosine", "norm_ratio": "norm ratio", "relative_bias": "relative bias",
+    "mmcs": "MMCS", "mmco": "MMCO",
+    "d_sae": "latents", "dead": "dead", "dense": "dense", "specific": "specific",
+    "mean_effective_layers": "mean layers in use",
+    "planned_flops": "FLOPs planned", "measured_flops": "FLOPs measured", "seconds": "time",
+    "saved": "saved", "groupings": "groupings", "seconds_separately": "one run each",
+    "factor": "factor", "bound_seconds": "bound",
+    "flops_saved": "FLOPs saved", "tokens": "tokens", "measured_on": "evaluated on",
+}
+# fmt: on
+INTEGERS = ("num_groups", "d_sae", "tokens", "groupings", "seed")
+WRITERS: dict[str, Callable[[Any], str]] = {  # of numbers; others have four decimals
+    **dict.fromkeys(INTEGERS, "{:,}".format),
+    **dict.fromkeys(("dead", "dense", "specific", "saved", "flops_saved"), percent),
+    **dict.fromkeys(("flops", "seconds_share"), partial(percent, digits=0)),
+    **dict.fromkeys(("planned_flops", "measured_flops"), flops),
+    **dict.fromkeys(("seconds", "seconds_separately", "bound_seconds"), duration),
+    **dict.fromkeys(("amad", "mmcs", "mmco"), partial(number, digits=3)),
+    **dict.fromkeys(
+        (
+            "mse",
+            "rms_norm",
+            "factor",
+            "mean_effective_layers",
+            "delta_ce_percent",
+            "delta_ce_percent_lost",
+            "delta_ce_percent_together",
+        ),
+        partial(number, digits=2),
+    ),
+    "l0": partial(number, digits=1),
+    "seed": str,
+}
+DIFFERENCES = (*METRICS, "delta_ce_percent")
 PARTS = {
     "activations": "language model",
     "distances": "layer distances",
     "saes": "SAEs",
     "store": "filling the store",
 }
-BASELINES = {
+BASELINES = {  # by the kind of grouping
     "per_layer": "one SAE per layer",
-    "even": "as many groups, evenly spaced",
+    "groups": "as many groups, evenly spaced",
     "smaller": "smaller SAEs on every layer, equal cost",
 }
 
 
-class Column(NamedTuple):
-    """How a column is headed, and how its values are written: by `str` if it holds text."""
-
-    heading: str
-    write: Callable[[Any], str] = str
-
-    @property
-    def is_text(self) -> bool:
-        """Whether it is aligned to the left."""
-        return self.write is str
-
-
-def _digits(heading: str, digits: int) -> Column:
-    return Column(heading, partial(number, digits=digits))
-
-
-def _share(heading: str, digits: int = 1) -> Column:
-    return Column(heading, partial(percent, digits=digits))
-
-
-def _count(heading: str) -> Column:
-    return Column(heading, "{:,}".format)
-
-
-COLUMNS = {
-    "against": Column("against"),
-    "amad": _digits("AMAD", 3),
-    "architecture": Column("SAE type"),
-    "baseline": Column("grouping"),
-    "bound_seconds": Column("bound", duration),
-    "ce": _digits("CE, nats", 4),
-    "ce_mean": _digits("CE at the mean, nats", 4),
-    "ce_score": _digits("CE score", 4),
-    "ce_zero": _digits("CE at zero, nats", 4),
-    "configuration": Column("configuration"),
-    "cosine": _digits("cosine", 4),
-    "count": Column("count"),
-    "d_sae": _count("latents"),
-    "dead": _share("dead"),
-    "delta_ce": _digits("ΔCE, nats", 4),
-    "delta_ce_lost": _digits("ΔCE lost, nats", 4),
-    "delta_ce_percent": _digits("ΔCE, %", 2),
-    "delta_ce_percent_lost": _digits("ΔCE lost, %", 2),
-    "dense": _share("dense"),
-    "diameter": _digits("largest angle, fractions of π", 4),
-    "difference": _digits("difference", 4),
-    "distinguishable": Column("distinguishable"),
-    "explained_variance_dictionary_learning": _digits("EV dictionary_learning", 4),
-    "explained_variance_legacy": _digits("EV legacy", 4),
-    "explained_variance_saebench": _digits("EV saebench", 4),
-    "factor": _digits("factor", 2),
-    "flops": _share("FLOPs", 0),
-    "flops_saved": _share("FLOPs saved"),
-    "fvu": _digits("FVU", 4),
-    "fvu_lost": _digits("FVU lost", 4),
-    "grouping": Column("grouping"),
-    "groupings": _count("groupings"),
-    "groups": Column("groups"),
-    "interval": Column("interval"),
-    "kl": _digits("KL, nats", 4),
-    "l0": _digits("L0", 1),
-    "layer": Column("layer"),
-    "layers": Column("layers"),
-    "lower_in": Column("lower in"),
-    "mean_effective_layers": _digits("mean layers in use", 2),
-    "measured_flops": Column("FLOPs measured", flops),
-    "measured_on": Column("evaluated on"),
-    "metric": Column("metric"),
-    "mmco": _digits("MMCO", 3),
-    "mmcs": _digits("MMCS", 3),
-    "mse": _digits("MSE", 2),
-    "norm_ratio": _digits("norm ratio", 4),
-    "num_groups": _count("G"),
-    "part": Column("part"),
-    "planned_flops": Column("FLOPs planned", flops),
-    "relative_bias": _digits("relative bias", 4),
-    "rms_norm": _digits("RMS norm", 2),
-    "rules": Column("made by"),
-    "run": Column("run"),
-    "sae": Column("SAE"),
-    "saved": _share("saved"),
-    "seconds": Column("time", duration),
-    "seconds_separately": Column("one run each", duration),
-    "seconds_share": _share("time", 0),
-    "seed": Column("seed", "{:d}".format),
-    "specific": _share("specific"),
-    "tokens": _count("tokens"),
-    "tokens_per_layer": Column("tokens per layer"),
-}
+def write(column: str, value: Any) -> str:
+    """Return a value of a column as text."""
+    if value is None:
+        return NONE
+    return value if isinstance(value, str) else WRITERS.get(column, number)(value)
 
 
 class Cell(NamedTuple):
-    """A value as text, and its interval as a note."""
+    """A value and its interval as text, and whether the column is aligned to the left."""
 
     value: str
-    note: str = ""
+    note: str
+    is_text: bool
 
 
 @dataclass(frozen=True)
@@ -142,7 +111,7 @@ class Table:
     Attributes:
         name: of its csv file, without the ending.
         caption: what it holds.
-        frame: plain values; its columns are in COLUMNS, with the ends of intervals next to them.
+        frame: plain values.
         marked: indices of the rows that are set off.
     """
 
@@ -152,41 +121,43 @@ class Table:
     marked: Sequence[int] = ()
 
     @property
-    def columns(self) -> dict[str, Column]:
-        """The columns to show, without the ends of intervals."""
-        return {name: COLUMNS[name] for name in self.frame if name in COLUMNS}
+    def columns(self) -> list[str]:
+        """The columns to show: without the ends of intervals."""
+        return [name for name in self.frame if name in HEADINGS]
 
-    def values(self, row: int, column: str) -> tuple[Any, Any, Any]:
-        """Return a value and the ends of its interval; None for what is missing."""
+    def heading(self, column: str) -> Cell:
+        """Return the heading of a column."""
+        text = not pd.api.types.is_numeric_dtype(self.frame[column])
+        return Cell(HEADINGS[column], "", text)
+
+    def cell(self, row: int, column: str, *, half: bool = False) -> Cell:
+        """Return a cell: with the ends of its interval as a note, or half of it after ±."""
         record = self._records[row]
-        return record[column], record.get(f"{column}_low"), record.get(f"{column}_high")
+        value, low, high = (record.get(f"{column}{end}") for end in ("", "_low", "_high"))
+        text, is_text = write(column, value), self.heading(column).is_text
+        if low is None:
+            return Cell(text, "", is_text)
+        if half:
+            return Cell(f"{text} ±{write(column, (high - low) / 2)}", "", is_text)
+        return Cell(text, f"{write(column, low)} to {write(column, high)}", is_text)
 
     @cached_property
     def _records(self) -> list[dict[str, Any]]:
         found = self.frame.astype(object)
         return found.where(self.frame.notna(), None).to_dict("records")
 
-    def cell(self, row: int, column: str) -> Cell:
-        """Return a value and its interval as text."""
-        (value, low, high), write = self.values(row, column), COLUMNS[column].write
-        if value is None:
-            return Cell(NONE)
-        return Cell(write(value), "" if low is None else f"{write(low)} to {write(high)}")
-
     @property
-    def rows(self) -> list[list[tuple[Column, Cell]]]:
-        """The cells of every row with their columns."""
-        return [
-            [(column, self.cell(row, name)) for name, column in self.columns.items()]
-            for row in range(len(self.frame))
-        ]
+    def rows(self) -> list[list[Cell]]:
+        """The cells of every row."""
+        return [[self.cell(row, name) for name in self.columns] for row in range(len(self.frame))]
 
 
 def build(
     name: str, caption: str, rows: Iterable[Values], marked: Sequence[int] = ()
 ) -> Table | None:
     """Return a table without the columns that are empty; None without rows."""
-    frame = pd.DataFrame(list(rows)).dropna(axis=1, how="all").convert_dtypes()
+    frame = pd.DataFrame(list(rows)).dropna(axis=1, how="all")
+    frame = frame.astype({column: "Int64" for column in INTEGERS if column in frame})
     return None if frame.empty else Table(name, caption, frame, marked)
 
 
@@ -207,67 +178,63 @@ def plain(values: Values, *metrics: str) -> dict[str, float | None]:
 # ---- a run and its training ---------------------------------------------------------------------
 
 
-def groups_table(run: RunFiles) -> Table | None:
-    """Return the SAEs with their layers and largest angles."""
-    pairs = zip(run.plan.get("groups", []), run.plan.get("diameters", []), strict=True)
-    diameters = {tuple(group): diameter for group, diameter in pairs if len(group) > 1}
-    return build(
-        "groups",
-        "The SAEs of this run",
-        (
-            {"sae": name, "layers": span(layers), "diameter": diameters.get(tuple(layers))}
-            for name, layers in run.saes.items()
-        ),
-    )
+def groups_table(run: RunFiles, *, others: bool = False) -> Table | None:
+    """Return the SAEs with their layers and largest angles, and the figures of their training.
 
-
-def trained_table(run: RunFiles, saes: Iterable[str]) -> Table | None:
-    """Return the figures of some SAEs on held-out text at the end of training."""
-    groups, rows = run.summary.get("groups", {}), []
-    for name in saes:
-        group = groups[name]
-        counts = group["tokens_per_layer"].values()
+    Args:
+        run: may have a plan only, or a summary only.
+        others: also those that are not of the chosen grouping.
+    """
+    trained, plan = run.summary.get("groups", {}), run.plan
+    names = [*(run.saes or run.summary.get("chosen", ())), *(trained if others else ())]
+    layers = {name: group["layers"] for name, group in trained.items()} | run.saes
+    groups = map(str, plan.get("groups", ()))
+    diameters = dict(zip(groups, plan.get("diameters", ()), strict=True))
+    rows = []
+    for name in dict.fromkeys(names):
+        shared, figures = len(layers[name]) > 1, trained.get(name, {})
+        counts = figures.get("tokens_per_layer", {}).values()
+        least, most = min(counts, default=0), max(counts, default=0)
         rows.append(
             {
                 "sae": name,
-                "layers": span(group["layers"]),
-                "tokens_per_layer": " to ".join(
-                    f"{n:,}" for n in sorted({min(counts), max(counts)})
-                ),
-                **plain(group, "fvu", "l0", "dead"),
+                "layers": span(layers[name]),
+                "diameter": diameters.get(str(layers[name])) if shared else None,
+                "tokens_per_layer": None
+                if not most
+                else f"{least:,} to {most:,}"
+                if least < most
+                else f"{most:,}",
+                **plain(figures, "fvu", "l0", "dead"),
             }
         )
-    if rows:
+    if trained:
         rows.append({"sae": "mean over layers", **plain(run.summary, "fvu")})
+    caption = "The SAEs; FVU, L0 and dead latents on held-out text at the end of training"
     return build(
-        "trained", "Held-out reconstruction at the end of training", rows, [len(rows) - 1]
+        "groups", caption if trained else "The SAEs", rows, [len(rows) - 1] if trained else []
     )
 
 
 def parts_table(run: RunFiles) -> Table | None:
     """Return the work of each part of a run, planned by the cost model and measured."""
-    ledger, evaluated = run.ledger, run.evaluation.get("cost")
+    ledger, keys = run.ledger, ("planned_flops", "measured_flops", "seconds")
     rows = list(ledger.get("parts", []))
-    if rows and evaluated:
-        rows.append({"part": "evaluation", **evaluated})
-    marked = []
+    if rows and run.evaluation:
+        rows.append({"part": "evaluation", **run.evaluation["cost"]})
     if ledger.get("per_layer"):
-        marked.append(len(rows))
         rows.append({"part": "instead: one SAE per layer", **ledger["per_layer"]})
     where = str(ledger.get("device", "")).upper()
-    where += f", {ledger['threads']} threads" if where == "CPU" and ledger.get("threads") else ""
+    where += f", {ledger['threads']} threads" if where == "CPU" else ""
     return build(
         "cost",
         f"Cost, planned by the cost model and measured ({where}; {ledger.get('num_saes')} SAEs, "
         f"{ledger.get('tokens', 0):,} tokens each)",
-        (
-            {
-                "part": PARTS.get(row["part"], row["part"]),
-                **{key: row.get(key) for key in ("planned_flops", "measured_flops", "seconds")},
-            }
+        [
+            {"part": PARTS.get(row["part"], row["part"]), **{key: row.get(key) for key in keys}}
             for row in rows
-        ),
-        marked,
+        ],
+        [len(rows) - 1] if ledger.get("per_layer") else [],
     )
 
 
@@ -283,11 +250,7 @@ def saved_table(run: RunFiles) -> Table | None:
     return build(
         "saved",
         "Saved against one SAE per layer at equal tokens",
-        (
-            {"count": text, "saved": saving[key]}
-            for key, text in counts.items()
-            if saving.get(key) is not None
-        ),
+        [{"count": text, "saved": saving[key]} for key, text in counts.items() if key in saving],
     )
 
 
@@ -309,26 +272,21 @@ def layers_table(run: RunFiles) -> Table | None:
     """Return the figures of every layer with the SAE of its group, and means over layers."""
     chosen = run.chosen or {}
     found = [(str(x), row["sae"], row) for x, row in run.layer_results(chosen).items()]
+    layers = len(found)
     for sae in run.evaluation.get("saes", []):
         if sae["name"] in chosen.get("saes", []) and len(sae["layers"]) > 1:
             found.append(("mean", sae["name"], sae))
-    if found:
-        found += [
-            ("mean", f"{name} layers", chosen[f"{name}_layers"]) for name in ("grouped", "all")
-        ]
+    for name in ("grouped", "all") if chosen else ():
+        found.append(("mean", f"{name} layers", chosen[f"{name}_layers"]))
+    metrics = ("fvu", "delta_ce", "delta_ce_percent", "ce_score", "kl")
     return build(
         "layers",
         "Every layer with the SAE of its group, and means over layers",
-        (
-            {
-                "layer": layer,
-                "sae": sae,
-                **estimates(row, "fvu", "delta_ce", "delta_ce_percent", "ce_score", "kl"),
-                **plain(row, "l0"),
-            }
+        [
+            {"layer": layer, "sae": sae, **estimates(row, *metrics), **plain(row, "l0")}
             for layer, sae, row in found
-        ),
-        [i for i, (layer, *_) in enumerate(found) if layer == "mean"],
+        ],
+        range(layers, len(found)),
     )
 
 
@@ -340,45 +298,46 @@ def scale_table(run: RunFiles) -> Table | None:
     low, high = clean.bounds
     return build(
         "ce_scale",
-        f"The model's CE is {number(clean.value)} nats ({number(low)} to {number(high)}); "
-        "with a layer set to zero (where the CE score is 0) or to its mean it becomes",
-        (
+        f"The model's CE is {number(clean.value)} nats ({number(low)} to {number(high)}); with a "
+        "layer set to zero (where the CE score is 0) or to its mean it becomes",
+        [
             {
-                "layer": str(row["layer"]),
-                **estimates(row, "ce_zero", "ce_mean"),
-                **plain(row, "rms_norm"),
+                "layer": str(x["layer"]),
+                **estimates(x, "ce_zero", "ce_mean"),
+                **plain(x, "rms_norm"),
             }
-            for row in run.evaluation["layers"]
-        ),
+            for x in run.evaluation["layers"]
+        ],
     )
 
 
 def variants_table(run: RunFiles) -> Table | None:
     """Return reconstruction as other tools name and count it."""
-    keys = (
-        "fvu",
-        "explained_variance_legacy",
-        "explained_variance_dictionary_learning",
-        "explained_variance_saebench",
-        "mse",
-        "cosine",
-        "norm_ratio",
-        "relative_bias",
-    )
+    tools = ("legacy", "dictionary_learning", "saebench")
+    keys = ("fvu", *(f"explained_variance_{tool}" for tool in tools))
+    keys += ("mse", "cosine", "norm_ratio", "relative_bias")
     return build(
         "variants",
         "Reconstruction in the definitions of other tools (EV: explained variance)",
-        (
-            {"layer": str(layer), **plain(row, *keys)}
-            for layer, row in run.layer_results(run.chosen).items()
-        ),
+        [{"layer": str(x), **plain(r, *keys)} for x, r in run.layer_results(run.chosen).items()],
     )
 
 
-def saes_table(run: RunFiles) -> Table | None:
+def similarity_table(run: RunFiles) -> Table | None:
+    """Return MMCS and MMCO of every layer that shares an SAE."""
+    return build(
+        "similarity",
+        "The layer's own SAE against its group's",
+        [
+            {"layer": str(layer), "sae": row["sae"], **plain(row, "mmcs", "mmco")}
+            for layer, row in run.similarity.items()
+        ],
+    )
+
+
+def latents_table(run: RunFiles) -> Table | None:
     """Return the SAEs of the chosen grouping: means over their layers, and their latents."""
-    saes = {sae["name"]: sae for sae in run.evaluation.get("saes", [])}
-    rows = []
+    saes, rows = {sae["name"]: sae for sae in run.evaluation.get("saes", [])}, []
     for sae in (saes[name] for name in run.saes if name in saes):
         profile = (sae.get("profile") or {}) if len(sae["layers"]) > 1 else {}
         rows.append(
@@ -390,27 +349,10 @@ def saes_table(run: RunFiles) -> Table | None:
             }
         )
     return build(
-        "saes",
+        "latents",
         "Each SAE: means over its layers, and its latents (specific: more than 90 % of the "
         "firings in one layer)",
         rows,
-    )
-
-
-def similarity_table(run: RunFiles) -> Table | None:
-    """Return MMCS and MMCO of every layer that shares an SAE."""
-    return build(
-        "similarity",
-        "The layer's own SAE against its group's",
-        (
-            {
-                "layer": str(layer),
-                "sae": row["sae"],
-                "mmcs": row.get("mmcs"),
-                "mmco": row.get("mmco"),
-            }
-            for layer, row in run.similarity.items()
-        ),
     )
 
 
@@ -418,24 +360,23 @@ def groupings_table(run: RunFiles) -> Table | None:
     """Return every grouping with its means over the grouped layers, and its cost."""
     rows = []
     for grouping in run.groupings:
-        kind, cost = grouping["kind"], grouping.get("cost") or {}
-        names = [RULE_NAMES.get(rule, rule) for rule in grouping.get("rules") or []]
-        if kind != "groups":
-            names = [BASELINES[kind]]
-        lost = grouping.get("against_per_layer") or {}
+        grouped = grouping["kind"] == "groups"
+        rules = [RULE_NAMES.get(rule, rule) for rule in grouping["rules"]]
+        made_by = rules if grouped else [BASELINES[grouping["kind"]]]
+        together = grouping.get("spliced_together") or {}
         rows.append(
             {
                 "grouping": grouping["name"],
-                "rules": ", ".join([*names, "chosen"] if grouping is run.chosen else names),
-                "groups": "one each"
-                if kind != "groups"
-                else spans(grouping["groups"]).replace(NONE, NONE + JOIN),
+                "kind": grouping["kind"],
+                "rules": ", ".join(made_by + ["chosen"] * (grouping is run.chosen)),
+                "groups": spans(grouping["groups"]) if grouped else "one each",
                 "num_groups": grouping["num_groups"],
-                "amad": grouping.get("amad"),
+                "amad": grouping["amad"],
                 "flops": cost_of(grouping),
-                "seconds_share": cost.get("seconds"),
-                **estimates(grouping["grouped_layers"], "fvu", "delta_ce", "delta_ce_percent"),
-                **estimates(lost, "fvu", "delta_ce", "delta_ce_percent", suffix="_lost"),
+                "seconds_share": (grouping["cost"] or {}).get("seconds"),
+                **estimates(grouping["grouped_layers"], *DIFFERENCES),
+                **estimates(grouping["against_per_layer"] or {}, *DIFFERENCES, suffix="_lost"),
+                **estimates(together, "ce", *DIFFERENCES[1:], "kl", suffix="_together"),
             }
         )
     return build(
@@ -448,84 +389,36 @@ def groupings_table(run: RunFiles) -> Table | None:
     )
 
 
-def together_table(run: RunFiles) -> Table | None:
-    """Return the effect of all layers replaced at once, where it was measured."""
-    return build(
-        "together",
-        "All layers replaced at once",
-        (
-            {
-                "grouping": grouping["name"],
-                **estimates(
-                    grouping["spliced_together"], "ce", "delta_ce", "delta_ce_percent", "kl"
-                ),
-            }
-            for grouping in run.groupings
-            if grouping.get("spliced_together")
-        ),
-    )
-
-
 def baselines_table(run: RunFiles) -> Table | None:
     """Return the chosen grouping minus each baseline, and whether the two are distinguishable.
 
-    They are where the interval of the difference leaves out 0.
+    They are where the interval of the difference, paired over the same text, leaves out 0.
     """
+    chosen = run.chosen or {}
+    pairs = {
+        row["baseline"]: row
+        for row in run.evaluation.get("comparisons", [])
+        if row["grouping"] == chosen["name"]
+    }
+    if run.per_layer:
+        pairs = {run.per_layer["name"]: chosen["against_per_layer"] or {}} | pairs
+    kinds = {grouping["name"]: grouping["kind"] for grouping in run.groupings}
     rows = []
-    for kind, name in BASELINES.items():
-        baseline = run.baseline(kind)
-        differences, paired = _differences(run, baseline) if baseline is not None else ({}, False)
-        for metric, difference in differences.items():
-            known = difference.low is not None
-            rows.append(
-                {
-                    "against": name,
-                    "baseline": (baseline or {})["name"],
-                    "metric": COLUMNS[metric].heading,
-                    **estimates({"difference": difference}, "difference"),
-                    "distinguishable": {-1: "yes: better", 0: "no", 1: "yes: worse"}[
-                        difference.sign
-                    ]
-                    if known
-                    else None,
-                    "interval": ("paired" if paired else "not paired, too wide")
-                    if known
-                    else None,
-                }
-            )
+    for name, differences in pairs.items():
+        for metric in DIFFERENCES:
+            if difference := interval(differences.get(metric)):
+                answer = {-1: "yes: better", 0: "no", 1: "yes: worse"}[difference.sign]
+                rows.append(
+                    {
+                        "against": BASELINES[kinds[name]],
+                        "baseline": name,
+                        "metric": HEADINGS[metric],
+                        **estimates({"difference": difference}, "difference"),
+                        "distinguishable": None if difference.low is None else answer,
+                    }
+                )
     return build(
         "baselines",
         "The chosen grouping minus each baseline, mean over the grouped layers (lower is better)",
         rows,
     )
-
-
-def _differences(run: RunFiles, baseline: Values) -> tuple[dict[str, Interval], bool]:
-    """Return metric -> chosen minus baseline, and whether its interval is paired.
-
-    If not, it is made from both groupings' intervals against one SAE per layer, which makes it too
-    wide rather than too narrow.
-    """
-    chosen = run.chosen or {}
-    lost = chosen.get("against_per_layer") or {}
-    if baseline is run.per_layer:
-        return _intervals(lost), True
-    for row in run.evaluation.get("comparisons") or []:
-        if row["grouping"] == chosen["name"] and row["baseline"] == baseline["name"]:
-            return _intervals(row), True
-    own, other = _intervals(lost), _intervals(baseline.get("against_per_layer") or {})
-    differences = {}
-    for metric, a in own.items():
-        b = other.get(metric)
-        if b is None:
-            continue
-        known = None not in (a.low, b.low)
-        (low, high), (other_low, other_high) = a.bounds, b.bounds
-        ends = (low - other_high, high - other_low) if known else (None, None)
-        differences[metric] = Interval(a.value - b.value, *ends)
-    return differences, False
-
-
-def _intervals(row: Values) -> dict[str, Interval]:
-    found = {m: interval(row.get(m)) for m in (*METRICS, "delta_ce_percent")}
-    return {metric: value for metric, value in found.items() if value is not None}

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+METRICS = ("fvu", "delta_ce", "delta_ce_percent", "kl")
 LAYERS, D_MODEL, D_SAE, K, CHOSEN = 12, 128, 1024, 16, 2
 
 CONFIG = """\
@@ -193,7 +194,7 @@ def _evaluate(
                     - base["grouped_layers"][key]["value"],
                     width / 2,
                 )
-                for key in ("fvu", "delta_ce", "delta_ce_percent", "kl")
+                for key in METRICS
             }
     (folder / "evaluation" / "latents").mkdir(parents=True)
     results, latents = [], []
@@ -284,6 +285,7 @@ def _evaluate(
             "saes": latents,
             "results": results,
             "groupings": groupings,
+            "comparisons": _comparisons(groupings, width),
             "similarity": [
                 {
                     "sae": _name(group),
@@ -299,6 +301,21 @@ def _evaluate(
             "cost": {"planned_flops": 2e12, "measured_flops": 2.1e12, "seconds": 74.0},
         },
     )
+
+
+def _comparisons(groupings: list[dict[str, Any]], width: float) -> list[dict[str, Any]]:
+    """Return every grouping against even spacing and smaller SAEs, as many groups."""
+    rows = []
+    for own in groupings:
+        for other in groupings:
+            rival = other["kind"] == "smaller" or "even" in other["rules"]
+            alike = own["kind"] == "groups" and own["num_groups"] == other["num_groups"]
+            if rival and alike and own is not other:
+                a, b = own["grouped_layers"], other["grouped_layers"]
+                gaps = {key: a[key]["value"] - b[key]["value"] for key in METRICS}
+                row = {"grouping": own["name"], "baseline": other["name"]}
+                rows.append(row | {key: near(gap, width) for key, gap in gaps.items()})
+    return rows
 
 
 def _grouping(

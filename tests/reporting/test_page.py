@@ -62,7 +62,7 @@ def ordinary_html(ordinary: Path) -> str:
 # ---- the page ----------------------------------------------------------------------------------
 
 
-def test_the_page_needs_nothing_beside_itself(every_html: str):
+def test_the_page_needs_no_other_file(every_html: str):
     page = Page(every_html)
     assert page.open == []
     assert not page.all("script")
@@ -108,7 +108,7 @@ def test_an_ordinary_run_shows_layers_but_no_curves_over_groupings(
     ordinary: Path, ordinary_html: str
 ):
     assert "FVU of every layer" in ordinary_html
-    assert "FVU against the number of groups" not in ordinary_html
+    assert "FVU against G" not in ordinary_html
     assert not (ordinary / "report" / "fvu_groups.png").exists()
 
 
@@ -121,11 +121,11 @@ def test_a_run_at_its_start_is_shown_as_far_as_it_is(tmp_path: Path):
     assert "layers.3-10" in text
 
 
-def test_a_cut_metrics_file_is_read_as_far_as_it_goes(tmp_path: Path):
+def test_a_truncated_metrics_file_is_read_up_to_its_last_complete_line(tmp_path: Path):
     folder = write_run(tmp_path / "r", evaluated=False)
     with (folder / "metrics.csv").open("a") as handle:
         handle.write("512,val/fvu/layers.0-2")
-    assert "Held-out FVU and dead latents" in html_of(folder)
+    assert "FVU on held-out text during training" in html_of(folder)
 
 
 @pytest.mark.parametrize(("last_layer", "layers"), [("group", 1), ("skip", 2)])
@@ -153,7 +153,7 @@ def refusal(*folders: Path, output: Path | None = None) -> str:
     return str(caught.value)
 
 
-def test_what_is_no_run_is_refused_in_a_sentence(ordinary: Path, tmp_path: Path):
+def test_a_folder_that_is_no_run_is_refused(ordinary: Path, tmp_path: Path):
     assert "there is no such folder" in refusal(tmp_path / "nothing")
     assert "no run there (no groups.json)" in refusal(tmp_path)
     assert f"Did you mean {ordinary}?" in refusal(ordinary.parent)

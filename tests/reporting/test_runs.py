@@ -6,7 +6,7 @@ import pytest
 
 from groupsae.reporting import runs as several
 from groupsae.reporting.load import read_run
-from groupsae.reporting.page import comparison, write_report
+from groupsae.reporting.page import compare, write_report
 from tests.helpers.report_run import change, write_run
 
 
@@ -20,11 +20,9 @@ def test_seeds_of_one_configuration_are_put_together(tmp_path: Path):
     c = write_run(tmp_path / "amad" / "1M-s0-22222222")
     found = several.families([read_run(folder) for folder in (a, b, c)])
     assert [(f.label, len(f.runs)) for f in found] == [("all", 2), ("amad", 1)]
-    values = several.over_seeds(found[0], "fvu", "complete-2")
-    assert values is not None
-    low, high = values.bounds
-    assert high - low == pytest.approx(0.001)
-    assert values.value == pytest.approx((high + low) / 2)
+    values = found[0].groupings.set_index("grouping").loc["complete-2"]
+    assert values["fvu_high"] - values["fvu_low"] == pytest.approx(0.001)
+    assert values["fvu"] == pytest.approx((values["fvu_low"] + values["fvu_high"]) / 2)
     table = several.seeds_baselines_table(found)
     assert table is not None
     row = table.frame.set_index(["against", "metric"]).loc[
@@ -60,10 +58,11 @@ def test_runs_that_were_not_evaluated_alike_are_marked(
         (b, "(held-out tokens: 32,768 and 512; special tokens: counted and left out)"),
         (d, "(text: unknown and 01234567)"),
     ):
-        section = comparison([read_run(a), read_run(other)], ["a", "other"], tmp_path / "out")
+        section = compare([read_run(a), read_run(other)], ["a", "other"])
         assert f"The runs were not evaluated alike {what}" in section.caveats[0]
+        assert section.tables[0] is not None
         assert section.tables[0].marked == [1]
-        assert list(section.tables[0].columns)[-1] == "measured_on"
+        assert section.tables[0].columns[-1] == "measured_on"
     capsys.readouterr()
     assert "not evaluated alike" in html_of(a, b, output=tmp_path / "out")
     assert capsys.readouterr().out.startswith("warning: The runs were not evaluated alike")
@@ -74,7 +73,7 @@ def test_runs_without_evaluation_can_be_compared(tmp_path: Path):
     b = write_run(tmp_path / "b", evaluated=False, seed=1)
     text = html_of(a, b, output=tmp_path / "out")
     assert "2 runs compared" in text
-    assert "not evaluated: FVU of all layers" in text
+    assert "not evaluated: FVU of all layers, in training" in text
 
 
 def test_rules_are_told_apart_in_the_figure(tmp_path: Path):

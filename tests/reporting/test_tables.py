@@ -12,8 +12,6 @@ from groupsae.reporting.load import read_run
 from groupsae.reporting.page import provenance, summary
 from tests.helpers.report_run import change, near, write_run
 
-BASELINES = ["one SAE per layer", "as many groups, evenly spaced"]
-
 
 def baselines(folder: Path, against: str = "even-2") -> dict[str, dict[str, Any]]:
     """Return metric -> the row of the comparison with one baseline."""
@@ -61,36 +59,30 @@ def test_whether_even_spacing_is_distinguishable(tmp_path: Path, gap, width, ans
 
 
 def test_a_comparison_has_the_numbers_of_the_evaluation(every: Path):
-    groupings = json.loads((every / "evaluation" / "evaluation.json").read_text())["groupings"]
-    by_name = {g["name"]: g["against_per_layer"] for g in groupings}
-    lost, even = by_name["complete-2"], by_name["even-2"]
-    row = baselines(every, "per_layer")["FVU"]
-    ends = ("difference", "difference_low", "difference_high")
-    assert [row[key] for key in ends] == list(lost["fvu"].values())
-    assert row["interval"] == "paired"
-    row = baselines(every)["ΔCE, nats"]
-    assert [row[key] for key in ends] == [
-        lost["delta_ce"]["value"] - even["delta_ce"]["value"],
-        lost["delta_ce"]["low"] - even["delta_ce"]["high"],
-        lost["delta_ce"]["high"] - even["delta_ce"]["low"],
-    ]
-    assert row["interval"] == "not paired, too wide"
+    values = json.loads((every / "evaluation" / "evaluation.json").read_text())
+    lost = values["groupings"][0]["against_per_layer"]
+    pairs = {(row["grouping"], row["baseline"]): row for row in values["comparisons"]}
+    for baseline, expected in (
+        ("per_layer", lost),
+        ("even-2", pairs["complete-2", "even-2"]),
+        ("smaller-2", pairs["complete-2", "smaller-2"]),
+    ):
+        for metric, heading in (("fvu", "FVU"), ("delta_ce", "ΔCE, nats")):
+            row = baselines(every, baseline)[heading]
+            ends = [row[key] for key in ("difference", "difference_low", "difference_high")]
+            assert ends == list(expected[metric].values())
 
 
-def test_a_paired_comparison_is_preferred(tmp_path: Path):
-    folder = write_run(tmp_path / "r", every=True, even_gap=0.1, width=0.001)
-    row = {
-        "grouping": "complete-2",
-        "baseline": "even-2",
-        "fvu": near(-0.01, 0.02),
-        "delta_ce": near(0.01, 0.002),
-    }
+def test_metrics_may_differ_in_the_answer(tmp_path: Path):
+    folder = write_run(tmp_path / "r", every=True)
+    row = {"grouping": "complete-2", "baseline": "even-2", "delta_ce_percent": None}
+    row |= {"fvu": near(-0.01, 0.02), "delta_ce": near(0.01, 0.002)}
     change(folder, lambda values: values.update(comparisons=[row]))
     found = baselines(folder)
     assert found["FVU"]["difference"] == -0.01
     assert found["FVU"]["distinguishable"] == "no"
-    assert found["FVU"]["interval"] == "paired"
     assert found["ΔCE, nats"]["distinguishable"] == "yes: worse"
+    assert "ΔCE, %" not in found
 
 
 def test_without_intervals_nothing_is_called_distinguishable_or_not(tmp_path: Path):
@@ -104,7 +96,7 @@ def test_without_intervals_nothing_is_called_distinguishable_or_not(tmp_path: Pa
                 drop(inner)
 
     change(folder, drop)
-    assert not {"distinguishable", "interval", "difference_low"} & set(baselines(folder)["FVU"])
+    assert not {"distinguishable", "difference_low"} & set(baselines(folder)["FVU"])
 
 
 def test_a_run_without_baselines_has_no_comparison(ordinary: Path):
@@ -124,7 +116,7 @@ def test_the_summary_has_the_numbers_of_the_evaluation(every: Path):
     assert tiles["FVU lost against one SAE per layer"] == (f"+{lost['value']:.4f}", ends)
     assert tiles["groups"] == ("2", "AMAD 0.178")
     assert "AMAD below θ = 0.2 chose 2 groups of layers (0–2 · 3–10)." in text
-    assert "The last layer has an SAE of its own." in text
+    assert "The last layer has its own SAE." in text
     assert "This is one training run (seed 0)" in text
     assert "128 sequences from 30 documents" in text
 
@@ -137,7 +129,7 @@ def test_without_baselines_the_summary_names_the_command(ordinary: Path):
 def test_without_evaluation_the_summary_names_the_command(tmp_path: Path):
     folder = write_run(tmp_path / "r", evaluated=False)
     assert f"python -m groupsae.evaluate run={folder}" in texts_of(folder)
-    assert tiles_of(folder)["FVU"] == ("0.1860", "held-out text")
+    assert tiles_of(folder)["FVU"] == ("0.1860", "no interval")
 
 
 def test_a_negative_saving_is_called_a_cost(tmp_path: Path):
@@ -167,7 +159,7 @@ def test_imported_saes_have_no_angles_seed_or_command(tmp_path: Path) -> None:
     assert "imported from theirs" in text
     assert "AMAD" not in text + str(tiles_of(folder))
     assert "training run" not in text
-    facts = dict(provenance(read_run(folder)))
+    facts = provenance(read_run(folder))
     assert facts["imported from"] == "theirs"
     assert "command" not in facts
 
@@ -196,20 +188,21 @@ def test_a_model_without_next_tokens_has_no_cross_entropy(tmp_path: Path) -> Non
 def test_cells_have_fixed_digits_and_the_interval_as_a_note(every: Path):
     table = tables.layers_table(read_run(every))
     assert table is not None
-    assert table.cell(0, "layer") == ("0", "")
-    assert table.cell(0, "fvu") == ("0.1300", "0.1260 to 0.1340")
-    assert table.cell(0, "l0") == ("16.0", "")
+    assert table.cell(0, "layer") == ("0", "", True)
+    assert table.cell(0, "fvu") == ("0.1300", "0.1260 to 0.1340", False)
+    assert table.cell(0, "fvu", half=True) == ("0.1300 ±0.0040", "", False)
+    assert table.cell(0, "l0") == ("16.0", "", False)
     assert len(table.rows) == 12 + 2 + 2  # layers, shared SAEs, and the grouped and all layers
     assert list(table.marked) == [12, 13, 14, 15]
-    assert table.cell(14, "sae") == ("grouped layers", "")
-    assert table.cell(14, "fvu") == ("0.1729", "0.1689 to 0.1769")
+    assert table.cell(14, "sae").value == "grouped layers"
+    assert table.cell(14, "fvu") == ("0.1729", "0.1689 to 0.1769", False)
 
 
 def test_the_scale_of_the_ce_score(every: Path):
     table = tables.scale_table(read_run(every))
     assert table is not None
     assert "CE is 2.7000 nats (2.6800 to 2.7200)" in table.caption
-    assert [cell.value for _, cell in table.rows[1]] == ["1", "9.0000", "6.0000", "2.00"]
+    assert [cell.value for cell in table.rows[1]] == ["1", "9.0000", "6.0000", "2.00"]
 
 
 def test_the_chosen_grouping_is_one_even_if_theta_picks_one_of_every_rule(tmp_path: Path):
@@ -242,6 +235,8 @@ def test_largest_angles_are_those_of_the_distances(ordinary: Path):
     assert run.distances is not None
     assert table.frame["diameter"][1] == run.distances[3:11, 3:11].max()
     assert table.cell(2, "diameter").value == "–"  # a single layer has none
+    assert table.cell(0, "tokens_per_layer").value == "341,333"
+    assert table.cell(3, "fvu").value == "0.1860"
 
 
 def test_the_ledger_lists_parts_savings_and_sharing(every: Path):
@@ -251,7 +246,7 @@ def test_the_ledger_lists_parts_savings_and_sharing(every: Path):
     assert parts is not None
     assert saved is not None
     assert sharing is not None
-    assert [cell.value for _, cell in parts.rows[0]] == [
+    assert [cell.value for cell in parts.rows[0]] == [
         "language model",
         "5.2 TFLOP",
         "5.3 TFLOP",
