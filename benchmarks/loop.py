@@ -86,7 +86,7 @@ class Blocks(L.Callback):
 
     def __init__(self, run: Run, steps: int) -> None:
         self.run, self.steps, self.repeat, self.last = run, steps, False, None
-        self.make, run.data.shown = run.data.shown, self.shown
+        self.make, run.data.live.rows = run.data.live.rows, self.shown
         self.profiler = run.trainer.profiler = SimpleProfiler()
         self.seconds: dict[str, list[float]] = {WHOLE: [], SAES: [], MODEL: []}
         self.parts: dict[str, list[float]] = {}
@@ -116,7 +116,7 @@ class Blocks(L.Callback):
         else:
             start, data = now(device), self.run.data
             for _ in range(self.steps):
-                self.make(data.drawn(self.tokens, data.slots).to(device), data.slots)
+                self.make(data.drawn(self.tokens, data.exchanges[0]).to(device))
             self.seconds[MODEL].append(now(device) - start)
             print(f"round {len(self.seconds[MODEL]) - 1} of {ROUNDS - 1}", flush=True)
         self.repeat = not self.repeat

@@ -75,17 +75,17 @@ def streamed(data: ActivationDataModule) -> float:
     """Return the seconds in which the language model makes all rows."""
     start = now(data.device)
     for tokens in data.loader("train", STEPS, data.seed):
-        data.shown(data.drawn(tokens, data.slots).to(data.device), data.slots)
+        data.live.rows(data.drawn(tokens, data.exchanges[0]).to(data.device))
     return now(data.device) - start
 
 
 def stored(data: ActivationDataModule, *, checked: bool) -> float:
     """Return the seconds in which all rows come from the store, checked or trusted."""
-    for shard in data.store._shards:  # what is checked once is trusted afterwards
-        shard.checked[:] = not checked
+    for shard in data.reader.store._shards:  # verified once in a process
+        shard.verified[:] = not checked
     start = now(data.device)
-    for rows in data.stored_training():
-        rows.to(data.device).batch(None)
+    for rows in data.train_dataloader():
+        data.reader.rows(rows.to(data.device))
     return now(data.device) - start
 
 
@@ -147,7 +147,7 @@ def measured(given: Sequence[str], folder: Path) -> Found:
         print(f"runs: round {number} of {RUNS}", flush=True)
         if number:  # the first one filled the store
             by_turns.append((both[0], both[1]))
-    layout = store.store.layout
+    layout = store.reader.store.layout
     read = layout.block_bytes // layout.context * len(store.used_layers())
     runs = statistics.median(a for a, _ in by_turns), statistics.median(b for _, b in by_turns)
     return Found(rows, store.fill_seconds / filled, forward, runs, size, read)

@@ -18,8 +18,7 @@ from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from groupsae.config.arguments import CONF, check_arguments, make
 from groupsae.data.loader import StepSampler, make_loader
-from groupsae.data.splits import Split, split_of
-from groupsae.data.tokens import Packing, load_token_blocks
+from groupsae.data.packing import Packing, Split, load_token_blocks, split_of
 from groupsae.files.atomic import write_json
 from groupsae.files.reading import read_metrics
 from groupsae.lm.build import build_gpt_neox, stack_layers, train_tokenizer

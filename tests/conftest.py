@@ -23,11 +23,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side: each has one 
 # no int for a float.)
 install_import_hook(
     [
-        "groupsae.data.batch",
-        "groupsae.data.drawn",
-        "groupsae.data.draws",
-        "groupsae.data.loader",
-        "groupsae.data.rows",
+        "groupsae.data",
         "groupsae.evaluation",
         "groupsae.grouping",
         "groupsae.interop",

@@ -1,50 +1,65 @@
 """Tokens in, activations out: the DataModule that holds the language model."""
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import lightning as L
+import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int, Int64
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from groupsae.cost.stopwatch import Stopwatch
 from groupsae.data.batch import ActivationBatch
-from groupsae.data.drawn import DrawnTokens
+from groupsae.data.draws import DrawnTokens, draw
 from groupsae.data.exchange import Exchange
-from groupsae.data.filters import check_filters
-from groupsae.data.rows import draw_rows
-from groupsae.data.sizes import check_sizes
+from groupsae.data.filters import TokenFilter, check_filters
+from groupsae.data.loader import StepSampler, block_order, make_loader
+from groupsae.data.packing import (
+    SPLITS,
+    Packing,
+    Split,
+    TokenBlocks,
+    document_numbers,
+    end_of_text,
+    load_token_blocks,
+)
+from groupsae.data.rows import Show, all_rows, by_model, rows_by_forward
 from groupsae.data.sources import Source
-from groupsae.data.splits import SPLITS
-from groupsae.data.spread import SpreadTokens, exchange_rows, travelling_dtype
-from groupsae.data.store.batches import StoredBatches, StoredParts
-from groupsae.data.store.rows import StoredRows
-from groupsae.data.tokens import Packing
-from groupsae.lm.hooked import HookedLM
+from groupsae.data.store.fill import Filler, size_of
+from groupsae.data.store.options import check_store
+from groupsae.data.store.read import RowReader, StoredLoader, StoredRows, read_ahead
+from groupsae.data.store.shard import Layout
+from groupsae.data.store.store import ActivationStore, Gap, dtype_of, open_store
+from groupsae.lm.hooked import HookedLM, read_after
 from groupsae.lm.load import FrozenLM
 from groupsae.runtime.errors import UserError
 
 LEAST_TEXT = 20_000_000  # tokens
+# Of the sample that all runs are evaluated on, whatever their own seed; without it, the first
+# blocks of the file would be those of a few documents.
+HELDOUT_SEED = 0
 
-Drawn = DrawnTokens | SpreadTokens
 
-
-class ActivationDataModule(StoredBatches):
+class ActivationDataModule(L.LightningDataModule):
     """Streams activations of a frozen language model, at its hookpoint.
 
-    Token blocks travel through an ordinary loader. What can be decided without the model is
+    They come from its `reader`: a `LiveReader` runs the language model on each batch; after
+    `keep_in`, a `StoredReader` writes them to disk once and reads them from there.
+
+    Live, token blocks travel through an ordinary loader. What can be decided without the model is
     decided on the host, in `on_before_batch_transfer`; the model runs on the device in
     `on_after_batch_transfer`, one truncated forward for all layers, and only the drawn rows are
-    kept. Nothing of it waits for the device, but where stream.max_norm_ratio lets norms decide
+    kept. Nothing of it waits for the device, except where stream.max_norm_ratio lets norms decide
     which rows count: then `ActivationBatch.rows` waits for their number.
 
     The position in the data is one integer, `blocks_seen` over all ranks; order and draws are
     functions of it, so a resumed run sees exactly what the undisturbed one would.
-
-    With `keep_in`, activations are written to a store once and read from there: rows come with the
-    batch, and no language model runs.
 
     Args:
         lm: the language model.
@@ -62,9 +77,17 @@ class ActivationDataModule(StoredBatches):
         blocks_per_step: blocks in an SAE step over all ranks.
         blocks_per_forward: blocks in one forward of the language model; bounds its memory.
         tokens: training budget, tokens per SAE.
-        heldout_tokens: tokens of one validation.
+        heldout_tokens: tokens of one validation; None takes the complete split.
         num_workers: loader processes.
         seed: of shuffle and layer draws.
+
+    Attributes:
+        slots: the sets of layers that training batches draw from, one row per token each.
+        exchanges: which process gets which rows, in training and in validation.
+        travelling: dtype of rows that are sent to other processes.
+        blocks_seen: position in the data, over all ranks.
+        device: that batches go to.
+        stopwatch: of the language model's forwards in training.
     """
 
     def __init__(
@@ -84,44 +107,84 @@ class ActivationDataModule(StoredBatches):
         blocks_per_step: int,
         blocks_per_forward: int,
         tokens: int,
-        heldout_tokens: int,
+        heldout_tokens: int | None,
         num_workers: int,
         seed: int,
     ) -> None:
         super().__init__()
         check_sizes(context, lm, tokens, blocks_per_step, blocks_per_forward)
+        check_filters(skip_positions, max_norm_ratio, context)
         self.lm, self.source, self.cache = lm, source, Path(cache)
         self.packing = Packing(
             context=context,
             heldout_fraction=heldout_fraction,
             calibration_fraction=calibration_fraction,
             prepend_bos=prepend_bos,
-            max_tokens=max_tokens or max(LEAST_TEXT, tokens * 5 // 4),
+            max_tokens=max(LEAST_TEXT, tokens * 5 // 4) if max_tokens is None else max_tokens,
         )
-        check_filters(skip_positions, max_norm_ratio, context)
         self.exclude_special_tokens = exclude_special_tokens
         self.skip_positions, self.max_norm_ratio = skip_positions, max_norm_ratio
         self.blocks_per_step, self.blocks_per_forward = blocks_per_step, blocks_per_forward
         self.heldout_tokens, self.num_workers, self.seed = heldout_tokens, num_workers, seed
         self.tokens_per_step = blocks_per_step * context
         self.num_steps = tokens // self.tokens_per_step
-        self.slots: list[list[int]] = []
-        self.exchanges: tuple[Exchange, Exchange] | None = None  # none: rows stay where they are
+        self.travelling = torch.float32
         self.blocks_seen = 0
-        self._hooked: HookedLM | None = None
         self.device = torch.device("cpu")
-        self.stopwatch = Stopwatch()  # of the language model's forwards in training
+        self.stopwatch = Stopwatch()
+        self._hooked: HookedLM | None = None
+        self.live = LiveReader(self)
+        self.reader: LiveReader | StoredReader = self.live
+        self.set_slots([])
 
-    # ---- data ---------------------------------------------------------------------------
+    # ---- where activations come from ----------------------------------------------------
 
-    def setup(self, stage: str) -> None:
-        """Check that every split fills a step; load the model onto this process's device."""
-        for split in SPLITS:
-            self.steps_for(split, None)
-        if self._hooked is None:
-            self.device = self.trainer.strategy.root_device if self.trainer else self.device
-            if not self.is_stored:
-                self.hooked  # noqa: B018
+    def keep_in(self, folder: str, dtype: str, say: Callable[[str], object]) -> None:
+        """Read activations from a store in this folder, and write there what is missing.
+
+        Then the language model is loaded only when something is missing.
+
+        Args:
+            folder: of all stores (data.cache); each content has a folder of its own there.
+            dtype: of what is stored (data.cache_dtype): bfloat16, float16 or float32.
+            say: prints a sentence, in one process of several.
+
+        Raises:
+            UserError: activations cannot be stored like that.
+        """
+        self.reader = StoredReader(self, folder, dtype, say)
+
+    @property
+    def is_stored(self) -> bool:
+        """Return whether activations come from a store."""
+        return self.reader.stored_dtype is not None
+
+    @property
+    def stored_dtype(self) -> str:
+        """Return the dtype that activations are stored in."""
+        assert self.reader.stored_dtype is not None
+        return self.reader.stored_dtype
+
+    @property
+    def fill_seconds(self) -> float:
+        """Return the seconds that were spent on filling a store."""
+        return self.reader.fill_seconds
+
+    def fill_calibration(self, tokens: int) -> None:
+        """Write every layer of so many calibration tokens into the store, where they are missing.
+
+        Raises:
+            UserError: the disk has no room for them and for what training needs afterwards.
+        """
+        self.reader.fill_calibration(tokens)
+
+    def fill_training(self) -> None:
+        """Write what training and validation of the chosen slots read, where it is missing.
+
+        Raises:
+            UserError: the disk has no room for it.
+        """
+        self.reader.fill_training()
 
     @property
     def hooked(self) -> HookedLM:
@@ -141,11 +204,11 @@ class ActivationDataModule(StoredBatches):
         self._hooked, self.device = hooked, device
 
     def release(self) -> None:
-        """Let go of the language model; it is loaded again when it is needed."""
+        """Drop the language model; it is loaded again when it is needed."""
         self._hooked = None
 
     def described(self) -> dict[str, Any]:
-        """Return what decides the activations, but for weights and text, as plain values."""
+        """Return what decides the activations, except weights and text, as plain values."""
         return {
             **self.lm.described(),
             "context": self.packing.context,
@@ -156,7 +219,158 @@ class ActivationDataModule(StoredBatches):
             **({"stored": self.stored_dtype} if self.is_stored else {}),
         }
 
-    # ---- activations --------------------------------------------------------------------
+    # ---- tokens -------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Pack the tokens once, on one process."""
+        self.blocks  # noqa: B018
+
+    def setup(self, stage: str) -> None:
+        """Check that every split fills a step; load the model onto this process's device."""
+        for split in SPLITS:
+            self.steps_for(split, None)
+        if self._hooked is None:
+            self.device = self.trainer.strategy.root_device if self.trainer else self.device
+            if not self.is_stored:
+                self.hooked  # noqa: B018
+
+    @cached_property
+    def blocks(self) -> TokenBlocks:
+        """Return the packed corpus, packing it first if needed."""
+        return load_token_blocks(
+            self.source,
+            self.lm.tokenizer(),
+            self.packing,
+            self.cache / "tokens",
+            vocab_size=self.lm.geometry.vocab_size,
+        )
+
+    def tokens(self, split: Split, blocks: list[int]) -> Int64[Tensor, "block pos"]:
+        """Return the tokens of some blocks of a split."""
+        return torch.from_numpy(self.blocks.blocks[split][blocks].astype("int64"))
+
+    def epochs(self) -> float:
+        """Return how often the training split is read to fill the budget."""
+        return self.num_steps * self.blocks_per_step / len(self.blocks.blocks["train"])
+
+    def steps_for(self, split: Split, tokens: int | None) -> int:
+        """Return the steps that hold at most `tokens` tokens of a split, at least one.
+
+        Raises:
+            UserError: the split has fewer blocks than a step.
+        """
+        num_blocks = len(self.blocks.blocks[split])
+        available = num_blocks // self.blocks_per_step
+        if not available:
+            raise UserError(
+                f"the {split} split has {num_blocks} blocks, less than one step of "
+                f"{self.blocks_per_step}: give more text, or lower stream.blocks_per_step"
+                + (f" or raise stream.{split}_fraction." if split != "train" else ".")
+            )
+        wanted = available if tokens is None else max(1, tokens // self.tokens_per_step)
+        return min(available, wanted)
+
+    @property
+    def rank(self) -> int:
+        """Return the number of this process."""
+        return self.trainer.global_rank if self.trainer else 0
+
+    @property
+    def num_processes(self) -> int:
+        """Return how many processes share each step."""
+        return self.trainer.world_size if self.trainer else 1
+
+    def steps(
+        self,
+        split: Split,
+        num_steps: int,
+        seed: int | None,
+        first_step: int = 0,
+        exchange: Exchange | None = None,
+    ) -> StepSampler:
+        """Return the blocks of each step: this rank's share, or all where rows are exchanged."""
+        shared = exchange is None or exchange.swap is None
+        return StepSampler(
+            num_blocks=len(self.blocks.blocks[split]),
+            blocks_per_step=self.blocks_per_step,
+            num_steps=num_steps,
+            seed=seed,
+            first_step=first_step,
+            rank=self.rank if shared else 0,
+            world_size=self.num_processes if shared else 1,
+        )
+
+    def training_steps(self) -> StepSampler:
+        """Return the blocks of each training step, from `blocks_seen` on."""
+        first = self.blocks_seen // self.blocks_per_step
+        return self.steps("train", self.num_steps, self.seed, first, self.exchanges[0])
+
+    def heldout_steps(self, num_steps: int) -> StepSampler:
+        """Return the blocks of held-out steps: the same sample of the split every time."""
+        return self.steps("heldout", num_steps, HELDOUT_SEED, exchange=self.exchanges[1])
+
+    def validation_steps(self) -> int:
+        """Return the number of steps of one validation."""
+        return self.steps_for("heldout", self.heldout_tokens)
+
+    def load(self, split: Split, steps: StepSampler) -> DataLoader[Tensor]:
+        """Return a loader of the tokens of some steps, int64 [block, pos] each."""
+        return make_loader(
+            self.blocks.blocks[split], steps, self.num_workers, self.device.type == "cuda"
+        )
+
+    def loader(
+        self, split: Split, num_steps: int, seed: int | None, first_step: int = 0
+    ) -> DataLoader[Tensor]:
+        """Return this rank's share of the batches of a split."""
+        return self.load(split, self.steps(split, num_steps, seed, first_step))
+
+    def heldout(self, num_steps: int) -> DataLoader[Tensor]:
+        """Return the tokens of held-out batches."""
+        return self.load("heldout", self.heldout_steps(num_steps))
+
+    def heldout_documents(self, num_steps: int) -> Int64[np.ndarray, " block"]:
+        """Return a number of the document that each block of `heldout` begins in."""
+        blocks = self.blocks.blocks["heldout"][:, self.packing.prepend_bos :]
+        numbers = document_numbers(blocks, end_of_text(self.lm.tokenizer()))
+        return numbers[self.needed("heldout", num_steps)]
+
+    def needed(self, split: Split, num_steps: int) -> list[int]:
+        """Return the blocks that so many steps of a split read first, in the order of reading."""
+        available = len(self.blocks.blocks[split])
+        count = min(available, num_steps * self.blocks_per_step)
+        if split == "calibration":
+            return list(range(count))
+        seed = self.seed if split == "train" else HELDOUT_SEED
+        order: list[int] = block_order(available, seed, 0, count).tolist()
+        return order
+
+    # ---- draws --------------------------------------------------------------------------
+
+    @cached_property
+    def special_ids(self) -> Int[Tensor, " id"]:
+        """Return the tokens that are no text."""
+        special, start = self.lm.tokenizer().all_special_ids, self.lm.start_token
+        return torch.tensor(special if start is None else [*special, start], dtype=torch.int64)
+
+    @property
+    def filters(self) -> TokenFilter:
+        """Return which tokens count."""
+        special = self.special_ids if self.exclude_special_tokens else None
+        return TokenFilter(special, self.skip_positions, self.max_norm_ratio)
+
+    def counted(self, tokens: Int[Tensor, "block pos"]) -> Bool[Tensor, "block pos"] | None:
+        """Return which tokens count whatever their activations; None if all do."""
+        return self.filters.tokens(read_after(self.lm.start_token, tokens))
+
+    def set_slots(self, groups: list[list[int]]) -> None:
+        """Choose the sets of layers that training batches draw from, one row each."""
+        self.slots = groups
+        self.exchanges = Exchange([groups]), Exchange([_each_layer(self.used_layers())])
+
+    def used_layers(self) -> list[int]:
+        """Return every layer that some slot draws from, sorted."""
+        return sorted({layer for slot in self.slots for layer in slot})
 
     def exchange(self, training: Exchange, validation: Exchange) -> None:
         """Send rows to the processes that need them, in training and in validation.
@@ -166,113 +380,98 @@ class ActivationDataModule(StoredBatches):
             validation: of layers.
         """
         self.exchanges = training, validation
-        if self.is_stored:
-            self.travelling = self.store.layout.dtype
-            return
-        sample = torch.from_numpy(self.blocks.blocks["train"][:1, :2].astype("int64"))
-        self.travelling = travelling_dtype(self.hooked, sample.to(self.device), self.used_layers())
+        self.travelling = self.reader.travelling()
+
+    def drawn(
+        self,
+        tokens: Int[Tensor, "block pos"],
+        exchange: Exchange,
+        first_position: int = 0,
+        part: slice = slice(None),
+    ) -> DrawnTokens:
+        """Return the draws for tokens on the host; the arguments are those of `draws.draw`."""
+        drawn = draw(
+            tokens,
+            exchange,
+            self.counted,
+            seed=self.seed,
+            first_position=first_position,
+            blocks_per_forward=self.blocks_per_forward,
+            part=part,
+        )
+        return drawn.pinned() if self.device.type == "cuda" else drawn
+
+    def draw_step(self, tokens: Int[Tensor, "block pos"], first_block: int) -> DrawnTokens:
+        """Return the draws for a training batch; `first_block` is the step's place in the run."""
+        exchange = self.exchanges[0]
+        if exchange.swap is None:  # these are this rank's tokens only
+            first_block += self.rank * len(tokens)
+        return self.drawn(tokens, exchange, first_block * self.packing.context)
+
+    def draw_parts(
+        self, tokens: Int[Tensor, "block pos"], exchange: Exchange
+    ) -> list[DrawnTokens]:
+        """Return a batch in parts of `blocks_per_forward`, for slots of one layer each."""
+        share, size = len(tokens) // len(exchange.wanted), self.blocks_per_forward
+        starts = range(0, share, size)
+        return [self.drawn(tokens, exchange, part=slice(i, i + size)) for i in starts]
+
+    # ---- Lightning's hooks --------------------------------------------------------------
 
     def train_dataloader(self) -> Iterable[Any]:
         """Return the training batches from `blocks_seen` on."""
-        return self.stored_training() if self.is_stored else super().train_dataloader()
+        return self.reader.training()
 
     def val_dataloader(self) -> Iterable[Any]:
         """Return the held-out batches of a validation."""
-        if not self.is_stored:
-            return super().val_dataloader()
-        return self.stored_heldout(self.steps_for("heldout", self.heldout_tokens))
+        return self.reader.validation()
 
-    def on_before_batch_transfer(
-        self, batch: Tensor | StoredRows | StoredParts, dataloader_idx: int
-    ) -> Drawn | StoredRows | StoredParts | list[DrawnTokens] | list[SpreadTokens]:
-        """Decide on the host what a batch of tokens will show.
-
-        A validation batch shows every used layer, so it comes in parts of `blocks_per_forward`.
-        """
-        if isinstance(batch, StoredRows | StoredParts):  # decided when it was read
-            return batch
-        assert self.trainer is not None
-        if self.exchanges is not None:
-            return self.spread(batch, self.blocks_seen, training=self.trainer.training)
-        if not self.trainer.training:
-            slots = [[layer] for layer in self.used_layers()]
-            return [self.drawn(part, slots) for part in batch.split(self.blocks_per_forward)]
-        share = self.blocks_per_step // self.trainer.world_size
-        first = self.blocks_seen + self.trainer.global_rank * share
-        return self.drawn(batch, self.slots, first * self.packing.context)
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Decide on the host what a batch will show."""
+        return self.reader.prepare(batch)
 
     def on_after_batch_transfer(
-        self, batch: Drawn | list[Drawn] | StoredRows | StoredParts, dataloader_idx: int
+        self, batch: Any, dataloader_idx: int
     ) -> ActivationBatch | Iterator[ActivationBatch]:
-        """Turn what was drawn into activations."""
-        if isinstance(batch, StoredParts):
-            exchange = None if self.exchanges is None else self.exchanges[1]
-            return (rows.to(self.device).batch(exchange) for rows in batch.rows())
-        if isinstance(batch, list):
-            slots = [[layer] for layer in self.used_layers()]
-            return (self._made(part, slots, training=False) for part in batch)
-        self.blocks_seen += self.blocks_per_step
-        if isinstance(batch, StoredRows):
-            return batch.batch(None if self.exchanges is None else self.exchanges[0])
-        self.stopwatch.start(batch.layers.device)
-        made = self._made(batch, self.slots, training=True)
-        self.stopwatch.stop()
-        return made
+        """Return a training batch's activations, or a validation batch's part by part.
 
-    def _made(self, drawn: Drawn, slots: list[list[int]], *, training: bool) -> ActivationBatch:
-        if isinstance(drawn, DrawnTokens):
-            return self.shown(drawn, slots)
-        assert self.exchanges is not None
-        return exchange_rows(
-            self.hooked,
-            self.filters,
-            drawn,
-            self.exchanges[0 if training else 1],
-            dtype=self.travelling,
-            blocks_per_forward=self.blocks_per_forward,
-        )
+        A validation batch shows every used layer, so its parts are made one after the other.
+        """
+        assert self.trainer is not None
+        if self.trainer.training:
+            self.blocks_seen += self.blocks_per_step
+            return self.reader.step_rows(batch)
+        return (self.reader.rows(part.to(self.device)) for part in batch)
 
-    def shown(self, drawn: DrawnTokens, slots: list[list[int]]) -> ActivationBatch:
-        """Return the activations of tokens whose draws from `slots` lie on the device."""
-        return draw_rows(
-            self.hooked, self.filters, drawn, slots, blocks_per_forward=self.blocks_per_forward
-        )
+    # ---- activations outside of training ------------------------------------------------
 
     def activations(
         self, tokens: Int[Tensor, "block pos"], slots: list[list[int]], first_position: int = 0
     ) -> ActivationBatch:
-        """Return one row per slot and token; `first_position` is that of the first in the run.
+        """Return one row per slot and token, by the language model.
 
-        Tokens that are on the device already come back to the host first.
+        Args:
+            tokens: on the host; those on the device come back to the host first.
+            slots: sets of layers.
+            first_position: of the first token, in the run.
         """
-        return self.shown(self.drawn(tokens.cpu(), slots, first_position).to(self.device), slots)
-
-    def calibration_batches(self, tokens: int) -> Iterator[ActivationBatch]:
-        """Yield every layer's activations over this rank's share of the calibration split.
-
-        They come from the store if all of them are there, see `fill_calibration`.
-        """
-        steps = self.steps_for("calibration", tokens)
-        every = list(range(self.lm.geometry.num_layers))
-        if self.has_calibration(steps):
-            yield from self.stored_calibration(steps)
-            return
-        for batch in self.loader("calibration", steps, None):
-            yield from self.every_layer(batch, every)
+        drawn = self.drawn(tokens.cpu(), Exchange([slots]), first_position)
+        return self.live.rows(drawn.to(self.device))
 
     def every_layer(
         self, tokens: Int[Tensor, "block pos"], layers: list[int]
     ) -> Iterator[ActivationBatch]:
         """Yield all activations of `layers`, one slot each, `blocks_per_forward` at a time."""
         for part in tokens.split(self.blocks_per_forward):
-            yield self.activations(part, [[layer] for layer in layers])
+            yield self.activations(part, _each_layer(layers))
+
+    def calibration_batches(self, tokens: int) -> Iterator[ActivationBatch]:
+        """Yield every layer's activations over this rank's share of the calibration split."""
+        return self.reader.calibration(self.steps_for("calibration", tokens))
 
     def first_rows(self, slots: list[list[int]], num_blocks: int) -> Callable[[], ActivationBatch]:
-        """Return what makes the first rows of training, at most so many blocks, for a trial."""
-        if self.is_stored:
-            return partial(self.stored_first, slots, num_blocks)
-        tokens = next(iter(self.loader("train", 1, self.seed)))[:num_blocks]
-        return partial(self.activations, tokens, slots)
+        """Return what makes the first rows of training, of at most so many blocks, for a trial."""
+        return self.reader.first_rows(slots, num_blocks)
 
     # ---- state --------------------------------------------------------------------------
 
@@ -285,7 +484,7 @@ class ActivationDataModule(StoredBatches):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved position.
+        """Continue from a saved position.
 
         Raises:
             UserError: the text has changed since.
@@ -298,3 +497,300 @@ class ActivationDataModule(StoredBatches):
             )
         self.blocks_seen = state_dict["blocks_seen"]
         self.stopwatch.seconds = state_dict["seconds"]
+
+
+class LiveReader:
+    """Runs the language model on the batches of tokens. `StoredReader` has the same methods.
+
+    Args:
+        data: knows tokens, draws, filters and the language model.
+    """
+
+    stored_dtype: str | None = None
+    fill_seconds = 0.0
+
+    def __init__(self, data: ActivationDataModule) -> None:
+        self.data = data
+
+    def training(self) -> Iterable[Tensor]:
+        """Return the tokens of the training batches."""
+        return self.data.load("train", self.data.training_steps())
+
+    def validation(self) -> Iterable[Tensor]:
+        """Return the tokens of the held-out batches."""
+        return self.data.heldout(self.data.validation_steps())
+
+    def prepare(self, batch: Tensor) -> DrawnTokens | list[DrawnTokens]:
+        """Draw layers for a batch of tokens on the host."""
+        data = self.data
+        assert data.trainer is not None
+        if data.trainer.training:
+            return data.draw_step(batch, data.blocks_seen)
+        return data.draw_parts(batch, data.exchanges[1])
+
+    def step_rows(self, batch: DrawnTokens) -> ActivationBatch:
+        """Run the model on a training batch, and measure the time."""
+        self.data.stopwatch.start(batch.tokens.device)
+        rows = self.rows(batch)
+        self.data.stopwatch.stop()
+        return rows
+
+    def rows(self, part: DrawnTokens) -> ActivationBatch:
+        """Run the model on tokens whose draws lie on the device.
+
+        Memory is tokens x slots x d_model. Rows that travel are sent forward by forward, each
+        next to the following forward.
+        """
+        lm, filters, exchange = self.data.hooked, self.data.filters, part.exchange
+        show, device = by_model(lm, part.tokens), part.tokens.device
+
+        def empty(tokens: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(len(exchange.sent), tokens, lm.d_model, dtype=dtype, device=device)
+
+        if exchange.swap is None:
+            acts = empty(part.tokens.numel(), torch.float32)
+            parts = iter([all_rows(show, filters, part, acts)])
+        else:
+            dtype = self.data.travelling
+            parts = rows_by_forward(
+                show, filters, part, lambda where: empty(where.stop - where.start, dtype)
+            )
+        return part.shown.batch(*exchange.collect(parts))
+
+    def calibration(self, num_steps: int) -> Iterator[ActivationBatch]:
+        """Run the model on the calibration split."""
+        layers = list(range(self.data.lm.geometry.num_layers))
+        for tokens in self.data.loader("calibration", num_steps, None):
+            yield from self.data.every_layer(tokens, layers)
+
+    def first_rows(self, slots: list[list[int]], num_blocks: int) -> Callable[[], ActivationBatch]:
+        """Return what runs the model on the first tokens of training."""
+        tokens = next(iter(self.data.loader("train", 1, self.data.seed)))[:num_blocks]
+        return partial(self.data.activations, tokens, slots)
+
+    def travelling(self) -> torch.dtype:
+        """Return the dtype of the used layers' activations, by running two tokens."""
+        data, dtypes = self.data, list[torch.dtype]()
+        sample = torch.from_numpy(data.blocks.blocks["train"][:1, :2].astype("int64"))
+        show = by_model(data.hooked, sample.to(data.device))
+        show(slice(None), data.used_layers(), lambda _, acts: dtypes.append(acts.dtype))
+        return functools.reduce(torch.promote_types, dtypes)
+
+    def fill_calibration(self, tokens: int) -> None:
+        """Do nothing: the model is there."""
+
+    def fill_training(self) -> None:
+        """Do nothing: the model is there."""
+
+
+class StoredReader:
+    """Reads activations from a store that it fills first. `LiveReader` has the same methods.
+
+    The language model is loaded only when something is missing in the store.
+
+    Args:
+        data: knows tokens, draws, filters and the language model.
+        folder: of all stores.
+        dtype: of what is stored.
+        say: prints a sentence, in one process of several.
+
+    Raises:
+        UserError: activations cannot be stored like that.
+    """
+
+    def __init__(
+        self, data: ActivationDataModule, folder: str, dtype: str, say: Callable[[str], object]
+    ) -> None:
+        check_store(folder, dtype)
+        self.data, self.folder, self.say = data, Path(folder), say
+        self.stored_dtype: str | None = dtype
+        self.fill_seconds = 0.0
+
+    @cached_property
+    def store(self) -> ActivationStore:
+        """Return the store of this text and model, opened; the text is packed first if needed.
+
+        Raises:
+            UserError: its folder cannot be written.
+        """
+        lm, blocks = self.data.lm, self.data.blocks
+        # names of models and folders do not matter: the fingerprint identifies the weights
+        read = ("dtype", "hookpoint", "stack", "blocks_path", "submodule", "load")
+        described = lm.described()
+        content = {key: described[key] for key in read}
+        content |= {"weights": lm.fingerprint(), "text": blocks.key}
+        assert self.stored_dtype is not None
+        return open_store(
+            self.folder,
+            content,
+            Layout(self.data.packing.context, lm.geometry.d_model, dtype_of(self.stored_dtype)),
+            {split: len(tokens) for split, tokens in blocks.blocks.items()},
+        )
+
+    # ---- reading ------------------------------------------------------------------------
+
+    def training(self) -> StoredLoader[StoredRows]:
+        """Return the training batches with their rows."""
+        data, steps = self.data, self.data.training_steps()
+        share = data.exchanges[0].share
+
+        def batches() -> Iterator[StoredRows]:
+            reader = self._row_reader("train")
+
+            def read(item: tuple[int, list[int]]) -> StoredRows:
+                step, blocks = item
+                first_block = step * data.blocks_per_step
+                drawn = data.draw_step(data.tokens("train", blocks), first_block)
+                return reader.rows(drawn, blocks[share(len(blocks))])
+
+            return read_ahead(enumerate(steps, steps.first_step), read)
+
+        return StoredLoader(len(steps), batches)
+
+    def validation(self) -> StoredLoader[Iterator[StoredRows]]:
+        """Return the held-out batches, each read part by part when it is used."""
+        steps = self.data.heldout_steps(self.data.validation_steps())
+
+        def batches() -> Iterator[Iterator[StoredRows]]:
+            reader = self._row_reader("heldout")
+            for blocks in steps:
+                yield self._parts(reader, blocks, self.data.exchanges[1])
+
+        return StoredLoader(len(steps), batches)
+
+    def prepare(self, batch: object) -> object:
+        """Return the batch: all was decided when it was read."""
+        return batch
+
+    def step_rows(self, batch: StoredRows) -> ActivationBatch:
+        """Return the rows of a training step."""
+        return self.rows(batch)
+
+    def rows(self, part: StoredRows) -> ActivationBatch:
+        """Return rows that lie on the device as the language model would have made them."""
+        drawn, acts, keep = part
+        return drawn.shown.batch(*drawn.exchange.collect([(acts, keep)]))
+
+    def calibration(self, num_steps: int) -> Iterator[ActivationBatch]:
+        """Yield every layer's activations; by the language model if the store lacks some."""
+        data, every = self.data, range(self.data.lm.geometry.num_layers)
+        if self.store.gaps("calibration", data.needed("calibration", num_steps), every):
+            yield from data.live.calibration(num_steps)
+            return
+        reader, exchange = self._row_reader("calibration"), Exchange([[[x] for x in every]])
+        for blocks in data.steps("calibration", num_steps, None):
+            for part in self._parts(reader, blocks, exchange):
+                yield self.rows(part.to(data.device))
+
+    def first_rows(self, slots: list[list[int]], num_blocks: int) -> Callable[[], ActivationBatch]:
+        """Return what reads the first rows of training."""
+        data, reader = self.data, self._row_reader("train")
+        blocks = next(iter(data.steps("train", 1, data.seed)))[:num_blocks]
+
+        def read() -> ActivationBatch:
+            drawn = data.drawn(data.tokens("train", blocks), Exchange([slots]))
+            return self.rows(reader.rows(drawn, blocks).to(data.device))
+
+        return read
+
+    def travelling(self) -> torch.dtype:
+        """Return the dtype of the store."""
+        return self.store.layout.dtype
+
+    def _parts(
+        self, reader: RowReader, blocks: list[int], exchange: Exchange
+    ) -> Iterator[StoredRows]:
+        """Yield the rows of a batch, `blocks_per_forward` at a time; each slot is one layer."""
+        parts = self.data.draw_parts(self.data.tokens(reader.split, blocks), exchange)
+        mine, size = blocks[exchange.share(len(blocks))], self.data.blocks_per_forward
+        pieces = [mine[i : i + size] for i in range(0, len(mine), size)]
+        return read_ahead(
+            zip(parts, pieces, strict=True), lambda item: reader.rows(item[0], item[1])
+        )
+
+    def _row_reader(self, split: Split) -> RowReader:
+        return RowReader(
+            self.store,
+            split,
+            self.data.filters,
+            blocks_per_forward=self.data.blocks_per_forward,
+            threads=max(1, self.data.num_workers),
+            pinned=self.data.device.type == "cuda",
+        )
+
+    # ---- filling ------------------------------------------------------------------------
+
+    def fill_calibration(self, tokens: int) -> None:
+        """Write every layer of so many calibration tokens, where they are missing."""
+        data, store = self.data, self.store
+        store.refresh()  # other runs may have written since
+        every = list(range(data.lm.geometry.num_layers))
+        blocks = data.needed("calibration", data.steps_for("calibration", tokens))
+        # the grouping may leave the last layer out, no other
+        later = sum(size_of(gap, store.layout) for gap in self._training_gaps(every[:-1] or every))
+        self._fill(store.gaps("calibration", blocks, every), later)
+
+    def fill_training(self) -> None:
+        """Write what training and validation of the chosen slots read, where it is missing."""
+        self.store.refresh()
+        self._fill(self._training_gaps(self.data.used_layers()), 0)
+
+    def _training_gaps(self, layers: list[int]) -> list[Gap]:
+        train = self.data.needed("train", self.data.num_steps)
+        heldout = self.data.needed("heldout", self.data.validation_steps())
+        return [
+            *self.store.gaps("train", train, layers),
+            *self.store.gaps("heldout", heldout, layers),
+        ]
+
+    def _fill(self, gaps: list[Gap], later: int) -> None:
+        if not gaps:
+            return
+        began, data = time.perf_counter(), self.data
+
+        def model(split: Split, blocks: Sequence[int]) -> Show:
+            return by_model(data.hooked, data.tokens(split, list(blocks)).to(data.device))
+
+        Filler(
+            self.store,
+            model,
+            share=data.blocks_per_step // data.num_processes,
+            blocks_per_forward=data.blocks_per_forward,
+            rank=data.rank,
+            processes=data.num_processes,
+            say=self.say,
+        ).fill(gaps, later)
+        data.release()
+        self.fill_seconds += time.perf_counter() - began
+
+
+def _each_layer(layers: list[int]) -> list[list[int]]:
+    """Return a slot for each layer."""
+    return [[layer] for layer in layers]
+
+
+def check_sizes(
+    context: Any, lm: FrozenLM, tokens: int, blocks_per_step: Any, blocks_per_forward: Any
+) -> None:
+    """Raise UserError if a size is too large or too small.
+
+    A step and a forward may be of any two sizes: a step takes as many forwards as it needs.
+    """
+    sizes = {
+        "context": context,
+        "blocks_per_step": blocks_per_step,
+        "blocks_per_forward": blocks_per_forward,
+    }
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise UserError(f"stream.{name} is {size!r}; it must be a whole number of at least 1.")
+    if context > lm.geometry.context:
+        raise UserError(
+            f"stream.context is {context}, but {lm.name} reads at most "
+            f"{lm.geometry.context} tokens."
+        )
+    if tokens < blocks_per_step * context:
+        raise UserError(
+            f"tokens={tokens:,} is less than one step of stream.blocks_per_step="
+            f"{blocks_per_step} blocks of {context} tokens: raise it, or lower the step."
+        )

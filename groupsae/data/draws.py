@@ -1,10 +1,19 @@
-"""Which layer of a group each token draws: a pure function of seed, group and position."""
+"""Which layer each token draws, decided on the host before the language model runs.
+
+The layer is a pure function of seed, group and position in the run.
+"""
 
 import hashlib
+from collections.abc import Callable
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from groupsae.data.batch import ActivationBatch
+from groupsae.data.exchange import Exchange
 
 # SplitMix64 (Steele, Lea, Flood 2014): increment and the two multipliers, as signed int64.
 GAMMA = 0x9E3779B97F4A7C15 - 2**64
@@ -30,7 +39,7 @@ def draw_layers(
 
     A counter-based generator (SplitMix64 of the position) instead of a stateful one: the draw
     of a token depends on nothing but (seed, group, global position), so it is the same on one
-    process or many, after a resume, and whether or not other groups are trained beside it.
+    process or many, after a resume, and whichever other groups are trained.
 
     Args:
         positions: global indices of the tokens in the run, int64.
@@ -45,3 +54,140 @@ def draw_layers(
     x = x ^ _shift_right(x, 31)
     choice = _shift_right(x, 33) % len(layers)  # 31 bits: the bias is below size / 2^31
     return torch.tensor(layers, device=positions.device)[choice]
+
+
+class Labels(NamedTuple):
+    """What is known about rows before their activations are.
+
+    Attributes:
+        layers: the layer of each row.
+        counted: tokens that count whatever their activations; None if all do.
+        kept: the places of those tokens; None if all count.
+    """
+
+    layers: Int[Tensor, "slot token"]
+    counted: Bool[Tensor, "token"] | None
+    kept: Int[Tensor, "row"] | None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Labels":
+        """Return them with each tensor changed."""
+        return Labels(*(None if each is None else change(each) for each in self))  # type: ignore[arg-type]
+
+    def batch(
+        self,
+        acts: Float[Tensor, "slot token d_model"],
+        keep: Bool[Tensor, "slot token"] | None,
+    ) -> ActivationBatch:
+        """Return rows with these labels; `keep` says which count if norms decide it."""
+        if keep is not None:  # differs from slot to slot, and only the device knows the places
+            return ActivationBatch(acts, self.layers, keep)
+        keep = None if self.counted is None else self.counted.expand(len(acts), -1)
+        return ActivationBatch(acts, self.layers, keep, self.kept)
+
+
+class DrawnTokens(NamedTuple):
+    """A process's share of a batch of token blocks, and the layer that each token draws.
+
+    Draws and token filters depend on ids and positions only. Decided on the host, before the
+    tokens are sent to the device, every number of rows is known there: a device that is asked how
+    many it has found makes the host wait for everything that was queued before.
+
+    Attributes:
+        tokens: token ids.
+        exchange: who needs rows of which slots.
+        blocks_per_forward: blocks in one forward of the language model.
+        made: labels of the rows that this process makes, for `exchange.sent`.
+        order: for each of those slots that has several layers, the places of its tokens within
+            each forward: by layer, and ascending within one.
+        shares: for each of those slots and each forward, layer -> number of tokens; splits
+            `order` by layer.
+        shown: labels of the rows that this process gets, for `exchange.own`. Every process knows
+            the ids and positions of all tokens, so that only activations travel.
+    """
+
+    tokens: Int[Tensor, "block pos"]
+    exchange: Exchange
+    blocks_per_forward: int
+    made: Labels
+    order: Int[Tensor, "several token"]
+    shares: list[list[dict[int, int]]]
+    shown: Labels
+
+    def to(self, device: torch.device) -> "DrawnTokens":
+        """Return everything on the device; a GPU fetches it asynchronously if it is pinned.
+
+        For other devices the host waits: Apple's may read what has not arrived (pytorch#83015).
+        """
+        asynchronous = device.type == "cuda"
+        return self._map(lambda tensor: tensor.to(device, non_blocking=asynchronous))
+
+    def pinned(self) -> "DrawnTokens":
+        """Return everything in page-locked memory, from which a GPU fetches asynchronously."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "DrawnTokens":
+        made = self.made.map(change)
+        return self._replace(
+            tokens=change(self.tokens),
+            made=made,
+            order=change(self.order),
+            shown=made if self.shown is self.made else self.shown.map(change),
+        )
+
+
+def draw(
+    tokens: Int[Tensor, "block pos"],
+    exchange: Exchange,
+    counted: Callable[[Tensor], Tensor | None],
+    *,
+    seed: int,
+    first_position: int,
+    blocks_per_forward: int,
+    part: slice = slice(None),
+) -> DrawnTokens:
+    """Return what is decided about tokens on the host.
+
+    Args:
+        tokens: of a batch. Where rows travel: of all processes, in equal shares.
+        exchange: who needs which slots; a slot of several layers draws one for each token.
+        counted: returns which tokens of some blocks count, None if all do.
+        seed: of the draws.
+        first_position: global index in the run of the first token; decides the draws.
+        blocks_per_forward: blocks in one forward of the language model.
+        part: blocks of each share. Where it is not the complete share, each slot must be one
+            layer: then positions decide nothing.
+    """
+
+    def labels(slots: list[list[int]], tokens: Tensor, first: int) -> Labels:
+        positions = torch.arange(tokens.numel()) + first
+        rows = [draw_layers(positions, slot, seed) for slot in slots]
+        layers = torch.stack(rows) if rows else positions.new_empty(0, len(positions))
+        mask = counted(tokens)
+        flat = None if mask is None else mask.flatten()
+        return Labels(layers, flat, None if flat is None else flat.nonzero().squeeze(1))
+
+    shares = tokens.view(len(exchange.wanted), -1, tokens.shape[1])
+    mine = shares[exchange.rank, part]
+    made = labels(exchange.sent, mine, first_position + exchange.rank * shares[0].numel())
+    shown = made
+    if exchange.swap is not None:
+        shown = labels(exchange.own, shares[:, part].flatten(0, 1), first_position)
+    order, counts = _by_layer(made.layers, exchange.sent, blocks_per_forward * tokens.shape[1])
+    return DrawnTokens(mine, exchange, blocks_per_forward, made, order, counts, shown)
+
+
+def _by_layer(
+    layers: Int[Tensor, "slot token"], slots: list[list[int]], size: int
+) -> tuple[Int[Tensor, "several token"], list[list[dict[int, int]]]]:
+    """Return `order` and `shares` of `DrawnTokens`; `size` is the tokens of a forward."""
+    several = [i for i, slot in enumerate(slots) if len(slot) > 1]
+    order, shares = torch.empty(len(several), layers.shape[1], dtype=torch.int64), []
+    for row, i in enumerate(several):
+        # numpy's stable sort of 16-bit integers is a radix sort: 0.2 ms for 32,768
+        drawn = layers[i].numpy().astype(np.int16)
+        parts = np.split(drawn, range(size, len(drawn), size))
+        sorts = [np.argsort(part, kind="stable") for part in parts]
+        order[row] = torch.from_numpy(np.concatenate(sorts))
+        counts = [np.bincount(part, minlength=max(slots[i]) + 1).tolist() for part in parts]
+        shares.append([{x: count[x] for x in sorted(slots[i])} for count in counts])
+    return order, shares

@@ -1,6 +1,6 @@
-"""Rows on their way from the process that makes them to the processes that need them."""
+"""Which process needs which rows of activations, and how the rows get there."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from jaxtyping import Shaped
@@ -10,13 +10,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from groupsae.runtime import compat
 
 Swap = Callable[[Tensor, list[int], list[int]], Tensor]
+# Activations [slot, token, d_model], and which of them count where norms decide it.
+Rows = tuple[Tensor, Tensor | None]
 
 
 def all_to_all(mesh: DeviceMesh) -> Swap:
     """Return the all-to-all over a mesh of one dimension.
 
-    It begins at once and runs beside what follows, on the device's own stream for collectives;
-    what it gives is waited for where it is first used.
+    It starts at once and runs next to what follows, on the device's own stream for collectives;
+    its result is waited for where it is first used.
     """
 
     def swap(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
@@ -27,25 +29,30 @@ def all_to_all(mesh: DeviceMesh) -> Swap:
 
 
 class Exchange:
-    """Which slots' rows each process needs, and how they come to it.
+    """Which slots' rows each process needs. A slot is a set of layers.
 
-    Every process makes the rows of an equal share of the tokens, for every slot that anyone
-    needs; a slot that several need is sent to each of them. So all sizes are known beforehand,
-    and no process waits to be told one.
+    Without `swap` rows stay in the process that made them: it is the only one, or each process
+    trains all SAEs on its own share of a batch. `Exchange([slots])` is that.
+
+    With `swap` the SAEs are shared out. Every process makes the rows of an equal share of a
+    batch, for every slot that any process needs; a slot that several need is sent to each of
+    them. So all sizes are known in advance, and no process waits to learn one.
 
     Args:
-        wanted: for each process, the slots that it needs, each a set of layers.
+        wanted: for each process, the slots that it needs.
         rank: this process.
         swap: starts an all-to-all over the first dimension: rows, how many go to each process,
             how many come from each -> rows in the order of the processes that they come from.
     """
 
-    def __init__(self, wanted: Sequence[list[list[int]]], rank: int, swap: Swap) -> None:
+    def __init__(
+        self, wanted: Sequence[list[list[int]]], rank: int = 0, swap: Swap | None = None
+    ) -> None:
         self.wanted, self.rank, self.swap = list(wanted), rank, swap
 
     @property
     def sent(self) -> list[list[int]]:
-        """Return the slots that this process makes rows of, in the order that `start` takes."""
+        """Return the slots that this process makes rows of, in the order that it sends them."""
         return [slot for slots in self.wanted for slot in slots]
 
     @property
@@ -53,33 +60,54 @@ class Exchange:
         """Return the slots that this process gets rows of, in the order that they come in."""
         return self.wanted[self.rank]
 
-    def start(
-        self, rows: Shaped[Tensor, "sent token *each"]
-    ) -> Shaped[Tensor, "process_own token *each"]:
-        """Send a part of this process's rows; return those that come in, to be waited for.
+    def share(self, num_blocks: int) -> slice:
+        """Return which blocks of a batch this process makes rows of."""
+        size = num_blocks // len(self.wanted)
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+    def collect(self, parts: Iterable[Rows]) -> Rows:
+        """Send each part of this process's rows as soon as it is made; return what comes in.
 
         All processes call it for equal parts, in the same order.
+
+        Args:
+            parts: rows of `sent`. Where rows stay there is exactly one part.
+
+        Returns:
+            Rows of `own` for the tokens of all processes, activations as float32.
         """
+        if self.swap is None:
+            ((acts, keep),) = parts
+            return acts.float(), keep
+        outgoing, incoming, masks = [], [], []
+        for acts, keep in parts:
+            outgoing.append(acts)  # kept until all have arrived
+            incoming.append(self._start(acts))
+            if keep is not None:
+                masks.append(self._start(keep.contiguous()))
+        return self._join(incoming, torch.float32), self._join(
+            masks, torch.bool
+        ) if masks else None
+
+    def _start(
+        self, rows: Shaped[Tensor, "sent token *each"]
+    ) -> Shaped[Tensor, "process_own token *each"]:
+        assert self.swap is not None
         received = [len(self.own)] * len(self.wanted)
         return self.swap(rows, [len(slots) for slots in self.wanted], received)
 
-    def join(
+    def _join(
         self, parts: Sequence[Shaped[Tensor, "process_own _ *each"]], dtype: torch.dtype
     ) -> Shaped[Tensor, "own token *each"]:
-        """Return what came in, in the order of the tokens: by process, then by part.
-
-        Args:
-            parts: of `start`, of all parts of a process's share in their order.
-            dtype: of what is returned.
-        """
+        """Return what came in, in the order of the tokens: by process, then by part."""
         processes, own = len(self.wanted), len(self.own)
         share, rest = sum(part.shape[1] for part in parts), parts[0].shape[2:]
         joined = torch.empty(own, processes, share, *rest, dtype=dtype, device=parts[0].device)
         place = 0
         for part in parts:
             size = part.shape[1]
-            came = part.view(processes, own, size, *rest).transpose(0, 1)
-            joined[:, :, place : place + size].copy_(came)
+            arrived = part.view(processes, own, size, *rest).transpose(0, 1)
+            joined[:, :, place : place + size].copy_(arrived)
             place += size
         return joined.flatten(1, 2)
 

@@ -1,5 +1,7 @@
 """Documents from the user's own files: plain text, JSON lines and parquet."""
 
+import codecs
+import glob
 import gzip
 import hashlib
 import json
@@ -10,12 +12,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from groupsae.data.columns import pick_column, row_document
-from groupsae.data.paths import PARQUET, find_files, is_json_lines, read_checked
-from groupsae.data.sources import Document
+from groupsae.data.sources import Document, pick_column, row_document
 from groupsae.runtime.errors import UserError
 
+PARQUET = ".parquet"
+JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz")
+TEXT = (".txt", ".text", ".md", ".rst", ".py")
 PIECE = 64 * 1024  # characters: one long file still gives training and held-out documents
+CHUNK = 1 << 20  # bytes that are read at once
+SNIFF = 1 << 16  # bytes that decide whether a file of unknown kind is text
 KEY = "data.text_column"
 
 
@@ -28,7 +33,7 @@ class _File(NamedTuple):
 class FileSource:
     """Text files, JSON lines (`.jsonl`, `.ndjson`, `.json.gz`) and parquet files.
 
-    A text file is one document; above 64 KiB it is cut at line ends into documents `name#0`,
+    A text file is one document; above 64 KiB it is split at line ends into documents `name#0`,
     `name#1`, ... A row of a table is the document `name#row`. Names are relative to the folder
     (or to the fixed part of the glob), so the split does not depend on where the folder lies. A
     file whose content was already seen is skipped, as in `PythonSource`.
@@ -51,14 +56,14 @@ class FileSource:
         """Return the distinct files in the order of their names, each checked to be readable."""
         files: list[_File] = []
         seen: set[str] = set()
-        for name, path in find_files(self.path):
-            digest = read_checked(path)
+        for name, path in _find_files(self.path):
+            digest = _read_checked(path)
             if digest in seen:
                 continue
             seen.add(digest)
             if path.name.endswith(PARQUET):
                 self._open_parquet(path)
-            elif is_json_lines(path):
+            elif path.name.endswith(JSON_LINES):
                 next(self._json_rows(path), None)
             files.append(_File(name, path, digest))
         return files
@@ -76,14 +81,15 @@ class FileSource:
         for name, path, _ in self._files:
             if path.name.endswith(PARQUET):
                 yield from self._parquet(name, path)
-            elif is_json_lines(path):
+            elif path.name.endswith(JSON_LINES):
                 for row, column, value in self._json_rows(path):
                     yield row_document(f"{name}#{row}", value, column, f"{path}:{row + 1}")
             else:
                 yield from _pieces(name, path)
 
     def _json_rows(self, path: Path) -> Iterator[tuple[int, str, Any]]:
-        """Yield (row, column, value) of a file of JSON lines; blank lines are no rows to read."""
+        """Yield (row, column, value) of a file of JSON lines; blank lines are skipped."""
+        example = 'every line of a .jsonl file must be one object such as {"text": "..."}'
         try:
             with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as handle:
                 for row, line in enumerate(handle):
@@ -93,19 +99,13 @@ class FileSource:
                     try:
                         record = json.loads(line)
                     except ValueError as error:
-                        raise UserError(
-                            f"{where} is not JSON ({error}): every line of a .jsonl file must be "
-                            'one object such as {"text": "..."}'
-                        ) from None
+                        raise UserError(f"{where} is not JSON ({error}): {example}") from None
                     if not isinstance(record, dict):
-                        raise UserError(
-                            f"{where} holds {type(record).__name__}, while every line must be one "
-                            'object such as {"text": "..."}'
-                        )
+                        raise UserError(f"{where} holds {type(record).__name__}, while {example}")
                     column = pick_column(list(record), self.text_column, where, KEY)
                     yield row, column, record[column]
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(f"{path} is damaged or cut short: {error}") from None
+            raise UserError(f"{path} is damaged or truncated: {error}") from None
 
     def _open_parquet(self, path: Path) -> tuple[Any, str]:
         """Return the open file and the column to read."""
@@ -115,7 +115,7 @@ class FileSource:
         try:
             table = parquet.ParquetFile(path)
         except pa.ArrowException as error:
-            raise UserError(f"{path} is no whole parquet file: {error}") from None
+            raise UserError(f"{path} is no complete parquet file: {error}") from None
         schema = table.schema_arrow
         column = pick_column(schema.names, self.text_column, str(path), KEY)
         kind = schema.field(column).type
@@ -138,13 +138,105 @@ class FileSource:
 
 
 def _pieces(name: str, path: Path) -> Iterator[Document]:
-    """Yield a text file as one document, or cut at line ends when it is long."""
-    whole = path.stat().st_size <= PIECE
+    """Yield a text file as one document, or split at line ends when it is long."""
+    short = path.stat().st_size <= PIECE
     with path.open(encoding="utf-8-sig", newline="") as handle:
         number = 0
         while text := handle.read(PIECE):
             # The second limit: a file may be one endless line.
             text += "" if text.endswith("\n") else handle.readline(PIECE)
             if text.strip():
-                yield Document(name if whole else f"{name}#{number}", text=text)
+                yield Document(name if short else f"{name}#{number}", text=text)
             number += 1
+
+
+def _find_files(path: str) -> list[tuple[str, Path]]:
+    """Return (name, path) of the files that a file, folder or glob stands for, sorted by name.
+
+    Raises:
+        UserError: the path does not exist, or nothing in it can be read.
+    """
+    if not path:
+        raise UserError("no file is named: give a file, a folder or a glob with data.path=...")
+    place = Path(path).expanduser()
+    if place.is_file():
+        return [(place.name, place)]
+    if place.is_dir():
+        root = place
+        inside = [p for p in place.rglob("*") if p.is_file() and not _hidden(p, place)]
+        files = [
+            p for p in inside if p.name.endswith((PARQUET, *JSON_LINES, *TEXT)) or _is_text(p)
+        ]
+        if not files:
+            raise UserError(
+                f"no text in {place}: it has {len(inside)} files, and none is txt, jsonl, parquet "
+                "or any other text. Give another folder or a glob with data.path=..."
+            )
+    elif glob.has_magic(path):
+        fixed = [i for i, part in enumerate(place.parts) if glob.has_magic(part)][0]
+        root = Path(*place.parts[:fixed])
+        files = [Path(p) for p in glob.glob(str(place), recursive=True) if Path(p).is_file()]
+        if not files:
+            raise UserError(
+                f"data.path={path} matches no file (read from {Path.cwd()}): correct the pattern; "
+                "'**' goes through sub-folders, and the shell must not expand it, so quote it"
+            )
+    else:
+        raise UserError(
+            f"data.path={path} does not exist (looked for {place.absolute()}): give a file, a "
+            "folder or a glob"
+        )
+    return sorted((p.relative_to(root).as_posix(), p) for p in files)
+
+
+def _hidden(path: Path, root: Path) -> bool:
+    parts = path.relative_to(root).parts
+    return "__pycache__" in parts or any(part.startswith(".") for part in parts)
+
+
+def _is_text(path: Path) -> bool:
+    """Return whether the start of a file of unknown kind is UTF-8 without NUL bytes."""
+    with path.open("rb") as handle:
+        return _bad_byte(handle.read(SNIFF), codecs.getincrementaldecoder("utf-8")()) is None
+
+
+def _bad_byte(chunk: bytes, decoder: codecs.IncrementalDecoder, final: bool = False) -> int | None:
+    """Return where in the chunk the first byte stands that is not text (negative: before it)."""
+    waiting = len(decoder.getstate()[0])
+    nul = chunk.find(b"\0")
+    try:
+        decoder.decode(chunk, final)
+    except UnicodeDecodeError as error:
+        invalid = error.start - waiting
+        return invalid if nul < 0 else min(nul, invalid)
+    return None if nul < 0 else nul
+
+
+def _read_checked(path: Path) -> str:
+    """Return the SHA-256 of a file in hex, having checked that it is text if it claims to be.
+
+    Raises:
+        UserError: the file cannot be opened, or is not UTF-8 text; the message names the byte.
+    """
+    digest = hashlib.sha256()
+    claims_text = not path.name.endswith((PARQUET, ".gz"))
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset = 0
+    try:
+        with path.open("rb") as handle:
+            while True:
+                chunk = handle.read(CHUNK)
+                digest.update(chunk)
+                bad = _bad_byte(chunk, decoder, final=not chunk) if claims_text else None
+                if bad is not None:
+                    nul = bad >= 0 and chunk[bad : bad + 1] == b"\0"
+                    what = "a NUL byte" if nul else "invalid UTF-8"
+                    raise UserError(
+                        f"{path} is not text: {what} at byte {max(0, offset + bad)}. Give UTF-8 "
+                        "text, jsonl or parquet; `iconv -t UTF-8` converts other encodings"
+                    )
+                if not chunk:
+                    return digest.hexdigest()
+                offset += len(chunk)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None

@@ -11,7 +11,7 @@ from groupsae.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class TokenFilter:
-    """What is left out of training, calibration and evaluation alike.
+    """Which positions are left out of training, calibration and evaluation alike.
 
     Attributes:
         special_ids: tokens to leave out; None keeps all.
@@ -40,9 +40,9 @@ class TokenFilter:
     def activations(
         self, acts: Float[Tensor, "block pos d_model"]
     ) -> Bool[Tensor, "block pos"] | None:
-        """Return which activations of a layer are not extreme; None if none is looked at.
+        """Return which activations of a layer are not extreme; None if there is no limit.
 
-        Those that are not finite are kept: they must be seen, not filtered away.
+        Those that are not finite are kept: they must be noticed, not filtered away.
         """
         if self.max_norm_ratio is None:
             return None
@@ -60,16 +60,14 @@ def both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 
 def check_filters(skip_positions: object, max_norm_ratio: object, context: int) -> None:
     """Raise UserError if an option of the stream's filters is not allowed."""
-    whole = isinstance(skip_positions, int) and not isinstance(skip_positions, bool)
-    if not whole or not 0 <= skip_positions < context:  # type: ignore[operator]
+    if type(skip_positions) is not int or not 0 <= skip_positions < context:
         raise UserError(
             f"stream.skip_positions is {skip_positions!r}; it must be a whole number from 0 to "
             f"{context - 1}, one less than stream.context."
         )
-    if max_norm_ratio is None:
-        return
-    number = isinstance(max_norm_ratio, int | float) and not isinstance(max_norm_ratio, bool)
-    if not number or not max_norm_ratio > 1:  # type: ignore[operator]
+    if max_norm_ratio is not None and not (
+        type(max_norm_ratio) in (int, float) and max_norm_ratio > 1  # type: ignore[operator]
+    ):
         raise UserError(
             f"stream.max_norm_ratio is {max_norm_ratio!r}; it must be a number above 1, such as "
             "10, or null for no limit."

@@ -10,8 +10,7 @@ from typing import Any, cast
 
 from tenacity import RetryCallState
 
-from groupsae.data.columns import pick_column, row_document
-from groupsae.data.sources import Document, files_fingerprint
+from groupsae.data.sources import Document, files_fingerprint, pick_column, row_document
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.retry import is_transient, network_cause, one_line, retrying
 

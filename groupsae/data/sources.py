@@ -3,12 +3,14 @@
 import hashlib
 import json
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from groupsae.runtime.errors import UserError
+
+USUAL_COLUMNS = ("text", "content", "tokens", "input_ids")
 
 
 class Document(NamedTuple):
@@ -19,6 +21,7 @@ class Document(NamedTuple):
     token_ids: list[int] | None = None
 
 
+@runtime_checkable
 class Source(Protocol):
     """Anything that can be packed into token blocks."""
 
@@ -41,6 +44,52 @@ def files_fingerprint(files: list[tuple[str, Path]]) -> str:
     return digest.hexdigest()
 
 
+def pick_column(columns: Sequence[str], wanted: str | None, where: str, key: str) -> str:
+    """Return the column of a table to read.
+
+    Args:
+        columns: the columns of the table.
+        wanted: the column asked for; None takes the first of `USUAL_COLUMNS`.
+        where: the file or data set, for the message.
+        key: the configuration key that chooses the column, for the message.
+
+    Raises:
+        UserError: the wanted column is missing, or none has a usual name.
+
+    >>> pick_column(["id", "content", "tokens"], None, "a.jsonl", "data.text_column")
+    'content'
+    """
+    candidates = USUAL_COLUMNS if wanted is None else (wanted,)
+    for column in candidates:
+        if column in columns:
+            return column
+    present = ", ".join(map(repr, columns)) or "none"
+    missing = "no column named " + " or ".join(map(repr, candidates))
+    raise UserError(f"{where} has {missing}. It has: {present}. Choose one with {key}=...")
+
+
+def row_document(name: str, value: Any, column: str, where: str) -> Document:
+    """Return the document in one row: text, or token ids.
+
+    An empty or missing value gives a document of no tokens, so that rows and documents are
+    counted alike and packing can resume at a row.
+
+    Raises:
+        UserError: the value is neither text nor a list of whole numbers.
+    """
+    if value is None or (isinstance(value, str | list) and not value):
+        return Document(name, token_ids=[])
+    if isinstance(value, str):
+        return Document(name, text=value)
+    if isinstance(value, list) and all(type(token) is int for token in value):
+        return Document(name, token_ids=value)
+    kind = type(value).__name__
+    raise UserError(
+        f"{where}: column {column!r} holds {kind} ({str(value)[:40]}), while text or a list of "
+        "token ids is needed. Choose another column."
+    )
+
+
 class PythonSource:
     """Python source files: the running interpreter's standard library, and packages if asked.
 
@@ -54,25 +103,23 @@ class PythonSource:
 
     def __init__(self, *, packages: bool = False) -> None:
         paths = sysconfig.get_paths()
-        self.roots = [Path(paths["stdlib"])]
-        if packages:
-            self.roots.append(Path(paths["purelib"]))
+        self.roots = [Path(paths[name]) for name in ("stdlib", "purelib")[: 1 + packages]]
 
     def _files(self) -> list[tuple[str, Path]]:
         """Return (name, path) of every file, sorted by name."""
         skipped = {"site-packages", "dist-packages", "__pycache__"}
-        found = []
+        files = []
         for root in self.roots:
             for path in root.rglob("*.py"):
                 relative = path.relative_to(root)
                 if not skipped.intersection(relative.parts):
-                    found.append((relative.as_posix(), path))
-        if not found:
+                    files.append((relative.as_posix(), path))
+        if not files:
             raise UserError(
                 f"no Python source found under {', '.join(map(str, self.roots))}: this "
                 "interpreter ships without its library's source. Use data=files data.path=..."
             )
-        return sorted(found)
+        return sorted(files)
 
     def fingerprint(self) -> str:
         """Return a key over all names and contents."""

@@ -43,7 +43,12 @@ def explain_write_errors(path: Path, hint: str = "output=<folder>") -> Iterator[
 
 @contextmanager
 def atomic_write(
-    path: Path, mode: str = "wb", *, shared: bool = False, **how: Any
+    path: Path,
+    mode: str = "wb",
+    *,
+    shared: bool = False,
+    hint: str = "output=<folder>",
+    **how: Any,
 ) -> Iterator[IO[Any]]:
     """Open a file that replaces `path` once all of it is on disk.
 
@@ -53,13 +58,14 @@ def atomic_write(
         path: of the file; its folder is made if missing.
         mode: of `open`.
         shared: several processes may write it at once (a cache): each gets its own temporary file.
+        hint: the option that chooses another place.
         **how: other arguments of `open`: encoding, newline.
 
     Raises:
         UserError: it cannot be written; nothing of it is left.
     """
     temporary = temporary_name(path) if shared else path.with_name(f"{path.name}.tmp")
-    with explain_write_errors(path):
+    with explain_write_errors(path, hint):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open(mode, **how) as handle:

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from groupsae.data.files import PIECE, FileSource
-from groupsae.data.paths import CHUNK
+from groupsae.data.files import CHUNK, PIECE, FileSource
 from groupsae.data.sources import PythonSource
 from groupsae.runtime.errors import UserError
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from groupsae.data.splits import SPLITS, document_numbers, split_of
+from groupsae.data.packing import SPLITS, document_numbers, split_of
 
 
 @given(st.text(), st.floats(0, 0.5), st.floats(0, 0.5))

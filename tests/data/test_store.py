@@ -1,8 +1,7 @@
-"""The store of activations: what is written, read, mended, and shared between processes."""
+"""The store of activations: what is written, read, verified, and shared between processes."""
 
 import errno
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -11,16 +10,14 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from groupsae.data.activations import ActivationDataModule
 from groupsae.data.files import FileSource
-from groupsae.data.store import fill, store
-from groupsae.data.store.rows import read_ahead
-from groupsae.data.store.shard import Damaged
+from groupsae.data.store import fill
+from groupsae.data.store.read import read_ahead
 from groupsae.data.store.store import ActivationStore
 from groupsae.files import atomic
 from groupsae.files.locks import try_lock
@@ -43,7 +40,6 @@ def cache(tmp_path_factory):
 def small_chunks(monkeypatch):
     """Two steps in a chunk: five of them for nine steps."""
     monkeypatch.setattr(fill, "CHUNK_BYTES", 2 * STEP * BLOCK)
-    monkeypatch.setattr(fill, "FEW", 10**9)  # no trial
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +95,8 @@ def forwards(monkeypatch):
 
 
 def files(data) -> dict[Path, tuple[int, int]]:
-    """Return the files of a store, with what changes when one is written again."""
-    found = {path: path.stat() for path in data.store.folder.glob("*/*/*.safetensors")}
+    """Return the files of a store, with what changes when one is rewritten."""
+    found = {path: path.stat() for path in data.reader.store.folder.glob("*/*/*.safetensors")}
     return {path: (stat.st_mtime_ns, stat.st_ino) for path, stat in found.items()}
 
 
@@ -170,11 +166,11 @@ def test_a_file_is_a_safetensors_file_that_says_what_is_in_it(make_data):
     data = make_data()
     data.fill_training()
     seen = []
-    for path in data.store.folder.glob("train/*/layer.02.safetensors"):
+    for path in data.reader.store.folder.glob("train/*/layer.02.safetensors"):
         held = load_file(path)
         assert held["acts"].shape == (len(held["blocks"]), CONTEXT, D_MODEL)
         for block, acts in zip(held["blocks"].tolist(), held["acts"], strict=True):
-            assert torch.equal(data.store.read("train", block, 2), acts)
+            assert torch.equal(data.reader.store.read("train", block, 2), acts)
             seen.append(block)
     assert sorted(seen) == sorted(data.needed("train", 9))
     assert len(seen) == 9 * STEP
@@ -183,7 +179,7 @@ def test_a_file_is_a_safetensors_file_that_says_what_is_in_it(make_data):
 def test_what_is_stored_can_be_gone_through_with_its_tokens(make_data):
     data = make_data()
     data.fill_training()
-    opened, found = ActivationStore(data.store.folder), 0
+    opened, found = ActivationStore(data.reader.store.folder), 0
     for block, acts in opened.iterate("heldout", layer=1):
         tokens = torch.from_numpy(data.blocks.blocks["heldout"][block].astype("int64"))
         expected = data.activations(tokens[None], [[1]]).acts[0]
@@ -210,7 +206,7 @@ def test_more_tokens_and_more_layers_write_only_what_is_missing(make_data, forwa
     before, ran = files(first), len(forwards)
     more = make_data(steps=9, max_tokens=20_000_000)
     more.set_slots([[0, 1]])
-    assert more.store.folder == first.store.folder
+    assert more.reader.store.folder == first.reader.store.folder
     more.fill_training()
     after = files(more)
     assert {path: after[path] for path in before} == before
@@ -222,30 +218,30 @@ def test_more_tokens_and_more_layers_write_only_what_is_missing(make_data, forwa
     assert {path.name for path in new} == {"layer.02.safetensors"}
 
 
-def test_a_broken_off_filling_goes_on_and_rewrites_nothing(make_data, monkeypatch):
-    written, finish = [], fill.ShardWriter.finish
+def test_a_broken_off_filling_resumes_and_rewrites_nothing(make_data, monkeypatch):
+    written, write = [], fill.write_shard
 
-    def broken_off(self):
+    def broken_off(path, blocks, acts):
         if len(written) == 6:
+            atomic.temporary_name(path).write_bytes(b"half")  # as a kill leaves it
             raise KeyboardInterrupt
-        written.append(self.path)
-        finish(self)
+        written.append(path)
+        write(path, blocks, acts)
 
     with monkeypatch.context() as patch:
-        patch.setattr(fill.ShardWriter, "finish", broken_off)
-        patch.setattr(fill.ShardWriter, "discard", lambda self: self.file.close())  # killed
+        patch.setattr(fill, "THREADS", 1)
+        patch.setattr(fill, "write_shard", broken_off)
         with pytest.raises(KeyboardInterrupt):
             make_data().fill_training()
     data = make_data()
     before = files(data)
-    assert set(written) == set(before)
-    left = list(data.store.folder.glob("*/*/*.tmp"))
-    assert left
+    assert set(written) <= set(before)
+    assert list(data.reader.store.folder.glob("*/*/*.tmp"))
     monkeypatch.setattr(atomic.psutil, "pid_exists", lambda _: False)
     data.fill_training()
     after = files(data)
     assert {path: after[path] for path in before} == before
-    assert not list(data.store.folder.rglob("*.tmp"))
+    assert not list(data.reader.store.folder.rglob("*.tmp"))
     same_batches(training_batches(data), training_batches(make_data(None)))
 
 
@@ -256,97 +252,75 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(content)
 
 
-def test_a_damaged_file_is_named_and_written_anew_alone_while_training_goes_on(
-    make_data, forwards
+@pytest.mark.parametrize("workers", [0, 3])
+def test_a_damaged_block_stops_the_run_and_its_file_alone_is_filled_again(
+    make_data, forwards, workers
 ):
     first = make_data()
     first.fill_training()
-    path = sorted(first.store.folder.glob("train/*/layer.01.safetensors"))[1]
+    path = sorted(first.reader.store.folder.glob("train/*/layer.01.safetensors"))[1]
     blocks = len(load_file(path)["blocks"])
     flip(path, -5)
-    before, ran = files(first), len(forwards)
-    data = make_data()
-    same_batches(training_batches(data), training_batches(make_data(None))[:9])
-    (said, *more) = data.said
-    assert f"{path} is damaged (the checksum of block" in said
-    assert "it is written anew" in said
-    assert sum(forwards[ran:]) == blocks + 9 * STEP  # the latter are the stream's
-    changed = {p for p, stat in files(data).items() if stat != before[p]}
-    assert changed == {path}
-    again = make_data()
-    training_batches(again)
-    assert again.said == []
+    before = files(first)
+    with pytest.raises(UserError, match=f"{path} is damaged .the checksum of block .*again"):
+        training_batches(make_data(num_workers=workers))
+    assert set(before) - set(files(first)) == {path}
+    ran, data = len(forwards), make_data()
+    data.fill_training()
+    assert sum(forwards[ran:]) == blocks
+    after = files(data)
+    assert after.keys() == before.keys()
+    assert {p for p, stat in after.items() if stat != before[p]} == {path}
+    same_batches(training_batches(data), training_batches(make_data(None)))
 
 
 @pytest.mark.parametrize(
     ("damage", "how"),
     [
-        (lambda path: flip(path, 3), "its header is wrong"),
-        (lambda path: flip(path, 40), "its header is wrong"),
+        (lambda path: flip(path, 3), "header"),
+        (lambda path: flip(path, 40), ""),
         (lambda path: flip(path, -(2 * STEP * BLOCK) - 20), "the checksum of its record is wrong"),
-        (lambda path: os.truncate(path, path.stat().st_size - 7), "bytes instead of"),
-        (lambda path: path.write_bytes(b""), "its header is wrong"),
+        (lambda path: os.truncate(path, path.stat().st_size - 7), "header"),
+        (lambda path: path.write_bytes(b""), "header"),
     ],
 )
-def test_a_file_that_is_not_whole_is_noticed_on_opening(make_data, damage, how):
+def test_a_file_that_is_not_complete_is_noticed_on_opening_and_filled_again(
+    make_data, damage, how
+):
     first = make_data()
     first.fill_training()
-    path = min(first.store.folder.glob("train/*/layer.03.safetensors"))
+    path = min(first.reader.store.folder.glob("train/*/layer.03.safetensors"))
     damage(path)
     before, data = files(first), make_data()
     data.fill_training()
-    assert any(f"{path} is damaged" in said and how in said for said in data.said)
+    assert any(f"{path} is damaged" in sentence and how in sentence for sentence in data.said)
     assert {p for p, stat in files(data).items() if stat != before[p]} == {path}
     same_batches(training_batches(data), training_batches(make_data(None)))
 
 
-def test_a_file_that_many_batches_find_damaged_is_written_anew_once(make_data, forwards):
+def test_a_damaged_file_that_another_process_wrote_again_is_kept(make_data):
     first = make_data()
     first.fill_training()
-    path = min(first.store.folder.glob("train/*/layer.01.safetensors"))
-    blocks = len(load_file(path)["blocks"])
-    for block in range(blocks):  # so every batch ahead meets it
-        flip(path, -1 - block * BLOCK)
-    ran, data = len(forwards), make_data()
-    training_batches(data)
-    assert len(data.said) == 1
-    assert sum(forwards[ran:]) == blocks
-    assert data._hooked is None  # loaded for this only
-
-
-def test_whoever_finds_a_damaged_file_names_it(make_data, capsys):
-    make_data().fill_training()
-    data = make_data(rank=1, world_size=2)
-    path = min(data.store.folder.glob("train/*/layer.01.safetensors"))
-    for block in range(len(load_file(path)["blocks"])):
-        flip(path, -1 - block * BLOCK)
-    training_batches(data)
-    assert f"process 1: {path} is damaged (the checksum of" in capsys.readouterr().err
-    assert data.said == []  # the leader's
-
-
-def test_a_damaged_file_that_another_process_mended_is_kept(make_data):
-    first = make_data()
-    first.fill_training()
-    path = min(first.store.folder.glob("train/*/layer.01.safetensors"))
+    path = min(first.reader.store.folder.glob("train/*/layer.01.safetensors"))
     content = path.read_bytes()
     path.write_bytes(b"")
-    late = make_data()
-    assert [damaged.path for damaged in late.store.damaged] == [path]
+    late = make_data(steps=10)
+    assert [damaged.path for damaged in late.reader.store.damaged] == [path]
     path.write_bytes(content)
     before = files(first)
-    late._filler(show=False)._clear()
-    assert files(first) == before
+    late.fill_training()
+    after = files(first)
+    assert {p: after[p] for p in before} == before
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE])
 @pytest.mark.parametrize("opening", [True, False])
-def test_a_file_that_may_not_be_read_is_no_damaged_one(
+def test_a_file_that_may_not_be_read_does_not_count_as_damaged(
     make_data, monkeypatch, number, opening, forwards
 ):
     data, opened = make_data(), Path.open
     data.fill_training()
-    path = min(data.store.folder.glob("train/*/layer.01.safetensors"))
+    path = min(data.reader.store.folder.glob("train/*/layer.01.safetensors"))
     before, ran = files(data), len(forwards)
 
     def refused(self, *args, **kwargs):
@@ -361,9 +335,9 @@ def test_a_file_that_may_not_be_read_is_no_damaged_one(
     assert len(forwards) == ran
 
 
-def test_what_others_are_writing_is_left_alone(make_data, monkeypatch, tmp_path):
+def test_what_others_are_writing_is_left_alone(make_data):
     data = make_data()
-    folder = data.store.folder / "train" / "x"
+    folder = data.reader.store.folder / "train" / "x"
     folder.mkdir(parents=True)
     now = time.time()
 
@@ -376,51 +350,21 @@ def test_what_others_are_writing_is_left_alone(make_data, monkeypatch, tmp_path)
     here = socket.gethostname()
     living = [beside(here, os.getpid(), 10**6), beside("some.other-host", 1, 60)]
     dead = [beside(here, 2**22 + 1, 0), beside("some.other-host", 1, 10**6)]
-    trial = atomic.temporary_name(data.store.folder / "trial")
-    trial.mkdir()
     data.fill_training()
     assert [path.exists() for path in living] == [True, True]
     assert [path.exists() for path in dead] == [False, False]
-    assert trial.exists()
-    monkeypatch.setattr(atomic.psutil, "pid_exists", lambda _: False)
-    data._filler(show=False)._clear()
-    assert not trial.exists()
 
 
-def test_a_trial_that_its_process_removes_meanwhile_is_in_nobodys_way(make_data, monkeypatch):
-    data = make_data()
-    trial = atomic.temporary_name(data.store.folder / "trial")
-    trial.mkdir()
-    scandir = os.scandir
-
-    def gone(path):
-        if Path(path) == trial:
-            raise FileNotFoundError(path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", gone)
-    data.fill_training()
-    data.store.refresh()
-    assert not data.store.gaps("train", [0], [0])
-
-
-def test_a_trial_tells_the_time_beforehand_and_may_fail(make_data, monkeypatch):
-    monkeypatch.setattr(fill, "FEW", 2)
+def test_what_will_be_written_is_announced(make_data):
     data = make_data()
     data.fill_training()
-    (said,) = data.said
-    assert re.search(r": 360 kB to write into .*, about 0:00:0\d by a trial\.$", said)
-    assert {p.parent.name for p in data.store.folder.rglob("*.safetensors")} == {
-        p.name for p in data.store.folder.glob("*/*")
-    }
-    monkeypatch.setattr(
-        fill, "temporary_name", lambda path: path.parent / "no" / "such" / "folder"
-    )
-    data = make_data("bfloat16")
+    folder = data.reader.store.folder
+    assert data.said == [
+        "activations of 4 layers for 576 train tokens and 128 heldout tokens: 360 kB to write "
+        f"into {folder}."
+    ]
     data.fill_training()
     assert len(data.said) == 1
-    assert "by a trial" not in data.said[0]
-    assert files(data)
 
 
 def test_a_chunk_stays_one_processs_to_write_when_another_has_just_ended(tmp_path):
@@ -431,18 +375,6 @@ def test_a_chunk_stays_one_processs_to_write_when_another_has_just_ended(tmp_pat
     with try_lock(tmp_path) as mine:
         assert mine
     assert (tmp_path / "lock").stat().st_ino == before
-
-
-def test_a_file_that_stays_damaged_ends_the_run(make_data, monkeypatch):
-    data = make_data()
-    data.fill_training()
-
-    def damaged(self, row, out):
-        raise Damaged(self.path, "again")
-
-    monkeypatch.setattr(store.Shard, "read", damaged)
-    with pytest.raises(UserError, match="though it was written anew 3 times.*data.cache="):
-        training_batches(data)
 
 
 def test_a_disk_that_is_too_small_is_refused_with_figures(make_data, monkeypatch):
@@ -469,14 +401,14 @@ def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(make_data, monke
         fsync(handle)
 
     data = make_data()
-    assert data.store.folder.exists()
+    assert data.reader.store.folder.exists()
     with monkeypatch.context() as patch:
-        patch.setattr("groupsae.data.store.shard.os.fsync", full)
+        patch.setattr("groupsae.files.atomic.os.fsync", full)
         with pytest.raises(UserError, match="No space left on device.* same command again"):
             data.fill_training()
     before = files(data)
     assert before
-    assert not list(data.store.folder.glob("*/*/*.tmp"))
+    assert not list(data.reader.store.folder.glob("*/*/*.tmp"))
     data = make_data()
     data.fill_training()
     assert {path: files(data)[path] for path in before} == before
@@ -499,8 +431,8 @@ def test_a_chunk_that_another_process_writes_is_waited_for(make_data, monkeypatc
     monkeypatch.setattr(fill, "PAUSE", 0.05)
     data = make_data()
     order = data.needed("train", 9)
-    (gap,) = data.store.gaps("train", order[: 2 * STEP], [0, 1, 2, 3])
-    folder = data.store.chunk_folder(gap)
+    (gap,) = data.reader.store.gaps("train", order[: 2 * STEP], [0, 1, 2, 3])
+    folder = data.reader.store.chunk_folder(gap)
     folder.mkdir(parents=True)
     other = subprocess.Popen(
         [
@@ -519,10 +451,10 @@ def test_a_chunk_that_another_process_writes_is_waited_for(make_data, monkeypatc
     def killed(sentence):  # as soon as everything else is written
         data.said.append(sentence)
         if "waiting for it" in sentence:
-            assert len(list(data.store.folder.glob("train/*/*.safetensors"))) == 4 * 4
+            assert len(list(data.reader.store.folder.glob("train/*/*.safetensors"))) == 4 * 4
             other.kill()
 
-    data.keep_in(str(data.store.folder.parent), "float32", killed)
+    data.keep_in(str(data.reader.store.folder.parent), "float32", killed)
     data.fill_training()
     other.wait()
     other.stdout.close()
@@ -542,7 +474,7 @@ def test_two_processes_fill_one_store_and_one_of_them_is_killed(make_data, tmp_p
     assert child.returncode == -signal.SIGKILL
     before = files(data)
     assert before
-    assert list(data.store.folder.glob("*/*/*.tmp"))
+    assert list(data.reader.store.folder.glob("*/*/*.tmp"))
     data = make_data()
     data.fill_training()
     assert {path: files(data)[path] for path in before} == before
@@ -559,7 +491,7 @@ from groupsae.data.files import FileSource
 from groupsae.data.store import fill
 
 lm, text, cache, store = sys.argv[1:]
-fill.CHUNK_BYTES, fill.FEW = 2 * 4 * 16 * 32 * 4, 10**9
+fill.CHUNK_BYTES = 2 * 4 * 16 * 32 * 4
 data = ActivationDataModule(
     lm=frozen(lm), source=FileSource(path=text, text_column=None), cache=cache, context=16,
     heldout_fraction=0.1, calibration_fraction=0.1, prepend_bos=False,
@@ -574,44 +506,34 @@ data.trainer = SimpleNamespace(
 )
 data.setup("fit")
 data.set_slots([[0, 1], [2], [1, 2, 3], [3]])
-finish, count = fill.ShardWriter.finish, []
+fsync, count = os.fsync, []
 
-def killed(self):
-    count.append(self)
+def killed(descriptor):
+    count.append(descriptor)
     if len(count) == 7:
         os.kill(os.getpid(), signal.SIGKILL)
-    finish(self)
+    fsync(descriptor)
 
-fill.ShardWriter.finish = killed
+os.fsync = killed
 data.fill_training()
 """
 
 
 def test_reading_ahead_keeps_the_order_and_its_bounds():
-    begun, repaired = [], []
+    begun = []
 
     def read(item):
         begun.append(item)
-        if item == 3 and not repaired:
-            raise Damaged(Path("x"), "torn")
         return 10 * item
 
-    ahead = read_ahead(range(8), read, repaired.append)
+    ahead = read_ahead(range(8), read)
     assert next(ahead) == 0
     time.sleep(0.05)
     assert max(begun) <= 2
     assert list(ahead) == [10 * item for item in range(1, 8)]
-    assert len(repaired) == 1
 
     def fails(item):
         raise UserError("no")
 
     with pytest.raises(UserError, match="no"):
-        next(read_ahead(range(8), fails, repaired.append))
-
-
-def test_the_layout_keeps_numbers_where_they_belong():
-    layout = store.Layout(CONTEXT, D_MODEL, torch.bfloat16)
-    for count in (1, 9, 10, 99_999):
-        assert len(layout.header(count)) % 8 == 0
-    assert layout.block_bytes == np.prod([CONTEXT, D_MODEL, 2])
+        next(read_ahead(range(8), fails))

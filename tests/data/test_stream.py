@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
-from groupsae.data.activations import ActivationDataModule
-from groupsae.data.drawn import draw
-from groupsae.data.draws import draw_layers
+from groupsae.data.activations import ActivationDataModule, check_sizes
+from groupsae.data.draws import draw, draw_layers
+from groupsae.data.exchange import Exchange
 from groupsae.data.files import FileSource
 from groupsae.lm.attention import nothing_padded
 from groupsae.runtime.errors import UserError
@@ -103,14 +103,14 @@ def test_a_norm_filter_waits_for_the_number_of_rows(make_data):
 def test_places_of_each_layer_are_those_that_a_search_finds(blocks_per_forward, first_position):
     tokens = torch.arange(5 * CONTEXT).view(5, CONTEXT)
     drawn = draw(
-        tokens, SLOTS, None, seed=3, first_position=first_position,
+        tokens, Exchange([SLOTS]), lambda _: None, seed=3, first_position=first_position,
         blocks_per_forward=blocks_per_forward,
     )  # fmt: skip
     assert len(drawn.order) == len(drawn.shares) == 2  # of the slots of several layers
-    assert drawn.kept is None
+    assert drawn.made.kept is None
     for row, slot in enumerate([0, 2]):
         layers = draw_layers(torch.arange(tokens.numel()) + first_position, SLOTS[slot], 3)
-        assert torch.equal(drawn.layers[slot], layers)
+        assert torch.equal(drawn.made.layers[slot], layers)
         size = blocks_per_forward * CONTEXT
         parts = zip(drawn.order[row].split(size), layers.split(size), strict=True)
         for (order, drawn_layers), share in zip(parts, drawn.shares[row], strict=True):
@@ -145,9 +145,10 @@ def test_steps_and_forwards_may_have_any_two_sizes(
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, "2", True, None])
 @pytest.mark.parametrize("name", ["context", "blocks_per_step", "blocks_per_forward"])
-def test_sizes_that_are_no_whole_number_of_at_least_one_are_refused(make_data, name, size):
+def test_sizes_that_are_no_whole_number_of_at_least_one_are_refused(tiny_lm, name, size):
+    sizes = {"context": 16, "blocks_per_step": 4, "blocks_per_forward": 4, name: size}
     with pytest.raises(UserError, match=f"stream.{name} is {size!r}; .* at least 1"):
-        make_data(**{name: size})
+        check_sizes(lm=frozen(tiny_lm), tokens=1000, **sizes)
 
 
 def test_masks_are_believed_to_be_ones_inside_only():
@@ -177,7 +178,9 @@ def test_a_gpu_is_not_waited_for_and_gives_what_the_cpu_gives(make_data):
     for number, tokens in enumerate(gpu.train_dataloader()):
         assert tokens.is_pinned()
         drawn = gpu.on_before_batch_transfer(tokens, 0)
-        assert all(t.is_pinned() for t in drawn if isinstance(t, torch.Tensor))
+        assert all(
+            t.is_pinned() for t in (drawn.tokens, drawn.order, *drawn.made) if t is not None
+        )
         torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first warms up
         try:
             batch = gpu.on_after_batch_transfer(drawn.to(gpu.device), 0)

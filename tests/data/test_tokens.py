@@ -12,11 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from groupsae.data import packing as packing_module
-from groupsae.data import tokens as tokens_module
-from groupsae.data import writer as writer_module
+from groupsae.data.packing import (
+    SPLITS,
+    Packing,
+    TokenBlocks,
+    load_token_blocks,
+    split_of,
+    tokenizer_fingerprint,
+)
 from groupsae.data.sources import Document
-from groupsae.data.splits import SPLITS, split_of
-from groupsae.data.tokens import Packing, TokenBlocks, load_token_blocks, tokenizer_fingerprint
 from groupsae.lm.build import train_tokenizer
 from groupsae.runtime.errors import UserError
 
@@ -125,7 +129,7 @@ def test_any_tokenised_documents_are_packed_as_the_naive_way_does(
         blocks = load_token_blocks(ListSource(documents), tokenizer, packing, folder)
         assert as_lists(blocks) == expected
     else:
-        with pytest.raises(UserError, match="not one whole block"):
+        with pytest.raises(UserError, match="no complete block"):
             load_token_blocks(ListSource(documents), tokenizer, packing, folder)
 
 
@@ -164,7 +168,7 @@ def test_a_token_that_has_changed_is_noticed(tokenizer, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"checksum of train\.bin is wrong.*delete that folder"):
         TokenBlocks(folder)
     with monkeypatch.context() as patch:
-        patch.setattr(tokens_module, "checksum", refused)
+        patch.setattr(packing_module, "checksum", refused)
         with pytest.raises(UserError, match="cannot read .*: Permission denied"):
             TokenBlocks(folder)
     file.unlink()
@@ -189,7 +193,7 @@ def test_nothing_but_the_corpus_is_left_in_the_cache(tokenizer, tmp_path):
 
 
 def test_the_key_is_the_one_that_existing_caches_were_made_with(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("groupsae.data.tokens.tokenizer_fingerprint", lambda _: "rules")
+    monkeypatch.setattr("groupsae.data.packing.tokenizer_fingerprint", lambda _: "rules")
     blocks = load_token_blocks(ListSource(TEXTS), tokenizer, make_packing(), tmp_path)
     assert blocks.key == "1dcd712a4696cbf3"
 
@@ -201,7 +205,7 @@ def files(folder):
 @pytest.fixture
 def small_steps(monkeypatch):
     """Flush and tokenise in small portions, so that sixty documents make many of both."""
-    monkeypatch.setattr(writer_module, "FLUSH_TOKENS", 100)
+    monkeypatch.setattr(packing_module, "FLUSH_TOKENS", 100)
     monkeypatch.setattr(packing_module, "BATCH_DOCUMENTS", 4)
 
 

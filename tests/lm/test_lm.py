@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from groupsae.data.packing import split_of
 from groupsae.data.sources import PythonSource
-from groupsae.data.splits import split_of
 from groupsae.lm.build import build_gpt_neox, stack_layers, train_tokenizer
 from groupsae.runtime.errors import UserError
 from tests.helpers.lms import frozen

@@ -21,16 +21,16 @@ def poisoned(data, layer, value=torch.nan, steps=(BAD,)):
     data.setup("fit")
     tokens = list(data.train_dataloader())
     bad = torch.stack([tokens[step][0] for step in steps])
-    shown = data.shown
+    rows = data.live.rows
 
-    def spoil(drawn, slots):
-        made = shown(drawn, slots)
+    def spoil(drawn):
+        made = rows(drawn)
         if any(torch.equal(drawn.tokens[0], block) for block in bad):
             for acts, layers in zip(made.acts, made.layers, strict=True):
                 acts[layers == layer] = value
         return made
 
-    data.shown = spoil
+    data.live.rows = spoil
     return data
 
 

@@ -1,50 +1,48 @@
-"""Writes what is missing in a store: told before, resumable, shared among processes."""
+"""Writes what is missing in a store: announced, resumable, shared among processes."""
 
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Shaped
 from torch import Tensor
 
+from groupsae.data.packing import Split
 from groupsae.data.rows import Show
-from groupsae.data.splits import Split
-from groupsae.data.store.shard import Layout, ShardWriter
+from groupsae.data.store.shard import Layout, write_shard
 from groupsae.data.store.store import ActivationStore, Gap, shard_path
-from groupsae.files.atomic import is_abandoned, temporary_name
+from groupsae.files.atomic import is_abandoned
 from groupsae.files.locks import try_lock
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.progress import token_progress
-from groupsae.runtime.units import format_bytes, format_seconds
+from groupsae.runtime.units import format_bytes
 
-CHUNK_BYTES = 64_000_000  # of one layer's file
+CHUNK_BYTES = 64_000_000  # of one layer's file; a chunk of every layer is in memory
 RESERVE = 100_000_000  # bytes of the disk that are left for everything else
-THREADS = 4  # that write, beside the next forward
-FEW = 8  # forwards that are not worth a trial
+THREADS = 4  # that write
 PAUSE = 0.5  # seconds between two looks at what another process is writing
 
 Model = Callable[[Split, Sequence[int]], Show]
 
 
-class Filler(NamedTuple):
-    """What fills a store.
+@dataclass(frozen=True)
+class Filler:
+    """Fills a store; several processes, of one run or of several, share the work by chunks.
 
     Attributes:
         store: to be filled.
         model: gives for some blocks of a split a way to show their activations; the language
             model is loaded when it is first called.
-        share: blocks of a step that one process reads. Forwards are cut as training cuts them, so
-            that stored activations are bit for bit those that a stream would make.
-        blocks_per_forward: bounds the memory.
+        share: blocks of a step that one process reads. Forwards are split as training splits them,
+            so that stored activations are bit for bit those of streaming.
+        blocks_per_forward: bounds the model's memory.
         rank: of this process among those of its run: each begins elsewhere.
         processes: of the run.
         say: prints a sentence, in one process of several.
-        show: whether to show a bar.
     """
 
     store: ActivationStore
@@ -54,190 +52,125 @@ class Filler(NamedTuple):
     rank: int
     processes: int
     say: Callable[[str], object]
-    show: bool
 
-    def fill(self, gaps: list[Gap], later: int) -> float:
-        """Write what is missing; return when it is there, whoever wrote it.
-
-        Several processes, of one run or of several, share the work chunk by chunk.
+    def fill(self, gaps: list[Gap], later: int) -> None:
+        """Write what is missing; return when it is there, whichever process wrote it.
 
         Args:
             gaps: of `ActivationStore.gaps`.
             later: bytes that will be asked for afterwards, at least: the disk must have room for
                 them as well.
 
-        Returns:
-            Seconds that it took.
-
         Raises:
-            UserError: the disk is too small or cannot be written; what was written is whole.
+            UserError: the disk is too small or cannot be written; complete files stay.
         """
-        if not gaps:
-            return 0.0
-        began, store = time.perf_counter(), self.store
         self._clear()
+        store, context = self.store, self.store.layout.context
         needed = sum(size_of(gap, store.layout) for gap in gaps)
         check_room(store.folder, needed, later)
-        self._announce(gaps, needed)
+        tokens = dict.fromkeys((gap.split for gap in gaps), 0)
+        for gap in gaps:
+            tokens[gap.split] += len(gap.blocks) * context
+        layers = len({layer for gap in gaps for layer in gap.layers})
+        what = " and ".join(f"{count:,} {split} tokens" for split, count in tokens.items())
+        self.say(
+            f"activations of {layers} layers for {what}: {format_bytes(needed)} to write into "
+            f"{store.folder}."
+        )
         chunks = [chunk for gap in gaps for chunk in self._chunks(gap)]
-        self._write(chunks)
+        first = len(chunks) * self.rank // self.processes
+        total = sum(tokens.values())
+        with token_progress("storing activations", total, self.rank == 0) as advance:
+            self._write(chunks[first:] + chunks[:first], lambda blocks: advance(blocks * context))
         store.refresh()
-        return time.perf_counter() - began
-
-    def rewrite(self, path: Path, gap: Gap) -> None:
-        """Put a file in the place of one that is damaged; its chunk is claimed.
-
-        Raises:
-            UserError: it cannot be written.
-        """
-        self._write_chunk(path.parent, gap, lambda _: None)
 
     def _clear(self) -> None:
         """Remove what killed processes left, and damaged files, which are then missing."""
-        left = "*@*.tmp"
-        for beside in [*self.store.folder.glob(left), *self.store.in_chunks(left)]:
-            if is_abandoned(beside):
-                shutil.rmtree(beside, ignore_errors=True)
+        for leftover in self.store.in_chunks("*@*.tmp"):
+            if is_abandoned(leftover):
                 with suppress(OSError):
-                    beside.unlink()
+                    leftover.unlink()
         for damaged in self.store.damaged:
-            self.say(f"{damaged}: it is written anew.")
+            self.say(f"{damaged}: it is written again.")
             with try_lock(damaged.path.parent) as mine:
-                # who has it writes it anew just now, or did
+                # otherwise another process is writing it just now, or has
                 if mine and not self.store.is_sound(damaged.path):
                     damaged.path.unlink(missing_ok=True)
 
-    def _chunks(self, gap: Gap) -> list[Gap]:
-        """Return the blocks of a gap by the handful: whole steps, of some 64 MB a layer."""
-        steps = CHUNK_BYTES // (self.store.layout.block_bytes * self.share * self.processes)
-        size = max(1, steps) * self.share * self.processes
-        return [
-            Gap(gap.split, gap.blocks[i : i + size], gap.layers)
-            for i in range(0, len(gap.blocks), size)
-        ]
+    def _chunks(self, gap: Gap) -> Iterator[Gap]:
+        """Yield the blocks of a gap, about 64 MB a layer at a time, in complete forwards."""
+        block_bytes = self.store.layout.block_bytes
+        unit = self.share
+        if unit * block_bytes > CHUNK_BYTES:
+            unit = min(unit, self.blocks_per_forward)
+        size = max(1, CHUNK_BYTES // (block_bytes * unit)) * unit
+        for i in range(0, len(gap.blocks), size):
+            yield Gap(gap.split, gap.blocks[i : i + size], gap.layers)
 
-    def _announce(self, gaps: list[Gap], needed: int) -> None:
-        """Say what will be written, and how long that will take by a trial."""
-        tokens = {gap.split: 0 for gap in gaps}
-        for gap in gaps:
-            tokens[gap.split] += len(gap.blocks) * self.store.layout.context
-        layers = len({layer for gap in gaps for layer in gap.layers})
-        what = " and ".join(f"{count:,} {split} tokens" for split, count in tokens.items())
-        sentence = (
-            f"activations of {layers} layers for {what}: {format_bytes(needed)} to write into "
-        )
-        sentence += str(self.store.folder)
-        forwards = sum(len(gap.blocks) for gap in gaps) / self.blocks_per_forward
-        if forwards > FEW and self.rank == 0:  # the others come to it while this one tries
-            seconds = self._trial(max(gaps, key=lambda gap: len(gap.blocks)))
-            if seconds is not None:
-                about = format_seconds(forwards * seconds / self.processes)
-                sentence += f", about {about} by a trial"
-        self.say(f"{sentence}.")
-
-    def _trial(self, gap: Gap) -> float | None:
-        """Return the seconds of a forward, of which everything is written and thrown away.
-
-        None if that fails: what is wrong is told when the store itself is written.
-        """
-        trial = temporary_name(self.store.folder / "trial")
-        part = Gap(gap.split, gap.blocks[: self.blocks_per_forward], gap.layers)
-        seconds = 0.0
-        try:
-            trial.mkdir()
-            for _ in range(2):  # the first one warms up
-                began = time.perf_counter()
-                self._write_chunk(trial, part, lambda _: None)
-                seconds = time.perf_counter() - began
-        except (OSError, UserError):
-            return None
-        finally:
-            shutil.rmtree(trial, ignore_errors=True)
-        return seconds
-
-    def _write(self, chunks: list[Gap]) -> None:
-        """Write chunk after chunk; those that other processes are at come last."""
-        first = len(chunks) * self.rank // self.processes
-        waiting, told = chunks[first:] + chunks[:first], False
-        context = self.store.layout.context
-        total = sum(len(chunk.blocks) for chunk in chunks) * context
-        with token_progress("storing activations", total, self.show) as advance:
-            while waiting:
-                others = []
-                for chunk in waiting:
-                    with try_lock(self.store.chunk_folder(chunk)) as mine:
-                        if not mine:
-                            others.append(chunk)
-                            continue
-                        self._complete(chunk, lambda blocks: advance(blocks * context))
-                if len(others) == len(waiting):  # nothing to do but to wait
-                    if not told:
-                        self.say("another process is writing the rest: waiting for it.")
-                    told = True
-                    time.sleep(PAUSE)
-                waiting = others
-
-    def _complete(self, chunk: Gap, advance: Callable[[int], None]) -> None:
-        """Write the files of a chunk that are not there: a killed process wrote some, perhaps."""
-        folder = self.store.chunk_folder(chunk)
-        layers = [x for x in chunk.layers if not self.store.is_sound(shard_path(folder, x))]
-        if layers:
-            self._write_chunk(folder, Gap(chunk.split, chunk.blocks, layers), advance)
-        else:
-            advance(len(chunk.blocks))
+    def _write(self, chunks: list[Gap], advance: Callable[[int], None]) -> None:
+        """Write chunk after chunk; those that other processes are writing come last."""
+        announced = False
+        while chunks:
+            others = []
+            for chunk in chunks:
+                folder = self.store.chunk_folder(chunk)
+                with try_lock(folder) as mine:
+                    if mine:
+                        self._write_chunk(folder, chunk, advance)
+                    else:
+                        others.append(chunk)
+            if len(others) == len(chunks):  # nothing to do but to wait
+                if not announced:
+                    self.say("another process is writing the rest: waiting for it.")
+                announced = True
+                time.sleep(PAUSE)
+            chunks = others
 
     def _write_chunk(self, folder: Path, chunk: Gap, advance: Callable[[int], None]) -> None:
-        """Run the model over the blocks of a chunk; each layer's part is written as it comes."""
-        with ExitStack() as stack:
-            writers: dict[int, ShardWriter] = {}
-            for layer in chunk.layers:
-                path = shard_path(folder, layer)
-                writers[layer] = ShardWriter(path, chunk.blocks, self.store.layout)
-                stack.callback(writers[layer].discard)
-            # after the writers: on an error the threads end before what they write to is closed
-            pool = stack.enter_context(ThreadPoolExecutor(THREADS, "write-activations"))
-            pending: list[Future[None]] = []
-            for part in self._forwards(chunk.blocks):
-                found = self._rows(chunk.split, part, chunk.layers)
-                for done in pending:  # a file's parts come one after the other
-                    done.result()
-                pending = [pool.submit(writers[x].add, acts) for x, acts in found.items()]
-                advance(len(part))
-            for done in pending:
+        """Write the files of a chunk that do not exist: a killed process may have written some."""
+        paths = {layer: shard_path(folder, layer) for layer in chunk.layers}
+        missing = [x for x, path in paths.items() if not self.store.is_sound(path)]
+        if not missing:
+            advance(len(chunk.blocks))
+            return
+        layout = self.store.layout
+        size = (len(chunk.blocks), layout.context, layout.d_model)
+        acts = {layer: torch.empty(size, dtype=layout.dtype) for layer in missing}
+        for start, stop in self._forwards(len(chunk.blocks)):
+
+            def keep(layer: int, shown: Tensor, start: int = start, stop: int = stop) -> None:
+                acts[layer][start:stop] = _stored(shown, layer, layout.dtype)
+
+            self.model(chunk.split, chunk.blocks[start:stop])(slice(None), missing, keep)
+            advance(stop - start)
+        with ThreadPoolExecutor(THREADS, "write-activations") as pool:
+            for done in [
+                pool.submit(write_shard, paths[layer], chunk.blocks, acts.pop(layer))
+                for layer in missing
+            ]:
                 done.result()
-            for done in [pool.submit(writer.finish) for writer in writers.values()]:
-                done.result()
 
-    def _forwards(self, blocks: list[int]) -> Iterator[list[int]]:
-        """Yield the blocks of each forward, as training would cut them."""
-        for first in range(0, len(blocks), self.share):
-            mine = blocks[first : first + self.share]
-            for start in range(0, len(mine), self.blocks_per_forward):
-                yield mine[start : start + self.blocks_per_forward]
+    def _forwards(self, num_blocks: int) -> Iterator[tuple[int, int]]:
+        """Yield where each forward starts and stops in a chunk, as training would split it."""
+        for first in range(0, num_blocks, self.share):
+            last = min(first + self.share, num_blocks)
+            for start in range(first, last, self.blocks_per_forward):
+                yield start, min(start + self.blocks_per_forward, last)
 
-    def _rows(
-        self, split: Split, blocks: list[int], layers: list[int]
-    ) -> dict[int, Shaped[Tensor, "block pos d_model"]]:
-        """Return the activations of some blocks on the host, as they are stored.
 
-        Raises:
-            UserError: the dtype cannot hold them.
-        """
-        dtype = self.store.layout.dtype
-        found: dict[int, Tensor] = {}
+def _stored(acts: Tensor, layer: int, dtype: torch.dtype) -> Tensor:
+    """Return activations in the store's dtype.
 
-        def keep(layer: int, acts: Tensor) -> None:
-            # a copy in any case: some blocks go on to write into what they put out
-            stored = acts.to(dtype, copy=True)
-            if dtype == torch.float16 and (stored.isinf() & ~acts.isinf()).any():
-                raise UserError(
-                    f"data.cache_dtype=float16 ends at 65,504, and layer {layer} has larger "
-                    "activations: use bfloat16 or float32."
-                )
-            found[layer] = stored.cpu()
-
-        self.model(split, blocks)(slice(None), layers, keep)
-        return found
+    Raises:
+        UserError: the dtype cannot hold them.
+    """
+    stored = acts.to(dtype)
+    if dtype == torch.float16 and (stored.isinf() & ~acts.isinf()).any():
+        raise UserError(
+            f"data.cache_dtype=float16 ends at 65,504, and layer {layer} has larger "
+            "activations: use bfloat16 or float32."
+        )
+    return stored
 
 
 def size_of(gap: Gap, layout: Layout) -> int:
@@ -253,7 +186,7 @@ def check_room(folder: Path, needed: int, later: int) -> None:
     also = f", and at least {format_bytes(later)} more afterwards" if later else ""
     raise UserError(
         f"activations to be stored take {format_bytes(needed)}{also}, but {folder} has room for "
-        f"{format_bytes(max(0, free))}: name a folder on a larger disk (data.cache=<folder>), "
-        "lower tokens or calibration.tokens, halve them with data.cache_dtype=bfloat16 if it is "
+        f"{format_bytes(max(0, free))}: name a folder on a larger disk (data.cache=<folder>), lower "
+        "tokens or calibration.tokens, halve them with data.cache_dtype=bfloat16 if it is "
         "float32, or use data.cache=null, which stores nothing."
     )

@@ -1,4 +1,4 @@
-"""Options of the store that are checked before anything slow is imported."""
+"""The options of the store, checked before anything slow is imported."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # torch's nam
 
 
 def check_store(folder: object, dtype: object) -> None:
-    """Raise UserError if activations cannot be stored so.
+    """Raise UserError if activations cannot be stored like that.
 
     Args:
         folder: data.cache; None for no store.
@@ -19,7 +19,7 @@ def check_store(folder: object, dtype: object) -> None:
     if not isinstance(folder, str) or not folder:
         raise UserError(f"data.cache is {folder!r}: give a folder, or null to store nothing.")
     if Path(folder).exists() and not Path(folder).is_dir():
-        raise UserError(f"data.cache={folder} is a file: give a folder, there or not yet.")
+        raise UserError(f"data.cache={folder} is a file: give a folder, existing or new.")
     if dtype not in DTYPES:
         raise UserError(
             f"data.cache_dtype is {dtype!r}: use bfloat16 (half the size; exact for a model that "

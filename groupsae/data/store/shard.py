@@ -1,4 +1,4 @@
-"""One file of stored activations: some blocks of tokens at one layer, whole or not there.
+"""One file of stored activations: some blocks of tokens at one layer, complete or not there.
 
 It is an ordinary safetensors file, `safetensors.torch.load_file` reads it, with four tensors:
 
@@ -9,38 +9,37 @@ It is an ordinary safetensors file, `safetensors.torch.load_file` reads it, with
 | `record` | int64 [1] | XXH3 of the bytes of the two above |
 | `acts` | [block, pos, d_model] | their activations, unfiltered |
 
-So the record of what is there and the activations are one file, and no kill parts them. Checksums
-are by block because a run reads block by block, in shuffled order: to check a block costs what it
-costs to read it, whereas whole files would all be read for the first step.
+So the record and the activations are one file, and no kill separates them. Checksums are by block
+because a run reads block by block, in shuffled order: to check a block costs what it costs to read
+it, whereas with one checksum per file all files would be read for the first step.
 """
 
 import errno
-import json
 import os
-from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 import xxhash
-from jaxtyping import Int64, Shaped
+from jaxtyping import Shaped
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from groupsae.data.store.options import DTYPES
-from groupsae.files.atomic import explain_write_errors, temporary_name
+from groupsae.files.atomic import atomic_write
 from groupsae.runtime.errors import UserError
 
-LARGEST_HEADER = 100_000  # bytes; ours have about 400
-OF_THE_FILE = (errno.ENOENT, errno.EIO)  # errors that writing it anew mends
+OF_THE_FILE = (errno.ENOENT, errno.EIO)  # errors that end when the file is written again
 
 
 class Damaged(Exception):
     """A file of stored activations is not what was written."""
 
-    def __init__(self, path: Path, how: str) -> None:
+    def __init__(self, path: Path, how: object) -> None:
         super().__init__(f"{path} is damaged ({how})")
-        self.path, self.how = path, how
+        self.path = path
 
 
 class Layout(NamedTuple):
@@ -61,55 +60,53 @@ class Layout(NamedTuple):
         """Return the bytes of one block at one layer."""
         return self.context * self.d_model * self.dtype.itemsize
 
-    def header(self, num_blocks: int) -> bytes:
-        """Return what stands before the tensors of a file with so many blocks."""
-        name = DTYPES[str(self.dtype).removeprefix("torch.")]
-        sizes: dict[str, tuple[str, list[int], int]] = {
-            "blocks": ("I64", [num_blocks], 8 * num_blocks),
-            "checksums": ("I64", [num_blocks], 8 * num_blocks),
-            "record": ("I64", [1], 8),
-            "acts": (
-                name, [num_blocks, self.context, self.d_model], num_blocks * self.block_bytes
-            ),
-        }  # fmt: skip
-        described: dict[str, Any] = {}
-        place = 0
-        for tensor, (dtype, shape, size) in sizes.items():
-            end = place + size
-            described[tensor] = {"dtype": dtype, "shape": shape, "data_offsets": [place, end]}
-            place = end
-        text = json.dumps(described, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # so that all numbers stand where processors want them
-        return len(text).to_bytes(8, "little") + text
-
 
 class Shard:
-    """What a whole file holds.
+    """A file, opened; blocks are verified when they are read for the first time.
+
+    Args:
+        path: of the file.
+        layout: of the store.
 
     Attributes:
-        path: of the file.
         blocks: which blocks of the split, in the order of the file.
-        checksums: of each.
-        offset: of the first block's activations in the file, bytes.
-        checked: which blocks were found to be as they were written, in this process.
+
+    Raises:
+        Damaged: it is truncated, its record is not what was written, or it belongs to another
+            store. Activations are not read for this.
+        UserError: it cannot be read for another reason.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        blocks: Int64[np.ndarray, " block"],
-        checksums: Int64[np.ndarray, " block"],
-        offset: int,
-    ) -> None:
-        self.path, self.blocks, self.checksums, self.offset = path, blocks, checksums, offset
-        self.checked = np.zeros(len(blocks), dtype=bool)
+    def __init__(self, path: Path, layout: Layout) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+            with safe_open(path, framework="numpy") as tensors:
+                self.blocks, self.checksums, record = (
+                    tensors.get_tensor(name) for name in ("blocks", "checksums", "record")
+                )
+                acts = tensors.get_slice("acts")
+                shape, dtype = tuple(acts.get_shape()), acts.get_dtype()
+        except OSError as error:
+            _unreadable(path, error)
+        except SafetensorError as error:
+            raise Damaged(path, error) from error
+        if record.tolist() != [_digest(self.blocks.tobytes() + self.checksums.tobytes())]:
+            raise Damaged(path, "the checksum of its record is wrong")
+        num_blocks = len(self.blocks)
+        of_layout = DTYPES[str(layout.dtype).removeprefix("torch.")]
+        if (shape, dtype) != ((num_blocks, layout.context, layout.d_model), of_layout):
+            raise Damaged(path, "it belongs to another store")
+        # safetensors puts the narrowest dtype last
+        self._offset = size - num_blocks * layout.block_bytes
+        self.verified = np.zeros(num_blocks, dtype=bool)
 
     def read(self, row: int, out: Shaped[Tensor, "pos d_model"]) -> None:
-        """Read a block's activations into `out`, which decides how many bytes; check them once.
+        """Read a block's activations into `out`, and verify them once in this process.
 
-        Plain reads, not a memory map: where a disk fails or a file is cut, they end with an error
-        and not with the death of the process, and a network file system is asked for whole blocks
-        instead of pages.
+        Plain reads, not a memory map: where a disk fails or a file was truncated, they end with
+        an error, and not with the process.
 
         Raises:
             Damaged: they are not what was written, or the disk does not give them.
@@ -118,110 +115,38 @@ class Shard:
         place = _bytes_of(out)
         try:
             with self.path.open("rb", buffering=0) as file:
-                file.seek(self.offset + row * len(place))
+                file.seek(self._offset + row * len(place))
                 done = 0
                 while done < len(place):
-                    came = file.readinto(place[done:])
-                    if not came:
-                        raise Damaged(self.path, "cut short")
-                    done += came
+                    count = file.readinto(place[done:])
+                    if not count:
+                        raise Damaged(self.path, "it is truncated")
+                    done += count
         except OSError as error:
             _unreadable(self.path, error)
-        if not self.checked[row]:
-            if checksum(out) != self.checksums[row]:
+        if not self.verified[row]:
+            if _digest(place) != self.checksums[row]:
                 raise Damaged(self.path, f"the checksum of block {self.blocks[row]} is wrong")
-            self.checked[row] = True
+            self.verified[row] = True
 
 
-def read_shard(path: Path, layout: Layout) -> Shard:
-    """Return what a file holds, by its header and record; activations are not looked at.
-
-    Raises:
-        Damaged: it is not as long as it should be, its record is not what was written, or it
-            belongs to another store.
-        UserError: it cannot be read for another reason.
-    """
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > LARGEST_HEADER:
-                raise Damaged(path, "its header is wrong")
-            text = file.read(length)
-            num_blocks = int(json.loads(text)["blocks"]["shape"][0])
-            if layout.header(num_blocks)[8:] != text:
-                raise Damaged(path, "its header is wrong")
-            size, expected = os.fstat(file.fileno()).st_size, _file_size(layout, num_blocks)
-            if size != expected:
-                raise Damaged(path, f"{size:,} bytes instead of {expected:,}")
-            numbers = np.frombuffer(file.read(8 * (2 * num_blocks + 1)), dtype="<i8")
-    except OSError as error:
-        _unreadable(path, error)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise Damaged(path, "its header is wrong") from error
-    if _signed(xxhash.xxh3_64_intdigest(numbers[:-1].tobytes())) != numbers[-1]:
-        raise Damaged(path, "the checksum of its record is wrong")
-    offset = 8 + length + numbers.nbytes
-    return Shard(path, numbers[:num_blocks], numbers[num_blocks:-1], offset)
-
-
-class ShardWriter:
-    """Writes a file beside its place, block after block, and puts it there when it is whole.
+def write_shard(path: Path, blocks: list[int], acts: Shaped[Tensor, "block pos d_model"]) -> None:
+    """Write a file, which is in its place when it is complete.
 
     Args:
-        path: where it will be; its folder is there.
-        blocks: which blocks will come.
-        layout: of the store.
+        path: where it will be.
+        blocks: which blocks of the split.
+        acts: their activations, on the host and of the store's dtype.
+
+    Raises:
+        UserError: it cannot be written.
     """
-
-    def __init__(self, path: Path, blocks: list[int], layout: Layout) -> None:
-        self.path, self.layout = path, layout
-        self.blocks = np.asarray(blocks, dtype="<i8")
-        self.beside = temporary_name(path)
-        self.checksums: list[int] = []
-        header = layout.header(len(blocks))
-        with explain_write_errors(path, "data.cache=<folder>"):
-            self.file: IO[bytes] = self.beside.open("wb")
-            self.file.write(header + bytes(8 * (2 * len(blocks) + 1)))
-        self.record = len(header)
-
-    def add(self, acts: Shaped[Tensor, "block pos d_model"]) -> None:
-        """Append the activations of the next blocks, on the host and of the store's dtype.
-
-        Raises:
-            UserError: they cannot be written.
-        """
-        assert acts.dtype == self.layout.dtype
-        with explain_write_errors(self.path, "data.cache=<folder>"):
-            for block in acts:
-                self.checksums.append(checksum(block))
-                self.file.write(_bytes_of(block))
-
-    def finish(self) -> None:
-        """Put the file in its place.
-
-        Raises:
-            UserError: it cannot be written.
-        """
-        numbers = np.concatenate([self.blocks, np.asarray(self.checksums, dtype="<i8")])
-        record = _signed(xxhash.xxh3_64_intdigest(numbers.tobytes()))
-        with explain_write_errors(self.path, "data.cache=<folder>"):
-            self.file.seek(self.record)
-            self.file.write(numbers.tobytes() + record.to_bytes(8, "little", signed=True))
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
-            self.beside.replace(self.path)
-
-    def discard(self) -> None:
-        """Leave nothing behind; after `finish` there is nothing to leave."""
-        with suppress(OSError):
-            self.file.close()
-        self.beside.unlink(missing_ok=True)
-
-
-def checksum(acts: Shaped[Tensor, "pos d_model"]) -> int:
-    """Return XXH3 (64 bits, signed) of the bytes of a block."""
-    return _signed(xxhash.xxh3_64_intdigest(_bytes_of(acts)))
+    numbers = np.array([blocks, [_digest(_bytes_of(block)) for block in acts]], dtype=np.int64)
+    record = np.array([_digest(numbers.tobytes())])
+    tensors = {"blocks": numbers[0], "checksums": numbers[1], "record": record}
+    content = save({**{k: torch.from_numpy(v) for k, v in tensors.items()}, "acts": acts})
+    with atomic_write(path, shared=True, hint="data.cache=<folder>") as file:
+        file.write(content)
 
 
 def _unreadable(path: Path, error: OSError) -> NoReturn:
@@ -229,14 +154,9 @@ def _unreadable(path: Path, error: OSError) -> NoReturn:
     if error.errno in OF_THE_FILE:
         raise Damaged(path, why) from error
     raise UserError(
-        f"cannot read {path}: {why}. The file may be whole: mend this and give the same command "
-        "again."
+        f"cannot read {path}: {why}. The file may be complete: remove the cause and give the same "
+        "command again."
     ) from error
-
-
-def _file_size(layout: Layout, num_blocks: int) -> int:
-    record = 8 * (2 * num_blocks + 1)
-    return len(layout.header(num_blocks)) + record + num_blocks * layout.block_bytes
 
 
 def _bytes_of(acts: Tensor) -> memoryview:
@@ -244,5 +164,7 @@ def _bytes_of(acts: Tensor) -> memoryview:
     return memoryview(flat)
 
 
-def _signed(value: int) -> int:
-    return value - 2**64 if value >= 2**63 else value
+def _digest(content: bytes | memoryview) -> int:
+    """Return XXH3 (64 bits), as a signed number."""
+    digest: int = xxhash.xxh3_64_intdigest(content)
+    return digest - 2**64 if digest >= 2**63 else digest

@@ -1,4 +1,4 @@
-"""A folder of stored activations: what is in it, what is missing, and reading it."""
+"""A folder of stored activations: what it holds, what is missing, and reading it."""
 
 import hashlib
 import json
@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor
 
-from groupsae.data.splits import SPLITS, Split
+from groupsae.data.packing import SPLITS, Split
 from groupsae.data.store.options import DTYPES
-from groupsae.data.store.shard import Damaged, Layout, Shard, read_shard
+from groupsae.data.store.shard import Damaged, Layout, Shard
 from groupsae.files.atomic import atomic_write
 from groupsae.runtime.errors import UserError
 
-FORMAT = 1  # raise it when files or their meaning change: other stores are then made beside
+FORMAT = 1  # raise it when files or their meaning change: new stores then get other folders
 
 
 class Gap(NamedTuple):
@@ -38,9 +38,9 @@ class ActivationStore:
     """Activations of a language model over the packed blocks of a corpus, on disk.
 
     A chunk is a handful of blocks; it has a folder `<split>/<chunk>/` with a file for each layer,
-    as `groupsae.data.store.shard` describes them. A file is there when it is whole, and what is
-    there is the sum of all files: so a store may grow by blocks or by layers at any time, by
-    several processes at once.
+    as `groupsae.data.store.shard` describes them. A file exists when it is complete, and the
+    store is the sum of all files: so it may grow by blocks or by layers at any time, by several
+    processes at once.
 
     Reading it elsewhere, with the tokens of `ActivationDataModule.blocks`:
 
@@ -54,7 +54,7 @@ class ActivationStore:
     Attributes:
         manifest: what the activations are of, as plain values.
         layout: sizes and dtype of a block.
-        damaged: files that are not what was written; they count as not there.
+        damaged: files that are not what was written; they count as missing.
 
     Raises:
         UserError: there is no manifest, or it is damaged or of another format.
@@ -66,11 +66,8 @@ class ActivationStore:
             self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
             if self.manifest["format"] != FORMAT:
                 raise ValueError(f"format {self.manifest['format']}, not {FORMAT}")
-            self.layout = Layout(
-                self.manifest["context"],
-                self.manifest["d_model"],
-                dtype_of(self.manifest["dtype"]),
-            )
+            context, d_model = self.manifest["context"], self.manifest["d_model"]
+            self.layout = Layout(context, d_model, dtype_of(self.manifest["dtype"]))
             self.num_blocks: dict[Split, int] = {s: self.manifest["num_blocks"][s] for s in SPLITS}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
@@ -80,28 +77,36 @@ class ActivationStore:
             ) from error
         self.damaged: list[Damaged] = []
         self._shards: list[Shard] = []
-        self._known: dict[Path, int] = {}  # file -> its number
+        self._known: set[Path] = set()
         # block -> which shard, and where in it
         self._places: dict[tuple[Split, int], Int64[np.ndarray, "block 2"]] = {}
         self.refresh()
 
     def refresh(self) -> None:
-        """Look for files that have come since."""
+        """Find files that other processes have written since."""
         self.damaged = []
         for path in sorted(self.in_chunks("layer.*.safetensors")):
             if path in self._known:
                 continue
             try:
-                self._take_in(*self._opened(path))
+                shard, split, layer = self._opened(path)
             except Damaged as error:
                 self.damaged.append(error)
+                continue
+            places = self._places.setdefault(
+                (split, layer), np.full((self.num_blocks[split], 2), -1, dtype=np.int64)
+            )
+            places[shard.blocks, 0] = len(self._shards)
+            places[shard.blocks, 1] = np.arange(len(shard.blocks))
+            self._shards.append(shard)
+            self._known.add(path)
 
     def in_chunks(self, pattern: str) -> list[Path]:
-        """Return what matches in the chunks' folders, and in no other: trials come and go."""
+        """Return the files in the chunks' folders whose names match."""
         return [path for split in SPLITS for path in self.folder.glob(f"{split}/*/{pattern}")]
 
     def is_sound(self, path: Path) -> bool:
-        """Return whether a file is there and its record is right; activations are not read."""
+        """Return whether a file exists and its record is right; activations are not read."""
         try:
             self._opened(path)
         except Damaged:
@@ -109,47 +114,37 @@ class ActivationStore:
         return True
 
     def _opened(self, path: Path) -> tuple[Shard, Split, int]:
-        """Return what a file holds, its split and layer."""
-        shard = read_shard(path, self.layout)
+        """Return a file, its split and layer."""
+        shard = Shard(path, self.layout)
         split, layer = path.parts[-3], int(path.name.split(".")[1])
         if split not in SPLITS or (shard.blocks >= self.num_blocks[split]).any():
             raise Damaged(path, "it belongs to other text")
         return shard, split, layer
 
-    def _take_in(self, shard: Shard, split: Split, layer: int) -> None:
-        places = self._places.setdefault(
-            (split, layer), np.full((self.num_blocks[split], 2), -1, dtype=np.int64)
-        )
-        number = len(self._shards)
-        places[shard.blocks, 0] = number
-        places[shard.blocks, 1] = np.arange(len(shard.blocks))
-        self._shards.append(shard)
-        self._known[shard.path] = number
-
     def has(self, split: Split, blocks: Sequence[int], layer: int) -> np.ndarray:
-        """Return which of the blocks are there at a layer, bool [block]."""
+        """Return which of the blocks are stored at a layer, bool [block]."""
         places = self._places.get((split, layer))
         wanted = np.asarray(blocks, dtype=np.int64)
         return np.zeros(len(wanted), dtype=bool) if places is None else places[wanted, 0] >= 0
 
     def blocks(self, split: Split, layer: int) -> list[int]:
-        """Return the blocks that are there at a layer, ascending."""
-        found: list[int] = np.flatnonzero(
-            self.has(split, range(self.num_blocks[split]), layer)
-        ).tolist()
-        return found
+        """Return the blocks that are stored at a layer, ascending."""
+        every = range(self.num_blocks[split])
+        stored: list[int] = np.flatnonzero(self.has(split, every, layer)).tolist()
+        return stored
 
     def gaps(self, split: Split, blocks: Sequence[int], layers: Sequence[int]) -> list[Gap]:
-        """Return what of some blocks and layers is missing, blocks that lack the same together."""
+        """Return what is missing of some blocks and layers, blocks that lack the same together."""
         missing = np.stack([~self.has(split, blocks, layer) for layer in layers], axis=1)
-        found = []
-        for pattern in np.unique(missing, axis=0)[::-1]:
-            if pattern.any():
-                mine = np.flatnonzero((missing == pattern).all(axis=1)).tolist()
-                which = [blocks[i] for i in mine]
-                lacking = [layer for layer, lacks in zip(layers, pattern, strict=True) if lacks]
-                found.append(Gap(split, which, lacking))
-        return found
+        return [
+            Gap(
+                split,
+                [blocks[i] for i in np.flatnonzero((missing == pattern).all(axis=1)).tolist()],
+                [layer for layer, lacks in zip(layers, pattern, strict=True) if lacks],
+            )
+            for pattern in np.unique(missing, axis=0)[::-1]
+            if pattern.any()
+        ]
 
     def read(
         self,
@@ -168,7 +163,7 @@ class ActivationStore:
 
         Raises:
             Damaged: they are not what was written.
-            KeyError: they are not there.
+            KeyError: they are not stored.
         """
         places = self._places.get((split, layer))
         if places is None or not 0 <= block < len(places) or places[block, 0] < 0:
@@ -180,34 +175,22 @@ class ActivationStore:
         return out
 
     def iterate(self, split: Split, layer: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield (block, its activations [pos, d_model]) of all that is there, ascending."""
+        """Yield (block, its activations [pos, d_model]) of all that is stored, ascending."""
         for block in self.blocks(split, layer):
             yield block, self.read(split, block, layer)
 
     def chunk_folder(self, gap: Gap) -> Path:
-        """Return where the files of these blocks go: the same for all that want them."""
+        """Return the folder for the files of these blocks: the same for all processes."""
         key = hashlib.sha256(np.asarray(gap.blocks, dtype="<i8").tobytes()).hexdigest()[:16]
         return self.folder / gap.split / key
-
-    def forget(self, path: Path) -> Gap | None:
-        """Let go of a file, and return what was in it; None if it is not known."""
-        number = self._known.pop(path, None)
-        if number is None:
-            return None
-        split, layer = path.parts[-3], int(path.name.split(".")[1])
-        assert split in SPLITS
-        places = self._places[split, layer]
-        places[places[:, 0] == number] = -1
-        blocks: list[int] = self._shards[number].blocks.tolist()
-        return Gap(split, blocks, [layer])
 
 
 def dtype_of(name: str) -> torch.dtype:
     """Return the dtype of one of the names in `DTYPES`."""
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r}")
-    found: torch.dtype = getattr(torch, name)
-    return found
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def shard_path(chunk: Path, layer: int) -> Path:
@@ -240,7 +223,8 @@ def open_store(
     folder = cache / key
     try:
         return ActivationStore(folder)
-    except UserError:  # none yet, or a manifest that is damaged: it says nothing new
-        with atomic_write(folder / "manifest.json", "w", shared=True) as handle:
+    except UserError:  # none yet, or a damaged manifest, which holds nothing new
+        manifest = folder / "manifest.json"
+        with atomic_write(manifest, "w", shared=True, hint="data.cache=<folder>") as handle:
             json.dump({**content, "num_blocks": num_blocks}, handle, indent=1)
     return ActivationStore(folder)
