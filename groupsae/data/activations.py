@@ -77,7 +77,7 @@ class ActivationDataModule(L.LightningDataModule):
         blocks_per_step: blocks in an SAE step over all ranks.
         blocks_per_forward: blocks in one forward of the language model; bounds its memory.
         tokens: training budget, tokens per SAE.
-        heldout_tokens: tokens of one validation; None takes the complete split.
+        heldout_tokens: tokens of one validation.
         num_workers: loader processes.
         seed: of shuffle and layer draws.
 
@@ -107,7 +107,7 @@ class ActivationDataModule(L.LightningDataModule):
         blocks_per_step: int,
         blocks_per_forward: int,
         tokens: int,
-        heldout_tokens: int | None,
+        heldout_tokens: int,
         num_workers: int,
         seed: int,
     ) -> None:

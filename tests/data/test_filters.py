@@ -27,7 +27,7 @@ def make_data(tiny_lm, tiny_text, tmp_path_factory):
             "calibration_fraction": 0.1, "prepend_bos": False, "exclude_special_tokens": False,
             "skip_positions": 0, "max_norm_ratio": None, "max_tokens": None,
             "blocks_per_step": 4, "blocks_per_forward": 4, "tokens": 4 * CONTEXT,
-            "heldout_tokens": None, "num_workers": 0, "seed": 3,
+            "heldout_tokens": 10**9, "num_workers": 0, "seed": 3,
         }  # fmt: skip
         data = ActivationDataModule(**(values | changes))
         data.trainer = SimpleNamespace(

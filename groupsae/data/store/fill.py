@@ -186,7 +186,7 @@ def check_room(folder: Path, needed: int, later: int) -> None:
     also = f", and at least {format_bytes(later)} more afterwards" if later else ""
     raise UserError(
         f"activations to be stored take {format_bytes(needed)}{also}, but {folder} has room for "
-        f"{format_bytes(max(0, free))}: name a folder on a larger disk (data.cache=<folder>), lower "
-        "tokens or calibration.tokens, halve them with data.cache_dtype=bfloat16 if it is "
+        f"{format_bytes(max(0, free))}: name a folder on a larger disk (data.cache=<folder>), "
+        "lower tokens or calibration.tokens, halve them with data.cache_dtype=bfloat16 if it is "
         "float32, or use data.cache=null, which stores nothing."
     )
