@@ -112,7 +112,7 @@ def assess(folder: Path, cfg: DictConfig, options: DictConfig, device: str) -> d
         "sequences": bootstrap.sequences,
         "documents": bootstrap.documents,
         "tokens": sums.tokens,
-        "predictions": int(sums.predictions.values.sum()),
+        "predictions": int(sums.clean["predictions"].sum()),
         "bootstrap": plain["bootstrap"],
         "cost": {"planned_flops": planned, "measured_flops": flops, "seconds": watch.seconds},
     }

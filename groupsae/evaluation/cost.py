@@ -1,4 +1,4 @@
-"""What the SAEs of a grouping cost to train, and what it costs to evaluate them."""
+"""The cost of training the SAEs of a grouping, and of evaluating them."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -14,9 +14,9 @@ from groupsae.suite.suite import Suite
 
 
 def relative_costs(
-    ledger: Mapping[str, Any], found: Sequence[Grouping], saes: Mapping[str, Suite]
+    ledger: Mapping[str, Any], groupings: Sequence[Grouping], saes: Mapping[str, Suite]
 ) -> dict[str, dict[str, float | None]]:
-    """Return grouping -> its cost relative to one SAE of full width per layer.
+    """Return grouping -> its training cost relative to one SAE of full width per layer.
 
     By the paper's count, in true FLOPs, and in the seconds of the run that trained all of them.
     The seconds of measuring the layers are charged to every way to train: nearly all of them are
@@ -25,7 +25,7 @@ def relative_costs(
 
     Args:
         ledger: of that run.
-        found: the groupings.
+        groupings: the ways to serve all layers.
         saes: name -> that SAE alone.
 
     Raises:
@@ -34,27 +34,26 @@ def relative_costs(
     if ledger.get("format") != FORMAT:
         raise UserError(
             f"ledger.json has format {ledger.get('format')}, this version of groupsae reads "
-            f"{FORMAT}: the run was trained with another version. Evaluate it with that one, or "
-            "train it again."
+            f"{FORMAT}: evaluate the run with the version that trained it."
         )
     work = Workload.from_json(ledger["workload"])
     widths = {name: suite.saes[name].d_sae for name, suite in saes.items()}
     parts = {part["part"]: part["seconds"] for part in ledger["parts"]}
-    each_sae = {int(d_sae): seconds for d_sae, seconds in ledger["seconds_per_sae"].items()}
+    per_sae = {int(d_sae): seconds for d_sae, seconds in ledger["seconds_per_sae"].items()}
 
     def seconds(d_saes: Sequence[int]) -> float:
-        return parts["activations"] + parts["distances"] + sum(each_sae[n] for n in d_saes)
+        return parts["activations"] + parts["distances"] + sum(per_sae[n] for n in d_saes)
 
     full = [max(widths.values())] * work.layers_run
     paper, flops, wall = work.paper_total(full), work.total(full, distances=False), seconds(full)
     costs: dict[str, dict[str, float | None]] = {}
-    for each in found:
-        mine = [widths[name] for name in set(each.sae_of_layer.values())]
-        measured = each.kind == "groups" and all(map(needs_distances, each.rules))
-        costs[each.name] = {
-            "paper": work.paper_total(mine) / paper,
-            "flops": work.total(mine, distances=measured) / flops,
-            "seconds": seconds(mine) / wall,
+    for grouping in groupings:
+        d_saes = [widths[name] for name in set(grouping.sae_of_layer.values())]
+        measured = grouping.kind == "groups" and all(map(needs_distances, grouping.rules))
+        costs[grouping.name] = {
+            "paper": work.paper_total(d_saes) / paper,
+            "flops": work.total(d_saes, distances=measured) / flops,
+            "seconds": seconds(d_saes) / wall,
         }
     return costs
 
@@ -72,18 +71,17 @@ def planned_flops(
         geometry: of the language model.
         context: tokens in a block.
         saes: name -> that SAE alone.
-        together: groupings with all layers spliced at once, which is one more whole forward each.
+        together: groupings with all layers spliced at once, one more full forward each.
         lm: that is evaluated; without next-token predictions nothing is spliced.
     """
-    each = {name: suite.saes[name].inference_flops() for name, suite in saes.items()}
+    cost = {name: suite.saes[name].inference_flops() for name, suite in saes.items()}
     served = [
-        [each[name] for name, suite in saes.items() if layer in suite.layers]
+        [cost[name] for name, suite in saes.items() if layer in suite.layers]
         for layer in range(geometry.num_layers)
     ]
     if not lm.predicts:
         run = 1 + max(layer for suite in saes.values() for layer in suite.layers)
-        forward = activation_flops(run, geometry.d_model, context)
-        return forward + sum(map(sum, served))
+        return activation_flops(run, geometry.d_model, context) + sum(map(sum, served))
     count = partial(
         evaluation_flops,
         num_layers=geometry.num_layers,
@@ -92,8 +90,5 @@ def planned_flops(
         vocab_size=geometry.vocab_size,
         own_block=lm.hookpoint != "resid_post",
     )
-    spliced = [
-        count(served=[]) + sum(each[name] for name in grouping.sae_of_layer.values())
-        for grouping in together
-    ]
-    return count(served=served) + sum(spliced)
+    spliced = sum(cost[name] for g in together for name in g.sae_of_layer.values())
+    return count(served=served) + len(together) * count(served=[]) + spliced

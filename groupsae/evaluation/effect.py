@@ -1,7 +1,7 @@
 """What replacing activations does to the language model: next-token loss and KL divergence.
 
-All sums are kept per sequence, so that intervals come from resampling sequences, and turned into
-metrics at the end: one pooled mean each, never a mean of ratios.
+All sums are kept per sequence, to be resampled, and turned into metrics at the end: one pooled
+mean each, never a mean of ratios. **To add a metric** of these means, add it to `effect_metrics`.
 """
 
 from typing import TypeVar
@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64, Int, Int64
 from torch import Tensor
-
-from groupsae.evaluation.reconstruction import PerSequence
 
 # Numbers of a float32 work buffer. On a CPU it should lie in the cache: measured with
 # vocabularies of 4,096 and 50,304 on two cores, 2^17 to 2^21 are alike, 2^16 takes up to 1.5 times
@@ -22,7 +20,7 @@ Values = TypeVar("Values", float, np.ndarray)
 
 
 class CleanPredictions:
-    """What the model says about a batch as it is, to hold other logits against.
+    """The unchanged model's predictions of a batch, to compare other logits with.
 
     Position t predicts the token at t + 1 of the same block; the last position of a block
     predicts nothing. A position left out by `keep` counts in no sum.
@@ -32,8 +30,8 @@ class CleanPredictions:
         predictions: Int64[block] on the CPU, how many were summed.
 
     Args:
-        logits: of the unchanged model; they are kept, not copied: do not write into them.
-        tokens: what was read.
+        logits: of the unchanged model; kept, not copied: do not write into them.
+        tokens: that were read.
         keep: positions to count, or None for all.
     """
 
@@ -97,36 +95,10 @@ def _log_sum_exp(
     return top[:, 0].double() + torch.sub(logits, top, out=buffer).exp_().sum(1).double().log()
 
 
-class EffectSums:
-    """Cross-entropy and KL of one replacement, summed per sequence over an evaluation set.
-
-    Update once per batch, in the order of the sequences, with what `CleanPredictions.compare`
-    returned.
-    """
-
-    def __init__(self) -> None:
-        self._ce, self._kl = PerSequence(), PerSequence()
-
-    def update(self, ce: Float64[Tensor, " block"], kl: Float64[Tensor, " block"]) -> None:
-        """Add a batch of sequences."""
-        self._ce.append(ce)
-        self._kl.append(kl)
-
-    @property
-    def ce(self) -> Float64[np.ndarray, " sequence"]:
-        """Sum of the cross-entropies of each sequence so far, in nats."""
-        return self._ce.values
-
-    @property
-    def kl(self) -> Float64[np.ndarray, " sequence"]:
-        """Sum of the KL divergences of each sequence so far, in nats."""
-        return self._kl.values
-
-
 def effect_metrics(
     *, clean: Values, ce: Values, kl: Values, zero: Values, mean: Values, kl_zero: Values
 ) -> dict[str, Values]:
-    """Return what a replacement costs the language model, from means over all predictions.
+    """Return the cost of a replacement to the language model, from means over all predictions.
 
     | metric | formula |
     |---|---|
@@ -139,8 +111,8 @@ def effect_metrics(
     | `kl` | mean KL(clean model, model with the activations replaced), nats per token |
     | `kl_score` | (kl_zero - kl) / kl_zero (SAELens, SAEBench) |
 
-    Numbers give numbers; arrays of bootstrap samples give arrays, element by element: then all
-    arguments must come from the same resamples. A score whose denominator is 0 is nan.
+    Arrays (of bootstrap samples, all from the same resamples) give arrays, element by element.
+    A score whose denominator is 0 is nan.
 
     Args:
         clean: mean cross-entropy of the unchanged model.

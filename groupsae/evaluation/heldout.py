@@ -1,6 +1,6 @@
 """One pass over held-out text: every SAE on every layer it serves, and spliced into the model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from groupsae.cost.counter import flop_counter
 from groupsae.data.filters import TokenFilter, both
-from groupsae.evaluation.effect import CleanPredictions, EffectSums
-from groupsae.evaluation.reconstruction import LayerSums, PerSequence, ReconstructionSums
+from groupsae.evaluation.effect import CleanPredictions
+from groupsae.evaluation.reconstruction import LayerSums, ReconstructionSums, SequenceSums
 from groupsae.evaluation.similarity import Firings
 from groupsae.grouping.groupings import Grouping
 from groupsae.lm.hooked import HookedLM
@@ -23,11 +23,11 @@ Pair = tuple[str, int]  # name of an SAE, and a layer it serves
 
 @dataclass
 class LayerEffects:
-    """What taking a layer's activations away does to the model: the scale of every score."""
+    """A layer's activations, and the effect of removing them: the scale of every score."""
 
     sums: LayerSums
-    zero: EffectSums = field(default_factory=EffectSums)
-    mean: EffectSums = field(default_factory=EffectSums)
+    zero: SequenceSums = field(default_factory=SequenceSums)
+    mean: SequenceSums = field(default_factory=SequenceSums)
 
 
 @dataclass
@@ -35,11 +35,16 @@ class PairSums:
     """One SAE on one of its layers."""
 
     reconstruction: ReconstructionSums
-    effect: EffectSums = field(default_factory=EffectSums)
+    effect: SequenceSums = field(default_factory=SequenceSums)
 
 
 class HeldoutSums:
-    """Everything that the pass adds up, per sequence.
+    """All sums of the pass, per sequence.
+
+    Attributes:
+        clean: `ce` of the unchanged model and number of `predictions`. An effect has `ce` and
+            `kl`, over the same predictions.
+        tokens: that counted, however extreme on some layer.
 
     Args:
         saes: name -> that SAE alone.
@@ -57,8 +62,8 @@ class HeldoutSums:
     ) -> None:
         self.saes, self.groupings = saes, groupings
         d_model = next(iter(saes.values())).d_model
-        self.tokens = 0  # that counted, however extreme on some layer
-        self.clean_ce, self.predictions = PerSequence(), PerSequence()
+        self.tokens = 0
+        self.clean = SequenceSums()
         self.layers = {
             layer: LayerEffects(LayerSums(d_model))
             for layer in sorted({x for suite in saes.values() for x in suite.layers})
@@ -68,22 +73,16 @@ class HeldoutSums:
             for name, suite in saes.items()
             for layer in suite.layers
         }
-        self.together = {g.name: EffectSums() for g in groupings} if together else {}
+        self.together = {g.name: SequenceSums() for g in groupings} if together else {}
         self.similarity_left = similarity_tokens
         self.firings = {p: Firings(saes[p[0]].saes[p[0]].d_sae) for p in self._compared()}
 
     def _compared(self) -> list[Pair]:
-        """Return per-layer SAEs, and the groups on the layers where one stands beside them."""
-        baseline = next((g for g in self.groupings if g.kind == "per_layer"), None)
-        if baseline is None:
+        """Return per-layer SAEs and those of groups; none if there are no per-layer SAEs."""
+        ways = [g for g in self.groupings if g.kind != "smaller"]
+        if all(g.kind != "per_layer" for g in ways):
             return []
-        grouped = {
-            (name, layer)
-            for g in self.groupings
-            if g.kind == "groups"
-            for layer, name in g.sae_of_layer.items()
-        }
-        return sorted(grouped | {(n, layer) for layer, n in baseline.sae_of_layer.items()})
+        return sorted({(name, layer) for g in ways for layer, name in g.sae_of_layer.items()})
 
     def update(
         self,
@@ -94,10 +93,10 @@ class HeldoutSums:
     ) -> None:
         """Add some sequences.
 
-        Positions that the filters leave out keep their own activation when spliced. What is
-        predicted at them is not counted, but for those that are left out on one layer only, for
-        their norm there: every layer is judged on the same predictions. A model without
-        next-token predictions adds none.
+        Positions that the filters leave out keep their own activation when spliced, and their
+        predictions do not count. The exception are positions left out for their norm on one
+        layer: every layer is judged on the same predictions. A model without next-token
+        predictions adds none.
 
         Args:
             tokens: of the sequences.
@@ -110,36 +109,29 @@ class HeldoutSums:
         counted = filters.tokens(read)
         self.tokens += tokens.numel() if counted is None else int(counted.sum())
         clean = None if logits is None else CleanPredictions(logits, read, counted)
-        nothing = torch.zeros(len(tokens), dtype=torch.float64)
-        self.clean_ce.append(nothing if clean is None else clean.ce)
-        self.predictions.append(nothing if clean is None else clean.predictions)
+        none = torch.zeros(len(tokens), dtype=torch.float64)
+        self.clean.append(
+            ce=none if clean is None else clean.ce,
+            predictions=none if clean is None else clean.predictions,
+        )
+
+        def splice(layer: int, x_hat: Tensor, keep: Tensor | None, into: SequenceSums) -> None:
+            ce = kl = none
+            if clean is not None:
+                ce, kl = clean.compare(splicer.resume(layer, _where(keep, x_hat, acts[layer])))
+            into.append(ce=ce, kl=kl)
 
         for layer, effects in self.layers.items():
-            original, x = acts[layer], acts[layer].float()
+            x = acts[layer].float()
             keep = both(counted, filters.activations(x))
-
-            def splice(
-                x_hat: Tensor,
-                into: EffectSums,
-                layer: int = layer,
-                original: Tensor = original,
-                keep: Tensor | None = keep,
-            ) -> None:
-                if clean is None:
-                    into.update(nothing, nothing)
-                else:
-                    changed = splicer.resume(layer, _where(keep, x_hat, original))
-                    into.update(*clean.compare(changed))
-
             effects.sums.update(x, keep)
-            splice(torch.zeros_like(x), effects.zero)
-            splice(means[layer].expand_as(x), effects.mean)
-            for (name, where), sums in self.pairs.items():
-                if where != layer:
-                    continue
+            splice(layer, torch.zeros_like(x), keep, effects.zero)
+            splice(layer, means[layer].expand_as(x), keep, effects.mean)
+            for name in [name for name, where in self.pairs if where == layer]:
+                sums = self.pairs[name, layer]
                 latents, x_hat = _reconstruct(self.saes[name], x, layer)
                 sums.reconstruction.update(x, x_hat, latents, keep)
-                splice(x_hat, sums.effect)
+                splice(layer, x_hat, keep, sums.effect)
                 if self.similarity_left > 0 and (name, layer) in self.firings:
                     flat = None if keep is None else keep.flatten()
                     self.firings[name, layer].update(latents, flat)
@@ -154,39 +146,39 @@ class HeldoutSums:
                 x_hat = _reconstruct(self.saes[owner[layer]], x, layer)[1]
                 return _where(both(counted, filters.activations(x)), x_hat, found)
 
-            changed = splicer.together(replace, owner)
-            self.together[grouping.name].update(*clean.compare(changed))
+            ce, kl = clean.compare(splicer.together(replace, owner))
+            self.together[grouping.name].append(ce=ce, kl=kl)
 
 
 @torch.no_grad()
 def run_heldout(
     sums: HeldoutSums,
-    parts: Iterator[Int[Tensor, "block pos"]],
+    parts: Iterable[Int[Tensor, "block pos"]],
     lm: HookedLM,
     means: Float[Tensor, "layer d_model"],
     filters: TokenFilter,
     advance: Callable[[int], object],
 ) -> int:
-    """Add all parts to the sums; return the measured FLOPs, those of the first part scaled up.
+    """Add all parts to the sums; return the FLOPs, those of the first part scaled up.
 
     Args:
         sums: to add to.
-        parts: held-out tokens, a forward's worth each, all but the last equally many.
+        parts: held-out tokens, one forward each, all but the last equally many.
         lm: the language model, with its head if it has one.
         means: mean activation of each layer.
         filters: positions that count.
-        advance: told the tokens of each part when it is done.
+        advance: called with the tokens of each part that is done.
     """
     splicer = Splicer(lm)
     flops = per_token = 0.0
     for tokens in parts:
-        if not per_token:
-            splicer.clean(tokens[:1], sums.layers)  # it checks itself now: not once for each part
+        if per_token:
+            sums.update(tokens, splicer, means, filters)
+        else:
+            splicer.clean(tokens[:1], sums.layers)  # its first call checks itself: not counted
             with flop_counter() as counter:
                 sums.update(tokens, splicer, means, filters)
             per_token = counter.get_total_flops() / tokens.numel()
-        else:
-            sums.update(tokens, splicer, means, filters)
         flops += per_token * tokens.numel()
         advance(tokens.numel())
     return round(flops)

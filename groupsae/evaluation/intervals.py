@@ -1,6 +1,5 @@
 """Confidence intervals by resampling documents."""
 
-from typing import TypedDict
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -8,13 +7,7 @@ from jaxtyping import Float64, Int64
 
 from groupsae.evaluation.reconstruction import LayerSums, ReconstructionSums
 
-
-class Interval(TypedDict):
-    """A value with its confidence interval; None for what is not defined."""
-
-    value: float | None
-    low: float | None
-    high: float | None
+Interval = dict[str, float | None]  # value, low, high; None where undefined
 
 
 class Bootstrap:
@@ -22,8 +15,8 @@ class Bootstrap:
 
     Tokens of one text depend on each other, and so do the sequences cut from one document: on
     Python source their losses correlate by 0.7 from one to the next, and intervals that took
-    them for independent were a half to a third as wide as they should be. So whole documents are
-    drawn, with replacement (a cluster bootstrap: Davison and Hinkley 1997, section 3.8). A
+    them for independent were a half to a third as wide as they should be. So complete documents
+    are drawn, with replacement (a cluster bootstrap: Davison and Hinkley 1997, section 3.8). A
     resample is a row of weights, how often each sequence was drawn; a pooled ratio on it is the
     ratio of two weighted sums.
 
@@ -33,7 +26,7 @@ class Bootstrap:
         owner: the document of each sequence, from 0 to D - 1.
 
     Args:
-        documents: for each sequence a number of the document that it is from.
+        documents: for each sequence the number of its document.
         resamples: B, number of resamples.
         level: of the intervals, e.g. 0.95.
         seed: of the draws.
@@ -49,11 +42,11 @@ class Bootstrap:
         chances = np.full(self.documents, 1 / self.documents)
         draws = np.random.default_rng(seed).multinomial(self.documents, chances, size=resamples)
         self.weights = draws.astype(np.float64)[:, self.owner]
-        # A layer serves many SAEs; its part, the slow one, is computed once.
+        # the slow part of an FVU, which the SAEs of a layer share
         self._variances: WeakKeyDictionary[LayerSums, np.ndarray] = WeakKeyDictionary()
 
     def interval(self, value: float | None, samples: Float64[np.ndarray, " resample"]) -> Interval:
-        """Return the percentile interval, low and high being quantiles of the samples.
+        """Return the percentile interval: low and high are quantiles of the samples.
 
         They are None for a single document, which says nothing about spread, and if a resample
         has no value (a ratio with a denominator of zero).
@@ -80,12 +73,12 @@ class Bootstrap:
         Raises:
             ValueError: not as many sequences as the bootstrap was made for.
         """
-        self._check(layer.count, sums.squared_error)
+        error = self._resampled(sums["squared_error"])
         if layer not in self._variances:
-            total = np.square(self.weights @ layer.sum_x).sum(1)
-            squares, count = self.weights @ layer.sum_squares, self.weights @ layer.count
+            total = np.square(self._resampled(layer["sum_x"])).sum(1)
+            squares, count = (self._resampled(layer[n]) for n in ("sum_squares", "count"))
             self._variances[layer] = squares - total / np.maximum(count, 1)
-        return _divide(self.weights @ sums.squared_error, self._variances[layer])
+        return _divide(error, self._variances[layer])
 
     def ratio(
         self,
@@ -97,13 +90,12 @@ class Bootstrap:
         Raises:
             ValueError: not as many sequences as the bootstrap was made for.
         """
-        self._check(numerator, denominator)
-        return _divide(self.weights @ numerator, self.weights @ denominator)
+        return _divide(self._resampled(numerator), self._resampled(denominator))
 
-    def _check(self, *arrays: np.ndarray) -> None:
-        lengths = [len(array) for array in arrays]
-        if lengths != [self.sequences] * len(lengths):
-            raise ValueError(f"sums of {lengths} sequences for a bootstrap of {self.sequences}")
+    def _resampled(self, sums: np.ndarray) -> np.ndarray:
+        if len(sums) != self.sequences:
+            raise ValueError(f"sums of {len(sums)} sequences, bootstrap of {self.sequences}")
+        return self.weights @ sums
 
 
 def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
@@ -12,72 +12,34 @@ BINS_PER_DECADE = 4
 SPECIFIC = 0.9  # a latent with a larger share of its firings in one layer belongs to that layer
 
 
-class Histogram(TypedDict):
-    """Latents by log10 of the share of tokens they fire on.
-
-    Attributes:
-        edges: of the bins, one more than counts.
-        counts: latents in each bin; the last one has both its edges.
-        never: latents that never fired, which no bin holds.
-    """
-
-    edges: list[float]
-    counts: list[int]
-    never: int
-
-
-class ProfileSummary(TypedDict):
-    """A group's `LayerProfile` in numbers, over the latents that fired; None if none did.
-
-    Attributes:
-        layers: of the group.
-        mean_max_share: mean over latents of the largest share that one layer has.
-        specific: share of latents with more than 90 % of their firings in one layer.
-        specific_to: the same for each layer; adds up to `specific`.
-        mean_effective_layers: mean over latents of exp(entropy of the shares): 1 if all firings
-            are in one layer, the number of layers if they are spread evenly.
-        mean_layer: mean over latents of the mean layer they fire on.
-        never: number of latents that fired on no layer.
-    """
-
-    layers: list[int]
-    mean_max_share: float | None
-    specific: float | None
-    specific_to: list[float] | None
-    mean_effective_layers: float | None
-    mean_layer: float | None
-    never: int
-
-
-def density_histogram(fired: Int64[np.ndarray, " d_sae"], tokens: int) -> Histogram:
+def density_histogram(fired: Int64[np.ndarray, " d_sae"], tokens: int) -> dict[str, Any]:
     """Return the histogram of log10(fired / tokens), four bins a decade, from 1 / tokens to 1.
 
     Args:
         fired: tokens on which each latent was above zero.
-        tokens: tokens seen.
+        tokens: number of tokens.
+
+    Returns:
+        `edges` of the bins, one more than `counts` (the last bin has both its edges), and how
+        many latents `never` fired, which no bin holds.
 
     Raises:
         ValueError: no tokens.
     """
     if tokens < 1:
-        raise ValueError("no tokens: there is no density")
+        raise ValueError("no tokens: the density is not defined")
     bins = max(math.ceil(math.log10(tokens) * BINS_PER_DECADE), 1)
     edges = np.arange(-bins, 1) / BINS_PER_DECADE
     density = np.log10(fired[fired > 0] / tokens)
     # rounding of the logarithm must not push the rarest latents out of the first bin
     counts, _ = np.histogram(density.clip(edges[0], 0.0), edges)
-    return {
-        "edges": edges.tolist(),
-        "counts": counts.tolist(),
-        "never": int((fired == 0).sum()),
-    }
+    never = int((fired == 0).sum())
+    return {"edges": edges.tolist(), "counts": counts.tolist(), "never": never}
 
 
 @dataclass(frozen=True)
 class LayerProfile:
     """On which layers of a group its latents fire ("feature distribution", paper 1.4).
-
-    Make one with `layer_profile`.
 
     Args:
         layers: of the group, ascending.
@@ -98,31 +60,32 @@ class LayerProfile:
         """Return the mean layer of each latent's firings; nan for those that never fired."""
         return np.where(self.alive, self.shares @ np.array(self.layers, float), np.nan)
 
-    def summary(self) -> ProfileSummary:
-        """Return the profile in numbers."""
+    def summary(self) -> dict[str, Any]:
+        """Return the profile in numbers, over the latents that fired; None if none did.
+
+        - mean_max_share = mean over latents of the largest share that one layer has;
+        - specific = share of latents with more than 90 % of their firings in one layer, and
+          specific_to the same for each layer, which adds up to it;
+        - mean_effective_layers = mean over latents of exp(entropy of the shares): 1 if all
+          firings are in one layer, the number of layers if they are spread evenly;
+        - mean_layer = mean over latents of the mean layer they fire on;
+        - never = number of latents that fired on no layer.
+        """
         shares = self.shares[self.alive]
-        never = len(self.shares) - len(shares)
-        if len(shares) == 0:
-            return {
-                "layers": self.layers,
-                "mean_max_share": None,
-                "specific": None,
-                "specific_to": None,
-                "mean_effective_layers": None,
-                "mean_layer": None,
-                "never": never,
+        numbers: dict[str, Any] = dict.fromkeys(
+            ("mean_max_share", "specific", "specific_to", "mean_effective_layers", "mean_layer")
+        )
+        if len(shares):
+            entropy = -(shares * np.log(np.where(shares > 0, shares, 1.0))).sum(1)
+            specific = shares > SPECIFIC
+            numbers |= {
+                "mean_max_share": float(shares.max(1).mean()),
+                "specific": float(specific.any(1).mean()),
+                "specific_to": specific.mean(0).tolist(),
+                "mean_effective_layers": float(np.exp(entropy).mean()),
+                "mean_layer": float(self.mean_layers[self.alive].mean()),
             }
-        entropy = -(shares * np.log(np.where(shares > 0, shares, 1.0))).sum(1)
-        specific = shares > SPECIFIC
-        return {
-            "layers": self.layers,
-            "mean_max_share": float(shares.max(1).mean()),
-            "specific": float(specific.any(1).mean()),
-            "specific_to": specific.mean(0).tolist(),
-            "mean_effective_layers": float(np.exp(entropy).mean()),
-            "mean_layer": float(self.mean_layers[self.alive].mean()),
-            "never": never,
-        }
+        return {"layers": self.layers, **numbers, "never": len(self.shares) - len(shares)}
 
 
 def layer_profile(
@@ -137,7 +100,7 @@ def layer_profile(
 
     Args:
         fired: tokens of each layer on which each latent was above zero.
-        tokens: tokens seen of each layer.
+        tokens: tokens of each layer.
         layers: of the group, ascending.
 
     Raises:

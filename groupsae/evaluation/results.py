@@ -1,65 +1,51 @@
 """From the sums of the pass to the figures: values, intervals, means over layers, differences."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from groupsae.evaluation.effect import EffectSums, effect_metrics
+from groupsae.evaluation.effect import effect_metrics
 from groupsae.evaluation.heldout import HeldoutSums, Pair
 from groupsae.evaluation.intervals import Bootstrap, Interval
 from groupsae.evaluation.latents import density_histogram, layer_profile
-from groupsae.evaluation.reconstruction import DENSE, layer_metrics
+from groupsae.evaluation.reconstruction import DENSE, SequenceSums, layer_metrics
 from groupsae.evaluation.similarity import mmco, mmcs
 from groupsae.grouping.groupings import Grouping
 from groupsae.grouping.partition import known
 
 COMPARED = ("fvu", "delta_ce", "delta_ce_percent", "kl")  # against per-layer SAEs
 AVERAGED = (*COMPARED, "ce_score")  # of groupings; of an SAE everything is
+SPLICED = ("ce", "delta_ce", "delta_ce_percent", "kl")  # of all layers at once
 # not a ratio of sums of each sequence, so not worth resampling
 WITHOUT_INTERVAL = (
     "explained_variance_dictionary_learning",
     "explained_variance_saebench",
 )
 
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure and what it is on each resample of the sequences."""
-
-    value: float
-    samples: np.ndarray
-
-    @classmethod
-    def mean(cls, estimates: Sequence["Estimate"]) -> "Estimate":
-        """Return the mean over several, paired resample by resample."""
-        return cls(
-            float(np.mean([e.value for e in estimates])),
-            np.mean([e.samples for e in estimates], axis=0),
-        )
-
-    def __sub__(self, other: "Estimate") -> "Estimate":
-        """Return the difference, paired resample by resample."""
-        return Estimate(self.value - other.value, self.samples - other.samples)
+# The value on all sequences, then on each resample: means and differences of them are paired.
+Estimate = np.ndarray
 
 
 class Results:
     """The figures of an evaluation.
 
+    Attributes:
+        estimates: of each SAE on each of its layers, by metric.
+
     Args:
-        sums: of the whole pass.
+        sums: of the complete pass.
         bootstrap: resamples of its sequences.
     """
 
     def __init__(self, sums: HeldoutSums, bootstrap: Bootstrap) -> None:
         self.sums, self.bootstrap = sums, bootstrap
-        self.clean = self._per_token(sums.clean_ce.values)
-        self._layers = {
+        self.clean = self._per_token(sums.clean["ce"])
+        self._scales = {
             layer: {
-                "ce_zero": self._per_token(effects.zero.ce),
-                "ce_mean": self._per_token(effects.mean.ce),
-                "kl_zero": self._per_token(effects.zero.kl),
+                "zero": self._per_token(effects.zero["ce"]),
+                "mean": self._per_token(effects.mean["ce"]),
+                "kl_zero": self._per_token(effects.zero["kl"]),
             }
             for layer, effects in sums.layers.items()
         }
@@ -68,7 +54,8 @@ class Results:
             for (name, layer), pair in sums.pairs.items()
         }
         self.estimates: dict[Pair, dict[str, Estimate]] = {
-            pair: self._estimates(pair) for pair in sums.pairs
+            pair: self._rebuilt(pair) | self._effect(sums.pairs[pair].effect, pair[1])
+            for pair in sums.pairs
         }
 
     def to_json(self, costs: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:
@@ -82,7 +69,10 @@ class Results:
             "ce": self._interval(self.clean),
             "layers": [self._layer(layer) for layer in self.sums.layers],
             "saes": [self._sae(name) for name in self.sums.saes],
-            "results": [self._pair(pair) for pair in self.sums.pairs],
+            "results": [
+                {"sae": name, "layer": layer, **self._plain[name, layer], **self._shown(found)}
+                for (name, layer), found in self.estimates.items()
+            ],
             "groupings": [
                 {**self._grouping(g, baseline), "cost": dict(costs.get(g.name, {})) or None}
                 for g in self.sums.groupings
@@ -94,51 +84,28 @@ class Results:
     # ---- one SAE on one layer -------------------------------------------------------------
 
     def _per_token(self, sums: np.ndarray) -> Estimate:
-        predictions = self.sums.predictions.values
+        predictions = self.sums.clean["predictions"]
         total = float(predictions.sum())
-        value = float(sums.sum()) / total if total else float("nan")
-        return Estimate(value, self.bootstrap.ratio(sums, predictions))
+        value = float(sums.sum()) / total if total else np.nan
+        return _estimate(value, self.bootstrap.ratio(sums, predictions))
 
-    def _effect(self, sums: EffectSums, layer: int) -> dict[str, Estimate]:
-        scale = self._layers[layer]
-        parts = {
-            "clean": self.clean,
-            "ce": self._per_token(sums.ce),
-            "kl": self._per_token(sums.kl),
-            "zero": scale["ce_zero"],
-            "mean": scale["ce_mean"],
-            "kl_zero": scale["kl_zero"],
-        }
-        values = effect_metrics(**{name: part.value for name, part in parts.items()})
-        samples = effect_metrics(**{name: part.samples for name, part in parts.items()})
-        return {name: Estimate(values[name], samples[name]) for name in values}
+    def _effect(self, sums: SequenceSums, layer: int) -> dict[str, Estimate]:
+        ce, kl = self._per_token(sums["ce"]), self._per_token(sums["kl"])
+        return effect_metrics(clean=self.clean, ce=ce, kl=kl, **self._scales[layer])
 
-    def _estimates(self, pair: Pair) -> dict[str, Estimate]:
-        name, layer = pair
-        sums, x = self.sums.pairs[pair], self.sums.layers[layer].sums
-        plain = self._plain[pair]
-        samples = {"fvu": self.bootstrap.fvu(x, sums.reconstruction)} | {
-            metric: self.bootstrap.ratio(*both)
-            for metric, both in sums.reconstruction.ratios.items()
-        }
-        rebuilt = {
-            metric: Estimate(np.nan if (value := plain[metric]) is None else value, drawn)
-            for metric, drawn in samples.items()
-        }
-        return rebuilt | self._effect(sums.effect, layer)
-
-    def _pair(self, pair: Pair) -> dict[str, Any]:
-        name, layer = pair
-        shown = self._shown(self.estimates[pair])
-        return {"sae": name, "layer": layer, **self._plain[pair], **shown}
+    def _rebuilt(self, pair: Pair) -> dict[str, Estimate]:
+        x, sums = self.sums.layers[pair[1]].sums, self.sums.pairs[pair].reconstruction
+        samples = {"fvu": self.bootstrap.fvu(x, sums)}
+        samples |= {name: self.bootstrap.ratio(*both) for name, both in sums.ratios.items()}
+        return {name: _estimate(self._plain[pair][name], drawn) for name, drawn in samples.items()}
 
     def _layer(self, layer: int) -> dict[str, Any]:
-        x, scale = self.sums.layers[layer].sums, self._layers[layer]
+        x, scale = self.sums.layers[layer].sums, self._scales[layer]
         return {
             "layer": layer,
-            "rms_norm": float(np.sqrt(x.squares / x.count.sum())),
-            "ce_zero": self._interval(scale["ce_zero"]),
-            "ce_mean": self._interval(scale["ce_mean"]),
+            "rms_norm": float(np.sqrt(x.squares / x["count"].sum())),
+            "ce_zero": self._interval(scale["zero"]),
+            "ce_mean": self._interval(scale["mean"]),
         }
 
     # ---- one SAE --------------------------------------------------------------------------
@@ -151,13 +118,16 @@ class Results:
     def tokens(self, name: str) -> np.ndarray:
         """Return the tokens that counted on each of an SAE's layers, [layer]."""
         layers = self.sums.saes[name].layers
-        return np.array([int(self.sums.layers[x].sums.count.sum()) for x in layers])
+        return np.array([int(self.sums.layers[x].sums["count"].sum()) for x in layers])
 
     def _sae(self, name: str) -> dict[str, Any]:
         suite, fired, tokens = self.sums.saes[name], self.fired(name), self.tokens(name)
         config, sae = suite.configs[name], suite.saes[name]
         everywhere, seen = fired.sum(0), int(tokens.sum())
         pairs = [(name, layer) for layer in suite.layers]
+        plain = {
+            metric: [self._plain[pair][metric] for pair in pairs] for metric in WITHOUT_INTERVAL
+        }
         return {
             "name": name,
             "layers": suite.layers,
@@ -165,7 +135,7 @@ class Results:
             "architecture": type(sae).__name__,
             "width": config.get("width", 1.0),
             "tokens": config.get("tokens"),
-            **{metric: self._mean_plain(pairs, metric) for metric in WITHOUT_INTERVAL},
+            **{k: None if None in v else float(np.mean(v)) for k, v in plain.items()},  # type: ignore[arg-type]
             **self._shown(self._mean(pairs, list(self.estimates[pairs[0]]))),
             "dead": float((everywhere == 0).mean()),
             "dense": float((everywhere > DENSE * seen).mean()),
@@ -176,12 +146,14 @@ class Results:
     # ---- groupings ------------------------------------------------------------------------
 
     def _grouping(self, grouping: Grouping, baseline: Grouping | None) -> dict[str, Any]:
-        part, owner = grouping.partition, grouping.sae_of_layer
-        grouped = grouping.grouped
-        against = None
+        part, owner, sums = grouping.partition, grouping.sae_of_layer, self.sums.together
+        against = together = None
         if baseline is not None and grouping is not baseline:
-            mine, theirs = self.over(grouping, grouped), self.over(baseline, grouped)
-            against = {name: self._interval(mine[name] - theirs[name]) for name in COMPARED}
+            against = self._difference(grouping, baseline)
+        if grouping.name in sums:
+            first = next(iter(self.sums.layers))  # ablations play no part in these
+            effect = self._effect(sums[grouping.name], first)
+            together = self._shown({name: effect[name] for name in SPLICED})
         return {
             "name": grouping.name,
             "kind": grouping.kind,
@@ -194,55 +166,39 @@ class Results:
             "max_diameter": None if part is None else known(part.max_diameter),
             "saes": list(dict.fromkeys(owner.values())),
             "sae_of_layer": {str(layer): name for layer, name in owner.items()},
-            "all_layers": self._shown(self.over(grouping, list(owner))),
-            "grouped_layers": self._shown(self.over(grouping, grouped)),
+            "all_layers": self._shown(self._over(grouping, list(owner))),
+            "grouped_layers": self._shown(self._over(grouping, grouping.grouped)),
             "against_per_layer": against,
-            "spliced_together": self._spliced_together(grouping),
+            "spliced_together": together,
         }
 
     def _comparisons(self) -> list[dict[str, Any]]:
         """Return each grouping against even spacing and smaller SAEs of equal cost, paired."""
-        rows = []
-        for mine in self.sums.groupings:
-            for other in self.sums.groupings:
-                rival = other.kind == "smaller" or (
-                    other.kind == "groups" and "even" in other.rules
-                )
-                if mine is other or mine.kind != "groups" or not rival:
-                    continue
-                if mine.num_groups != other.num_groups:
-                    continue
-                ours, theirs = self.over(mine, mine.grouped), self.over(other, other.grouped)
-                rows.append(
-                    {
-                        "grouping": mine.name,
-                        "baseline": other.name,
-                        **{name: self._interval(ours[name] - theirs[name]) for name in COMPARED},
-                    }
-                )
-        return rows
+        every = self.sums.groupings
+        return [
+            {"grouping": ours.name, "baseline": rival.name, **self._difference(ours, rival)}
+            for ours in every
+            for rival in every
+            if ours.kind == "groups" and ours is not rival and ours.num_groups == rival.num_groups
+            if rival.kind == "smaller" or (rival.kind == "groups" and "even" in rival.rules)
+        ]
 
-    def over(self, grouping: Grouping, layers: Sequence[int]) -> dict[str, Estimate]:
-        """Return the means of a grouping's metrics over some layers."""
+    def _difference(self, ours: Grouping, other: Grouping) -> dict[str, Interval]:
+        """Return the differences of means, each over the grouping's own grouped layers."""
+        mine, theirs = self._over(ours, ours.grouped), self._over(other, other.grouped)
+        return self._shown({name: mine[name] - theirs[name] for name in COMPARED})
+
+    def _over(self, grouping: Grouping, layers: Sequence[int]) -> dict[str, Estimate]:
         return self._mean([(grouping.sae_of_layer[layer], layer) for layer in layers], AVERAGED)
 
-    def _mean_plain(self, pairs: Sequence[Pair], metric: str) -> float | None:
-        values = [self._plain[pair][metric] for pair in pairs]
-        return None if None in values else float(np.mean(values))  # type: ignore[arg-type]
-
     def _mean(self, pairs: Sequence[Pair], metrics: Sequence[str]) -> dict[str, Estimate]:
-        found = [self.estimates[pair] for pair in pairs]
-        return {name: Estimate.mean([each[name] for each in found]) for name in metrics}
-
-    def _spliced_together(self, grouping: Grouping) -> dict[str, Interval] | None:
-        sums = self.sums.together.get(grouping.name)
-        if sums is None:
-            return None
-        first = next(iter(self.sums.layers))  # ablations play no part in these
-        shown = self._effect(sums, first)
+        found = {name: [self.estimates[pair][name] for pair in pairs] for name in metrics}
         return {
-            name: self._interval(shown[name])
-            for name in ("ce", "delta_ce", "delta_ce_percent", "kl")
+            name: _estimate(
+                float(np.mean([each[0] for each in parts])),
+                np.mean([each[1:] for each in parts], axis=0),
+            )
+            for name, parts in found.items()
         }
 
     def _similarity(self, baseline: Grouping | None) -> list[dict[str, Any]]:
@@ -264,7 +220,11 @@ class Results:
         return rows
 
     def _interval(self, estimate: Estimate) -> Interval:
-        return self.bootstrap.interval(estimate.value, estimate.samples)
+        return self.bootstrap.interval(estimate[0], estimate[1:])
 
     def _shown(self, estimates: Mapping[str, Estimate]) -> dict[str, Interval]:
         return {name: self._interval(estimate) for name, estimate in estimates.items()}
+
+
+def _estimate(value: float | None, samples: np.ndarray) -> Estimate:
+    return np.concatenate([[np.nan if value is None else value], samples])

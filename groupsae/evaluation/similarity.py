@@ -1,4 +1,4 @@
-"""Do the latents of one SAE come back in another: by direction, and by the tokens they fire on."""
+"""Whether latents of one SAE exist in another: by direction, and by the tokens they fire on."""
 
 import numpy as np
 import torch
@@ -35,8 +35,7 @@ def mmcs(
 class Firings:
     """Which latents of an SAE fire on which tokens; firing means above zero.
 
-    Two bytes a firing up to 65,536 latents and four above, so give it as many tokens as the memory
-    has room for: 100,000 at k = 128 take 26 MB.
+    Takes 2 bytes a firing up to 65,536 latents and 4 above: 100,000 tokens at k = 128 take 26 MB.
 
     Args:
         d_sae: latents of the SAE.
@@ -70,8 +69,8 @@ def max_jaccard(baseline: Firings, other: Firings) -> Float64[np.ndarray, " n1"]
     """Return the largest Jaccard similarity of each baseline latent; nan if it never fired.
 
     Of latents i and j it is |tokens where both fire| / |tokens where at least one fires|. Firing
-    means above zero, which the reference code does not check. The table of all pairs never exists
-    as a whole.
+    means above zero, which the reference code does not check. The complete table of pairs is
+    never in memory.
 
     Args:
         baseline: firings of the baseline SAE.
@@ -83,7 +82,7 @@ def max_jaccard(baseline: Firings, other: Firings) -> Float64[np.ndarray, " n1"]
     first, second = baseline.matrix(), other.matrix()
     if first.shape[0] != second.shape[0]:
         raise ValueError("latents of different tokens cannot be compared")
-    fired1, fired2 = (_fired(matrix) for matrix in (first, second))
+    fired1, fired2 = (np.bincount(m.indices, minlength=m.shape[1]) for m in (first, second))
     best = np.where(fired1 > 0, 0.0, np.nan)
     by_latent = first.T.tocsr()
     rows = max(1, CHUNK // second.shape[1])
@@ -106,7 +105,3 @@ def mmco(baseline: Firings, other: Firings) -> float | None:
     best = max_jaccard(baseline, other)
     alive = ~np.isnan(best)
     return float(best[alive].mean()) if alive.any() else None
-
-
-def _fired(matrix: sparse.csr_matrix) -> np.ndarray:
-    return np.bincount(matrix.indices, minlength=matrix.shape[1])

@@ -143,7 +143,7 @@ def test_sae_lens(count, exclude):
     if count == 1:  # theirs is a mean of ratios over batches
         pairs["relative_bias"] = found["relative_bias"], theirs["relative_reconstruction_bias"]
     equal(pairs)
-    np.testing.assert_allclose(sums.fired / sums.count.sum(), density, rtol=TOLERANCE)
+    np.testing.assert_allclose(sums.fired / sums["count"].sum(), density, rtol=TOLERANCE)
 
 
 @pytest.mark.parametrize("count", [1, 3])

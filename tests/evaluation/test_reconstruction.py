@@ -7,10 +7,26 @@ import pytest
 import torch
 
 from groupsae.evaluation.intervals import Bootstrap
-from groupsae.evaluation.reconstruction import LayerSums, ReconstructionSums, layer_metrics
+from groupsae.evaluation.reconstruction import (
+    LayerSums,
+    ReconstructionSums,
+    SequenceSums,
+    layer_metrics,
+)
 from groupsae.sae.base import SparseLatents
 
 D_MODEL, D_SAE, K, POS = 6, 40, 5, 7
+
+
+def test_sums_follow_the_order_of_the_sequences():
+    sums = SequenceSums()
+    assert sums["ce"].shape == (0,)
+    for start in (0, 2, 3):
+        numbers = torch.arange(start, start + 2)
+        sums.append(ce=numbers, rows=-numbers[:, None].expand(2, 3))
+    assert sums["ce"].tolist() == [0, 1, 2, 3, 3, 4]
+    assert sums["rows"].tolist() == [[-n] * 3 for n in (0, 1, 2, 3, 3, 4)]
+    assert sums["ce"].dtype == sums["rows"].dtype == np.float64
 
 
 @pytest.fixture
