@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.timing import options, write
 from groupsae.cost.model import activation_flops
-from groupsae.training.forecast import FLOAT, ROWS, STATE, WIDE
+from groupsae.training.estimate import FLOAT, ROWS, STATE, WIDE
 from groupsae.training.parallel.placement import Cost, place
 
 K, CONTEXT, BLOCKS, FORWARD = 128, 1024, 32, 16  # the paper's, and conf/train.yaml's

@@ -34,11 +34,11 @@ from groupsae.training.callbacks.stop import StopOnSignal
 from groupsae.training.callbacks.throughput import Throughput
 from groupsae.training.checkpoints.distributed_save import same_checkpoint
 from groupsae.training.checkpoints.io import SuiteCheckpoints
-from groupsae.training.dry_run import needs, plans_of
+from groupsae.training.estimate import needs, possible_plans
 from groupsae.training.ledger import ledger, seconds_of_all
 from groupsae.training.loggers import begin_records
 from groupsae.training.parallel.peer_errors import explain_lost_process
-from groupsae.training.parallel.spread import busiest
+from groupsae.training.parallel.placement import busiest
 from groupsae.training.parallel.strategies import DDP, SAEParallel
 from groupsae.training.results import save_suite, summarise
 from groupsae.training.suite import GroupSAESuite
@@ -93,7 +93,7 @@ def _dry_run(run: Run, cfg: DictConfig, folder: Path, console: Console) -> int:
     data.use(data.lm.load(device), device)
     if device.type == "cpu" and processes > 1:  # they share the cores, as the launcher does it
         share_cores(trainer.num_devices)
-    plans = plans_of(run.grouping.choice, data.lm.geometry.num_layers, folder)
+    plans = possible_plans(run.grouping.choice, data.lm.geometry.num_layers, folder)
     spread = isinstance(trainer.strategy, SAEParallel)
     found = [
         needs(

@@ -13,8 +13,8 @@ import pytest
 from groupsae.app import needs as report
 from groupsae.app.needs import too_small
 from groupsae.grouping.choices import ByAmad, ByCount
-from groupsae.training import dry_run
-from groupsae.training.dry_run import plans_of
+from groupsae.training import estimate
+from groupsae.training.estimate import possible_plans
 from tests.helpers.runs import overrides, run
 
 UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
@@ -76,11 +76,11 @@ def test_a_run_that_exists_is_left_alone_and_its_groups_are_known(
 
 def test_the_rule_decides_whether_the_number_of_saes_is_known(tmp_path: Path) -> None:
     by_count = ByCount(num_groups=3, rule="complete", last_layer="own")
-    (plan,) = plans_of(by_count, 8, tmp_path)
+    (plan,) = possible_plans(by_count, 8, tmp_path)
     assert len(plan.members) == 4
     by_amad = ByAmad(theta=0.2, rule="complete", last_layer="own")
     # at 6 groups of 7 layers one has two layers, at the farthest: AMAD 1/6
-    assert [len(p.members) for p in plans_of(by_amad, 8, tmp_path)] == [2, 7]
+    assert [len(p.members) for p in possible_plans(by_amad, 8, tmp_path)] == [2, 7]
     # and what lies between them is what any distances give
     random = np.random.default_rng(0).uniform(0, 0.5, (8, 8))
     found = by_amad.plan(np.triu(random, 1) + np.triu(random, 1).T)
@@ -91,9 +91,9 @@ def test_what_does_not_fit_is_said_and_not_tried(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = []
-    monkeypatch.setattr(dry_run, "bytes_free", lambda *_: 150_000)
+    monkeypatch.setattr(estimate, "bytes_free", lambda *_: 150_000)
     monkeypatch.setattr(
-        dry_run,
+        estimate,
         "bytes_needed",
         lambda suite, data, widths, n: asked.append(widths) or len(widths) * 50_000,
     )

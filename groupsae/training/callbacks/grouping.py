@@ -15,10 +15,10 @@ from groupsae.grouping.plan import GroupPlan
 from groupsae.grouping.rules import needs_distances
 from groupsae.runtime.errors import UserError
 from groupsae.suite.groups_file import load_plan
-from groupsae.training.forecast import Forecast, bytes_free, bytes_needed, forecast, refuse
+from groupsae.training.estimate import Forecast, bytes_free, bytes_needed, forecast, refuse
 from groupsae.training.measure import Measurement, check_scale, measure, provenance_of
 from groupsae.training.parallel.collect import gather
-from groupsae.training.parallel.spread import described, owners, spread
+from groupsae.training.parallel.placement import describe, owners, spread
 from groupsae.training.parallel.strategies import SAEParallel
 from groupsae.training.suite import GroupSAESuite
 
@@ -90,7 +90,7 @@ class GroupLayers(L.Callback):
             rank, swap = trainer.global_rank, all_to_all(trainer.strategy.mesh)
             pl_module.set_plan(self.plan, factors, owned[rank])
             found = spread(pl_module, data, owned, rank, swap)
-            self.say(described(found))
+            self.say(describe(found))
             self._refuse(trainer, found[rank].memory, len(owned[rank]))
         else:
             widths = [planned.width for planned in self.plan.members]

@@ -1,7 +1,17 @@
-"""Which process owns which SAE."""
+"""SAE-parallel: which process owns which SAE, and what that means for each."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
+
+import torch
+
+from groupsae.data.activations import ActivationDataModule
+from groupsae.data.exchange import Exchange, Swap
+from groupsae.grouping.plan import GroupPlan
+from groupsae.training.estimate import FLOAT, STATE, bytes_needed
+from groupsae.training.suite import GroupSAESuite
+
+SHOWN = 16  # processes
 
 
 class Cost(NamedTuple):
@@ -18,13 +28,29 @@ class Cost(NamedTuple):
     slot: int
 
 
+class Share(NamedTuple):
+    """What one process gets.
+
+    Attributes:
+        names: of its SAEs.
+        memory: bytes that training them needs, without the language model's.
+        sent: bytes of activations to other processes in a step.
+        received: bytes from others.
+    """
+
+    names: list[str]
+    memory: int
+    sent: int
+    received: int
+
+
 def place(costs: Sequence[Cost], num_processes: int) -> list[list[int]]:
     """Return for each process the indices of the SAEs that it owns, ascending; maybe none.
 
     Longest processing time first (Graham 1969): the most expensive SAE that is left goes to the
     process with the least work. Cost is the share of all FLOPs plus the share of all memory. Of
-    processes with equally little work one that gets the SAE's rows anyway is taken, then the
-    lower rank; so every process works out the same.
+    processes with equally little work it takes one that gets the SAE's rows anyway, then the
+    lower rank; so the result is the same in every process.
 
     >>> place([Cost(4, 4, 0), Cost(3, 3, 1), Cost(3, 3, 2)], 2)
     [[0], [1, 2]]
@@ -33,16 +59,114 @@ def place(costs: Sequence[Cost], num_processes: int) -> list[list[int]]:
     """
     flops = sum(cost.flops for cost in costs) or 1
     memory = sum(cost.memory for cost in costs) or 1
-    # in billionths of everything: sums of whole numbers are equal or not in any order
+    # in integer billionths: their sums do not depend on the order
     share = [round(1e9 * (cost.flops / flops + cost.memory / memory)) for cost in costs]
     work = [0] * num_processes
     owned: list[list[int]] = [[] for _ in range(num_processes)]
     for index in sorted(range(len(costs)), key=lambda i: (-share[i], i)):
-        least = min(work)
-        free = [rank for rank in range(num_processes) if work[rank] == least]
+        free = [rank for rank in range(num_processes) if work[rank] == min(work)]
         slot = costs[index].slot
         gets_it = [rank for rank in free if any(costs[i].slot == slot for i in owned[rank])]
         rank = (gets_it or free)[0]
         work[rank] += share[index]
         owned[rank].append(index)
-    return [sorted(mine) for mine in owned]
+    return [sorted(indices) for indices in owned]
+
+
+def owners(suite: GroupSAESuite, plan: GroupPlan, num_processes: int) -> list[list[int]]:
+    """Return for each process the numbers in the plan of the SAEs that it holds."""
+    return place(_costs(suite, plan), num_processes)
+
+
+def busiest(suite: GroupSAESuite, plan: GroupPlan, num_processes: int) -> list[int]:
+    """Return the SAEs of the process whose SAEs take the most memory."""
+    costs = _costs(suite, plan)
+    return max(place(costs, num_processes), key=lambda own: sum(costs[i].memory for i in own))
+
+
+def _costs(suite: GroupSAESuite, plan: GroupPlan) -> list[Cost]:
+    slots, sizes = plan.slots, [suite.size(planned.width) for planned in plan.members]
+    return [
+        Cost(size.flops, FLOAT * STATE * size.parameters, slots.index(planned.layers))
+        for size, planned in zip(sizes, plan.members, strict=True)
+    ]
+
+
+def spread(
+    suite: GroupSAESuite,
+    data: ActivationDataModule,
+    owned: Sequence[Sequence[int]],
+    rank: int,
+    swap: Swap,
+) -> list[Share]:
+    """Let the stream bring each process the rows that its SAEs need; return each one's share.
+
+    Args:
+        suite: knows its plan.
+        data: knows its slots.
+        owned: of `owners`.
+        rank: this process.
+        swap: an all-to-all over the processes.
+    """
+    plan = suite.plan
+    used = [sorted({x for i in own for x in plan.members[i].layers}) for own in owned]
+    training = Exchange([suite.slots_of(own) for own in owned], rank, swap)
+    validation = Exchange([[[layer] for layer in layers] for layers in used], rank, swap)
+    data.exchange(training, validation)
+    return shares(suite, data, owned, training, data.travelling)
+
+
+def shares(
+    suite: GroupSAESuite,
+    data: ActivationDataModule,
+    owned: Sequence[Sequence[int]],
+    exchange: Exchange,
+    dtype: torch.dtype,
+) -> list[Share]:
+    """Return what each process gets.
+
+    Memory is the larger of two moments: the exchange of rows (those sent, those received, and
+    the batch they are joined to), or the SAEs' step.
+
+    Args:
+        suite: knows its plan.
+        data: the stream.
+        owned: of `owners`.
+        exchange: of training.
+        dtype: that rows are sent in.
+    """
+    plan = suite.plan
+    tokens = data.tokens_per_step // len(owned)
+    mask = 1 if data.max_norm_ratio is not None else 0  # byte of a row: whether it counts
+    row = suite.d_model * dtype.itemsize + mask
+    sent, received = exchange.bytes_per_token(row)
+    found = []
+    for rank, own in enumerate(owned):
+        members = [plan.members[i] for i in own]
+        widths = [planned.width for planned in members]
+        state = FLOAT * STATE * sum(suite.size(width).parameters for width in widths)
+        slots = len(exchange.wanted[rank])
+        joined = FLOAT * suite.d_model * slots * data.tokens_per_step
+        moving = tokens * row * (len(exchange.sent) + slots * len(owned)) + joined
+        memory = max(bytes_needed(suite, data, widths, 1), state + moving)
+        names = [planned.name for planned in members]
+        found.append(Share(names, memory, tokens * sent[rank], tokens * received[rank]))
+    return found
+
+
+def describe(found: Sequence[Share]) -> str:
+    """Return a line for each process, and one for all beyond the first sixteen."""
+    lines = [
+        f"process {rank}: {', '.join(share.names) or 'no SAE, only the language model'}; "
+        f"{share.memory / 1e9:.2f} GB for them; "
+        f"{share.sent / 1e6:,.1f} MB sent and {share.received / 1e6:,.1f} MB received in a step"
+        for rank, share in enumerate(found[:SHOWN])
+    ]
+    if rest := found[SHOWN:]:
+        most = [len(share.names) for share in rest], *zip(*(s[1:] for s in rest), strict=True)
+        saes, memory, sent, received = map(max, most)
+        lines.append(
+            f"{len(rest)} more processes: at most {saes} SAEs, {memory / 1e9:.2f} GB, "
+            f"{sent / 1e6:,.1f} MB sent and {received / 1e6:,.1f} MB received in a step"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,487 @@
+"""What a run needs before it starts: memory by arithmetic, and a trial of the training step."""
+
+import gc
+import resource
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import numpy as np
+import psutil
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from groupsae.data.activations import ActivationDataModule
+from groupsae.data.batch import ActivationBatch
+from groupsae.grouping.angles import AngularDistance
+from groupsae.grouping.choices import Choice
+from groupsae.grouping.moments import LayerMoments
+from groupsae.grouping.plan import GroupPlan
+from groupsae.runtime.compat import disable_signal_handling
+from groupsae.runtime.errors import UserError
+from groupsae.suite.groups_file import load_plan
+from groupsae.training.allocator import hand_back_freed_memory
+from groupsae.training.checkpoints.folder import KEPT
+from groupsae.training.suite import GroupSAESuite
+
+FLOAT = 4  # bytes
+STATE = 4  # weights, gradients and Adam's two moments
+ROWS = 4  # raw and scaled activations, reconstruction and error wait for the backward pass
+WIDE = 3  # pre-activations, their gradient and a temporary, of one SAE at a time
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+LEAST, MOST = 3, 50  # measured steps of a trial
+SECONDS = 5.0  # that a dry run measures, between LEAST and MOST steps
+
+MakeBatch = Callable[[], ActivationBatch]
+
+
+# ---- by arithmetic ----------------------------------------------------------------------------
+
+
+def bytes_needed(
+    suite: GroupSAESuite, data: ActivationDataModule, widths: Sequence[float], world_size: int
+) -> int:
+    """Return the memory in bytes that one process needs to train SAEs of these widths.
+
+    It counts weights with gradients and optimiser state, and the activations of one step. The
+    language model is not included: it is already loaded, so its memory is no longer free.
+
+    Args:
+        suite: makes the SAEs.
+        data: the stream.
+        widths: of the SAEs, as shares of the configured number of latents.
+        world_size: processes that share the rows of a step.
+    """
+    sae = suite.size(1.0)
+    parameters = sae.parameters * sum(widths)
+    tokens = data.tokens_per_step // world_size
+    rows = tokens * suite.d_model * len(widths) * ROWS
+    # the backward pass starts after all losses, so what each SAE keeps for it adds up
+    wide = tokens * sae.d_sae * (max(widths, default=0) * WIDE + sum(widths) * sae.kept_wide)
+    return round(FLOAT * (parameters * STATE + rows + wide))
+
+
+def bytes_free(device: torch.device, processes: int) -> int:
+    """Return the memory in bytes that one process can still have on a device.
+
+    Memory that this process has freed but not yet returned counts as free. On a CPU the processes
+    of a machine share its memory, or the part of it that their control group may use.
+
+    Args:
+        device: that trains.
+        processes: on this machine.
+    """
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    hand_back_freed_memory()
+    free = int(psutil.virtual_memory().available)
+    with suppress(OSError, ValueError):  # no control group, or "max": no limit
+        limit, used = (
+            int((CONTROL_GROUP / f"memory.{name}").read_text()) for name in ("max", "current")
+        )
+        lines = (CONTROL_GROUP / "memory.stat").read_text().splitlines()
+        pages = dict(line.split() for line in lines)
+        free = min(free, limit - used + int(pages["inactive_file"]))  # the kernel frees those
+    return free // processes
+
+
+def refuse(needed: int, free: int, num_saes: int, device: object) -> None:
+    """Raise UserError if the SAEs do not fit into the free memory; it names what to reduce."""
+    if needed > free:
+        raise UserError(
+            f"training {num_saes} SAEs at once needs about {needed / 1e9:.1f} GB, but {device} "
+            f"has {free / 1e9:.1f} GB free. Lower sae.expansion or stream.blocks_per_step, train "
+            "fewer SAEs (groups.rules with one rule, groups.smaller=[]), or the numbers of "
+            "groups one after the other (-m groups=count groups.num_groups=1,2,3)."
+        )
+
+
+# ---- by a trial -------------------------------------------------------------------------------
+
+
+class Trial(L.Callback):
+    """Times the training step of a few SAEs of a plan, and their memory.
+
+    Attributes:
+        steps: that were measured.
+        step_seconds: of one step of training.
+        sae_seconds: the part of it after the batch has arrived.
+        heldout_seconds: of validating one batch.
+        peak: most memory of the process (on a GPU, of the device by this process), in bytes.
+        peak_dead: the same once half of all latents are dead and AuxK works on them, if used.
+    """
+
+    def __init__(self, seconds: float, heldout: Callable[[], Iterable[ActivationBatch]]) -> None:
+        self.seconds, self.heldout = seconds, heldout
+        self.steps = -1  # the first one warms up
+        self.step_seconds = self.sae_seconds = self.heldout_seconds = 0.0
+        self.peak = self.peak_dead = 0
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        """Start the clock of the SAEs."""
+        self._arrived = now(pl_module.device)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        """Stop the clock; after enough steps validate, then take one step with dead latents."""
+        device, ended = pl_module.device, now(pl_module.device)
+        if self.peak:
+            self.peak_dead = peak(device)
+            trainer.should_stop = True
+            return
+        self.steps += 1
+        if self.steps == 0:
+            self._began = ended
+            return
+        self.sae_seconds += ended - self._arrived
+        passed = ended - self._began
+        if self.steps < LEAST or (passed < self.seconds and self.steps < MOST):
+            return
+        self.step_seconds, self.sae_seconds = passed / self.steps, self.sae_seconds / self.steps
+        pl_module.on_validation_epoch_start()
+        began = now(device)
+        pl_module.validation_step(self.heldout(), 0)
+        self.heldout_seconds = now(device) - began
+        self.peak = peak(device)
+        for member in pl_module.members():
+            member.tokens_since_fired.zero_()[: member.sae.d_sae // 2] = member.dead_after
+        pl_module.joint.num_dead = None  # to be counted again
+
+
+class TrialData(L.LightningDataModule):
+    """Gives a trial its batches, as the data module of a run does."""
+
+    def __init__(self, make: MakeBatch, num_steps: int) -> None:
+        super().__init__()
+        self.make, self.num_steps = make, num_steps
+
+    def train_dataloader(self) -> Iterable[int]:
+        """Return numbers in place of batches of tokens."""
+        return range(MOST + 2)
+
+    val_dataloader = train_dataloader
+
+    def on_after_batch_transfer(self, batch: int, dataloader_idx: int) -> ActivationBatch:
+        """Return the activations of a batch."""
+        return self.make()
+
+
+def run_trial(
+    suite: GroupSAESuite,
+    plan: GroupPlan,
+    own: Sequence[int],
+    make: MakeBatch,
+    device: torch.device,
+    *,
+    num_steps: int,
+    seconds: float = 0.0,
+    heldout: Callable[[], Iterable[ActivationBatch]] = tuple,
+) -> Trial:
+    """Train copies of some SAEs of a plan for a few steps, by Lightning, and discard them.
+
+    Args:
+        suite: as configured; stays as it is.
+        plan: of all SAEs.
+        own: numbers in the plan of those to train.
+        make: makes a batch, with the rows of their slots.
+        device: that trains.
+        num_steps: of the whole run.
+        seconds: to measure, between LEAST and MOST steps.
+        heldout: makes the parts of a validation batch.
+    """
+    copy = GroupSAESuite(sae=suite.make_sae, **suite.make_group.keywords)
+    ones = dict.fromkeys(range(plan.num_layers), 1.0)
+    copy.set_plan(plan, getattr(suite, "norm_factors", ones), own)
+    trial, cuda = Trial(seconds, heldout), device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    with isolate_rng():
+        trainer = L.Trainer(
+            accelerator="gpu" if cuda else "cpu",
+            devices=[device.index or 0] if cuda else 1,
+            max_epochs=1,
+            limit_val_batches=0,
+            log_every_n_steps=10**9,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[trial],
+        )
+        disable_signal_handling(trainer)
+        trainer.fit(copy, datamodule=TrialData(make, num_steps))
+    del copy, trainer
+    gc.collect()
+    return trial
+
+
+def rows_of_owner(batch: ActivationBatch, slots: Sequence[int], processes: int) -> ActivationBatch:
+    """Return the rows of some slots as if every process had sent the rows of this one.
+
+    Args:
+        batch: rows of this process.
+        slots: which of its slots.
+        processes: that send rows.
+    """
+    kept, tokens = batch.kept, batch.acts.shape[1]
+    if kept is not None:
+        kept = torch.cat([kept + i * tokens for i in range(processes)])
+    return ActivationBatch(
+        batch.acts[slots].repeat(1, processes, 1),
+        batch.layers[slots].repeat(1, processes),
+        None if batch.keep is None else batch.keep[slots].repeat(1, processes),
+        kept,
+    )
+
+
+def now(device: torch.device) -> float:
+    """Return the time in seconds at which the device has finished its work so far."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak(device: torch.device) -> int:
+    """Return the most memory this process ever had: of the GPU, or of the machine, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
+
+
+# ---- the forecast of a run that trains all groupings -------------------------------------------
+
+
+class Forecast(NamedTuple):
+    """What a run will need.
+
+    Attributes:
+        num_saes: trained at once.
+        memory: bytes in one process, without the language model's.
+        activation_seconds: the language model's forwards.
+        sae_seconds: the steps of all SAEs.
+        step_seconds: width of an SAE, as a share of the configured number of latents -> one step.
+    """
+
+    num_saes: int
+    memory: int
+    activation_seconds: float
+    sae_seconds: float
+    step_seconds: dict[float, float]
+
+    def __str__(self) -> str:
+        """Return one sentence."""
+        total = timedelta(seconds=round(self.activation_seconds + self.sae_seconds))
+        share = self.activation_seconds / (self.activation_seconds + self.sae_seconds)
+        return (
+            f"{self.num_saes} SAEs from one stream: about {self.memory / 1e9:.1f} GB of memory, "
+            f"and by a trial of {LEAST} steps {total} of training ({share:.0%} of it the language "
+            "model's)."
+        )
+
+
+def forecast(
+    suite: GroupSAESuite, data: ActivationDataModule, device: torch.device, world_size: int
+) -> Forecast:
+    """Return what the suite's plan will need, after a trial of each width that changes nothing.
+
+    A small SAE takes longer than its share of the FLOPs says, so each width is tried.
+
+    Args:
+        suite: knows its plan.
+        data: the stream.
+        device: that trains.
+        world_size: processes that share a step.
+    """
+    plan = suite.plan
+    make = data.first_rows(plan.slots, data.blocks_per_step)
+    batch = make()  # warms up
+    began = now(device)
+    for _ in range(LEAST):
+        batch = make()
+    activation_seconds = (now(device) - began) / LEAST * data.num_steps
+    processes = world_size if suite.spread else 1
+    steps = {}
+    for index, planned in enumerate(plan.members):
+        if planned.width not in steps:
+            slots = [plan.slots.index(planned.layers)]
+            rows = partial(rows_of_owner, batch, slots, processes)
+            trial = run_trial(suite, plan, [index], rows, device, num_steps=data.num_steps)
+            steps[planned.width] = trial.sae_seconds
+    own = [plan.members[i].width for i in suite.own]
+    return Forecast(
+        num_saes=len(plan.members),
+        memory=bytes_needed(suite, data, own, 1 if suite.spread else world_size),
+        activation_seconds=activation_seconds,
+        sae_seconds=sum(steps[width] for width in own) * data.num_steps,
+        step_seconds=steps,
+    )
+
+
+# ---- dry run: before anything is packed, measured or trained ------------------------------------
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one way to group the layers needs; bytes and seconds of one process unless noted.
+
+    Attributes:
+        num_saes: trained at once.
+        parameters: numbers in all SAEs that the process holds.
+        activations: bytes of one step's rows that the language model hands over.
+        free: bytes of memory that are left for the SAEs and the step.
+        trial: what a few steps took; None where they would not fit.
+        tokens: of the whole run, per SAE, over all processes.
+        steps: of the whole run.
+        seconds: of training, of validations and of measuring the layers.
+        run_folder: bytes on disk, at most at once, over all processes.
+        text: bytes of packed tokens on disk, at most; shared between runs.
+        stored: bytes of activations on disk (data.cache), at most; shared between runs.
+    """
+
+    num_saes: int
+    parameters: int
+    activations: int
+    free: int
+    trial: Trial | None
+    tokens: int
+    steps: int
+    seconds: dict[str, float]
+    run_folder: int
+    text: int
+    stored: int
+
+
+def possible_plans(choice: Choice, num_layers: int, folder: Path) -> list[GroupPlan]:
+    """Return the plan of a run, or those of fewest and most SAEs where distances must decide.
+
+    Args:
+        choice: the rule that makes the groups.
+        num_layers: L.
+        folder: of the run; its `groups.json`, if it was started before, decides.
+    """
+    known = load_plan(folder)
+    if known is not None:
+        return [known]
+    apart = np.abs(np.subtract.outer(np.arange(num_layers), np.arange(num_layers)))
+    # no two layers differ; and all are as far apart as possible, neighbours a little less, so
+    # that groups grow evenly and as many as possible have more than one layer
+    far = (apart > 0) * (0.99 + 0.01 * apart / num_layers)
+    plans = [choice.plan(1e-6 * np.minimum(apart, 1)), choice.plan(far)]
+    plans.sort(key=lambda plan: len(plan.members))
+    return plans[:1] if len(plans[0].members) == len(plans[1].members) else plans
+
+
+def needs(
+    suite: GroupSAESuite,
+    data: ActivationDataModule,
+    plan: GroupPlan,
+    device: torch.device,
+    *,
+    processes: int,
+    own: Sequence[int] | None,
+    eval_every: int,
+    checkpoint_every: int,
+    calibration_tokens: int,
+) -> Needs:
+    """Return what a run of this plan needs; a few steps are tried, if they fit.
+
+    The trial runs on random tokens: no text is packed, and speed does not depend on it.
+
+    Args:
+        suite: makes the SAEs.
+        data: with the language model loaded.
+        plan: what to train.
+        device: that trains.
+        processes: that share a step.
+        own: numbers in the plan of the SAEs that the process with most of them holds, where they
+            are spread over the processes; None where each process holds all.
+        eval_every: steps between validations.
+        checkpoint_every: steps between checkpoints.
+        calibration_tokens: to measure the layers on.
+    """
+    held = list(range(len(plan.members)) if own is None else own)
+    widths = [plan.members[i].width for i in held]
+    used = {tuple(plan.members[i].layers) for i in held}
+    slots = [i for i, slot in enumerate(plan.slots) if tuple(slot) in used]
+    sharing, senders = (processes, 1) if own is None else (1, processes)
+    free = bytes_free(device, processes if device.type == "cpu" else 1)
+    trial, seconds, steps = None, {}, data.num_steps
+    if bytes_needed(suite, data, widths, sharing) <= free:
+        blocks = data.blocks_per_step // processes
+        vocab, context = data.lm.geometry.vocab_size, data.packing.context
+        draws = torch.Generator().manual_seed(0)
+        tokens = torch.randint(vocab, (blocks, context), generator=draws)
+        part = tokens[: data.blocks_per_forward]
+        calibration = _calibration_seconds(data, part, device)
+        trial = run_trial(
+            suite,
+            plan,
+            held,
+            lambda: rows_of_owner(data.activations(tokens, plan.slots), slots, senders),
+            device,
+            num_steps=steps,
+            seconds=SECONDS,
+            heldout=partial(data.every_layer, part, sorted(set().union(*used))),
+        )
+        validations = steps // min(eval_every, steps) + 1  # one more at the end
+        heldout = validations * data.heldout_tokens * trial.heldout_seconds / part.numel()
+        seconds = {
+            "training": steps * trial.step_seconds,
+            "validation": heldout / processes,
+            "measuring the layers": calibration_tokens * calibration / part.numel() / processes,
+        }
+    sae, every = suite.size(1.0), sum(planned.width for planned in plan.members)
+    weights = FLOAT * round(sae.parameters * every)
+    checkpoint = 3 * weights + 8 * round(sae.d_sae * every)  # 8: each latent's counter
+    written = -(-steps // checkpoint_every)  # the last one after the last step
+    return Needs(
+        num_saes=len(plan.members),
+        parameters=round(sae.parameters * sum(widths)),
+        activations=FLOAT * (data.tokens_per_step // sharing) * suite.d_model * len(slots),
+        free=free,
+        trial=trial,
+        tokens=steps * data.tokens_per_step,
+        steps=steps,
+        seconds=seconds,
+        run_folder=min(KEPT + 1, written) * checkpoint + weights,  # one is being written
+        text=4 * (data.packing.max_tokens or 0),
+        stored=_stored_bytes(data, plan, calibration_tokens),
+    )
+
+
+def _calibration_seconds(
+    data: ActivationDataModule, tokens: Tensor, device: torch.device
+) -> float:
+    """Return the seconds of measuring all layers on some blocks of tokens."""
+    geometry = data.lm.geometry
+    size = {"num_layers": geometry.num_layers, "d_model": geometry.d_model}
+    metrics = [
+        LayerMoments(**size).to(device),
+        AngularDistance(**size, centring="none").to(device),
+    ]
+    seconds = 0.0
+    for _ in range(2):  # the first one warms up
+        began = now(device)
+        for batch in data.every_layer(tokens, list(range(geometry.num_layers))):
+            for metric in metrics:
+                metric.update(batch.acts, batch.everywhere())
+        seconds = now(device) - began
+    return seconds
+
+
+def _stored_bytes(data: ActivationDataModule, plan: GroupPlan, calibration_tokens: int) -> int:
+    """Return the bytes of the run's activations on disk; text that repeats counts each time."""
+    if not data.is_stored:
+        return 0
+    used = len({layer for planned in plan.members for layer in planned.layers})
+    rows = used * (data.num_steps * data.tokens_per_step + data.heldout_tokens)
+    rows += plan.num_layers * calibration_tokens
+    width = getattr(torch, data.stored_dtype).itemsize
+    return int(rows * data.lm.geometry.d_model * width)
