@@ -1,6 +1,6 @@
 """What a run prints: the groups before training, the result after it."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,8 +21,8 @@ def show(
     console: Console,
     table: tables.Table | None,
     title: str | None = None,
-    columns: Iterable[str] | None = None,
-    halves: Collection[str] = (),
+    columns: str = "",
+    halves: str = "",
 ) -> None:
     """Print a table, if there is one.
 
@@ -30,19 +30,19 @@ def show(
         console: where to print.
         table: to print; its marked rows are bold.
         title: instead of its caption.
-        columns: to print, where they exist; None: all.
-        halves: the columns that show half of their interval.
+        columns: names of those to print where they exist, with spaces between; empty: all.
+        halves: names of those that show half of their interval.
     """
     if table is None:
         return
     screen = Screen(title=title or table.caption, box=box.SIMPLE_HEAD, pad_edge=False)
-    names = [name for name in columns or table.columns if name in table.columns]
+    names = [name for name in columns.split() or table.columns if name in table.columns]
     for name in names:
         heading = table.heading(name)
         side: Literal["left", "right"] = "left" if heading.is_text else "right"
         screen.add_column(heading.value, justify=side, no_wrap=True)
     for row in range(len(table.frame)):
-        cells = (table.cell(row, name, half=name in halves).value for name in names)
+        cells = (table.cell(row, name, half=name in halves.split()).value for name in names)
         screen.add_row(*cells, style="bold" if row in table.marked else None)
     console.print(screen)
 
@@ -104,19 +104,16 @@ def print_ledger(console: Console, ledger: Mapping[str, Any]) -> None:
 
 def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
     """Print `evaluation.json`: the layers of the chosen grouping, and several groupings."""
-    run = RunFiles(evaluation=evaluation)
-    if run.chosen is None:
-        return
-    groupings = tables.groupings_table(run)
+    run, chosen = RunFiles(evaluation=evaluation), evaluation["groupings"][0]
     show(
         console,
         tables.layers_table(run),
-        f"{evaluation['tokens']:,} held-out tokens, {run.chosen['name']} "
+        f"{evaluation['tokens']:,} held-out tokens, {chosen['name']} "
         f"(± half of the {100 * evaluation['bootstrap']['level']:g} % interval)",
-        ("layer", "sae", "fvu", "delta_ce", "delta_ce_percent", "ce_score"),
-        halves=("fvu", "delta_ce"),
+        "layer sae fvu delta_ce delta_ce_percent ce_score",
+        halves="fvu delta_ce",
     )
-    clean = value_of(evaluation["ce"])
+    clean, groupings = value_of(evaluation["ce"]), tables.groupings_table(run)
     if clean is None:
         console.print("The language model predicts no next token, so it has no CE to compare.")
     else:
@@ -128,34 +125,25 @@ def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
             f"The language model's CE is {number(clean)} nats; with one layer set to zero {zero}, "
             f"to its mean {mean} (mean over layers)."
         )
-    together = [f"{metric}_together" for metric in ("ce", "delta_ce", "delta_ce_percent", "kl")]
-    if run.chosen["spliced_together"]:
-        show(
-            console,
-            groupings,
-            "all layers replaced at once",
-            ["grouping", *together],
-            together[1:],
+    if chosen["spliced_together"] and groupings:
+        ce, delta_ce, share, kl = (
+            groupings.cell(0, f"{metric}_together", half=True).value
+            for metric in ("ce", "delta_ce", "delta_ce_percent", "kl")
+        )
+        console.print(
+            f"All layers replaced at once: CE {ce}, ΔCE {delta_ce} nats ({share} %), KL {kl}."
         )
     if len(run.groupings) > 1:
         show(
             console,
             groupings,
             "every grouping: mean over the grouped layers; lost: against one SAE per layer",
-            (
-                "grouping",
-                "amad",
-                "fvu",
-                "fvu_lost",
-                "delta_ce_percent",
-                "delta_ce_percent_lost",
-                "flops",
-            ),
-            halves=("fvu_lost", "delta_ce_percent_lost"),
+            "grouping amad fvu fvu_lost delta_ce_percent delta_ce_percent_lost flops",
+            halves="fvu_lost delta_ce_percent_lost",
         )
         show(
             console,
             tables.baselines_table(run),
-            columns=("baseline", "metric", "difference", "distinguishable"),
-            halves=("difference",),
+            columns="baseline metric difference distinguishable",
+            halves="difference",
         )

@@ -30,7 +30,7 @@ from groupsae.files.reading import require_json
 from groupsae.grouping.groupings import groupings
 from groupsae.grouping.plan import GroupPlan
 from groupsae.reporting.figures import evaluation_figures
-from groupsae.reporting.load import chosen_grouping, interval, read_run
+from groupsae.reporting.load import read_run, value_of
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.progress import token_progress
 from groupsae.runtime.quiet import quiet
@@ -126,14 +126,13 @@ def assess(folder: Path, cfg: DictConfig, options: DictConfig, device: str) -> d
 
 def _log(folder: Path, evaluation: dict[str, Any], configs: Any, step: int) -> None:
     """Send the chosen grouping's figures per layer, every grouping's means, and the figures."""
-    chosen = chosen_grouping(evaluation["groupings"])
-    assert chosen is not None
+    chosen = evaluation["groupings"][0]
     values = {
         f"eval/{metric}/layer.{row['layer']}": plain
         for row in evaluation["results"]
         if chosen["sae_of_layer"].get(str(row["layer"])) == row["sae"]
         for metric, stored in row.items()
-        if metric not in ("sae", "layer") and (plain := _value(stored)) is not None
+        if metric not in ("sae", "layer") and (plain := value_of(stored)) is not None
     }
     found = {"ce/clean": evaluation["ce"]}
     for row in evaluation["layers"]:
@@ -143,7 +142,7 @@ def _log(folder: Path, evaluation: dict[str, Any], configs: Any, step: int) -> N
         found |= {f"{k}/{each['name']}": v for k, v in each["all_layers"].items()}
         found |= {f"{k}_together/{each['name']}": v for k, v in together.items()}
     for name, stored in found.items():
-        if (plain := _value(stored)) is not None:
+        if (plain := value_of(stored)) is not None:
             values[f"eval/{name}"] = plain
     ours = wandb.run is None
     try:
@@ -154,11 +153,6 @@ def _log(folder: Path, evaluation: dict[str, Any], configs: Any, step: int) -> N
     finally:
         if ours and wandb.run is not None:  # or the next point of a sweep would log into this run
             wandb.finish()
-
-
-def _value(stored: Any) -> float | None:
-    found = interval(stored)
-    return None if found is None else found.value
 
 
 def _device(name: object) -> torch.device:

@@ -6,7 +6,6 @@ MINUS = "\N{MINUS SIGN}"
 NONE = "\N{EN DASH}"
 TIGHT = "\N{NO-BREAK SPACE}"  # between a number and its unit
 METRICS = {"fvu": "FVU", "delta_ce": "ΔCE"}  # of curves and comparisons; lower is better
-UNITS = {"fvu": "", "delta_ce": f"{TIGHT}nats"}
 RULE_NAMES = {
     "complete": "complete linkage",
     "minmax": "min-max",

@@ -58,11 +58,6 @@ def value_of(stored: Any) -> float | None:
     return None if found is None else found.value
 
 
-def chosen_grouping(groupings: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the grouping that stands for the run, which an evaluation puts first."""
-    return groupings[0] if groupings else None
-
-
 def cost_of(grouping: Values) -> float | None:
     """Return the FLOPs of a grouping relative to one full-width SAE per layer at equal tokens."""
     return (grouping.get("cost") or {}).get("flops")
@@ -153,8 +148,8 @@ class RunFiles:
 
     @property
     def chosen(self) -> dict[str, Any] | None:
-        """The grouping that the report is about; None before the run was evaluated."""
-        return chosen_grouping(self.groupings)
+        """The grouping of the run, the first of an evaluation; None before there is one."""
+        return self.groupings[0] if self.groupings else None
 
     @property
     def grouped_layers(self) -> Values:

@@ -14,7 +14,7 @@ from groupsae import __version__
 from groupsae.reporting import runs as several
 from groupsae.reporting import tables
 from groupsae.reporting.figures import Captioned, run_figures
-from groupsae.reporting.formatting import METRICS, UNITS, duration, number, percent, plural, spans
+from groupsae.reporting.formatting import METRICS, duration, number, percent, plural, spans
 from groupsae.reporting.load import Interval, RunFiles, interval, read_run
 from groupsae.reporting.tables import Table
 from groupsae.runtime.errors import UserError
@@ -191,11 +191,12 @@ def summary(run: RunFiles) -> Section:
             headline += f"; the difference in FVU is {_signed(fvu)} ({_ends(fvu)})"
         tiles.append(Tile("FLOPs saved", percent(saving), "of one SAE per layer"))
     means = run.grouped_layers or run.summary
-    for metric, name in METRICS.items():
+    for metric in METRICS:
+        name = tables.HEADINGS[metric]
         if value := interval(means.get(metric)):
-            tiles.append(Tile(f"{name}{UNITS[metric]}", number(value.value), _ends(value)))
+            tiles.append(Tile(name, number(value.value), _ends(value)))
         if value := interval(lost.get(metric)):
-            label = f"{name}{UNITS[metric]} lost against one SAE per layer"
+            label = f"{name} lost against one SAE per layer"
             tiles.append(Tile(label, _signed(value), _ends(value)))
     return Section(
         "summary", "Summary", f"{headline}.", tiles, notes=_notes(run), caveats=_caveats(run)

@@ -43,9 +43,10 @@ class Family:
         """Every grouping: mean and range over the seeds; of a single run, with its intervals."""
         frames = [table.frame for run in self.evaluated if (table := groupings_table(run))]
         if len(frames) < 2:
-            return frames[0] if frames else pd.DataFrame({"grouping": []})
+            return frames[0] if frames else pd.DataFrame()
         values = ("flops", *METRICS, *(f"{metric}_lost" for metric in METRICS))
-        return over_seeds(frames, ["grouping"], values)
+        found = over_seeds(frames, ["grouping", "kind", "rule"], values)
+        return found.drop(columns=["flops_low", "flops_high"], errors="ignore")
 
 
 def families(runs: Sequence[RunFiles]) -> list[Family]:
@@ -220,12 +221,13 @@ def against_cost(found: Sequence[Family], metric: str) -> Figure | None:
         seeds, colour = len(family.evaluated), COLOURS[i % len(COLOURS)]
         label: str | None = f"{family.label} ({seeds} seeds, range)" if seeds > 1 else family.label
         labels.append(label or "")
-        for (marker, line), names in _series(family).items():
-            columns = ["flops", metric, f"{metric}_low", f"{metric}_high"]
-            points = family.groupings.reindex(columns=["grouping", *columns])
-            points = points[points["grouping"].isin(names)].dropna(subset=columns[:2])
-            if points.empty:
-                continue
+        columns = ["flops", metric, f"{metric}_low", f"{metric}_high"]
+        frame = family.groupings.reindex(columns=["kind", "rule", *columns])
+        for (kind, rule), points in frame.dropna(subset=columns[:2]).groupby(
+            ["kind", "rule"], sort=False
+        ):
+            by_rule = (MARKERS.get(rule, "o"), LINES.get(rule, "-"))
+            marker, line = {"per_layer": ("*", ""), "smaller": ("D", "")}.get(kind, by_rule)
             points = points.sort_values(columns)
             x, y, low, high = (points[name].astype(float).to_numpy() for name in columns)
             axes.errorbar(
@@ -261,16 +263,3 @@ def against_cost(found: Sequence[Family], metric: str) -> Figure | None:
     axes.xaxis.set_major_formatter("{x:.0%}")
     legend_below(figure, columns=1 if max(map(len, labels)) > LONG else 2)
     return figure
-
-
-def _series(family: Family) -> dict[tuple[str, str], set[str]]:
-    """Return (marker, style of the line that joins them) -> names of groupings."""
-    series: dict[tuple[str, str], set[str]] = {}
-    for run in family.runs:
-        for grouping in run.groupings:
-            rule = (grouping["rules"] or [""])[0]
-            by_rule = (MARKERS.get(rule, "o"), LINES.get(rule, "-"))
-            baselines = {"per_layer": ("*", ""), "smaller": ("D", "")}
-            look = baselines.get(grouping["kind"], by_rule)
-            series.setdefault(look, set()).add(grouping["name"])
-    return series

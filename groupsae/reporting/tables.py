@@ -194,17 +194,13 @@ def groups_table(run: RunFiles, *, others: bool = False) -> Table | None:
     for name in dict.fromkeys(names):
         shared, figures = len(layers[name]) > 1, trained.get(name, {})
         counts = figures.get("tokens_per_layer", {}).values()
-        least, most = min(counts, default=0), max(counts, default=0)
+        ends = {min(counts), max(counts)} if counts else ()
         rows.append(
             {
                 "sae": name,
                 "layers": span(layers[name]),
                 "diameter": diameters.get(str(layers[name])) if shared else None,
-                "tokens_per_layer": None
-                if not most
-                else f"{least:,} to {most:,}"
-                if least < most
-                else f"{most:,}",
+                "tokens_per_layer": " to ".join(f"{n:,}" for n in sorted(ends)) or None,
                 **plain(figures, "fvu", "l0", "dead"),
             }
         )
@@ -368,6 +364,7 @@ def groupings_table(run: RunFiles) -> Table | None:
             {
                 "grouping": grouping["name"],
                 "kind": grouping["kind"],
+                "rule": (grouping["rules"] or [""])[0],
                 "rules": ", ".join(made_by + ["chosen"] * (grouping is run.chosen)),
                 "groups": spans(grouping["groups"]) if grouped else "one each",
                 "num_groups": grouping["num_groups"],

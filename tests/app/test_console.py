@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from groupsae.app.console import print_evaluation, print_ledger, print_result
-from tests.helpers.report_run import write_run
+from tests.helpers.report_run import near, write_run
 
 
 @pytest.mark.parametrize("every", [True, False])
@@ -16,11 +16,16 @@ def test_the_evaluation_and_the_ledger_fit_a_terminal(tmp_path: Path, every: boo
     folder = write_run(tmp_path / "r", every=every)
     out = io.StringIO()
     console = Console(file=out, width=80)
-    print_evaluation(console, json.loads((folder / "evaluation" / "evaluation.json").read_text()))
+    evaluation = json.loads((folder / "evaluation" / "evaluation.json").read_text())
+    together = {"ce": near(2.9, 0.1), "delta_ce": near(0.2, 0.01), "kl": near(0.1, 0.01)}
+    together["delta_ce_percent"] = near(7.41, 0.5)
+    evaluation["groupings"][0]["spliced_together"] = together
+    print_evaluation(console, evaluation)
     print_ledger(console, json.loads((folder / "ledger.json").read_text()))
     text = out.getvalue()
     assert "0.1300 ±0.0040" in text
     assert "set to zero 9.000, to its\nmean 6.000" in text
+    assert "at once: CE 2.9000 ±0.1000, ΔCE 0.2000 ±0.0100" in text
     assert "34.6\N{NO-BREAK SPACE}%" in text
     assert ("even-10" in text) == every
     assert ("−0.0191 ±0.0040   yes: better" in text) == every
