@@ -32,7 +32,7 @@ report: $(READY)  ## Write the report page of one or more runs: ARGS="run=<folde
 export: $(READY)  ## SAEs as other libraries load them: ARGS="run=<folder> format=saelens"
 	@$(BIN)/python -m groupsae.export $(ARGS)
 
-import-saes: $(READY)  ## A run of SAEs that others trained: ARGS="path=<folder> model=<model>"
+import-saes: $(READY)  ## A run of SAEs that others trained: ARGS="saes=<folder> model=<model>"
 	@$(BIN)/python -m groupsae.import_saes $(ARGS)
 
 test: $(READY)  ## Run the tests

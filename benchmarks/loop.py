@@ -34,7 +34,7 @@ from rich.console import Console
 from benchmarks.timing import now, random_model, write
 from groupsae.app.fit import Run, build
 from groupsae.app.run_folder import register_resolver
-from groupsae.config.arguments import CONF
+from groupsae.config.instantiate import CONF
 from groupsae.runtime.quiet import quiet
 
 ROUNDS = 4  # the first is not counted

@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.saes import SEEDS, composed, figures
 from benchmarks.timing import write
 from groupsae.app.run_folder import register_resolver
-from groupsae.config.arguments import make
+from groupsae.config.instantiate import make
 from groupsae.runtime.quiet import quiet
 from groupsae.sae.base import GlobalBatch, SAEOutput, SparseLatents
 from groupsae.sae.topk import TopK

@@ -21,7 +21,7 @@ from hydra import compose, initialize_config_dir
 from scipy import stats
 
 from groupsae.app.run_folder import register_resolver, run_folder
-from groupsae.config.arguments import CONF
+from groupsae.config.instantiate import CONF
 from groupsae.reporting.style import COLOURS, new_axes
 
 DOC = Path(__file__).parent.parent / "docs" / "replication.md"

@@ -25,7 +25,7 @@ from torch import nn
 
 from groupsae.app.fit import build
 from groupsae.app.run_folder import register_resolver
-from groupsae.config.arguments import CONF, make
+from groupsae.config.instantiate import CONF, make
 from groupsae.runtime.quiet import quiet
 from groupsae.training.group import SAEFactory
 from groupsae.training.suite import GroupSAESuite

@@ -22,7 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.timing import RESULTS, interleaved, now, variant, write
 from groupsae.app.run_folder import register_resolver
-from groupsae.config.arguments import CONF, make, make_source
+from groupsae.app.stream import make_source
+from groupsae.config.instantiate import CONF, make
 from groupsae.data.activations import ActivationDataModule
 from groupsae.grouping.partition import Partition
 from groupsae.grouping.plan import GroupPlan

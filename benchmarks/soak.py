@@ -23,7 +23,7 @@ from benchmarks.loop import BUNDLED, ON_RANDOM, SHAPES, VOCAB, Shape
 from benchmarks.timing import options, random_model, write
 from groupsae.app.fit import build
 from groupsae.app.run_folder import register_resolver
-from groupsae.config.arguments import CONF
+from groupsae.config.instantiate import CONF
 from groupsae.runtime.quiet import quiet
 
 EVERY = 10.0  # seconds between looks

@@ -29,7 +29,7 @@ from benchmarks.loop import BUNDLED, ON_RANDOM, SHAPES, VOCAB, Shape
 from benchmarks.timing import Seconds, interleaved, now, options, random_model, write
 from groupsae.app.fit import build
 from groupsae.app.run_folder import register_resolver
-from groupsae.config.arguments import CONF
+from groupsae.config.instantiate import CONF
 from groupsae.data.activations import ActivationDataModule
 from groupsae.data.rows import by_model
 from groupsae.runtime.quiet import quiet

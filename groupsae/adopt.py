@@ -1,4 +1,4 @@
-"""The old name of `python -m groupsae.import_saes`; it still works, and says so."""
+"""The old name of `python -m groupsae.import_saes`."""
 
 import sys
 
@@ -6,7 +6,7 @@ from groupsae import import_saes
 
 
 def main() -> None:
-    """Start `groupsae.import_saes` after a line that names it."""
+    """Start `groupsae.import_saes`, after a note that names it."""
     print("note: groupsae.adopt is now groupsae.import_saes", file=sys.stderr)
     import_saes.main()
 

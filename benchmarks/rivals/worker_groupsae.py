@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from groupsae.app.run_folder import register_resolver
-from groupsae.config.arguments import CONF, make
+from groupsae.config.instantiate import CONF, make
 from groupsae.data.batch import ActivationBatch
 from groupsae.runtime.quiet import quiet
 from groupsae.training.allocator import keep_freed_memory

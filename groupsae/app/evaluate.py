@@ -1,21 +1,23 @@
 """Build the objects of a finished run, evaluate its SAEs, and leave the results in its folder."""
 
+import re
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import wandb
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from torch import Tensor
 
 from groupsae import __version__
 from groupsae.app.console import print_evaluation
-from groupsae.config.arguments import make, make_source
+from groupsae.app.stream import make_stream
+from groupsae.config.instantiate import make
+from groupsae.config.values import EVALUATION, check_values
 from groupsae.cost.counter import flop_counter
 from groupsae.cost.model import activation_flops
 from groupsae.cost.stopwatch import Stopwatch
@@ -24,31 +26,20 @@ from groupsae.evaluation.cost import planned_flops, relative_costs
 from groupsae.evaluation.files import begin_evaluation, save_evaluation
 from groupsae.evaluation.heldout import HeldoutSums, run_heldout
 from groupsae.evaluation.intervals import Bootstrap
-from groupsae.evaluation.options import check_options
 from groupsae.evaluation.results import Results
 from groupsae.files.reading import require_json
 from groupsae.grouping.groupings import groupings
-from groupsae.grouping.plan import GroupPlan
 from groupsae.reporting.figures import evaluation_figures
 from groupsae.reporting.load import read_run, value_of
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.progress import token_progress
 from groupsae.runtime.quiet import quiet
 from groupsae.suite.groups_file import load_plan
-from groupsae.suite.suite import Suite, load_saes
+from groupsae.suite.suite import load_saes
 from groupsae.training.callbacks.dashboard import save_figures
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is evaluated."""
-
-    plan: GroupPlan
-    saes: dict[str, Suite]
-    data: ActivationDataModule
-
-
-def assess(folder: Path, cfg: DictConfig, options: DictConfig, device: str) -> dict[str, Any]:
+def evaluate(folder: Path, cfg: DictConfig, options: DictConfig, device: str) -> dict[str, Any]:
     """Evaluate every SAE of a finished run: write `evaluation/`, log it and print the tables.
 
     Args:
@@ -58,7 +49,7 @@ def assess(folder: Path, cfg: DictConfig, options: DictConfig, device: str) -> d
         device: auto, cpu, cuda or cuda:<index>.
 
     Returns:
-        What is in `evaluation/evaluation.json`.
+        The content of `evaluation/evaluation.json`.
 
     Raises:
         UserError: an option is not allowed, a file of the run is missing or damaged, the SAEs
@@ -69,13 +60,16 @@ def assess(folder: Path, cfg: DictConfig, options: DictConfig, device: str) -> d
     # Logging goes on in the W&B run of the training, if that is still open.
     warnings.filterwarnings("ignore", ".*wandb run already in progress.*")
     place = _device(device)
-    plain: Any = OmegaConf.to_container(options)
-    check_options(plain)
+    check_values(options, EVALUATION, "evaluation.")
     summary = require_json(folder / "summary.json")
-    # nobody knows what it cost to train SAEs that were adopted
+    # nobody knows what it cost to train SAEs that were imported
     ledger = None if "adopted" in summary else require_json(folder / "ledger.json")
-    subject = _open(folder, cfg, place)
-    data, plan, saes = subject.data, subject.plan, subject.saes
+    plan = load_plan(folder)
+    if plan is None:
+        raise UserError(f"{folder} has no groups.json: it is not a run folder.")
+    names = [planned.name for planned in plan.members]
+    saes = {name: load_saes(folder / "saes", [name]).to(place) for name in names}
+    data = _same_stream(folder, cfg, saes[names[0]].configs[names[0]], place)
     steps = steps_to_evaluate(data, options.tokens)
     if options.exclude_special_tokens is not None:
         data.exclude_special_tokens = options.exclude_special_tokens
@@ -94,7 +88,7 @@ def assess(folder: Path, cfg: DictConfig, options: DictConfig, device: str) -> d
     begin_evaluation(folder / "evaluation")
     with watch:
         means, averaged, flops = _layer_means(data, tokens)
-        flops += _run(subject, sums, steps, means)
+        flops += _run(data, sums, steps, means)
         results = Results(sums, bootstrap)
         figures = results.to_json(costs)
     together = found if spliced else []
@@ -113,7 +107,7 @@ def assess(folder: Path, cfg: DictConfig, options: DictConfig, device: str) -> d
         "documents": bootstrap.documents,
         "tokens": sums.tokens,
         "predictions": int(sums.clean["predictions"].sum()),
-        "bootstrap": plain["bootstrap"],
+        "bootstrap": dict(options.bootstrap),
         "cost": {"planned_flops": planned, "measured_flops": flops, "seconds": watch.seconds},
     }
     evaluation = save_evaluation(folder / "evaluation", head, figures, results)
@@ -158,42 +152,30 @@ def _log(folder: Path, evaluation: dict[str, Any], configs: Any, step: int) -> N
 def _device(name: object) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(str(name))
-    except RuntimeError:
-        found = None
-    if found is None or found.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(name)):
         raise UserError(f"device is {name!r}; use auto, cpu, cuda or cuda:<index>.")
-    count = torch.cuda.device_count()
-    if found.type == "cuda" and (found.index or 0) >= count:
-        there = f"the last GPU here is cuda:{count - 1}" if count else "there is no GPU here"
-        raise UserError(f"device is {name}, but {there}: use device=cpu or auto.")
-    return found
+    device, count = torch.device(str(name)), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        last = f"the last GPU here is cuda:{count - 1}" if count else "there is no GPU here"
+        raise UserError(f"device is {name}, but {last}: use device=cpu or auto.")
+    return device
 
 
-def _open(folder: Path, cfg: DictConfig, device: torch.device) -> Subject:
-    """Return the SAEs with the model and the text that they were trained on, and on no other."""
-    plan = load_plan(folder)
-    if plan is None:
-        raise UserError(f"{folder} has no groups.json: it is not a run folder.")
-    saes = {
-        planned.name: load_saes(folder / "saes", [planned.name]).to(device)
-        for planned in plan.members
-    }
+def _same_stream(
+    folder: Path, cfg: DictConfig, trained: Mapping[str, Any], device: torch.device
+) -> ActivationDataModule:
+    """Return the activations of the model and the text that the SAEs were trained on.
+
+    Args:
+        folder: of the run.
+        cfg: its configuration.
+        trained: the `cfg.json` of one SAE; weights and text are null if it was imported.
+        device: that the language model goes to.
+    """
     lm = make(cfg.model)
-    data = ActivationDataModule(
-        lm=lm,
-        source=make_source(cfg.data),
-        cache=str(Path(cfg.output) / "cache"),
-        tokens=cfg.tokens,
-        seed=cfg.seed,
-        **cfg.stream,
-    )
-    if cfg.data.get("cache") is not None:
-        data.keep_in(cfg.data.cache, cfg.data.cache_dtype, Console().print)
-    trained = next(iter(saes.values())).configs[plan.members[0].name]
+    data = make_stream(cfg, lm, Console().print)
     weights = lm.fingerprint()
-    if trained["weights"] not in (None, weights):  # None: adopted, and nothing is known
+    if trained["weights"] not in (None, weights):
         raise UserError(
             f"the SAEs in {folder} were trained on other weights of {trained['model']} "
             f"({trained['weights'][:8]}) than {lm.name} has now ({weights[:8]}): bring the old "
@@ -206,7 +188,7 @@ def _open(folder: Path, cfg: DictConfig, device: torch.device) -> Subject:
             "were trained on. Bring the old text back, or train again."
         )
     data.use(lm.load_with_head(device), device)
-    return Subject(plan, saes, data)
+    return data
 
 
 def steps_to_evaluate(data: ActivationDataModule, tokens: int | None) -> int:
@@ -234,8 +216,7 @@ def steps_to_evaluate(data: ActivationDataModule, tokens: int | None) -> int:
     return data.steps_for("heldout", data.heldout_tokens if tokens is None else tokens)
 
 
-def _run(subject: Subject, sums: HeldoutSums, steps: int, means: Tensor) -> int:
-    data = subject.data
+def _run(data: ActivationDataModule, sums: HeldoutSums, steps: int, means: Tensor) -> int:
     title, total = f"evaluating {len(sums.pairs)} pairs", steps * data.tokens_per_step
     with token_progress(title, total, show=True) as advance:
 

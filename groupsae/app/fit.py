@@ -8,15 +8,17 @@ from typing import Any, NamedTuple
 import lightning as L
 import wandb
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, LambdaCallback, ProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from groupsae.app.console import print_ledger, print_plan, print_result
-from groupsae.app.evaluate import assess, steps_to_evaluate
+from groupsae.app.evaluate import evaluate, steps_to_evaluate
 from groupsae.app.needs import print_needs, too_small
-from groupsae.config.arguments import make, make_source
+from groupsae.app.run_folder import OpenRun
+from groupsae.app.stream import make_stream
+from groupsae.config.instantiate import make
 from groupsae.data.activations import ActivationDataModule
 from groupsae.files.atomic import write_json
 from groupsae.files.reading import read_metrics
@@ -27,8 +29,7 @@ from groupsae.runtime.quiet import quiet
 from groupsae.runtime.ranks import is_leader, share_cores
 from groupsae.runtime.signals import Stopped, stopped_by_signals
 from groupsae.training.allocator import keep_freed_memory
-from groupsae.training.callbacks.bar import Bar
-from groupsae.training.callbacks.dashboard import Dashboard, save_figures
+from groupsae.training.callbacks.dashboard import save_figures
 from groupsae.training.callbacks.grouping import GroupLayers
 from groupsae.training.callbacks.stop import StopOnSignal
 from groupsae.training.callbacks.throughput import Throughput
@@ -55,28 +56,43 @@ class Run(NamedTuple):
     stop: StopOnSignal
 
 
-def fit(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> int:
-    """Train (or go on training) one suite; return the exit status.
+def fit(opened: OpenRun) -> int:
+    """Train one suite, or resume it; return the exit status.
 
-    A finished run is shown again, not repeated. A run that was told to stop leaves a checkpoint,
+    A finished run is shown again, not repeated. A run that a signal stops leaves a checkpoint,
     if it was training, and returns 128 + the signal's number.
     """
+    cfg, folder, checkpoint = opened
     console = Console(quiet=not is_leader())
     quiet()
-    run = build(cfg, folder, checkpoint, console)
+    run = build(cfg, folder, console, checkpoint)
+    trainer, data = run.trainer, run.data
     try:
         if (folder / "summary.json").exists() and not cfg.overwrite and not cfg.dry_run:
-            return _show_finished(run, cfg, folder, console)
+            _show_finished(run, cfg, folder, console)
+            return 0
         announce(run, cfg, console)
         if cfg.dry_run:
-            return _dry_run(run, cfg, folder, console)
+            _dry_run(run, cfg, folder, console)
+            return 0
         with explain_lost_process(folder), stopped_by_signals():
-            return _train(run, cfg, folder, checkpoint, console)
+            trainer.fit(run.suite, datamodule=data, ckpt_path=checkpoint)
+            signal = run.stop.received_anywhere()
+            if signal is None or trainer.global_step >= data.num_steps:
+                last = folder / "checkpoints" / f"step={trainer.global_step}.ckpt"
+                trainer.save_checkpoint(last)
+            if signal is not None:
+                raise Stopped(signal)
+            save(run, cfg, folder, console)
+            if cfg.evaluate and trainer.is_global_zero:
+                evaluate(folder, cfg, cfg.evaluation, str(trainer.strategy.root_device))
+        return 0
     except Stopped as stopped:
+        step = trainer.global_step
+        where = f"at step {step} of {data.num_steps}" if step else "before training"
         console.print(
-            "stopped before or after the training steps; what is written is whole; go on with\n"
-            f"  python -m groupsae.train resume={folder}",
-            soft_wrap=True,
+            f"stopped {where}; resume with\n  python -m groupsae.train resume={folder}",
+            soft_wrap=True,  # a command must come out in one piece
         )
         return 128 + stopped.number
     finally:
@@ -84,10 +100,177 @@ def fit(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> int:
             wandb.finish()
 
 
-def _dry_run(run: Run, cfg: DictConfig, folder: Path, console: Console) -> int:
+def build(cfg: DictConfig, folder: Path, console: Console, checkpoint: Path | None = None) -> Run:
+    """Return everything that a run consists of, ready to fit.
+
+    Args:
+        cfg: configuration of the run.
+        folder: the run folder.
+        console: where to print.
+        checkpoint: that the run is to be resumed from.
+
+    Raises:
+        UserError: a value is not allowed, or does not fit the others.
+    """
+    keep_freed_memory()
+    L.seed_everything(cfg.seed, verbose=False)
+    say = partial(console.print, soft_wrap=True, highlight=False)
+    lm, choice = make(cfg.model), make(cfg.groups)
+    choice.check(lm.geometry.num_layers)
+    data = make_stream(cfg, lm, say)
+    suite = GroupSAESuite(
+        sae=make(cfg.sae),
+        d_model=lm.geometry.d_model,
+        seed=cfg.seed,
+        optim=make(cfg.optim),
+        dead_after=cfg.dead_after,
+        b_dec_start=cfg.b_dec_start,
+        nonfinite=cfg.nonfinite,
+    )
+    grouping = GroupLayers(
+        choice=choice,
+        folder=str(folder),
+        cache=str(Path(cfg.output) / "cache"),
+        say=say,
+        **cfg.calibration,
+    )
+    stop, throughput = StopOnSignal(folder=str(folder / "checkpoints")), Throughput()
+    loggers: list[Logger] = [make(logger) for logger in (cfg.logger or {}).values()]
+    settings = make(cfg.trainer)
+    shows_bar = settings.pop("enable_progress_bar", True)
+    chosen = [make(callback) for callback in (cfg.callbacks or {}).values() if callback]
+    chosen = [each for each in chosen if shows_bar or not isinstance(each, ProgressBar)]
+
+    def check(_trainer: L.Trainer, _: Any, stage: str) -> None:
+        """Check what is known only once processes have met and the text is packed."""
+        if stage == "fit":
+            same_checkpoint(checkpoint, folder)
+            if cfg.evaluate:
+                steps_to_evaluate(data, cfg.evaluation.tokens)
+
+    def record(trainer: L.Trainer, _: Any, stage: str) -> None:
+        """Let the loggers begin after what may refuse a command: text, memory, layers."""
+        if stage == "fit":
+            trainer.loggers = loggers
+            config: Any = OmegaConf.to_container(cfg, resolve=True)
+            begin_records(loggers, config, say)
+
+    callbacks = [
+        LambdaCallback(setup=check),
+        grouping,
+        LambdaCallback(setup=record),
+        LambdaCallback(on_train_start=lambda *_: _show_groups(grouping, data, console)),
+        throughput,
+        *chosen,
+        stop,
+    ]
+    try:
+        trainer = L.Trainer(
+            **settings,
+            logger=False,  # not yet: Lightning would let them begin first of all
+            max_epochs=1,  # the loader is as long as the run
+            log_every_n_steps=min(cfg.log_every, data.num_steps),
+            val_check_interval=min(cfg.eval_every, data.num_steps),
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            default_root_dir=folder,  # Lightning looks for checkpoints there, too
+            enable_model_summary=False,
+            # or Lightning would add its own where none is chosen
+            enable_progress_bar=any(isinstance(each, ProgressBar) for each in chosen),
+            enable_checkpointing=any(isinstance(each, Checkpoint) for each in chosen),
+            plugins=SuiteCheckpoints(say=say),
+            callbacks=callbacks,
+        )
+        if isinstance(trainer.strategy, DDP):
+            trainer.strategy.check_processes()
+    except (MisconfigurationException, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"Lightning refuses this trainer ({error}): check trainer, trainer.accelerator and "
+            "trainer.devices."
+        ) from error
+    disable_signal_handling(trainer)
+    if cfg.stream.blocks_per_step % trainer.world_size:
+        raise UserError(
+            f"stream.blocks_per_step={cfg.stream.blocks_per_step} cannot be shared out equally "
+            f"over {trainer.world_size} processes: use a multiple."
+        )
+    return Run(trainer, suite, data, grouping, throughput, stop)
+
+
+def announce(run: Run, cfg: DictConfig, console: Console) -> None:
+    """Print what is about to be trained."""
+    data, geometry = run.data, run.data.lm.geometry
+    tokens = data.num_steps * data.tokens_per_step
+    console.print(
+        f"{cfg.model.name}: {geometry.num_layers} layers, d_model {geometry.d_model}; "
+        f"{tokens:,} tokens per SAE in {data.num_steps:,} steps of {data.tokens_per_step:,}"
+        + (f" (the full steps in the {cfg.tokens:,} asked for)" if tokens != cfg.tokens else "")
+    )
+
+
+def _show_groups(grouping: GroupLayers, data: ActivationDataModule, console: Console) -> None:
+    """Print the groups, and what the text is too small for."""
+    assert grouping.plan is not None
+    assert grouping.cost is not None
+    assert grouping.measurement is not None
+    print_plan(console, grouping.plan, grouping.cost)
+    epochs = data.epochs()
+    if epochs > 1:
+        console.print(
+            f"The budget is {epochs:.1f} times the training text: it is read again, newly "
+            "shuffled, in each epoch."
+        )
+    measured = grouping.measurement.provenance["tokens"]
+    if measured < grouping.tokens // 2:
+        console.print(
+            f"Distances and norms come from {measured:,} tokens, all that the calibration split "
+            f"holds, instead of {grouping.tokens:,}: raise stream.calibration_fraction or "
+            "stream.max_tokens for more."
+        )
+
+
+def save(run: Run, cfg: DictConfig, folder: Path, console: Console) -> None:
+    """Validate, and write SAEs, figures, ledger and summary; print the results."""
+    trainer, suite, data, grouping, throughput, _ = run
+    trainer.validate(suite, datamodule=data, verbose=False)
+    if suite.spread or trainer.is_global_zero:
+        configured: Any = OmegaConf.to_container(cfg.sae, resolve=True)
+        save_suite(folder, suite, grouping, data, configured)
+    seconds = seconds_of_all(data, throughput, suite.spread)  # waits for all SAEs to be saved
+    if not trainer.is_global_zero:
+        return
+    metrics = read_metrics(folder / "metrics.csv")
+    curves = training_curves(metrics, data.tokens_per_step, data.num_steps)
+    save_figures(folder / "figures", {"training": curves}, trainer.loggers)
+    costs = ledger(suite, data, grouping, throughput, seconds)
+    write_json(folder / "ledger.json", costs)
+    summary = summarise(folder, trainer, suite, grouping, throughput)
+    write_json(folder / "summary.json", summary)  # the last: it makes the run a finished one
+    print_result(console, summary)
+    print_ledger(console, costs)
+
+
+def _show_finished(run: Run, cfg: DictConfig, folder: Path, console: Console) -> None:
+    """Show a finished run again; evaluate it if it never was."""
+    run.grouping.confirm(run.data)
+    print_result(console, json.loads((folder / "summary.json").read_text()))
+    console.print("This run was finished before; overwrite=true trains it again.")
+    if not cfg.evaluate or not is_leader():
+        return
+    if (folder / "evaluation" / "evaluation.json").exists():
+        console.print(
+            "It was evaluated before, too; to evaluate it again:\n"
+            f"  python -m groupsae.evaluate run={folder}",
+            soft_wrap=True,
+        )
+    else:
+        evaluate(folder, cfg, cfg.evaluation, str(run.trainer.strategy.root_device))
+
+
+def _dry_run(run: Run, cfg: DictConfig, folder: Path, console: Console) -> None:
     """Print what the run will need; the first process does, by a trial of its own share."""
     if not is_leader():
-        return 0
+        return
     trainer, data = run.trainer, run.data
     device, processes = trainer.strategy.root_device, trainer.world_size
     data.use(data.lm.load(device), device)
@@ -115,175 +298,3 @@ def _dry_run(run: Run, cfg: DictConfig, folder: Path, console: Console) -> int:
         places[Path(cfg.data.cache)] = max(each.stored for each in found)
     for refusal in too_small(places):
         console.print(refusal, soft_wrap=True)
-    return 0
-
-
-def _show_finished(run: Run, cfg: DictConfig, folder: Path, console: Console) -> int:
-    """Show a finished run again; evaluate it if it never was."""
-    run.grouping.confirm(run.data)
-    print_result(console, json.loads((folder / "summary.json").read_text()))
-    console.print("This run was finished before; overwrite=true trains it again.")
-    if cfg.evaluate and is_leader():
-        if (folder / "evaluation" / "evaluation.json").exists():
-            console.print(
-                "It was evaluated before, too; to evaluate it again:\n"
-                f"  python -m groupsae.evaluate run={folder}",
-                soft_wrap=True,
-            )
-        else:
-            assess(folder, cfg, cfg.evaluation, str(run.trainer.strategy.root_device))
-    return 0
-
-
-def _train(
-    run: Run, cfg: DictConfig, folder: Path, checkpoint: Path | None, console: Console
-) -> int:
-    trainer, suite, data = run.trainer, run.suite, run.data
-    trainer.fit(suite, datamodule=data, ckpt_path=checkpoint)
-    received = run.stop.received_anywhere()
-    if received is not None and trainer.global_step < data.num_steps:
-        console.print(
-            f"stopped at step {trainer.global_step} of {data.num_steps}; go on with\n"
-            f"  python -m groupsae.train resume={folder}",
-            soft_wrap=True,  # a command must come out in one piece
-        )
-        return 128 + received
-    trainer.save_checkpoint(folder / "checkpoints" / f"step={trainer.global_step}.ckpt")
-    if received is not None:
-        raise Stopped(received)
-    trainer.validate(suite, datamodule=data, verbose=False)
-    if suite.spread or trainer.is_global_zero:
-        configured: Any = OmegaConf.to_container(cfg.sae, resolve=True)
-        save_suite(folder, suite, run.grouping, data, configured)
-    seconds = seconds_of_all(data, run.throughput, suite.spread)  # waits for all SAEs to be saved
-    if trainer.is_global_zero:
-        figures = {
-            "training": training_curves(
-                read_metrics(folder / "metrics.csv"), data.tokens_per_step, data.num_steps
-            )
-        }
-        save_figures(folder / "figures", figures, trainer.loggers)
-        costs = ledger(suite, data, run.grouping, run.throughput, seconds)
-        write_json(folder / "ledger.json", costs)
-        summary = summarise(folder, trainer, suite, run.grouping, run.throughput)
-        write_json(folder / "summary.json", summary)
-        print_result(console, summary)
-        print_ledger(console, costs)
-        if cfg.evaluate:
-            assess(folder, cfg, cfg.evaluation, str(trainer.strategy.root_device))
-    return 0
-
-
-def build(cfg: DictConfig, folder: Path, checkpoint: Path | None, console: Console) -> Run:
-    """Return everything that a run consists of, ready to fit."""
-    keep_freed_memory()
-    L.seed_everything(cfg.seed, verbose=False)
-    lm, choice = make(cfg.model), make(cfg.groups)
-    choice.check(lm.geometry.num_layers)
-    cache = Path(cfg.output) / "cache"
-    data = ActivationDataModule(
-        lm=lm,
-        source=make_source(cfg.data),
-        cache=str(cache),
-        tokens=cfg.tokens,
-        seed=cfg.seed,
-        **cfg.stream,
-    )
-    if cfg.data.get("cache") is not None:
-        say = partial(console.print, soft_wrap=True, highlight=False)
-        data.keep_in(cfg.data.cache, cfg.data.cache_dtype, say)
-    suite = GroupSAESuite(
-        sae=make(cfg.sae),
-        d_model=lm.geometry.d_model,
-        seed=cfg.seed,
-        optim=make(cfg.optim),
-        dead_after=cfg.dead_after,
-        b_dec_start=cfg.b_dec_start,
-        nonfinite=cfg.nonfinite,
-    )
-    grouping = GroupLayers(
-        choice=choice,
-        folder=str(folder),
-        cache=str(cache),
-        say=console.print,
-        **cfg.calibration,
-    )
-    stop, throughput = StopOnSignal(folder=str(folder / "checkpoints")), Throughput()
-    loggers: list[Logger] = [make(logger) for logger in (cfg.logger or {}).values()]
-    settings = make(cfg.trainer)
-
-    def check(_trainer: L.Trainer, _: Any, stage: str) -> None:
-        """Look at what can only be known once processes have met and the text is packed."""
-        if stage != "fit":
-            return
-        same_checkpoint(checkpoint, folder)
-        if cfg.evaluate:
-            steps_to_evaluate(data, cfg.evaluation.tokens)
-
-    def record(trainer: L.Trainer, _: Any, stage: str) -> None:
-        """Let the loggers begin after what may refuse a command: text, memory, layers."""
-        if stage == "fit":
-            trainer.loggers = loggers
-            config: Any = OmegaConf.to_container(cfg, resolve=True)
-            begin_records(loggers, config, partial(console.print, soft_wrap=True))
-
-    callbacks: list[L.Callback] = [
-        LambdaCallback(setup=check),
-        grouping,
-        LambdaCallback(setup=record),
-        throughput,
-        Dashboard(
-            grouping=grouping,
-            folder=folder,
-            say=console.print,
-            show_plan=partial(print_plan, console),
-        ),
-        ModelCheckpoint(
-            dirpath=folder / "checkpoints",
-            filename="{step}",
-            every_n_train_steps=cfg.checkpoint_every,
-            save_top_k=-1,  # what is too old is removed where checkpoints are written
-            enable_version_counter=False,
-        ),
-        stop,
-        *([Bar()] if settings.get("enable_progress_bar", True) else []),
-    ]
-    try:
-        trainer = L.Trainer(
-            **settings,
-            logger=False,  # not yet: Lightning would let them begin first of all
-            max_epochs=1,  # the loader is as long as the run
-            log_every_n_steps=min(cfg.log_every, data.num_steps),
-            val_check_interval=min(cfg.eval_every, data.num_steps),
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-            default_root_dir=folder,  # not the place of the command: Lightning looks there, too
-            enable_model_summary=False,
-            plugins=SuiteCheckpoints(say=partial(console.print, soft_wrap=True)),
-            callbacks=callbacks,
-        )
-        if isinstance(trainer.strategy, DDP):
-            trainer.strategy.check_processes()
-    except (MisconfigurationException, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"Lightning refuses this trainer ({error}): look at trainer, trainer.accelerator and "
-            "trainer.devices."
-        ) from error
-    disable_signal_handling(trainer)
-    if cfg.stream.blocks_per_step % trainer.world_size:
-        raise UserError(
-            f"stream.blocks_per_step={cfg.stream.blocks_per_step} cannot be shared out equally "
-            f"over {trainer.world_size} processes: use a multiple."
-        )
-    return Run(trainer, suite, data, grouping, throughput, stop)
-
-
-def announce(run: Run, cfg: DictConfig, console: Console) -> None:
-    """Say what is about to be trained."""
-    data, geometry = run.data, run.data.lm.geometry
-    tokens = data.num_steps * data.tokens_per_step
-    console.print(
-        f"{cfg.model.name}: {geometry.num_layers} layers, d_model {geometry.d_model}; "
-        f"{tokens:,} tokens per SAE in {data.num_steps:,} steps of {data.tokens_per_step:,}"
-        + (f" (whole steps of the {cfg.tokens:,} asked for)" if tokens != cfg.tokens else "")
-    )

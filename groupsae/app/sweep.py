@@ -45,11 +45,11 @@ PACKAGES = {  # of a launcher -> its module and our extra that brings it
     "submitit_slurm": ("hydra_plugins.hydra_submitit_launcher", "submitit"),
     "submitit_local": ("hydra_plugins.hydra_submitit_launcher", "submitit"),
 }
-_current: "Points | None" = None  # the sweep that this process belongs to
+_current: "SweepRecorder | None" = None  # the sweep that this process belongs to
 _signals = ExitStack()  # its signal handlers, which stay until this process ends
 
 
-class Points(Callback):
+class SweepRecorder(Callback):
     """Keeps what became of a sweep's points; Hydra carries it to wherever they run."""
 
     def __init__(self) -> None:

@@ -1,93 +1,127 @@
-"""Where the yaml files are, and a friendly word when a command names what is not in them."""
+"""Runs a command with its arguments, and explains in a sentence what Hydra refuses of them."""
 
 import difflib
+import os
 import sys
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
 
+import hydra
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from groupsae.config.instantiate import CONF as CONF
-from groupsae.config.instantiate import make as make
-from groupsae.runtime.secrets import secret_in
+from groupsae.config.instantiate import CONF
+from groupsae.runtime.errors import UserError
 
-INSTEAD = (
-    "leave it out and set the environment variable HF_TOKEN (the Hugging Face Hub), WANDB_API_KEY "
-    "(Weights & Biases) or HTTPS_PROXY (a proxy) instead."
-)
+RENAMED = {  # (command, key) of earlier versions -> the key now
+    ("export", "to"): "output",
+    ("import_saes", "path"): "saes",
+    ("import_saes", "to"): "name",
+}
 
 
-def check_arguments(arguments: Sequence[str], name: str) -> None:
-    """Exit with one sentence if an argument names an unknown key or option.
+def start(name: str, task: Callable[[DictConfig], Any]) -> None:
+    """Run a command with the arguments of this process.
 
-    Only our own yaml files are looked at, and only in commands that use no flag of Hydra's but
-    `-m`: a user's own folder of yaml files (`--config-dir`) or `--help` is left to Hydra.
+    What it raises for the user to read, and what Hydra cannot compose, ends it with one sentence
+    on stderr and status 2.
 
     Args:
-        arguments: of the command line.
-        name: of the command's yaml file, such as `train`.
+        name: of the command's file in conf/.
+        task: does the work, given the configuration.
     """
-    for argument in arguments:  # before Hydra writes them down
-        key, _, value = argument.partition("=")
-        names = key.lstrip("+~").split(".")
-        secret = secret_in({names[-1]: value}) or secret_in(argument)
-        if secret is not None:
-            _stop(f"{key} holds {secret[1]}, and run folders keep their configuration: {INSTEAD}")
-    overrides = [a for a in arguments if a not in ("-m", "--multirun")]
-    if any(a.startswith(("-", "hydra.searchpath")) for a in overrides):
-        return
-    parsed = [_parsed(each) for each in overrides]
-    has = _groups(name)
-    chosen: list[str] = []
-    keys: list[str] = []
-    for each in parsed:
-        key = each.key_or_group
-        added = each.is_add() or each.is_force_add()
-        if each.is_delete() or each.package or "/" in key or key.startswith("hydra."):
-            continue
-        if (CONF / key).is_dir():
-            options = _options(each, None if added else has, name)
-            chosen += [] if added else [f"{key}={option}" for option in options[:1]]
-        elif not added:
-            keys.append(key)
-    if not keys:
-        return
-    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        values: Any = OmegaConf.to_container(compose(name, overrides=chosen))
-    for key in keys:
-        _check_key(key, values)
+    sys.argv[1:] = [translated(argument, name) for argument in sys.argv[1:]]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints its errors itself, and exits
+
+    @wraps(task)
+    def run(cfg: DictConfig) -> Any:
+        with one_sentence():
+            return task(cfg)
+
+    with one_sentence():
+        try:
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(run)()
+        except HydraException as error:
+            explain(sys.argv[1:], name)
+            raise UserError(str(error)) from error
 
 
-def plain_folder(argument: str) -> str:
-    """Return an argument that names folders so that any character may be in their names.
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Turn a UserError into a sentence on stderr and exit status 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def translated(argument: str, name: str) -> str:
+    """Return an argument with the key of today, and with any character in the names of folders.
 
     `run=a,b` becomes a list, which Hydra would take for a sweep.
 
-    >>> plain_folder("run=outputs/a,outputs/b")
+    >>> translated("run=outputs/a,outputs/b", "report")
     "run=['outputs/a','outputs/b']"
-    >>> plain_folder("resume=outputs/a=1")
+    >>> translated("resume=outputs/a=1", "train")
     "resume='outputs/a=1'"
     """
     key, _, value = argument.partition("=")
-    if (
-        key not in ("run", "resume", "path", "to")
-        or value in ("", "null", "???")
-        or value[0] in "['\""
-    ):
+    now = RENAMED.get((name, key))
+    if now is not None:
+        # a name without folders is one below output; this was a path
+        value = str(Path(value).absolute()) if now == "name" else value
+        print(f"note: {key}= is now {now}=", file=sys.stderr)
+        key, argument = now, f"{now}={value}"
+    folder = key in ("run", "resume", "saes", "name") or (key == "output" and name != "train")
+    if not folder or value in ("", "null", "???") or value[0] in "['\"":
         return argument
     if key != "run":
         return f"{key}={_quoted(value)}"
     return f"run=[{','.join(_quoted(folder) for folder in value.split(',') if folder)}]"
 
 
-def make_source(data: DictConfig) -> Any:
-    """Return the source of text that cfg.data names; where activations go is not its business."""
-    kept = [str(key) for key in data if key not in ("cache", "cache_dtype")]
-    return make(OmegaConf.masked_copy(data, kept))
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+# ---- what is wrong with an argument --------------------------------------------------------
+
+
+def explain(arguments: Sequence[str], name: str) -> None:
+    """Raise UserError at the first argument that a command cannot take, with the nearest names.
+
+    Only our own yaml files are searched: where a user adds a folder of them (`--config-dir`),
+    nothing is raised.
+    """
+    overrides = [a for a in arguments if a not in ("-m", "--multirun")]
+    if any(a.startswith(("-", "hydra.searchpath")) for a in overrides):
+        return
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        groups = compose(name, return_hydra_config=True).hydra.runtime.choices
+        chosen, keys = [], []
+        for override in map(_parsed, overrides):
+            key = override.key_or_group
+            added = override.is_add() or override.is_force_add()
+            if override.is_delete() or override.package or "/" in key or key.startswith("hydra."):
+                continue
+            if (CONF / key).is_dir():
+                options = _options(override, name, None if added else groups)
+                chosen += [] if added else [f"{key}={option}" for option in options[:1]]
+            elif not added:
+                keys.append(key)
+        values: Any = OmegaConf.to_container(compose(name, overrides=chosen))
+    for key in keys:
+        _check_key(key, values)
 
 
 def _parsed(argument: str) -> Override:
@@ -96,41 +130,31 @@ def _parsed(argument: str) -> Override:
     except HydraException:
         key, equals, value = argument.partition("=")
         example = f"\"{key}='{value}'\"" if equals else "tokens=1_000_000"
-        _stop(
+        raise UserError(
             f"cannot read the argument {argument}: write key=value, and put a value with unusual "
             f"characters in quotes twice, such as {example}."
-        )
+        ) from None
 
 
-def _groups(name: str) -> set[str]:
-    """Return the groups that a command's yaml file chooses options from."""
-    defaults = OmegaConf.load(CONF / f"{name}.yaml").defaults
-    keys = (str(key) for each in defaults if isinstance(each, DictConfig) for key in each)
-    found = {key.removeprefix("optional ") for key in keys if not key.startswith("override ")}
-    for whole in (each for each in defaults if isinstance(each, str) and each != "_self_"):
-        found |= _groups(whole)  # another command's file, which this one starts from
-    return found
-
-
-def _options(override: Override, has: set[str] | None, name: str) -> list[str]:
-    """Return the options that an argument chooses in a group; stop at one that is not there."""
+def _options(override: Override, name: str, groups: Mapping[str, str] | None) -> list[str]:
+    """Return the options that an argument chooses in a group, if the command has all of them."""
     group, _, text = str(override.input_line).lstrip("+").partition("=")
-    if has is not None and group not in has:
-        there = ", ".join(sorted(has)) or "none"
-        _stop(f"groupsae.{name} has no {group} to choose. Groups of options here: {there}.")
-    if "(" in text:
-        return []  # a function of Hydra's, such as choice(a,b)
+    if groups is not None and group not in groups:
+        ours = ", ".join(sorted(g for g in groups if (CONF / g).is_dir() and "/" not in g))
+        raise UserError(
+            f"groupsae.{name} has no {group} to choose. Groups of options here: {ours or 'none'}."
+        )
     known = sorted(p.stem for p in (CONF / group).glob("*.yaml") if p.stem != "base")
-    options = text.split(",")
+    options = [] if "(" in text else text.split(",")  # a function of Hydra's: choice(a,b)
     for option in options:
         if option not in (*known, "null"):
-            near = _meant(difflib.get_close_matches(option, known, n=3))
-            _stop(f"{group}={option} is unknown.{near} Valid: {', '.join(known)}.")
+            near = _did_you_mean(difflib.get_close_matches(option, known, n=3))
+            raise UserError(f"{group}={option} is unknown.{near} Valid: {', '.join(known)}.")
     return options
 
 
 def _check_key(key: str, values: dict[str, Any]) -> None:
-    """Stop if a configuration has no such key, with the keys that it has there."""
+    """Raise UserError if a configuration has no such key, with the keys that it has there."""
     node: Any = values
     path: list[str] = []
     for part in key.split("."):
@@ -142,39 +166,24 @@ def _check_key(key: str, values: dict[str, Any]) -> None:
         node = node[part]
     else:
         return
-    where, last, every = ".".join(path), key.split(".")[-1], _dotted(values)
-    valid = sorted(_named(node)) if isinstance(node, dict) else []
-    close = [".".join([*path, name]) for name in difflib.get_close_matches(last, valid, n=3)]
-    near = [known for known in every if known.split(".")[-1] == last][:3] or close
+    where, last, every = ".".join(path), key.split(".")[-1], list(_dotted(values))
+    valid = sorted(k for k in node if not k.startswith("_")) if isinstance(node, dict) else []
+    near = [known for known in every if known.split(".")[-1] == last][:3]
+    near = near or [".".join([*path, n]) for n in difflib.get_close_matches(last, valid, n=3)]
     near = near or difflib.get_close_matches(key, every, n=3, cutoff=0.75)
     there = f" Valid{' in ' + where if where else ''}: {', '.join(valid)}." if valid else ""
     # what is not in our yaml files is Lightning's own there
     more = f" Another option of Lightning's Trainer: +{key}=<value>." if where == "trainer" else ""
-    _stop(f"{key} is unknown.{_meant(near)}{there}{more}")
+    raise UserError(f"{key} is unknown.{_did_you_mean(near)}{there}{more}")
 
 
-def _named(node: dict[str, Any]) -> list[str]:
-    return [key for key in node if not key.startswith("_")]
+def _dotted(node: dict[str, Any], before: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        if not key.startswith("_"):
+            yield f"{before}{key}"
+            if isinstance(value, dict):
+                yield from _dotted(value, f"{before}{key}.")
 
 
-def _dotted(node: dict[str, Any], before: str = "") -> list[str]:
-    found = []
-    for key in _named(node):
-        found.append(f"{before}{key}")
-        if isinstance(node[key], dict):
-            found += _dotted(node[key], f"{before}{key}.")
-    return found
-
-
-def _meant(near: Sequence[str]) -> str:
+def _did_you_mean(near: Sequence[str]) -> str:
     return f" Did you mean {' or '.join(near)}?" if near else ""
-
-
-def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
-
-
-def _stop(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)

@@ -1,13 +1,17 @@
 """Which values of a configuration decide the result, and which may differ between two starts."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
+FORMAT = 3  # of a run folder: what its configuration means and its files hold
 # where and how fast a run computes, who watches, and what is measured afterwards
 RUNTIME = (
     "trainer",
     "logger",
+    "callbacks",
     "output",
     "resume",
     "overwrite",
@@ -16,25 +20,49 @@ RUNTIME = (
     "checkpoint_every",
     "evaluate",
     "evaluation",
-    "nonfinite",  # without such a step there is no difference, and after one a stopped run goes on
-    "data.cache",  # whose place is no matter; that there is one is said by data.cache_dtype
+    "nonfinite",  # decides nothing until such a step comes, and then the run stops or skips it
+    "data.cache",  # its place; that activations are stored is known from data.cache_dtype
     "stream.num_workers",
     "stream.blocks_per_forward",
 )
+PLACE = ("accelerator", "devices", "num_nodes", "strategy", "precision", "profiler")
+OURS = ("groupsae.", "lightning.pytorch.callbacks.ModelCheckpoint")  # callbacks of conf/callbacks
 
 
-def decisive(values: Mapping[str, Any], more: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the plain values that decide the result, without some more dotted keys.
+def content(values: Mapping[str, Any], ignored: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the part of a configuration that decides the result.
 
-    Activations that are read from a store were rounded to its dtype; without a store that dtype
-    decides nothing.
+    That is everything but `RUNTIME`. Of the trainer and the callbacks it has what a user added:
+    options of Lightning's that are neither a place nor a display, classes that are not ours.
+    Activations from a store were rounded to its dtype, which decides nothing without a store.
+
+    Args:
+        values: plain, not resolved.
+        ignored: more dotted keys to leave out.
     """
     stored = (values.get("data") or {}).get("cache") is not None
-    return without(values, (*RUNTIME, *more, *(() if stored else ("data.cache_dtype",))))
+    kept = without(values, (*RUNTIME, *ignored, *(() if stored else ("data.cache_dtype",))))
+    trainer = {
+        key: value
+        for key, value in (values.get("trainer") or {}).items()
+        if key not in PLACE and not key.startswith("enable_")
+    }
+    callbacks = {
+        name: node
+        for name, node in (values.get("callbacks") or {}).items()
+        if node and not str(node.get("_target_")).startswith(OURS)
+    }
+    added = {"trainer": trainer, "callbacks": callbacks}
+    return {**kept, "run_format": FORMAT, **{key: v for key, v in added.items() if v}}
+
+
+def content_hash(values: Mapping[str, Any]) -> str:
+    """Return 8 hex digits over `content`."""
+    return hashlib.sha256(json.dumps(content(values), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def without(values: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    """Return plain values without some dotted keys; those that are not there are no matter."""
+    """Return plain values without some dotted keys, whether or not they have them."""
     kept = deepcopy(dict(values))
     for key in keys:
         *parents, last = key.split(".")

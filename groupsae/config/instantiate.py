@@ -1,6 +1,6 @@
 """Which classes a configuration may name, and the objects that it describes.
 
-A configuration is data, perhaps a stranger's: what it can build is what our own yaml files name.
+A configuration is data, perhaps a stranger's: it can build only what our own yaml files name.
 """
 
 import importlib
@@ -19,11 +19,12 @@ from groupsae.runtime.errors import UserError
 _INSTALLED = Path(__file__).parents[1] / "conf"
 CONF = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "conf"
 VARIABLE = "GROUPSAE_TARGETS"  # of the environment: classes of the user's own, with commas
-# beside those of the yaml files
+# in addition to those of the yaml files
 MORE = (
     "lightning.pytorch.strategies.DDPStrategy",  # in run folders of earlier versions
     "transformers.BitsAndBytesConfig",  # model.load.quantization_config
 )
+MOVED: dict[str, str] = {}  # import path in run folders of earlier versions -> the one now
 _TARGET = re.compile(r"^\s*_target_: ((?:groupsae|lightning)\.[\w.]+)", re.MULTILINE)
 
 
@@ -36,14 +37,14 @@ def allowed() -> frozenset[str]:
 @cache
 def _of_our_files() -> frozenset[str]:
     texts = (file.read_text(encoding="utf-8") for file in CONF.rglob("*.yaml"))
-    return frozenset(MORE).union(name for text in texts for name in _TARGET.findall(text))
+    return frozenset([*MORE, *MOVED]).union(*(_TARGET.findall(text) for text in texts))
 
 
 def check_targets(values: object, where: str = "") -> None:
-    """Look at everything that a configuration would build, before anything is built.
+    """Check the class names in a configuration, before anything is built.
 
     Args:
-        values: plain values, not resolved: a target that is put together from others is refused.
+        values: plain values; a target that is put together by interpolation is refused.
         where: their dotted name.
 
     Raises:
@@ -51,8 +52,8 @@ def check_targets(values: object, where: str = "") -> None:
             instruction.
     """
     if isinstance(values, list | tuple):
-        for number, each in enumerate(values):
-            check_targets(each, f"{where}[{number}]")
+        for number, value in enumerate(values):
+            check_targets(value, f"{where}[{number}]")
     if not isinstance(values, Mapping):
         return
     for key, value in values.items():
@@ -66,22 +67,21 @@ def check_targets(values: object, where: str = "") -> None:
         if key == "_partial_" and not isinstance(value, bool):
             raise UserError(f"{name} is {value!r}; it must be true or false.")
         if str(key).startswith("_") and key not in ("_target_", "_partial_"):
-            raise UserError(f"{name} is no option: leave it out.")
+            raise UserError(f"{name} is not an option: leave it out.")
         check_targets(value, name)
 
 
 def make(cfg: Any, **more: Any) -> Any:
-    """Return what a conf node describes, built from plain Python values.
+    """Return what a node of the configuration describes, built from plain Python values.
 
     Args:
         cfg: a node with `_target_` and the arguments' values, or one that holds such nodes.
         **more: further arguments.
 
     Raises:
-        UserError: a class is not allowed, or has no such argument; or what its constructor says.
+        UserError: a class is not allowed, or has no such argument; or its constructor refuses one.
     """
     if OmegaConf.is_config(cfg):
-        check_targets(OmegaConf.to_container(cfg, resolve=False))
         cfg = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     check_targets(cfg)
     return _built({**cfg, **more} if more else cfg)
@@ -89,14 +89,14 @@ def make(cfg: Any, **more: Any) -> Any:
 
 def _built(values: Any) -> Any:
     if isinstance(values, list):
-        return [_built(each) for each in values]
+        return [_built(value) for value in values]
     if not isinstance(values, dict):
         return values
     arguments = {k: _built(v) for k, v in values.items() if k not in ("_target_", "_partial_")}
     if "_target_" not in values:
         return arguments
-    target = values["_target_"]
-    assert target in allowed()
+    named: str = values["_target_"]
+    target = MOVED.get(named, named)
     module, _, name = target.rpartition(".")
     try:
         made = getattr(importlib.import_module(module), name)

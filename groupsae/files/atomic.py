@@ -133,7 +133,7 @@ def atomic_folder(
     new_parents = [folder for folder in target.parents if not folder.exists()]
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     old = temporary.with_name(f"{temporary.name}.old")
-    with explain_write_errors(target, "to=<folder>"):
+    with explain_write_errors(target):
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -166,17 +166,17 @@ def check_free(
         return
     if not overwrite:
         raise UserError(
-            f"{target} exists: overwrite=true replaces it, to=<folder> writes elsewhere."
+            f"{target} exists: overwrite=true replaces it, output=<folder> writes elsewhere."
         )
     resolved = target.resolve()
     for kept in (Path.cwd(), *([] if source is None else [source.resolve()])):
         if kept.is_relative_to(resolved):
             raise UserError(
                 f"{target} is or contains {kept}, which this does not replace: name another "
-                "folder with to=<folder>."
+                "folder with output=<folder>."
             )
     if not resolved.is_dir() or (any(resolved.iterdir()) and not ours(resolved)):
         raise UserError(
             f"{target} holds files that this command does not write, so overwrite=true does not "
-            "replace it: name another folder with to=<folder>."
+            "replace it: name another folder with output=<folder>."
         )

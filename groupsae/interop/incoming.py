@@ -176,8 +176,8 @@ def _recognised(path: Path, form: str | None) -> Iterator[tuple[Path, str]]:
     """Yield the folders of SAEs, in order of their numbers, and their formats."""
     if not path.is_dir():
         raise UserError(
-            f"path={path}: there is no such folder. Name one, or a repository of the Hub as "
-            f"path=hf:{path if looks_like_name(str(path)) else 'owner/name'}."
+            f"saes={path}: there is no such folder. Name one, or a repository of the Hub as "
+            f"saes=hf:{path if looks_like_name(str(path)) else 'owner/name'}."
         )
     for folder in sorted([path, *(p for p in path.rglob("*") if p.is_dir())], key=_by_number):
         if any(part.startswith(".") for part in folder.relative_to(path).parts):

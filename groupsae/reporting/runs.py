@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd  # type: ignore[import-untyped,unused-ignore]
 from matplotlib.figure import Figure
 
-from groupsae.config.identity import decisive
+from groupsae.config.identity import content
 from groupsae.reporting.figures import UNITS, Captioned
 from groupsae.reporting.formatting import METRICS
 from groupsae.reporting.load import RunFiles, value_of
@@ -53,7 +53,7 @@ def families(runs: Sequence[RunFiles]) -> list[Family]:
     """Return the runs by configuration without the seed, and by what they were evaluated on."""
     found: dict[str, list[RunFiles]] = {}
     for run in runs:
-        kept = decisive(run.config, ("seed", "hydra")) or str(run.folder)
+        kept = content(run.config, ("seed", "hydra")) if run.config else str(run.folder)
         key = json.dumps([kept, run.plan["last_layer"], measured_on(run)], default=str)
         found.setdefault(key, []).append(run)
     for depth in (1, 2, 3):

@@ -10,8 +10,12 @@ NAMES = {
     "secret", "client_secret", "secret_key", "access_key", "secret_access_key",
     "aws_secret_access_key", "aws_session_token", "private_key", "credentials", "authorization",
 }  # fmt: skip
-_VARIABLE = re.compile(r"TOKEN|API_?KEY|SECRET|PASSW|CREDENTIAL")
-_SHORTEST = 12  # characters of a secret: less is found by chance
+# of the environment: credentials of the services that our libraries use; others prove nothing
+VARIABLES = (
+    "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+)  # fmt: skip
+_SHORTEST = 12  # characters of a secret: a shorter text may be there by chance
 _PATTERNS = (  # what it looks like, what is shown instead, what it is
     (re.compile(r"(\w+://)[^/\s@]+@"), r"\1***@", "an address with a password"),
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "hf_***", "a token of the Hugging Face Hub"),
@@ -28,7 +32,7 @@ _AUTHORIZATION = re.compile(r"(?i)\b((?:bearer|basic)\s+)[\w.~+/=-]{8,}")
 
 
 def redacted(text: str) -> str:
-    """Return a text without what may be secret in it: addresses, tokens, values of variables.
+    """Return a text without secrets: passwords in addresses, tokens, values of `VARIABLES`.
 
     >>> redacted("cannot reach https://me:pass@hub.org/x?token=abc&b=1")
     'cannot reach https://***@hub.org/x?token=***&b=1'
@@ -71,9 +75,5 @@ def secret_in(value: object, where: str = "") -> tuple[str, str] | None:
 
 
 def _secret_variables() -> dict[str, str]:
-    return {
-        name: value
-        for name, value in os.environ.items()
-        # HF_TOKEN_PATH and its like name a file
-        if len(value) >= _SHORTEST and _VARIABLE.search(name) and not os.path.exists(value)
-    }
+    values = {name: os.environ.get(name, "") for name in VARIABLES}
+    return {name: value for name, value in values.items() if len(value) >= _SHORTEST}

@@ -14,7 +14,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 
-from groupsae.config.arguments import CONF
+from groupsae.config.instantiate import CONF
 from groupsae.export import export as command
 from groupsae.interop.fold import onto_raw
 from groupsae.interop.formats import FORMATS, check_holds
@@ -237,7 +237,7 @@ def test_what_a_format_cannot_hold_is_refused_with_those_that_can(tmp_path, kind
     [
         (["format=gguf"], "'gguf'; use saelens, sparsify, dictionary_learning"),
         ([], "nothing to do: give format="),
-        (["hub=me/saes", "to=out"], "to=out says where format=... writes"),
+        (["hub=me/saes", "output=out"], "output=out is where format=... writes"),
         (["format=saelens", "hub=no/good/name"], "write owner/name"),
     ],
 )
@@ -290,17 +290,17 @@ def test_an_export_that_breaks_off_leaves_what_was_there(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]
 
 
-@pytest.mark.parametrize("to", ["run", "run/saes", ".", "mine", "run/../run"])
-def test_overwriting_replaces_nothing_but_an_export(tmp_path, monkeypatch, to):
+@pytest.mark.parametrize("output", ["run", "run/saes", ".", "mine", "run/../run"])
+def test_overwriting_replaces_nothing_but_an_export(tmp_path, monkeypatch, output):
     run_folder(tmp_path / "run", "topk")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="not replace"):
-        export("run", "format=saelens", "overwrite=true", f"to={to}")
+        export("run", "format=saelens", "overwrite=true", f"output={output}")
     with pytest.raises(UserError, match="not replace"):
-        export_suite(load_suite("run"), FORMATS["saelens"], Path(to), overwrite=True)
+        export_suite(load_suite("run"), FORMATS["saelens"], Path(output), overwrite=True)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -383,16 +383,18 @@ def test_an_architecture_with_an_unknown_tensor_is_not_folded():
     ("module", "argument", "told"),
     [
         ("export", "formt=saelens", "formt is unknown. Did you mean format?"),
-        ("import_saes", "path=some,where=1", "path=some,where=1: there is no such folder."),
-        ("import_saes", "nums_groups=3", "nums_groups is unknown. Did you mean num_groups"),
+        ("adopt", "path=some,where=1", "saes=some,where=1: there is no such folder."),
+        ("adopt", "nums_groups=3", "nums_groups is unknown. Did you mean num_groups"),
+        ("import_saes", "to=there", "which SAEs? Give saes=<folder>"),
     ],
 )
 def test_the_command_line_answers_with_one_sentence_and_status_2(module, argument, told, tmp_path):
     command = [sys.executable, "-m", f"groupsae.{module}", argument]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert told in done.stderr
+    assert f"error: {told}" in done.stderr
+    assert "note: groupsae.adopt is now" in done.stderr or module != "adopt"
+    assert "note: path= is now saes=" in done.stderr or not argument.startswith("path=")
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 

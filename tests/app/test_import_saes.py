@@ -11,8 +11,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import save_file
 
-from groupsae.app.run_folder import open_run, register_resolver
-from groupsae.config.arguments import CONF
+from groupsae.app.import_saes import import_saes
+from groupsae.app.run_folder import register_resolver
+from groupsae.config.instantiate import CONF
 from groupsae.export import export
 from groupsae.import_saes import import_saes as command
 from groupsae.interop import group_sae
@@ -21,6 +22,7 @@ from groupsae.interop.incoming import read_folder
 from groupsae.reporting.page import write_report
 from groupsae.runtime.errors import UserError
 from groupsae.suite.suite import load_suite
+from groupsae.train import train
 from tests.helpers.evaluated import evaluate, evaluated
 from tests.helpers.runs import composed, overrides, run
 from tests.helpers.shelf import D_MODEL, D_SAE, K, dense, edit, naive, rows, run_folder, tensors_of
@@ -36,10 +38,19 @@ def read(path: Path, **changes):
     return read_folder(path, **options | changes)
 
 
-def adopt(path: Path | str, *arguments: str) -> Path:
+def imported(saes: Path | str, *arguments: str) -> Path:
     register_resolver()
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        return command(compose("import_saes", [f"path={path}", *arguments]))
+        return import_saes(compose("import_saes", [f"saes={saes}", *arguments]))
+
+
+def refused(saes: Path | str, *arguments: str) -> str:
+    """Return what the command says that it cannot do."""
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        cfg = compose("import_saes", [f"saes={saes}", *arguments])
+    with pytest.raises(UserError) as raised:
+        command(cfg)
+    return str(raised.value)
 
 
 def sized(tensors, factor=None):
@@ -398,7 +409,7 @@ def test_folders_that_do_not_fit_the_model_or_each_other_are_refused(tmp_path):
         read(tmp_path / "run", only=["layers.9"])
     with pytest.raises(UserError, match="is a folder of sparsify, not of format=saelens"):
         read(one, form="saelens")
-    with pytest.raises(UserError, match="there is no such folder.*as path=hf:me/saes"):
+    with pytest.raises(UserError, match="there is no such folder.*as saes=hf:me/saes"):
         read(Path("me/saes"))
     with pytest.raises(UserError, match="chooses among the paper's checkpoints"):
         read(one, num_groups=3)
@@ -436,17 +447,17 @@ def test_out_and_in_again_is_evaluated_to_the_same_figures(
     ours, tiny_lm, tiny_text, tmp_path, form, capsys
 ):
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        export(compose("export", [f"run={ours}", f"format={form}", f"to={tmp_path / 'out'}"]))
-    adopted = adopt(tmp_path / "out", *on(tiny_lm, tiny_text, tmp_path / "runs"))
-    assert adopted == tmp_path / "runs" / tiny_lm.name / "adopted" / "out"
+        export(compose("export", [f"run={ours}", f"format={form}", f"output={tmp_path / 'out'}"]))
+    theirs = imported(tmp_path / "out", *on(tiny_lm, tiny_text, tmp_path / "runs"))
+    assert theirs == tmp_path / "runs" / tiny_lm.name / "imported" / "out"
     before = json.loads((ours / "evaluation" / "evaluation.json").read_text())
-    after = evaluate(adopted)
+    after = evaluate(theirs)
     expected, found = fvu_of(before), fvu_of(after)
     assert found.keys() == expected.keys()
     np.testing.assert_allclose([*found.values()], [expected[x] for x in found], rtol=1e-4)
     assert after["groupings"][0]["kind"] == "per_layer"
     assert after["groupings"][0]["cost"] is None
-    page = write_report([adopted], None).read_text(encoding="utf-8")
+    page = write_report([theirs], None).read_text(encoding="utf-8")
     assert "layers.3" in page
 
 
@@ -456,13 +467,13 @@ def test_saes_of_another_hookpoint_go_out_and_come_in(tiny_lm, tiny_text, tmp_pa
     status, ours = run(overrides(tiny_lm, tiny_text, tmp_path / "runs", "evaluate=true", at))
     assert status == 0
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        export(compose("export", [f"run={ours}", "format=saelens", f"to={tmp_path / 'out'}"]))
+        export(compose("export", [f"run={ours}", "format=saelens", f"output={tmp_path / 'out'}"]))
     assert (tmp_path / "out" / "blocks.2.hook_mlp_out").is_dir()
     with pytest.raises(UserError, match="is for mlp_out.*give model.hookpoint=mlp_out"):
-        adopt(tmp_path / "out", *on(tiny_lm, tiny_text, tmp_path / "runs"))
-    adopted = adopt(tmp_path / "out", *on(tiny_lm, tiny_text, tmp_path / "runs", at))
+        imported(tmp_path / "out", *on(tiny_lm, tiny_text, tmp_path / "runs"))
+    theirs = imported(tmp_path / "out", *on(tiny_lm, tiny_text, tmp_path / "runs", at))
     before = json.loads((ours / "evaluation" / "evaluation.json").read_text())
-    expected, found = fvu_of(before), fvu_of(evaluate(adopted))
+    expected, found = fvu_of(before), fvu_of(evaluate(theirs))
     np.testing.assert_allclose([*found.values()], [expected[x] for x in found], rtol=1e-4)
 
 
@@ -475,14 +486,14 @@ def test_saes_of_some_layers_in_groups_are_evaluated_and_reported(tiny_lm, tiny_
     folder = sparsify(repo / "cluster" / "k2-c0", tensors, d_in=32, expansion_factor=2)
     torch.save({f"layers.{x}": 0.5 + x for x in range(4)}, folder.parent / "scaling_factors.pt")
     (repo / "cluster" / "config.json").write_text(json.dumps({"clusters": {"k2-c0": [1, 2]}}))
-    run = adopt(repo, *on(tiny_lm, tiny_text, tmp_path / "runs"), f"to={tmp_path / 'run'}")
+    run = imported(repo, *on(tiny_lm, tiny_text, tmp_path / "runs"), f"name={tmp_path / 'run'}")
     suite = load_suite(run)
     assert suite.layers == [1, 2]
     assert [suite.norm_factor(layer) for layer in (1, 2)] == [1.5, 2.5]
     before = write_report([run], None).read_text(encoding="utf-8")
     assert "layers.1-2" in before
-    with pytest.raises(UserError, match="trained elsewhere and adopted"):
-        open_run(composed([f"resume={run}"]), [])
+    with pytest.raises(UserError, match="were imported, not trained here"):
+        train(composed([f"resume={run}"]), [])
     evaluation = evaluate(run)
     (grouping,) = evaluation["groupings"]
     assert grouping["sae_of_layer"] == {"1": "layers.1-2", "2": "layers.1-2"}
@@ -491,23 +502,22 @@ def test_saes_of_some_layers_in_groups_are_evaluated_and_reported(tiny_lm, tiny_
     assert "layers.1-2" in write_report([run], None).read_text(encoding="utf-8")
 
 
-def test_nothing_is_left_of_an_adoption_that_fails(tiny_lm, tiny_text, tmp_path):
+def test_nothing_is_left_of_an_import_that_fails(tiny_lm, tiny_text, tmp_path):
     good, bad = tensors_of("topk"), tensors_of("topk")
     bad["W_dec"] = bad["W_dec"][1:]
     sparsify(tmp_path / "repo" / "layers.1", good)
     sparsify(tmp_path / "repo" / "layers.2", bad)
     with pytest.raises(UserError, match=r"W_dec has shape \[47, 16\]"):
-        adopt(tmp_path / "repo", *on(tiny_lm, tiny_text, tmp_path / "runs"))
+        imported(tmp_path / "repo", *on(tiny_lm, tiny_text, tmp_path / "runs"))
     assert not (tmp_path / "runs").exists()
     with pytest.raises(UserError, match="'gguf'; use saelens"):
-        adopt(tmp_path / "repo", "format=gguf")
-    with pytest.raises(UserError, match="which SAEs"):
-        adopt("null")
+        imported(tmp_path / "repo", "format=gguf")
+    assert "which SAEs" in refused("null")
 
 
-@pytest.mark.parametrize("to", ["repo", ".", "mine"])
-def test_overwriting_replaces_nothing_but_an_adopted_run(
-    tiny_lm, tiny_text, tmp_path, monkeypatch, to
+@pytest.mark.parametrize("name", ["repo", ".", "mine"])
+def test_overwriting_replaces_nothing_but_an_imported_run(
+    tiny_lm, tiny_text, tmp_path, monkeypatch, name
 ):
     sizes = {"W_enc": (64, 32), "b_enc": (64,), "W_dec": (64, 32), "b_dec": (32,)}
     tensors = {name: torch.randn(*shape) for name, shape in sizes.items()}
@@ -518,11 +528,11 @@ def test_overwriting_replaces_nothing_but_an_adopted_run(
     monkeypatch.chdir(tmp_path)
     there = [*on(tiny_lm, tiny_text, "runs"), "overwrite=true"]
     with pytest.raises(UserError, match="not replace"):
-        adopt("repo", *there, f"to={to}")
+        imported("repo", *there, f"name={tmp_path / name}")
     assert sorted(tmp_path.rglob("*")) == before
     monkeypatch.chdir("repo")
-    for _ in range(2):  # a run that was adopted is replaced
-        assert adopt(".", *there) == Path("runs") / tiny_lm.name / "adopted" / "repo"
+    for _ in range(2):  # a run that was imported is replaced
+        assert imported(".", *there) == Path("runs") / tiny_lm.name / "imported" / "repo"
 
 
 def test_neighbouring_layers_only(tmp_path):
@@ -535,6 +545,5 @@ def test_neighbouring_layers_only(tmp_path):
     assert type(plan).from_json(json.loads(json.dumps(plan.to_json()))).saes == plan.saes
 
 
-def test_evaluation_is_not_asked_of_adoption(tmp_path):
-    with pytest.raises(UserError, match="evaluate=true is for training"):
-        adopt(tmp_path, "evaluate=true")
+def test_evaluation_is_not_asked_of_an_import(tmp_path):
+    assert "evaluate=true is for training" in refused(tmp_path, "evaluate=true")

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from groupsae.app.run_folder import check_values, content_hash
+from groupsae.config.identity import content_hash
+from groupsae.config.values import check_training
 from groupsae.runtime.errors import UserError
 from tests.helpers.runs import composed, overrides, run, saved, stopped
 
@@ -97,7 +99,7 @@ def test_bfloat16_is_near(start, streamed):
 
 def test_a_store_belongs_to_the_content_of_a_run_by_its_dtype_only(start):
     hashes = {
-        name: content_hash(composed(start("any", *more, dtype=dtype)))
+        name: content_hash(OmegaConf.to_container(composed(start("any", *more, dtype=dtype))))
         for name, dtype, more in [
             ("none", None, []),
             ("none, of another dtype", None, ["data.cache_dtype=float32"]),
@@ -116,4 +118,4 @@ def test_a_store_belongs_to_the_content_of_a_run_by_its_dtype_only(start):
 )
 def test_a_wrong_option_is_told_before_anything_is_packed(start, key, value):
     with pytest.raises(UserError, match=f"{key} is .*(float32|null)"):
-        check_values(composed(start("any", f"{key}={value}")))
+        check_training(composed(start("any", f"{key}={value}")))

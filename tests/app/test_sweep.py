@@ -197,7 +197,7 @@ def test_the_command_of_a_point_does_not_outlive_an_error(monkeypatch, tmp_path)
 
 
 def test_ctrl_c_leaves_jobs_elsewhere_alone(tmp_path, capfd):
-    points = sweep.Points()
+    points = sweep.SweepRecorder()
     points.folder, points.elsewhere = tmp_path, True
     points.points = [["seed=0"], ["seed=1"]]
     (tmp_path / "point-0.json").write_text(

@@ -66,7 +66,7 @@ def test_sigterm(expected, program, row):
     victim = program()
     stopped = victim.run(step=5, send=int(signal.SIGTERM))
     assert stopped.status == 128 + signal.SIGTERM, stopped.said
-    assert "stopped at step 5 of 12; go on with" in stopped.said
+    assert "stopped at step 5 of 12; resume with" in stopped.said
     assert victim.last_step() == 5
     again = victim.run()
     assert again.status == 0, again.said

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from groupsae.app.run_folder import alone, open_run
-from groupsae.config.arguments import check_arguments
+from groupsae.app.run_folder import open_run
+from groupsae.config.arguments import explain
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.ranks import check_processes
 from groupsae.train import train
@@ -70,12 +70,12 @@ def test_a_refused_command_leaves_no_run_folder(
     ["sae.k=3", "groups.rules=[even]", "+trainer.limit_train_batches=3", "groups.theta=0.1,0.2"],
 )
 def test_known_keys_pass_also_those_that_another_option_brings(argument: str) -> None:
-    check_arguments(["-m", "groups=all,amad", argument], "train")
-    check_arguments(["model=hf", "model.name=x", "experiment=replication", argument], "train")
+    explain(["-m", "groups=all,amad", argument], "train")
+    explain(["model=hf", "model.name=x", "experiment=replication", argument], "train")
 
 
 def test_a_folder_of_the_users_own_yaml_files_is_left_to_hydra() -> None:
-    check_arguments(["--config-dir=mine", "groups=own", "groups.own=3"], "train")
+    explain(["--config-dir=mine", "groups=own", "groups.own=3"], "train")
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_folder_of_the_users_own_yaml_files_is_left_to_hydra() -> None:
             ["trainer=ddp", "trainer.strategy.timeout_minutes=0"],
             "timeout_minutes is 0",
         ),
-        (["data.cache=README.md"], "data.cache=README.md is a file: give a folder"),
+        (["data.cache=README.md"], "data.cache is 'README.md'; it must be a folder"),
         (["stream.blocks_per_step=3000", "tokens=1000000"], "less than one step of 3000"),
     ],
 )
@@ -151,13 +151,13 @@ def test_a_run_of_several_processes_is_resumed_by_its_folder_alone(
 ) -> None:
     """The trainer comes from the run; the command line has the default one."""
     arguments = overrides(tiny_lm, tiny_text, tmp_path, "trainer=ddp")
-    _, folder, _ = open_run(composed(arguments), arguments)
+    with open_run(composed(arguments), arguments) as opened:
+        folder = opened.folder
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("WORLD_SIZE", "2")
     resume = [f"resume={folder}"]
-    with alone(composed(resume)):
-        cfg, _, _ = open_run(composed(resume), resume)
-    assert "strategy" in cfg.trainer
+    with open_run(composed(resume), resume) as opened:
+        assert "strategy" in opened.cfg.trainer
 
 
 def test_a_file_that_is_not_text_is_named(tiny_lm: Path, tmp_path: Path) -> None:
@@ -223,11 +223,12 @@ def test_resume_refuses_another_config_and_partition(half: Path) -> None:
 def test_overwrite_starts_again_and_nothing_else_does(half: Path) -> None:
     arguments = (half / ".hydra" / "overrides.yaml").read_text().splitlines()
     arguments = [a.removeprefix("- ").strip("'") for a in arguments]
-    _, _, checkpoint = open_run(composed(arguments), arguments)
-    assert checkpoint is not None
-    _, folder, checkpoint = open_run(composed([*arguments, "overwrite=true"]), arguments)
-    assert folder == half
-    assert checkpoint is None
+    with open_run(composed(arguments), arguments) as opened:
+        assert opened.checkpoint is not None
+    with open_run(composed([*arguments, "overwrite=true"]), arguments) as opened:
+        assert opened.folder == half
+        assert opened.checkpoint is None
+    assert not (half / "checkpoints").exists()
 
 
 def test_a_non_finite_activation_is_named_with_its_layer(

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import groupsae
 from groupsae.app.run_folder import register_resolver
-from groupsae.config.arguments import CONF
+from groupsae.config.instantiate import CONF
 from groupsae.data.activations import ActivationDataModule
 from groupsae.evaluation.intervals import Bootstrap
 from groupsae.grouping.rules import RULES

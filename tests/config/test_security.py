@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from groupsae.app.run_folder import finished_run, open_run
-from groupsae.config.arguments import check_arguments, make
-from groupsae.config.instantiate import allowed, check_targets
+from groupsae.app.run_folder import finished_run, open_run, save_config
+from groupsae.config.instantiate import allowed, check_targets, make
 from groupsae.config.security import check_own
 from groupsae.lm.options import check_load_options
 from groupsae.runtime.errors import UserError
@@ -64,7 +63,7 @@ EVIL = {"_target_": "os.system", "command": "true"}
         {"_target_": "groupsae.training.optim.Adam", "base_lr": EVIL},
         {"_target_": "groupsae.sae.topk.TopK", "_partial_": True, "k": [{"a": [EVIL]}]},
         {"_target_": "groupsae.sae.topk.os.system"},
-        {"_target_": "groupsae.config.arguments._stop", "message": "x"},
+        {"_target_": "groupsae.config.arguments.start", "message": "x"},
         {"_target_": "hydra.utils.get_method", "path": "os.system"},
         {"_target_": "functools.partial"},
         {"_target_": "${oc.env:TARGET}"},
@@ -120,7 +119,7 @@ def stranger(tmp_path, tiny_lm, tiny_text):
                 node = node[each]
             node[last] = value
         (tmp_path / ".hydra").mkdir(exist_ok=True)
-        OmegaConf.save(OmegaConf.create(plain), tmp_path / ".hydra" / "config.yaml")
+        save_config(OmegaConf.create(plain), tmp_path / ".hydra" / "config.yaml")
         (tmp_path / "summary.json").write_text("{}")
         return tmp_path
 
@@ -135,11 +134,11 @@ def stranger(tmp_path, tiny_lm, tiny_text):
             r"_target_ is 'os\.system', which a configuration may not",
         ),
         ({"logger": {"x": EVIL}}, "may not name"),
-        ({"model.name": "${oc.env:HOME}/x"}, r"asks for \$\{oc\.env:\.\.\.\}, which could read"),
+        ({"model.name": "${oc.env:HOME}/x"}, r"holds '\$\{oc\.env:HOME\}/x', which could read"),
         ({"data.path": "a-${ oc.decode:${oc.env:HOME}}"}, "could read what is secret"),
         (
             {"data.path": "${oc.${seed}:HOME}"},
-            r"asks for \$\{oc\.\$\{seed\}:\.\.\.\}",
+            r"holds '\$\{oc\.\$\{seed\}:HOME\}'",
         ),
         ({"data.path": "${${model.name}:HOME}"}, "could read what is secret"),
         ({"data.path": "${oc.env.${.a.${.b}}:HOME}"}, "could read what is secret"),
@@ -155,8 +154,11 @@ def test_a_strangers_run_folder_runs_nothing_and_asks_nothing(stranger, changes,
         finished_run(folder, trusted=False)
     (folder / "summary.json").unlink()
     again = [f"output={folder}", "model=tiny", f"resume={folder}"]
-    with pytest.raises(UserError, match=sentence.replace("trust_remote_code=true", "")):
-        open_run(runs.composed(again), again[2:])
+    with (
+        pytest.raises(UserError, match=sentence.replace("trust_remote_code=true", "")),
+        open_run(runs.composed(again), again[2:]),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("plain", ["${.a.${.b}}", "${seed}:x", "{a: ${seed}}", "${run_folder:}"])
@@ -168,7 +170,8 @@ def test_who_trusts_the_models_code_says_so(stranger):
     folder = stranger({"model.load": {"trust_remote_code": True}})
     assert finished_run(folder, trusted=True).model.load.trust_remote_code
     again = [f"resume={folder}", "+model.load.trust_remote_code=true"]
-    assert open_run(runs.composed(again), again)[0].model.load.trust_remote_code
+    with open_run(runs.composed(again), again) as opened:
+        assert opened.cfg.model.load.trust_remote_code
 
 
 def test_what_comes_from_the_environment_is_saved_plain(tmp_path, monkeypatch, tiny_lm):
@@ -207,23 +210,27 @@ def test_weights_are_never_unpickled_with_code():
         "model.name=planted/with+a/slash",
     ],
 )
-def test_a_secret_is_refused_before_it_is_written(
-    argument, capsys, monkeypatch, tmp_path, tiny_lm
-):
-    monkeypatch.setenv("MY_API_KEY", "planted-in-the-environment")
+def test_a_secret_is_refused_before_it_is_written(argument, monkeypatch, tmp_path, tiny_lm):
+    monkeypatch.setenv("WANDB_API_KEY", "planted-in-the-environment")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted/with+a/slash")
-    if "{" not in argument:
-        with pytest.raises(SystemExit):
-            check_arguments([argument], "train")
-        said = capsys.readouterr().err
-        assert "HF_TOKEN" in said
-        assert not any(x in said for x in (SECRET, "word@", "0123", "planted-in"))
     more = ["logger=wandb", argument] if "logger" in argument else [argument]
     arguments = runs.overrides(tiny_lm, "text", tmp_path, *more)
-    with pytest.raises(UserError, match="run folders keep their configuration") as raised:
-        open_run(runs.composed(arguments), arguments)
-    assert SECRET not in str(raised.value)
+    with (
+        pytest.raises(UserError, match="run folders keep their configuration") as raised,
+        open_run(runs.composed(arguments), arguments),
+    ):
+        pass
+    assert "HF_TOKEN" in str(raised.value)
+    assert not any(x in str(raised.value) for x in (SECRET, "word@", "0123", "planted"))
     assert not list(tmp_path.rglob("*"))
+
+
+def test_variables_that_only_sound_like_secrets_prove_nothing(monkeypatch):
+    monkeypatch.setenv("TOKENIZER_NAME", "EleutherAI/pythia-160m")
+    monkeypatch.setenv("MY_SECRET_PROJECT", "EleutherAI/pythia-160m")
+    check_own(runs.composed(["model=hf", "model.name=EleutherAI/pythia-160m"]))
+    message = "cannot load model 'EleutherAI/pythia-160m'"
+    assert str(UserError(message)) == message
 
 
 def test_what_is_no_secret_is_none(tmp_path, monkeypatch):
@@ -249,7 +256,7 @@ def test_what_is_no_secret_is_none(tmp_path, monkeypatch):
     ],
 )
 def test_secrets_are_taken_out_of_what_libraries_say(said, shown, monkeypatch):
-    monkeypatch.setenv("MY_API_KEY", "planted-in-the-environment")
+    monkeypatch.setenv("WANDB_API_KEY", "planted-in-the-environment")
     assert redacted(said) == shown
     assert str(UserError(said)) == shown
 

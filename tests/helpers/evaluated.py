@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from groupsae.app.run_folder import register_resolver
-from groupsae.config.arguments import CONF
+from groupsae.config.instantiate import CONF
 from groupsae.suite.suite import Suite, load_suite
 from tests.helpers.runs import config_of, overrides, run
 
@@ -65,7 +65,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 def evaluate(folder: Path, *arguments: str) -> dict[str, Any]:
     """Evaluate as the command line would, in this process; return evaluation.json."""
-    from groupsae.evaluate import run as command
+    from groupsae.evaluate import evaluate as command
 
     register_resolver()
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):

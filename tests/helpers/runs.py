@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from groupsae.app.run_folder import open_run, register_resolver
-from groupsae.config.arguments import CONF
+from groupsae.config.instantiate import CONF
 
 
 def overrides(lm: Path, text: Path, output: Path, *more: str) -> list[str]:
@@ -53,8 +53,8 @@ def run(arguments: list[str]) -> tuple[int, Path]:
     """Train as the command line would; return the exit status and the run folder."""
     from groupsae.app.fit import fit
 
-    cfg, folder, checkpoint = open_run(composed(arguments), arguments)
-    return fit(cfg, folder, checkpoint), folder
+    with open_run(composed(arguments), arguments) as opened:
+        return fit(opened), opened.folder
 
 
 def stopped(

@@ -8,11 +8,11 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 import groupsae
+from groupsae.app.import_saes import download_saes, import_saes
 from groupsae.app.run_folder import register_resolver
-from groupsae.config.arguments import CONF
+from groupsae.config.instantiate import CONF
 from groupsae.export import export as command
 from groupsae.files.atomic import write_json
-from groupsae.import_saes import _download, import_saes
 from groupsae.interop.incoming import read_folder
 from groupsae.runtime.errors import UserError
 from groupsae.suite.hub import Repository, looks_like_name, repository
@@ -149,19 +149,19 @@ def test_a_model_in_a_folder_is_no_base_model(hub, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["saelens", "sparsify", "dictionary_learning"])
-def test_exported_folders_go_to_the_hub_and_come_back_by_adoption(hub, run, form):
+def test_exported_folders_go_to_the_hub_and_come_back_by_import(hub, run, form):
     export(run, f"format={form}", "hub=me/saes", "private=false")
     head, body = front(hub, "me/saes")
     assert head["library_name"] == form
     assert {"saelens": "from sae_lens", "sparsify": "from sparsify"}.get(form, form) in body
     assert "me/saes" not in hub.private
-    folder = _download(repository("hf:me/saes"), None)
+    folder = download_saes(repository("hf:me/saes"), None)
     found = read_folder(
         folder, form=None, only=None, num_groups=None, num_layers=6, d_model=16,
         hookpoint="resid_post", stack="decoder",
     )  # fmt: skip
     assert [each.layers for each in found] == [[0], [1], [3]]
-    some = _download(Repository("me/saes", None), ["*3*"])
+    some = download_saes(Repository("me/saes", None), ["*3*"])
     assert some == folder  # one snapshot
 
 
@@ -170,7 +170,7 @@ def test_only_the_chosen_folders_are_fetched_from_the_hub(hub, run, tiny_lm, tmp
     register_resolver()
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         model = ["model=hf", f"model.name={tiny_lm}", f"output={tmp_path}"]
-        cfg = compose("import_saes", ["path=hf:me/saes", "only=[layers.3]", *model])
+        cfg = compose("import_saes", ["saes=hf:me/saes", "only=[layers.3]", *model])
     with pytest.raises(UserError, match=r"layers\.3 takes activations of width 16"):
         import_saes(cfg)
     got = [call for call in hub.calls if call.startswith("GET") and "/resolve/" in call]
@@ -216,9 +216,9 @@ def test_a_second_upload_leaves_none_of_the_old_saes_and_what_others_put_there(h
 
 def test_a_run_on_the_hub_is_exported_from_there(hub, run, tmp_path):
     export(run, "hub=me/saes")
-    export("hf:me/saes", "format=saelens", f"to={tmp_path / 'out'}")
+    export("hf:me/saes", "format=saelens", f"output={tmp_path / 'out'}")
     assert (tmp_path / "out" / "blocks.3.hook_resid_post" / "cfg.json").exists()
-    with pytest.raises(UserError, match="say where to write"):
+    with pytest.raises(UserError, match="name one to write to, output="):
         export("hf:me/saes", "format=saelens")
     with pytest.raises(UserError, match="is on the Hub already"):
         export("hf:me/saes", "hub=me/other")

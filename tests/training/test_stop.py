@@ -77,7 +77,7 @@ def test_a_signal_to_the_whole_group_stops_in_order(
     (ended,) = together(stop_group, 1, tmp_path / "log", arguments, number, measuring)
     assert ended.status == 128 + number, ended.output
     assert "Traceback" not in ended.output
-    said = "stopped before or after" if measuring else "stopped at step 3 of 6"
+    said = "stopped before training; resume with" if measuring else "stopped at step 3 of 6"
     assert said in ended.output
     assert bool(list(tmp_path.rglob("step=3.ckpt"))) == (not measuring)
 
@@ -132,7 +132,8 @@ def test_a_refused_dry_run_leaves_a_run_that_has_just_begun_alone(
     from groupsae import train
 
     arguments = runs.overrides(tiny_lm, tiny_text, tmp_path)
-    _, folder, _ = runs.open_run(runs.composed(arguments), arguments)
+    with runs.open_run(runs.composed(arguments), arguments) as opened:
+        folder = opened.folder
     refused = [*arguments, "dry_run=true", "trainer=ddp", "trainer.accelerator=cpu"]
     refused += ["trainer.devices=3"]
     with pytest.raises(UserError, match="cannot be shared out equally over 3 processes"):

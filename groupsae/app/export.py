@@ -1,0 +1,95 @@
+"""Exports the SAEs of a run: folders of another library, a repository of the Hub, or both."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from groupsae.app.run_folder import finished_run
+from groupsae.files.atomic import check_free
+from groupsae.interop.card import card, figures_of_run, files_of_run, of_groupsae
+from groupsae.interop.formats import format_named
+from groupsae.interop.outgoing import Written, export_suite, only
+from groupsae.runtime.errors import UserError
+from groupsae.suite.hub import check_name, repository, upload
+from groupsae.suite.suite import load_suite
+
+
+def export(cfg: DictConfig, run: Path) -> None:
+    """Write, compare and upload what the command asks for; print what was done.
+
+    Args:
+        cfg: conf/export.yaml.
+        run: folder of the run, or its name on the Hub.
+
+    Raises:
+        UserError: the command asks for what cannot be done, the format cannot hold the SAEs, or
+            they cannot be read, written or uploaded.
+    """
+    on_hub = repository(run) is not None
+    _check(cfg, run, on_hub)
+    name = str(cfg.format) if cfg.grouping is None else f"{cfg.format}-{cfg.grouping}"
+    target = Path(str(cfg.output)) if cfg.output is not None else run / "export" / name
+    chosen = None if cfg.format is None else format_named(cfg.format)
+    if chosen is not None:
+        source = None if on_hub else run
+        check_free(target, overwrite=cfg.overwrite, ours=only(chosen), source=source)
+    suite = load_suite(str(run), cfg.grouping)
+    written: list[Written] = []
+    files: dict[str, Path | bytes] = {}
+    if chosen is not None:
+        written = export_suite(suite, chosen, target, overwrite=cfg.overwrite)
+        _show(written, target)
+        files = {p.relative_to(target).as_posix(): p for p in target.rglob("*") if p.is_file()}
+    if cfg.hub is None:
+        return
+    files |= files_of_run(run) if chosen is None else figures_of_run(run)
+    folders = [each.folder for each in written]
+    page = card(cfg.hub, run, suite, grouping=cfg.grouping, chosen=chosen, folders=folders)
+    try:
+        address = upload(
+            cfg.hub,
+            {**files, "README.md": page.encode()},
+            message=f"SAEs of {len(suite.layers)} layers, by groupsae",
+            private=cfg.private,
+            replaced=of_groupsae if cfg.overwrite else None,
+        )
+    except UserError as error:
+        again = f" The folders are in {target}: to do all of it again, add overwrite=true."
+        raise UserError(f"{error}{again if chosen else ''}") from error
+    print(f"Uploaded {len(files) + 1} files: {address}")
+
+
+def _check(cfg: DictConfig, run: Path, on_hub: bool) -> None:
+    formats = "format=saelens, sparsify or dictionary_learning"
+    if cfg.format is None and cfg.hub is None:
+        raise UserError(f"nothing to do: give {formats}, or hub=<owner/name>, or both.")
+    if cfg.format is None and cfg.output is not None:
+        raise UserError(
+            f"output={cfg.output} is where format=... writes, and no format is given: leave it "
+            f"out, or give {formats}."
+        )
+    if on_hub and cfg.format is None:
+        raise UserError(f"run={run} is on the Hub already: give format=... to convert it.")
+    if on_hub and cfg.output is None:
+        raise UserError(f"run={run} is no folder here: name one to write to, output=<folder>.")
+    if not on_hub and not (run / "summary.json").exists():
+        finished_run(run, trusted=True)  # builds nothing: raises what is missing
+    if cfg.hub is not None:
+        check_name(str(cfg.hub), f"hub={cfg.hub}")
+
+
+def _show(written: Sequence[Written], target: Path) -> None:
+    table = Table("folder", "SAE", "largest difference", "ties")
+    for each in written:
+        ties = f"{each.ties} rows" if each.ties else ""
+        table.add_row(each.folder, each.group, f"{each.difference:.1e}", ties)
+    console = Console()
+    console.print(table)
+    console.print(
+        "Read back and compared: the difference is a share of the largest output; in tied rows "
+        "rounding decides between latents."
+    )
+    console.print(f"Export: {target}", soft_wrap=True)

@@ -1,0 +1,138 @@
+"""What the commands' own values may be: one line each, checked before anything slow starts.
+
+The defaults are in conf/. Arguments of a class (`sae`, `groups`, ...) are checked by the class.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, OmegaConf
+
+from groupsae.runtime.errors import UserError
+
+
+class Allowed(NamedTuple):
+    """The values that a key may have: in words, and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+    def or_null(self, meaning: str) -> "Allowed":
+        """Return the same values and null."""
+        words = f"{self.words}, or null for {meaning}"
+        return Allowed(words, lambda v: v is None or self.holds(v))
+
+
+def at_least(least: int) -> Allowed:
+    """Return the whole numbers from `least` on."""
+    return Allowed(
+        f"a whole number of at least {least}",
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least,
+    )
+
+
+def between(low: float, high: float) -> Allowed:
+    """Return the numbers between two others, which are not among them."""
+    return Allowed(
+        f"a number between {low:g} and {high:g}",
+        lambda v: isinstance(v, int | float) and not isinstance(v, bool) and low < v < high,
+    )
+
+
+def one_of(*names: str) -> Allowed:
+    """Return these words."""
+    return Allowed(f"{', '.join(names[:-1])} or {names[-1]}", lambda v: v in names)
+
+
+COUNT, POSITIVE = at_least(1), Allowed("a number above 0", between(0, float("inf")).holds)
+SWITCH = Allowed("true or false", lambda v: isinstance(v, bool))
+BOOTSTRAP = ("resamples", "level", "seed")
+
+EVALUATION = {
+    "tokens": COUNT.or_null("as many as stream.heldout_tokens"),
+    "exclude_special_tokens": SWITCH.or_null("what the run did in training"),
+    "together": SWITCH,
+    "similarity_tokens": at_least(0),
+    "bootstrap": Allowed(
+        "a mapping of resamples, level and seed",
+        lambda v: isinstance(v, Mapping) and set(v) == set(BOOTSTRAP),
+    ),
+    "bootstrap.resamples": COUNT,
+    "bootstrap.level": between(0, 1),
+    "bootstrap.seed": at_least(0),
+}
+TRAINING = {
+    "tokens": COUNT,
+    "dead_after": COUNT,
+    "log_every": COUNT,
+    "eval_every": COUNT,
+    "checkpoint_every": COUNT,
+    "seed": at_least(0),
+    "calibration.tokens": COUNT,
+    "calibration.centring": one_of("none", "mean"),
+    "stream.context": COUNT,
+    "stream.heldout_fraction": between(0, 0.5),
+    "stream.calibration_fraction": between(0, 0.5),
+    "stream.blocks_per_step": COUNT,
+    "stream.blocks_per_forward": COUNT,
+    "stream.heldout_tokens": COUNT,
+    "stream.num_workers": at_least(0),
+    "optim.base_lr": POSITIVE,
+    "optim.clip_norm": POSITIVE,
+    "data.cache": Allowed(
+        "a folder, there or not yet, or null to store no activations",
+        lambda v: v is None or (isinstance(v, str) and v != "" and not Path(v).is_file()),
+    ),
+    "data.cache_dtype": one_of("bfloat16", "float16", "float32"),
+    "evaluate": SWITCH,
+    "dry_run": SWITCH,
+    "overwrite": SWITCH,
+}
+
+
+def check_values(cfg: DictConfig, allowed: Mapping[str, Allowed], where: str = "") -> None:
+    """Check every key of a table.
+
+    Args:
+        cfg: the configuration, or the node of it that the table is about.
+        allowed: dotted key -> its values.
+        where: dotted name of the node, with a dot at its end.
+
+    Raises:
+        UserError: a value has no default and is not given, or is not allowed.
+    """
+    for key, values in allowed.items():
+        value = OmegaConf.select(cfg, key)
+        if not values.holds(value):
+            value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+            raise UserError(f"{where}{key} is {value!r}; it must be {values.words}.")
+
+
+def check_training(cfg: DictConfig) -> None:
+    """Check what a run of `groupsae.train` is given.
+
+    Raises:
+        UserError: as `check_values`, or the trainer is asked for what the SAEs' steps cannot do.
+    """
+    # (the folders of loggers and callbacks follow from the rest, so they cannot be read yet)
+    rest = [str(key) for key in cfg if key not in ("logger", "callbacks")]
+    missing = sorted(OmegaConf.missing_keys(OmegaConf.masked_copy(cfg, rest)))
+    if missing:
+        raise UserError(f"{missing[0]} has no default: give {missing[0]}=<value>.")
+    check_values(cfg, TRAINING)
+    if cfg.evaluate:
+        check_values(cfg.evaluation, EVALUATION, "evaluation.")
+    precision = cfg.trainer.get("precision", "32-true")
+    if precision != "32-true":
+        raise UserError(
+            f"trainer.precision is {precision!r}; the SAEs train in 32-true. The language model's "
+            "own precision is model.dtype=bfloat16."
+        )
+    batches = cfg.trainer.get("accumulate_grad_batches", 1)
+    if batches != 1:
+        raise UserError(
+            f"trainer.accumulate_grad_batches is {batches}; a step of the SAEs is one batch. "
+            "Raise stream.blocks_per_step instead: stream.blocks_per_forward bounds the language "
+            "model's memory."
+        )
