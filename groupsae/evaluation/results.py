@@ -12,7 +12,7 @@ from groupsae.evaluation.latents import density_histogram, layer_profile
 from groupsae.evaluation.reconstruction import DENSE, SequenceSums, layer_metrics
 from groupsae.evaluation.similarity import mmco, mmcs
 from groupsae.grouping.groupings import Grouping
-from groupsae.grouping.partition import known
+from groupsae.grouping.partition import none_if_nan
 
 COMPARED = ("fvu", "delta_ce", "delta_ce_percent", "kl")  # against per-layer SAEs
 AVERAGED = (*COMPARED, "ce_score")  # of groupings; of an SAE everything is
@@ -161,9 +161,9 @@ class Results:
             "chosen_by": grouping.chosen_by,
             "num_groups": grouping.num_groups,
             "groups": None if part is None else part.groups,
-            "amad": None if part is None else known(part.amad),
-            "size_weighted_amad": None if part is None else known(part.size_weighted_amad),
-            "max_diameter": None if part is None else known(part.max_diameter),
+            "amad": None if part is None else none_if_nan(part.amad),
+            "size_weighted_amad": None if part is None else none_if_nan(part.size_weighted_amad),
+            "max_diameter": None if part is None else none_if_nan(part.max_diameter),
             "saes": list(dict.fromkeys(owner.values())),
             "sae_of_layer": {str(layer): name for layer, name in owner.items()},
             "all_layers": self._shown(self._over(grouping, list(owner))),

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torchmetrics import Metric
 
-from groupsae.grouping.moments import check_finite, no_tokens, select_tokens, tokens_per_chunk
+from groupsae.grouping.moments import NO_TOKENS, check_finite, select_tokens, tokens_per_chunk
 from groupsae.runtime.errors import UserError
 
 
@@ -16,9 +16,9 @@ class AngularDistance(Metric):
 
     d(i, j) = mean over tokens of arccos(cos(x_i, x_j)) / pi (arXiv 2410.21508, 3.1, after Gromov
     et al.). Cosines are float64: arccos loses half of the digits near 1, and in float32 equal
-    layers come out 7e-5 apart. Against a loop with atan2(|u - v|, |u + v|) the error is 3e-9
-    (measured), at twice the cost of float32. Unlike the reference code: no bfloat16,
-    cosines are clamped, padding is left out, and all tokens have equal weight.
+    layers come out 7e-5 apart. Against a loop with atan2(|u - v|, |u + v|) the measured error is
+    3e-9, at twice the cost of float32. Unlike in the reference code, cosines are clamped, padding
+    is left out, all tokens have equal weight, and nothing is bfloat16.
 
     Tokens with a zero vector in some layer have no angle there; they are left out of all pairs
     and counted in `skipped`.
@@ -28,7 +28,7 @@ class AngularDistance(Metric):
         d_model: width of the residual stream.
         centring: "none" (the paper's formula) or "mean": the mean over the calibration tokens is
             subtracted from each layer first, which is near what made the published matrices. It
-            comes from `LayerMoments` in a first pass and is given to `set_mean`.
+            comes from `LayerMoments` in a first pass and goes to `set_mean`.
 
     Raises:
         UserError: there is no such centring.
@@ -42,7 +42,7 @@ class AngularDistance(Metric):
     mean: Tensor | None
     upper: Tensor
 
-    def __init__(self, *, num_layers: int, d_model: int, centring: str) -> None:
+    def __init__(self, *, num_layers: int, d_model: int, centring: str = "none") -> None:
         super().__init__()
         if centring not in ("none", "mean"):
             raise UserError(
@@ -59,17 +59,8 @@ class AngularDistance(Metric):
         self.register_buffer("upper", upper, persistent=False)
 
     def set_mean(self, mean: Float[Tensor, "layer d_model"]) -> None:
-        """Set what centring subtracts: the exact mean over the tokens that `update` will see.
-
-        Raises:
-            ValueError: the metric does not centre, or the shape is wrong.
-        """
-        if self.centring != "mean":
-            raise ValueError('set_mean is for centring="mean"')
-        if mean.shape != (self.num_layers, self.d_model):
-            raise ValueError(
-                f"mean has shape {list(mean.shape)}, expected [{self.num_layers}, {self.d_model}]"
-            )
+        """Set what centring subtracts: the exact mean over the tokens that `update` will see."""
+        assert self.centring == "mean", "set_mean is for centring=mean"
         self.mean = mean.detach().to(self.sum.device, torch.float64)
 
     def update(
@@ -81,10 +72,8 @@ class AngularDistance(Metric):
 
         Raises:
             UserError: an activation is not finite; nothing of this batch is counted then.
-            RuntimeError: centring="mean" and `set_mean` was not called.
         """
-        if self.centring == "mean" and self.mean is None:
-            raise RuntimeError('centring="mean" needs set_mean before the first update')
+        assert self.centring == "none" or self.mean is not None, "set_mean comes before update"
         acts = select_tokens(acts, mask, self.num_layers, self.d_model)
         finite = torch.ones(self.num_layers, dtype=torch.bool, device=acts.device)
         total = torch.zeros_like(self.upper[0], dtype=torch.float64)
@@ -116,5 +105,5 @@ class AngularDistance(Metric):
             UserError: no token was counted.
         """
         if self.count == 0:
-            raise UserError(no_tokens())
+            raise UserError(NO_TOKENS)
         return self.sum / self.count

@@ -4,6 +4,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy.typing as npt
 
@@ -32,20 +33,22 @@ from groupsae.grouping.rules import (
 from groupsae.runtime.errors import UserError
 
 
+@dataclass(frozen=True, kw_only=True)
 class Choice(ABC):
-    """What all options share: the last layer, a label for folders, checks, and the plan.
+    """A way to choose the groups; an option defines `_name` and `_partition`.
 
     Args:
         last_layer: "own" (an SAE of its own), "skip" (no SAE) or "group" (as any other layer).
 
     Raises:
-        UserError: last_layer is none of them.
+        UserError: an argument is out of its range.
     """
 
-    theta: float | None = None  # the bound on AMAD, where one chooses
+    last_layer: str = "own"
 
-    def __init__(self, *, last_layer: str = "own") -> None:
-        self.last_layer = check_last_layer(last_layer)
+    def __post_init__(self) -> None:
+        """Check the arguments, as far as that needs no number of layers."""
+        check_last_layer(self.last_layer)
 
     @property
     def label(self) -> str:
@@ -53,9 +56,9 @@ class Choice(ABC):
         return self._name() + ("" if self.last_layer == "own" else f"-last-{self.last_layer}")
 
     def check(self, num_layers: int) -> None:
-        """Raise UserError if this choice cannot be made for a model with num_layers layers.
+        """Raise UserError if this choice does not fit a model with num_layers layers.
 
-        Called before any long work; what needs no number of layers is checked at construction.
+        Called before any long work.
         """
         self._check(num_groupable(num_layers, self.last_layer))
 
@@ -71,12 +74,13 @@ class Choice(ABC):
         return self._plan(square[:groupable, :groupable], len(square))
 
     def least_saes(self, num_layers: int) -> int:
-        """Return a number of SAEs that this choice will not go below, known before measuring."""
+        """Return a lower bound on the number of SAEs, known before measuring."""
         return 1
 
     def _plan(self, grouped: Distances, num_layers: int) -> GroupPlan:
         """Return the plan from the distances of the layers that are grouped."""
-        return GroupPlan(self._partition(grouped), self.last_layer, num_layers, self.theta)
+        theta = getattr(self, "theta", None)
+        return GroupPlan(self._partition(grouped), self.last_layer, num_layers, theta)
 
     @abstractmethod
     def _name(self) -> str: ...
@@ -88,6 +92,7 @@ class Choice(ABC):
         pass
 
 
+@dataclass(frozen=True, kw_only=True)
 class ByAmad(Choice):
     """The fewest groups whose AMAD is below theta (arXiv 2410.21508, 3.2).
 
@@ -97,15 +102,14 @@ class ByAmad(Choice):
         last_layer: see `Choice`.
     """
 
-    theta: float
+    theta: float = 0.2
+    rule: str = "complete"
 
-    def __init__(
-        self, *, theta: float = 0.2, rule: str = "complete", last_layer: str = "own"
-    ) -> None:
-        super().__init__(last_layer=last_layer)
-        check_theta(theta)
-        check_rule(rule)
-        self.theta, self.rule = theta, rule
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        super().__post_init__()
+        check_theta(self.theta)
+        check_rule(self.rule)
 
     def _name(self) -> str:
         return f"amad-{self.theta}{_unless_complete(self.rule)}"
@@ -114,6 +118,22 @@ class ByAmad(Choice):
         return choose(distances, self.theta, self.rule)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Published(ByAmad):
+    """The groups of the reference code: AMAD below theta over its own linkage of matrix rows.
+
+    Args:
+        theta: bound on AMAD, in fractions of pi, between 0 and 1.
+        last_layer: see `Choice`; the published groups leave it out.
+    """
+
+    rule: str = field(default="published", init=False)
+
+    def _name(self) -> str:
+        return f"published-{self.theta}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ByCount(Choice):
     """A given number of groups; with last_layer "own" the last layer's SAE comes on top.
 
@@ -123,13 +143,14 @@ class ByCount(Choice):
         last_layer: see `Choice`.
     """
 
-    def __init__(
-        self, *, num_groups: int, rule: str = "complete", last_layer: str = "own"
-    ) -> None:
-        super().__init__(last_layer=last_layer)
-        check_num_groups(num_groups)
-        check_rule(rule)
-        self.num_groups, self.rule = num_groups, rule
+    num_groups: int
+    rule: str = "complete"
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        super().__post_init__()
+        check_num_groups(self.num_groups)
+        check_rule(self.rule)
 
     def _name(self) -> str:
         return f"count-{self.num_groups}{_unless_complete(self.rule)}"
@@ -141,7 +162,8 @@ class ByCount(Choice):
         return partition(distances, self.num_groups, self.rule)
 
 
-class Even(Choice):
+@dataclass(frozen=True, kw_only=True)
+class Even(ByCount):
     """Groups of equal size, give or take one: the baseline that needs no distances.
 
     Args:
@@ -149,21 +171,13 @@ class Even(Choice):
         last_layer: see `Choice`.
     """
 
-    def __init__(self, *, num_groups: int, last_layer: str = "own") -> None:
-        super().__init__(last_layer=last_layer)
-        check_num_groups(num_groups)
-        self.num_groups = num_groups
+    rule: str = field(default="even", init=False)
 
     def _name(self) -> str:
         return f"even-{self.num_groups}"
 
-    def _check(self, groupable: int) -> None:
-        check_num_groups(self.num_groups, groupable)
 
-    def _partition(self, distances: Distances) -> Partition:
-        return partition(distances, self.num_groups, "even")
-
-
+@dataclass(frozen=True, kw_only=True)
 class PerLayer(Choice):
     """One SAE per layer: the usual way, and the baseline of every comparison.
 
@@ -171,17 +185,14 @@ class PerLayer(Choice):
         last_layer: see `Choice`; "own" and "group" come to the same here.
     """
 
-    def __init__(self, *, last_layer: str = "own") -> None:
-        super().__init__(last_layer=last_layer)
-
     def _name(self) -> str:
         return "per_layer"
 
     def _partition(self, distances: Distances) -> Partition:
-        singletons = [[layer] for layer in range(len(distances))]
-        return build_partition(distances, singletons, "per_layer")
+        return build_partition(distances, [[x] for x in range(len(distances))], "per_layer")
 
 
+@dataclass(frozen=True, kw_only=True)
 class Explicit(Choice):
     """Groups written out by hand.
 
@@ -191,9 +202,12 @@ class Explicit(Choice):
         last_layer: see `Choice`.
     """
 
-    def __init__(self, *, groups: Sequence[Sequence[int]], last_layer: str = "own") -> None:
-        super().__init__(last_layer=last_layer)
-        self.groups = sort_groups(groups)
+    groups: Sequence[Sequence[int]]
+
+    def __post_init__(self) -> None:
+        """Check the arguments, and sort the groups."""
+        super().__post_init__()
+        object.__setattr__(self, "groups", sort_groups(self.groups))
 
     def _name(self) -> str:
         return f"explicit-{hashlib.sha256(json.dumps(self.groups).encode()).hexdigest()[:8]}"
@@ -212,28 +226,7 @@ class Explicit(Choice):
         return build_partition(distances, self.groups, "explicit")
 
 
-class Published(Choice):
-    """The groups of the reference code: AMAD below theta over its own linkage of matrix rows.
-
-    Args:
-        theta: bound on AMAD, in fractions of pi, between 0 and 1.
-        last_layer: see `Choice`; the published groups leave it out.
-    """
-
-    theta: float
-
-    def __init__(self, *, theta: float = 0.2, last_layer: str = "own") -> None:
-        super().__init__(last_layer=last_layer)
-        check_theta(theta)
-        self.theta = theta
-
-    def _name(self) -> str:
-        return f"published-{self.theta}"
-
-    def _partition(self, distances: Distances) -> Partition:
-        return choose(distances, self.theta, "published")
-
-
+@dataclass(frozen=True, kw_only=True)
 class All(Choice):
     """Every number of groups at once, from one stream, as the paper trained them.
 
@@ -249,27 +242,23 @@ class All(Choice):
         last_layer: see `Choice`; its own SAE is the same in all partitions.
     """
 
-    theta: float
+    rules: Sequence[str] = ("complete",)
+    theta: float = 0.2
+    smaller: Sequence[int] | str = "chosen"
 
-    def __init__(
-        self,
-        *,
-        rules: Sequence[str] = ("complete",),
-        theta: float = 0.2,
-        smaller: Sequence[int] | str = "chosen",
-        last_layer: str = "own",
-    ) -> None:
-        super().__init__(last_layer=last_layer)
-        check_theta(theta)
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        super().__post_init__()
+        check_theta(self.theta)
+        rules = self.rules
         if isinstance(rules, str) or not isinstance(rules, Sequence) or not rules:
             raise UserError(f"groups.rules is {rules!r}: give a list such as [complete,even].")
         for rule in rules:
             check_rule(rule)
         if len(set(rules)) < len(rules):
             raise UserError(f"groups.rules names a rule twice, {rules!r}: name each once.")
-        if smaller != "chosen":
-            check_smaller(smaller)
-        self.rules, self.theta, self.smaller = list(rules), theta, smaller
+        if self.smaller != "chosen":
+            check_smaller(self.smaller)
 
     def least_saes(self, num_layers: int) -> int:
         """Return the SAEs on single layers and one merged group for each smaller G.

@@ -14,16 +14,29 @@ from groupsae.runtime.errors import UserError
 CHUNK_CPU, CHUNK_ACCELERATOR = 2**20, 2**25
 
 
-class Moments(NamedTuple):
-    """Per layer: mean [layer, d_model], RMS norm and mean norm [layer], float64."""
+NO_TOKENS = (
+    "No token was counted: the calibration split is empty, all padding or all zero vectors. "
+    "Give it more documents (a larger calibration_fraction)."
+)
 
-    mean: Tensor
-    rms_norm: Tensor
-    mean_norm: Tensor
+
+class Moments(NamedTuple):
+    """Per layer, float64.
+
+    Attributes:
+        mean: mean activation.
+        rms_norm: sqrt(mean ||x||^2). Activations divided by it have mean squared norm 1
+            (arXiv 2410.21508, appendix A).
+        mean_norm: mean ||x||, by which the reference code divides.
+    """
+
+    mean: Float[Tensor, "layer d_model"]
+    rms_norm: Float[Tensor, " layer"]
+    mean_norm: Float[Tensor, " layer"]
 
 
 class LayerMoments(Metric):
-    """The mean activation, the root of the mean squared norm and the mean norm of each layer.
+    """The moments of each layer's activations.
 
     Sums and counts are float64, so neither the batch size nor the number of ranks matters.
 
@@ -76,36 +89,24 @@ class LayerMoments(Metric):
         self.count += acts.shape[1]
 
     def compute(self) -> Moments:
-        """Return all moments; the other methods give them one by one.
+        """Return the moments, summed over the ranks; `moments` keeps their shapes.
 
         Raises:
             UserError: no token was counted.
         """
         if self.count == 0:
-            raise UserError(no_tokens())
+            raise UserError(NO_TOKENS)
         return Moments(
             self.sum / self.count,
             (self.sum_of_squares / self.count).sqrt(),
             self.sum_of_norms / self.count,
         )
 
-    # All go through compute, which is where torchmetrics sums over the ranks. It hands out a
-    # single number as a scalar, hence the reshape for models with one layer.
-    def mean(self) -> Float[Tensor, "layer d_model"]:
-        """Return the mean activation of each layer, float64."""
-        return self.compute().mean.reshape(self.num_layers, self.d_model)
-
-    def rms_norm(self) -> Float[Tensor, " layer"]:
-        """Return sqrt(mean ||x||^2) of each layer, float64.
-
-        Activations divided by it have mean squared norm 1 (arXiv 2410.21508, appendix A); the
-        reference code divides by the mean norm instead.
-        """
-        return self.compute().rms_norm.reshape(self.num_layers)
-
-    def mean_norm(self) -> Float[Tensor, " layer"]:
-        """Return mean ||x|| of each layer, float64."""
-        return self.compute().mean_norm.reshape(self.num_layers)
+    def moments(self) -> Moments:
+        """Return the moments; of a model with one layer `compute` returns scalars."""
+        mean, *norms = self.compute()
+        shape = self.num_layers, self.d_model
+        return Moments(mean.reshape(shape), *(norm.reshape(self.num_layers) for norm in norms))
 
 
 def select_tokens(
@@ -127,7 +128,7 @@ def select_tokens(
 
 
 def tokens_per_chunk(acts: Float[Tensor, "layer token d_model"]) -> int:
-    """Return how many tokens are worked on at once; layer x layer values per token fit as well."""
+    """Return how many tokens fit in a chunk, also with layer x layer values for each."""
     values = CHUNK_CPU if acts.device.type == "cpu" else CHUNK_ACCELERATOR
     num_layers, _, d_model = acts.shape
     return max(1, values // (num_layers * max(num_layers, d_model)))
@@ -139,14 +140,6 @@ def check_finite(finite: Bool[Tensor, " layer"]) -> None:
         layer = int((~finite).int().argmax())
         raise UserError(
             f"The activations of layer {layer} hold NaN or infinity: they must be finite. Run "
-            f"the language model in float32 or bfloat16 rather than float16, and check that its "
-            f"weights loaded whole."
+            "the language model in float32 or bfloat16 instead of float16, and check that its "
+            "files are complete."
         )
-
-
-def no_tokens() -> str:
-    """Return the sentence for an empty calibration."""
-    return (
-        "No token was counted: the calibration split is empty, all padding or all zero vectors. "
-        "Give it more documents (a larger calibration_fraction)."
-    )

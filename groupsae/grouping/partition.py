@@ -1,6 +1,7 @@
-"""What a partition of the layers is, and the figures that are read off it."""
+"""A partition of the layers into groups, its figures, and the checks of groups and distances."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,14 +13,14 @@ from groupsae.runtime.errors import UserError
 
 Distances = npt.NDArray[np.float64]
 
-ROUNDING = 1e-9  # what sums over ranks in another order may leave; far below any real angle
+ROUNDING = 1e-9  # of sums over ranks in another order; far below any real angle
 
 
 @dataclass(frozen=True)
 class Partition:
     """Contiguous groups that cover layers 0..n-1, in order, with their diameters.
 
-    Make one with `build_partition`, which checks the groups.
+    `build_partition` makes one and checks the groups.
 
     Args:
         groups: layer indices of each group, ascending.
@@ -59,15 +60,15 @@ class Partition:
         return float(np.max(self.diameters))
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values; `from_json` reads groups, diameters and rule, the rest is shown."""
+        """Return plain values; `from_json` reads rule, groups and diameters only."""
         return {
             "rule": self.rule,
             "num_groups": self.num_groups,
             "groups": [list(group) for group in self.groups],
-            "diameters": [known(diameter) for diameter in self.diameters],
-            "amad": known(self.amad),
-            "size_weighted_amad": known(self.size_weighted_amad),
-            "max_diameter": known(self.max_diameter),
+            "diameters": [none_if_nan(diameter) for diameter in self.diameters],
+            "amad": none_if_nan(self.amad),
+            "size_weighted_amad": none_if_nan(self.size_weighted_amad),
+            "max_diameter": none_if_nan(self.max_diameter),
         }
 
     @classmethod
@@ -76,22 +77,8 @@ class Partition:
         diameters = [math.nan if d is None else d for d in values["diameters"]]
         return cls([list(group) for group in values["groups"]], diameters, values["rule"])
 
-    def group_of(self, layer: int) -> int:
-        """Return the index of the group that holds this layer.
 
-        Raises:
-            UserError: the layer is not in the partition.
-        """
-        for index, group in enumerate(self.groups):
-            if layer in group:
-                return index
-        raise UserError(
-            f"Layer {layer} is in no group: the partition covers layers 0 to "
-            f"{self.num_layers - 1}. Ask for one of those."
-        )
-
-
-def known(value: float) -> float | None:
+def none_if_nan(value: float) -> float | None:
     """Return a value, or None for the NaN of distances that were never measured."""
     return None if math.isnan(value) else value
 
@@ -100,9 +87,9 @@ def amad(distances: npt.ArrayLike, groups: Sequence[Sequence[int]]) -> float:
     """Return the average maximum angular distance, (1/G) sum_g max_{i,j in g} d(i, j).
 
     Each group counts once whatever its size, and a group of one layer counts 0 (arXiv
-    2410.21508, 3.2). It scores groups and must not be minimised over them: the best score goes
-    to one giant group beside singletons. Not rounded, unlike the reference code. The groups may
-    be any non-empty sets of layers.
+    2410.21508, 3.2). It scores groups and must not be minimised over them: the best score goes to
+    one giant group and singletons. Not rounded, unlike in the reference code. The groups may be
+    any non-empty sets of layers.
 
     Raises:
         UserError: the distances are not a distance matrix, or a group is empty or out of range.
@@ -111,11 +98,9 @@ def amad(distances: npt.ArrayLike, groups: Sequence[Sequence[int]]) -> float:
     0.05
     """
     square = validate_distances(distances)
-    for layer in (layer for group in groups for layer in group):
-        if not 0 <= layer < len(square):
-            raise UserError(_unknown_layer(layer, len(square)))
+    _check_range([layer for group in groups for layer in group], len(square))
     if not groups or not all(map(len, groups)):
-        raise UserError(f"The groups {_plain(groups)} hold an empty list: remove it.")
+        raise UserError(f"The groups {groups} hold an empty list: remove it.")
     diameters = [_diameter(square, group) for group in groups]
     return sum(diameters) / len(diameters)
 
@@ -133,6 +118,10 @@ def build_partition(
     return Partition(ordered, [_diameter(square, group) for group in ordered], rule)
 
 
+def _diameter(square: Distances, group: Sequence[int]) -> float:
+    return float(square[np.ix_(group, group)].max())
+
+
 def check_groups(groups: Sequence[Sequence[int]], num_layers: int) -> list[list[int]]:
     """Return the groups in ascending order if they cut layers 0..num_layers-1 into runs.
 
@@ -140,16 +129,14 @@ def check_groups(groups: Sequence[Sequence[int]], num_layers: int) -> list[list[
         UserError: a layer is unknown, missing or in two groups, or a group is not a run.
     """
     ordered = sort_groups(groups)
-    layers = [layer for group in ordered for layer in group]
-    for layer in layers:
-        if layer >= num_layers:
-            raise UserError(_unknown_layer(layer, num_layers))
-    missing = sorted(set(range(num_layers)) - set(layers))
+    layers = {layer for group in ordered for layer in group}
+    _check_range(layers, num_layers)
+    missing = _listed(set(range(num_layers)) - layers)
     if missing:
         raise UserError(
-            f"The groups {ordered} leave out {_layers(missing)}: every layer from 0 to "
-            f"{num_layers - 1} must be in exactly one group. Add {_layers(missing)} to a "
-            f"neighbouring group, or as a group of its own."
+            f"The groups {ordered} leave out {missing}: every layer from 0 to {num_layers - 1} "
+            f"must be in exactly one group. Add {missing} to a neighbouring group, or as a group "
+            "of its own."
         )
     return ordered
 
@@ -160,41 +147,55 @@ def sort_groups(groups: object) -> list[list[int]]:
     Raises:
         UserError: a group is empty, not a run of integers from 0 up, or overlaps with another.
     """
-    if isinstance(groups, str) or not isinstance(groups, Sequence) or not groups:
-        raise UserError(f"The groups {groups!r} are no lists: write them like [[0, 1], [2, 3]].")
-    owner: dict[int, Sequence[int]] = {}
-    for group in groups:
-        if isinstance(group, str) or not isinstance(group, Sequence) or not group:
-            raise UserError(
-                f"The group {group!r} is not a list with a layer in it: write groups like "
-                f"[[0, 1], [2, 3]]."
-            )
-        for layer in group:
-            if not isinstance(layer, int | np.integer) or isinstance(layer, bool) or layer < 0:
-                raise UserError(
-                    f"The group {group!r} holds {layer!r}: layers are whole numbers from 0 up."
-                )
-            if int(layer) in owner:
-                raise UserError(
-                    f"Layer {layer} is listed twice, in {list(owner[int(layer)])} and "
-                    f"{list(group)}: every layer must be in exactly one group. Remove it from one."
-                )
-            owner[int(layer)] = group
-    ordered = sorted(sorted(int(layer) for layer in group) for group in groups)
+    if not _is_list(groups) or not all(_is_list(g) and all(map(_is_layer, g)) for g in groups):  # type: ignore[attr-defined]
+        raise UserError(
+            f"The groups are {groups!r}: write lists of layers, which are integers from 0 up, "
+            "such as [[0, 1], [2, 3]]."
+        )
+    ordered = sorted(sorted(int(layer) for layer in group) for group in groups)  # type: ignore[attr-defined]
+    layer, times = Counter(layer for group in ordered for layer in group).most_common(1)[0]
+    if times > 1:
+        raise UserError(
+            f"Layer {layer} is listed {times} times in the groups {ordered}: every layer must be "
+            "in exactly one group. List it once."
+        )
     for group in ordered:
-        between = sorted(set(range(group[0], group[-1])) - set(group))
-        if between:
+        skipped = _listed(set(range(group[0], group[-1])) - set(group))
+        if skipped:
             raise UserError(
-                f"The group {group} skips {_layers(between)}: a group must be a run of "
-                f"neighbouring layers. Add {_layers(between)} to it or split it there."
+                f"The group {group} skips {skipped}: a group must be a run of neighbouring "
+                f"layers. Add {skipped} to it, or split it there."
             )
     return ordered
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
+
+
+def _is_layer(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= 0)
+
+
+def _check_range(layers: Sequence[int] | set[int], num_layers: int) -> None:
+    for layer in layers:
+        if not 0 <= layer < num_layers:
+            raise UserError(
+                f"Layer {layer} is in a group, but there are {num_layers} layers to group, 0 to "
+                f"{num_layers - 1}. Remove it from the groups."
+            )
+
+
+def _listed(layers: set[int]) -> str:
+    """Return layers for a message; an empty string for none."""
+    numbers = ", ".join(map(str, sorted(layers)))
+    return numbers and f"layer{'s' * (len(layers) > 1)} {numbers}"
 
 
 def validate_distances(distances: npt.ArrayLike) -> Distances:
     """Return the distances as an exactly symmetric float64 matrix with a zero diagonal.
 
-    A single number counts as the 1 x 1 matrix, because torchmetrics hands that out for one layer.
+    A single number counts as the 1 x 1 matrix: torchmetrics returns that for one layer.
 
     Raises:
         UserError: not square, not finite, outside [0, 1], not symmetric, or a non-zero diagonal.
@@ -203,54 +204,29 @@ def validate_distances(distances: npt.ArrayLike) -> Distances:
     if square.ndim != 2 or square.shape[0] != square.shape[1] or square.size == 0:
         raise UserError(
             f"The layer distances have shape {list(square.shape)}: they must be a square "
-            f"matrix, one row and one column per layer."
+            "matrix, one row and one column per layer."
         )
-    mend = "Measure them anew."
-    if not np.isfinite(square).all():
-        row, column = np.argwhere(~np.isfinite(square))[0]
-        raise UserError(
-            f"The distance between layers {row} and {column} is {square[row, column]}: "
-            f"distances must be finite. {mend}"
-        )
-    if square.min() < 0 or square.max() > 1:
-        row, column = np.argwhere((square < 0) | (square > 1))[0]
-        raise UserError(
-            f"The distance between layers {row} and {column} is {square[row, column]}: angles "
-            f"in fractions of pi lie in [0, 1]. Divide radians by pi, or degrees by 180."
-        )
-    if np.abs(np.diagonal(square)).max() > ROUNDING:
-        layer = int(np.diagonal(square).argmax())
-        raise UserError(
-            f"The distance of layer {layer} from itself is {square[layer, layer]}: it must "
-            f"be 0. {mend}"
-        )
-    gaps = np.abs(square - square.T)
-    if gaps.max() > ROUNDING:
-        row, column = np.unravel_index(int(gaps.argmax()), gaps.shape)
-        raise UserError(
-            f"The distance from layer {row} to {column} is {square[row, column]} and back "
-            f"{square[column, row]}: the matrix must be symmetric. If only one half is filled, "
-            f"add its transpose."
-        )
+    for wrong, rule in (
+        (~np.isfinite(square), "distances must be finite. Measure them again"),
+        (
+            (square < 0) | (square > 1),
+            "angles in fractions of pi lie in [0, 1]. Divide radians by pi, or degrees by 180",
+        ),
+        (
+            np.diag(np.abs(np.diagonal(square)) > ROUNDING),
+            "the distance of a layer from itself must be 0. Measure them again",
+        ),
+        (
+            np.abs(square - square.T) > ROUNDING,
+            "the matrix must be symmetric. If only one half is filled, add its transpose",
+        ),
+    ):
+        if wrong.any():
+            row, column = np.argwhere(wrong)[0]
+            raise UserError(
+                f"The distance between layers {row} and {column} is {square[row, column]}, and "
+                f"back {square[column, row]}: {rule}."
+            )
     symmetric = (square + square.T) / 2
     np.fill_diagonal(symmetric, 0.0)
     return symmetric
-
-
-def _diameter(square: Distances, group: Sequence[int]) -> float:
-    return float(square[np.ix_(group, group)].max())
-
-
-def _plain(groups: Sequence[Sequence[int]]) -> list[list[int]]:
-    return [list(group) for group in groups]
-
-
-def _layers(layers: list[int]) -> str:
-    return ("layer " if len(layers) == 1 else "layers ") + ", ".join(map(str, layers))
-
-
-def _unknown_layer(layer: int, num_layers: int) -> str:
-    return (
-        f"Layer {layer} is in a group, but there are {num_layers} layers to group, 0 to "
-        f"{num_layers - 1}. Remove it from the groups."
-    )

@@ -1,17 +1,17 @@
-"""The groups that will be trained: a partition, and what becomes of the last layer."""
+"""The SAEs that will be trained: a partition, the last layer, and more partitions to compare."""
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from groupsae.grouping.partition import Partition, check_groups
 from groupsae.runtime.errors import UserError
 
-LastLayer = Literal["own", "skip", "group"]
+LAST_LAYERS = ("own", "skip", "group")
 
 
 class PlannedSAE(NamedTuple):
@@ -40,19 +40,19 @@ class GroupPlan:
         last_layer: "own" (an SAE of its own), "skip" (no SAE) or "group" (as any other layer).
         num_layers: L, all layers of the language model.
         theta: the bound on AMAD that chose the partition; None where none did.
-        others: further partitions to train beside it (groups=all); a group that several share
-            is trained once.
+        others: further partitions to train (groups=all); a group that several share is trained
+            once.
         smaller: numbers of groups G whose cost is matched by smaller SAEs on every layer, the
             baseline of arXiv 2410.21508, 4.2: width G/n on each of the n grouped layers.
-        unserved: layers, each a group of its own, that have no SAE: those of others rarely come
-            for all layers.
+        unserved: layers, each a group of its own, that have no SAE: imported SAEs rarely serve
+            all layers.
 
     Raises:
         UserError: they do not fit together.
     """
 
     partition: Partition
-    last_layer: LastLayer
+    last_layer: str
     num_layers: int
     theta: float | None = None
     others: tuple[Partition, ...] = ()
@@ -75,7 +75,8 @@ class GroupPlan:
     def saes(self) -> list[list[int]]:
         """Return the layers of each SAE of the chosen partition, in ascending order."""
         served = (list(g) for g in self.partition.groups if not set(g) & set(self.unserved))
-        return [*served, *self._own]
+        own = [[self.num_layers - 1]] if self.last_layer == "own" else []
+        return [*served, *own]
 
     @property
     def names(self) -> list[str]:
@@ -100,10 +101,6 @@ class GroupPlan:
         return [list(x) for x in dict.fromkeys(tuple(m.layers) for m in self.members)]
 
     @property
-    def _own(self) -> list[list[int]]:
-        return [[self.num_layers - 1]] if self.last_layer == "own" else []
-
-    @property
     def hash(self) -> str:
         """Return SHA-256 in hex over last_layer and SAEs: equal plans train equal SAEs."""
         trained = self.members if self.others or self.smaller else self.saes
@@ -112,7 +109,7 @@ class GroupPlan:
     def to_json(self) -> dict[str, Any]:
         """Return plain values that `from_json` turns into an equal plan; amad etc. unrounded.
 
-        The scores are written for the reader of the file and are computed anew on reading.
+        The scores are for the reader of the file; `from_json` computes them again.
         """
         return {
             "num_layers": self.num_layers,
@@ -129,7 +126,7 @@ class GroupPlan:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "GroupPlan":
-        """Return the plan that `to_json` wrote; keys that it does not know are left alone.
+        """Return the plan that `to_json` wrote; unknown keys are ignored.
 
         Raises:
             UserError: a key is missing, or the groups were changed and no longer fit the hash.
@@ -147,15 +144,15 @@ class GroupPlan:
             recorded = values["hash"]
         except KeyError as missing:
             raise UserError(
-                f"The stored groups lack {missing}: they were not written by this version of "
-                f"the program. Remove the file and let the layers be grouped anew."
+                f"The stored groups lack {missing}: another version of groupsae wrote them. "
+                "Remove the file, and the layers are grouped again."
             ) from missing
         counts_fit = all(len(p.diameters) == len(p.groups) for p in plan.partitions)
         if plan.hash != recorded or not counts_fit:
             raise UserError(
                 f"The stored groups {plan.saes} have hash {plan.hash[:8]}, but {recorded[:8]} "
-                f"was recorded: the file was changed by hand. Give your own groups as "
-                f"groups=explicit, or remove the file."
+                "was recorded: the file was changed by hand. Give your own groups by "
+                "groups=explicit, or remove the file."
             )
         return plan
 
@@ -174,8 +171,8 @@ def check_smaller(counts: object, groupable: int | None = None) -> None:
     """Raise UserError unless these are numbers of groups that smaller SAEs can match.
 
     Args:
-        counts: a list of whole numbers from 1 up; more groups than one less than there are
-            layers would make the SAEs no smaller.
+        counts: a list of integers, at least 1 and below the number of layers: with as many groups
+            as layers the SAEs would be no smaller.
         groupable: how many layers are grouped; None: not known yet.
     """
     if isinstance(counts, str) or not isinstance(counts, Sequence):
@@ -183,43 +180,32 @@ def check_smaller(counts: object, groupable: int | None = None) -> None:
             f"groups.smaller is {counts!r}: use chosen, or a list of numbers of groups such as "
             "[2,4], or [] for none."
         )
+    limit = f" to {groupable - 1}, below the {groupable} grouped layers" if groupable else ""
     for count in counts:
-        if not isinstance(count, int | np.integer) or count is True or count < 1:
-            raise UserError(
-                f"groups.smaller holds {count!r}: numbers of groups are whole, from 1 up."
-            )
-        if groupable is not None and count >= groupable:
-            raise UserError(
-                f"groups.smaller holds {count}, but {groupable} layers are grouped, and only for "
-                "fewer groups than layers are there smaller SAEs of equal cost. Remove it."
-            )
+        integer = isinstance(count, int | np.integer) and count is not True and count >= 1
+        if not integer or (groupable is not None and count >= groupable):
+            raise UserError(f"groups.smaller holds {count!r}: use integers from 1 up{limit}.")
 
 
-def check_last_layer(last_layer: str) -> LastLayer:
-    """Return last_layer if it is one of the three.
-
-    Raises:
-        UserError: it is not.
-    """
-    for allowed in get_args(LastLayer):
-        if last_layer == allowed:
-            return allowed
-    raise UserError(
-        f"last_layer is {last_layer!r}: use own (an SAE of its own, as in the paper), skip (no "
-        f"SAE) or group (grouped like any other layer)."
-    )
-
-
-def num_groupable(num_layers: int, last_layer: LastLayer) -> int:
+def num_groupable(num_layers: int, last_layer: str) -> int:
     """Return how many layers are left to the groups.
 
     Raises:
         UserError: none, because the model has one layer and that is the last one.
     """
-    groupable = num_layers if check_last_layer(last_layer) == "group" else num_layers - 1
+    groupable = num_layers if last_layer == "group" else num_layers - 1
     if groupable < 1:
         raise UserError(
             f"The model has {num_layers} layer and last_layer is {last_layer}: no layer is left "
-            f"to group. Use last_layer=group."
+            "to group. Use last_layer=group."
         )
     return groupable
+
+
+def check_last_layer(last_layer: str) -> None:
+    """Raise UserError unless last_layer is one of the three."""
+    if last_layer not in LAST_LAYERS:
+        raise UserError(
+            f"last_layer is {last_layer!r}: use own (an SAE of its own, as in the paper), skip "
+            "(no SAE) or group (grouped like any other layer)."
+        )

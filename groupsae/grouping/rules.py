@@ -1,4 +1,7 @@
-"""The rules that cut n layers into G groups, and the choice of G by AMAD."""
+"""The rules that cut n layers into G groups, and the choice of G by AMAD.
+
+To change a rule, edit its function here; to add one, write a function and name it in `RULES`.
+"""
 
 import difflib
 from collections.abc import Callable
@@ -24,13 +27,13 @@ def partition(distances: npt.ArrayLike, num_groups: int, rule: str = "complete")
 
     The rules:
 
-    - complete: complete linkage on the distances, as the paper's text says.
+    - complete: complete linkage on the distances, as in the paper's text.
     - minmax: the smallest possible largest diameter, ties by AMAD (exact).
     - even: sizes that differ by at most one, the larger groups first.
-    - published: complete linkage on Euclidean distances between matrix rows, as the reference
-      code does; only this one gives back the published groups.
+    - published: complete linkage on Euclidean distances between matrix rows, as in the reference
+      code; only this one reproduces the published groups.
 
-    AMAD itself is not among the criteria: its minimum is one giant group beside singletons.
+    AMAD itself is not among the criteria: its minimum is one giant group and singletons.
 
     Args:
         distances: [n, n] mean angles between layers, in fractions of pi.
@@ -51,11 +54,7 @@ def partition(distances: npt.ArrayLike, num_groups: int, rule: str = "complete")
 
 
 def curve(distances: npt.ArrayLike, rule: str) -> list[Partition]:
-    """Return the partitions for G = 1..n.
-
-    Raises:
-        UserError: as `partition`.
-    """
+    """Return the partitions for G = 1..n; raises UserError as `partition`."""
     square = validate_distances(distances)
     return [partition(square, num_groups, rule) for num_groups in range(1, len(square) + 1)]
 
@@ -70,17 +69,15 @@ def choose(distances: npt.ArrayLike, theta: float = 0.2, rule: str = "complete")
         UserError: theta is not in (0, 1); or as `partition`.
     """
     check_theta(theta)
-    square = validate_distances(distances)
-    candidates = (partition(square, g, rule) for g in range(1, len(square) + 1))
-    return next(candidate for candidate in candidates if candidate.amad < theta)
+    return next(candidate for candidate in curve(distances, rule) if candidate.amad < theta)
 
 
 def check_rule(rule: object) -> None:
     """Raise UserError, with the nearest valid name, if there is no such rule."""
     if not isinstance(rule, str) or rule not in RULES:
         near = difflib.get_close_matches(str(rule), RULES, n=1, cutoff=0.5)
-        hint = f"Did you mean {near[0]!r}?" if near else "Use one of those."
-        raise UserError(f"There is no rule {rule!r}: the rules are {', '.join(RULES)}. {hint}")
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"There is no rule {rule!r}: use one of {', '.join(RULES)}.{hint}")
 
 
 def check_theta(theta: object) -> None:
@@ -88,15 +85,15 @@ def check_theta(theta: object) -> None:
     if not isinstance(theta, int | float) or not 0 < theta < 1:
         raise UserError(
             f"theta is {theta!r}: AMAD is an angle in fractions of pi, so theta must lie "
-            f"between 0 and 1, both excluded. The paper uses theta=0.2."
+            "between 0 and 1, both excluded. The paper uses theta=0.2."
         )
 
 
 def check_num_groups(num_groups: object, num_layers: int | None = None) -> None:
-    """Raise UserError unless num_groups is a whole number from 1 to num_layers (None: no end)."""
-    whole = int | np.integer  # True is an int too
-    if not isinstance(num_groups, whole) or num_groups is True or num_groups < 1:
-        raise UserError(f"num_groups is {num_groups!r}: use a whole number from 1 up.")
+    """Raise UserError unless num_groups is an integer from 1 to num_layers (None: no limit)."""
+    integer = int | np.integer  # True is an int too
+    if not isinstance(num_groups, integer) or num_groups is True or num_groups < 1:
+        raise UserError(f"num_groups is {num_groups!r}: use an integer from 1 up.")
     if num_layers is not None and num_groups > num_layers:
         raise UserError(
             f"num_groups is {num_groups}, but there are only {num_layers} layers to group: use a "
@@ -104,11 +101,16 @@ def check_num_groups(num_groups: object, num_layers: int | None = None) -> None:
         )
 
 
+def needs_distances(rule: str) -> bool:
+    """Return whether a rule, or the way that a partition was given, uses the distances."""
+    return rule not in ("even", "explicit", "per_layer")
+
+
 def _complete(square: Distances, num_groups: int) -> Groups:
     """Return the groups of complete linkage (arXiv 2410.21508, 3.1).
 
     On measured matrices the groups are contiguous by themselves. Where they are not, the linkage
-    is done again with merges of neighbours only: the pair of adjacent groups with the smallest
+    is repeated with merges of neighbours only: the pair of adjacent groups with the smallest
     joint diameter is merged until num_groups are left. This is decided for each G by itself, so
     partitions of one matrix are nested unless only some of them needed it.
     """
@@ -139,10 +141,10 @@ def _complete_of_neighbours(square: Distances, num_groups: int) -> Groups:
 
 
 def _published(square: Distances, num_groups: int) -> Groups:
-    """Return the groups of the reference code: its linkage takes rows for points.
+    """Return the groups of the reference code, whose linkage takes matrix rows as points.
 
-    There the rows of the lower-triangular matrix (zeros above) are points with Euclidean
-    distances. Unlike there, groups that are not contiguous are made anew as in `_complete`.
+    The rows of the lower-triangular matrix (zeros above) are points with Euclidean distances.
+    Unlike there, groups that are not contiguous are merged as in `_complete`.
     """
     return _complete(squareform(pdist(np.tril(square))), num_groups)
 
@@ -155,7 +157,7 @@ def _even(square: Distances, num_groups: int) -> Groups:
 def _minmax(square: Distances, num_groups: int) -> Groups:
     """Return the runs with the smallest largest diameter and, among those, the smallest AMAD.
 
-    Two dynamic programmes of O(G n^2). The bound D* is found first: a single one that carries
+    Two dynamic programmes of O(G n^2), the first for the largest diameter alone. A single one for
     (largest, sum) is not exact, since a prefix with a larger maximum but a smaller sum may win
     once a later group exceeds both maxima (Pythia-1B at G = 5: AMAD 0.190 against 0.231).
     """
@@ -195,11 +197,6 @@ def _diameters_of_runs(square: Distances) -> Distances:
             j = i + length
             diameters[i, j] = max(square[i, j], diameters[i, j - 1], diameters[i + 1, j])
     return diameters
-
-
-def needs_distances(rule: str) -> bool:
-    """Return whether a partition's groups come from the distances; `even` ones are just cut."""
-    return rule not in ("even", "explicit", "per_layer")
 
 
 RULES: dict[str, Callable[[Distances, int], Groups]] = {

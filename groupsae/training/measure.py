@@ -196,15 +196,16 @@ def _measured(
     with watch, token_progress("measuring layers", total, trainer.global_rank == 0) as advance:
         for metric in passes:
             if metric is angles:
-                angles.set_mean(moments.mean())
+                angles.set_mean(moments.moments().mean)
             for batch in data.calibration_batches(tokens):
                 for each in [moments, angles] if metric is None else [metric]:
                     each.update(batch.acts, batch.everywhere())
                 advance(batch.acts.shape[1] * trainer.world_size)
+    _, rms_norms, mean_norms = moments.moments()
     return Measurement(
         angles.compute().cpu().numpy(),
-        moments.rms_norm().cpu().numpy(),
-        moments.mean_norm().cpu().numpy(),
+        rms_norms.cpu().numpy(),
+        mean_norms.cpu().numpy(),
         geometry.d_model,
         provenance,
         watch.seconds,

@@ -250,7 +250,7 @@ def test_what_is_no_list_of_numbers_of_groups_is_refused(counts: object) -> None
 
 @pytest.mark.parametrize("count", [1.5, "2", None, [2]])
 def test_what_is_no_number_of_groups_is_refused(count: object) -> None:
-    with pytest.raises(UserError, match="numbers of groups are whole"):
+    with pytest.raises(UserError, match="use integers from 1 up"):
         check_smaller([count])
 
 
@@ -259,7 +259,9 @@ def test_as_many_smaller_saes_as_layers_are_refused_before_any_work(
     last_layer: str, most: int
 ) -> None:
     every(smaller=[most], last_layer=last_layer).check(6)
-    sentence = f"groups.smaller holds {most + 1}, but {most + 1} layers are grouped"
+    sentence = (
+        f"groups.smaller holds {most + 1}: .* to {most}, below the {most + 1} grouped layers"
+    )
     with pytest.raises(UserError, match=sentence):
         every(smaller=[most + 1], last_layer=last_layer).check(6)
     with pytest.raises(UserError, match=sentence):

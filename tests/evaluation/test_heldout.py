@@ -174,7 +174,7 @@ def results(request: pytest.FixtureRequest, tiny_lm: Path) -> Results:
         "zeros": stub(Zeros, "zeros", [0, 1, 2, 3]),
     }
     ways = [
-        Grouping(name, "groups", [], [], 1, None, dict.fromkeys(range(4), name), [0, 1, 2])
+        Grouping(name, "groups", 1, None, dict.fromkeys(range(4), name), [0, 1, 2])
         for name in saes
     ]
     sums = HeldoutSums(saes, ways, True, 0)
@@ -217,7 +217,7 @@ def test_positions_that_are_left_out_keep_their_own_activation(tiny_lm: Path) ->
     tokens = torch.randint(0, 100, (4, 64), generator=torch.Generator().manual_seed(1))
     tokens[:, -2] = 200  # one position counts, and the one after it is only predicted
     saes = {"zeros": stub(Zeros, "zeros", [0, 1, 2, 3])}
-    ways = [Grouping("z", "groups", [], [], 1, None, dict.fromkeys(range(4), "zeros"), [0, 1])]
+    ways = [Grouping("z", "groups", 1, None, dict.fromkeys(range(4), "zeros"), [0, 1])]
     sums = HeldoutSums(saes, ways, True, 0)
     special = TokenFilter(torch.arange(100), 0, None)
     run_heldout(sums, iter([tokens]), hooked, torch.zeros(4, 32), special, lambda _: None)

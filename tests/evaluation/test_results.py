@@ -212,7 +212,7 @@ def twins(tiny_lm: Path) -> dict[str, Any]:
 
     def way(name: str, kind: Any, rule: str, groups: list[list[int]], owner: Any) -> Grouping:
         part = build_partition(distances, groups, rule)
-        return Grouping(name, kind, [rule], [], len(groups), part, owner, [0, 1])
+        return Grouping(name, kind, len(groups), part, owner, [0, 1], [rule])
 
     ways = [
         way("both", "groups", "complete", pair, {0: "both", 1: "both"}),

@@ -138,7 +138,7 @@ def test_equal_saes_have_equal_hashes_however_they_were_chosen() -> None:
         (lambda: ByCount(num_groups=2, rule="Even", last_layer="own"), "Did you mean 'even'"),
         (lambda: Even(num_groups=-2, last_layer="own"), "num_groups is -2"),
         (lambda: PerLayer(last_layer="none"), "last_layer is 'none': use own"),
-        (lambda: Explicit(groups=[[0, 1], [1]], last_layer="own"), "Layer 1 is listed twice"),
+        (lambda: Explicit(groups=[[0, 1], [1]], last_layer="own"), "Layer 1 is listed 2 times"),
         (lambda: Explicit(groups=[[0, 2]], last_layer="own"), "skips layer 1"),
         (lambda: Published(theta=0.0, last_layer="own"), "theta is 0.0"),
     ],

@@ -1,5 +1,6 @@
 """Partitions, their figures and the sentences for bad input."""
 
+import re
 import subprocess
 import sys
 
@@ -48,23 +49,16 @@ def test_a_partition_tells_its_figures() -> None:
     assert made.rule == "explicit"
 
 
-def test_a_partition_finds_the_group_of_a_layer() -> None:
-    made = build_partition(LINE, [[0, 1], [2, 3]], "explicit")
-    assert [made.group_of(layer) for layer in range(4)] == [0, 0, 1, 1]
-
-
-def test_a_partition_refuses_to_find_an_unknown_layer() -> None:
-    with pytest.raises(UserError, match="Layer 4 is in no group"):
-        build_partition(LINE, [[0, 1, 2, 3]], "explicit").group_of(4)
-
-
 @pytest.mark.parametrize(
     ("groups", "sentence"),
     [
         ([[0, 1], [3]], r"leave out layer 2.*Add layer 2"),
         ([[1, 2, 3]], "leave out layer 0"),
         ([[0, 1]], "leave out layers 2, 3"),
-        ([[0, 1], [1, 2, 3]], r"Layer 1 is listed twice, in \[0, 1\] and \[1, 2, 3\]"),
+        (
+            [[0, 1], [1, 2, 3]],
+            r"Layer 1 is listed 2 times in .* \[\[0, 1\], \[1, 2, 3\]\]",
+        ),
         ([[0, 2], [1], [3]], r"\[0, 2\] skips layer 1"),
         ([[0, 1, 2, 3, 4]], "Layer 4 is in a group, but there are 4 layers"),
     ],
@@ -75,20 +69,21 @@ def test_bad_groups_are_refused_with_a_sentence(groups: list[list[int]], sentenc
 
 
 @pytest.mark.parametrize(
-    ("groups", "sentence"),
+    "groups",
     [
-        ([[0, 1, 2, 3], []], "not a list with a layer"),
-        ([[0, 1, 2, -1]], "holds -1: layers are whole numbers"),
-        ([[0, 1, 2, 3.0]], "holds 3.0"),
-        ([[False, 1, 2, 3]], "holds False"),
-        ([], "write them like"),
-        ([0, 1, 2, 3], "The group 0 is not a list"),
-        ("0-3", "write them like"),
-        (None, "write them like"),
+        [[0, 1, 2, 3], []],
+        [[0, 1, 2, -1]],
+        [[0, 1, 2, 3.0]],
+        [[False, 1, 2, 3]],
+        [],
+        [0, 1, 2, 3],
+        ["01"],
+        "0-3",
+        None,
     ],
 )
-def test_what_is_no_list_of_layers_is_refused(groups: object, sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
+def test_groups_that_are_no_lists_of_layers_are_refused(groups: object) -> None:
+    with pytest.raises(UserError, match=re.escape(f"The groups are {groups!r}: write lists")):
         sort_groups(groups)
 
 
@@ -106,9 +101,9 @@ def changed(row: int, column: int, value: float) -> np.ndarray:
         (np.zeros((2, 2, 2)), r"shape \[2, 2, 2\]"),
         (changed(0, 2, np.nan), "between layers 0 and 2 is nan"),
         (changed(3, 1, np.inf), "between layers 3 and 1 is inf"),
-        (changed(1, 2, 1.2), r"between layers 1 and 2 is 1.2: .* lie in \[0, 1\]"),
+        (changed(1, 2, 1.2), r"between layers 1 and 2 is 1.2, .* lie in \[0, 1\]"),
         (changed(1, 2, -0.1), "is -0.1"),
-        (changed(2, 2, 0.01), "layer 2 from itself is 0.01"),
+        (changed(2, 2, 0.01), "layers 2 and 2 is 0.01.*from itself must be 0"),
         (np.tril(LINE), "must be symmetric"),
     ],
 )
@@ -140,7 +135,7 @@ def test_a_theta_that_is_no_fraction_is_refused(theta: object) -> None:
 
 @pytest.mark.parametrize("num_groups", [0, -1, 2.0, None, True])
 def test_a_number_of_groups_that_is_no_count_is_refused(num_groups: object) -> None:
-    with pytest.raises(UserError, match="use a whole number from 1 up"):
+    with pytest.raises(UserError, match="use an integer from 1 up"):
         check_num_groups(num_groups)
 
 
@@ -155,7 +150,7 @@ def test_an_unknown_rule_is_answered_with_the_nearest_name() -> None:
 
 
 def test_a_rule_like_no_other_is_answered_with_all_names() -> None:
-    with pytest.raises(UserError, match="complete, minmax, even, published. Use one of those"):
+    with pytest.raises(UserError, match="use one of complete, minmax, even, published"):
         partition(LINE, 3, rule="xyz")
 
 

@@ -163,7 +163,8 @@ def test_complete_equals_scipy_where_scipy_is_contiguous(
     labels = fcluster(linkage(squareform(distances), "complete"), num_groups, "maxclust")
     assume(np.count_nonzero(np.diff(labels)) == num_groups - 1)
     made = partition(distances, num_groups)
-    assert [made.group_of(layer) for layer in range(n)] == _renumbered(labels.tolist())
+    owners = {layer: i for i, group in enumerate(made.groups) for layer in group}
+    assert [owners[layer] for layer in range(n)] == _renumbered(labels.tolist())
 
 
 def _renumbered(labels: list[int]) -> list[int]:
