@@ -74,7 +74,7 @@ def module(given: Sequence[str], folder: Path) -> ActivationDataModule:
 def streamed(data: ActivationDataModule) -> float:
     """Return the seconds in which the language model makes all rows."""
     start = now(data.device)
-    for tokens in data.loader("train", STEPS, data.seed):
+    for tokens in data.loader("train", STEPS):
         data.live.rows(data.drawn(tokens, data.exchanges[0]).to(data.device))
     return now(data.device) - start
 
@@ -94,7 +94,7 @@ def forwards(data: ActivationDataModule) -> float:
     """Return the seconds of the forwards that the store was filled with, for each step."""
     start = now(data.device)
     layers = range(data.lm.geometry.num_layers)
-    for tokens in data.loader("train", STEPS, data.seed):
+    for tokens in data.loader("train", STEPS):
         show = by_model(data.hooked, tokens.to(data.device))
         for first in range(0, len(tokens), data.blocks_per_forward):
             show(slice(first, first + data.blocks_per_forward), layers, _nothing)

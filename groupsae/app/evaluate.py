@@ -221,7 +221,7 @@ def _run(data: ActivationDataModule, sums: HeldoutSums, steps: int, means: Tenso
     with token_progress(title, total, show=True) as advance:
 
         def parts() -> Iterator[Tensor]:
-            for batch in data.heldout(steps):
+            for batch in data.loader("heldout", steps):
                 yield from batch.to(means.device).split(data.blocks_per_forward)
 
         return run_heldout(sums, parts(), data.hooked, means, data.filters, advance)

@@ -3,7 +3,8 @@
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from groupsae.data.batch import ActivationBatch
 from groupsae.data.draws import DrawnTokens, draw
 from groupsae.data.exchange import Exchange
 from groupsae.data.filters import TokenFilter, check_filters
-from groupsae.data.loader import StepSampler, block_order, make_loader
+from groupsae.data.loader import StepSampler, make_loader
 from groupsae.data.packing import (
     SPLITS,
     Packing,
@@ -33,7 +34,7 @@ from groupsae.data.rows import Show, all_rows, by_model, rows_by_forward
 from groupsae.data.sources import Source
 from groupsae.data.store.fill import Filler, size_of
 from groupsae.data.store.options import check_store
-from groupsae.data.store.read import RowReader, StoredLoader, StoredRows, read_ahead
+from groupsae.data.store.read import RowReader, StoredLoader, read_ahead
 from groupsae.data.store.shard import Layout
 from groupsae.data.store.store import ActivationStore, Gap, dtype_of, open_store
 from groupsae.lm.hooked import HookedLM, read_after
@@ -41,9 +42,7 @@ from groupsae.lm.load import FrozenLM
 from groupsae.runtime.errors import UserError
 
 LEAST_TEXT = 20_000_000  # tokens
-# Of the sample that all runs are evaluated on, whatever their own seed; without it, the first
-# blocks of the file would be those of a few documents.
-HELDOUT_SEED = 0
+HELDOUT_SEED = 0  # of the sample that all runs are evaluated on
 
 
 class ActivationDataModule(L.LightningDataModule):
@@ -87,7 +86,7 @@ class ActivationDataModule(L.LightningDataModule):
         travelling: dtype of rows that are sent to other processes.
         blocks_seen: position in the data, over all ranks.
         device: that batches go to.
-        stopwatch: of the language model's forwards in training.
+        stopwatch: of making the rows of training, which is the language model's forwards.
     """
 
     def __init__(
@@ -281,69 +280,52 @@ class ActivationDataModule(L.LightningDataModule):
         return self.trainer.world_size if self.trainer else 1
 
     def steps(
-        self,
-        split: Split,
-        num_steps: int,
-        seed: int | None,
-        first_step: int = 0,
-        exchange: Exchange | None = None,
+        self, split: Split, num_steps: int, first_step: int = 0, all_ranks: bool = False
     ) -> StepSampler:
-        """Return the blocks of each step: this rank's share, or all where rows are exchanged."""
-        shared = exchange is None or exchange.swap is None
+        """Return the blocks of each step, this rank's share or those of all ranks.
+
+        Calibration reads the blocks in the order of the file. Held-out blocks are the same sample
+        for every run, whatever its seed: the first blocks would be those of a few documents.
+        """
         return StepSampler(
             num_blocks=len(self.blocks.blocks[split]),
             blocks_per_step=self.blocks_per_step,
             num_steps=num_steps,
-            seed=seed,
+            seed={"train": self.seed, "heldout": HELDOUT_SEED, "calibration": None}[split],
             first_step=first_step,
-            rank=self.rank if shared else 0,
-            world_size=self.num_processes if shared else 1,
+            rank=0 if all_ranks else self.rank,
+            world_size=1 if all_ranks else self.num_processes,
         )
 
     def training_steps(self) -> StepSampler:
         """Return the blocks of each training step, from `blocks_seen` on."""
-        first = self.blocks_seen // self.blocks_per_step
-        return self.steps("train", self.num_steps, self.seed, first, self.exchanges[0])
+        first_step = self.blocks_seen // self.blocks_per_step
+        return self.steps("train", self.num_steps, first_step, self.exchanges[0].travels)
 
-    def heldout_steps(self, num_steps: int) -> StepSampler:
-        """Return the blocks of held-out steps: the same sample of the split every time."""
-        return self.steps("heldout", num_steps, HELDOUT_SEED, exchange=self.exchanges[1])
-
-    def validation_steps(self) -> int:
-        """Return the number of steps of one validation."""
-        return self.steps_for("heldout", self.heldout_tokens)
+    def validation_steps(self) -> StepSampler:
+        """Return the blocks of each step of a validation."""
+        num_steps = self.steps_for("heldout", self.heldout_tokens)
+        return self.steps("heldout", num_steps, 0, self.exchanges[1].travels)
 
     def load(self, split: Split, steps: StepSampler) -> DataLoader[Tensor]:
         """Return a loader of the tokens of some steps, int64 [block, pos] each."""
-        return make_loader(
-            self.blocks.blocks[split], steps, self.num_workers, self.device.type == "cuda"
-        )
+        pinned = self.device.type == "cuda"
+        return make_loader(self.blocks.blocks[split], steps, self.num_workers, pinned)
 
-    def loader(
-        self, split: Split, num_steps: int, seed: int | None, first_step: int = 0
-    ) -> DataLoader[Tensor]:
-        """Return this rank's share of the batches of a split."""
-        return self.load(split, self.steps(split, num_steps, seed, first_step))
-
-    def heldout(self, num_steps: int) -> DataLoader[Tensor]:
-        """Return the tokens of held-out batches."""
-        return self.load("heldout", self.heldout_steps(num_steps))
+    def loader(self, split: Split, num_steps: int, first_step: int = 0) -> DataLoader[Tensor]:
+        """Return the tokens of this rank's share of some steps."""
+        return self.load(split, self.steps(split, num_steps, first_step))
 
     def heldout_documents(self, num_steps: int) -> Int64[np.ndarray, " block"]:
-        """Return a number of the document that each block of `heldout` begins in."""
+        """Return a number of the document that each block of held-out steps begins in."""
         blocks = self.blocks.blocks["heldout"][:, self.packing.prepend_bos :]
         numbers = document_numbers(blocks, end_of_text(self.lm.tokenizer()))
         return numbers[self.needed("heldout", num_steps)]
 
     def needed(self, split: Split, num_steps: int) -> list[int]:
-        """Return the blocks that so many steps of a split read first, in the order of reading."""
-        available = len(self.blocks.blocks[split])
-        count = min(available, num_steps * self.blocks_per_step)
-        if split == "calibration":
-            return list(range(count))
-        seed = self.seed if split == "train" else HELDOUT_SEED
-        order: list[int] = block_order(available, seed, 0, count).tolist()
-        return order
+        """Return the blocks that so many steps read over all ranks, in the order of first use."""
+        blocks = chain.from_iterable(self.steps(split, num_steps, all_ranks=True))
+        return list(islice(blocks, len(self.blocks.blocks[split])))
 
     # ---- draws --------------------------------------------------------------------------
 
@@ -404,7 +386,7 @@ class ActivationDataModule(L.LightningDataModule):
     def draw_step(self, tokens: Int[Tensor, "block pos"], first_block: int) -> DrawnTokens:
         """Return the draws for a training batch; `first_block` is the step's place in the run."""
         exchange = self.exchanges[0]
-        if exchange.swap is None:  # these are this rank's tokens only
+        if not exchange.travels:  # these are this rank's tokens only
             first_block += self.rank * len(tokens)
         return self.drawn(tokens, exchange, first_block * self.packing.context)
 
@@ -438,10 +420,13 @@ class ActivationDataModule(L.LightningDataModule):
         A validation batch shows every used layer, so its parts are made one after the other.
         """
         assert self.trainer is not None
-        if self.trainer.training:
-            self.blocks_seen += self.blocks_per_step
-            return self.reader.step_rows(batch)
-        return (self.reader.rows(part.to(self.device)) for part in batch)
+        if not self.trainer.training:
+            return (self.reader.rows(part.to(self.device)) for part in batch)
+        self.blocks_seen += self.blocks_per_step
+        self.stopwatch.start(self.device)
+        rows = self.reader.rows(batch)
+        self.stopwatch.stop()
+        return rows
 
     # ---- activations outside of training ------------------------------------------------
 
@@ -467,11 +452,22 @@ class ActivationDataModule(L.LightningDataModule):
 
     def calibration_batches(self, tokens: int) -> Iterator[ActivationBatch]:
         """Yield every layer's activations over this rank's share of the calibration split."""
-        return self.reader.calibration(self.steps_for("calibration", tokens))
+        num_steps = self.steps_for("calibration", tokens)
+        reader = self.reader if self.reader.has_calibration(num_steps) else self.live
+        exchange = Exchange([_each_layer(range(self.lm.geometry.num_layers))])
+        for blocks in self.steps("calibration", num_steps):
+            for part in reader.parts("calibration", blocks, exchange):
+                yield reader.rows(part.to(self.device))
 
     def first_rows(self, slots: list[list[int]], num_blocks: int) -> Callable[[], ActivationBatch]:
         """Return what makes the first rows of training, of at most so many blocks, for a trial."""
-        return self.reader.first_rows(slots, num_blocks)
+        blocks = next(iter(self.steps("train", 1)))[:num_blocks]
+
+        def rows() -> ActivationBatch:
+            drawn = self.drawn(self.tokens("train", blocks), Exchange([slots]))
+            return self.reader.rows(self.reader.read("train", blocks, drawn).to(self.device))
+
+        return rows
 
     # ---- state --------------------------------------------------------------------------
 
@@ -504,6 +500,10 @@ class LiveReader:
 
     Args:
         data: knows tokens, draws, filters and the language model.
+
+    Attributes:
+        stored_dtype: of what is on disk; None without a store.
+        fill_seconds: seconds spent on filling the store.
     """
 
     stored_dtype: str | None = None
@@ -513,74 +513,74 @@ class LiveReader:
         self.data = data
 
     def training(self) -> Iterable[Tensor]:
-        """Return the tokens of the training batches."""
+        """Return the training batches from `blocks_seen` on, for Lightning."""
         return self.data.load("train", self.data.training_steps())
 
     def validation(self) -> Iterable[Tensor]:
-        """Return the tokens of the held-out batches."""
-        return self.data.heldout(self.data.validation_steps())
+        """Return the batches of a validation, for Lightning."""
+        return self.data.load("heldout", self.data.validation_steps())
 
     def prepare(self, batch: Tensor) -> DrawnTokens | list[DrawnTokens]:
-        """Draw layers for a batch of tokens on the host."""
+        """Return a batch's draws on the host; in validation, in parts."""
         data = self.data
         assert data.trainer is not None
         if data.trainer.training:
             return data.draw_step(batch, data.blocks_seen)
         return data.draw_parts(batch, data.exchanges[1])
 
-    def step_rows(self, batch: DrawnTokens) -> ActivationBatch:
-        """Run the model on a training batch, and measure the time."""
-        self.data.stopwatch.start(batch.tokens.device)
-        rows = self.rows(batch)
-        self.data.stopwatch.stop()
-        return rows
+    def read(self, split: Split, blocks: list[int], drawn: DrawnTokens) -> DrawnTokens:
+        """Return drawn tokens with their rows, where those are stored.
 
-    def rows(self, part: DrawnTokens) -> ActivationBatch:
-        """Run the model on tokens whose draws lie on the device.
+        Args:
+            split: that the tokens are of.
+            blocks: their numbers.
+            drawn: the tokens.
+        """
+        return drawn
+
+    def parts(self, split: Split, blocks: list[int], exchange: Exchange) -> Iterable[DrawnTokens]:
+        """Return a batch in parts of `blocks_per_forward`, as `read` does."""
+        return self.data.draw_parts(self.data.tokens(split, blocks), exchange)
+
+    @torch.no_grad()
+    def rows(self, drawn: DrawnTokens) -> ActivationBatch:
+        """Return the rows of tokens that are on the device.
 
         Memory is tokens x slots x d_model. Rows that travel are sent forward by forward, each
         next to the following forward.
         """
-        lm, filters, exchange = self.data.hooked, self.data.filters, part.exchange
-        show, device = by_model(lm, part.tokens), part.tokens.device
+        lm, filters, exchange = self.data.hooked, self.data.filters, drawn.exchange
+        show, device = by_model(lm, drawn.tokens), drawn.tokens.device
 
         def empty(tokens: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(len(exchange.sent), tokens, lm.d_model, dtype=dtype, device=device)
 
-        if exchange.swap is None:
-            acts = empty(part.tokens.numel(), torch.float32)
-            parts = iter([all_rows(show, filters, part, acts)])
+        if not exchange.travels:
+            acts = empty(drawn.tokens.numel(), torch.float32)
+            parts = iter([all_rows(show, filters, drawn, acts)])
         else:
             dtype = self.data.travelling
             parts = rows_by_forward(
-                show, filters, part, lambda where: empty(where.stop - where.start, dtype)
+                show, filters, drawn, lambda where: empty(where.stop - where.start, dtype)
             )
-        return part.shown.batch(*exchange.collect(parts))
-
-    def calibration(self, num_steps: int) -> Iterator[ActivationBatch]:
-        """Run the model on the calibration split."""
-        layers = list(range(self.data.lm.geometry.num_layers))
-        for tokens in self.data.loader("calibration", num_steps, None):
-            yield from self.data.every_layer(tokens, layers)
-
-    def first_rows(self, slots: list[list[int]], num_blocks: int) -> Callable[[], ActivationBatch]:
-        """Return what runs the model on the first tokens of training."""
-        tokens = next(iter(self.data.loader("train", 1, self.data.seed)))[:num_blocks]
-        return partial(self.data.activations, tokens, slots)
+        return drawn.shown.batch(*exchange.collect(parts))
 
     def travelling(self) -> torch.dtype:
-        """Return the dtype of the used layers' activations, by running two tokens."""
+        """Return the narrowest dtype that holds the used layers' rows, by running two tokens."""
         data, dtypes = self.data, list[torch.dtype]()
-        sample = torch.from_numpy(data.blocks.blocks["train"][:1, :2].astype("int64"))
-        show = by_model(data.hooked, sample.to(data.device))
+        show = by_model(data.hooked, data.tokens("train", [0])[:, :2].to(data.device))
         show(slice(None), data.used_layers(), lambda _, acts: dtypes.append(acts.dtype))
         return functools.reduce(torch.promote_types, dtypes)
 
+    def has_calibration(self, num_steps: int) -> bool:
+        """Return whether every layer of so many calibration steps can be read."""
+        return True
+
     def fill_calibration(self, tokens: int) -> None:
-        """Do nothing: the model is there."""
+        """Write calibration tokens into the store, where they are missing."""
 
     def fill_training(self) -> None:
-        """Do nothing: the model is there."""
+        """Write what training and validation read into the store, where it is missing."""
 
 
 class StoredReader:
@@ -627,85 +627,61 @@ class StoredReader:
             {split: len(tokens) for split, tokens in blocks.blocks.items()},
         )
 
-    # ---- reading ------------------------------------------------------------------------
-
-    def training(self) -> StoredLoader[StoredRows]:
-        """Return the training batches with their rows."""
+    def training(self) -> StoredLoader:
+        """Return the training batches from `blocks_seen` on, read ahead with their rows."""
         data, steps = self.data, self.data.training_steps()
         share = data.exchanges[0].share
 
-        def batches() -> Iterator[StoredRows]:
+        def batches() -> Iterator[DrawnTokens]:
             reader = self._row_reader("train")
 
-            def read(item: tuple[int, list[int]]) -> StoredRows:
+            def read(item: tuple[int, list[int]]) -> DrawnTokens:
                 step, blocks = item
                 first_block = step * data.blocks_per_step
                 drawn = data.draw_step(data.tokens("train", blocks), first_block)
-                return reader.rows(drawn, blocks[share(len(blocks))])
+                return reader.read(blocks[share(len(blocks))], drawn)
 
             return read_ahead(enumerate(steps, steps.first_step), read)
 
         return StoredLoader(len(steps), batches)
 
-    def validation(self) -> StoredLoader[Iterator[StoredRows]]:
-        """Return the held-out batches, each read part by part when it is used."""
-        steps = self.data.heldout_steps(self.data.validation_steps())
+    def validation(self) -> StoredLoader:
+        """Return the batches of a validation; their parts are read when they are used."""
+        steps, exchange = self.data.validation_steps(), self.data.exchanges[1]
+        return StoredLoader(
+            len(steps), lambda: (self.parts("heldout", blocks, exchange) for blocks in steps)
+        )
 
-        def batches() -> Iterator[Iterator[StoredRows]]:
-            reader = self._row_reader("heldout")
-            for blocks in steps:
-                yield self._parts(reader, blocks, self.data.exchanges[1])
-
-        return StoredLoader(len(steps), batches)
-
-    def prepare(self, batch: object) -> object:
+    def prepare(self, batch: Any) -> Any:
         """Return the batch: all was decided when it was read."""
         return batch
 
-    def step_rows(self, batch: StoredRows) -> ActivationBatch:
-        """Return the rows of a training step."""
-        return self.rows(batch)
+    def read(self, split: Split, blocks: list[int], drawn: DrawnTokens) -> DrawnTokens:
+        """Return drawn tokens with their rows."""
+        return self._row_reader(split).read(blocks, drawn)
 
-    def rows(self, part: StoredRows) -> ActivationBatch:
-        """Return rows that lie on the device as the language model would have made them."""
-        drawn, acts, keep = part
-        return drawn.shown.batch(*drawn.exchange.collect([(acts, keep)]))
+    def parts(self, split: Split, blocks: list[int], exchange: Exchange) -> Iterator[DrawnTokens]:
+        """Yield a batch in parts of `blocks_per_forward`, read ahead with their rows."""
+        reader, size = self._row_reader(split), self.data.blocks_per_forward
+        drawn = self.data.draw_parts(self.data.tokens(split, blocks), exchange)
+        mine = blocks[exchange.share(len(blocks))]
+        pieces = [mine[i : i + size] for i in range(0, len(mine), size)]
+        return read_ahead(zip(pieces, drawn, strict=True), lambda part: reader.read(*part))
 
-    def calibration(self, num_steps: int) -> Iterator[ActivationBatch]:
-        """Yield every layer's activations; by the language model if the store lacks some."""
-        data, every = self.data, range(self.data.lm.geometry.num_layers)
-        if self.store.gaps("calibration", data.needed("calibration", num_steps), every):
-            yield from data.live.calibration(num_steps)
-            return
-        reader, exchange = self._row_reader("calibration"), Exchange([[[x] for x in every]])
-        for blocks in data.steps("calibration", num_steps, None):
-            for part in self._parts(reader, blocks, exchange):
-                yield self.rows(part.to(data.device))
-
-    def first_rows(self, slots: list[list[int]], num_blocks: int) -> Callable[[], ActivationBatch]:
-        """Return what reads the first rows of training."""
-        data, reader = self.data, self._row_reader("train")
-        blocks = next(iter(data.steps("train", 1, data.seed)))[:num_blocks]
-
-        def read() -> ActivationBatch:
-            drawn = data.drawn(data.tokens("train", blocks), Exchange([slots]))
-            return self.rows(reader.rows(drawn, blocks).to(data.device))
-
-        return read
+    def rows(self, drawn: DrawnTokens) -> ActivationBatch:
+        """Return the rows of tokens that are on the device, with their stored rows."""
+        assert drawn.stored is not None
+        return drawn.shown.batch(*drawn.exchange.collect([drawn.stored]))
 
     def travelling(self) -> torch.dtype:
         """Return the dtype of the store."""
         return self.store.layout.dtype
 
-    def _parts(
-        self, reader: RowReader, blocks: list[int], exchange: Exchange
-    ) -> Iterator[StoredRows]:
-        """Yield the rows of a batch, `blocks_per_forward` at a time; each slot is one layer."""
-        parts = self.data.draw_parts(self.data.tokens(reader.split, blocks), exchange)
-        mine, size = blocks[exchange.share(len(blocks))], self.data.blocks_per_forward
-        pieces = [mine[i : i + size] for i in range(0, len(mine), size)]
-        return read_ahead(
-            zip(parts, pieces, strict=True), lambda item: reader.rows(item[0], item[1])
+    def has_calibration(self, num_steps: int) -> bool:
+        """Return whether every layer of so many calibration steps is stored."""
+        every = range(self.data.lm.geometry.num_layers)
+        return not self.store.gaps(
+            "calibration", self.data.needed("calibration", num_steps), every
         )
 
     def _row_reader(self, split: Split) -> RowReader:
@@ -717,8 +693,6 @@ class StoredReader:
             threads=max(1, self.data.num_workers),
             pinned=self.data.device.type == "cuda",
         )
-
-    # ---- filling ------------------------------------------------------------------------
 
     def fill_calibration(self, tokens: int) -> None:
         """Write every layer of so many calibration tokens, where they are missing."""
@@ -737,7 +711,7 @@ class StoredReader:
 
     def _training_gaps(self, layers: list[int]) -> list[Gap]:
         train = self.data.needed("train", self.data.num_steps)
-        heldout = self.data.needed("heldout", self.data.validation_steps())
+        heldout = self.data.needed("heldout", len(self.data.validation_steps()))
         return [
             *self.store.gaps("train", train, layers),
             *self.store.gaps("heldout", heldout, layers),
@@ -764,7 +738,7 @@ class StoredReader:
         self.fill_seconds += time.perf_counter() - began
 
 
-def _each_layer(layers: list[int]) -> list[list[int]]:
+def _each_layer(layers: Iterable[int]) -> list[list[int]]:
     """Return a slot for each layer."""
     return [[layer] for layer in layers]
 

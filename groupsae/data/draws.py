@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from groupsae.data.batch import ActivationBatch
-from groupsae.data.exchange import Exchange
+from groupsae.data.exchange import Exchange, Rows
 
 # SplitMix64 (Steele, Lea, Flood 2014): increment and the two multipliers, as signed int64.
 GAMMA = 0x9E3779B97F4A7C15 - 2**64
@@ -103,6 +103,7 @@ class DrawnTokens(NamedTuple):
             `order` by layer.
         shown: labels of the rows that this process gets, for `exchange.own`. Every process knows
             the ids and positions of all tokens, so that only activations travel.
+        stored: rows `made`, in the store's dtype, where they were read from a store.
     """
 
     tokens: Int[Tensor, "block pos"]
@@ -112,6 +113,7 @@ class DrawnTokens(NamedTuple):
     order: Int[Tensor, "several token"]
     shares: list[list[dict[int, int]]]
     shown: Labels
+    stored: Rows | None = None
 
     def to(self, device: torch.device) -> "DrawnTokens":
         """Return everything on the device; a GPU fetches it asynchronously if it is pinned.
@@ -126,12 +128,16 @@ class DrawnTokens(NamedTuple):
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "DrawnTokens":
-        made = self.made.map(change)
+        made, stored = self.made.map(change), self.stored
+        if stored is not None:
+            acts, keep = stored
+            stored = change(acts), None if keep is None else change(keep)
         return self._replace(
             tokens=change(self.tokens),
             made=made,
             order=change(self.order),
             shown=made if self.shown is self.made else self.shown.map(change),
+            stored=stored,
         )
 
 
@@ -170,7 +176,7 @@ def draw(
     mine = shares[exchange.rank, part]
     made = labels(exchange.sent, mine, first_position + exchange.rank * shares[0].numel())
     shown = made
-    if exchange.swap is not None:
+    if exchange.travels:
         shown = labels(exchange.own, shares[:, part].flatten(0, 1), first_position)
     order, counts = _by_layer(made.layers, exchange.sent, blocks_per_forward * tokens.shape[1])
     return DrawnTokens(mine, exchange, blocks_per_forward, made, order, counts, shown)

@@ -51,6 +51,11 @@ class Exchange:
         self.wanted, self.rank, self.swap = list(wanted), rank, swap
 
     @property
+    def travels(self) -> bool:
+        """Return whether rows are sent to other processes."""
+        return self.swap is not None
+
+    @property
     def sent(self) -> list[list[int]]:
         """Return the slots that this process makes rows of, in the order that it sends them."""
         return [slot for slots in self.wanted for slot in slots]

@@ -175,7 +175,7 @@ def _measured_flops(
             acts = torch.ones(len(every), num_tokens, geometry.d_model, device=device)
             parts = [ActivationBatch(acts, layers, None)]
         else:
-            tokens = next(iter(data.loader("train", 1, data.seed)))[:1]
+            tokens = next(iter(data.loader("train", 1)))[:1]
             parts = list(data.every_layer(tokens, every))
     with flop_counter() as distances:
         for each in parts:

@@ -93,7 +93,7 @@ def layers_not_finite(data: ActivationDataModule, step: int) -> list[int]:
     """
     layers = sorted(set().union(*gather(data.used_layers())))
     found = torch.zeros(len(layers), device=data.device)
-    tokens = next(iter(data.loader("train", step, data.seed, first_step=step - 1)))
+    tokens = next(iter(data.loader("train", step, first_step=step - 1)))
     for first in range(0, len(layers), AT_ONCE):
         some = layers[first : first + AT_ONCE]
         for batch in data.every_layer(tokens, some):

@@ -220,8 +220,10 @@ def test_calibration_gives_all_layers_of_the_calibration_split_in_order(make_dat
 def test_held_out_batches_are_one_sample_of_the_whole_split_with_its_documents(make_data, bos):
     first, other = (make_data(prepend_bos=bos, seed=seed) for seed in (0, 1))
     steps = max(1, first.steps_for("heldout", None) // 2)
-    read = torch.cat(list(first.heldout(steps)))
-    assert torch.equal(read, torch.cat(list(other.heldout(steps))))  # whatever the run's seed
+    read = torch.cat(list(first.loader("heldout", steps)))
+    assert torch.equal(
+        read, torch.cat(list(other.loader("heldout", steps)))
+    )  # whatever the run's seed
     text = torch.from_numpy(first.blocks.blocks["heldout"].astype("int64"))
     found = first.heldout_documents(steps)
     assert len(found) == len(read)

@@ -1,5 +1,6 @@
 """Rows that travel between processes, without any process: what one sends the others get."""
 
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -134,7 +135,7 @@ def test_an_owner_gets_the_rows_that_one_process_would_have(make_data, wanted, c
 def test_validation_brings_the_layers_of_an_owners_saes(make_data, ratio):
     def validated(data):
         found = []
-        for tokens in data.heldout(2):
+        for tokens in islice(data.val_dataloader(), 2):
             drawn = [each.to(data.device) for each in data.on_before_batch_transfer(tokens, 0)]
             parts = list(data.on_after_batch_transfer(drawn, 0))
             found.append([[part.rows(i)[0] for i in range(len(part.acts))] for part in parts])

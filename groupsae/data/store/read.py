@@ -3,10 +3,9 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 from groupsae.data.draws import DrawnTokens
@@ -20,43 +19,20 @@ from groupsae.runtime.errors import UserError
 
 AHEAD = 2  # batches that are read while one is worked on; bounds their memory
 
-Batch = TypeVar("Batch", covariant=True)
 Item = TypeVar("Item")
+Batch = TypeVar("Batch")
 
 
-class StoredRows(NamedTuple):
-    """Rows that were read from a store, with what was decided about their tokens.
-
-    Attributes:
-        drawn: the tokens.
-        acts: rows, in the store's dtype: on a GPU they become float32 there.
-        keep: which rows count, where norms decide it; None where they do not.
-    """
-
-    drawn: DrawnTokens
-    acts: Shaped[Tensor, "slot token d_model"]
-    keep: Bool[Tensor, "slot token"] | None
-
-    def to(self, device: torch.device) -> "StoredRows":
-        """Return everything on the device; a GPU fetches it asynchronously if it is pinned."""
-        asynchronous = device.type == "cuda"
-        return StoredRows(
-            self.drawn.to(device),
-            self.acts.to(device, non_blocking=asynchronous),
-            None if self.keep is None else self.keep.to(device, non_blocking=asynchronous),
-        )
-
-
-class StoredLoader(Iterable[Batch]):
+class StoredLoader(Iterable[Any]):
     """Batches that are read when they are asked for; its length is the complete run."""
 
-    def __init__(self, num_steps: int, batches: Callable[[], Iterator[Batch]]) -> None:
+    def __init__(self, num_steps: int, batches: Callable[[], Iterator[Any]]) -> None:
         self.num_steps, self.batches = num_steps, batches
 
     def __len__(self) -> int:
         return self.num_steps
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         return self.batches()
 
 
@@ -92,12 +68,12 @@ class RowReader:
         )
 
     @torch.no_grad()
-    def rows(self, drawn: DrawnTokens, blocks: Sequence[int]) -> StoredRows:
-        """Return the rows on the host.
+    def read(self, blocks: Sequence[int], drawn: DrawnTokens) -> DrawnTokens:
+        """Return the tokens with their rows, on the host.
 
         Args:
-            drawn: tokens and draws.
             blocks: the numbers of the tokens' blocks in the split.
+            drawn: tokens and draws.
 
         Raises:
             UserError: a file is damaged or cannot be read.
@@ -117,9 +93,9 @@ class RowReader:
                 visit(layer, shown)
 
         acts, keep = all_rows(show, self.filters, drawn, acts)
-        return StoredRows(
-            drawn, acts, keep.pin_memory() if keep is not None and self.pinned else keep
-        )
+        if keep is not None and self.pinned:
+            keep = keep.pin_memory()
+        return drawn._replace(stored=(acts, keep))
 
     def _read(self, block: int, layer: int, out: Tensor) -> None:
         try:
