@@ -91,10 +91,8 @@ def whole_step(group: GroupSAE, acts: Tensor, dead: int) -> Callable[[], None]:
         loss = group.step(x, layers, group.moments(x, layers), num_dead=dead)
         group.count_dead(group.fired > 0)
         loss.backward()
-        group.configure_gradient_clipping(optimizer)
         optimizer.step()
         optimizer.zero_grad()
-        group.sae.normalize_decoder()
 
     return step
 
@@ -155,7 +153,7 @@ def parts_of(group: GroupSAE, x: Tensor) -> dict[str, Callable[[], Any]]:
         "encoder's gradient": rows_of_a_weight,
         "projection": sae.project_gradient,
         "clipping": lambda: nn.utils.clip_grad_norm_(sae.parameters(), 1.0),
-        "Adam": optimizer.step,
+        "Adam": functools.partial(torch.optim.Adam.step, optimizer),
         "normalisation": sae.normalize_decoder,
     }
     if low != torch.float32:

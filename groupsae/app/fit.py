@@ -131,7 +131,7 @@ def build(cfg: DictConfig, folder: Path, console: Console, checkpoint: Path | No
         choice=choice,
         folder=str(folder),
         cache=str(Path(cfg.output) / "cache"),
-        say=say,
+        show=say,
         **cfg.calibration,
     )
     stop, throughput = StopOnSignal(folder=str(folder / "checkpoints")), Throughput()
@@ -210,9 +210,6 @@ def announce(run: Run, cfg: DictConfig, console: Console) -> None:
 
 def _show_groups(grouping: GroupLayers, data: ActivationDataModule, console: Console) -> None:
     """Print the groups, and what the text is too small for."""
-    assert grouping.plan is not None
-    assert grouping.cost is not None
-    assert grouping.measurement is not None
     print_plan(console, grouping.plan, grouping.cost)
     epochs = data.epochs()
     if epochs > 1:

@@ -14,14 +14,13 @@ from groupsae.sae.base import SAE, AllSum, GlobalBatch, SparseLatents, firings, 
 from groupsae.sae.metrics import Reconstruction
 from groupsae.training.b_dec_init import init_b_dec
 from groupsae.training.metrics import (
-    RunningStats,
-    check_stats,
     is_logging_step,
     log_training,
     log_validation,
     mean_of,
     steps_of,
 )
+from groupsae.training.nonfinite import RunningStats, check_finite
 from groupsae.training.optim import Adam
 from groupsae.training.parallel.collect import num_processes
 from groupsae.training.readback import Readback
@@ -89,7 +88,7 @@ class GroupSAE(L.LightningModule):
         self.register_buffer("norm_factors", factors)
         self.register_buffer("tokens_since_fired", torch.zeros(self.sae.d_sae, dtype=torch.int64))
         self.register_buffer("tokens_per_layer", torch.zeros(len(factors), dtype=torch.int64))
-        # steps left out: how many, how many in a row, the last
+        # steps left out: how many, how many in a row, the last (the first step being 1)
         self.register_buffer("skipped", torch.zeros(3, dtype=torch.int64))
         # sums since last logged: the terms of the loss, l0, steps with a finite loss
         running = torch.zeros(len(self.sae.terms) + 2, dtype=torch.float64)
@@ -175,6 +174,17 @@ class GroupSAE(L.LightningModule):
         self.sae.project_gradient()
         return nn.utils.clip_grad_norm_(self.sae.parameters(), self.optim.clip_norm)
 
+    def leave_out(self, bad: Bool[Tensor, ""], before: Sequence[Tensor], step: int) -> None:
+        """Restore the buffers of `before` a step where `bad` is true, and count the step.
+
+        Weights and moments are spared by the optimiser; the host never knows.
+        """
+        for buffer, old in zip(self.buffers(), before, strict=True):
+            buffer.copy_(torch.where(bad, old, buffer))
+        times, in_a_row, last = self.skipped.unbind()
+        last = torch.where(bad, torch.full_like(last, step), last)
+        self.skipped.copy_(torch.stack([times + bad, (in_a_row + 1) * bad, last]))
+
     @torch.no_grad()
     def normalize_decoder(self, unless: Bool[Tensor, ""] | None = None) -> None:
         """Make the latents' directions unit vectors; `unless` leaves every bit as it is."""
@@ -199,29 +209,6 @@ class GroupSAE(L.LightningModule):
             return torch.empty(0, dtype=torch.int64, device=self.tokens_since_fired.device)
         return self.dead().byte().argsort(descending=True, stable=True)[:count]
 
-    # ---- steps that are left out ----------------------------------------------------------
-
-    def remember(self) -> list[Tensor]:
-        """Return copies of what a step changes before its gradient is known.
-
-        Counters, thresholds and sums; the optimiser itself spares weights and moments.
-        """
-        return [buffer.clone() for buffer in self.buffers()]
-
-    def leave_out(self, bad: Bool[Tensor, ""], before: Sequence[Tensor], step: int) -> None:
-        """Restore what `remember` returned where `bad` is true; the host never knows.
-
-        Args:
-            bad: whether the loss or the gradient of the step is not finite.
-            before: of `remember`.
-            step: number of the step, the first being 1.
-        """
-        for buffer, old in zip(self.buffers(), before, strict=True):
-            buffer.copy_(torch.where(bad, old, buffer))
-        times, in_a_row, last = self.skipped.unbind()
-        last = torch.where(bad, torch.full_like(last, step), last)
-        self.skipped.copy_(torch.stack([times + bad, (in_a_row + 1) * bad, last]))
-
     # ---- figures --------------------------------------------------------------------------
 
     def start_running(self) -> None:
@@ -229,8 +216,8 @@ class GroupSAE(L.LightningModule):
         self.running.zero_()
         self.running_steps = 0
 
-    def read_running(self, all_sum: AllSum, sharing: int) -> RunningStats:
-        """Return the figures of the steps since the last call, and start again.
+    def running_stats(self, all_sum: AllSum, sharing: int) -> RunningStats:
+        """Return the figures of the steps since `start_running`.
 
         fvu here is that of the mixed batch: its variance includes the differences between the
         layers' means, so compare groups by `val/fvu`, which is per layer. If all steps were left
@@ -240,30 +227,17 @@ class GroupSAE(L.LightningModule):
             all_sum: returns the sum of a tensor over all processes; each holds its part.
             sharing: processes that train this SAE together.
         """
-        values, skipped = {"dead": float(self.dead().double().mean())}, self.skipped.tolist()
-        steps, (sums, finite) = self.running_steps, self.running_sums(all_sum, sharing)
-        if self.nonfinite == "skip":
+        *sums, finite = all_sum(self.running.clone()).tolist()
+        finite, skipped = int(finite) // sharing, self.skipped.tolist()
+        skips = self.nonfinite == "skip"
+        values = {"dead": float(self.dead().double().mean())}
+        if skips:
             values["skipped"] = float(skipped[0])
-        taken = finite if self.nonfinite == "skip" else steps
+        taken = finite if skips else self.running_steps
         if taken > 0:
             values |= {k: v / taken for k, v in zip((*self.sae.terms, "l0"), sums, strict=True)}
-        self.start_running()
-        return RunningStats(values, steps, finite, skipped)
-
-    def running_sums(self, all_sum: AllSum, sharing: int) -> tuple[list[float], int]:
-        """Return the sums over processes, and the steps before the first non-finite loss.
-
-        Such a loss spoils the weights, so all losses after it are not finite either. In that step
-        itself it may be so in one process only.
-        """
-        *sums, finite = all_sum(self.running.clone()).tolist()
-        return sums, int(finite) // sharing
-
-    def check_value(self, all_sum: AllSum, sharing: int) -> RunningStats:
-        """Return a value that is finite if weights and losses since last logged are."""
-        sums, finite = self.running_sums(all_sum, sharing)
-        weights = sum(float(p.detach().abs().sum()) for p in self.sae.parameters())
-        return RunningStats({"weights": weights + sum(sums)}, self.running_steps, finite, [])
+        weights = torch.stack([p.detach().isfinite().all() for p in self.sae.parameters()])
+        return RunningStats(values, bool(weights.all()), self.running_steps, finite, skipped)
 
     @torch.no_grad()
     def reconstruct(
@@ -313,24 +287,14 @@ class GroupSAE(L.LightningModule):
         """Return the loss."""
         return self.joint.loss(batch, self.global_step, steps_of(self))
 
-    def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
-        """Project the decoder's gradient and clip."""
-        self.joint.clip_gradients(self.global_step)
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step at the schedule's rate, then normalise: every checkpoint holds unit decoders."""
-        self.joint.set_rates(self.global_step, steps_of(self))
-        super().optimizer_step(*args, **kwargs)
-        self.joint.normalize_decoders()
-
     def on_train_batch_end(self, *_: Any) -> None:
         """Log the running means, at every logging step."""
         if is_logging_step(self):
-            log_training(self, self.joint.read_running(), {self.name})
+            log_training(self, self.joint.running_stats(restart=True), {self.name})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to save weights that are not finite."""
-        check_stats(self, self.joint.check_values())
+        check_finite(self, self.joint.running_stats())
 
     def on_validation_epoch_start(self) -> None:
         """Start empty metrics."""
@@ -361,7 +325,8 @@ class JointStep:
         device: that trains.
 
     Attributes:
-        optimizer: one Adam with a named parameter group for each group.
+        optimizer: one Adam with a named parameter group for each group. Its step also projects,
+            clips and normalises, so every checkpoint holds unit decoders.
     """
 
     def __init__(
@@ -375,29 +340,29 @@ class JointStep:
         self.groups, self.optim, self.sharing, self.device = list(groups), optim, sharing, device
         self.skips = nonfinite == "skip"
         self.warned = False  # that a step was left out
+        self.position = (0, 1)  # steps taken, steps of the complete training
         self.num_dead: Readback | None = None
-        self.before: list[list[Tensor]] = []
+        self.before: list[list[Tensor]] = []  # each group's buffers before the step
         self.bad: Tensor | None = None  # groups that leave this step out; None: none may
+        # Lightning counts steps of optimisers: a process without an SAE steps an unused number
+        self.idle = torch.zeros(1, requires_grad=True)
         parameters = [
             {"params": list(g.sae.parameters()), "name": g.name, "lr": optim.lr(g.sae.d_sae)}
             for g in self.groups
-        ]
-        # Lightning counts steps of optimisers: a process without an SAE steps an unused number
-        self.idle = torch.zeros(1, requires_grad=True)
-        idle = {"params": [self.idle], "name": "idle", "lr": 0.0}
-        self.optimizer = optim.build(parameters or [idle])
+        ] or [{"params": [self.idle], "name": "idle", "lr": 0.0}]
+        self.optimizer = optim.build(parameters, self.before_update, self.after_update)
         for group in self.groups:
             group.start_running()
 
-    def loss(self, batch: ActivationBatch, step: int, num_steps: int) -> Tensor:
+    def loss(self, batch: ActivationBatch, step: int, num_steps: int) -> Float[Tensor, ""]:
         """Return the summed loss of all groups, and update their counters.
 
         Args:
             batch: of activations.
             step: steps taken so far.
-            num_steps: of the whole training.
+            num_steps: of the complete training.
         """
-        groups = self.groups
+        groups, self.position = self.groups, (step, num_steps)
         if not groups:
             return self.idle.sum() * 0
         rows = [group.rows(batch) for group in groups]
@@ -407,13 +372,13 @@ class JointStep:
         moments = self.sums([g.moments(*row) for g, row in zip(groups, rows, strict=True)])
         num_dead = (self.num_dead or self.count_dead()).read()  # counted a step ago
         if self.skips:
-            self.before = [group.remember() for group in groups]
+            self.before = [[buffer.clone() for buffer in g.buffers()] for g in groups]
         losses = [
             group.step(*row, moment, dead, step / num_steps, self.all_sum)
             for group, row, moment, dead in zip(groups, rows, moments, num_dead, strict=True)
         ]
-        nonfinite = ~torch.stack(losses).detach().isfinite()
-        *fired, bad = self.sums([*(group.fired for group in groups), nonfinite])
+        loss = torch.stack(losses)
+        *fired, bad = self.sums([*(g.fired for g in groups), ~loss.detach().isfinite()])
         self.bad = bad > 0 if self.skips else None
         for group, times in zip(groups, fired, strict=True):
             group.count_dead(times > 0)
@@ -422,25 +387,27 @@ class JointStep:
                     state.copy_(self.all_sum(state) / self.sharing)
         self.num_dead = self.count_dead()
         # DDP averages gradients over processes; the denominators of the loss are global already
-        return torch.stack(losses).sum() * self.sharing
+        return loss.sum() * self.sharing
 
-    def clip_gradients(self, step: int) -> None:
-        """Project and clip each group's gradients, and mark the groups that leave the step out."""
+    def before_update(self) -> list[Tensor] | None:
+        """Set the rates, project and clip each group's gradients; return who leaves the step out.
+
+        Returns:
+            For each group 1.0 if its loss or gradient is not finite, otherwise 0.0; None if that
+            does not matter.
+        """
+        self.optim.schedule(self.optimizer, *self.position)
         norms = [group.clip_gradient() for group in self.groups]
         if self.bad is None:
-            return
+            return None
         self.bad = self.bad | ~torch.stack(norms).isfinite()
         for group, bad, before in zip(self.groups, self.bad, self.before, strict=True):
-            group.leave_out(bad, before, step + 1)
-        self.optimizer.left_out = list(self.bad.float().unbind())
+            group.leave_out(bad, before, self.position[0] + 1)
         self.num_dead = self.count_dead()  # again: the counters may have gone back
+        return list(self.bad.float().unbind())
 
-    def set_rates(self, step: int, num_steps: int) -> None:
-        """Set the learning rates of a step."""
-        self.optim.schedule(self.optimizer, step, num_steps)
-
-    def normalize_decoders(self) -> None:
-        """Make the directions of all latents unit vectors, after the optimiser's step."""
+    def after_update(self) -> None:
+        """Make the directions of all latents unit vectors."""
         unless = [None] * len(self.groups) if self.bad is None else self.bad
         for group, bad in zip(self.groups, unless, strict=True):
             group.normalize_decoder(bad)
@@ -448,8 +415,6 @@ class JointStep:
     def count_dead(self) -> Readback:
         """Return how many latents of each group are dead, for the next step to read."""
         return Readback(torch.stack([group.dead().sum() for group in self.groups]))
-
-    # ---- over the processes that share the groups -----------------------------------------
 
     def all_sum(self, value: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes that train an SAE together.
@@ -468,10 +433,9 @@ class JointStep:
         """Return the sums of several vectors, by one collective."""
         return self.all_sum(torch.cat(list(parts))).split([len(part) for part in parts])
 
-    def read_running(self) -> dict[str, RunningStats]:
-        """Return what `GroupSAE.read_running` returns, by group."""
-        return {g.name: g.read_running(self.all_sum, self.sharing) for g in self.groups}
-
-    def check_values(self) -> dict[str, RunningStats]:
-        """Return what `GroupSAE.check_value` returns, by group."""
-        return {g.name: g.check_value(self.all_sum, self.sharing) for g in self.groups}
+    def running_stats(self, restart: bool = False) -> dict[str, RunningStats]:
+        """Return the figures since last restarted, by group."""
+        stats = {g.name: g.running_stats(self.all_sum, self.sharing) for g in self.groups}
+        for group in self.groups if restart else ():
+            group.start_running()
+        return stats

@@ -39,7 +39,6 @@ def ledger(
     assert plan is not None
     assert work is not None
     assert cost is not None
-    assert grouping.measurement is not None
     d_saes = [suite.size(each.width).d_sae for each in plan.members]
     planned = work.saes(d_saes)
     lm_flops, distance_flops, sae_flops = _measured_flops(data, suite, work)

@@ -1,45 +1,19 @@
 """What is logged of a fit: running means of the steps, and validations."""
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import lightning as L
-
-from groupsae.training.nonfinite import check_finite, check_skips
+from groupsae.training.nonfinite import RunningStats, check_finite, check_skips
 
 
-class RunningStats(NamedTuple):
-    """Figures of a group over the steps since they were last logged.
-
-    Attributes:
-        values: figure -> mean over the steps, or its present value.
-        steps: number of steps.
-        finite: steps before the first whose loss was not finite.
-        skipped: steps left out since the run began: how many, how many in a row, the last.
-    """
-
-    values: dict[str, float]
-    steps: int
-    finite: int
-    skipped: list[int]
-
-
-def steps_of(module: L.LightningModule) -> int:
+def steps_of(module: Any) -> int:
     """Return the steps of the complete training."""
-    data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
-    return int(data.num_steps)
+    return int(module.trainer.datamodule.num_steps)
 
 
-def is_logging_step(module: L.LightningModule) -> bool:
+def is_logging_step(module: Any) -> bool:
     """Return whether the step that was just taken is one of those that are logged."""
-    every: int = module.trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return module.global_step % every == 0
-
-
-def check_stats(module: L.LightningModule, stats: Mapping[str, RunningStats]) -> None:
-    """Raise UserError if a value of a group is not finite; the same in all processes."""
-    for name, (values, steps, finite, _) in stats.items():
-        check_finite(module, name, values.values(), steps, finite)
+    return bool(module.global_step % module.trainer.log_every_n_steps == 0)
 
 
 def log_training(module: Any, stats: Mapping[str, RunningStats], serving: Collection[str]) -> None:
@@ -53,12 +27,11 @@ def log_training(module: Any, stats: Mapping[str, RunningStats], serving: Collec
     Raises:
         UserError: a value is not finite, or a group left out too many steps in a row.
     """
-    check_stats(module, stats)
-    for name, (values, _, _, skipped) in stats.items():
-        for figure, value in values.items():
+    check_finite(module, stats)
+    check_skips(module, stats)
+    for name, stat in stats.items():
+        for figure, value in stat.values.items():
             module.log(f"train/{figure}/{name}", value, rank_zero_only=True)
-        if "skipped" in values:
-            check_skips(module, name, *skipped)
     shown = [stats[name].values for name in serving]
     if all("fvu" in values for values in shown):  # not where all steps were left out
         module.shown["fvu"] = mean_of(values["fvu"] for values in shown)

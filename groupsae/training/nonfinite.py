@@ -2,8 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,66 +18,91 @@ MOST_IN_A_ROW = 100
 AT_ONCE = 4  # layers in a second forward: next to gradients there may be little memory left
 
 
+class RunningStats(NamedTuple):
+    """Figures of a group over the steps since they were last logged.
+
+    Attributes:
+        values: figure -> mean over the steps, or its present value.
+        weights: whether all weights are finite.
+        steps: number of steps.
+        finite: steps before the first whose loss was not finite; such a loss spoils the weights,
+            so no later one is finite either.
+        skipped: steps left out since the run began: how many, how many in a row, the last.
+    """
+
+    values: dict[str, float]
+    weights: bool
+    steps: int
+    finite: int
+    skipped: list[int]
+
+
 def check_nonfinite(action: str) -> None:
     """Raise UserError if there is no such action."""
     if action not in ACTIONS:
         raise UserError(f"nonfinite is {action!r}: use {' or '.join(ACTIONS)}.")
 
 
-def check_finite(module: Any, name: str, values: Iterable[float], steps: int, finite: int) -> None:
-    """Raise UserError if a value of a group is NaN or infinite; names step and layers.
-
-    Every process has to ask about the same values.
+def check_finite(module: Any, stats: Mapping[str, RunningStats]) -> None:
+    """Raise UserError if values or weights of a group are NaN or infinite; names step and layers.
 
     Args:
         module: that is being fitted.
-        name: of the group.
-        values: sums over the steps since last logged, or over the weights.
-        steps: since last logged.
-        finite: how many of them came before the first whose loss was not finite.
+        stats: by group, the same in all processes: all raise, or none.
     """
-    if all(map(math.isfinite, values)):
-        return
-    data = module.trainer.datamodule
-    step = min(module.global_step, module.global_step - steps + finite + 1)
-    layers = layers_not_finite(data, step)
-    advice = "try model.dtype=float32" if layers else "lower optim.base_lr"
-    raise UserError(
-        f"{name}: the loss is not a finite number at step {step} of {data.num_steps}: "
-        f"{_found(layers)}. Nothing of it was saved; earlier checkpoints are intact. To resume "
-        f"from the last one, {advice}, or leave such steps out with nonfinite=skip, and give the "
-        "same command again."
-    )
-
-
-def check_skips(module: Any, name: str, times: int, in_a_row: int, last: int) -> None:
-    """Warn when the first step is left out; raise UserError if a group leaves out all steps.
-
-    Args:
-        module: that is being fitted.
-        name: of the group.
-        times: steps that it has left out.
-        in_a_row: of them, without one between that it took.
-        last: number of the last.
-    """
-    if in_a_row < MOST_IN_A_ROW and (times == 0 or module.joint.warned):
-        return
-    data = module.trainer.datamodule
-    found = _found(layers_not_finite(data, last))
-    if in_a_row >= MOST_IN_A_ROW:
+    for name, stat in stats.items():
+        if stat.weights and all(map(math.isfinite, stat.values.values())):
+            continue
+        step = min(module.global_step, module.global_step - stat.steps + stat.finite + 1)
+        found, layers = look_again(module, step)
+        advice = "try model.dtype=float32" if layers else "lower optim.base_lr"
         raise UserError(
-            f"{name}: {MOST_IN_A_ROW} steps in a row or more had no finite loss or gradient, up "
-            f"to step {last} of {data.num_steps}: {found}. They were left out (nonfinite=skip); "
-            "earlier checkpoints are intact. Lower optim.base_lr, or try model.dtype=float32."
+            f"{name}: the loss is not a finite number at step {step} of "
+            f"{module.trainer.datamodule.num_steps}: {found}. Nothing of it was saved; earlier "
+            f"checkpoints are intact. To resume from the last one, {advice}, or leave such steps "
+            "out with nonfinite=skip, and give the same command again."
         )
-    module.joint.warned = True
-    if module.trainer.is_global_zero:
-        count = "a step was" if times == 1 else f"{times} steps were"
-        warnings.warn(
-            f"{name}: {count} left out (nonfinite=skip), the last of them step {last}, for a loss "
-            f"or gradient that is not finite: {found}. More are counted in train/skipped.",
-            stacklevel=2,
-        )
+
+
+def check_skips(module: Any, stats: Mapping[str, RunningStats]) -> None:
+    """Warn of the first steps that are left out; raise UserError if a group takes none any more.
+
+    Args:
+        module: that is being fitted.
+        stats: by group, the same in all processes.
+    """
+    for name, stat in stats.items():
+        times, in_a_row, last = stat.skipped
+        if "skipped" not in stat.values or times == 0:
+            continue
+        if in_a_row >= MOST_IN_A_ROW:
+            raise UserError(
+                f"{name}: {MOST_IN_A_ROW} steps in a row or more had no finite loss or gradient, "
+                f"up to step {last} of {module.trainer.datamodule.num_steps}: "
+                f"{look_again(module, last)[0]}. They were left out (nonfinite=skip); earlier "
+                "checkpoints are intact. Lower optim.base_lr, or try model.dtype=float32."
+            )
+        if module.joint.warned:
+            continue
+        module.joint.warned = True
+        found, _ = look_again(module, last)
+        if module.trainer.is_global_zero:
+            count = "a step was" if times == 1 else f"{times} steps were"
+            warnings.warn(
+                f"{name}: {count} left out (nonfinite=skip), the last of them step {last}, for a "
+                f"loss or gradient that is not finite: {found}. More are counted in "
+                "train/skipped.",
+                stacklevel=2,
+            )
+
+
+def look_again(module: Any, step: int) -> tuple[str, Sequence[int]]:
+    """Return which layers' activations are not finite in a step: as a sentence, and as numbers."""
+    layers = layers_not_finite(module.trainer.datamodule, step)
+    if not layers:
+        return "the activations of that step are finite, so the training itself diverged", []
+    which = f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+    return f"the activations of {which} are not finite in that step", layers
 
 
 @torch.no_grad()
@@ -102,11 +127,3 @@ def layers_not_finite(data: ActivationDataModule, step: int) -> list[int]:
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(found)
     return [layer for layer, times in zip(layers, found.tolist(), strict=True) if times > 0]
-
-
-def _found(layers: Sequence[int]) -> str:
-    """Return what running a step's text again has shown."""
-    if not layers:
-        return "the activations of that step are finite, so the training itself diverged"
-    which = f"layer {layers[0]}" if len(layers) == 1 else f"layers {', '.join(map(str, layers))}"
-    return f"the activations of {which} are not finite in that step"

@@ -73,36 +73,48 @@ class Adam:
         """Return the learning rate of an SAE with `d_sae` latents."""
         return self.base_lr / math.sqrt(d_sae / self.base_d_sae)
 
-    def build(self, groups: list[dict[str, Any]]) -> "SkippingAdam":
+    def build(
+        self,
+        groups: list[dict[str, Any]],
+        before: Callable[[], Sequence[Tensor] | None] = lambda: None,
+        after: Callable[[], None] = lambda: None,
+    ) -> "SkippingAdam":
         """Return one fused Adam over named parameter groups, each with its own `lr`."""
         for group in groups:
             group["full_lr"] = group["lr"]
-        return SkippingAdam(groups, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=True)
+        adam = SkippingAdam(groups, betas=(self.betas[0], self.betas[1]), eps=self.eps, fused=True)
+        adam.before, adam.after = before, after
+        return adam
 
 
 class SkippingAdam(torch.optim.Adam):
     """An Adam that can leave parameter groups as they are: weights, moments and step count.
 
     Attributes:
-        left_out: for each group 1.0, on its device, if it takes no part in the next step,
-            otherwise 0.0; fused Adam reads it as the gradient scaler's `found_inf`. None: all do.
+        before: called when gradients are known; returns for each group 1.0, on its device, if it
+            takes no part in the step, otherwise 0.0 (fused Adam reads it as the gradient scaler's
+            `found_inf`), or None if all do.
+        after: called at the end of a step.
     """
 
-    left_out: Sequence[Tensor] | None = None
+    before: Callable[[], Sequence[Tensor] | None]
+    after: Callable[[], None]
     found_inf: Tensor | None = None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step as Adam does, or group by group where the closure has set `left_out`."""
+        """Step as Adam does, or group by group where groups may be left out."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
-        if self.left_out is None:
+        left_out = self.before()
+        if left_out is None:
             super().step()
-            return loss
-        groups = self.param_groups
-        try:
-            for group, mark in zip(groups, self.left_out, strict=True):
-                self.param_groups, self.found_inf = [group], mark
-                super().step()
-        finally:
-            self.param_groups, self.found_inf, self.left_out = groups, None, None
+        else:
+            groups = self.param_groups
+            try:
+                for group, mark in zip(groups, left_out, strict=True):
+                    self.param_groups, self.found_inf = [group], mark
+                    super().step()
+            finally:
+                self.param_groups, self.found_inf = groups, None
+        self.after()
         return loss

@@ -72,8 +72,6 @@ def summarise(
 ) -> dict[str, Any]:
     """Return the figures of a finished run, of all processes' SAEs."""
     values = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    assert grouping.plan is not None
-    assert grouping.cost is not None
     groups = {}
     for planned in grouping.plan.members:
         result = suite.val_results[planned.name]

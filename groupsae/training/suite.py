@@ -13,14 +13,8 @@ from groupsae.grouping.plan import GroupPlan, PlannedSAE
 from groupsae.runtime.errors import UserError
 from groupsae.training.b_dec_init import check_b_dec_start
 from groupsae.training.group import GroupSAE, JointStep, SAEFactory
-from groupsae.training.metrics import (
-    check_stats,
-    is_logging_step,
-    log_training,
-    log_validation,
-    steps_of,
-)
-from groupsae.training.nonfinite import check_nonfinite
+from groupsae.training.metrics import is_logging_step, log_training, log_validation, steps_of
+from groupsae.training.nonfinite import check_finite, check_nonfinite
 from groupsae.training.optim import Adam
 from groupsae.training.parallel.collect import gather_named, num_processes
 
@@ -202,25 +196,15 @@ class GroupSAESuite(L.LightningModule):
         """Return the summed loss."""
         return self.joint.loss(batch, self.global_step, steps_of(self))
 
-    def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
-        """Project the decoders' gradients and clip each group on its own."""
-        self.joint.clip_gradients(self.global_step)
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step at the schedule's rate, then normalise: every checkpoint holds unit decoders."""
-        self.joint.set_rates(self.global_step, steps_of(self))
-        super().optimizer_step(*args, **kwargs)
-        self.joint.normalize_decoders()
-
     def on_train_batch_end(self, *_: Any) -> None:
         """Log the running means, at every logging step."""
         if is_logging_step(self):
-            stats = self.collect(self.joint.read_running())
+            stats = self.collect(self.joint.running_stats(restart=True))
             log_training(self, stats, set(self.serving().values()))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to save weights that are not finite; note which partition they belong to."""
-        check_stats(self, self.collect(self.joint.check_values()))
+        check_finite(self, self.collect(self.joint.running_stats()))
         checkpoint["plan"] = self.plan.hash
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -162,7 +162,7 @@ def test_stream_keys_are_the_parameters_of_the_data_module():
 
 
 def test_calibration_keys_are_the_parameters_of_the_grouping_callback():
-    runtime = {"choice", "folder", "cache", "say"}
+    runtime = {"choice", "folder", "cache", "show"}
     assert set(composed().calibration) | runtime == set(parameters(GroupLayers))
 
 

@@ -14,9 +14,6 @@ class Bar(RichProgressBar):
     each of them back twice in every step; the host waits for the device each time.
     """
 
-    def get_metrics(
-        self, trainer: L.Trainer, pl_module: L.LightningModule
-    ) -> dict[str, int | str | float | dict[str, float]]:
+    def get_metrics(self, trainer: L.Trainer, pl_module: Any) -> dict[str, Any]:
         """Return the run's version and what the module shows."""
-        shown: Any = pl_module.shown
-        return {**get_standard_metrics(trainer), **shown}
+        return {**get_standard_metrics(trainer), **pl_module.shown}

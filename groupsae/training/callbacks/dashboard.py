@@ -1,10 +1,10 @@
 """Figures of a run while it happens: in the run folder and on W&B."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from matplotlib.figure import Figure
 
 from groupsae.files.atomic import atomic_write
@@ -13,16 +13,15 @@ from groupsae.reporting.figures import amad_curve, distance_heatmap, linkage_tre
 from groupsae.training.callbacks.grouping import GroupLayers
 
 
-def save_figures(folder: Path, figures: dict[str, Figure], loggers: list[Any]) -> None:
+def save_figures(folder: Path, figures: dict[str, Figure], loggers: Sequence[Logger]) -> None:
     """Write figures as png into `folder`, and to W&B if it is among the loggers."""
+    files = {name: folder / f"{name}.png" for name in figures}
     for name, figure in figures.items():
-        with atomic_write(folder / f"{name}.png") as handle:
+        with atomic_write(files[name]) as handle:
             figure.savefig(handle, format="png")
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_image(
-                "figures", [str(folder / f"{n}.png") for n in figures], caption=list(figures)
-            )
+            logger.log_image("figures", [str(f) for f in files.values()], caption=list(files))
 
 
 class Dashboard(L.Callback):
@@ -36,47 +35,31 @@ class Dashboard(L.Callback):
         self.folder = Path(folder)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw distances and AMAD."""
-        if trainer.global_rank != 0:
+        """Draw the distances and the choice among partitions; log the groups."""
+        if not trainer.is_global_zero:
             return
         grouping = next(c for c in trainer.callbacks if isinstance(c, GroupLayers))  # type: ignore[attr-defined]
-        plan, cost, measured = grouping.plan, grouping.cost, grouping.measurement
-        assert plan is not None
-        assert cost is not None
-        assert measured is not None
+        plan, distances = grouping.plan, grouping.measurement.distances
         part = plan.partition
-        n = part.num_layers
-        grouped = measured.distances[:n, :n]
-        rule = part.rule if part.rule in RULES else "complete"
-        save_figures(
-            self.folder / "figures",
-            {
-                "distances": distance_heatmap(measured.distances, plan.saes),
-                "amad": amad_curve(
-                    curve(grouped, rule),
-                    part,
-                    getattr(grouping.choice, "theta", None),
-                ),
-            }
-            | ({"dendrogram": linkage_tree(grouped, part.groups)} if n > 1 else {}),
-            trainer.loggers,
-        )
+        grouped = distances[: part.num_layers, : part.num_layers]
+        points = curve(grouped, part.rule if part.rule in RULES else "complete")
+        figures = {
+            "distances": distance_heatmap(distances, plan.saes),
+            "amad": amad_curve(points, part, getattr(grouping.choice, "theta", None)),
+        }
+        if part.num_layers > 1:
+            figures["dendrogram"] = linkage_tree(grouped, part.groups)
+        save_figures(self.folder / "figures", figures, trainer.loggers)
         facts = {
             "groups/num_groups": part.num_groups,
             "groups/amad": part.amad,
             "groups/max_diameter": part.max_diameter,
-            "groups/saving": cost.saving,
+            "groups/saving": grouping.cost.saving,
         }
+        columns = ["group", "layers", "diameter"]
+        diameters = [*part.diameters, 0.0]  # of the last layer's own SAE
+        rows = [list(row) for row in zip(plan.names, map(str, plan.saes), diameters, strict=False)]
         for logger in trainer.loggers:
             logger.log_metrics(facts, step=trainer.global_step)
             if isinstance(logger, WandbLogger):
-                logger.log_table(
-                    "groups",
-                    columns=["group", "layers", "diameter"],
-                    data=[
-                        [name, str(group), diameter]
-                        for name, group, diameter in zip(
-                            plan.names, plan.saes, [*part.diameters, 0.0], strict=False
-                        )
-                    ],
-                )
+                logger.log_table("groups", columns=columns, data=rows)

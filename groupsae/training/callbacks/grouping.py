@@ -1,6 +1,6 @@
-"""Before fitting: measure the layers, choose the groups, hand them to the suite."""
+"""Before fitting: measure the layers, choose the groups, give them to the suite."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import lightning as L
@@ -36,8 +36,21 @@ class GroupLayers(L.Callback):
         tokens: calibration tokens to measure on.
         centring: `none` (the paper's formula) or `mean`.
         scale: the rule for norm factors, see `Measurement.norm_factors`.
-        say: prints what a run of all groupings will need.
+        show: prints what a run of all groupings will need.
+
+    Attributes:
+        plan: which groups are trained.
+        measurement: what they were chosen by.
+        work: model, text and budget of the run, for the cost model.
+        cost: FLOPs of the run.
+        forecast: memory and time of a run of all groupings; None for other runs.
     """
+
+    plan: GroupPlan
+    measurement: Measurement
+    work: Workload
+    cost: RunCost
+    forecast: Forecast | None = None
 
     def __init__(
         self,
@@ -48,120 +61,109 @@ class GroupLayers(L.Callback):
         tokens: int,
         centring: str,
         scale: str,
-        say: Callable[[str], object],
+        show: Callable[[str], object],
     ) -> None:
-        self.choice, self.folder, self.cache, self.say = choice, Path(folder), Path(cache), say
-        self.tokens, self.centring = tokens, centring
         check_scale(scale)
-        self.scale = scale
-        self.measurement: Measurement | None = None
-        self.plan: GroupPlan | None = None
-        self.work: Workload | None = None
-        self.cost: RunCost | None = None
-        self.forecast: Forecast | None = None
+        self.choice, self.folder, self.cache, self.show = choice, Path(folder), Path(cache), show
+        self.tokens, self.centring, self.scale = tokens, centring, scale
+        self.groups_file = self.folder / "groups.json"
+        self.angles_file = self.folder / "angles.npz"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Choose the groups, once."""
         assert isinstance(pl_module, GroupSAESuite)
         if stage != "fit" or hasattr(pl_module, "plan"):
             return
-        data: ActivationDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        suite, data = pl_module, trainer.datamodule  # type: ignore[attr-defined]
         self.choice.check(data.lm.geometry.num_layers)
-        groups_file, angles_file = self.folder / "groups.json", self.folder / "angles.npz"
-        # one answer for all processes, taken before rank 0 writes the files
-        if trainer.strategy.broadcast(groups_file.exists() and angles_file.exists()):
-            self.confirm(data)
-            self.measurement = Measurement.load(angles_file)
-            self.plan = load_plan(self.folder)
-            assert self.plan is not None
+        # one answer for all processes, before the first one writes the files
+        if trainer.strategy.broadcast(self.groups_file.exists() and self.angles_file.exists()):
+            self.read(data)
         else:
-            least = [1.0] * self.choice.least_saes(data.lm.geometry.num_layers)
-            if isinstance(trainer.strategy, SAEParallel):
-                least = least[:: trainer.world_size]  # the share of one process
-            self._check_memory(trainer, pl_module, data, least)
+            self.refuse_too_many(trainer, suite, data)
             self.measurement = measure(data, trainer, self.tokens, self.centring, self.cache)
             self.plan = self.choice.plan(self.measurement.distances)
-        if not self.plan.saes:
-            raise UserError("the partition has no group to train.")
         data.set_slots(self.plan.slots)
-        factors = self.measurement.norm_factors(self.scale)
-        if isinstance(trainer.strategy, SAEParallel):
-            owned = owners(pl_module, self.plan, trainer.world_size)
-            rank, swap = trainer.global_rank, all_to_all(trainer.strategy.mesh)
-            pl_module.set_plan(self.plan, factors, owned[rank])
-            found = spread(pl_module, data, owned, rank, swap)
-            self.say(describe(found))
-            self._refuse(trainer, found[rank].memory, len(owned[rank]))
-        else:
-            widths = [planned.width for planned in self.plan.members]
-            self._check_memory(trainer, pl_module, data, widths)
-            pl_module.set_plan(self.plan, factors)
+        self.place(trainer, suite, data)
         data.fill_training()
         if self.plan.others:
             device = trainer.strategy.root_device
-            self.forecast = forecast(pl_module, data, device, trainer.world_size)
-            self.say(str(self.forecast))
-        if trainer.global_rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.measurement.save(angles_file)
-            write_json(
-                groups_file,
-                {
-                    "plan": self.plan.to_json(),
-                    "hash": self.plan.hash,
-                    "saes": {planned.name: planned.layers for planned in self.plan.members},
-                    "measured": self.measurement.provenance,
-                },
-            )
+            self.forecast = forecast(suite, data, device, trainer.world_size)
+            self.show(str(self.forecast))
+        self.count_cost(suite, data)
+        if trainer.is_global_zero:
+            self.write()
 
-    def _check_memory(
-        self,
-        trainer: L.Trainer,
-        suite: GroupSAESuite,
-        data: ActivationDataModule,
-        widths: list[float],
-    ) -> None:
-        # spread SAEs see all rows of a step
-        sharing = 1 if isinstance(trainer.strategy, SAEParallel) else trainer.world_size
-        needed = bytes_needed(suite, data, widths, sharing)
-        self._refuse(trainer, needed, len(widths))
+    # ---- steps of setup -------------------------------------------------------------------
 
-    def _refuse(self, trainer: L.Trainer, needed: int, num_saes: int) -> None:
-        """Stop all processes if one of them has too little memory."""
-        device = trainer.strategy.root_device
-        mine = needed, bytes_free(device, trainer.num_devices), num_saes, str(device)
-        for each in gather(mine):
-            refuse(*each)
+    def read(self, data: ActivationDataModule) -> None:
+        """Read the groups of an earlier start of this run."""
+        self.confirm(data)
+        self.measurement = Measurement.load(self.angles_file)
+        plan = load_plan(self.folder)
+        assert plan is not None
+        self.plan = plan
 
     def confirm(self, data: ActivationDataModule) -> None:
         """Check that the run folder was made with today's model, weights and text.
 
         Raises:
-            UserError: something has changed since; names what.
+            UserError: something has changed since; names it.
         """
-        stored = (read_json(self.folder / "groups.json") or {}).get("measured", {})
+        stored = (read_json(self.groups_file) or {}).get("measured", {})
         today = provenance_of(data, self.tokens, self.centring)
         changed = [name for name, value in today.items() if stored.get(name) != value]
         if changed:
             raise UserError(
-                f"{self.folder} was made with another {' and another '.join(changed)} (the files "
-                "have changed since). overwrite=true starts the run again; output=<folder> keeps "
-                "both."
+                f"{self.folder} was made with other values of {', '.join(changed)}. Restore "
+                "them, give another output=<folder> to keep both runs, or overwrite=true to "
+                "start this run again."
             )
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Work out the cost, now that the SAEs and their widths are there."""
-        assert isinstance(pl_module, GroupSAESuite)
-        assert self.plan is not None
-        assert self.measurement is not None
-        data: ActivationDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        sizes = [pl_module.size(planned.width) for planned in self.plan.members]
-        flops = {size.d_sae: size.flops for size in sizes}
+    def refuse_too_many(
+        self, trainer: L.Trainer, suite: GroupSAESuite, data: ActivationDataModule
+    ) -> None:
+        """Raise UserError if even the fewest SAEs that the rule can choose do not fit."""
+        least = [1.0] * self.choice.least_saes(data.lm.geometry.num_layers)
+        if isinstance(trainer.strategy, SAEParallel):
+            least = least[:: trainer.world_size]  # the share of one process
+        self.check_memory(trainer, suite, data, least)
+
+    def place(self, trainer: L.Trainer, suite: GroupSAESuite, data: ActivationDataModule) -> None:
+        """Give the plan to the suite: all SAEs to each process, or to each its own."""
+        factors = self.measurement.norm_factors(self.scale)
+        if not isinstance(trainer.strategy, SAEParallel):
+            widths = [planned.width for planned in self.plan.members]
+            self.check_memory(trainer, suite, data, widths)
+            suite.set_plan(self.plan, factors)
+            return
+        owned = owners(suite, self.plan, trainer.world_size)
+        rank, swap = trainer.global_rank, all_to_all(trainer.strategy.mesh)
+        suite.set_plan(self.plan, factors, owned[rank])
+        shares = spread(suite, data, owned, rank, swap)
+        self.show(describe(shares))
+        _refuse(trainer, shares[rank].memory, len(owned[rank]))
+
+    def check_memory(
+        self,
+        trainer: L.Trainer,
+        suite: GroupSAESuite,
+        data: ActivationDataModule,
+        widths: Sequence[float],
+    ) -> None:
+        """Raise UserError if SAEs of these widths need too much memory in any process."""
+        # spread SAEs see all rows of a step
+        sharing = 1 if isinstance(trainer.strategy, SAEParallel) else trainer.world_size
+        _refuse(trainer, bytes_needed(suite, data, list(widths), sharing), len(widths))
+
+    def count_cost(self, suite: GroupSAESuite, data: ActivationDataModule) -> None:
+        """Work out the FLOPs of the run."""
+        sizes = [suite.size(planned.width) for planned in self.plan.members]
         self.work = Workload(
             num_layers=data.lm.geometry.num_layers,
             layers_run=data.used_layers()[-1] + 1,
-            d_model=pl_module.d_model,
-            sae_flops=flops,
+            d_model=suite.d_model,
+            sae_flops={size.d_sae: size.flops for size in sizes},
             context=data.packing.context,
             tokens=data.num_steps * data.tokens_per_step,
             calibration_tokens=self.measurement.tokens,
@@ -171,6 +173,29 @@ class GroupLayers(L.Callback):
             self.work,
             num_groups=self.plan.partition.num_groups,
             num_saes=len(self.plan.saes),
-            d_sae=pl_module.d_sae,
+            d_sae=suite.d_sae,
             distances=needs_distances(self.plan.partition.rule),
         )
+
+    def write(self) -> None:
+        """Write `groups.json` and `angles.npz`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.measurement.save(self.angles_file)
+        saes = {planned.name: planned.layers for planned in self.plan.members}
+        write_json(
+            self.groups_file,
+            {
+                "plan": self.plan.to_json(),
+                "hash": self.plan.hash,
+                "saes": saes,
+                "measured": self.measurement.provenance,
+            },
+        )
+
+
+def _refuse(trainer: L.Trainer, needed: int, num_saes: int) -> None:
+    """Stop all processes if one of them has too little memory."""
+    device = trainer.strategy.root_device
+    mine = needed, bytes_free(device, trainer.num_devices), num_saes, str(device)
+    for each in gather(mine):
+        refuse(*each)

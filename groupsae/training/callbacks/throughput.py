@@ -8,6 +8,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from groupsae.cost.stopwatch import Stopwatch
 from groupsae.runtime.progress import ProgressLines
+from groupsae.training.metrics import is_logging_step
 
 
 class Throughput(L.Callback):
@@ -16,6 +17,13 @@ class Throughput(L.Callback):
     The rate is wall clock between logging steps over all processes, evaluation and checkpoints
     included: it is what the user waits for. It never waits for the device itself. Where the
     output is no terminal, and so no progress bar moves, a line is printed every half minute.
+
+    Attributes:
+        total_seconds: of training steps.
+        total_tokens: of them, over all processes.
+        saes: clock of the SAEs' steps.
+        validation: clock of the validations during training.
+        all: clock of the complete fit.
     """
 
     def __init__(self) -> None:
@@ -24,7 +32,7 @@ class Throughput(L.Callback):
         self.saes, self.validation, self.all = Stopwatch(), Stopwatch(), Stopwatch()
 
     def state_dict(self) -> dict[str, float]:
-        """Return the totals, so that a resumed run goes on counting."""
+        """Return the totals, so that a resumed run continues to count."""
         return {
             "seconds": self.total_seconds,
             "tokens": self.total_tokens,
@@ -34,12 +42,11 @@ class Throughput(L.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Go on counting."""
+        """Restore the totals."""
         self.total_seconds = state_dict["seconds"]
         self.total_tokens = int(state_dict["tokens"])
-        self.saes.seconds = state_dict["saes"]
-        self.validation.seconds = state_dict["validation"]
-        self.all.seconds = state_dict["all"]
+        for name in ("saes", "validation", "all"):
+            getattr(self, name).seconds = state_dict[name]
 
     def overall(self) -> float:
         """Return tokens per second since the start."""
@@ -60,11 +67,30 @@ class Throughput(L.Callback):
         self._lines = ProgressLines("training", data.num_steps * step, trainer.global_step * step)
         self._last = time.perf_counter()
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         """Start the clock of the SAEs: the batch comes with its activations made."""
         self.saes.start(pl_module.device)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        """Log the rate since the last logging step."""
+        self.saes.stop()
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        self.seconds += seconds
+        self.total_seconds += seconds
+        self.tokens += data.tokens_per_step
+        self.total_tokens += data.tokens_per_step
+        if is_logging_step(pl_module):
+            rate = self.tokens / self.seconds
+            seen = float(data.blocks_seen * data.packing.context)
+            pl_module.log("time/tokens_per_sec", rate, rank_zero_only=True)
+            pl_module.log("tokens_seen", seen, rank_zero_only=True)
+            pl_module.shown["tok/s"] = rate
+            self.seconds, self.tokens = 0.0, 0
+        if trainer.is_global_zero:
+            done = trainer.global_step * data.tokens_per_step
+            self._lines.update(done, f"step {trainer.global_step}/{data.num_steps}")
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock of the validations during training."""
@@ -74,29 +100,3 @@ class Throughput(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop it."""
         self.validation.stop()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
-    ) -> None:
-        """Log the rate since the last logging step."""
-        self.saes.stop()
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        now = time.perf_counter()
-        passed, self._last = now - self._last, now
-        self.seconds += passed
-        self.total_seconds += passed
-        self.tokens += data.tokens_per_step
-        self.total_tokens += data.tokens_per_step
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if trainer.global_step % every == 0:
-            rate = self.tokens / self.seconds
-            pl_module.log("time/tokens_per_sec", rate, rank_zero_only=True)
-            shown: Any = pl_module.shown
-            shown["tok/s"] = rate
-            pl_module.log(
-                "tokens_seen", float(data.blocks_seen * data.packing.context), rank_zero_only=True
-            )
-            self.seconds, self.tokens = 0.0, 0
-        if trainer.is_global_zero:
-            done = trainer.global_step * data.tokens_per_step
-            self._lines.update(done, f"step {trainer.global_step}/{data.num_steps}")
