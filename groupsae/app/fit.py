@@ -33,8 +33,7 @@ from groupsae.training.callbacks.dashboard import save_figures
 from groupsae.training.callbacks.grouping import GroupLayers
 from groupsae.training.callbacks.stop import StopOnSignal
 from groupsae.training.callbacks.throughput import Throughput
-from groupsae.training.checkpoints.distributed_save import same_checkpoint
-from groupsae.training.checkpoints.io import SuiteCheckpoints
+from groupsae.training.checkpoints.io import SuiteCheckpoints, check_same_checkpoint
 from groupsae.training.estimate import needs, possible_plans
 from groupsae.training.ledger import ledger, seconds_of_all
 from groupsae.training.loggers import begin_records
@@ -144,7 +143,7 @@ def build(cfg: DictConfig, folder: Path, console: Console, checkpoint: Path | No
     def check(_trainer: L.Trainer, _: Any, stage: str) -> None:
         """Check what is known only once processes have met and the text is packed."""
         if stage == "fit":
-            same_checkpoint(checkpoint, folder)
+            check_same_checkpoint(checkpoint, folder)
             if cfg.evaluate:
                 steps_to_evaluate(data, cfg.evaluation.tokens)
 

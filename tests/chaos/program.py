@@ -168,8 +168,8 @@ def wait_for_the_rest(group: int, seconds: float = 20) -> None:
 
 
 def resumed_from(done: Done) -> int:
-    """Return the step that a command said it goes on from; 0 if it started anew."""
+    """Return the step that a command resumed from; 0 if it started from the beginning."""
     lines = "".join(done.said.split("\n"))
-    if "going on from" not in lines:
+    if "resuming from" not in lines:
         return 0
-    return int(lines.split("going on from")[1].split("step=")[1].split(".")[0])
+    return int(lines.split("resuming from")[1].split("step=")[1].split(".")[0])

@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-import subprocess
 import sys
 from io import FileIO
 from pathlib import Path
@@ -14,9 +13,9 @@ import torch
 
 from groupsae.runtime.errors import UserError
 from groupsae.training.checkpoints import folder as files
-from groupsae.training.checkpoints import io
-from groupsae.training.checkpoints.io import SuiteCheckpoints
-from groupsae.training.checkpoints.parts import put_together, take_apart
+from groupsae.training.checkpoints.folder import put_together, take_apart
+from groupsae.training.checkpoints.io import SuiteCheckpoints, check_same_checkpoint
+from tests.helpers.processes import together
 from tests.helpers.runs import flip_a_bit, overrides, read_checkpoint, run, saved
 
 
@@ -114,7 +113,7 @@ def test_the_last_good_one_is_used_and_said(tmp_path: Path, victim: str, how: st
     assert len(said) == 2
     assert f"{bad} is damaged" in said[0]
     assert victim in said[0] or victim == "manifest.json"
-    assert said[1] == f"going on from {good}"
+    assert said[1] == f"resuming from {good}"
     assert files.checkpoints(tmp_path) == [good]  # the step can be saved anew
     save(made(12), bad)
     assert read_checkpoint(bad)["global_step"] == 12
@@ -123,7 +122,7 @@ def test_the_last_good_one_is_used_and_said(tmp_path: Path, victim: str, how: st
 def test_without_a_whole_one_it_says_how_to_start_again(tmp_path: Path) -> None:
     path = tmp_path / "step=3.ckpt"
     torch.save(made(), path)  # a file, as earlier versions wrote them
-    with pytest.raises(UserError, match="no checkpoint .* is whole: .*overwrite=true"):
+    with pytest.raises(UserError, match="every checkpoint .* is damaged.*overwrite=true"):
         read_checkpoint(path)
 
 
@@ -198,31 +197,6 @@ def test_one_that_cannot_be_read_just_now_is_not_taken_for_damaged(
     assert read_checkpoint(both[1])["global_step"] == 6
 
 
-def test_what_another_process_cannot_read_stops_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = save(made(), tmp_path / "step=3.ckpt")
-    asks = [[path], ("", "")], [[path], ("", "cannot read it")]  # what each gives, in turn
-    turns = zip(*asks, strict=True)
-    monkeypatch.setattr(io, "gather", lambda _: list(next(turns)))
-    with pytest.raises(UserError, match="^cannot read it$"):
-        read_checkpoint(path)
-    assert path.exists()
-
-
-def test_what_only_the_first_process_finds_is_not_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A network disk may show one process what it does not show another yet."""
-    path = save(made(), tmp_path / "step=3.ckpt")
-    (path / "sae-1.safetensors").unlink()
-    with monkeypatch.context() as patch:
-        patch.setattr(io, "leads", lambda: False)
-        with pytest.raises(UserError, match="cannot read .*step=3.ckpt: No such file"):
-            read_checkpoint(path)
-    assert path.exists()
-
-
 def test_a_damaged_one_that_cannot_be_renamed_is_a_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,11 +213,10 @@ def test_a_damaged_one_that_cannot_be_renamed_is_a_sentence(
 
 def test_a_manifest_with_an_odd_name_is_damaged(tmp_path: Path) -> None:
     path = tmp_path / "step=3.ckpt"
-    partial = files.begin(path)
-    (partial / "odd").write_bytes(b"x")
-    files.seal(path, {"odd": files.record(partial / "odd")})
+    files.begin(path)
+    files.seal(path, files._write_file(files.partial_of(path) / "odd", b"x"))
     said: list[str] = []
-    with pytest.raises(UserError, match="no checkpoint .* is whole"):
+    with pytest.raises(UserError, match="every checkpoint .* is damaged"):
         SuiteCheckpoints(say=said.append).load_checkpoint(path)
     assert "its manifest names 'odd', which is no file of an SAE" in said[0]
 
@@ -260,7 +233,7 @@ import os, sys
 sys.path.insert(0, sys.argv[1])
 from tests.training import test_checkpoints as t
 from pathlib import Path
-from groupsae.training.checkpoints import folder, io, parts
+from groupsae.training.checkpoints import folder, io
 where, count = Path(sys.argv[2]), int(sys.argv[3])
 t.save(t.made(3), where / "step=3.ckpt")
 left = [count]
@@ -356,37 +329,62 @@ def test_a_run_whose_newest_checkpoint_is_damaged_ends_with_the_same_weights(
     assert run([f"resume={folder}"])[0] == 0
     said = capsys.readouterr().out
     assert "the checksum of sae-0.safetensors is wrong" in said
-    assert f"going on from {newest.with_name('step=3.ckpt')}" in said
+    assert f"resuming from {newest.with_name('step=3.ckpt')}" in said
     assert same(saved(folder), before)
     assert read_checkpoint(newest)["global_step"] == 6
 
 
-def test_checkpoints_of_two_processes_agree_on_the_last_good_one(tmp_path: Path) -> None:
-    """A file that one process only reads is damaged: both take the checkpoint before it."""
-    save(made(3), tmp_path / "step=3.ckpt")
-    flip_a_bit(save(made(6), tmp_path / "step=6.ckpt") / "sae-1.safetensors")
-    script = (
-        "import sys, torch; from pathlib import Path\n"
-        "from groupsae.training.checkpoints.io import SuiteCheckpoints\n"
-        "rank, place = int(sys.argv[1]), Path(sys.argv[2])\n"
-        "torch.distributed.init_process_group('gloo', init_method=f'file://{place}/meet',"
-        " rank=rank, world_size=2)\n"
-        "found = SuiteCheckpoints(say=print).load_checkpoint("
-        "place / 'step=6.ckpt', members=[rank])\n"
-        "print('step', found['global_step'], *{n[:8] for n in found['state_dict']})\n"
-        "torch.distributed.destroy_process_group()\n"
-    )
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(rank), str(tmp_path)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    for rank, process in enumerate(ranks):
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-        assert f"step 3 groups.{rank}" in out
-        assert ("is damaged (the checksum of sae-1.safetensors is wrong)" in out) == (rank == 0)
+def two_processes(place: Path) -> int:
+    """Load checkpoints that the second process cannot read, or does not see."""
+    rank = int(os.environ["RANK"])
+    torch.distributed.init_process_group("gloo")
+
+    def log(*words: object) -> None:
+        sys.stdout.write(" ".join(map(str, words)) + "\n")
+
+    def load(case: str, number: int = 0) -> None:
+        opened = Path.open
+
+        def refused(self: Path, *args: Any, **kwargs: Any) -> Any:
+            if rank == 1 and number and self.name == "sae-1.safetensors":
+                raise OSError(number, os.strerror(number))
+            return opened(self, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "open", refused)
+            try:
+                path = place / case / "step=6.ckpt"
+                found = SuiteCheckpoints(say=log).load_checkpoint(path, members=[rank])
+                log(case, "step", found["global_step"], *{n[:8] for n in found["state_dict"]})
+            except UserError as error:
+                log(case, error)
+
+    load("damaged")
+    load("forbidden", errno.EACCES)
+    load("missing", errno.ENOENT)
+    check_same_checkpoint(place, place)
+    try:
+        check_same_checkpoint(place if rank == 0 else None, place)
+    except UserError as error:
+        log("unseen", error)
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+def test_two_processes_agree_on_the_checkpoint(tmp_path: Path) -> None:
+    """A file is damaged, cannot be read, or is not seen by the second process only."""
+    for case in ("damaged", "forbidden", "missing"):
+        for step in (3, 6):
+            save(made(step), tmp_path / case / f"step={step}.ckpt")
+    flip_a_bit(tmp_path / "damaged" / "step=6.ckpt" / "sae-1.safetensors")
+    ended = together(two_processes, 2, tmp_path / "log", tmp_path)
+    for rank, (status, output) in enumerate(ended):
+        assert status == 0, output
+        assert f"damaged step 3 groups.{rank}" in output
+        damage = "is damaged (the checksum of sae-1.safetensors is wrong)"
+        assert (damage in output) == (rank == 0)
+        assert f"cannot read the checkpoint {tmp_path}/forbidden/step=6.ckpt: Perm" in output
+        assert f"cannot read the checkpoint {tmp_path}/missing/step=6.ckpt: No such f" in output
+        assert f"unseen process 1 of this run does not see the checkpoints in {tmp_path}" in output
+    assert (tmp_path / "forbidden" / "step=6.ckpt").exists()
+    assert (tmp_path / "missing" / "step=6.ckpt").exists()

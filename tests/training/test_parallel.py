@@ -12,7 +12,6 @@ import torch
 
 from groupsae.grouping.plan import GroupPlan
 from groupsae.runtime.errors import UserError
-from groupsae.training.checkpoints import distributed_save as checkpoints
 from groupsae.training.group import JointStep
 from tests.helpers.fits import make_optim
 from tests.helpers.processes import Ended, lose, stop, together, train
@@ -231,13 +230,3 @@ def test_another_number_of_processes_than_was_started_is_a_sentence(
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(UserError, match=r"devices=4.*trainer\.devices"):
         run(arguments("trainer=ddp", *CPUS, "trainer.devices=4"))
-
-
-def test_processes_that_do_not_see_the_same_checkpoints_are_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Folders that are not shared: one would go on, the other begin."""
-    monkeypatch.setattr(checkpoints, "gather", lambda own: [True, own])
-    checkpoints.same_checkpoint(Path("step=3.ckpt"), Path("out"))
-    with pytest.raises(UserError, match="process 1 .* checkpoints in out, which process 0 sees"):
-        checkpoints.same_checkpoint(None, Path("out"))

@@ -1,44 +1,117 @@
-"""The folder that a checkpoint is: written whole or not at all, and verified when read."""
+"""A checkpoint is a folder: a file for each SAE, one for the rest, and a manifest of both.
+
+It is written next to its place and renamed, so it is complete or absent, and verified when read.
+"""
 
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
 
 from groupsae.runtime.errors import UserError
 
 FORMAT = 1
-KEPT = 2  # checkpoints that stay: where the newest is damaged there is another
+KEPT = 2  # checkpoints that stay: if the newest is damaged there is another
 MANIFEST = "manifest.json"
+STATE = "state.pt"
+PREFIX = "groups"  # of the SAEs' names in the state dict
 _NAME = re.compile(r"step=(\d+)\.ckpt")
+_SAE = re.compile(r"sae-(\d+)\.safetensors")
 
 Record = dict[str, Any]  # bytes and SHA-256 of one file
 
 
 class Damaged(Exception):
-    """A checkpoint that is not what its manifest says; the message says how."""
+    """A checkpoint that differs from its manifest; the message names the difference."""
+
+
+class Part(NamedTuple):
+    """One SAE's share of a checkpoint.
+
+    Attributes:
+        tensors: weights and counters, as `module/<name>`, and Adam's state of the SAE's n-th
+            parameter, as `optimizer/<n>/<name>`.
+        options: of its parameter group: its name, its rates; and `num_params`.
+    """
+
+    tensors: dict[str, Tensor]
+    options: dict[str, Any]
+
+
+# ---- Lightning's checkpoint, in parts ---------------------------------------------------------
+
+
+def take_apart(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, Part]]:
+    """Return the rest of a checkpoint and the parts of its SAEs by their number in the plan."""
+    rest = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
+    modules: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in checkpoint["state_dict"].items():
+        prefix, index, own = name.split(".", 2)
+        assert prefix == PREFIX, name
+        modules.setdefault(int(index), {})[f"module/{own}"] = tensor
+    nothing: dict[str, Any] = {"state": {}, "param_groups": []}  # a process without an SAE
+    (optimizer,) = checkpoint["optimizer_states"] or [nothing]
+    parts = {}
+    for (index, tensors), group in zip(modules.items(), optimizer["param_groups"], strict=True):
+        for place, number in enumerate(group["params"]):
+            for name, value in optimizer["state"].get(number, {}).items():
+                tensors[f"optimizer/{place}/{name}"] = value
+        options = {k: v for k, v in group.items() if k != "params"}
+        parts[index] = Part(tensors, {**options, "num_params": len(group["params"])})
+    return rest, parts
+
+
+def put_together(rest: Mapping[str, Any], parts: Mapping[int, Part]) -> dict[str, Any]:
+    """Return the checkpoint of a suite that has these SAEs, as Lightning restores it."""
+    weights: dict[str, Tensor] = {}
+    state: dict[int, dict[str, Tensor]] = {}
+    groups: list[dict[str, Any]] = []
+    number = 0
+    for index, part in sorted(parts.items()):
+        for name, tensor in part.tensors.items():
+            kind, own = name.split("/", 1)
+            if kind == "module":
+                weights[f"{PREFIX}.{index}.{own}"] = tensor
+            else:
+                place, value = own.split("/", 1)
+                state.setdefault(number + int(place), {})[value] = tensor
+        options = dict(part.options)
+        end = number + options.pop("num_params")
+        groups.append({**options, "params": list(range(number, end))})
+        number = end
+    optimizer = {"state": state, "param_groups": groups}
+    return {**rest, "state_dict": weights, "optimizer_states": [optimizer]}
+
+
+# ---- folders ----------------------------------------------------------------------------------
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, the highest step first, whether whole or not.
+    """Return the checkpoints in a folder, the highest step first, damaged ones included.
 
     Raises:
-        UserError: the folder is there but cannot be read.
+        UserError: the folder exists but cannot be read.
     """
     try:
-        there = list(folder.iterdir())  # (glob would take what it cannot read for empty)
+        paths = list(folder.iterdir())  # (glob takes a folder that it cannot read for empty)
     except FileNotFoundError:
         return []
     except OSError as error:
         raise UserError(
-            f"cannot read {folder}: {error.strerror or error}. Mend that, and the same command "
-            "goes on from the last checkpoint there."
+            f"cannot read {folder}: {error.strerror or error}. Fix that, and the same command "
+            "resumes from the last checkpoint there."
         ) from error
-    named = ((_NAME.fullmatch(path.name), path) for path in there)
+    named = ((_NAME.fullmatch(path.name), path) for path in paths)
     found = {int(name[1]): path for name, path in named if name}
     return [found[step] for step in sorted(found, reverse=True)]
 
@@ -48,24 +121,73 @@ def partial_of(path: Path) -> Path:
     return path.with_suffix(".partial")
 
 
-def begin(path: Path) -> Path:
-    """Make an empty folder for a new checkpoint beside its place, and return it."""
-    for left in path.parent.glob("*.partial"):  # of a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    partial = partial_of(path)
-    partial.mkdir(parents=True)
-    return partial
+def remove(path: Path) -> None:
+    """Remove a checkpoint, if it exists; it ceases to count in one step."""
+    if path.exists():
+        path.rename(partial_of(path))
+        shutil.rmtree(partial_of(path), ignore_errors=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint so that it is neither read nor in the way; return its name."""
+    aside = path.with_suffix(".damaged")
+    if aside.exists():
+        shutil.rmtree(aside)
+    path.rename(aside)
+    return aside
+
+
+# ---- writing: begin, write, seal --------------------------------------------------------------
+
+
+def begin(path: Path) -> None:
+    """Make an empty folder for a new checkpoint next to its place."""
+    for leftover in path.parent.glob("*.partial"):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial_of(path).mkdir(parents=True)
+
+
+def write(
+    path: Path, parts: Mapping[int, Part], rest: Mapping[str, Any] | None
+) -> dict[str, Record]:
+    """Write one file for each SAE, and one for the rest if given; return their records.
+
+    Args:
+        path: of the checkpoint; the files go into `partial_of(path)`.
+        parts: of the SAEs that this process holds.
+        rest: of the checkpoint, in the process that writes it.
+    """
+    records: dict[str, Record] = {}
+    for index, part in parts.items():
+        tensors = {name: tensor.detach().contiguous() for name, tensor in part.tensors.items()}
+        # (save_file would make it readable by its owner only, whatever the umask)
+        content = save(tensors, metadata={"options": json.dumps(part.options)})
+        records |= _write_file(partial_of(path) / file_of(index), content)
+    if rest is not None:
+        buffer = io.BytesIO()  # into a file, torch would report a full disk as a RuntimeError
+        torch.save(dict(rest), buffer)
+        records |= _write_file(partial_of(path) / STATE, buffer.getbuffer())
+    return records
+
+
+def _write_file(file: Path, content: bytes | memoryview) -> dict[str, Record]:
+    """Bring a file to disk; return its record in the manifest, of what the disk holds."""
+    file.write_bytes(content)
+    with file.open("rb+") as handle:
+        os.fsync(handle.fileno())
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    return {file.name: {"bytes": file.stat().st_size, "sha256": digest}}
 
 
 def seal(path: Path, records: Mapping[str, Record]) -> None:
-    """Write the manifest and let the checkpoint count: the folder gets its name in one step.
+    """Write the manifest and make the checkpoint count: the folder gets its name in one step.
 
-    Then all but the newest are removed, whoever wrote them: a run that is stopped and goes on
-    many times leaves as few as one that is not.
+    Then all but the newest are removed, so a run that is stopped and resumed many times leaves
+    as few as one that is not.
 
     Args:
         path: of the checkpoint; its files lie in `partial_of(path)`.
-        records: name of each file -> what `record` gave.
+        records: name of each file -> what `write` returned.
     """
     partial = partial_of(path)
     manifest = {"format": FORMAT, "files": records, "sha256": _digest(records)}
@@ -81,42 +203,59 @@ def seal(path: Path, records: Mapping[str, Record]) -> None:
             remove(old)
 
 
-def record(file: Path) -> Record:
-    """Bring a written file to disk; return what the manifest says of it."""
-    with file.open("rb+") as handle:
-        os.fsync(handle.fileno())
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    return {"bytes": file.stat().st_size, "sha256": digest}
+# ---- reading ----------------------------------------------------------------------------------
 
 
-def clear(path: Path) -> None:
-    """Leave nothing of a checkpoint that could not be written."""
-    shutil.rmtree(partial_of(path), ignore_errors=True)
+def read(path: Path, members: Sequence[int] | None) -> dict[str, Any]:
+    """Return a verified checkpoint, on the CPU; nothing in it can run code.
 
-
-def remove(path: Path) -> None:
-    """Remove a checkpoint, if it is there; it ceases to count in one step."""
-    if path.exists():
-        path.rename(partial_of(path))
-        shutil.rmtree(partial_of(path), ignore_errors=True)
-
-
-def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint so that it is neither read nor in the way; return its name."""
-    aside = path.with_suffix(".damaged")
-    if aside.exists():
-        shutil.rmtree(aside)
-    path.rename(aside)
-    return aside
-
-
-def manifest_of(path: Path) -> dict[str, Record]:
-    """Return file -> record of a checkpoint, after a look at the files' sizes.
+    Args:
+        path: of the checkpoint.
+        members: numbers in the plan of the SAEs to read; None reads all.
 
     Raises:
-        Damaged: it is no checkpoint of this format, or a file is too short or too long.
+        Damaged: it differs from its manifest.
         OSError: a file is missing or cannot be read.
+        UserError: it lacks one of the SAEs.
     """
+    records = _manifest(path)
+    every = [_index_of(name) for name in records if name != STATE]
+    wanted = every if members is None else members
+    if set(wanted) - set(every):
+        raise UserError(
+            f"{path} holds {len(every)} SAEs, but groups.json now asks for others: restore the "
+            "groups.json that it was written with, or start the run again with overwrite=true."
+        )
+    parts = {}
+    for name in (STATE, *map(file_of, wanted)):
+        if name not in records:
+            raise Damaged(f"its manifest has no {name}")
+        with (path / name).open("rb") as handle:
+            digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        if digest != records[name]["sha256"]:
+            raise Damaged(f"the checksum of {name} is wrong")
+    for index in wanted:
+        with safe_open(path / file_of(index), framework="pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            parts[index] = Part(tensors, json.loads(stored.metadata()["options"]))
+    rest = torch.load(path / STATE, map_location="cpu", weights_only=True)
+    return put_together(rest, parts)
+
+
+def file_of(index: int) -> str:
+    """Return the name of the file of the plan's SAE number `index`."""
+    return f"sae-{index}.safetensors"
+
+
+def _index_of(file: str) -> int:
+    named = _SAE.fullmatch(file)
+    if named is None:
+        raise Damaged(f"its manifest names {file!r}, which is no file of an SAE")
+    return int(named[1])
+
+
+def _manifest(path: Path) -> dict[str, Record]:
+    """Return file -> record of a checkpoint, whose files have the sizes recorded."""
     if path.is_file():
         raise Damaged("it was written by an earlier version of groupsae")
     try:
@@ -133,23 +272,6 @@ def manifest_of(path: Path) -> dict[str, Record]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{type(error).__name__}: {error}") from error
     return files
-
-
-def verify(path: Path, names: Sequence[str], records: Mapping[str, Record]) -> None:
-    """Raise Damaged if a file's content is not what was written, OSError if it cannot be read.
-
-    Args:
-        path: of the checkpoint.
-        names: of the files to look at.
-        records: what `manifest_of` gave.
-    """
-    for name in names:
-        if name not in records:
-            raise Damaged(f"its manifest has no {name}")
-        with (path / name).open("rb") as handle:
-            digest = hashlib.file_digest(handle, "sha256").hexdigest()
-        if digest != records[name]["sha256"]:
-            raise Damaged(f"the checksum of {name} is wrong")
 
 
 def _digest(records: Mapping[str, Record]) -> str:

@@ -1,7 +1,9 @@
-"""Lightning's seam for checkpoints: where and how a suite is saved and read back."""
+"""Saves and loads a suite's checkpoints for Lightning, the same in all processes of a run."""
 
 import errno
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +14,24 @@ from groupsae.files.atomic import explain_write_errors
 from groupsae.runtime.errors import UserError
 from groupsae.training.checkpoints.folder import (
     Damaged,
+    Record,
     begin,
     checkpoints,
-    clear,
-    manifest_of,
+    partial_of,
+    read,
     remove,
     seal,
     set_aside,
-    verify,
-)
-from groupsae.training.checkpoints.parts import (
-    STATE,
-    file_of,
-    index_of,
-    put_together,
-    read_parts,
-    read_rest,
     take_apart,
-    write_parts,
-    write_rest,
+    write,
 )
 from groupsae.training.parallel.collect import gather, leads
 
 
 class SuiteCheckpoints(CheckpointIO):
-    """Saves a suite as a folder with one file per SAE; reads back the newest that is whole.
+    """Saves a suite as a folder with one file per SAE; loads the newest that is not damaged.
 
-    No file says how many processes there were, so a run goes on with any number of them.
+    No file depends on the number of processes, so a run resumes with any number of them.
 
     Args:
         say: prints a sentence to the user.
@@ -50,22 +43,8 @@ class SuiteCheckpoints(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Write a checkpoint, unless one of that step is there: it would be the same.
-
-        Raises:
-            UserError: it cannot be written; checkpoints before it stay as they are.
-        """
-        path = Path(path)
-        if path.exists():
-            return
-        rest, parts = take_apart(checkpoint)
-        try:
-            with explain_write_errors(path):
-                partial = begin(path)
-                seal(path, write_parts(partial, parts) | write_rest(partial, rest))
-        except UserError:
-            clear(path)
-            raise
+        """Write a checkpoint of all SAEs, in one process; see `save_together`."""
+        save_together(checkpoint, Path(path), lambda value: [value])
 
     def load_checkpoint(
         self,
@@ -74,70 +53,65 @@ class SuiteCheckpoints(CheckpointIO):
         weights_only: bool | None = None,
         members: Sequence[int] | None = None,
     ) -> dict[str, Any]:
-        """Return the checkpoint at `path`, or the last one before it that is whole.
+        """Return the checkpoint at `path`, or the last one before it that is not damaged.
 
         Every process of a run calls this, and all of them take the same one, of those that the
-        first process sees. What is damaged is set aside, and said.
+        first process sees. Damaged ones are renamed, with a message.
 
         Args:
             path: of the newest checkpoint.
-            map_location: not used: everything comes on the CPU.
-            weights_only: not used: nothing that could run code is read, whatever it says.
+            map_location: not used: everything is loaded to the CPU.
+            weights_only: not used: nothing that could run code is ever read.
             members: numbers in the plan of the SAEs to read; None reads all.
 
         Raises:
-            UserError: none is whole; the newest that is lacks an SAE; or one cannot be read just
-                now in one of the processes, which says nothing about what is in it.
+            UserError: all are damaged; the newest undamaged one lacks an SAE; or one of the
+                processes cannot read it at the moment, so it may well be complete.
         """
         path = Path(path)
-        there = checkpoints(path.parent)
-        mine = there[there.index(path) :] if path in there else [path]
-        for candidate in gather(mine)[0]:
-            found, damage, refusal = self._read(candidate, members)
+        existing = checkpoints(path.parent)
+        candidates = existing[existing.index(path) :] if path in existing else [path]
+        for candidate in gather(candidates)[0]:
+            found, damage, refusal = self._try(candidate, members)
             damages, refusals = zip(*gather((damage, refusal)), strict=True)
             if any(damages):
                 self._set_aside(candidate, next(filter(None, damages)))
             elif any(refusals):
                 raise UserError(next(filter(None, refusals)))
             else:
-                self.say(f"going on from {candidate}")
+                self.say(f"resuming from {candidate}")
                 return found
         raise UserError(
-            f"no checkpoint in {path.parent} is whole: they are called *.damaged now. If the disk "
-            "was at fault and reads them again, give one its name back (step=<n>.ckpt) and the "
-            "same command goes on from there. overwrite=true removes them and starts again."
+            f"every checkpoint in {path.parent} is damaged; they are now called *.damaged. If the "
+            "disk was at fault and reads them again, give one its name back (step=<n>.ckpt) and "
+            "the same command resumes from it. overwrite=true removes them and starts again."
         )
 
-    def _read(self, path: Path, members: Sequence[int] | None) -> tuple[dict[str, Any], str, str]:
-        """Return the checkpoint, or what is damaged in it, or why it is not to be read."""
+    def _try(self, path: Path, members: Sequence[int] | None) -> tuple[dict[str, Any], str, str]:
+        """Return the checkpoint; or what is damaged in it; or why it must not be used now."""
         try:
-            records = manifest_of(path)
-            every = [index_of(name) for name in records if name != STATE]
-            wanted = every if members is None else members
-            if set(wanted) - set(every):
-                asked = (
-                    f"{path} holds {len(every)} SAEs, but groups.json now asks for others: bring "
-                    "back the groups.json that it was written with, or start the run again with "
-                    "overwrite=true."
-                )
-                return {}, "", asked
-            verify(path, [STATE, *map(file_of, wanted)], records)
-            return put_together(read_rest(path), read_parts(path, wanted)), "", ""
+            return read(path, members), "", ""
         except (Damaged, SafetensorError) as error:
             return {}, str(error), ""
+        except UserError as error:
+            return {}, "", str(error)
         except OSError as error:
-            # what one process does not find another may have: only who listed them can tell
+            # another process may have what this one does not find: only the first one, which
+            # listed the checkpoints, can tell that a file is missing
             if error.errno == errno.EIO or (error.errno == errno.ENOENT and leads()):
                 return {}, str(error), ""
-            asked = (
-                f"cannot read the checkpoint {path}: {error.strerror or error}. It was left as it "
-                "is: mend that, and the same command goes on from it; or move it away, and it "
-                "goes on from the one before."
+            return (
+                {},
+                "",
+                (
+                    f"cannot read the checkpoint {path}: {error.strerror or error}. It was not "
+                    "changed: fix that, and the same command resumes from it; or move it away, to "
+                    "resume from the one before."
+                ),
             )
-            return {}, "", asked
 
     def _set_aside(self, path: Path, damage: str) -> None:
-        """Rename a damaged checkpoint, in the first process, and say so."""
+        """Rename a damaged checkpoint, in the first process, with a message."""
         problem = ""
         if leads():
             try:
@@ -149,7 +123,7 @@ class SuiteCheckpoints(CheckpointIO):
             except OSError as error:
                 problem = (
                     f"{path} is damaged ({damage}) and cannot be renamed: "
-                    f"{error.strerror or error}. Move it away, and the same command goes on from "
+                    f"{error.strerror or error}. Move it away, and the same command resumes from "
                     "the checkpoint before it."
                 )
         if problem := gather(problem)[0]:
@@ -158,3 +132,70 @@ class SuiteCheckpoints(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint."""
         remove(Path(path))
+
+
+def save_together(
+    checkpoint: dict[str, Any], path: Path, gather: Callable[[Any], list[Any]] = gather
+) -> None:
+    """Write this process's SAEs, and in the first process everything else.
+
+    Every process that holds SAEs calls this. The checkpoint counts once all have written, so it
+    is complete or absent. If one of that step exists nothing is written: it would be the same.
+
+    Args:
+        checkpoint: as Lightning dumps it.
+        path: of the checkpoint.
+        gather: returns the value of each process that calls this.
+
+    Raises:
+        UserError: one of the processes could not write; the same in all of them.
+    """
+    first = leads()
+    if gather(first and path.exists())[0]:
+        return
+    rest, parts = take_apart(checkpoint)
+    records: dict[str, Record] = {}
+    with _in_all_or_none(path, gather):
+        if first:
+            begin(path)
+    with _in_all_or_none(path, gather):
+        records = write(path, parts, rest if first else None)
+    every = gather(records)
+    with _in_all_or_none(path, gather):
+        if first:
+            seal(path, {name: record for each in every for name, record in each.items()})
+
+
+@contextmanager
+def _in_all_or_none(path: Path, gather: Callable[[Any], list[Any]]) -> Iterator[None]:
+    """Do something in all processes; if it fails in one, fail in all with the same sentence.
+
+    The folder is removed once all have failed: a process that still writes into it would report
+    that in place of the cause.
+    """
+    problem = ""
+    try:
+        with explain_write_errors(path):
+            yield
+    except UserError as error:
+        problem = str(error)
+    problem = next(filter(None, gather(problem)), "")  # here they wait for each other
+    if problem:
+        if leads():
+            shutil.rmtree(partial_of(path), ignore_errors=True)
+        raise UserError(problem)
+
+
+def check_same_checkpoint(checkpoint: Path | None, folder: Path) -> None:
+    """Check that all processes of the run resume from a checkpoint, or none does.
+
+    Raises:
+        UserError: one sees a checkpoint that another does not see; in all of them.
+    """
+    seen = gather(checkpoint is not None)
+    if len(set(seen)) > 1:
+        raise UserError(
+            f"process {seen.index(False)} of this run does not see the checkpoints in {folder}, "
+            f"which process {seen.index(True)} sees: all need the same folder. Name one that all "
+            "machines share with output=<folder>, or copy this one to where it is missing."
+        )

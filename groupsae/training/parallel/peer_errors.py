@@ -9,6 +9,7 @@ from shlex import quote
 import torch
 
 from groupsae.runtime.errors import UserError
+from groupsae.training.parallel.collect import num_processes
 
 # in messages of gloo, which raises RuntimeError
 SIGNS = (
@@ -32,11 +33,12 @@ def explain_lost_process(folder: Path) -> Iterator[None]:
     except RuntimeError as error:
         if not is_lost_process(error):
             raise
+        first = re.sub(r"^\[\S*\] ", "", str(error).partition("\n")[0])  # without its place
+        reason = first.partition(" This is typically")[0].rstrip(".")
         raise UserError(
-            "another process of this run was lost, or did not answer in time "
-            f"({_short(error)}). Its own error is above, or in its own log. Start all processes "
-            "again; the run resumes from its last checkpoint:\n"
-            f"  python -m groupsae.train {quote(f'resume={folder}')}"
+            f"another process of this run was lost, or did not answer in time ({reason}). Its own "
+            "error is above, or in its own log. Start all processes again; the run resumes from "
+            f"its last checkpoint:\n  python -m groupsae.train {quote(f'resume={folder}')}"
         ) from error
 
 
@@ -44,13 +46,9 @@ def is_lost_process(error: RuntimeError) -> bool:
     """Return whether a collective failed because another process is gone."""
     if isinstance(error, torch.distributed.DistError):  # of NCCL, and while processes meet
         return True
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return False
     message = str(error).lower()
-    return type(error) is RuntimeError and any(sign in message for sign in SIGNS)
-
-
-def _short(error: RuntimeError) -> str:
-    """Return an error's first line without places in the source and guesses at the cause."""
-    first = re.sub(r"^\[\S*\] ", "", str(error).partition("\n")[0])
-    return first.partition(" This is typically")[0].rstrip(".")
+    return (
+        num_processes() > 1
+        and type(error) is RuntimeError
+        and any(sign in message for sign in SIGNS)
+    )

@@ -17,8 +17,7 @@ from torch.optim import Optimizer
 
 from groupsae.runtime.compat import release_started_processes
 from groupsae.runtime.errors import UserError
-from groupsae.training.checkpoints.distributed_save import save_together
-from groupsae.training.checkpoints.io import SuiteCheckpoints
+from groupsae.training.checkpoints.io import SuiteCheckpoints, save_together
 from groupsae.training.suite import GroupSAESuite
 
 END = 10.0  # seconds that other processes have to end after an error in the one that started them
