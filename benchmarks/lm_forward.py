@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import interleaved, options, random_model, timed, write
-from groupsae.lm.attention import nothing_padded
-from groupsae.lm.hooked import HookedLM
+from groupsae.lm.hooked import HookedLM, nothing_padded
 from groupsae.lm.load import FrozenLM
 from groupsae.runtime.quiet import quiet
 from groupsae.training.allocator import keep_freed_memory

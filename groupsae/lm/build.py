@@ -13,10 +13,10 @@ END_OF_TEXT = "<|endoftext|>"
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, context: int
 ) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer of `vocab_size` entries, learnt on `texts`.
+    """Return a byte-level BPE tokenizer of `vocab_size` entries, trained on `texts`.
 
     Entry 0 is the end-of-text token (also BOS), as in Pythia's tokenizer. Every byte is in the
-    vocabulary, so there is no unknown token.
+    vocabulary, so no token is unknown.
     """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -56,14 +56,14 @@ def build_gpt_neox(
 
 @torch.no_grad()
 def stack_layers(shallow: GPTNeoXForCausalLM, deep: GPTNeoXForCausalLM) -> None:
-    """Start a deep model from a trained shallow one by repeating its whole stack of layers.
+    """Initialise a deep model from a trained shallow one by repeating its layers.
 
-    Layer i of the deep model becomes a copy of layer i mod n of the shallow one; embeddings,
-    final norm and head are copied (the depth-wise "G_stack" growth of arXiv 2405.15319). The
-    first tokens of a deep model's training are thus paid at the price of a shallow one.
+    Layer i becomes a copy of layer i mod n; embeddings, final norm and head are copied too (the
+    depth-wise "G_stack" growth of arXiv 2405.15319). So the first tokens of a deep model's
+    training cost what they cost a shallow one.
 
     Raises:
-        ValueError: the deep model's layer count is no multiple of the shallow one's.
+        ValueError: the deep model's number of layers is no multiple of the shallow one's.
     """
     n, m = shallow.config.num_hidden_layers, deep.config.num_hidden_layers
     if m % n:

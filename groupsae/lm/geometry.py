@@ -1,4 +1,4 @@
-"""What a model's config says: which stacks of blocks it has, and their sizes."""
+"""Stacks of blocks and sizes of a language model, from its config."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,13 +18,13 @@ STACKS = ("encoder", "decoder")
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of a language model, of one of its stacks if it has two.
+    """Sizes of a language model, or of one of its two stacks.
 
     Attributes:
-        num_layers: blocks.
+        num_layers: number of blocks.
         d_model: width of the residual stream.
-        context: the most tokens that the model reads at once.
-        vocab_size: token ids end below.
+        context: most tokens that the model reads at once.
+        vocab_size: token ids are below it.
     """
 
     num_layers: int
@@ -34,10 +34,10 @@ class Geometry:
 
 
 def stacks_of(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return the stacks that a model has: encoder and decoder (T5), or one of them.
+    """Return the stacks of a model: encoder and decoder (T5), or one of them.
 
-    A model without an encoder is a `decoder` if it predicts the next token (GPT-2), and an
-    `encoder` if it does not (BERT, unless its config says `is_decoder`).
+    A model with one stack is a `decoder` if it predicts the next token (GPT-2), otherwise an
+    `encoder` (BERT, unless its config has `is_decoder`).
     """
     if getattr(config, "is_encoder_decoder", False):
         return STACKS
@@ -56,7 +56,7 @@ def choose_stack(config: PreTrainedConfig, stack: str | None, name: str) -> str:
 
     Args:
         config: of the model.
-        stack: model.stack; null takes the only one.
+        stack: the option model.stack; None takes the only one.
         name: of the model.
 
     Raises:
@@ -65,7 +65,7 @@ def choose_stack(config: PreTrainedConfig, stack: str | None, name: str) -> str:
     there = stacks_of(config)
     if stack is None and len(there) > 1:
         raise UserError(
-            f"{name} has an encoder and a decoder: choose with model.stack=encoder or "
+            f"{name} has an encoder and a decoder: choose one with model.stack=encoder or "
             "model.stack=decoder."
         )
     if stack is not None and stack not in there:
@@ -79,10 +79,10 @@ def choose_stack(config: PreTrainedConfig, stack: str | None, name: str) -> str:
 
 
 def geometry_of(config: PreTrainedConfig, stack: str, name: str) -> Geometry:
-    """Return the sizes of a stack; of a model that also sees or hears, those of its text part.
+    """Return the sizes of a stack; of a multimodal model, those of its text part.
 
     Raises:
-        UserError: the config does not say them.
+        UserError: the config lacks one of them.
     """
     part: Any = getattr(config, stack, None) if len(stacks_of(config)) > 1 else None
     if isinstance(part, PreTrainedConfig):  # each stack has a config of its own (T5Gemma)
@@ -99,7 +99,9 @@ def geometry_of(config: PreTrainedConfig, stack: str, name: str) -> Geometry:
     }
     missing = [key for key, value in found.items() if not isinstance(value, int)]
     if missing:
-        raise UserError(f"model {name}: its config has no {' and no '.join(missing)}.")
+        raise UserError(
+            f"model {name}: its config has no {' and no '.join(missing)}: choose a text model."
+        )
     return Geometry(
         num_layers=found["num_hidden_layers"],
         d_model=found["hidden_size"],
@@ -109,10 +111,10 @@ def geometry_of(config: PreTrainedConfig, stack: str, name: str) -> Geometry:
 
 
 def within_positions(geometry: Geometry, model: nn.Module) -> Geometry:
-    """Return the sizes with a context that learned positions have room for.
+    """Return the sizes with a context no longer than the learned position embeddings.
 
-    Where one of them belongs to the padding token, the positions begin behind it: RoBERTa counts
-    514, of which 512 can be read.
+    If one of them belongs to the padding token, the positions begin after it: RoBERTa has 514, of
+    which 512 can be used.
     """
     for name, module in model.named_modules():
         learned = name.endswith("position_embeddings") and isinstance(module, nn.Embedding)

@@ -1,15 +1,17 @@
-"""A loaded model whose activations can be read, and replaced, at one hookpoint of every block."""
+"""A loaded model whose activations are read, and replaced, at one hookpoint of every block."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from groupsae.lm.attention import nothing_padded
 from groupsae.lm.hookpoints import find_sites
 from groupsae.runtime.errors import UserError
 
@@ -21,22 +23,21 @@ class _StopForward(Exception):
 
 
 class HookedLM:
-    """One stack of a model, and how token blocks are put into it.
+    """One stack of a model, run on blocks of tokens.
 
-    Blocks of tokens are packed and hold no padding, so every position is attended to: a mask of
-    ones says so to models that would otherwise take tokens with the id of the padding token out.
+    Blocks are packed and hold no padding, so every position is attended to: a mask of ones tells
+    models that would otherwise mask tokens with the id of the padding token.
 
-    The decoder of an encoder-decoder model is teacher-forced: the encoder reads a block of tokens
-    and the decoder reads the same block shifted right by one, after the model's start token.
+    The decoder of an encoder-decoder model is teacher-forced: the encoder reads a block of tokens,
+    the decoder the same block shifted right by one, after the model's start token.
 
     Args:
-        model: what is called: the whole model, or the encoder alone where that is the stack.
+        model: the module to call: the complete model, or the encoder if that is the stack.
         blocks: of the stack.
-        hookpoint: what is read of each block, one of `groupsae.lm.hookpoints`.
-        submodule: path within a block, for attn_out and mlp_out; None looks for it.
-        d_model: width of what is read.
-        start_token: that the decoder of an encoder-decoder model begins with; None for all other
-            models.
+        hookpoint: which activations of each block, one of `groupsae.lm.hookpoints`.
+        submodule: path within a block, for attn_out and mlp_out; None searches for it.
+        d_model: width of the activations.
+        start_token: the decoder's first token in an encoder-decoder model; None for all others.
         predicts: whether the model gives next-token logits.
 
     Raises:
@@ -66,9 +67,9 @@ class HookedLM:
 
     @torch.no_grad()
     def inputs(self, tokens: Int[Tensor, "block pos"]) -> dict[str, Any]:
-        """Return what the model is called with for these tokens.
+        """Return the model's keyword arguments for these tokens.
 
-        For a decoder behind an encoder this runs the encoder, once for all forwards that follow.
+        For an encoder-decoder model this runs the encoder, once for all forwards that follow.
         """
         ones = torch.ones_like(tokens)
         if self.start_token is None:
@@ -90,21 +91,20 @@ class HookedLM:
 
     @torch.no_grad()
     def run(self, inputs: dict[str, Any], layers: Iterable[int], visit: Visit, stop: bool) -> Any:
-        """Run the model once and show `visit` the activations of `layers`.
+        """Run the model once and pass the activations of `layers` to `visit`.
 
-        `visit(layer, acts)` gets them as they are, in the model's dtype, [block, pos, d_model]; a
-        tensor that it returns takes their place. (The last entry of Hugging Face's
-        `hidden_states` is *after* the final norm, so hooks are the only way to the last layer.)
-        Hooks are removed whatever happens.
+        `visit(layer, acts)` gets them in the model's dtype, [block, pos, d_model]; a tensor that
+        it returns replaces them. (The last entry of Hugging Face's `hidden_states` is *after* the
+        final norm, so hooks are the only way to the last layer.) Hooks are always removed.
 
         Args:
-            inputs: of `inputs`.
-            layers: indices of the blocks to show.
+            inputs: from `inputs`.
+            layers: indices of blocks.
             visit: called in the order of the layers.
             stop: end the forward pass after the last of `layers`; then None is returned.
 
         Raises:
-            UserError: what a hookpoint puts out is not [block, pos, d_model].
+            UserError: a hookpoint's output is not [block, pos, d_model].
         """
         wanted = sorted(set(layers))
         shape = inputs["input_ids" if self.start_token is None else "decoder_input_ids"].shape
@@ -115,13 +115,13 @@ class HookedLM:
                 raise _StopForward
             if replaced is None:
                 return None
-            # some blocks write into what their halves put out (Falcon adds attention to the MLP)
+            # some blocks write into the output of their halves (Falcon adds attention to the MLP)
             return replaced.reshape(acts.shape).clone()
 
         handles: list[RemovableHandle] = []
         try:
             for layer in wanted:
-                handles.append(self.sites[layer].watch(_bound(see, layer)))
+                handles.append(self.sites[layer].watch(partial(see, layer)))
             with nothing_padded():
                 return self.model(**inputs)
         except _StopForward:
@@ -133,19 +133,19 @@ class HookedLM:
     def shaped(
         self, layer: int, acts: Tensor, shape: torch.Size
     ) -> Float[Tensor, "block pos d_model"]:
-        """Return activations as [block, pos, d_model], also of modules that join the first two.
+        """Return activations as [block, pos, d_model], also where a module joins block and pos.
 
         Raises:
-            UserError: they have other sizes.
+            UserError: they have another shape.
         """
-        whole = (*shape, self.d_model)
-        if tuple(acts.shape) not in (whole, (shape.numel(), self.d_model)):
+        expected = (*shape, self.d_model)
+        if tuple(acts.shape) not in (expected, (shape.numel(), self.d_model)):
             raise UserError(
                 f"{self.hookpoint} of block {layer} of {type(self.model).__name__} has shape "
-                f"{list(acts.shape)} instead of {list(whole)}, so it cannot be read: use another "
-                "model.hookpoint, or name the module with model.submodule."
+                f"{list(acts.shape)} instead of {list(expected)}: use another model.hookpoint, or "
+                "name the module with model.submodule."
             )
-        return acts.view(whole)
+        return acts.view(expected)
 
 
 def read_after(
@@ -158,5 +158,27 @@ def read_after(
     return torch.cat([start, tokens[:, :-1]], dim=1)
 
 
-def _bound(see: Visit, layer: int) -> Callable[[Tensor], Tensor | None]:
-    return lambda acts: see(layer, acts)
+@contextmanager
+def nothing_padded() -> Iterator[None]:
+    """Let transformers skip the attention mask, in this process, while inside.
+
+    Given a mask of ones it uses the faster kernel without a mask, but to see that they are ones it
+    sums them on the device and waits for the sum, in every forward. Given no mask it compares
+    positions, and waits too; some models would then search for padding tokens. So the functions
+    that make masks get None, whatever the model passes.
+    """
+    masks = ALL_MASK_ATTENTION_FUNCTIONS
+    before = dict(masks)
+    for name, make in before.items():
+        masks[name] = partial(_unpadded, make)
+    try:
+        yield
+    finally:
+        for name, make in before.items():
+            del masks[name]  # shows what was registered below, if anything was
+            if masks.get(name) is not make:
+                masks[name] = make
+
+
+def _unpadded(make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return make(*args, **{**kwargs, "attention_mask": None})

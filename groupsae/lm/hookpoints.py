@@ -1,19 +1,19 @@
-"""Where in a block activations are read: before it, after it, or what one half of it adds.
+"""Where in a block activations are read: before it, after it, or the output of one half.
 
-| hookpoint | what it is, [block, pos, d_model] |
+| hookpoint | activations, [block, pos, d_model] |
 |---|---|
-| `resid_post` | what the block puts out: the residual stream after it |
-| `resid_pre` | what the block gets: the residual stream before it |
-| `attn_out` | what the block adds to the residual stream from (self-)attention |
-| `mlp_out` | what the block adds to the residual stream from its MLP or its experts |
+| `resid_post` | the residual stream after the block: its output |
+| `resid_pre` | the residual stream before the block: its input |
+| `attn_out` | what (self-)attention adds to the residual stream |
+| `mlp_out` | what the MLP or the experts add to the residual stream |
 
-In models that normalise before each half, run one after the other, resid_post = resid_pre +
-attn_out + mlp_out (T5's decoder also adds its cross-attention, which neither counts), and so in
-models that run both halves side by side (GPT-NeoX, GPT-J, Phi, Falcon, Cohere). Where a norm
-stands between a half and the residual stream (Gemma 2 and 3, OLMo 2 and 3, GLM-4, Exaone 4), the
-two are what that norm puts out, as in TransformerLens and Gemma Scope; where a constant does
-(Granite's residual_multiplier, MiniCPM), they are the activations before it. Models that
-normalise the sum (BERT, BART) add attn_out, normalise, add mlp_out and normalise again.
+In models that normalise before each half, resid_post = resid_pre + attn_out + mlp_out, whether the
+halves run one after the other or in parallel (GPT-NeoX, GPT-J, Phi, Falcon, Cohere). (T5's decoder
+also adds cross-attention, which belongs to neither.) If a norm follows each half (Gemma 2 and 3,
+OLMo 2 and 3, GLM-4, Exaone 4), the two are the output of that norm, as in TransformerLens and
+Gemma Scope; if a constant does (Granite's residual_multiplier, MiniCPM), they are the activations
+before it. Models that normalise the sum (BERT, BART) add attn_out, normalise, add mlp_out,
+normalise.
 """
 
 from collections.abc import Callable, Iterable
@@ -27,7 +27,7 @@ from groupsae.runtime.errors import UserError
 
 HOOKPOINTS = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 
-# Paths within a block, the first that exists is taken. Those at the top are inside a module that
+# Paths within a block; the first that exists is taken. The first ones are inside a module that
 # adds the residual (and normalises) itself.
 HALVES = {
     "attn_out": (
@@ -36,7 +36,7 @@ HALVES = {
         "layer.0.SelfAttention",  # T5
         "layer.0.LocalSelfAttention",  # LongT5
         "layer.0.TransientGlobalSelfAttention",
-        "self_attention.dense",  # Bloom (and Falcon, where it is all the same)
+        "self_attention.dense",  # Bloom (and Falcon, with the same result)
         "self_attn", "self_attention", "attention", "attn", "linear_attn", "temporal_block",
         "multi_head_attention",
     ),
@@ -49,9 +49,9 @@ HALVES = {
         "fc2",  # OPT, BART
     ),
 }  # fmt: skip
-# Norms behind attention and MLP. (`post_attention_layernorm` alone is, in Llama and most others,
+# Norms after attention and MLP. (`post_attention_layernorm` alone is, in Llama and most others,
 # the one *before* the MLP.)
-NORMS_BEHIND = (
+NORMS_AFTER = (
     {"attn_out": "post_self_attn_layernorm", "mlp_out": "post_mlp_layernorm"},
     {"attn_out": "post_self_attn_layernorm", "mlp_out": "post_feedforward_layernorm"},
     {"attn_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"},
@@ -59,7 +59,7 @@ NORMS_BEHIND = (
     {
         "attn_out": "post_attention_layernorm",
         "mlp_out": "post_mlp_layernorm",
-        "beside": "pre_mlp_layernorm",  # AFMoE; without it the two normalise the sum (Nomic)
+        "also": "pre_mlp_layernorm",  # AFMoE; without it the two normalise the sum (Nomic)
     },
 )
 
@@ -77,10 +77,9 @@ class Site:
     before: bool
 
     def watch(self, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-        """Show `see` the activations in every forward; what it returns takes their place.
+        """Pass the activations of every forward to `see`; what it returns replaces them.
 
-        Of a module that returns several things (attention weights, router scores) the first is
-        meant; the others stay.
+        If a module returns several things (attention weights, router scores), they are the first.
         """
         if self.before:
             return self.module.register_forward_pre_hook(_on_input(see), with_kwargs=True)
@@ -107,22 +106,22 @@ def _on_input(see: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
 
 
 def check_hookpoint(hookpoint: str) -> None:
-    """Raise UserError if there is no such hookpoint."""
+    """Raise UserError if the hookpoint does not exist."""
     if hookpoint not in HOOKPOINTS:
         raise UserError(f"model.hookpoint is '{hookpoint}'; use {', '.join(HOOKPOINTS)}.")
 
 
 def find_sites(blocks: Iterable[nn.Module], hookpoint: str, submodule: str | None) -> list[Site]:
-    """Return where the hookpoint is in each block.
+    """Return the hookpoint's module of each block.
 
     Args:
         blocks: of the model.
         hookpoint: one of `HOOKPOINTS`.
-        submodule: path within a block of the module whose output attn_out or mlp_out is; None
-            looks for it under the names that transformers uses.
+        submodule: path within a block of the module whose output is attn_out or mlp_out; None
+            searches for it under the names that transformers uses.
 
     Raises:
-        UserError: a block has no such part; lists what it has.
+        UserError: a block has no such module; lists those that it has.
     """
     check_hookpoint(hookpoint)
     if hookpoint in ("resid_pre", "resid_post"):
@@ -139,13 +138,13 @@ def find_sites(blocks: Iterable[nn.Module], hookpoint: str, submodule: str | Non
 
 
 def paths_of(model: nn.Module, sites: Iterable[Site]) -> list[str]:
-    """Return where the module of each site is in the model without its head, by layer.
+    """Return the path of each site's module in the model without its head, by layer.
 
-    Of Pythia's `attn_out` these are `layers.0.attention`, `layers.1.attention` and so on; what
-    lies outside the bare model goes by its path in the whole one.
+    For Pythia's `attn_out`: `layers.0.attention`, `layers.1.attention` and so on. A module outside
+    the model without its head has its path in the complete model.
     """
     bare = getattr(model, "base_model", model)
-    names = {module: name for whole in (model, bare) for name, module in whole.named_modules()}
+    names = {module: name for each in (model, bare) for name, module in each.named_modules()}
     return [names[site.module] for site in sites]
 
 
@@ -155,14 +154,14 @@ def _half(block: nn.Module, number: int, hookpoint: str, submodule: str | None) 
     found = next((path for path in paths if path in inside), None)
     if found is None:
         there = ", ".join(name for name in inside if name and name.count(".") < 2)
-        lacks = f"nothing that gives {hookpoint}" if submodule is None else f"no '{submodule}'"
+        lacks = f"no module for {hookpoint}" if submodule is None else f"no '{submodule}'"
         raise UserError(
             f"model.hookpoint is '{hookpoint}', but block {number} ({type(block).__name__}) has "
             f"{lacks}; it has: {there}. Name the module with model.submodule=<path within a "
             "block>, or use resid_post or resid_pre."
         )
     if submodule is None:
-        for pair in NORMS_BEHIND:
+        for pair in NORMS_AFTER:
             if all(name in inside for name in pair.values()):
                 return inside[pair[hookpoint]]
     return inside[found]

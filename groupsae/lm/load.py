@@ -1,4 +1,4 @@
-"""A frozen Hugging Face language model and what the rest of the program must know of it."""
+"""A frozen Hugging Face language model."""
 
 import copy
 import hashlib
@@ -32,25 +32,25 @@ BUNDLED = {"tiny": Path(__file__).parent.parent / "models" / "tiny"}
 
 
 class FrozenLM:
-    """A language model that is only ever run forward.
+    """A language model that is only run forward.
 
     Args:
         name: `tiny` (bundled), an id on the Hugging Face Hub, or a folder.
         revision: git revision on the Hub (Pythia: a training step, such as `step1000`); null is
             the newest.
-        dtype: of the weights while running, such as `float32` or `bfloat16`.
-        hookpoint: what is read of each block: resid_post, resid_pre, mlp_out or attn_out, as
-            `groupsae.lm.hookpoints` defines them.
+        dtype: of weights and activations, such as `float32` or `bfloat16`.
+        hookpoint: which activations of each block: resid_post, resid_pre, mlp_out or attn_out,
+            as `groupsae.lm.hookpoints` defines them.
         stack: `encoder` or `decoder` of a model that has both; null for all others.
-        blocks_path: where the list of blocks is, such as `model.layers`; null looks for it.
-        submodule: path within a block of what attn_out or mlp_out is; null looks for it.
-        compile: compile the blocks with torch.compile (of attn_out and mlp_out, their parts).
+        blocks_path: path of the list of blocks, such as `model.layers`; null searches for it.
+        submodule: path within a block of attn_out's or mlp_out's module; null searches for it.
+        compile: compile the blocks with torch.compile (for attn_out and mlp_out, their parts).
         load: more arguments of transformers' from_pretrained, such as `device_map`,
             `quantization_config`, `attn_implementation` or `trust_remote_code`.
 
     Raises:
         UserError: the model cannot be found, lacks the stack or the hookpoint, or an option is
-            not allowed. Weights are not read for this.
+            not allowed. Weights are not read to find out.
     """
 
     def __init__(
@@ -92,12 +92,11 @@ class FrozenLM:
             known = (OSError, ValueError, RuntimeError, ImportError, SafetensorError)
             if lost is None and not isinstance(error, known):
                 raise
-            said = str(error).strip().splitlines() or [repr(error)]
-            reason = said[0]
+            reason = (str(error).strip().splitlines() or [repr(error)])[0]
             if lost is not None:
                 reason += (
                     f" The connection failed ({one_line(lost)}), also in huggingface_hub's own "
-                    "retries; what has come is kept, and the same command goes on."
+                    "retries; downloaded parts are kept, and the same command continues."
                 )
             raise UserError(
                 f"cannot load model '{self.name}' (revision {self.revision or 'main'}): {reason} "
@@ -117,7 +116,7 @@ class FrozenLM:
         return self._load(AutoModel, device)
 
     def load_with_head(self, device: torch.device) -> HookedLM:
-        """Return the whole model, which gives logits, frozen; an encoder comes without a head."""
+        """Return the model with its head (an encoder has none), frozen, on the device."""
         if self.stack == "encoder":
             return self.load(device)
         if len(stacks_of(self.config)) > 1:
@@ -159,10 +158,10 @@ class FrozenLM:
 
     @property
     def start_token(self) -> int | None:
-        """Return what the decoder of an encoder-decoder model begins with; None of all others.
+        """Return the decoder's first token in an encoder-decoder model; None for all others.
 
         Raises:
-            UserError: its config does not say.
+            UserError: the config does not name it.
         """
         if len(stacks_of(self.config)) < 2 or self.stack != "decoder":
             return None
@@ -173,15 +172,15 @@ class FrozenLM:
                 if isinstance(token := getattr(config, name, None), int):
                     return token
         raise UserError(
-            f"{self.name} says nowhere what its decoder begins with: its config has no "
-            f"{' and no '.join(names)}."
+            f"{self.name}: the config does not name the decoder's first token; it has no "
+            f"{' and no '.join(names)}. Add one to its config.json."
         )
 
     def _check_structure(self) -> None:
-        """Look for blocks and hookpoint in the model as its config describes it.
+        """Find blocks and hookpoint in an empty model, before text is packed or weights are read.
 
         Raises:
-            UserError: something is not there; before text is packed or weights are read.
+            UserError: one of them does not exist.
         """
         trusted = bool(self.load_options.get("trust_remote_code"))
         try:
@@ -190,7 +189,7 @@ class FrozenLM:
                     copy.deepcopy(self.config), trust_remote_code=trusted
                 )
         except Exception as error:
-            if trusted:  # such code may need real tensors: loading will tell
+            if trusted:  # such code may need real tensors: loading shows errors
                 return
             raise UserError(
                 f"cannot build model '{self.name}' from its config: {type(error).__name__}: "
@@ -200,7 +199,7 @@ class FrozenLM:
         self.geometry = within_positions(self.geometry, skeleton)
 
     def described(self) -> dict[str, Any]:
-        """Return what decides the activations, as plain values: kept beside every result."""
+        """Return the options that decide the activations, as plain values; saved with results."""
         return {
             "model": self.name,
             "revision": self.revision,
@@ -233,7 +232,7 @@ class FrozenLM:
 
 
 def _compile(lm: HookedLM) -> None:
-    """Compile what lies between the hooks: hooks inside compiled code would not be seen."""
+    """Compile the modules between the hooks: hooks inside compiled code would not run."""
     for block, site in zip(lm.blocks, lm.sites, strict=True):
         parts = [block]
         if site.module is not block:

@@ -8,18 +8,18 @@ from typing import Any
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.secrets import secret_in
 
-# said elsewhere
+# options with a key of their own
 OURS = {
     "revision": "model.revision",
     "dtype": "model.dtype",
     "torch_dtype": "model.dtype",
     "config": "model.name",
 }
-# would run code of whoever wrote the weights
+# would run code from the weights' files
 PICKLED = ("weights_only", "pickle_module")
-# config and tokenizer must be found as the weights are
+# config and tokenizer are found in the same place as the weights
 HUB = ("trust_remote_code", "code_revision", "cache_dir", "local_files_only", "subfolder")
-# where weights lie and how they get there changes no activation
+# where weights are and how they get there changes no activation
 PLACE = (
     "device_map", "max_memory", "offload_folder", "offload_state_dict", "offload_buffers",
     "low_cpu_mem_usage", "cache_dir", "local_files_only", "use_safetensors",
@@ -27,32 +27,29 @@ PLACE = (
 
 
 def check_load_options(load: object) -> None:
-    """Raise UserError if the options are no mapping, or one is set elsewhere or needs a package.
+    """Raise UserError if an option is not allowed, or needs a package that is not installed.
 
-    What is secret is refused at any depth: run folders keep their configuration, and uploads too.
-
-    Args:
-        load: the options.
+    Secrets are refused at any depth, because run folders and uploads contain the configuration.
     """
     if not isinstance(load, Mapping):
         raise UserError(
-            f"model.load is {load!r}; give arguments of from_pretrained, such as "
+            f"model.load is {load!r}; use arguments of from_pretrained, such as "
             "{device_map: auto}, or {} for none."
         )
     found = secret_in(load)
     secret = found[1] if found is not None else "proxies" if "proxies" in load else None
     if secret is not None:
         raise UserError(
-            f"model.load holds {secret}, and run folders keep their configuration: leave it out "
-            "and use the environment variable HF_TOKEN, or HTTPS_PROXY."
+            f"model.load contains {secret}, and run folders keep their configuration: leave it "
+            "out and use the environment variable HF_TOKEN, or HTTPS_PROXY."
         )
     for name in load:
         if name in PICKLED:
             raise UserError(
-                f"model.load holds {name}: leave it out, weights are read without running code."
+                f"model.load contains {name}: leave it out, weights are read without running code."
             )
         if name in OURS:
-            raise UserError(f"model.load holds {name}: leave it out and use {OURS[name]}.")
+            raise UserError(f"model.load contains {name}: leave it out and use {OURS[name]}.")
         if name in ("device_map", "quantization_config") and find_spec("accelerate") is None:
             raise UserError(
                 f"model.load.{name} needs the package accelerate, which is not installed: "
@@ -61,12 +58,12 @@ def check_load_options(load: object) -> None:
 
 
 def hub_options(load: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that finding config and tokenizer takes as well."""
+    """Return the options that config and tokenizer need as well."""
     return {name: load[name] for name in HUB if name in load}
 
 
 def recorded_options(load: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that decide what the model computes, as plain values."""
+    """Return the options that affect the activations, as plain values."""
     kept = {name: value for name, value in load.items() if name not in PLACE}
 
     def plain(value: Any) -> Any:

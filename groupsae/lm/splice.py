@@ -1,9 +1,8 @@
-"""Put something else in the place of a layer's activations and see what the model says.
+"""Replace a layer's activations and compute the model's logits.
 
-A forward pass whose activations are replaced in block l repeats the blocks before it for nothing.
-Here they are computed once per batch; every replacement then costs only what comes after it. The
-result is that of a full forward with a hook, bit for bit on the same device: the same modules run
-on the same numbers.
+A full forward pass for each replaced layer would repeat the blocks before it. Here they run once
+per batch; each replacement then costs only the blocks after it. The result equals a full forward
+with a hook, bit for bit on the same device: the same modules run on the same numbers.
 """
 
 import math
@@ -20,23 +19,21 @@ from groupsae.runtime.errors import UserError
 
 
 class Splicer:
-    """Run a model cleanly once, then again and again from the middle with other activations.
+    """Run a model once, then many times from the middle with other activations.
 
-    `clean` reads a batch of tokens; `resume` and `together` run the same tokens with the
-    activations at the model's hookpoint replaced. From `resid_post` of a layer the model goes on
-    with the block after it; from the other hookpoints with the layer's own block, whose input or
-    half is replaced.
+    `clean` runs a batch of tokens; `resume` and `together` run the same tokens with activations
+    at the model's hookpoint replaced. From `resid_post` of a layer the model continues with the
+    next block; from the other hookpoints with the layer's own block, whose input or half is
+    replaced.
 
-    While the model resumes, the blocks before are stood in for: they hand on the residual stream
-    and, if blocks also return other things, what they returned in the clean run. Embeddings, mask
-    and rotary angles are the model's own work and do run (they are cheap, and how they are made
-    differs from model to model); an encoder before the decoder does not. The first time that
-    `clean` reads a layer it makes sure, on the first sequence, that resuming from there with the
-    clean activations gives the clean logits.
+    When the model resumes, the blocks before are replaced by functions that return the residual
+    stream and whatever else they returned in the clean run. Embeddings, mask and rotary angles are
+    computed again (cheap, and different in each model); an encoder before the decoder is not. When
+    `clean` runs a layer for the first time it checks, on the first sequence, that resuming from
+    there with the clean activations gives the clean logits.
 
     Args:
-        lm: a language model, with its head if it has one. Without one there is nothing to
-            resume for: then only `clean` may be called.
+        lm: a language model, with its head if it has one; without a head only `clean` works.
     """
 
     def __init__(self, lm: HookedLM) -> None:
@@ -54,12 +51,12 @@ class Splicer:
     ) -> tuple[
         Float[Tensor, "block pos vocab"] | None, dict[int, Float[Tensor, "block pos d_model"]]
     ]:
-        """Return the logits of the model as it is (None without a head), and its activations.
+        """Return the unchanged model's logits (None without a head) and its activations.
 
         Both are in the model's dtype, on the device of the tokens.
 
         Raises:
-            UserError: the model's logits are not finite, or it cannot be resumed from its blocks.
+            UserError: the logits are not finite, or the model cannot be resumed from a block.
         """
         wanted = sorted(set(layers))
         if not self.lm.predicts:
@@ -76,7 +73,7 @@ class Splicer:
     ) -> Float[Tensor, "block pos vocab"]:
         """Return the logits for the tokens of the last `clean`, with these activations at `layer`.
 
-        Only what comes after them is computed. They are cast to the model's dtype.
+        Only the blocks after them run. They are cast to the model's dtype.
         """
         inputs = self._last_inputs()
         acts = acts.to(self._device[layer], self._dtype).contiguous()
@@ -93,9 +90,8 @@ class Splicer:
     ) -> Float[Tensor, "block pos vocab"]:
         """Return the logits for the tokens of the last `clean`, all `layers` replaced at once.
 
-        `replace(layer, acts)` gets the activations as they come, thus after all replacements
-        before them, and returns those to go on with, [block, pos, d_model]; they are cast to the
-        model's dtype.
+        `replace(layer, acts)` gets the activations after all replacements in earlier layers and
+        returns the new ones, [block, pos, d_model]; they are cast to the model's dtype.
         """
         inputs, here = self._last_inputs(), self._tokens_on
 
@@ -106,7 +102,7 @@ class Splicer:
 
     def _last_inputs(self) -> dict[str, Any]:
         if self._inputs is None:
-            raise RuntimeError("call clean() first: it says which tokens to run")
+            raise RuntimeError("call clean(tokens, layers) first")
         return self._inputs
 
     def _clean(self, tokens: Tensor, layers: list[int]) -> tuple[Tensor, dict[int, Tensor]]:
@@ -141,8 +137,8 @@ class Splicer:
             output = residual if beside is None else (residual, *beside)
             return lambda *_args, **_kwargs: output
 
-        # Found on the instance before the method of the class: the block itself, with its
-        # attributes and hooks, stays in place, for models look at both.
+        # An attribute of the instance comes before the class's method, and the block keeps its
+        # place, attributes and hooks, which models read.
         blocks = self.lm.blocks[:first]
         before = [vars(block).get("forward") for block in blocks]
         try:
@@ -156,17 +152,17 @@ class Splicer:
                     vars(block)["forward"] = forward
 
     def _check(self, tokens: Tensor, layers: list[int]) -> None:
-        """See that the clean activations of each layer lead to the clean logits.
+        """Check that the clean activations of each layer give the clean logits.
 
-        The two agree bit for bit where kernels are deterministic; the tolerance, relative to the
-        largest logit, is two steps of the dtype, at least 1e-4.
+        They agree bit for bit if kernels are deterministic; the tolerance, relative to the largest
+        logit, is two steps of the dtype, at least 1e-4.
         """
         name = type(self.lm.model).__name__
         logits, acts = self._clean(tokens, layers)
         if not logits.isfinite().all():
             raise UserError(
-                f"{name} gives logits that are not finite in {logits.dtype}; "
-                "use model.dtype=float32 or bfloat16."
+                f"{name} gives logits that are not finite in {logits.dtype}: use "
+                "model.dtype=float32 or bfloat16."
             )
         largest = logits.abs().max()
         for layer in layers:
@@ -177,15 +173,15 @@ class Splicer:
                 off, found = math.inf, f"ends in {type(error).__name__} ({error})"
             if not off <= max(1e-4, 2 * torch.finfo(logits.dtype).eps):
                 raise UserError(
-                    f"{name} cannot be run from the middle: going on from {self.lm.hookpoint} of "
-                    f"block {layer} with its own activations {found}. Its blocks pass on more "
+                    f"{name} cannot be resumed from the middle: from {self.lm.hookpoint} of block "
+                    f"{layer}, resuming with its own activations {found}. Its blocks pass on more "
                     "than the residual stream, so the effect of its SAEs cannot be measured."
                 )
             self._checked.add(layer)
 
 
 def _copy_into(acts: dict[int, Tensor]) -> Callable[[int, Tensor], None]:
-    """Return a visitor that keeps what it sees, though the model may write into it later."""
+    """Return a visitor that copies activations; the model may write into them later."""
 
     def visit(layer: int, found: Tensor) -> None:
         acts[layer] = found.clone()

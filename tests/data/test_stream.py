@@ -10,7 +10,7 @@ from groupsae.data.activations import ActivationDataModule, check_sizes
 from groupsae.data.draws import draw, draw_layers
 from groupsae.data.exchange import Exchange
 from groupsae.data.files import FileSource
-from groupsae.lm.attention import nothing_padded
+from groupsae.lm.hooked import nothing_padded
 from groupsae.runtime.errors import UserError
 from tests.helpers import families
 from tests.helpers.lms import frozen

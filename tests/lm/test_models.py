@@ -192,7 +192,7 @@ def test_a_model_without_attention_lacks_attn_out(tmp_path):
         vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4, expand=2
     ).save_pretrained(tmp_path)
     assert frozen(tmp_path).geometry.num_layers == 2
-    with pytest.raises(UserError, match=r"block 0 \(MambaBlock\) has nothing that gives attn_out"):
+    with pytest.raises(UserError, match=r"block 0 \(MambaBlock\) has no module for attn_out"):
         frozen(tmp_path, hookpoint="attn_out")
 
 
@@ -225,11 +225,11 @@ def test_options_of_from_pretrained_are_passed_on_and_recorded(folder_of):
         frozen(folder).fingerprint()
     )
     for load, sentence in (
-        ({"dtype": "float16"}, "model.load holds dtype: leave it out and use model.dtype"),
-        ({"token": "secret"}, "holds token.*HF_TOKEN"),
+        ({"dtype": "float16"}, "model.load contains dtype: leave it out and use model.dtype"),
+        ({"token": "secret"}, "contains token.*HF_TOKEN"),
         ({"use_auth_token": "secret"}, "holds use_auth_token.*HF_TOKEN"),
         ({"proxies": {"https": "proxy:80"}}, "holds proxies.*HTTPS_PROXY"),
-        ({"adapter_kwargs": [{"token": "secret"}]}, "holds token"),
+        ({"adapter_kwargs": [{"token": "secret"}]}, "contains token"),
         ({"mirror": "https://me:secret@host/x"}, "holds an address with a password"),
     ):
         with pytest.raises(UserError, match=sentence) as refused:
