@@ -1,1 +1,1 @@
-"""What a run costs: the cost model in FLOPs, and the stopwatch that measures seconds."""
+"""The cost of a run: in FLOPs by formula and by count, in seconds by a stopwatch."""

@@ -1,4 +1,4 @@
-"""PyTorch's FLOP counter, taught the operators that sparse decoding uses."""
+"""PyTorch's FLOP counter with the operators of sparse decoding."""
 
 import math
 from typing import Any
@@ -10,11 +10,11 @@ from groupsae.runtime.compat import of_tensors, private_flop_formulas
 
 
 def flop_counter() -> FlopCounterMode:
-    """Return a counter of the products and attentions in a `with`; `get_total_flops()` reads it.
+    """Return a counter of products and attention, for a `with`; `get_total_flops()` reads it.
 
-    An embedding bag with weights and a product that is sampled at a sparse matrix's entries cost
-    2 d FLOPs for every row they touch; PyTorch's own registry has neither, nor oneDNN's products,
-    nor the CPU's attention.
+    A weighted embedding bag and a product that is sampled at the entries of a sparse matrix cost
+    2 d FLOPs for every row they touch; PyTorch's own registry lacks both, oneDNN's products and
+    the CPU's attention.
     """
     known = private_flop_formulas(attention=_attention, rows=_rows_of_the_table, linear=_linear)
     known[torch.ops.aten.sparse_sampled_addmm] = of_tensors(_sampled)  # shapes hide the entries

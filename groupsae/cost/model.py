@@ -1,7 +1,7 @@
-"""What training costs in FLOPs: the paper's model, and the true count of a run."""
+"""The cost of training in FLOPs: the paper's model, and the true count of a run."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 FORMAT = 2  # of ledger.json
@@ -10,8 +10,8 @@ FORMAT = 2  # of ledger.json
 def activation_flops(num_layers: int, d_model: int, context: int) -> int:
     """Return the paper's A: FLOPs per token of the language model's forward pass.
 
-    A = 24 L d^2 + 4 L ctx d (paper section 3.3): 2 FLOPs for each of the 12 d^2 weights of a
-    layer, and full (not causally halved) attention; no embedding, no head.
+    A = 24 L d^2 + 4 L ctx d (paper, section 3.3): 2 FLOPs for each of a layer's 12 d^2 weights,
+    and full (not causally halved) attention; no embedding, no head.
 
     >>> round(activation_flops(12, 768, 1024) * 1e9 / 1e15, 2)  # Pythia-160M, PFLOPs per 1e9
     207.62
@@ -22,8 +22,7 @@ def activation_flops(num_layers: int, d_model: int, context: int) -> int:
 def sae_flops(d_model: int, d_sae: int) -> int:
     """Return the paper's T: FLOPs per token of training one dense SAE, 10 d n.
 
-    Encoder forward and weight gradient 2 d n each, decoder forward 2 d n and both its gradients
-    4 d n.
+    2 d n each: the encoder's forward and weight gradient, the decoder's forward and two gradients.
 
     >>> round(sae_flops(768, 16 * 768) * 1e9 / 1e15, 2)
     94.37
@@ -34,9 +33,9 @@ def sae_flops(d_model: int, d_sae: int) -> int:
 def paper_saving(activation: float, sae: float, num_groups: int, num_layers: int) -> float:
     """Return 1 - (A + G T) / (A + L T), the saving as the paper counts it.
 
-    The paper leaves the last layer out of its G groups but counts it in L. A run that gives it an
-    SAE of its own trains G + 1: with those on both sides the published groups save 35.2, 49.6
-    and 48.4 % (Pythia 160M, 410M, 1B) instead of 42.3, 53.2 and 53.8 %.
+    The paper leaves the last layer out of G but counts it in L. A run that gives it an SAE of its
+    own trains G + 1: counted so, the published groups save 35.2, 49.6 and 48.4 % (Pythia 160M,
+    410M, 1B) instead of 42.3, 53.2 and 53.8 %.
 
     >>> round(paper_saving(207.62, 94.37, 6, 12), 4)
     0.4225
@@ -63,19 +62,17 @@ def evaluation_flops(
     """Return the FLOPs per token of an evaluation on held-out text.
 
     One clean forward with the head, 2 d V; for every layer the blocks above it and the head once
-    for each of two ablations and each SAE; for each SAE encoder and decoder, 2 d n + 2 d k, which
-    is small beside it and given with them. The pass over calibration text that gives the means
-    for mean ablation comes on top.
+    for each of two ablations and each SAE; each SAE's encoder and decoder. Not counted: the pass
+    over calibration text for the means of mean ablation.
 
     Args:
         num_layers: L, blocks of the language model.
         d_model: width of the residual stream.
         context: tokens in a block.
         vocab_size: V.
-        served: for each layer, what encoding and decoding cost with each of its SAEs; a layer
+        served: for each layer, FLOPs of encoding and decoding with each of its SAEs; a layer
             without any is not ablated.
-        own_block: whether a layer's own block is computed again as well: it is where something
-            before its output is replaced.
+        own_block: whether a layer's own block runs again too, because its input is replaced.
     """
     head = 2 * d_model * vocab_size
     total = activation_flops(num_layers, d_model, context) + head
@@ -90,17 +87,16 @@ def evaluation_flops(
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What every way to train SAEs on one stream shares: the model, the text, the budget.
+    """The model, the text and the budget, which all ways to train SAEs on one stream share.
 
     Attributes:
         num_layers: L, blocks of the language model.
-        layers_run: blocks the truncated forward needs.
+        layers_run: blocks that the truncated forward needs.
         d_model: width of the residual stream.
         sae_flops: number of latents -> true FLOPs per token of training such an SAE.
         context: tokens in a block.
         tokens: training tokens, the same for every SAE.
-        calibration_tokens: tokens that the distances were measured on; counted in full even
-            where they came from the cache, so that the cache changes no figure.
+        calibration_tokens: tokens that the distances were measured on, in the cache or not.
         calibration_passes: forwards of the model over them; centring takes two.
     """
 
@@ -113,13 +109,9 @@ class Workload:
     calibration_tokens: int
     calibration_passes: int
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields, for a file."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> "Workload":
-        """Return what `to_json` gave; JSON's keys are strings."""
+        """Return the workload of a file's fields; keys of JSON are strings."""
         flops = {int(d_sae): value for d_sae, value in stored["sae_flops"].items()}
         return cls(**{**stored, "sae_flops": flops})
 
@@ -130,10 +122,7 @@ class Workload:
 
     @property
     def calibration(self) -> int:
-        """Return the FLOPs of the forward over the calibration text, once for a run.
-
-        Smaller and per-layer SAEs need it as well, for their norm factors.
-        """
+        """Return the FLOPs of the forward over the calibration text, for all kinds of groups."""
         each = activation_flops(self.num_layers, self.d_model, self.context)
         return self.calibration_passes * self.calibration_tokens * each
 
@@ -147,7 +136,7 @@ class Workload:
         return self.tokens * sum(self.sae_flops[n] for n in d_saes)
 
     def total(self, d_saes: Sequence[int], distances: bool) -> int:
-        """Return the true FLOPs of training these SAEs, the language model's included."""
+        """Return the true FLOPs of training these SAEs, with the language model's."""
         shared = self.tokens * self.activations + self.calibration
         return shared + self.saes(d_saes) + (self.distances if distances else 0)
 
@@ -164,7 +153,7 @@ class RunCost:
     Attributes:
         paper_activations: A of the paper, per token.
         paper_sae: T of the paper, per token.
-        paper_saving: as the paper counts: L SAEs against G without the last layer's.
+        paper_saving: in the paper's count: L SAEs against G without the last layer's.
         paper_saving_both_sides: the same with every SAE counted on both sides.
         activations: true FLOPs per token of the truncated forward.
         sae: true FLOPs per token of one SAE.
@@ -186,10 +175,6 @@ class RunCost:
     total: int
     total_per_layer: int
     saving: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the fields."""
-        return asdict(self)
 
 
 def run_cost(

@@ -1,7 +1,6 @@
 """Seconds of wall clock, or of the GPU's own clock where one does the work."""
 
 import time
-from types import TracebackType
 
 import torch
 
@@ -9,10 +8,10 @@ Mark = float | torch.cuda.Event
 
 
 class Stopwatch:
-    """Adds up the seconds spent inside `with stopwatch:`, or between `start` and `stop`.
+    """The sum of the seconds inside `with stopwatch:`, or between `start` and `stop`.
 
-    On a GPU the marks are events in its stream, read later: measuring never waits for the
-    device, and what it does meanwhile is counted where it was asked for.
+    On a GPU the marks are events in its stream that are read later: measuring does not wait for
+    the device, whose work counts where it was queued.
     """
 
     def __init__(self) -> None:
@@ -21,7 +20,7 @@ class Stopwatch:
         self._pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def start(self, device: torch.device | None = None) -> None:
-        """Start; `device` is where the work is done (None: here)."""
+        """Start; `device` does the work (None: this process)."""
         if device is not None and device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -30,7 +29,7 @@ class Stopwatch:
             self._open = time.perf_counter()
 
     def stop(self) -> None:
-        """Stop; without a start before it nothing happens."""
+        """Stop; does nothing without a start."""
         if isinstance(self._open, float):
             self._seconds += time.perf_counter() - self._open
         elif self._open is not None:
@@ -46,12 +45,7 @@ class Stopwatch:
         self.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Stop."""
         self.stop()
 
@@ -64,7 +58,7 @@ class Stopwatch:
 
     @seconds.setter
     def seconds(self, value: float) -> None:
-        """Go on from a stored sum."""
+        """Continue from a stored sum."""
         self._seconds, self._pending = value, []
 
     def _read(self, count: int) -> None:

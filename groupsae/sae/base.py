@@ -140,11 +140,8 @@ class SAE(nn.Module, ABC):
 
     def decode(self, latents: SparseLatents) -> Float[Tensor, "batch d_model"]:
         """Return the reconstruction; reads only the active rows of the decoder."""
-        return self.combine(latents) + self.b_dec
-
-    def combine(self, latents: SparseLatents) -> Float[Tensor, "batch d_model"]:
-        """Return the reconstruction without the bias."""
-        return Decode.apply(latents.acts.flatten(), self.W_dec, latents.entries(self.d_sae))
+        acts, entries = latents.acts.flatten(), latents.entries(self.d_sae)
+        return Decode.apply(acts, self.W_dec, entries) + self.b_dec
 
     def decode_dense(
         self, latents: Float[Tensor, "*batch d_sae"]

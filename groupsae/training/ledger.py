@@ -1,5 +1,6 @@
 """The cost ledger of a run: FLOPs planned, FLOPs and seconds measured, part by part."""
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def ledger(
         "threads": torch.get_num_threads(),
         "tokens": work.tokens,
         "num_saes": len(d_saes),
-        "workload": work.to_json(),
+        "workload": asdict(work),
         "seconds_per_sae": {
             str(d_sae): seconds_of[p.name] for p, d_sae in zip(plan.members, d_saes, strict=True)
         },

@@ -2,6 +2,7 @@
 
 import resource
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,6 @@ def summarise(
         "seconds_training": throughput.total_seconds,
         "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "peak_gpu_memory_gb": torch.cuda.max_memory_allocated() / 2**30,  # 0 without a GPU
-        "cost": grouping.cost.as_dict(),
+        "cost": asdict(grouping.cost),
         "groupsae": __version__,
     }

@@ -396,7 +396,7 @@ def test_impossible_values_are_refused(kind: str, changes: dict[str, Any], says:
 def test_values_of_another_type_are_refused() -> None:
     """Asked of the checks themselves: in the tests, types are checked before them."""
     for value in (2.5, "a", True, None, 0):
-        with pytest.raises(UserError, match=f"sae.k is {value!r}.* between 1 and the 24 latents"):
+        with pytest.raises(UserError, match=f"sae.k is {value!r}.* from 1 up to the 24 latents"):
             check_count("k", value, 24)
     for value in ("x", None, float("nan"), 2):
         with pytest.raises(UserError, match="sae.momentum is .* from 0 to 1"):
