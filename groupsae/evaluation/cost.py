@@ -19,9 +19,8 @@ def relative_costs(
     """Return grouping -> its training cost relative to one SAE of full width per layer.
 
     By the paper's count, in true FLOPs, and in the seconds of the run that trained all of them.
-    The seconds of measuring the layers are charged to every way to train: nearly all of them are
-    the language model's, whose norm factors all need. Of the FLOPs, only ways that need the
-    distances are charged for them.
+    Every way to train is charged the seconds of measuring the layers, whose norm factors all
+    need; the FLOPs of the distances only if it needs the distances.
 
     Args:
         ledger: of that run.

@@ -4,7 +4,7 @@ All sums are kept per sequence, to be resampled, and turned into metrics at the 
 mean each, never a mean of ratios. **To add a metric** of these means, add it to `effect_metrics`.
 """
 
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 # as long, 2^24 two to three times. On a GPU it bounds the memory (256 MiB a buffer).
 CHUNK_CPU, CHUNK_GPU = 2**18, 2**26
 
-Values = TypeVar("Values", float, np.ndarray)
+Means = float | np.ndarray  # of bootstrap samples, all from the same resamples
 
 
 class CleanPredictions:
@@ -46,8 +46,10 @@ class CleanPredictions:
         self._counted = counted.to(logits.device)
         self._targets = tokens.roll(-1, dims=1).to(logits.device).flatten()[:, None]
         self._logits = logits.flatten(0, 1)
+        numbers = CHUNK_CPU if logits.device.type == "cpu" else CHUNK_GPU
+        self._rows = max(1, numbers // logits.shape[-1])  # of one chunk
         self.predictions: Int64[Tensor, " block"] = counted.sum(1).cpu()
-        chunks = self._logits.split(self._rows_at_once())
+        chunks = self._logits.split(self._rows)
         buffer = torch.empty_like(chunks[0], dtype=torch.float32)
         self._lse = torch.cat([_log_sum_exp(c.float(), buffer[: len(c)]) for c in chunks])
         self.ce: Float64[Tensor, " block"] = self._per_block(self._losses(self._logits, self._lse))
@@ -61,7 +63,7 @@ class CleanPredictions:
         other logits z' and lse = log sum exp. Equal logits give the clean cross-entropy and a KL
         of 0 exactly; otherwise a KL may be below zero by a rounding error (about 1e-7).
         """
-        other, step = logits.flatten(0, 1), self._rows_at_once()
+        other, step = logits.flatten(0, 1), self._rows
         lse, kl = torch.empty_like(self._lse), torch.empty_like(self._lse)
         # Written over and over: fresh memory for each chunk costs more than the arithmetic.
         buffers = self._lse.new_empty(2, step, logits.shape[-1], dtype=torch.float32)
@@ -75,16 +77,11 @@ class CleanPredictions:
             kl[rows] = shift.double() + (lse[rows] - self._lse[rows])
         return self._per_block(self._losses(other, lse)), self._per_block(kl)
 
-    def _rows_at_once(self) -> int:
-        size = CHUNK_CPU if self._logits.device.type == "cpu" else CHUNK_GPU
-        return max(1, size // self._logits.shape[-1])
-
     def _losses(self, logits: Tensor, lse: Tensor) -> Tensor:
         return lse - logits.gather(1, self._targets)[:, 0].double()
 
     def _per_block(self, values: Tensor) -> Tensor:
-        grid = values.view(self._counted.shape)
-        return torch.where(self._counted, grid, 0.0).sum(1).cpu()
+        return torch.where(self._counted, values.view(self._counted.shape), 0.0).sum(1).cpu()
 
 
 def _log_sum_exp(
@@ -96,9 +93,9 @@ def _log_sum_exp(
 
 
 def effect_metrics(
-    *, clean: Values, ce: Values, kl: Values, zero: Values, mean: Values, kl_zero: Values
-) -> dict[str, Values]:
-    """Return the cost of a replacement to the language model, from means over all predictions.
+    *, clean: Means, ce: Means, kl: Means, zero: Means, mean: Means, kl_zero: Means
+) -> dict[str, Any]:
+    """Return the cost of a replacement to the language model; nan where a denominator is 0.
 
     | metric | formula |
     |---|---|
@@ -111,16 +108,13 @@ def effect_metrics(
     | `kl` | mean KL(clean model, model with the activations replaced), nats per token |
     | `kl_score` | (kl_zero - kl) / kl_zero (SAELens, SAEBench) |
 
-    Arrays (of bootstrap samples, all from the same resamples) give arrays, element by element.
-    A score whose denominator is 0 is nan.
-
     Args:
-        clean: mean cross-entropy of the unchanged model.
+        clean: cross-entropy of the unchanged model, a mean over all predictions as all others.
         ce: with the activations replaced by their reconstruction.
-        kl: mean KL divergence for the same.
-        zero: mean cross-entropy with the activations replaced by zeros.
+        kl: KL divergence for the same.
+        zero: cross-entropy with the activations replaced by zeros.
         mean: with the activations replaced by the layer's mean.
-        kl_zero: mean KL divergence for zeros.
+        kl_zero: KL divergence for zeros.
     """
     return {
         "ce": ce,
@@ -133,7 +127,6 @@ def effect_metrics(
     }
 
 
-def _ratio(top: Values, bottom: Values) -> Values:
+def _ratio(top: Means, bottom: Means) -> Any:
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.where(np.equal(bottom, 0), np.nan, np.divide(top, bottom))
-    return ratio if isinstance(top, np.ndarray) else float(ratio)
+        return np.where(np.equal(bottom, 0), np.nan, np.divide(top, bottom))[()]

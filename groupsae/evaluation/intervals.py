@@ -13,12 +13,11 @@ Interval = dict[str, float | None]  # value, low, high; None where undefined
 class Bootstrap:
     """Resamples of the held-out text, the same for every metric: so differences are paired.
 
-    Tokens of one text depend on each other, and so do the sequences cut from one document: on
-    Python source their losses correlate by 0.7 from one to the next, and intervals that took
-    them for independent were a half to a third as wide as they should be. So complete documents
-    are drawn, with replacement (a cluster bootstrap: Davison and Hinkley 1997, section 3.8). A
-    resample is a row of weights, how often each sequence was drawn; a pooled ratio on it is the
-    ratio of two weighted sums.
+    Documents are drawn, with replacement (a cluster bootstrap: Davison and Hinkley 1997, section
+    3.8), as the sequences of one document depend on each other: on Python source their losses
+    correlate by 0.7 from one to the next, and intervals that took them for independent were a
+    half to a third as wide as they should be. A resample is a row of weights, how often each
+    sequence was drawn; a pooled ratio on it is the ratio of two weighted sums.
 
     Attributes:
         weights: float64 [resample, sequence].

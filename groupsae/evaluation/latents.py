@@ -39,16 +39,11 @@ def density_histogram(fired: Int64[np.ndarray, " d_sae"], tokens: int) -> dict[s
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """On which layers of a group its latents fire ("feature distribution", paper 1.4).
-
-    Args:
-        layers: of the group, ascending.
-        shares: share of each latent's firings that each layer has; rows add up to 1, or are all
-            zero for a latent that never fired.
-    """
+    """On which layers of a group its latents fire ("feature distribution", paper 1.4)."""
 
     layers: list[int]
     shares: Float64[np.ndarray, "d_sae layer"]
+    """Share of each latent's firings that each layer has; all 0 for one that never fired."""
 
     @property
     def alive(self) -> Bool[np.ndarray, " d_sae"]:

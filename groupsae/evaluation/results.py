@@ -18,10 +18,7 @@ COMPARED = ("fvu", "delta_ce", "delta_ce_percent", "kl")  # against per-layer SA
 AVERAGED = (*COMPARED, "ce_score")  # of groupings; of an SAE everything is
 SPLICED = ("ce", "delta_ce", "delta_ce_percent", "kl")  # of all layers at once
 # not a ratio of sums of each sequence, so not worth resampling
-WITHOUT_INTERVAL = (
-    "explained_variance_dictionary_learning",
-    "explained_variance_saebench",
-)
+PLAIN = ("explained_variance_dictionary_learning", "explained_variance_saebench")
 
 # The value on all sequences, then on each resample: means and differences of them are paired.
 Estimate = np.ndarray
@@ -125,9 +122,7 @@ class Results:
         config, sae = suite.configs[name], suite.saes[name]
         everywhere, seen = fired.sum(0), int(tokens.sum())
         pairs = [(name, layer) for layer in suite.layers]
-        plain = {
-            metric: [self._plain[pair][metric] for pair in pairs] for metric in WITHOUT_INTERVAL
-        }
+        plain: dict[str, list[Any]] = {m: [self._plain[pair][m] for pair in pairs] for m in PLAIN}
         return {
             "name": name,
             "layers": suite.layers,
@@ -135,7 +130,7 @@ class Results:
             "architecture": type(sae).__name__,
             "width": config.get("width", 1.0),
             "tokens": config.get("tokens"),
-            **{k: None if None in v else float(np.mean(v)) for k, v in plain.items()},  # type: ignore[arg-type]
+            **{k: None if None in v else float(np.mean(v)) for k, v in plain.items()},
             **self._shown(self._mean(pairs, list(self.estimates[pairs[0]]))),
             "dead": float((everywhere == 0).mean()),
             "dense": float((everywhere > DENSE * seen).mean()),
