@@ -118,7 +118,7 @@ def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
         console.print("The language model predicts no next token, so it has no CE to compare.")
     else:
         zero, mean = (
-            number(fmean(value_of(row[key]) or 0.0 for row in evaluation["layers"]), 3)
+            number(fmean(row[key]["value"] for row in evaluation["layers"]), 3)
             for key in ("ce_zero", "ce_mean")
         )
         console.print(

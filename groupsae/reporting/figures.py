@@ -1,7 +1,7 @@
 """The figures of a run: how each is drawn, and all of them with their captions."""
 
 import base64
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -22,7 +22,7 @@ from groupsae.evaluation.latents import layer_profile
 from groupsae.grouping.partition import Distances, Partition, build_partition
 from groupsae.grouping.rules import RULES, curve
 from groupsae.reporting.formatting import METRICS, RULE_NAMES
-from groupsae.reporting.load import Interval, RunFiles, Values, cost_of, interval
+from groupsae.reporting.load import RunFiles, value_of
 from groupsae.reporting.style import (
     COLOURS,
     DASHES,
@@ -36,6 +36,7 @@ from groupsae.reporting.style import (
     line_with_band,
     new_axes,
 )
+from groupsae.reporting.tables import groupings_table, layers_table, points
 
 MOST_LABELS = 15  # lines with a legend; more would need more room than the curves
 PANELS = 4  # in a row
@@ -231,28 +232,28 @@ def _ring(axes: Axes, x: float, y: float, label: str) -> None:
 # ---- what sharing costs -------------------------------------------------------------------------
 
 
-# kind -> where a grouping stands, label of that axis, title of the figure, remark of its caption
-QUALITY: dict[str, tuple[Callable[[Values], float | None], str, str, str]] = {
+# kind -> column of the x axis, its label, title of the figure, remark of its caption
+QUALITY = {
     "groups": (
-        lambda grouping: grouping["num_groups"],
+        "num_groups",
         "number of groups G",
         "against G",
         "Lower is better; further right costs more.",
     ),
     "lost": (
-        lambda grouping: grouping["num_groups"],
+        "num_groups",
         "number of groups G",
         "lost by sharing",
         "Against one SAE per layer, paired over the same text: only the sharing is left.",
     ),
     "amad": (
-        lambda grouping: grouping.get("amad"),
+        "amad",
         "AMAD (fractions of π)",
         "against AMAD",
         "How well the distances alone predict the quality.",
     ),
     "cost": (
-        cost_of,
+        "flops",
         "FLOPs relative to one SAE per layer",
         "against cost",
         "Towards the lower left: better and cheaper.",
@@ -315,49 +316,29 @@ def quality(run: RunFiles, metric: str, kind: str) -> Figure:
     """Return a metric of all groupings, one line per rule; kind is a key of QUALITY."""
     where, label, title, _ = QUALITY[kind]
     figure, axes = new_axes()
-    lost = kind == "lost"
-
-    def read(grouping: Values) -> Interval | None:
-        means = grouping.get("against_per_layer" if lost else "grouped_layers") or {}
-        return interval(means.get(metric))
-
-    def points(groupings: Iterable[Values]) -> tuple[list[float], list[Interval]]:
-        """Return x and values from left to right, so that no line turns back."""
-        found = [(x, v) for g in groupings if (x := where(g)) is not None and (v := read(g))]
-        found.sort(key=lambda point: point[0])
-        return [float(x) for x, _ in found], [value for _, value in found]
-
+    lost, table = kind == "lost", groupings_table(run)
+    assert table is not None
+    frame, column = table.frame, metric + "_lost" * lost
     if lost:
         axes.axhline(0, color=PER_LAYER, lw=1, ls="--", label="one SAE per layer")
     rules = dict.fromkeys(r for g in run.groupings if g["kind"] == "groups" for r in g["rules"])
     for position, rule in enumerate(rules):
-        x, values = points(
-            g for g in run.groupings if g["kind"] != "smaller" and rule in (g["rules"] or [])
-        )
-        if x:
+        members = frame[[rule in grouping["rules"] for grouping in run.groupings]]
+        line = points(members, where, column)
+        if len(line[0]):
             colour = COLOURS[RULE_COLOURS.get(rule, position % len(COLOURS))]
             marker, name = MARKERS.get(rule, "o"), RULE_NAMES.get(rule, rule)
-            line_with_band(axes, x, values, colour=colour, marker=marker, label=name)
-    if run.per_layer and not lost and (level := read(run.per_layer)):
-        axes.axhline(level.value, color=PER_LAYER, lw=1, ls="--", label="one SAE per layer")
-    x, values = points(g for g in run.groupings if g["kind"] == "smaller")
-    if x:
-        axes.errorbar(
-            x,
-            [v.value for v in values],
-            bars(values),
-            fmt="D",
-            ms=6,
-            color=SMALLER,
-            mec="black",
-            mew=0.7,
-            ecolor=SMALLER,
-            capsize=3,
-            label="smaller SAEs",
-        )
-    for chosen in run.groupings[:1]:
-        for at, value in zip(*points([chosen]), strict=True):
-            _ring(axes, at, value.value, "AMAD's choice" if chosen["chosen_by"] else "this run")
+            line_with_band(axes, *line, colour=colour, marker=marker, label=name)
+    for level in () if lost else points(frame[frame["kind"] == "per_layer"], where, column)[1]:
+        axes.axhline(level, color=PER_LAYER, lw=1, ls="--", label="one SAE per layer")
+    x, y, low, high = points(frame[frame["kind"] == "smaller"], where, column)
+    if len(x):
+        look: dict[str, Any] = {"fmt": "D", "ms": 6, "color": SMALLER, "ecolor": SMALLER}
+        look |= {"mec": "black", "mew": 0.7, "capsize": 3, "label": "smaller SAEs"}
+        axes.errorbar(x, y, bars(y, low, high), **look)
+    chosen = "AMAD's choice" if run.groupings[0]["chosen_by"] else "this run"
+    for x, y, *_ in zip(*points(frame[:1], where, column), strict=True):
+        _ring(axes, x, y, chosen)
     if kind == "amad" and run.theta is not None:
         axes.axvline(run.theta, color="0.4", lw=1, ls=":", label=f"θ = {run.theta:g}")
     axes.set(
@@ -384,52 +365,55 @@ def layer_bars(run: RunFiles, metric: str) -> Figure | None:
     Returns:
         None where the run has no such values.
     """
-    own = _by_layer(run, run.chosen, metric)
-    if not own:
+    table = layers_table(run)
+    if table is None:
         return None
-    figure, axes = new_axes(max(5.6, min(12.0, 1.6 + 0.34 * len(own))))
+    numbers = table.frame["layer"].where(table.frame["layer"] != "mean").astype(float)
+    x, y, low, high = points(table.frame.assign(layer=numbers), "layer", metric)
+    if not len(x):
+        return None
+    layers = [int(layer) for layer in x]
+    figure, axes = new_axes(max(5.6, min(12.0, 1.6 + 0.34 * len(layers))))
     colours = _colour_of_layer(run)
     axes.bar(
-        list(own),
-        [v.value for v in own.values()],
-        color=[colours.get(layer, "0.6") for layer in own],
+        layers,
+        y,
+        color=[colours.get(layer, "0.6") for layer in layers],
         width=0.78,
-        yerr=bars(list(own.values())),
+        yerr=bars(y, low, high),
         error_kw={"elinewidth": 1, "capsize": 2, "ecolor": "0.25"},
     )
-    halo = [withStroke(linewidth=4, foreground="white")]
-    for kind, label, marker, colour, shift in (
-        ("per_layer", "one SAE per layer", "_", PER_LAYER, 0.0),
-        ("even", "evenly spaced", "s", "white", -0.2),
-        ("smaller", "smaller SAEs", "D", SMALLER, 0.2),
-    ):
-        baseline = run.baseline(kind)
-        if baseline is not None:
-            found, line = _by_layer(run, baseline, metric), marker == "_"
+    dash: dict[str, Any] = {"marker": "_", "ms": 11, "mew": 2.2, "color": PER_LAYER}
+    dash["path_effects"] = [withStroke(linewidth=4, foreground="white")]
+    small: dict[str, Any] = {"ms": 4.5, "mew": 0.8}
+    marks = {
+        "per_layer": ("one SAE per layer", 0.0, dash),
+        "even": ("evenly spaced", -0.2, small | {"marker": "s", "color": "white"}),
+        "smaller": ("smaller SAEs", 0.2, small | {"marker": "D", "color": SMALLER}),
+    }
+    for grouping in run.groupings[1:]:
+        kind, rules = grouping["kind"], grouping["rules"]
+        kind = "even" if kind == "groups" and "even" in rules else kind
+        alike = kind == "per_layer" or grouping["num_groups"] == run.groupings[0]["num_groups"]
+        if alike and kind != "groups":
+            label, shift, look = marks[kind]
+            found = run.layer_results(grouping)
             axes.plot(
                 [layer + shift for layer in found],
-                [v.value for v in found.values()],
-                marker,
-                ms=11 if line else 4.5,
-                mew=2.2 if line else 0.8,
-                color=colour,
-                mec="black",
+                np.array([value_of(row[metric]) for row in found.values()], dtype=float),
                 label=label,
-                path_effects=halo if line else [],
+                ls="",
+                mec="black",
+                **look,
             )
     axes.set(
         xlabel="layer",
         ylabel=UNITS[metric],
-        xticks=layer_ticks(list(own)),
+        xticks=layer_ticks(layers),
         title=f"{METRICS[metric]} of every layer",
     )
     legend_below(figure)
     return figure
-
-
-def _by_layer(run: RunFiles, grouping: Values | None, metric: str) -> dict[int, Interval]:
-    rows = run.layer_results(grouping).items()
-    return {layer: value for layer, row in rows if (value := interval(row.get(metric)))}
 
 
 def _colour_of_layer(run: RunFiles) -> dict[int, str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from shlex import quote
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -19,48 +19,16 @@ _EXAMPLE = "such as outputs/tiny/amad-0.2/<...>"
 Values = Mapping[str, Any]
 
 
-class Interval(NamedTuple):
-    """A value with its confidence interval; low and high are None where there is none."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-    @property
-    def sign(self) -> int:
-        """-1 or 1 where the complete interval lies on one side of 0, else 0."""
-        if self.low is None or self.high is None:
-            return 0
-        return int(self.low > 0) - int(self.high < 0)
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """(low, high); both are the value where there is no interval."""
-        if self.low is None or self.high is None:
-            return self.value, self.value
-        return self.low, self.high
-
-
-def interval(stored: Any) -> Interval | None:
-    """Return what `evaluation.json` stores as an interval or as a bare number; None for null."""
-    if isinstance(stored, Interval):
-        return stored
+def interval(stored: Any) -> tuple[float | None, float | None, float | None]:
+    """Return value, low and high of an interval, a number or null of `evaluation.json`."""
     if isinstance(stored, Mapping):
-        if stored.get("value") is None:
-            return None
-        return Interval(stored["value"], stored.get("low"), stored.get("high"))
-    return None if stored is None else Interval(float(stored))
+        return stored.get("value"), stored.get("low"), stored.get("high")
+    return stored, None, None
 
 
 def value_of(stored: Any) -> float | None:
     """Return the value of what `interval` reads, without its ends."""
-    found = interval(stored)
-    return None if found is None else found.value
-
-
-def cost_of(grouping: Values) -> float | None:
-    """Return the FLOPs of a grouping relative to one full-width SAE per layer at equal tokens."""
-    return (grouping.get("cost") or {}).get("flops")
+    return interval(stored)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +127,7 @@ class RunFiles:
     @property
     def saving(self) -> float | None:
         """The share of FLOPs that the chosen grouping saves against one SAE per layer."""
-        cost = cost_of(self.chosen or {})
+        cost = ((self.chosen or {}).get("cost") or {}).get("flops")
         if cost is not None:
             return 1 - cost
         stored = self.ledger.get("saving", {}).get("flops")
@@ -169,23 +137,6 @@ class RunFiles:
     def per_layer(self) -> dict[str, Any] | None:
         """The grouping with one full-width SAE per layer, if it was trained."""
         return next((g for g in self.groupings if g["kind"] == "per_layer"), None)
-
-    def baseline(self, kind: str) -> dict[str, Any] | None:
-        """Return a baseline of the chosen grouping, if it was trained and is another grouping.
-
-        Args:
-            kind: `per_layer`, `even` (as many groups, evenly spaced) or `smaller` (SAEs on every
-                layer at equal cost).
-        """
-        chosen = self.chosen
-        if chosen is None or (kind != "per_layer" and chosen["kind"] != "groups"):
-            return None
-        for each in self.groupings:
-            alike = kind == "per_layer" or each["num_groups"] == chosen["num_groups"]
-            even = each["kind"] == "groups" and "even" in (each.get("rules") or [])
-            if alike and (even if kind == "even" else each["kind"] == kind):
-                return None if each is chosen else each
-        return None
 
     @cached_property
     def _results(self) -> dict[tuple[str, int], dict[str, Any]]:

@@ -14,8 +14,8 @@ from groupsae import __version__
 from groupsae.reporting import runs as several
 from groupsae.reporting import tables
 from groupsae.reporting.figures import Captioned, run_figures
-from groupsae.reporting.formatting import METRICS, duration, number, percent, plural, spans
-from groupsae.reporting.load import Interval, RunFiles, interval, read_run
+from groupsae.reporting.formatting import NONE, duration, number, percent, plural, spans
+from groupsae.reporting.load import RunFiles, read_run, value_of
 from groupsae.reporting.tables import Table
 from groupsae.runtime.errors import UserError
 
@@ -175,7 +175,6 @@ def run_sections(run: RunFiles) -> list[Section]:
 
 def summary(run: RunFiles) -> Section:
     """Return what a run shows: its main values, and a few sentences."""
-    lost = (run.chosen or {}).get("against_per_layer") or {}
     num_saes, num_layers, saving = len(run.saes), sum(map(len, run.saes.values())), run.saving
     headline, tiles = f"{plural(num_saes, 'SAE')} for {plural(num_layers, 'layer')}", []
     if run.groups and not run.imported:
@@ -184,31 +183,24 @@ def summary(run: RunFiles) -> Section:
     if not run.summary and not run.evaluation:
         headline = "This run is not finished: it has no SAEs yet"
     elif saving is not None and num_saes < num_layers:
-        change = "save" if saving >= 0 else "cost"
-        headline += f" {change} {percent(abs(saving))} {'of the' if saving >= 0 else 'more'} FLOPs"
-        headline += f" {'of' if saving >= 0 else 'than'} one SAE per layer"
-        if fvu := interval(lost.get("fvu")):
-            headline += f"; the difference in FVU is {_signed(fvu)} ({_ends(fvu)})"
+        headline += (
+            f" save {percent(saving)} of the FLOPs of one SAE per layer"
+            if saving >= 0
+            else f" cost {percent(-saving)} more FLOPs than one SAE per layer"
+        )
         tiles.append(Tile("FLOPs saved", percent(saving), "of one SAE per layer"))
-    means = run.grouped_layers or run.summary
-    for metric in METRICS:
-        name = tables.HEADINGS[metric]
-        if value := interval(means.get(metric)):
-            tiles.append(Tile(name, number(value.value), _ends(value)))
-        if value := interval(lost.get(metric)):
-            label = f"{name} lost against one SAE per layer"
-            tiles.append(Tile(label, _signed(value), _ends(value)))
+    table, row = tables.groupings_table(run), 0  # the chosen grouping
+    if table is None and (table := tables.groups_table(run)) is not None:
+        row = len(table.frame) - 1  # the mean over layers
+    for name in ("fvu", "fvu_lost", "delta_ce", "delta_ce_lost"):
+        if table is not None and name in table.columns:
+            value, note, _ = table.cell(row, name)
+            tiles.append(Tile(tables.HEADINGS[name], value, note))
+            if name == "fvu_lost" and value != NONE:
+                headline += f"; FVU lost: {value}{f' ({note})' if note else ''}"
     return Section(
         "summary", "Summary", f"{headline}.", tiles, notes=_notes(run), caveats=_caveats(run)
     )
-
-
-def _signed(value: Interval) -> str:
-    return "+" * (value.value > 0) + number(value.value)
-
-
-def _ends(value: Interval) -> str:
-    return "no interval" if value.low is None else f"{number(value.low)} to {number(value.high)}"
 
 
 def _notes(run: RunFiles) -> list[str]:
@@ -234,7 +226,7 @@ def _notes(run: RunFiles) -> list[str]:
             "The effect of the SAEs on the language model was not measured yet: "
             f"python -m groupsae.evaluate {quote(f'run={run.folder}')}"
         )
-    if chosen is not None and interval(run.evaluation["ce"]) is None:
+    if chosen is not None and value_of(run.evaluation["ce"]) is None:
         notes.append("The language model predicts no next token, so there is no cross-entropy.")
     if chosen is not None and not run.imported:
         even = any("even" in g["rules"] for g in run.groupings if g["kind"] == "groups")

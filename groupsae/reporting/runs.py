@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import pandas as pd  # type: ignore[import-untyped,unused-ignore]
 from matplotlib.figure import Figure
 
@@ -15,8 +14,15 @@ from groupsae.config.identity import content
 from groupsae.reporting.figures import UNITS, Captioned
 from groupsae.reporting.formatting import METRICS
 from groupsae.reporting.load import RunFiles, value_of
-from groupsae.reporting.style import COLOURS, LINES, MARKERS, legend_below, new_axes
-from groupsae.reporting.tables import Table, baselines_table, build, estimates, groupings_table
+from groupsae.reporting.style import COLOURS, LINES, MARKERS, bars, legend_below, new_axes
+from groupsae.reporting.tables import (
+    Table,
+    baselines_table,
+    build,
+    estimates,
+    groupings_table,
+    points,
+)
 
 LONG = 40  # characters of a legend's label that leave no room for a second column
 
@@ -43,7 +49,7 @@ class Family:
         """Every grouping: mean and range over the seeds; of a single run, with its intervals."""
         frames = [table.frame for run in self.evaluated if (table := groupings_table(run))]
         if len(frames) < 2:
-            return frames[0] if frames else pd.DataFrame()
+            return frames[0] if frames else pd.DataFrame({"kind": [], "rule": []})
         values = ("flops", *METRICS, *(f"{metric}_lost" for metric in METRICS))
         found = over_seeds(frames, ["grouping", "kind", "rule"], values)
         return found.drop(columns=["flops_low", "flops_high"], errors="ignore")
@@ -221,19 +227,16 @@ def against_cost(found: Sequence[Family], metric: str) -> Figure | None:
         seeds, colour = len(family.evaluated), COLOURS[i % len(COLOURS)]
         label: str | None = f"{family.label} ({seeds} seeds, range)" if seeds > 1 else family.label
         labels.append(label or "")
-        columns = ["flops", metric, f"{metric}_low", f"{metric}_high"]
-        frame = family.groupings.reindex(columns=["kind", "rule", *columns])
-        for (kind, rule), points in frame.dropna(subset=columns[:2]).groupby(
-            ["kind", "rule"], sort=False
-        ):
+        for (kind, rule), frame in family.groupings.groupby(["kind", "rule"], sort=False):
             by_rule = (MARKERS.get(rule, "o"), LINES.get(rule, "-"))
             marker, line = {"per_layer": ("*", ""), "smaller": ("D", "")}.get(kind, by_rule)
-            points = points.sort_values(columns)
-            x, y, low, high = (points[name].astype(float).to_numpy() for name in columns)
+            x, y, low, high = points(frame, "flops", metric)
+            if not len(x):
+                continue
             axes.errorbar(
                 x,
                 y,
-                np.nan_to_num([y - low, high - y]),
+                bars(y, low, high),
                 marker=marker,
                 ms=9 if marker == "*" else 5,
                 ls=line if len(x) > 1 else "",

@@ -1,12 +1,12 @@
 """The style of all figures: sizes, colours, and how a value with its interval is drawn."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-from groupsae.reporting.load import Interval
 
 # Okabe and Ito: told apart with every kind of colour blindness; black is kept for the baseline
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
@@ -43,34 +43,29 @@ def legend_below(figure: Figure, columns: int = 3) -> None:
         )
 
 
-def bars(values: Sequence[Interval]) -> list[list[float]]:
+def bars(y: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """Return the [2, n] distances below and above the values, as `errorbar` wants them."""
-    lows, highs = zip(*(v.bounds for v in values), strict=True)
-    return [
-        [max(0.0, v.value - low) for v, low in zip(values, lows, strict=True)],
-        [max(0.0, high - v.value) for v, high in zip(values, highs, strict=True)],
-    ]
+    return np.clip([y - low, high - y], 0, None)
 
 
 def line_with_band(
     axes: Axes,
-    x: Sequence[float],
-    values: Sequence[Interval],
+    x: np.ndarray,
+    y: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
     *,
     colour: str,
     marker: str,
     label: str,
 ) -> None:
     """Draw a line through the values with their intervals as a band (one value: as a bar)."""
-    points = [v.value for v in values]
+    look: dict[str, Any] = {"marker": marker, "color": colour, "label": label}
     if len(x) == 1:
-        axes.errorbar(
-            x, points, bars(values), fmt=marker, color=colour, label=label, capsize=3, lw=1.4
-        )
-        return
-    axes.plot(x, points, marker=marker, ms=5, lw=1.6, color=colour, label=label)
-    lows, highs = zip(*(v.bounds for v in values), strict=True)
-    axes.fill_between(x, lows, highs, color=colour, alpha=0.14, lw=0)
+        axes.errorbar(x, y, bars(y, low, high), ls="", capsize=3, lw=1.4, **look)
+    else:
+        axes.plot(x, y, ms=5, lw=1.6, **look)
+        axes.fill_between(x, low, high, color=colour, alpha=0.14, lw=0)
 
 
 def layer_ticks(layers: Sequence[int]) -> list[int]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd  # type: ignore[import-untyped,unused-ignore]
 
 from groupsae.reporting.formatting import (
@@ -21,7 +22,7 @@ from groupsae.reporting.formatting import (
     span,
     spans,
 )
-from groupsae.reporting.load import RunFiles, Values, cost_of, interval, value_of
+from groupsae.reporting.load import RunFiles, Values, interval, value_of
 
 # fmt: off
 HEADINGS = {  # of the columns that are shown
@@ -165,9 +166,17 @@ def estimates(values: Values, *metrics: str, suffix: str = "") -> dict[str, floa
     """Return the three columns of each of some metrics."""
     row: dict[str, float | None] = {}
     for metric in metrics:
-        found = interval(values.get(metric)) or (None, None, None)
-        row |= zip((f"{metric}{suffix}{end}" for end in ("", "_low", "_high")), found, strict=True)
+        names = (f"{metric}{suffix}{end}" for end in ("", "_low", "_high"))
+        row |= zip(names, interval(values.get(metric)), strict=True)
     return row
+
+
+def points(frame: pd.DataFrame, x: str, metric: str) -> tuple[np.ndarray, ...]:
+    """Return x, values, and the ends of their intervals (else the values), from left to right."""
+    columns = [x, metric, f"{metric}_low", f"{metric}_high"]
+    found = frame.reindex(columns=columns).dropna(subset=columns[:2]).sort_values(x, kind="stable")
+    found = found.astype(float)
+    return tuple(found[name].fillna(found[metric]).to_numpy() for name in columns)
 
 
 def plain(values: Values, *metrics: str) -> dict[str, float | None]:
@@ -288,13 +297,13 @@ def layers_table(run: RunFiles) -> Table | None:
 
 def scale_table(run: RunFiles) -> Table | None:
     """Return the CE with a layer ablated: the ends of the scale that a CE score is on."""
-    clean = interval(run.evaluation.get("ce"))
+    clean, low, high = interval(run.evaluation.get("ce"))
     if clean is None:  # the model predicts no next token
         return None
-    low, high = clean.bounds
+    ends = "" if low is None else f" ({number(low)} to {number(high)})"
     return build(
         "ce_scale",
-        f"The model's CE is {number(clean.value)} nats ({number(low)} to {number(high)}); with a "
+        f"The model's CE is {number(clean)} nats{ends}; with a "
         "layer set to zero (where the CE score is 0) or to its mean it becomes",
         [
             {
@@ -360,6 +369,7 @@ def groupings_table(run: RunFiles) -> Table | None:
         rules = [RULE_NAMES.get(rule, rule) for rule in grouping["rules"]]
         made_by = rules if grouped else [BASELINES[grouping["kind"]]]
         together = grouping.get("spliced_together") or {}
+        cost = grouping["cost"] or {}
         rows.append(
             {
                 "grouping": grouping["name"],
@@ -369,8 +379,8 @@ def groupings_table(run: RunFiles) -> Table | None:
                 "groups": spans(grouping["groups"]) if grouped else "one each",
                 "num_groups": grouping["num_groups"],
                 "amad": grouping["amad"],
-                "flops": cost_of(grouping),
-                "seconds_share": (grouping["cost"] or {}).get("seconds"),
+                "flops": cost.get("flops"),
+                "seconds_share": cost.get("seconds"),
                 **estimates(grouping["grouped_layers"], *DIFFERENCES),
                 **estimates(grouping["against_per_layer"] or {}, *DIFFERENCES, suffix="_lost"),
                 **estimates(together, "ce", *DIFFERENCES[1:], "kl", suffix="_together"),
@@ -403,15 +413,18 @@ def baselines_table(run: RunFiles) -> Table | None:
     rows = []
     for name, differences in pairs.items():
         for metric in DIFFERENCES:
-            if difference := interval(differences.get(metric)):
-                answer = {-1: "yes: better", 0: "no", 1: "yes: worse"}[difference.sign]
+            value, low, high = interval(differences.get(metric))
+            answer = None
+            if low is not None and high is not None:
+                answer = "yes: better" if high < 0 else "yes: worse" if low > 0 else "no"
+            if value is not None:
                 rows.append(
                     {
                         "against": BASELINES[kinds[name]],
                         "baseline": name,
                         "metric": HEADINGS[metric],
-                        **estimates({"difference": difference}, "difference"),
-                        "distinguishable": None if difference.low is None else answer,
+                        **estimates({"difference": differences[metric]}, "difference"),
+                        "distinguishable": answer,
                     }
                 )
     return build(
