@@ -10,7 +10,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: help train evaluate report export import-saes test check format sweep replicate pretrain chaos bench bench-rivals \
-	docs clean
+	docs fingerprint clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ bench: $(READY)  ## Measure the training loop and its parts, a quarter of an hou
 bench-rivals: $(READY)  ## Training beside SAELens, sparsify and dictionary_learning (15 minutes, 6 GB)
 	@benchmarks/rivals/install
 	@$(BIN)/python -m benchmarks.rivals $(ARGS)
+
+fingerprint: $(READY)  ## Did a change alter a number? ARGS="--write <file>", later ARGS="--against <file>"
+	@$(BIN)/python tests/fingerprint.py $(ARGS)
 
 .venv/.docs: $(READY)
 	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
