@@ -210,6 +210,8 @@ def main() -> int:
     before = json.loads(given.against.read_text()) if given.against else None
     written = json.loads(given.write.read_text()) if given.write and given.write.exists() else {}
     wrong: list[str] = []
+    # told to end, it ends its command and removes its folder
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory(prefix="fingerprint-") as top:
         beside = f"import groupsae as g; assert g.__file__.startswith({f'{ROOT}/'!r}), g.__file__"
         command(["-c", beside], Path(top))
