@@ -1,7 +1,7 @@
-"""A sweep: every point is one run, a failed one does not stop the others, and all are told of.
+"""A sweep: every point is one run; a failed one does not stop the others, and a table lists all.
 
 Hydra's launchers (one by one, joblib, submitit) run the points, perhaps in processes on other
-machines. What became of each is written into a folder that all of them see.
+machines. The result of each is written into a folder that all of them see.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
@@ -29,7 +31,8 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from groupsae.app.sweep_process import run_alone
+from groupsae.app.run_folder import run_folder
+from groupsae.config.arguments import one_sentence
 from groupsae.config.security import check_own
 from groupsae.files.atomic import write_json
 from groupsae.files.reading import read_json
@@ -38,41 +41,39 @@ from groupsae.runtime.ranks import is_leader, starts_processes
 from groupsae.runtime.retry import one_line
 from groupsae.runtime.signals import handled_by
 
+JOBLIB = ("hydra_plugins.hydra_joblib_launcher", "joblib")
+SUBMITIT = ("hydra_plugins.hydra_submitit_launcher", "submitit")
 PACKAGES = {  # of a launcher -> its module and our extra that brings it
-    "parallel": ("hydra_plugins.hydra_joblib_launcher", "joblib"),
-    "joblib": ("hydra_plugins.hydra_joblib_launcher", "joblib"),
-    "slurm": ("hydra_plugins.hydra_submitit_launcher", "submitit"),
-    "submitit_slurm": ("hydra_plugins.hydra_submitit_launcher", "submitit"),
-    "submitit_local": ("hydra_plugins.hydra_submitit_launcher", "submitit"),
+    "parallel": JOBLIB,
+    "joblib": JOBLIB,
+    "slurm": SUBMITIT,
+    "submitit_slurm": SUBMITIT,
+    "submitit_local": SUBMITIT,
 }
+OF_THE_SWEEP = ("hydra.mode", "hydra.sweep", "hydra.launcher")  # options that no point gets
 _current: "SweepRecorder | None" = None  # the sweep that this process belongs to
 _signals = ExitStack()  # its signal handlers, which stay until this process ends
 
 
 class SweepRecorder(Callback):
-    """Keeps what became of a sweep's points; Hydra carries it to wherever they run."""
+    """Records the result of every point; Hydra carries it to wherever the points run."""
 
     def __init__(self) -> None:
         self.folder = Path()
         self.points: list[list[str]] = []
         self.command: list[str] = []
-        self.side_by_side = False  # by joblib
-        self.elsewhere = False  # jobs of submitit, which go on when this process ends
+        self.launcher = ""
         self.received: int = signal.SIGINT
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Begin: an empty folder, and signals that leave the points time to stop."""
+        """Check the configuration, empty the folder, and take the signals over."""
         global _current
         self.command = sys.argv[1:]
-        self.side_by_side = "joblib" in config.hydra.launcher._target_
-        self.elsewhere = "submitit" in config.hydra.launcher._target_
+        self.launcher = str(config.hydra.launcher._target_)
         task = list(config.hydra.overrides.task)
         own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-        try:
+        with one_sentence():  # before Hydra writes anything down
             check_own(own)
-        except UserError as error:  # before Hydra writes anything down
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
         name = hashlib.sha256(json.dumps(task).encode()).hexdigest()[:8]
         self.folder = (Path(str(own.output)) / "sweeps" / name).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -83,19 +84,18 @@ class SweepRecorder(Callback):
         _signals.enter_context(handled_by(self._interrupted, requeue=False))
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
-        """Make itself known to the function that runs a point."""
+        """Make itself known to `run_point`, in whichever process that runs."""
         global _current
         if config.hydra.mode == RunMode.MULTIRUN:
             _current = self
-            if self.side_by_side:
+            if "joblib" in self.launcher:
                 _signals.enter_context(handled_by(self._end_here, requeue=False))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        """Write down what became of a point."""
+        """Write the result of a point."""
         if config.hydra.mode == RunMode.MULTIRUN and is_leader():
-            number = config.hydra.job.num
-            found = {**job_return.return_value, "point": list(config.hydra.overrides.task)}
-            write_json(self.folder / f"point-{number}.json", found)
+            result = {**job_return.return_value, "point": list(config.hydra.overrides.task)}
+            write_json(self.folder / f"point-{config.hydra.job.num}.json", result)
 
     @property
     def _stop(self) -> Path:
@@ -103,7 +103,7 @@ class SweepRecorder(Callback):
 
     @property
     def stopped(self) -> bool:
-        """Return whether no further point is to begin."""
+        """Whether no further point may begin."""
         return self._stop.exists()
 
     def stop(self) -> None:
@@ -111,16 +111,16 @@ class SweepRecorder(Callback):
         self._stop.touch()
 
     def _interrupted(self, number: int, _frame: object) -> None:
-        """Stop the point that runs here; points of joblib's processes are given time to stop.
+        """Stop the point that runs here, or let joblib's processes stop; a second signal ends all.
 
-        While a point trains here, its own callback has the signals. A second one ends all at once.
-        submitit's jobs are only left alone.
+        (While a point trains here, its own callback has the signals.) Jobs of submitit run
+        elsewhere and continue.
         """
         again, self.received = self.stopped, number
-        if self.elsewhere:
+        if "submitit" in self.launcher:
             raise KeyboardInterrupt
         self.stop()
-        if again or not self.side_by_side:
+        if again or "joblib" not in self.launcher:
             raise KeyboardInterrupt
         if number == signal.SIGTERM:  # Ctrl-C reaches them by itself
             for child in psutil.Process().children(recursive=True):
@@ -132,24 +132,23 @@ class SweepRecorder(Callback):
         raise KeyboardInterrupt
 
     def table(self) -> tuple[int, Table]:
-        """Return the exit status of the sweep and what became of its points."""
+        """Return the exit status of the sweep and the results of its points."""
         records = [read_json(file) for file in sorted(self.folder.glob("point-*.json"))]
-        found = {tuple(each["point"]): each for each in records if each is not None}
-        points = self.points or [list(point) for point in found]
+        results = {tuple(record["point"]): record for record in records if record is not None}
+        points = self.points or [list(point) for point in results]
         shared = set.intersection(*(set(point) for point in points)) if len(points) > 1 else set()
-        table = Table("point", "what became of it")
+        table = Table("point", "result")
         table.add_column("run folder, or why", overflow="fold")
+        unknown = {"status": -1, "reason": "its end was not recorded: killed, or still running"}
         statuses = []
         for point in points:
-            lost = {"status": -1, "said": "no end was seen: killed, or still running"}
-            each = found.get(tuple(point), lost)
-            status = each["status"]
+            result = results.get(tuple(point), unknown)
+            status = result["status"]
             statuses.append(status)
-            word = {0: "done", None: "not run", -1: "not known"}.get(
-                status, "stopped" if (status or 0) > 128 else "failed"
-            )
+            words = {0: "done", None: "not run", -1: "unknown"}
+            word = words.get(status, "stopped" if (status or 0) > 128 else "failed")
             varied = " ".join(o for o in point if o not in shared) or " ".join(point)
-            table.add_row(varied, word, each["folder"] if status == 0 else each["said"])
+            table.add_row(varied, word, result["folder"] if status == 0 else result["reason"])
         if any(status in (1, 2) for status in statuses):
             return 1, table
         stopped = [status for status in statuses if (status or 0) > 128]
@@ -157,17 +156,16 @@ class SweepRecorder(Callback):
 
 
 def finish() -> int:
-    """Show what became of the points; return the sweep's exit status, 0 where there was none."""
+    """Print the results of the points; return the sweep's exit status, 0 where there was none."""
     if _current is None or not _current.command:
         return 0
     console = Console()
     status, table = _current.table()
     console.print(table)
     if status:
-        again = shlex.join(_current.command)
         console.print(
-            "The same command fills the gaps; what is done is not repeated:\n"
-            f"  python -m groupsae.train {again}",
+            "The same command runs what is missing; points that are done are not repeated:\n"
+            f"  python -m groupsae.train {shlex.join(_current.command)}",
             soft_wrap=True,
             highlight=False,
         )
@@ -185,38 +183,83 @@ def run_point(
     """Run one point of a sweep; never raise, so that the next one runs whatever happens.
 
     Returns:
-        status: 0, 1 or 2 (failed), 128 + signal (stopped), or None (not begun); said: why;
+        status: 0, 1 or 2 (failed), 128 + signal (stopped), or None (not begun); reason: why;
         folder: of the run.
     """
-    sweep, said, folder = _current, "", ""
+    sweep, reason, folder = _current, "", ""
     if sweep is not None and sweep.stopped:
-        return {"status": None, "said": "the sweep was stopped before", "folder": ""}
+        return {"status": None, "reason": "the sweep was stopped before", "folder": ""}
     status = 1
     try:
         check_own(cfg)
-        from groupsae.app.run_folder import run_folder
-
         folder = str(run_folder(cfg))
         if starts_processes(cfg.trainer):
             status = run_alone(overrides)
-            said = f"exit status {status}: see above" if status else ""
+            reason = f"exit status {status}: see above" if status else ""
         else:
             status = train(cfg, overrides)
     except UserError as error:
-        status, said = 2, str(error)
+        status, reason = 2, str(error)
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         status = 128 + received()
     except Exception as error:
         traceback.print_exc()
-        said = one_line(error)
+        reason = one_line(error)
     if status == 128 + signal.SIGUSR2 and callable(signal.getsignal(signal.SIGUSR2)):
-        signal.raise_signal(signal.SIGUSR2)  # to submitit, which lets the point come again
+        signal.raise_signal(signal.SIGUSR2)  # to submitit, which queues the point again
     if status > 128:
-        said = f"go on with resume={folder}"
+        reason = f"resume it with resume={folder}"
         if sweep is not None and "SUBMITIT_EXECUTOR" not in os.environ:
             sweep.stop()
-    return {"status": status, "said": said, "folder": folder}
+    return {"status": status, "reason": reason, "folder": folder}
+
+
+def run_alone(overrides: list[str]) -> int:
+    """Run a point of several processes as a command of its own; return its exit status.
+
+    Lightning starts the other processes by giving the command again, which must be that of one
+    point. Signals to this process are passed on, and the command is waited for.
+    """
+    hydra = HydraConfig.get()
+    folders = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
+    options = [
+        option
+        for option in hydra.overrides.hydra
+        if not option.lstrip("+~").replace("/", ".").startswith(OF_THE_SWEEP)
+    ]
+    more = [*(f"--config-dir={folder}" for folder in folders), *options]
+    return run_command([sys.executable, "-m", "groupsae.train", *more, *overrides])
+
+
+def run_command(line: list[str]) -> int:
+    """Run a command, pass signals on to it, and return its exit status."""
+    signals: list[int] = []
+    child: subprocess.Popen[bytes] | None = None
+
+    def known(number: int) -> int:
+        """Return the signal for the command; Ctrl-C may reach it twice, which it ignores."""
+        return signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+
+    def pass_on(number: int, _frame: object) -> None:
+        signals.append(number)
+        if child is not None:
+            child.send_signal(known(number))
+
+    with handled_by(pass_on):
+        child = subprocess.Popen(line)
+        try:
+            if signals:  # while it was started
+                child.send_signal(known(signals[0]))
+            status = child.wait()
+        finally:
+            if child.poll() is None:
+                child.terminate()
+                child.wait()
+    status = status if status >= 0 else 128 - status
+    # submitit's signal, which the command does not know, asks for the job to be queued again
+    requeue = status == 128 + signal.SIGTERM and signal.SIGUSR2 in signals
+    return 128 + signal.SIGUSR2 if requeue else status
 
 
 def check_launcher(arguments: list[str]) -> None:
@@ -227,7 +270,7 @@ def check_launcher(arguments: list[str]) -> None:
 
     Raises:
         UserError: its package is missing, there is no sweep to launch, or every process of
-            torchrun would run the whole sweep.
+            torchrun would run all of the sweep.
     """
     sweep = bool({"-m", "--multirun"} & set(arguments))
     for argument in arguments:
@@ -246,14 +289,14 @@ def check_launcher(arguments: list[str]) -> None:
             )
         if name in ("slurm", "submitit_slurm") and shutil.which("sbatch") is None:
             raise UserError(
-                f"{argument} gives the points to SLURM, which is not on this machine (there is no "
+                f"{argument} gives the points to SLURM, which is not on this machine (it has no "
                 "sbatch): start it where jobs are submitted, or take hydra/launcher=parallel."
             )
         if not sweep:
             raise UserError(f"{argument} spreads the points of a sweep: add -m, or leave it out.")
     if sweep and "TORCHELASTIC_RUN_ID" in os.environ:
         raise UserError(
-            "a sweep (-m) under torchrun would run whole in every process. Leave torchrun out: "
+            "under torchrun every process would run all of the sweep (-m). Leave torchrun out: "
             "each point starts its own processes with trainer=ddp, or is a job of its own with "
             "hydra/launcher=slurm; or give one torchrun command per point."
         )
@@ -263,12 +306,12 @@ def _points(task: list[str]) -> list[list[str]]:
     """Return the overrides of every point, in the order in which they run."""
     axes: dict[str, list[str]] = {}  # as Hydra does: of a key that is given twice the last counts
     try:
-        for each in OverridesParser.create().parse_overrides(task):
-            key = each.get_key_element()
-            if each.is_sweep_override():
-                axes[key] = [f"{key}={value}" for value in each.sweep_string_iterator()]
+        for override in OverridesParser.create().parse_overrides(task):
+            key = override.get_key_element()
+            if override.is_sweep_override():
+                axes[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
             else:
-                axes[key] = [f"{key}={each.get_value_element_as_str()}"]
+                axes[key] = [f"{key}={override.get_value_element_as_str()}"]
     except (HydraException, ValueError):
-        return []  # glob() needs Hydra to be looked up: then only those that ran are told of
+        return []  # glob() needs Hydra to look it up: then the table has only those that ran
     return [list(point) for point in itertools.product(*axes.values())]

@@ -116,6 +116,6 @@ def test_a_store_belongs_to_the_content_of_a_run_by_its_dtype_only(start):
 @pytest.mark.parametrize(
     ("key", "value"), [("data.cache_dtype", "int8"), ("data.cache", "5"), ("data.cache", "''")]
 )
-def test_a_wrong_option_is_told_before_anything_is_packed(start, key, value):
+def test_a_wrong_option_is_named_before_anything_is_packed(start, key, value):
     with pytest.raises(UserError, match=f"{key} is .*(float32|null)"):
         check_training(composed(start("any", f"{key}={value}")))

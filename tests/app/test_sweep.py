@@ -1,4 +1,7 @@
-"""Sweeps: a failed point does not stop the others, a stop does, and all are told of."""
+"""Sweeps: a failed point does not stop the others, a stop does, and the table lists all.
+
+The points are real runs of a few steps, on a small random model.
+"""
 
 import importlib
 import json
@@ -13,222 +16,203 @@ from pathlib import Path
 import pytest
 
 from groupsae.app import sweep
-from groupsae.app import sweep_process as sweep_child
 from groupsae.files.locks import one_at_a_time
 from groupsae.runtime.errors import UserError
 from tests.helpers import runs
+from tests.helpers.callbacks import TARGET, act
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capfd):
-    """Return a function that gives a training command in this process, with a `fit` of the test.
+def command(tiny_lm, tiny_text, tmp_path, monkeypatch, capfd):
+    """Return a function that gives a training command in this process.
 
-    It returns the exit status, what was said and the seeds of the points that were begun.
+    It returns the exit status and what was printed.
     """
-    import groupsae.app.fit as fit
     from groupsae.train import main
 
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+    monkeypatch.setenv("GROUPSAE_TARGETS", TARGET)
+    start = runs.overrides(tiny_lm, tiny_text, tmp_path, "groups=count", "groups.num_groups=1")
+    start += ["tokens=1024", "checkpoint_every=1"]
 
-    def give(ends, *arguments):
-        begun = []
-
-        def fake(cfg, folder, _checkpoint):
-            begun.append(cfg.seed)
-            end = ends.get(cfg.seed, 0)
-            if isinstance(end, Exception):
-                raise end
-            return end() if callable(end) else end
-
-        monkeypatch.setattr(fit, "fit", fake)
+    def give(*arguments):
         monkeypatch.setattr(sweep, "_current", None)
-        line = ["train", "-m", f"output={tmp_path}", "model=tiny", *arguments]
-        monkeypatch.setattr(sys, "argv", line)
+        options = [each for each in arguments if each.startswith("--")]
+        overrides = [*start, *(each for each in arguments if each not in options)]
+        monkeypatch.setattr(sys, "argv", ["train", "-m", *options, *overrides])
         status = 0
         try:
             main()
         except SystemExit as end:
             status = end.code
-        said = capfd.readouterr()
-        return status, said.out + said.err, begun
+        printed = capfd.readouterr()
+        return status, printed.out + printed.err
 
     yield give
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
-def rows(said):
-    """Return seed -> what became of it."""
-    cells = [line.split("│")[1:3] for line in said.splitlines() if "seed=" in line and "│" in line]
-    return {int(point.strip().removeprefix("seed=")): word.strip() for point, word in cells}
+def rows(printed):
+    """Return seed -> result of its point."""
+    cells = [line.split("│")[1:3] for line in printed.splitlines() if "seed=" in line]
+    found = [(cell[0].strip(), cell[1].strip()) for cell in cells if len(cell) == 2]
+    return {int(point.removeprefix("seed=")): word for point, word in found}
 
 
-def table(said):
-    """Return what stands in the table, in one line."""
-    return " ".join(said.split("what became of it")[1].replace("│", " ").split())
+def table(printed):
+    """Return the cells of the table, in one line."""
+    cells = printed.split("run folder, or why")[1].split("└")[0]
+    return " ".join(cells.replace("│", " ").split())
 
 
 def test_a_failed_point_does_not_stop_the_others(command, tmp_path):
-    ends = {1: UserError("theta is 7"), 2: RuntimeError("out of luck\nmore")}
-    status, said, begun = command(ends, "tokens=1_000", "tokens=2_000", "seed=0,1,2,3")
+    crash = act(do="out of luck", seed=1)
+    status, printed = command("groups.num_groups=1,9", "seed=0,1", *crash)
     assert status == 1
-    assert begun == [0, 1, 2, 3]
-    assert rows(said) == {0: "done", 1: "failed", 2: "failed", 3: "done"}
-    assert "theta is 7" in table(said)
-    assert "RuntimeError: out of luck" in table(said)
-    assert (
-        f"python -m groupsae.train -m output={tmp_path} model=tiny tokens=1_000 tokens=2_000"
-        in said
-    )
-    status, said, begun = command({}, "seed=0,1,2,3")
-    assert status == 0
-    assert set(rows(said).values()) == {"done"}
-    assert "The same command" not in said
+    cells = table(printed)
+    assert cells.count(" done ") == 1, printed
+    assert cells.count(" failed ") == 3, cells
+    assert "RuntimeError: out of luck" in cells
+    assert "num_groups is 9" in cells
+    assert f"python -m groupsae.train -m output={tmp_path} model=hf" in printed
+    (first,) = tmp_path.rglob("summary.json")
+    written = first.stat().st_mtime_ns
+    status, printed = command("seed=0,1", *act(do="out of luck", seed=7))
+    assert (status, rows(printed)) == (0, {0: "done", 1: "done"})
+    assert "The same command" not in printed
+    assert first.stat().st_mtime_ns == written
 
 
-def test_a_stopped_point_stops_the_sweep(command):
-    status, said, begun = command({1: 128 + signal.SIGTERM}, "seed=0,1,2,3")
+def test_a_stopped_point_stops_the_sweep(command, tmp_path):
+    stop = act(do="SIGTERM", seed=1)
+    status, printed = command("seed=0,1,2", *stop)
     assert status == 128 + signal.SIGTERM
-    assert begun == [0, 1]
-    assert rows(said) == {0: "done", 1: "stopped", 2: "not run", 3: "not run"}
-    assert "go on with resume=" in table(said)
-    assert command({}, "seed=0,1,2,3")[2] == [0, 1, 2, 3]  # the stop is forgotten
+    assert rows(printed) == {0: "done", 1: "stopped", 2: "not run"}
+    assert "resume it with resume=" in table(printed)
+    assert len(list(tmp_path.rglob("summary.json"))) == 1
+    status, printed = command("seed=0,1,2", *stop)  # which is resumed after its first step
+    assert (status, rows(printed)) == (0, {0: "done", 1: "done", 2: "done"})
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_before_training_stops_the_sweep(command, number):
-    status, said, begun = command({0: lambda: signal.raise_signal(number)}, "seed=0,1,2")
+    status, printed = command("seed=0,1,2", *act(do=number.name, when="built"))
     assert status == 128 + number
-    assert rows(said) == {0: "stopped", 1: "not run", 2: "not run"}
+    assert rows(printed) == {0: "stopped", 1: "not run", 2: "not run"}
 
 
 def test_a_point_that_submitit_told_to_stop_comes_again(command):
     """Its own handler is called when the checkpoint is written."""
-    told = []
-    signal.signal(signal.SIGUSR2, lambda number, _frame: told.append(number))
-    command({0: 128 + signal.SIGUSR2}, "seed=0,1")
-    assert told == [signal.SIGUSR2]
+    received = []
+    signal.signal(signal.SIGUSR2, lambda number, _frame: received.append(number))
+    command("seed=0,1", *act(do="SIGUSR2", seed=0))
+    assert received == [signal.SIGUSR2]
 
 
-def test_a_point_of_several_processes_is_a_command_of_its_own(command, monkeypatch, tmp_path):
-    given = []
-
-    class Child:
-        def __init__(self, line):
-            given.append(line)
-
-        def wait(self):
-            return -signal.SIGTERM if "seed=1" in given[-1] else 0
-
-        def poll(self):
-            return 0
-
-    monkeypatch.setattr(sweep_child.subprocess, "Popen", Child)
-    (tmp_path / "my-conf").mkdir()
-    more = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
-    hydras = (
-        f"--config-dir={tmp_path / 'my-conf'}",
+def test_a_point_of_several_processes_is_a_command_of_its_own(command, tmp_path):
+    """It gets the user's yaml files and Hydra's options, but for those of the sweep."""
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    mine = "# @package _global_\nlog_every: 2\n"
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(mine)
+    status, printed = command(
+        "seed=5",
+        "experiment=mine",
+        "trainer=ddp",
+        "trainer.accelerator=cpu",
+        "trainer.devices=2",
+        f"--config-dir={tmp_path / 'conf'}",
         "hydra.verbose=false",
         f"hydra.sweep.dir={tmp_path / 'x'}",
     )
-    status, said, begun = command({}, "seed=0,1", *more, *reversed(hydras))
-    assert (begun, len(given)) == ([], 2), said
-    assert [line[1:3] for line in given] == [["-m", "groupsae.train"]] * 2
-    assert [line for line in given if "-m" in line[3:]] == []
-    assert [[part for part in line if part.startswith(("-", "hydra"))][1:] for line in given] == [
-        list(hydras[:2])
-    ] * 2
-    assert ["seed=0" in given[0], "seed=1" in given[1], "trainer=ddp" in given[0]] == [True] * 3
-    assert rows(said) == {0: "done", 1: "stopped"}
-    assert status == 128 + signal.SIGTERM
+    assert status == 0, printed
+    (summary,) = tmp_path.rglob("summary.json")
+    cfg = runs.config_of(summary.parent)
+    assert (cfg.seed, cfg.log_every, cfg.trainer.devices) == (5, 1, 2)  # the command line wins
+    given = (summary.parent / ".hydra" / "overrides.yaml").read_text()
+    assert "experiment=mine" in given
+    assert "hydra" not in given
 
 
 WAITS = """
 import signal, sys, time
-def told(number, frame):
+def end(number, frame):
     time.sleep(0.5)
     open(sys.argv[1], "w").write("ended in order")
     sys.exit(128 + number)
-signal.signal(signal.SIGTERM, told)
-signal.signal(signal.SIGINT, told)
+signal.signal(signal.SIGTERM, end)
+signal.signal(signal.SIGINT, end)
 open(sys.argv[1] + ".ready", "w").close()
 time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
-def test_a_stop_reaches_the_command_of_a_point_and_waits_for_it(monkeypatch, tmp_path, number):
-    """A real process; submitit's signal stops it as well, and is answered with its own."""
-    note, popen = tmp_path / "note", subprocess.Popen
-    line = [sys.executable, "-c", WAITS, str(note)]
-    monkeypatch.setattr(sweep_child.subprocess, "Popen", lambda _: popen(line))
-    monkeypatch.setattr(sweep_child, "_of_the_command", list)
+def when_ready(note, act):
+    """Call a function once the process that writes a note has its handlers."""
 
-    def tell():
+    def wait():
         while not Path(f"{note}.ready").exists():
             time.sleep(0.02)
-        os.kill(os.getpid(), number)
+        act()
 
-    before = signal.getsignal(number)
-    teller = threading.Thread(target=tell)
-    teller.start()
-    assert sweep_child.run_alone([]) == 128 + number
-    teller.join()
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
+def test_a_stop_reaches_the_command_of_a_point_and_waits_for_it(tmp_path, number):
+    """So does the one of submitit, which is the answer then."""
+    before = {n: signal.getsignal(n) for n in (number, signal.SIGUSR2)}
+    signal.signal(signal.SIGUSR2, lambda *_: None)
+    handler, note = signal.getsignal(number), tmp_path / "note"
+    thread = when_ready(note, lambda: os.kill(os.getpid(), number))
+    assert sweep.run_command([sys.executable, "-c", WAITS, str(note)]) == 128 + number
+    thread.join()
     assert note.read_text() == "ended in order"
-    assert signal.getsignal(number) == before
+    assert signal.getsignal(number) == handler
+    for each, was in before.items():
+        signal.signal(each, was)
 
 
-def test_the_command_of_a_point_does_not_outlive_an_error(monkeypatch, tmp_path):
-    note, popen = tmp_path / "note", subprocess.Popen
+def test_the_command_of_a_point_does_not_outlive_an_error(tmp_path):
+    def fail(*_):
+        raise RuntimeError("something else")
 
-    class Child(popen):
-        def wait(self, timeout=None):
-            while not Path(f"{note}.ready").exists():
-                time.sleep(0.02)
-            monkeypatch.setattr(Child, "wait", popen.wait)
-            raise RuntimeError("something else")
-
-    line = [sys.executable, "-c", WAITS, str(note)]
-    monkeypatch.setattr(sweep_child.subprocess, "Popen", lambda _: Child(line))
-    monkeypatch.setattr(sweep_child, "_of_the_command", list)
+    note, before = tmp_path / "note", signal.signal(signal.SIGALRM, fail)
+    thread = when_ready(note, lambda: os.kill(os.getpid(), signal.SIGALRM))
     with pytest.raises(RuntimeError, match="something else"):
-        sweep_child.run_alone([])
+        sweep.run_command([sys.executable, "-c", WAITS, str(note)])
+    thread.join()
+    signal.signal(signal.SIGALRM, before)
     assert note.read_text() == "ended in order"
 
 
-def test_ctrl_c_leaves_jobs_elsewhere_alone(tmp_path, capfd):
-    points = sweep.SweepRecorder()
-    points.folder, points.elsewhere = tmp_path, True
-    points.points = [["seed=0"], ["seed=1"]]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_jobs_elsewhere_alone(number, tmp_path, monkeypatch, capfd):
+    recorder = sweep.SweepRecorder()
+    recorder.folder, recorder.launcher = tmp_path, "hydra_plugins.hydra_submitit_launcher"
+    recorder.points = [["seed=0"], ["seed=1"]]
     (tmp_path / "point-0.json").write_text(
-        json.dumps({"status": 0, "said": "", "folder": "f", "point": ["seed=0"]})
+        json.dumps({"status": 0, "reason": "", "folder": "f", "point": ["seed=0"]})
     )
+    monkeypatch.setattr(sweep, "_current", recorder)
     with pytest.raises(KeyboardInterrupt):
-        points._interrupted(signal.SIGINT, None)
-    assert not points.stopped  # jobs that have not begun yet look at this
-    status, shown = points.table()
+        recorder._interrupted(number, None)
+    assert sweep.received() == number
+    assert not recorder.stopped  # jobs that have not begun yet read this
+    status, shown = recorder.table()
     assert status == 1
     sweep.Console().print(shown)
-    said = capfd.readouterr().out
-    assert rows(said) == {0: "done", 1: "not known"}
-    assert "still running" in table(said)
-
-
-def test_the_signal_that_ends_a_sweep_of_jobs_elsewhere_is_its_status(command, monkeypatch):
-    def waiting():
-        sweep._current.elsewhere = True
-        signal.raise_signal(signal.SIGTERM)
-
-    # the launcher waits for jobs
-    monkeypatch.setattr("groupsae.train.run_point", lambda *_: waiting())
-    status, _, _ = command({}, "seed=0,1")
-    assert status == 128 + signal.SIGTERM
+    printed = capfd.readouterr().out
+    assert rows(printed) == {0: "done", 1: "unknown"}
+    assert "still running" in table(printed)
 
 
 def test_a_secret_in_a_sweep_is_refused_before_anything_is_written(command, tmp_path):
-    status, said, begun = command({}, "+data.token=abc", "seed=0,1")
-    assert (status, begun) == (2, [])
-    assert "HF_TOKEN" in said
+    status, printed = command("+data.token=abc", "seed=0,1")
+    assert status == 2
+    assert "HF_TOKEN" in printed
     assert not list(tmp_path.iterdir())
 
 
@@ -239,7 +223,7 @@ def test_a_launcher_that_cannot_work_is_refused(monkeypatch):
             sweep.check_launcher(["-m", f"hydra/launcher={launcher}"])
     monkeypatch.setattr(sweep, "find_spec", lambda name: name)
     monkeypatch.setattr(sweep.shutil, "which", lambda _: None)
-    with pytest.raises(UserError, match="there is no sbatch"):
+    with pytest.raises(UserError, match="it has no sbatch"):
         sweep.check_launcher(["-m", "hydra/launcher=slurm"])
     with pytest.raises(UserError, match="add -m"):
         sweep.check_launcher(["hydra/launcher=parallel"])
@@ -318,7 +302,7 @@ def test_points_run_elsewhere(launcher, module, tiny_lm, tiny_text, tmp_path):
     command = [sys.executable, "-m", "groupsae.train", "-m", *line, f"hydra/launcher={launcher}"]
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-        table = done.stdout.split("what became of it")[-1]
+        table = done.stdout.split("run folder, or why")[-1]
         assert done.returncode == 1, done.stderr
         assert table.count("│ done ") == 2
         assert table.count("│ failed ") == 1
