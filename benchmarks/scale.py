@@ -3,7 +3,8 @@
 For Pythia-1B, Pythia-6.9B and a model of 70B on 8, 64 and 512 GPUs: memory of a process, bytes
 moved in a step and tokens per second, for DDP and for SAE-parallel, from the cost model and a
 small simulation of a step. With `measure=true` the same simulation first predicts, then is held
-against, runs of two gloo processes on this machine (five minutes on two cores).
+against, runs of two gloo processes on this machine (five minutes on two cores; `size=smallest`
+takes one).
 
 Writes benchmarks/results/scale.md.
 """
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.timing import options, write
+from benchmarks.timing import options, smallest, write
 from groupsae.cost.model import activation_flops
 from groupsae.training.estimate import FLOAT, ROWS, STATE, WIDE
 from groupsae.training.parallel.placement import Cost, place
@@ -212,6 +213,7 @@ RUN = [
     "+trainer.enable_progress_bar=false", "stream.heldout_fraction=0.1",
     "stream.calibration_fraction=0.1",
 ]  # fmt: skip
+SMALLER = ["tokens=4096", "stream.context=128", "sae.expansion=2", "calibration.tokens=1024"]
 SIZE = 8  # blocks in a step
 
 
@@ -223,6 +225,7 @@ def measured(output: str, *more: str) -> dict[str, float]:
             "-m",
             "groupsae.train",
             *RUN,
+            *(SMALLER if smallest() else []),
             f"output={output}",
             "overwrite=true",
             *more,
@@ -243,16 +246,16 @@ def measured(output: str, *more: str) -> dict[str, float]:
     }
 
 
-def comparison(rounds: int = 2) -> str:
+def comparison() -> str:
     """Return predictions for two processes, and what they then took."""
     two = ["trainer.accelerator=cpu", "trainer.devices=2"]
     with tempfile.TemporaryDirectory() as output:
         whole, half, ddp, spread = [], [], [], []
-        for number in range(rounds + 1):
+        for number in range(1 if smallest() else 3):
             whole.append(measured(output, f"stream.blocks_per_step={SIZE}"))
             half.append(measured(output, f"stream.blocks_per_step={SIZE // 2}"))
-            if number == 0:
-                continue
+            if number == 0 and not smallest():
+                continue  # text and distances are cached from now on
             ddp.append(measured(output, f"stream.blocks_per_step={SIZE}", "trainer=ddp", *two))
             spread.append(
                 measured(output, f"stream.blocks_per_step={SIZE}", "trainer=sae_parallel", *two)
@@ -305,7 +308,7 @@ def main() -> None:
         f"{speed.reduce / 1e9:.0f} GB/s on both; {CONTEXT:,} "
         f"tokens in a block, k = {K}, rows travel in bfloat16, GPUs of {CARD / 1e9:.0f} GB."
     )
-    sys.argv[1:] = [] if given["measure"] == "true" else sys.argv[1:]
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "measure=true"]
     write("scale", "What many GPUs give, on paper", text, torch.device("cpu"), notes)
 
 

@@ -1,5 +1,7 @@
 """A long run with its memory watched: `python -m benchmarks.soak [minutes=10] [device=cuda]`.
 
+`size=smallest` takes seconds.
+
 Trains a random model of Pythia-160M's shape with the paper's sizes (the bundled one on a CPU) for
 so many minutes, notes the memory every ten seconds, and fits a line through the second half: a
 leak shows as a slope. Writes benchmarks/results/soak.md.
@@ -20,7 +22,7 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 from benchmarks.loop import BUNDLED, ON_RANDOM, SHAPES, VOCAB, Shape
-from benchmarks.timing import options, random_model, write
+from benchmarks.timing import options, random_model, smallest, write
 from groupsae.app.fit import build
 from groupsae.app.run_folder import register_resolver
 from groupsae.config.instantiate import CONF
@@ -35,6 +37,7 @@ class Watch(L.Callback):
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.rows = seconds, []
+        self.every = 0.0 if smallest() else EVERY
         self.process = psutil.Process()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -46,7 +49,7 @@ class Watch(L.Callback):
     ) -> None:
         """Look at the memory now and then."""
         now = time.perf_counter()
-        if now - self.looked < EVERY:
+        if now - self.looked < self.every:
             return
         self.looked = now
         gpu = pl_module.device.type == "cuda"
@@ -68,6 +71,9 @@ def main() -> None:
     """Run and write what was seen."""
     given = options(sys.argv[1:], minutes=("10", r"\d+(\.\d+)?"), device=("cpu", "cpu|cuda"))
     seconds, gpu = 60 * float(given["minutes"]), given["device"] == "cuda"
+    tiny = []
+    if smallest():
+        seconds, tiny = 5.0, ["stream.context=64", "stream.blocks_per_step=4", "sae.expansion=2"]
     quiet()
     register_resolver()
     with ExitStack() as stack:
@@ -86,7 +92,7 @@ def main() -> None:
                 f"output={folder}/out", *chosen, "tokens=100_000_000_000",
                 "stream.max_tokens=1_000_000", "calibration.tokens=100_000",
                 "stream.heldout_tokens=65_536", "eval_every=200", "checkpoint_every=200",
-                "logger=none", "+trainer.enable_progress_bar=false",
+                "logger=none", "+trainer.enable_progress_bar=false", *tiny,
             ])  # fmt: skip
         run = build(cfg, Path(folder) / "run", Console())
         watch = Watch(seconds)

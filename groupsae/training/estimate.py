@@ -230,6 +230,8 @@ def rows_of_owner(batch: ActivationBatch, slots: Sequence[int], processes: int) 
         slots: which of its slots.
         processes: that send rows.
     """
+    if processes == 1 and len(slots) == len(batch.acts):
+        return batch
     kept, tokens = batch.kept, batch.acts.shape[1]
     if kept is not None:
         kept = torch.cat([kept + i * tokens for i in range(processes)])

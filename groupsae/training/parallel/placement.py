@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
-
 from groupsae.data.activations import ActivationDataModule
 from groupsae.data.exchange import Exchange, Swap
 from groupsae.grouping.plan import GroupPlan
@@ -75,21 +73,18 @@ def place(costs: Sequence[Cost], num_processes: int) -> list[list[int]]:
 
 def owners(suite: GroupSAESuite, plan: GroupPlan, num_processes: int) -> list[list[int]]:
     """Return for each process the numbers in the plan of the SAEs that it holds."""
-    return place(_costs(suite, plan), num_processes)
-
-
-def busiest(suite: GroupSAESuite, plan: GroupPlan, num_processes: int) -> list[int]:
-    """Return the SAEs of the process whose SAEs take the most memory."""
-    costs = _costs(suite, plan)
-    return max(place(costs, num_processes), key=lambda own: sum(costs[i].memory for i in own))
-
-
-def _costs(suite: GroupSAESuite, plan: GroupPlan) -> list[Cost]:
     slots, sizes = plan.slots, [suite.size(planned.width) for planned in plan.members]
-    return [
+    costs = [
         Cost(size.flops, FLOAT * STATE * size.parameters, slots.index(planned.layers))
         for size, planned in zip(sizes, plan.members, strict=True)
     ]
+    return place(costs, num_processes)
+
+
+def busiest(suite: GroupSAESuite, plan: GroupPlan, num_processes: int) -> list[int]:
+    """Return the SAEs of the process whose SAEs have the most parameters."""
+    sizes = [suite.size(planned.width).parameters for planned in plan.members]
+    return max(owners(suite, plan, num_processes), key=lambda own: sum(sizes[i] for i in own))
 
 
 def spread(
@@ -100,6 +95,9 @@ def spread(
     swap: Swap,
 ) -> list[Share]:
     """Let the stream bring each process the rows that its SAEs need; return each one's share.
+
+    Its memory is the larger of two moments: the exchange of rows (those sent, those received,
+    and the batch they are joined to), or the SAEs' step.
 
     Args:
         suite: knows its plan.
@@ -113,45 +111,22 @@ def spread(
     training = Exchange([suite.slots_of(own) for own in owned], rank, swap)
     validation = Exchange([[[layer] for layer in layers] for layers in used], rank, swap)
     data.exchange(training, validation)
-    return shares(suite, data, owned, training, data.travelling)
-
-
-def shares(
-    suite: GroupSAESuite,
-    data: ActivationDataModule,
-    owned: Sequence[Sequence[int]],
-    exchange: Exchange,
-    dtype: torch.dtype,
-) -> list[Share]:
-    """Return what each process gets.
-
-    Memory is the larger of two moments: the exchange of rows (those sent, those received, and
-    the batch they are joined to), or the SAEs' step.
-
-    Args:
-        suite: knows its plan.
-        data: the stream.
-        owned: of `owners`.
-        exchange: of training.
-        dtype: that rows are sent in.
-    """
-    plan = suite.plan
     tokens = data.tokens_per_step // len(owned)
     mask = 1 if data.max_norm_ratio is not None else 0  # byte of a row: whether it counts
-    row = suite.d_model * dtype.itemsize + mask
-    sent, received = exchange.bytes_per_token(row)
-    found = []
-    for rank, own in enumerate(owned):
+    row = suite.d_model * data.travelling.itemsize + mask
+    sent, received = training.bytes_per_token(row)
+    shares = []
+    for process, own in enumerate(owned):
         members = [plan.members[i] for i in own]
         widths = [planned.width for planned in members]
         state = FLOAT * STATE * sum(suite.size(width).parameters for width in widths)
-        slots = len(exchange.wanted[rank])
+        slots = len(training.wanted[process])
         joined = FLOAT * suite.d_model * slots * data.tokens_per_step
-        moving = tokens * row * (len(exchange.sent) + slots * len(owned)) + joined
+        moving = tokens * row * (len(training.sent) + slots * len(owned)) + joined
         memory = max(bytes_needed(suite, data, widths, 1), state + moving)
         names = [planned.name for planned in members]
-        found.append(Share(names, memory, tokens * sent[rank], tokens * received[rank]))
-    return found
+        shares.append(Share(names, memory, tokens * sent[process], tokens * received[process]))
+    return shares
 
 
 def describe(found: Sequence[Share]) -> str:
