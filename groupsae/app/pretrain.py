@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from groupsae.config.instantiate import make
-from groupsae.data.loader import StepSampler, make_loader
+from groupsae.data.loader import BlockLoader, StepSampler
 from groupsae.data.packing import Packing, Split, load_token_blocks, split_of
 from groupsae.files.atomic import write_json
 from groupsae.files.reading import read_metrics
@@ -69,7 +69,7 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
             world_size=1,
         )
         pin = torch.cuda.is_available()
-        return make_loader(blocks.blocks[split], sampler, num_workers=0, pin_memory=pin)
+        return BlockLoader(blocks.blocks[split], sampler, num_workers=0, pin_memory=pin)
 
     all_heldout = min(len(blocks.blocks["heldout"]), cfg.final_eval_blocks) // per_step
     trainer = L.Trainer(

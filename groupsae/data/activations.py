@@ -20,7 +20,7 @@ from groupsae.data.batch import ActivationBatch
 from groupsae.data.draws import DrawnTokens, draw
 from groupsae.data.exchange import Exchange
 from groupsae.data.filters import TokenFilter, check_filters
-from groupsae.data.loader import StepSampler, make_loader
+from groupsae.data.loader import BlockLoader, StepSampler
 from groupsae.data.packing import (
     SPLITS,
     Packing,
@@ -310,7 +310,7 @@ class ActivationDataModule(L.LightningDataModule):
     def load(self, split: Split, steps: StepSampler) -> DataLoader[Tensor]:
         """Return a loader of the tokens of some steps, int64 [block, pos] each."""
         pinned = self.device.type == "cuda"
-        return make_loader(self.blocks.blocks[split], steps, self.num_workers, pinned)
+        return BlockLoader(self.blocks.blocks[split], steps, self.num_workers, pinned)
 
     def loader(self, split: Split, num_steps: int, first_step: int = 0) -> DataLoader[Tensor]:
         """Return the tokens of this rank's share of some steps."""

@@ -1,6 +1,5 @@
 """Documents from the user's own files: plain text, JSON lines and parquet."""
 
-import codecs
 import glob
 import gzip
 import hashlib
@@ -19,7 +18,7 @@ PARQUET = ".parquet"
 JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 TEXT = (".txt", ".text", ".md", ".rst", ".py")
 PIECE = 64 * 1024  # characters: one long file still gives training and held-out documents
-CHUNK = 1 << 20  # bytes that are read at once
+CHUNK = 1 << 20  # bytes that are checked at once
 SNIFF = 1 << 16  # bytes that decide whether a file of unknown kind is text
 KEY = "data.text_column"
 
@@ -197,18 +196,18 @@ def _hidden(path: Path, root: Path) -> bool:
 def _is_text(path: Path) -> bool:
     """Return whether the start of a file of unknown kind is UTF-8 without NUL bytes."""
     with path.open("rb") as handle:
-        return _bad_byte(handle.read(SNIFF), codecs.getincrementaldecoder("utf-8")()) is None
+        start = handle.read(SNIFF)
+    bad = _bad_byte(start)
+    return bad is None or (len(start) == SNIFF and bad > SNIFF - 4)  # half a character at the end
 
 
-def _bad_byte(chunk: bytes, decoder: codecs.IncrementalDecoder, final: bool = False) -> int | None:
-    """Return where in the chunk the first byte stands that is not text (negative: before it)."""
-    waiting = len(decoder.getstate()[0])
-    nul = chunk.find(b"\0")
+def _bad_byte(text: bytes) -> int | None:
+    """Return where the first byte stands that is not text."""
+    nul = text.find(b"\0")
     try:
-        decoder.decode(chunk, final)
+        text.decode()
     except UnicodeDecodeError as error:
-        invalid = error.start - waiting
-        return invalid if nul < 0 else min(nul, invalid)
+        return error.start if nul < 0 else min(nul, error.start)
     return None if nul < 0 else nul
 
 
@@ -218,25 +217,21 @@ def _read_checked(path: Path) -> str:
     Raises:
         UserError: the file cannot be opened, or is not UTF-8 text; the message names the byte.
     """
-    digest = hashlib.sha256()
+    digest, offset = hashlib.sha256(), 0
     claims_text = not path.name.endswith((PARQUET, ".gz"))
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0
     try:
         with path.open("rb") as handle:
-            while True:
-                chunk = handle.read(CHUNK)
+            # complete lines: no character is in two chunks
+            while chunk := b"".join(handle.readlines(CHUNK)):
                 digest.update(chunk)
-                bad = _bad_byte(chunk, decoder, final=not chunk) if claims_text else None
+                bad = _bad_byte(chunk) if claims_text else None
                 if bad is not None:
-                    nul = bad >= 0 and chunk[bad : bad + 1] == b"\0"
-                    what = "a NUL byte" if nul else "invalid UTF-8"
+                    what = "invalid UTF-8" if chunk[bad] else "a NUL byte"
                     raise UserError(
-                        f"{path} is not text: {what} at byte {max(0, offset + bad)}. Give UTF-8 "
-                        "text, jsonl or parquet; `iconv -t UTF-8` converts other encodings"
+                        f"{path} is not text: {what} at byte {offset + bad}. Give UTF-8 text, "
+                        "jsonl or parquet; `iconv -t UTF-8` converts other encodings"
                     )
-                if not chunk:
-                    return digest.hexdigest()
                 offset += len(chunk)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    return digest.hexdigest()

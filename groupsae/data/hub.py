@@ -24,23 +24,22 @@ class EndedEarlyError(ConnectionError):
 class HubSource:
     """Any data set that `datasets` can stream, as text or already tokenised.
 
-    Row i of the split is the document `<split>#i`. What breaks on the way (a lost connection, an
-    answer cut short, a server that says nothing for HF_HUB_DOWNLOAD_TIMEOUT seconds, by itself 10)
-    is tried again at the row where it broke, after the pauses of runtime/retry.py. A stream
-    that ends before the number of rows that the data set's card names has broken, too;
-    where the card names none, a file that was cut between two lines cannot be told from a whole
-    one.
+    Row i of the split is the document `<split>#i`. After a failure (a lost connection, a truncated
+    answer, a server that is silent for HF_HUB_DOWNLOAD_TIMEOUT seconds, 10 by default) reading is
+    tried again at the same row, after the pauses of runtime/retry.py. It has also failed if it
+    ends before the number of rows that the data set's card names; where the card names none, a
+    file that was truncated between two lines is not noticed.
 
     Args:
         name: on the Hub (`owner/name`), or a local folder: one written by `save_to_disk`, or one
             with parquet, jsonl or other files that `datasets` loads.
         config: subset of the data set; None is its default one.
         split: for example `train`; a folder with a single saved split has only that one.
-        revision: branch, tag or commit; with a full commit nothing is asked of the Hub when the
-            corpus is already packed.
+        revision: branch, tag or commit; with a full commit the Hub is not asked when the corpus
+            is already packed.
         column: holds text or lists of token ids; None takes the first of `text`, `content`,
             `tokens`, `input_ids`.
-        retries: how often in a row a lost connection is tried again.
+        retries: how often in a row a failure is tried again.
     """
 
     def __init__(
@@ -82,20 +81,19 @@ class HubSource:
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
     def _commit(self) -> str | None:
-        """Return the commit that the revision stands for, or None if nobody can tell.
+        """Return the commit that the revision stands for, or None if it is unknown.
 
-        Without network the answer is what the Hub's local cache remembers of the last time, so
-        that a corpus packed on a machine with network is found again without.
+        Without network it is the commit in the Hub's local cache, so that a corpus that was packed
+        with network is found again without.
         """
         from huggingface_hub import HfApi, try_to_load_from_cache
 
         if self.revision is not None and len(self.revision) == 40:
             return self.revision
         try:
-            info = HfApi().dataset_info(self.name, revision=self.revision, timeout=20)
-            return info.sha
+            return HfApi().dataset_info(self.name, revision=self.revision, timeout=20).sha
         except Exception as error:
-            # Whatever it is, streaming meets it again and reports it; a packed corpus does not.
+            # Streaming meets the error again and reports it; a packed corpus does not need it.
             log.debug("commit of %s unknown: %s", self.name, error)
         readme = try_to_load_from_cache(
             self.name, "README.md", repo_type="dataset", revision=self.revision
@@ -141,39 +139,47 @@ class HubSource:
         except UserError:
             raise
         except Exception as error:
-            lost = self._may_pass(error)
-            raise (self._lost(error, row) if lost else self._hopeless(error)) from error
+            raise self._explained(error, row) from error
 
     def _may_pass(self, error: BaseException) -> bool:
-        if self._folder is not None:  # nothing is cut short on the way: a damaged file stays so
+        if self._folder is not None:  # not sent by anybody: a damaged file stays damaged
             return is_transient(error)
-        return is_transient(error) or is_damaged(error) or network_cause(error) is not None
+        return is_transient(error) or _is_damage(error) or network_cause(error) is not None
 
-    def _lost(self, error: Exception, row: int) -> UserError:
-        kept = (
-            "What was packed is kept: running the command again goes on where it stopped. "
-            "data.retries=<number> waits longer"
-        )
+    def _explained(self, error: Exception, row: int) -> UserError:
+        """Return the error for the user, after all tries."""
+        if not self._may_pass(error):
+            config = "" if self.config is None else f", config {self.config!r}"
+            revision = "" if self.revision is None else f", revision {self.revision!r}"
+            return UserError(
+                f"cannot read data set {self.name}{config}, split {self.split!r}{revision}: "
+                f"{one_line(error)}"
+            )
+        tries, advice = f"in {self.retries + 1} tries", ""
         if isinstance(error, EndedEarlyError):
-            return UserError(
-                f"data set {self.name}: {error}, in {self.retries + 1} tries. {kept}; if the card "
-                "is wrong, set stream.max_tokens to less than the data set holds"
+            what = f"{error}, {tries}"
+            advice = (
+                "; if the card is wrong, set stream.max_tokens to less than the data set holds"
             )
-        if is_damaged(error):
-            return UserError(
-                f"data set {self.name}: what came from row {row} on was cut short or damaged in "
-                f"{self.retries + 1} tries ({one_line(error)}). {kept}; if the file itself is "
-                "damaged, set stream.max_tokens to less than what comes before it"
+        elif _is_damage(error):
+            what = f"what came from row {row} on was truncated or damaged {tries}"
+            what += f" ({one_line(error)})"
+            advice = (
+                "; if the file itself is damaged, set stream.max_tokens to less than what comes "
+                "before it"
             )
+        else:
+            what = f"the connection was lost at row {row} and not regained in {self.retries} "
+            what += f"retries ({one_line(error)})"
         return UserError(
-            f"data set {self.name}: the connection was lost at row {row} and not regained in "
-            f"{self.retries} retries ({one_line(error)}). {kept}"
+            f"data set {self.name}: {what}. Packed text is kept: the same command resumes there. "
+            f"data.retries=<number> waits longer{advice}"
         )
 
     def _open(self, start: int) -> Iterable[dict[str, Any]]:
         """Return the rows from `start` on.
 
-        `skip` reads over what it skips, but in whole Arrow batches, without making rows of them.
+        `skip` reads what it skips, but in complete Arrow batches, without making rows of them.
         """
         import datasets
 
@@ -197,17 +203,9 @@ class HubSource:
         rows = saved.select(range(start, len(saved))) if start < len(saved) else []
         return cast(Iterable[dict[str, Any]], rows)
 
-    def _hopeless(self, error: Exception) -> UserError:
-        config = "" if self.config is None else f", config {self.config!r}"
-        revision = "" if self.revision is None else f", revision {self.revision!r}"
-        return UserError(
-            f"cannot read data set {self.name}{config}, split {self.split!r}{revision}: "
-            f"{one_line(error)}"
-        )
 
-
-def is_damaged(error: BaseException) -> bool:
-    """Return whether an error says that a file is not whole: an answer may have been cut short."""
+def _is_damage(error: BaseException) -> bool:
+    """Return whether an error says that a file is incomplete: a download may have ended early."""
     import zlib
 
     import pyarrow
@@ -217,11 +215,11 @@ def is_damaged(error: BaseException) -> bool:
 
 @contextmanager
 def _few_retries_of_their_own(retries: int) -> Iterator[None]:
-    """Let `datasets` give up in minutes.
+    """Let `datasets` give up within minutes.
 
-    It tries a broken read 20 times, each with 23 s of pauses in huggingface_hub below it, and so
-    for every try of ours: an hour until the user hears of it. Reading on in the same file is
-    cheaper than opening it anew, though, so as many tries as ours are left to it.
+    It tries a broken read 20 times, each with 23 s of pauses in huggingface_hub below it, and that
+    for every try of ours: an hour until the user hears of it. Reading further in the same file is
+    cheaper than opening it again, though, so it gets as many tries as ours.
     """
     from datasets import config
 

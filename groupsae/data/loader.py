@@ -1,4 +1,4 @@
-"""Token blocks in a seeded order that is a pure function of the position in the run."""
+"""Which blocks come in which order: a pure function of the position in the run; and loads them."""
 
 import os
 import signal
@@ -9,24 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from groupsae.runtime.errors import UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # to a whole run
-
-
-class BlockDataset(Dataset[Tensor]):
-    """Map-style view on the memory-mapped blocks of one split: index -> int64 [context]."""
-
-    def __init__(self, blocks: np.ndarray) -> None:
-        self.blocks = blocks
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.from_numpy(self.blocks[index].astype(np.int64))
 
 
 def block_order(num_blocks: int, seed: int, start: int, count: int) -> np.ndarray:
@@ -107,30 +94,39 @@ class StepSampler(Sampler[list[int]]):
 
 
 class BlockLoader(DataLoader[Tensor]):
-    """A DataLoader whose workers leave the signals for the whole run to the run.
+    """Loads the sampler's batches, int64 [blocks, context] each.
 
-    Ctrl-C, `timeout` and SLURM tell every process of a group or job. A worker that ended then
-    would be a crash of the run, which still needs it to stop in order. Only SIGTERM from the run
-    itself ends a worker: so torch and Python end those that are given up.
+    Its workers leave the signals for the run to the run. Ctrl-C, `timeout` and SLURM signal every
+    process of a group or job; a worker that ended then would crash the run, which still needs it
+    to stop in order. Only SIGTERM from the run itself ends a worker: torch and Python end
+    abandoned workers like that.
 
     Args:
+        blocks: of one split, memory-mapped.
+        sampler: which of them, in which order.
         num_workers: forked processes that read; they only copy blocks.
-        **options: of DataLoader.
+        pin_memory: bring batches into page-locked memory, from which a GPU fetches them
+            asynchronously.
     """
 
-    def __init__(self, dataset: BlockDataset, *, num_workers: int, **options: Any) -> None:
+    def __init__(
+        self, blocks: np.ndarray, sampler: StepSampler, num_workers: int, pin_memory: bool
+    ) -> None:
+        dataset: Any = blocks
         super().__init__(
             dataset,
+            batch_sampler=sampler,
+            collate_fn=_stack,
             num_workers=num_workers,
+            pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
             worker_init_fn=_end_with_the_run,
             # children of the run, which inherit what is blocked; not of a server of processes
             multiprocessing_context="fork" if num_workers else None,
-            **options,
         )
 
     def __iter__(self) -> Any:
-        """Start the workers, if there are none yet; they are born with the signals blocked."""
+        """Start the workers, if there are none yet, with the signals blocked."""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             return super().__iter__()
@@ -138,8 +134,12 @@ class BlockLoader(DataLoader[Tensor]):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _stack(blocks: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(blocks).astype(np.int64))
+
+
 def _end_with_the_run(_worker: int) -> None:
-    """Wait, beside what the worker does, for a SIGTERM from the process that started it."""
+    """Wait, in a thread of the worker, for a SIGTERM from the process that started it."""
 
     def wait() -> None:
         while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
@@ -147,23 +147,3 @@ def _end_with_the_run(_worker: int) -> None:
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True, name="sigterm").start()
-
-
-def make_loader(
-    blocks: np.ndarray, sampler: StepSampler, num_workers: int, pin_memory: bool
-) -> DataLoader[Tensor]:
-    """Return a DataLoader over the sampler's batches, int64 [blocks, context] each.
-
-    Args:
-        blocks: of one split.
-        sampler: which of them, in which order.
-        num_workers: processes that read.
-        pin_memory: bring batches into page-locked memory, from which a GPU fetches them while
-            the host goes on.
-    """
-    return BlockLoader(
-        BlockDataset(blocks),
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-    )

@@ -7,10 +7,8 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,14 +17,13 @@ import numpy as np
 import xxhash
 from jaxtyping import Int, Int64
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
 from groupsae.data.sources import Document, Source
 from groupsae.files.atomic import explain_write_errors, write_json
 from groupsae.files.locks import one_at_a_time
 from groupsae.runtime.errors import UserError
-from groupsae.runtime.progress import ProgressLines
+from groupsae.runtime.progress import token_progress
 
 FORMAT = 1  # raise it when the layout of the files changes: text is then packed again
 FLUSH_TOKENS = 2_000_000  # what a kill in the middle of packing can cost, and what memory holds
@@ -282,8 +279,7 @@ def pack(
         writer = BlockWriter(partial, packing.context, bos, vocab_size)
         before, began = writer.num_tokens, time.monotonic()
         try:
-            with _progress(packing.max_tokens, before) as show:
-                _fill(writer, source, tokenizer, packing, show)
+            _fill(writer, source, tokenizer, packing)
         except UserError:
             writer.flush()
             raise
@@ -442,24 +438,24 @@ def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def _fill(
-    writer: BlockWriter,
-    source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-    packing: Packing,
-    show: Callable[[BlockWriter], None],
+    writer: BlockWriter, source: Source, tokenizer: PreTrainedTokenizerBase, packing: Packing
 ) -> None:
     """Add documents from the first that is not in the writer, until the source or budget ends."""
     budget = packing.max_tokens
     if budget is not None and writer.num_tokens >= budget:
         return
-    for batch in batches(source.documents(writer.num_documents)):
-        for document, ids in zip(batch, token_ids(batch, tokenizer), strict=True):
-            split = split_of(document.name, packing.heldout_fraction, packing.calibration_fraction)
-            left = None if budget is None else budget - writer.num_tokens
-            writer.add(split, document.name, ids[:left])
-            if budget is not None and writer.num_tokens >= budget:
-                return
-        show(writer)
+    with token_progress("packing", budget, done=writer.num_tokens, stderr=True) as advance:
+        for batch in batches(source.documents(writer.num_documents)):
+            before = writer.num_tokens
+            for document, ids in zip(batch, token_ids(batch, tokenizer), strict=True):
+                split = split_of(
+                    document.name, packing.heldout_fraction, packing.calibration_fraction
+                )
+                left = None if budget is None else budget - writer.num_tokens
+                writer.add(split, document.name, ids[:left])
+                if budget is not None and writer.num_tokens >= budget:
+                    return
+            advance(writer.num_tokens - before)
 
 
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -506,26 +502,3 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[i
     backend.no_truncation()
     backend.no_padding()
     return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-@contextmanager
-def _progress(total: int | None, before: int) -> Iterator[Callable[[BlockWriter], None]]:
-    """Give a function that shows how far the writer is."""
-    console, lines = Console(stderr=True), ProgressLines("packing", total, before, sys.stderr)
-    state, elapsed = TextColumn("{task.fields[state]}"), TimeElapsedColumn()
-    left = [] if total is None else [TextColumn("left"), TimeRemainingColumn()]
-    columns = [TextColumn("packing"), BarColumn(), state, elapsed, *left]
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as progress:
-        task = progress.add_task("", total=total, completed=before, state="")
-
-        def show(writer: BlockWriter) -> None:
-            state = (
-                f"{writer.num_tokens:,} tokens of {writer.num_documents:,} documents, "
-                f"{lines.rate(writer.num_tokens):,.0f} tokens/s"
-            )
-            progress.update(task, completed=writer.num_tokens, state=state)
-            lines.update(writer.num_tokens)
-
-        yield show

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO
 
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from groupsae.runtime.units import format_seconds
@@ -53,13 +54,17 @@ class ProgressLines:
 
 
 @contextmanager
-def token_progress(title: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
+def token_progress(
+    title: str, total: int | None, show: bool = True, *, done: int = 0, stderr: bool = False
+) -> Iterator[Callable[[int], None]]:
     """Yield a function to call with the tokens of each part that is done.
 
     Args:
         title: of the work.
-        total: tokens of all of it.
+        total: tokens of all of it; None if unknown.
         show: whether to show anything; one process of several does.
+        done: tokens already done at the start.
+        stderr: show it there.
     """
     columns = (
         TextColumn(title),
@@ -67,9 +72,10 @@ def token_progress(title: str, total: int, show: bool) -> Iterator[Callable[[int
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    lines = ProgressLines(title, total)
-    with Progress(*columns, transient=True, disable=not show) as progress:
-        task = progress.add_task("", total=total, rate="")
+    lines = ProgressLines(title, total, done, sys.stderr if stderr else None)
+    console = Console(stderr=True) if stderr else None
+    with Progress(*columns, console=console, transient=True, disable=not show) as progress:
+        task = progress.add_task("", total=total, completed=done, rate="")
 
         def advance(tokens: int) -> None:
             progress.advance(task, tokens)

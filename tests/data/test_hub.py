@@ -103,7 +103,7 @@ def test_a_lost_connection_is_taken_up_again_at_the_same_row(monkeypatch):
 def test_after_the_retries_the_user_is_told_how_to_go_on(monkeypatch):
     pauses = broken(monkeypatch, [3, 3, 3])
     stream, found = source("some/data").documents(), []
-    with pytest.raises(UserError, match="row 3 .* 2 retries .*again goes on where it stopped"):
+    with pytest.raises(UserError, match="row 3 .* 2 retries .*same command resumes"):
         found.extend(d.text for d in stream)
     assert found == TEXTS[:3]
     assert pauses == [1, 2]

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from groupsae.data.loader import StepSampler, block_order, make_loader
+from groupsae.data.loader import BlockLoader, StepSampler, block_order
 from groupsae.runtime.errors import UserError
 
 
@@ -92,7 +92,7 @@ def test_a_split_without_blocks_is_refused():
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_the_loader_gives_the_samplers_blocks_as_int64(num_workers):
     blocks = np.arange(33, dtype=np.int32).reshape(11, 3)
-    batches = list(make_loader(blocks, sampler(), num_workers, pin_memory=False))
+    batches = list(BlockLoader(blocks, sampler(), num_workers, pin_memory=False))
     for batch, indices in zip(batches, sampler(), strict=True):
         assert batch.dtype == torch.int64
         assert batch.tolist() == blocks[indices].tolist()
@@ -101,7 +101,7 @@ def test_the_loader_gives_the_samplers_blocks_as_int64(num_workers):
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_worker_ends_on_a_signal_of_its_own_process_only(number):
-    loader = make_loader(np.zeros((11, 3), np.int32), sampler(), 1, pin_memory=False)
+    loader = BlockLoader(np.zeros((11, 3), np.int32), sampler(), 1, pin_memory=False)
     batches = iter(loader)
     next(batches)
     (worker,) = multiprocessing.active_children()

@@ -125,7 +125,7 @@ def test_the_corpus_is_the_undisturbed_one_over_a_stop(serve, tmp_path, tiny_lm,
     whole = packed(source, tmp_path / "whole")
     hub.down = {max(hub.files)}
     del pauses[:]
-    with pytest.raises(UserError, match=r"at row 250 .*1 retries.*What was packed is kept.*again"):
+    with pytest.raises(UserError, match=r"at row 250 .*1 retries.*Packed text is kept.*resumes"):
         packed(source, tmp_path / "broken")
     assert sum(pauses) < 200, "the user hears of it within minutes"
     assert (tmp_path / "broken.partial").is_dir()
@@ -153,7 +153,7 @@ def test_a_file_cut_in_the_middle_is_no_end_of_the_data(serve, form):
     files[last] = files[last][: len(files[last]) // 2 + 7]
     _, source = serve(files, retries=1)
     found = []
-    with pytest.raises(UserError, match=r"cut short or damaged in 2 tries.*kept.*max_tokens"):
+    with pytest.raises(UserError, match=r"truncated or damaged in 2 tries.*kept.*max_tokens"):
         found.extend(document.text for document in source.documents())
     assert found == TEXTS[: len(found)]
 
