@@ -193,10 +193,11 @@ def summary(run: RunFiles) -> Section:
     if table is None and (table := tables.groups_table(run)) is not None:
         row = len(table.frame) - 1  # the mean over layers
     for name in ("fvu", "fvu_lost", "delta_ce", "delta_ce_lost"):
-        if table is not None and name in table.columns:
+        if table is not None and name in table.columns and table.cell(row, name).value != NONE:
             value, note, _ = table.cell(row, name)
-            tiles.append(Tile(tables.HEADINGS[name], value, note))
-            if name == "fvu_lost" and value != NONE:
+            label = tables.HEADINGS[name] + " against one SAE per layer" * name.endswith("_lost")
+            tiles.append(Tile(label, value, note))
+            if name == "fvu_lost":
                 headline += f"; FVU lost: {value}{f' ({note})' if note else ''}"
     return Section(
         "summary", "Summary", f"{headline}.", tiles, notes=_notes(run), caveats=_caveats(run)

@@ -52,28 +52,19 @@ HEADINGS = {  # of the columns that are shown
     "factor": "factor", "bound_seconds": "bound",
     "flops_saved": "FLOPs saved", "tokens": "tokens", "measured_on": "evaluated on",
 }
+DIGITS = {  # after the decimal point; others have 4
+    "l0": 1, "mse": 2, "rms_norm": 2, "factor": 2, "mean_effective_layers": 2, "amad": 3,
+    "mmcs": 3, "mmco": 3, "delta_ce_percent": 2, "delta_ce_percent_lost": 2,
+    "delta_ce_percent_together": 2,
+}
 # fmt: on
 INTEGERS = ("num_groups", "d_sae", "tokens", "groupings", "seed")
-WRITERS: dict[str, Callable[[Any], str]] = {  # of numbers; others have four decimals
+WRITERS: dict[str, Callable[[Any], str]] = {  # of other numbers
     **dict.fromkeys(INTEGERS, "{:,}".format),
     **dict.fromkeys(("dead", "dense", "specific", "saved", "flops_saved"), percent),
     **dict.fromkeys(("flops", "seconds_share"), partial(percent, digits=0)),
     **dict.fromkeys(("planned_flops", "measured_flops"), flops),
     **dict.fromkeys(("seconds", "seconds_separately", "bound_seconds"), duration),
-    **dict.fromkeys(("amad", "mmcs", "mmco"), partial(number, digits=3)),
-    **dict.fromkeys(
-        (
-            "mse",
-            "rms_norm",
-            "factor",
-            "mean_effective_layers",
-            "delta_ce_percent",
-            "delta_ce_percent_lost",
-            "delta_ce_percent_together",
-        ),
-        partial(number, digits=2),
-    ),
-    "l0": partial(number, digits=1),
     "seed": str,
 }
 DIFFERENCES = (*METRICS, "delta_ce_percent")
@@ -92,9 +83,9 @@ BASELINES = {  # by the kind of grouping
 
 def write(column: str, value: Any) -> str:
     """Return a value of a column as text."""
-    if value is None:
-        return NONE
-    return value if isinstance(value, str) else WRITERS.get(column, number)(value)
+    if value is None or isinstance(value, str):
+        return value or NONE
+    return WRITERS[column](value) if column in WRITERS else number(value, DIGITS.get(column, 4))
 
 
 class Cell(NamedTuple):

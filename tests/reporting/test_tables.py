@@ -113,7 +113,7 @@ def test_the_summary_has_the_numbers_of_the_evaluation(every: Path):
     assert f"save {100 * saved:.1f} % of the FLOPs" in text
     ends = f"{lost['low']:.4f} to {lost['high']:.4f}"
     assert f"FVU lost: {lost['value']:.4f} ({ends})" in text
-    assert tiles["FVU lost"] == (f"{lost['value']:.4f}", ends)
+    assert tiles["FVU lost against one SAE per layer"] == (f"{lost['value']:.4f}", ends)
     assert tiles["groups"] == ("2", "AMAD 0.178")
     assert "AMAD below θ = 0.2 chose 2 groups of layers (0–2 · 3–10)." in text
     assert "The last layer has its own SAE." in text
