@@ -31,26 +31,39 @@ def ledger(
     """Return what the run cost and what its groups saved, as plain values.
 
     Seconds are wall clock (on a GPU its own clock) of this run; of the distances, of the run that
-    measured them, if they came from the cache. Those of per-layer training at
-    equal tokens are not a second run's: the language model's are the same, and an SAE takes what
-    one of this run's takes. SAEs of several widths are stepped together, so what all of them took
-    is shared out among the widths as the trial before the start found it.
+    measured them, if they came from the cache. Those of per-layer training at equal tokens are
+    worked out: the language model's are the same, and each SAE takes as long as one of this run.
+    SAEs of several widths are stepped together, so their seconds are divided among the widths in
+    proportion to the trial before the start.
+
+    Args:
+        suite: as trained.
+        data: the stream.
+        grouping: knows plan, measurement and cost.
+        throughput: the clocks.
+        seconds: of `seconds_of_all`.
     """
     plan, work, cost = grouping.plan, grouping.work, grouping.cost
-    assert plan is not None
-    assert work is not None
-    assert cost is not None
-    d_saes = [suite.size(each.width).d_sae for each in plan.members]
-    planned = work.saes(d_saes)
-    lm_flops, distance_flops, sae_flops = _measured_flops(data, suite, work)
     activations, saes = seconds
-    validation, distances = throughput.validation.seconds, grouping.measurement.seconds
+    distances, validation = grouping.measurement.seconds, throughput.validation.seconds
     trial = {1.0: 1.0} if grouping.forecast is None else grouping.forecast.step_seconds
     unit = saes / sum(trial[planned.width] for planned in plan.members)
+    d_saes = [suite.size(planned.width).d_sae for planned in plan.members]
     seconds_of = {p.name: unit * trial[p.width] for p in plan.members}
-    full = unit * trial[1.0]
-    groups_seconds = activations + distances + full * len(plan.saes)
-    per_layer_seconds = activations + distances + full * work.layers_run
+    groups, per_layer = (
+        activations + distances + unit * trial[1.0] * n for n in (len(plan.saes), work.layers_run)
+    )
+    lm_flops, distance_flops, sae_flops = _measured_flops(data, suite, work)
+    parts: dict[str, tuple[int | None, int | None, float]] = {
+        "activations": (work.tokens * work.activations, lm_flops, activations),
+        "distances": (work.calibration + work.distances, distance_flops, distances),
+        "saes": (work.saes(d_saes), sae_flops, saes),
+        "validation": (None, None, validation),
+    }
+    if data.is_stored:
+        parts["store"] = None, None, data.fill_seconds
+    parts["other"] = None, None, throughput.all.seconds - activations - saes - validation
+    names = ("planned_flops", "measured_flops", "seconds")
     return {
         "format": FORMAT,
         "device": str(data.device),
@@ -58,31 +71,19 @@ def ledger(
         "tokens": work.tokens,
         "num_saes": len(d_saes),
         "workload": asdict(work),
-        "seconds_per_sae": {
-            str(d_sae): seconds_of[p.name] for p, d_sae in zip(plan.members, d_saes, strict=True)
-        },
+        "seconds_per_sae": dict(zip(map(str, d_saes), seconds_of.values(), strict=True)),
         "parts": [
-            _part("activations", work.tokens * work.activations, lm_flops, activations),
-            _part("distances", work.calibration + work.distances, distance_flops, distances),
-            _part("saes", planned, sae_flops, saes),
-            _part("validation", None, None, validation),
-            *([_part("store", None, None, data.fill_seconds)] if data.is_stored else []),
-            _part("other", None, None, throughput.all.seconds - activations - saes - validation),
+            {"part": part, **dict(zip(names, values, strict=True))}
+            for part, values in parts.items()
         ],
-        "per_layer": {"planned_flops": cost.total_per_layer, "seconds": per_layer_seconds},
+        "per_layer": {"planned_flops": cost.total_per_layer, "seconds": per_layer},
         "saving": {
             "paper": cost.paper_saving,
             "paper_both_sides": cost.paper_saving_both_sides,
             "flops": cost.saving,
-            "seconds": 1 - groups_seconds / per_layer_seconds,
+            "seconds": 1 - groups / per_layer,
         },
-        "sharing": _sharing(
-            plan,
-            seconds_of,
-            activations=activations,
-            saes=saes,
-            wall=throughput.all.seconds - validation,
-        ),
+        "sharing": _sharing(plan, seconds_of, seconds, throughput.all.seconds - validation),
     }
 
 
@@ -91,14 +92,14 @@ def seconds_of_all(
 ) -> tuple[float, float]:
     """Return the seconds of the language model's forwards and of the SAEs' steps.
 
-    Where SAEs are spread over the processes, the mean of the processes' for the SAEs; for the
-    model that of the one which took least, because rows are waited for where they come in, by
-    all but the slowest owner. What is lost by waiting is then in `other`.
+    Where SAEs are spread over the processes: the mean over processes for the SAEs, the smallest
+    for the model, because all but the slowest owner also wait for rows. Waiting is then in
+    `other`, and all processes have to call this.
 
     Args:
         data: with the stopwatch of the model.
         throughput: with that of the SAEs.
-        spread: whether SAEs are spread; then all processes call this.
+        spread: whether SAEs are spread.
     """
     mine = data.stopwatch.seconds, throughput.saes.seconds
     if not spread:
@@ -108,23 +109,18 @@ def seconds_of_all(
 
 
 def _sharing(
-    plan: GroupPlan,
-    seconds_of: dict[str, float],
-    *,
-    activations: float,
-    saes: float,
-    wall: float,
+    plan: GroupPlan, seconds_of: dict[str, float], seconds: tuple[float, float], wall: float
 ) -> dict[str, Any] | None:
     """Return what training all groupings at once saved against one run for each of them.
 
     `seconds` is the wall clock of training, the loop's own time included; `seconds_separately`
     counts the language model and the SAEs of each grouping only, so the factor is a lower bound.
-    (Distances are measured once on both sides: they are cached.) `bound_seconds` is what it must
-    stay below: the language model's forward times two, and each SAE once.
+    (Distances are measured once on both sides: they are cached.) `bound_seconds` is an upper
+    bound for it: the language model's forward twice, and each SAE once.
     """
     if not plan.others:
         return None
-    found = groupings(plan)
+    (activations, saes), found = seconds, groupings(plan)
     separate = sum(
         activations + sum(seconds_of[name] for name in set(each.sae_of_layer.values()))
         for each in found
@@ -138,37 +134,27 @@ def _sharing(
     }
 
 
-def _part(part: str, planned: int | None, measured: int | None, seconds: float) -> dict[str, Any]:
-    return {
-        "part": part,
-        "planned_flops": planned,
-        "measured_flops": measured,
-        "seconds": seconds,
-    }
-
-
 def _measured_flops(
     data: ActivationDataModule, suite: GroupSAESuite, work: Workload
 ) -> tuple[int, int, int]:
-    """Return what a FLOP counter sees of the run: of one block, extrapolated.
+    """Return the FLOPs that a counter sees in one block, times the blocks of the run.
 
-    Where activations are read from a store, the language model runs in neither training nor
-    measuring: nothing is seen of it, though the plan counts its forwards as if they were streamed.
+    Of the language model in training, of the distances (with the forward over the calibration
+    text) and of the SAEs, which run as in training, but without AuxK; nothing of them changes
+    (eval: a running threshold stays). The SAEs are counted on a few rows and on the CPU, whose
+    operators the counter knows; it does not see Triton programs.
 
-    For the language model in training, for the distances (the forward over the calibration text
-    included) and for the SAEs, which run as they do in training, but for AuxK. Nothing of them
-    is changed (eval: a running threshold stands still). The SAEs are counted on a few rows and on
-    the CPU, whose operators the counter knows; it sees nothing of a Triton program.
+    Where activations are read from a store, no language model runs in training or measuring: its
+    count is zero, though the plan counts its forwards as if they were streamed.
     """
     # after fitting Lightning leaves the SAEs on the CPU; the language model is where it ran
     device, geometry = data.device, data.lm.geometry
     rows, every = data.first_rows(data.slots, 1), list(range(geometry.num_layers))
-    with flop_counter() as lm:  # sees none where rows are read from a store
+    size = {"num_layers": geometry.num_layers, "d_model": geometry.d_model}
+    angles = AngularDistance(**size, centring="none").to(device)
+    with flop_counter() as lm:  # zero where rows are read from a store
         batch = rows()
     num_tokens = batch.acts.shape[1]
-    angles = AngularDistance(
-        num_layers=geometry.num_layers, d_model=geometry.d_model, centring="none"
-    ).to(device)
     with flop_counter() as calibration:
         if data.is_stored:  # values do not matter
             layers = torch.tensor(every, device=device)[:, None].expand(-1, num_tokens)
@@ -178,30 +164,27 @@ def _measured_flops(
             tokens = next(iter(data.loader("train", 1)))[:1]
             parts = list(data.every_layer(tokens, every))
     with flop_counter() as distances:
-        for each in parts:
-            angles.update(each.acts, each.everywhere())
-    of_saes, plan = 0.0, suite.plan
-    assert plan is not None
-    held = {member.name: member for member in suite.members()}
-    for planned in plan.members:
-        slot = data.slots.index(planned.layers)
-        # of what another process holds, a fresh one: it costs the same
+        for part in parts:
+            angles.update(part.acts, part.everywhere())
+    sae_flops, held = 0.0, {member.name: member for member in suite.members()}
+    for planned in suite.plan.members:
+        # in place of one that another process holds, a fresh one: it costs the same
         member = (held.get(planned.name) or suite.make_member(planned, data.slots)).cpu()
-        acts, layers = batch.rows(slot)
+        acts, layers = batch.rows(data.slots.index(planned.layers))
         few = slice(min(FEW, len(acts)))
         x = member.scaled(acts[few].cpu(), layers[few].cpu())
+        frame = GlobalBatch(torch.ones(()), member.dead_latents(0))
         with flop_counter() as sae, torch.enable_grad():
-            output = member.sae.eval().forward(
-                x, GlobalBatch(torch.ones(()), member.dead_latents(0))
-            )
+            output = member.sae.eval().forward(x, frame)
             torch.stack(list(output.losses.values())).sum().backward()
         member.zero_grad()
-        of_saes += sae.get_total_flops() * (len(acts) / max(1, len(x))) / num_tokens
-    measured = (counter.get_total_flops() for counter in (lm, calibration, distances))
-    of_lm, of_calibration, of_distances = (n / num_tokens for n in measured)
-    measuring = work.calibration_passes * of_calibration + of_distances
+        sae_flops += sae.get_total_flops() * (len(acts) / max(1, len(x))) / num_tokens
+    lm_flops, calibration_flops, distance_flops = (
+        counter.get_total_flops() / num_tokens for counter in (lm, calibration, distances)
+    )
+    measuring = work.calibration_passes * calibration_flops + distance_flops
     return (
-        round(work.tokens * of_lm),
+        round(work.tokens * lm_flops),
         round(work.calibration_tokens * measuring),
-        round(work.tokens * of_saes),
+        round(work.tokens * sae_flops),
     )

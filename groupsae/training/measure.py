@@ -3,7 +3,7 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,13 @@ from groupsae.runtime.progress import token_progress
 
 FORMAT = 4  # of the cached file
 
-
-SCALES = ("rms", "mean_norm", "sqrt_d", "none")
+# rule for norm factors -> factors of all layers
+SCALES: dict[str, Callable[["Measurement"], np.ndarray]] = {
+    "rms": lambda m: 1 / m.rms_norms,
+    "mean_norm": lambda m: 1 / m.mean_norms,
+    "sqrt_d": lambda m: m.d_model**0.5 / m.mean_norms,
+    "none": lambda m: np.ones_like(m.rms_norms),
+}
 
 
 def check_scale(scale: str) -> None:
@@ -36,7 +41,7 @@ def check_scale(scale: str) -> None:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What calibration found.
+    """Result of the calibration.
 
     Attributes:
         distances: mean angular distance of every pair of layers, fractions of pi, [L, L].
@@ -56,42 +61,29 @@ class Measurement:
 
     @property
     def tokens(self) -> int:
-        """Return the tokens that it was made on."""
+        """Return the number of tokens that were measured."""
         return int(self.provenance["tokens"])
 
     @property
     def passes(self) -> int:
-        """Return the forwards of the model over them; centring needs a second one."""
+        """Return how often the model read them; centring needs a second pass."""
         return 2 if self.provenance["centring"] == "mean" else 1
 
     def norm_factors(self, scale: str) -> dict[int, float]:
-        """Return what the activations of each layer are multiplied by.
+        """Return layer -> what its activations are multiplied by.
 
         Args:
             scale: `rms` makes the mean squared norm 1 (paper, appendix A), `mean_norm` the mean
                 norm 1 (the reference code), `sqrt_d` the mean norm sqrt(d_model); `none` leaves
                 them as they are.
         """
-        factors = {
-            "rms": 1 / self.rms_norms,
-            "mean_norm": 1 / self.mean_norms,
-            "sqrt_d": self.d_model**0.5 / self.mean_norms,
-            "none": np.ones_like(self.rms_norms),
-        }
-        return {layer: float(factor) for layer, factor in enumerate(factors[scale])}
+        return {layer: float(factor) for layer, factor in enumerate(SCALES[scale](self))}
 
     def save(self, path: Path) -> None:
-        """Write everything into one npz, whole or not at all."""
+        """Write everything into one npz, atomically."""
+        values = {**vars(self), "provenance": np.array(json.dumps(self.provenance))}
         with atomic_write(path, shared=True) as handle:
-            np.savez(
-                handle,
-                distances=self.distances,
-                rms_norms=self.rms_norms,
-                mean_norms=self.mean_norms,
-                d_model=self.d_model,
-                provenance=np.array(json.dumps(self.provenance)),
-                seconds=self.seconds,
-            )
+            np.savez(handle, **values)
 
     @classmethod
     def load(cls, path: Path) -> "Measurement":
@@ -128,13 +120,13 @@ def provenance_of(data: ActivationDataModule, tokens: int, centring: str) -> dic
 
 
 def cached(path: Path) -> Measurement | None:
-    """Return what was measured before; None if nothing was, or if the file is damaged."""
+    """Return an earlier measurement; None if there is none, or if the file is damaged."""
     if not path.exists():
         return None
     try:
         return Measurement.load(path)
     except UserError:
-        warnings.warn(f"{path} is damaged: it is measured anew", stacklevel=2)
+        warnings.warn(f"{path} is damaged: the layers are measured again", stacklevel=2)
         return None
 
 
@@ -144,19 +136,19 @@ def measure(
     """Return distances and norms, from the cache if this content was measured before.
 
     The key is (model, weights, text, tokens, options), so a sweep over the number of groups
-    measures once: of runs side by side one measures, and the others wait for it. With several
-    processes each takes its share and all get the same sums.
+    measures once: of several runs at a time one measures, and the others wait for it. With
+    several processes each takes its share and all get the same sums.
     """
     provenance = provenance_of(data, tokens, centring)
     content = json.dumps({**provenance, "format": FORMAT}, sort_keys=True)
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     path = cache / "angles" / f"{key}.npz"
     with _one_run_at_a_time(path, trainer):
-        found = cached(path) if trainer.global_rank == 0 else None
-        found = trainer.strategy.broadcast(found)  # what the first process read, all go on with
+        # all processes use what the first one read
+        found = trainer.strategy.broadcast(cached(path) if trainer.is_global_zero else None)
         if found is None:
-            found = _measured(data, trainer, tokens, provenance)
-            if trainer.global_rank == 0:
+            found = _measure(data, trainer, tokens, provenance)
+            if trainer.is_global_zero:
                 found.save(path)
     return found
 
@@ -165,48 +157,46 @@ def measure(
 def _one_run_at_a_time(path: Path, trainer: L.Trainer) -> Iterator[None]:
     """Hold the lock of a measurement, in the first process of a run for all of them.
 
-    While it waits for another run the others hear of it each second: else they would take it for
-    lost after the time-out of a collective.
+    While it waits for another run, it sends the others a sign each second: without one they would
+    give it up after the timeout of a collective.
     """
-    tell = trainer.strategy.broadcast
-    if trainer.global_rank:
-        while tell(None):
+    still_waiting = trainer.strategy.broadcast
+    if not trainer.is_global_zero:
+        while still_waiting(None):
             pass
         yield
         return
     lock = path.with_suffix(".lock")
-    with one_at_a_time(lock, "measuring these layers", lambda: tell(True)):
-        tell(False)
+    with one_at_a_time(lock, "measuring these layers", lambda: still_waiting(True)):
+        still_waiting(False)
         yield
 
 
-def _measured(
+def _measure(
     data: ActivationDataModule, trainer: L.Trainer, tokens: int, provenance: dict[str, Any]
 ) -> Measurement:
     """Run the calibration tokens through the model, once or (centred) twice."""
-    centring = provenance["centring"]
+    centring, device = provenance["centring"], trainer.strategy.root_device
     data.fill_calibration(tokens)
-    geometry, device = data.lm.geometry, trainer.strategy.root_device
-    size = {"num_layers": geometry.num_layers, "d_model": geometry.d_model}
+    size = {"num_layers": data.lm.geometry.num_layers, "d_model": data.lm.geometry.d_model}
     moments = LayerMoments(**size).to(device)
     angles = AngularDistance(**size, centring=centring).to(device)
-    passes = [moments, angles] if centring == "mean" else [None]
-    watch = Stopwatch()
-    total = provenance["tokens"] * len(passes)
-    with watch, token_progress("measuring layers", total, trainer.global_rank == 0) as advance:
-        for metric in passes:
-            if metric is angles:
+    passes: list[list[Any]] = [[moments], [angles]] if centring == "mean" else [[moments, angles]]
+    total, watch = provenance["tokens"] * len(passes), Stopwatch()
+    with watch, token_progress("measuring layers", total, trainer.is_global_zero) as advance:
+        for number, metrics in enumerate(passes):
+            if number == 1:
                 angles.set_mean(moments.moments().mean)
             for batch in data.calibration_batches(tokens):
-                for each in [moments, angles] if metric is None else [metric]:
-                    each.update(batch.acts, batch.everywhere())
+                for metric in metrics:
+                    metric.update(batch.acts, batch.everywhere())
                 advance(batch.acts.shape[1] * trainer.world_size)
     _, rms_norms, mean_norms = moments.moments()
     return Measurement(
         angles.compute().cpu().numpy(),
         rms_norms.cpu().numpy(),
         mean_norms.cpu().numpy(),
-        geometry.d_model,
+        size["d_model"],
         provenance,
         watch.seconds,
     )

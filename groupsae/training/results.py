@@ -1,4 +1,4 @@
-"""What a finished run leaves in its folder: the SAEs, and a summary of its figures."""
+"""What a finished run writes into its folder: the SAEs, and a summary of its figures."""
 
 import resource
 from collections.abc import Mapping
@@ -34,8 +34,6 @@ def save_suite(
         configured: the configuration's `sae`, as plain values.
     """
     plan, measurement = grouping.plan, grouping.measurement
-    assert measurement is not None
-    assert plan is not None
     for index, member in zip(suite.own, suite.members(), strict=True):
         arguments = {
             "d_model": member.sae.d_model,
@@ -52,9 +50,7 @@ def save_suite(
                 "d_sae": member.sae.d_sae,
                 "width": plan.members[index].width,
                 "layers": member.layers,
-                "norm_factors": {
-                    layer: float(member.norm_factors[layer]) for layer in member.layers
-                },
+                "norm_factors": {x: float(member.norm_factors[x]) for x in member.layers},
                 **data.described(),
                 "weights": measurement.provenance["weights"],
                 "text": measurement.provenance["text"],
@@ -78,12 +74,8 @@ def summarise(
         result = suite.val_results[planned.name]
         groups[planned.name] = {
             "layers": planned.layers,
-            "tokens_per_layer": result["tokens_per_layer"],
-            "fvu": values[f"val/fvu/{planned.name}"],
-            "l0": values[f"val/l0/{planned.name}"],
-            "dead": result["dead"],
-            "skipped": result["skipped"],
-            "unfired": values[f"val/unfired/{planned.name}"],
+            **{key: result[key] for key in ("tokens_per_layer", "dead", "skipped")},
+            **{key: values[f"val/{key}/{planned.name}"] for key in ("fvu", "l0", "unfired")},
             "fvu_per_layer": {x: found["fvu"] for x, found in result["per_layer"].items()},
         }
     part = grouping.plan.partition

@@ -280,7 +280,7 @@ def test_layers_are_not_measured_again_when_another_run_just_did(
             pass
 
     monkeypatch.setattr(measure, "one_at_a_time", OtherRun)
-    monkeypatch.setattr(measure, "_measured", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(measure, "_measure", lambda *_: pytest.fail("measured again"))
     assert runs.run([*first, "groups.num_groups=2"])[0] == 0
 
 

@@ -119,7 +119,7 @@ def test_a_signal_while_layers_are_measured_is_told(
 
     arguments = runs.overrides(tiny_lm, tiny_text, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(measure, "_measured", lambda *_: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(measure, "_measure", lambda *_: signal.raise_signal(signal.SIGTERM))
         status, folder = runs.run(arguments)
     assert status == 128 + signal.SIGTERM
     assert f"resume={folder}" in capsys.readouterr().out
