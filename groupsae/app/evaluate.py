@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -119,30 +119,29 @@ def evaluate(folder: Path, cfg: DictConfig, options: DictConfig, device: str) ->
 
 
 def _log(folder: Path, evaluation: dict[str, Any], configs: Any, step: int) -> None:
-    """Send the chosen grouping's figures per layer, every grouping's means, and the figures."""
-    chosen = evaluation["groupings"][0]
-    values = {
-        f"eval/{metric}/layer.{row['layer']}": plain
+    """Send the chosen grouping's figures per layer, every grouping's means, and the plots."""
+    chosen = evaluation["groupings"][0]["sae_of_layer"]
+    figures = {
+        f"{metric}/layer.{row['layer']}": value
         for row in evaluation["results"]
-        if chosen["sae_of_layer"].get(str(row["layer"])) == row["sae"]
-        for metric, stored in row.items()
-        if metric not in ("sae", "layer") and (plain := value_of(stored)) is not None
+        if chosen.get(str(row["layer"])) == row["sae"]
+        for metric, value in row.items()
+        if metric not in ("sae", "layer")
     }
-    found = {"ce/clean": evaluation["ce"]}
+    figures["ce/clean"] = evaluation["ce"]
     for row in evaluation["layers"]:
-        found |= {f"{k}/layer.{row['layer']}": v for k, v in row.items() if k.startswith("ce_")}
-    for each in evaluation["groupings"]:
-        together = each["spliced_together"] or {}
-        found |= {f"{k}/{each['name']}": v for k, v in each["all_layers"].items()}
-        found |= {f"{k}_together/{each['name']}": v for k, v in together.items()}
-    for name, stored in found.items():
-        if (plain := value_of(stored)) is not None:
-            values[f"eval/{name}"] = plain
+        figures |= {f"{k}/layer.{row['layer']}": v for k, v in row.items() if k.startswith("ce_")}
+    for grouping in evaluation["groupings"]:
+        name, together = grouping["name"], grouping["spliced_together"] or {}
+        figures |= {f"{metric}/{name}": v for metric, v in grouping["all_layers"].items()}
+        figures |= {f"{metric}_together/{name}": v for metric, v in together.items()}
+    numbers = {f"eval/{name}": value_of(stored) for name, stored in figures.items()}
+    numbers = {name: number for name, number in numbers.items() if number is not None}
     ours = wandb.run is None
     try:
         loggers = [make(config) for config in configs.values()]
         for logger in loggers:
-            logger.log_metrics(values, step=step)
+            logger.log_metrics(numbers, step=step)
         save_figures(folder / "figures", evaluation_figures(read_run(folder)), loggers)
     finally:
         if ours and wandb.run is not None:  # or the next point of a sweep would log into this run
@@ -178,24 +177,24 @@ def _same_stream(
     if trained["weights"] not in (None, weights):
         raise UserError(
             f"the SAEs in {folder} were trained on other weights of {trained['model']} "
-            f"({trained['weights'][:8]}) than {lm.name} has now ({weights[:8]}): bring the old "
-            "ones back, or train again."
+            f"({trained['weights'][:8]}) than {lm.name} has now ({weights[:8]}): restore "
+            "them, or train on these in another output=<folder>."
         )
     if trained["text"] not in (None, data.blocks.key):
         raise UserError(
             f"the SAEs in {folder} were trained on packed text {trained['text']}, but data now "
             f"gives {data.blocks.key}: files have changed, and held-out text might be text they "
-            "were trained on. Bring the old text back, or train again."
+            "were trained on. Restore the old text, or train on this in another output=<folder>."
         )
     data.use(lm.load_with_head(device), device)
     return data
 
 
 def steps_to_evaluate(data: ActivationDataModule, tokens: int | None) -> int:
-    """Return the steps to evaluate on: what is asked for must be there, a default need not.
+    """Return the steps to evaluate on; by default fewer if the text is shorter.
 
     Args:
-        data: the stream; packs its text first if need be.
+        data: the stream, whose text is packed first if necessary.
         tokens: evaluation.tokens.
 
     Raises:
@@ -217,23 +216,21 @@ def steps_to_evaluate(data: ActivationDataModule, tokens: int | None) -> int:
 
 
 def _run(data: ActivationDataModule, sums: HeldoutSums, steps: int, means: Tensor) -> int:
+    """Add the held-out text to the sums; return the FLOPs."""
+    parts = (
+        part
+        for batch in data.loader("heldout", steps)
+        for part in batch.to(means.device).split(data.blocks_per_forward)
+    )
     title, total = f"evaluating {len(sums.pairs)} pairs", steps * data.tokens_per_step
     with token_progress(title, total, show=True) as advance:
-
-        def parts() -> Iterator[Tensor]:
-            for batch in data.loader("heldout", steps):
-                yield from batch.to(means.device).split(data.blocks_per_forward)
-
-        return run_heldout(sums, parts(), data.hooked, means, data.filters, advance)
+        return run_heldout(sums, parts, data.hooked, means, data.filters, advance)
 
 
 def _layer_means(data: ActivationDataModule, tokens: int) -> tuple[Tensor, int, int]:
-    """Return the mean activation of every layer, [layer, d_model], over calibration text.
+    """Return the mean activation of every layer, [layer, d_model]; its tokens; its FLOPs.
 
-    Not over held-out text: what mean ablation puts in must not know what it is measured on.
-
-    Returns:
-        The means; the tokens that passed through the model; the FLOPs that takes, measured.
+    Over calibration text: mean ablation must not know the text that it is measured on.
     """
     total, count, seen = torch.zeros(()), 0, 0
     batches = data.calibration_batches(tokens)

@@ -94,9 +94,8 @@ class HeldoutSums:
         """Add some sequences.
 
         Positions that the filters leave out keep their own activation when spliced, and their
-        predictions do not count. The exception are positions left out for their norm on one
-        layer: every layer is judged on the same predictions. A model without next-token
-        predictions adds none.
+        predictions do not count, except for positions left out for their norm on one layer:
+        every layer is judged on the same predictions.
 
         Args:
             tokens: of the sequences.

@@ -58,12 +58,12 @@ class LayerProfile:
     def summary(self) -> dict[str, Any]:
         """Return the profile in numbers, over the latents that fired; None if none did.
 
-        - mean_max_share = mean over latents of the largest share that one layer has;
-        - specific = share of latents with more than 90 % of their firings in one layer, and
-          specific_to the same for each layer, which adds up to it;
-        - mean_effective_layers = mean over latents of exp(entropy of the shares): 1 if all
-          firings are in one layer, the number of layers if they are spread evenly;
-        - mean_layer = mean over latents of the mean layer they fire on;
+        - mean_max_share = mean of the largest share that one layer has;
+        - specific = share of latents with more than 90 % of their firings in one layer;
+          specific_to = the same by layer;
+        - mean_effective_layers = mean of exp(entropy of the shares), from 1 (all firings in one
+          layer) to the number of layers (spread evenly);
+        - mean_layer = mean of the mean layer they fire on;
         - never = number of latents that fired on no layer.
         """
         shares = self.shares[self.alive]

@@ -154,13 +154,10 @@ def atomic_folder(
 def check_free(
     target: Path, *, overwrite: bool, ours: Callable[[Path], bool], source: Path | None = None
 ) -> None:
-    """Check that a folder may be written; the arguments are those of `atomic_folder`.
+    """Raise UserError if the target of `atomic_folder` exists and may not be replaced.
 
-    Only what a command of the same kind wrote is ever replaced, and never the source, the
-    working folder or a folder around them.
-
-    Raises:
-        UserError: the target exists and may not be replaced.
+    Only a folder of the same kind is ever replaced, and never the source, the working folder or
+    a folder around them.
     """
     if not target.exists():
         return

@@ -66,12 +66,8 @@ def token_progress(
         done: tokens already done at the start.
         stderr: show it there.
     """
-    columns = (
-        TextColumn(title),
-        BarColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
+    rate = TextColumn("{task.fields[rate]}")
+    columns = (TextColumn(title), BarColumn(), rate, TimeRemainingColumn())
     lines = ProgressLines(title, total, done, sys.stderr if stderr else None)
     console = Console(stderr=True) if stderr else None
     with Progress(*columns, console=console, transient=True, disable=not show) as progress:

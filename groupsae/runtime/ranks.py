@@ -1,4 +1,4 @@
-"""Which processes there are: what torchrun, SLURM and Lightning tell by the environment."""
+"""The processes of a run, from the environment variables of torchrun, SLURM and Lightning."""
 
 import os
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from groupsae.runtime.errors import UserError
 
 
 def is_leader() -> bool:
-    """Return whether this is the first process: the others must not touch what it began."""
+    """Return whether this is the first process, the one that writes and prints."""
     ranks = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID")
     return all(os.environ.get(name, "0") == "0" for name in ranks)
 
@@ -19,7 +19,7 @@ def takes_several(trainer: Mapping[str, Any]) -> bool:
 
 
 def check_processes(trainer: Mapping[str, Any]) -> None:
-    """Raise UserError if several processes were started that would not know of each other."""
+    """Raise UserError if several processes were started for a trainer that is for one."""
     started_by = {}
     if "TORCHELASTIC_RUN_ID" in os.environ:
         started_by["torchrun"] = "WORLD_SIZE"
@@ -47,7 +47,7 @@ def share_cores(processes: int) -> None:
 
 
 def starts_processes(trainer: Mapping[str, Any]) -> bool:
-    """Return whether Lightning would start processes, by giving the command again."""
+    """Return whether Lightning would start the other processes itself."""
     outside = {"WORLD_SIZE", "TORCHELASTIC_RUN_ID"} & set(os.environ)
     tasks = int(os.environ.get("SLURM_NTASKS", "1"))
     return takes_several(trainer) and not outside and tasks == 1

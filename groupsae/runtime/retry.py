@@ -78,10 +78,8 @@ def network_cause(error: BaseException) -> BaseException | None:
 
 def causes(error: BaseException) -> Iterator[BaseException]:
     """Yield an error, then each that it was raised from or while handling."""
-    seen: set[int] = set()
     cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
+    while cause is not None:
         yield cause
         cause = cause.__cause__ or cause.__context__
 
@@ -94,8 +92,8 @@ def one_line(error: BaseException) -> str:
 
 def _pause(state: RetryCallState) -> float:
     pause = wait_exponential(max=60)(state)
-    error = None if state.outcome is None else state.outcome.exception()
-    for cause in causes(error) if error is not None else ():
+    error = state.outcome and state.outcome.exception()
+    for cause in causes(error) if error else ():
         headers = getattr(getattr(cause, "response", cause), "headers", None)
         wish = None if headers is None else _seconds(str(headers.get("Retry-After", "")))
         if wish is not None:

@@ -296,7 +296,7 @@ def test_other_weights_are_refused(copy: Path, tiny_lm: Path, tmp_path: Path) ->
     )
     sentence = refused(copy)
     assert f"the SAEs in {copy} were trained on other weights of {tiny_lm}" in sentence
-    assert sentence.endswith("bring the old ones back, or train again.")
+    assert sentence.endswith("restore them, or train on these in another output=<folder>.")
 
 
 def test_other_text_is_refused(copy: Path, tiny_text: Path, tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_other_text_is_refused(copy: Path, tiny_text: Path, tmp_path: Path) -> N
     set_option(copy, "data.path", str(changed))
     sentence = refused(copy)
     assert "were trained on packed text" in sentence
-    assert sentence.endswith("Bring the old text back, or train again.")
+    assert sentence.endswith("Restore the old text, or train on this in another output=<folder>.")
 
 
 def test_the_command_line_asks_which_run() -> None:
