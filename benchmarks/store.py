@@ -2,8 +2,8 @@
 
 Of the bundled model and of a random GPT-NeoX of Pythia-70M's shape, in blocks that take turns
 within one process: training rows made by the language model, and read from a store with and
-without checksums; what filling the store takes beside the forwards that it is filled with. Then
-whole runs by `groupsae.train`, streaming and from the store, by turns.
+without checksums; what filling the store takes compared with its forwards alone. Then complete
+runs by `groupsae.train`, streaming and from the store, by turns.
 
 What was written is read from the operating system's cache, so these are the costs of the code and
 of memory, not of a disk. How many bytes a token is, which a disk must then bring, is in the table.
@@ -37,18 +37,18 @@ from groupsae.runtime.quiet import quiet
 MODELS = (BUNDLED, "pythia-70m")
 ROUNDS, RUNS = 5, 2  # the first round is not counted
 STEPS = 12  # that the blocks read
-RUN_STEPS = 24  # of a whole run
+RUN_STEPS = 24  # of a complete run
 MODEL, CHECKED, READ = "language model", "store, first time", "store, again"
 
 
-class Found(NamedTuple):
+class Measured(NamedTuple):
     """Of one model.
 
     Attributes:
         rows: seconds of all steps' rows, by where they come from.
         fill: seconds of filling the store with one step's blocks, for each step.
         forward: seconds of the same forwards, with nothing written.
-        runs: seconds of a step of a whole run, streaming and from the store.
+        runs: seconds of a step of a complete run, streaming and from the store.
         tokens: of a step.
         bytes_per_token: that are read.
     """
@@ -106,7 +106,7 @@ def _nothing(layer: int, acts: torch.Tensor) -> None:
 
 
 def run_seconds(given: Sequence[str], folder: Path) -> float:
-    """Return the seconds of a step of a whole run."""
+    """Return the seconds of a step of a complete run."""
     command = [sys.executable, "-m", "groupsae.train", *given, "overwrite=true"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     newest = max(folder.rglob("summary.json"), key=lambda file: file.stat().st_mtime)
@@ -114,7 +114,7 @@ def run_seconds(given: Sequence[str], folder: Path) -> float:
     return float(summary["seconds_training"] / summary["steps"])
 
 
-def measured(given: Sequence[str], folder: Path) -> Found:
+def measured(given: Sequence[str], folder: Path) -> Measured:
     """Measure one model; `folder` takes runs and store."""
     keep = f"data.cache={folder / 'store'}"
     given = [
@@ -126,7 +126,7 @@ def measured(given: Sequence[str], folder: Path) -> Found:
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         cfg = compose("train", given)
     size = cfg.stream.blocks_per_step * cfg.stream.context
-    few, whole = f"tokens={STEPS * size}", f"tokens={RUN_STEPS * size}"
+    few, complete = f"tokens={STEPS * size}", f"tokens={RUN_STEPS * size}"
     stream, store = (module([*given, few, *more], folder / "run") for more in ([], [keep]))
     store.heldout_tokens = size  # of which the store would otherwise be filled, too
     store.fill_training()
@@ -143,32 +143,34 @@ def measured(given: Sequence[str], folder: Path) -> Found:
     forward = statistics.median(forwards(stream) for _ in range(ROUNDS))
     by_turns: list[tuple[float, float]] = []
     for number in range(RUNS + 1):
-        both = [run_seconds([*given, whole, *more], folder / "outputs") for more in ([], [keep])]
+        both = [
+            run_seconds([*given, complete, *more], folder / "outputs") for more in ([], [keep])
+        ]
         print(f"runs: round {number} of {RUNS}", flush=True)
         if number:  # the first one filled the store
             by_turns.append((both[0], both[1]))
     layout = store.reader.store.layout
     read = layout.block_bytes // layout.context * len(store.used_layers())
     runs = statistics.median(a for a, _ in by_turns), statistics.median(b for _, b in by_turns)
-    return Found(rows, store.fill_seconds / filled, forward, runs, size, read)
+    return Measured(rows, store.fill_seconds / filled, forward, runs, size, read)
 
 
-def cells(found: Found) -> dict[str, str]:
+def cells(result: Measured) -> dict[str, str]:
     """Return the column of a model, by row."""
-    rate = {name: STEPS * found.tokens / times.median for name, times in found.rows.items()}
-    stream, store = found.runs
+    rate = {name: STEPS * result.tokens / times.median for name, times in result.rows.items()}
+    stream, store = result.runs
     return {
         "rows from the language model, tokens/s": f"{rate[MODEL]:,.0f}",
         "rows from the store, first time (checked), tokens/s": f"{rate[CHECKED]:,.0f}",
         "rows from the store, again, tokens/s": f"{rate[READ]:,.0f}",
         "store, checked / language model": f"{rate[CHECKED] / rate[MODEL]:.1f}",
         "checksums: seconds, first time / again": f"{rate[READ] / rate[CHECKED]:.2f}",
-        "filling, tokens/s": f"{found.tokens / found.fill:,.0f}",
-        "filling / its forwards alone": f"{found.fill / found.forward:.2f}",
+        "filling, tokens/s": f"{result.tokens / result.fill:,.0f}",
+        "filling / its forwards alone": f"{result.fill / result.forward:.2f}",
         "whole run, streaming: ms of a step": f"{1000 * stream:.1f}",
         "whole run, from the store: ms of a step": f"{1000 * store:.1f}",
         "whole run: streaming / from the store": f"{stream / store:.2f}",
-        "bytes read for a token": f"{found.bytes_per_token:,}",
+        "bytes read for a token": f"{result.bytes_per_token:,}",
     }
 
 

@@ -193,11 +193,6 @@ class ActivationDataModule(L.LightningDataModule):
         assert self._hooked is not None
         return self._hooked
 
-    @property
-    def model(self) -> torch.nn.Module:
-        """Return the language model as transformers has it."""
-        return self.hooked.model
-
     def use(self, hooked: HookedLM, device: torch.device) -> None:
         """Run this copy of the language model, with or without its head, and no other."""
         self._hooked, self.device = hooked, device

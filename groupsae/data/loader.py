@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from groupsae.runtime.errors import UserError
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # to a whole run
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # to all processes
 
 
 def block_order(num_blocks: int, seed: int, start: int, count: int) -> np.ndarray:
@@ -37,13 +37,13 @@ def block_order(num_blocks: int, seed: int, start: int, count: int) -> np.ndarra
 class StepSampler(Sampler[list[int]]):
     """The blocks of every step that fall to one rank.
 
-    Its length is the whole run, while iteration starts at `first_step`: that is what Lightning
+    Its length is the complete run, while iteration starts at `first_step`: that is what Lightning
     expects of a resumed loader.
 
     Args:
         num_blocks: blocks in the split.
         blocks_per_step: blocks in a step over all ranks.
-        num_steps: steps of the whole run.
+        num_steps: steps of the complete run.
         seed: of the shuffle; None keeps the order of the file.
         first_step: where to begin.
         rank: this process.

@@ -55,11 +55,11 @@ def token_batch(blocks=5, seed=0):
 def all_residuals(data, tokens):
     """Every layer's residual by Hugging Face; the last one caught before the final norm."""
     before_norm = []
-    handle = data.model.final_layer_norm.register_forward_pre_hook(
+    handle = data.hooked.model.final_layer_norm.register_forward_pre_hook(
         lambda _, args: before_norm.append(args[0])
     )
     with torch.no_grad():
-        hidden = data.model(input_ids=tokens, output_hidden_states=True).hidden_states
+        hidden = data.hooked.model(input_ids=tokens, output_hidden_states=True).hidden_states
     handle.remove()
     return [r.flatten(0, 1) for r in [*hidden[1:LAYERS], before_norm[0]]]
 
@@ -134,7 +134,7 @@ def test_slots_of_early_layers_stop_the_model_early(make_data):
 
 def test_the_model_is_frozen_and_belongs_to_no_checkpoint(make_data):
     data = make_data()
-    assert not any(p.requires_grad for p in data.model.parameters())
+    assert not any(p.requires_grad for p in data.hooked.model.parameters())
     assert data.state_dict().keys() == {"blocks_seen", "tokens_key", "seconds"}
 
 

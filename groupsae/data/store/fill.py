@@ -24,7 +24,7 @@ from groupsae.runtime.units import format_bytes
 CHUNK_BYTES = 64_000_000  # of one layer's file; a chunk of every layer is in memory
 RESERVE = 100_000_000  # bytes of the disk that are left for everything else
 THREADS = 4  # that write
-PAUSE = 0.5  # seconds between two looks at what another process is writing
+PAUSE = 0.5  # seconds between two tries, while another process writes
 
 Model = Callable[[Split, Sequence[int]], Show]
 
@@ -54,7 +54,7 @@ class Filler:
     say: Callable[[str], object]
 
     def fill(self, gaps: list[Gap], later: int) -> None:
-        """Write what is missing; return when it is there, whichever process wrote it.
+        """Write what is missing; return when all of it is stored, by whichever process.
 
         Args:
             gaps: of `ActivationStore.gaps`.

@@ -14,6 +14,7 @@ from groupsae.data.packing import Split
 from groupsae.data.rows import all_rows
 from groupsae.data.store.shard import Damaged
 from groupsae.data.store.store import ActivationStore
+from groupsae.files.atomic import explain_write_errors
 from groupsae.lm.hooked import Visit
 from groupsae.runtime.errors import UserError
 
@@ -101,7 +102,8 @@ class RowReader:
         try:
             self.store.read(self.split, block, layer, out)
         except Damaged as error:
-            error.path.unlink(missing_ok=True)
+            with explain_write_errors(error.path, "data.cache=<folder>"):
+                error.path.unlink(missing_ok=True)
             raise UserError(
                 f"{error}. It was deleted: give the same command again, which fills this file of "
                 "the store again and resumes the run."
