@@ -2,8 +2,8 @@
 
 Each variant differs from the way groupsae runs the model in one thing (the head brings the final
 norm along). Models: the bundled one and a random GPT-NeoX of Pythia-70M's shape, 8 blocks of 256
-tokens. Two minutes on two cores. Writes benchmarks/results/lm_forward.md, with the options in its
-name.
+tokens. Two minutes on two cores; `size=smallest` takes seconds, without compiling. Writes
+benchmarks/results/lm_forward.md, with the options in its name.
 """
 
 import sys
@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.timing import interleaved, options, random_model, timed, write
+from benchmarks.timing import interleaved, options, random_model, smallest, timed, write
 from groupsae.lm.hooked import HookedLM, nothing_padded
 from groupsae.lm.load import FrozenLM
 from groupsae.runtime.quiet import quiet
 from groupsae.training.allocator import keep_freed_memory
 
-BLOCKS, CONTEXT, ROUNDS = 8, 256, 5
+BLOCKS, CONTEXT, ROUNDS = (1, 16, 1) if smallest() else (8, 256, 5)
 BASE = "as groupsae runs it"
 
 
@@ -62,7 +62,7 @@ def variants(name: str, device: torch.device) -> dict[str, Callable[[], Any]]:
     expected = run(plain)
     for same in (run(plain, attention_mask=None), inference()):
         assert all(torch.equal(same[i], expected[i]) for i in expected)
-    return {
+    found = {
         BASE: lambda: run(plain),
         "stopped half way": lambda: run(plain, range(len(plain.blocks) // 2)),
         "with head and final norm": with_head,
@@ -74,6 +74,9 @@ def variants(name: str, device: torch.device) -> dict[str, Callable[[], Any]]:
         "compile=true": lambda: run(compiled),
         'float32_matmul_precision="medium"': other_products,
     }
+    if smallest():  # compiling takes a minute
+        del found["compile=true"]
+    return found
 
 
 def main(arguments: list[str]) -> None:
@@ -82,6 +85,8 @@ def main(arguments: list[str]) -> None:
     device = torch.device(options(arguments, device=("cpu", "cpu|cuda"))["device"])
     keep_freed_memory()
     shape = {"num_layers": 6, "d_model": 512, "num_heads": 8, "vocab_size": 50304}
+    if smallest():
+        shape = {"num_layers": 2, "d_model": 16, "num_heads": 2, "vocab_size": 1024}
     with random_model(**shape, context=CONTEXT) as folder:
         found = [
             interleaved(

@@ -14,6 +14,7 @@ The first two are run by default: two to three minutes on two cores. The others 
     python -m benchmarks.loop models=pythia-160m,pythia-410m,pythia-1b trainer=gpu \
         model.dtype=bfloat16 sae.selection=bfloat16
 
+`size=smallest` takes a few steps on the bundled model, for CI.
 Writes benchmarks/results/loop.md, with the options in its name.
 """
 
@@ -31,7 +32,7 @@ from hydra import compose, initialize_config_dir
 from lightning.pytorch.profilers import SimpleProfiler
 from rich.console import Console
 
-from benchmarks.timing import now, random_model, write
+from benchmarks.timing import SMALLEST_RUN, now, random_model, smallest, without_size, write
 from groupsae.app.fit import Run, build
 from groupsae.app.run_folder import register_resolver
 from groupsae.config.instantiate import CONF
@@ -73,8 +74,8 @@ SHAPES = {
     "pythia-410m": Shape(24, 1024, 16, 1024, published(9)),
     "pythia-1b": Shape(16, 2048, 8, 1024, published(6)),
 }
-MODELS, DEFAULT = (BUNDLED, *SHAPES), (BUNDLED, "pythia-70m")
-STEPS = {BUNDLED: 20}  # in a block
+MODELS, DEFAULT = (BUNDLED, *SHAPES), (BUNDLED, *(() if smallest() else ("pythia-70m",)))
+STEPS = {BUNDLED: 2 if smallest() else 20}  # in a block
 FEW_STEPS = 6  # of all others
 WHOLE, SAES, MODEL = "whole loop", "SAE steps alone", "language model alone"
 # what Lightning's profiler calls them; forward and backward run inside the optimiser's step
@@ -206,7 +207,8 @@ def main(arguments: Sequence[str]) -> None:
     names = chosen(arguments)
     quiet()
     register_resolver()
-    overrides = [a for a in arguments if not a.startswith("models=")]
+    overrides = [a for a in without_size(arguments) if not a.startswith("models=")]
+    overrides = [*SMALLEST_RUN, *overrides] if smallest() else overrides
     columns, about, device = {}, [], torch.device("cpu")
     for name in names:
         print(name, flush=True)

@@ -6,6 +6,7 @@ bfloat16. The differences are between SAEs of one seed; noise is what another se
 Hardly a latent dies in so short a training, so AuxK has nothing to do, unless few tokens suffice,
 as with `dead_after=3_000`; the dead latents' share says how much it had. Writes
 benchmarks/results/quality.md, with the options in its name, where three seeds are run.
+`size=smallest` trains for a few steps, with two seeds.
 """
 
 import functools
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.saes import SEEDS, composed, figures
-from benchmarks.timing import write
+from benchmarks.timing import without_size, write
 from groupsae.app.run_folder import register_resolver
 from groupsae.config.instantiate import make
 from groupsae.runtime.quiet import quiet
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
     quiet()
     register_resolver()
     given = dict(a.split("=", 1) for a in arguments if a.startswith("seed="))
-    rest = [a for a in arguments if not a.startswith("seed=")]
+    rest = [a for a in without_size(arguments) if not a.startswith("seed=")]
     seeds = given.get("seed", ",".join(SEEDS)).split(",")
     cfg = composed(["sae=topk", *rest])
     fast = make(cfg.sae)

@@ -1,8 +1,9 @@
 """The tables of docs/replication.md: `python -m benchmarks.replication seed=0,1,2`.
 
 Reads the evaluated runs of `experiment=replication` and writes the part between the two marks in
-docs/replication.md, and docs/replication.png. `make replicate` trains the runs first; whatever
-else they were trained with is given here too.
+docs/replication.md, and docs/replication.png. `make replicate` trains the runs first; other
+options that they were trained with are given here too. `size=smallest` trains and evaluates two
+small runs itself, for CI, and only prints.
 
 Two intervals stand beside every difference, both at 95 %, since they answer two questions:
 - over seeds (Student's t, one value a seed): would other initial weights and another order of the
@@ -11,7 +12,9 @@ Two intervals stand beside every difference, both at 95 %, since they answer two
 """
 
 import json
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +23,7 @@ import numpy as np
 from hydra import compose, initialize_config_dir
 from scipy import stats
 
+from benchmarks.timing import SMALLEST_RUN, smallest
 from groupsae.app.run_folder import register_resolver, run_folder
 from groupsae.config.instantiate import CONF
 from groupsae.reporting.style import COLOURS, new_axes
@@ -263,11 +267,33 @@ def draw(runs: Sequence[Evaluation], path: Path) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Write figures and tables."""
+    if smallest():
+        with tempfile.TemporaryDirectory() as output:
+            given = [
+                "experiment=replication", f"output={output}", "groups.rules=[complete,even]",
+                "groups.smaller=[2]", *SMALLEST_RUN,
+            ]  # fmt: skip
+            train = [sys.executable, "-m", "groupsae.train", "-m", "seed=0,1", *given]
+            subprocess.run(train, check=True)
+            runs = evaluations(["0", "1"], given)
+            draw(runs, Path(output) / "replication.png")
+        print("\n".join(report(runs)))
+        return
     asked = [a.removeprefix("seed=") for a in arguments if a.startswith("seed=")]
     if len(asked) != 1:
         sys.exit("which seeds? python -m benchmarks.replication seed=0,1,2")
     rest = [a for a in arguments if not a.startswith("seed=")]
     runs = evaluations(asked[0].split(","), rest)
+    lines = report(runs)
+    draw(runs, DOC.with_suffix(".png"))
+    text = DOC.read_text() if DOC.exists() else f"{BEGIN}\n{END}\n"
+    head, rest = text.split(BEGIN)
+    DOC.write_text(f"{head}{BEGIN}\n\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}")
+    print("\n".join(lines))
+
+
+def report(runs: Sequence[Evaluation]) -> list[str]:
+    """Return all tables, line by line."""
     first = runs[0]
     lines = [
         f"{len(runs)} seeds; {first['saes'][0]['tokens']:,} tokens per SAE; {len(first['saes'])} "
@@ -287,7 +313,8 @@ def main(arguments: Sequence[str]) -> None:
             "",
             *rival_table(runs, baseline),
         ]
-    lines += [
+    return [
+        *lines,
         "### Does AMAD at theta 0.2 pick a good G: complete linkage, the gap from one group to "
         "one SAE per layer",
         "",
@@ -296,11 +323,6 @@ def main(arguments: Sequence[str]) -> None:
         "",
         *halving_table(runs),
     ]
-    draw(runs, DOC.with_suffix(".png"))
-    text = DOC.read_text() if DOC.exists() else f"{BEGIN}\n{END}\n"
-    head, rest = text.split(BEGIN)
-    DOC.write_text(f"{head}{BEGIN}\n\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}")
-    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 One thing at a time is changed: tokens, SAEs, latents, k, and how many layers share an SAE, for
 which peak memory is looked at as well. Real steps by Lightning on the bundled model, all cases in
-turn in every round. Overrides are those of groupsae.train. Three minutes on two cores. Writes
-benchmarks/results/scaling.md and .png, with the overrides in their names.
+turn in every round. Overrides are those of groupsae.train. Three minutes on two cores;
+`size=smallest` takes seconds. Writes benchmarks/results/scaling.md and .png, with the overrides
+in their names.
 """
 
 import sys
@@ -20,7 +21,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.timing import RESULTS, interleaved, now, variant, write
+from benchmarks.timing import RESULTS, interleaved, now, smallest, variant, without_size, write
 from groupsae.app.run_folder import register_resolver
 from groupsae.app.stream import make_source
 from groupsae.config.instantiate import CONF, make
@@ -40,6 +41,8 @@ SWEEPS = {
     "k": ("k", [8, 16, 32, 64, 128]),
     "layers": ("layers that share the one SAE", [1, 2, 4, 8, 12]),
 }
+if smallest():
+    SWEEPS = {what: (title, values[:2]) for what, (title, values) in SWEEPS.items()}
 
 
 @dataclass
@@ -138,6 +141,8 @@ def prepared(folder: str, overrides: Sequence[str], sizes: dict[str, int]) -> Ca
         "stream.max_tokens=400_000", "stream.heldout_fraction=0.1",
         "stream.calibration_fraction=0.1", *overrides,
     ]  # fmt: skip
+    if smallest():
+        given += ["stream.context=16"]
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         cfg = compose("train", given)
     lm, plan = make(cfg.model), plan_of(sizes["saes"], sizes["layers"])
@@ -172,6 +177,7 @@ def main(overrides: Sequence[str]) -> None:
     quiet()
     register_resolver()
     keep_freed_memory()
+    overrides = without_size(overrides)
     every: dict[str, dict[str, int]] = {}
     for what, (_, values) in SWEEPS.items():
         for value in values:
@@ -195,7 +201,8 @@ def main(overrides: Sequence[str]) -> None:
         step, lm = ([1000 * f(k) for k in keys] for f in (lambda k: steps[k].least, model.get))
         curves[what] = (step, lm)
         parts.append(table(title, values, step, lm, memory if what == "layers" else None))
-    figure(curves, memory)
+    if not smallest():
+        figure(curves, memory)
     write(
         "scaling",
         "What the cost of a step grows with",

@@ -13,6 +13,7 @@ bytes floor (what Adam and the sums over active latents move, at the copy's rate
     python -m benchmarks.step selection=bfloat16          # latents found in bfloat16
     python -m benchmarks.step dead=1000                   # with AuxK at work
     python -m benchmarks.step device=cuda selection=bfloat16
+    python -m benchmarks.step size=smallest               # seconds, for CI
 
 Writes benchmarks/results/step.md, with the options in its name.
 """
@@ -26,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.timing import Seconds, interleaved, options, timed, write
+from benchmarks.timing import Seconds, interleaved, options, smallest, timed, write
 from groupsae.sae.kernels.dispatch import affine, top_k
 from groupsae.sae.topk import SELECTIONS, TopK
 from groupsae.training.allocator import keep_freed_memory
@@ -51,6 +52,7 @@ SHAPES = {
         for batch in (8192, 32768)
     ],
 }
+TINY = [Shape(16, 64, 4, 64)]
 ROUNDS, CALLS = 7, 3
 FLOOR = ("encoder's product", "Adam")
 WHOLE, PLAIN = "whole step", "the same in plain PyTorch"
@@ -243,7 +245,7 @@ def main(arguments: list[str]) -> None:
     selection = given["selection"]
     keep_freed_memory()
     lines: list[str] = []
-    for shape in SHAPES[device.type]:
+    for shape in TINY if smallest() else SHAPES[device.type]:
         acts = activations(shape).to(device)
         group = group_of(shape, selection, device)
         step = whole_step(group, acts, dead)

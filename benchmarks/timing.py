@@ -24,6 +24,12 @@ from rich.progress import track
 from groupsae.lm.build import build_gpt_neox, train_tokenizer
 
 SMALLEST = "size=smallest"
+SMALLEST_RUN = [  # overrides of groupsae.train
+    "tokens=1_024", "stream.context=64", "stream.blocks_per_step=4", "stream.blocks_per_forward=4",
+    "stream.heldout_tokens=512", "stream.heldout_fraction=0.1",
+    "stream.calibration_fraction=0.1", "stream.max_tokens=400_000", "calibration.tokens=512",
+    "evaluation.tokens=null", "evaluation.bootstrap.resamples=10",
+]  # fmt: skip
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -58,8 +64,10 @@ def interleaved(
 ) -> dict[str, Seconds]:
     """Run every block in each of the rounds; a block returns the seconds that it measured.
 
-    The first round is not counted. Every round begins with another block.
+    The first round is not counted. Every round begins with another block. One round is enough
+    for the smallest size.
     """
+    rounds = 1 if smallest() else rounds
     names, found = list(blocks), {name: [] for name in blocks}
     places = [(r, i) for r in range(rounds + 1) for i in range(len(names))]
     for r, i in track(places, description=title, disable=not sys.stdout.isatty()):
@@ -113,9 +121,14 @@ def processor() -> str:
 def smallest() -> bool:
     """Return whether the command line has `size=smallest`: seconds on a CPU, no file is written.
 
-    For CI, which so runs every line of a benchmark; the figures mean nothing.
+    For CI, which so runs the code of every benchmark; the figures mean nothing.
     """
     return SMALLEST in sys.argv[1:]
+
+
+def without_size(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments but for `size=smallest`."""
+    return [argument for argument in arguments if argument != SMALLEST]
 
 
 def options(arguments: Sequence[str], **allowed: tuple[str, str]) -> dict[str, str]:
@@ -125,8 +138,7 @@ def options(arguments: Sequence[str], **allowed: tuple[str, str]) -> dict[str, s
         SystemExit: an argument is none of them; the message names those that are.
     """
     values = {name: default for name, (default, _) in allowed.items()}
-    arguments = [a for a in arguments if a != SMALLEST]
-    for argument in arguments:
+    for argument in without_size(arguments):
         name, _, value = argument.partition("=")
         if name not in allowed or not re.fullmatch(allowed[name][1], value):
             known = ", ".join(f"{known}={pattern}" for known, (_, pattern) in allowed.items())
