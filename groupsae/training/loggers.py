@@ -1,4 +1,4 @@
-"""Where metrics go: a tidy csv in the run folder, or Weights & Biases."""
+"""Loggers of metrics: a tidy csv in the run folder, and Weights & Biases."""
 
 import csv
 import netrc
@@ -33,7 +33,7 @@ class MetricsCSV(Logger):
     def __init__(self, *, folder: str) -> None:
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
-        self._checked = False
+        self._started = False
 
     @property
     def name(self) -> str:
@@ -47,12 +47,12 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
-        """Do nothing: the config is in `.hydra/`."""
+        """Do nothing: the configuration is in `.hydra/`."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append one row for each metric."""
-        if not self._checked:
+        if not self._started:
             self._start(step or 0)
         with explain_write_errors(self.path), self.path.open("a", newline="") as handle:
             csv.writer(handle).writerows(
@@ -61,26 +61,25 @@ class MetricsCSV(Logger):
 
     def _start(self, step: int) -> None:
         """Write the header, or drop what a killed run wrote from this step on."""
-        self._checked = True
+        self._started = True
         kept = [row for row in read_metrics(self.path) if row[0] < step]
         with atomic_write(self.path, "w", newline="") as handle:
             csv.writer(handle).writerows([COLUMNS, *kept])
 
 
 def has_wandb_account() -> bool:
-    """Return whether W&B could log in without asking: an API key, or an entry in netrc."""
+    """Return whether W&B can log in without asking: by an API key, or an entry in netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
     try:
-        path = os.environ.get("NETRC")
-        return netrc.netrc(path).authenticators(host) is not None
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (FileNotFoundError, netrc.NetrcParseError):
         return False
 
 
 class WandB(WandbLogger):
-    """Lightning's W&B logger, offline where W&B cannot be reached: a run must not die of that.
+    """Lightning's W&B logger; it records offline where W&B cannot be reached, so no run is lost.
 
     It begins to record when it is first used, not when it is made.
     """
@@ -109,7 +108,7 @@ def is_offline() -> bool:
 def make_wandb(*, project: str, folder: str, tags: list[str]) -> WandB:
     """Return a W&B logger: online with an account, offline without one, never a prompt.
 
-    WANDB_MODE, if set, wins. A resumed run goes on under the same id, made from its folder.
+    WANDB_MODE, if set, wins. A resumed run keeps its id, which comes from its folder.
 
     Args:
         project: W&B project.
@@ -131,10 +130,11 @@ def make_wandb(*, project: str, folder: str, tags: list[str]) -> WandB:
 
 
 def begin_records(
-    loggers: Sequence[Logger], config: dict[str, Any], say: Callable[[str], object]
+    loggers: Sequence[Logger], config: dict[str, Any], show: Callable[[str], object]
 ) -> None:
-    """Give the loggers the whole configuration, and say where W&B records if that is offline."""
+    """Log the complete configuration, and show how to upload what W&B records offline."""
     for logger in loggers:
         logger.log_hyperparams(config)
         if isinstance(logger, WandB) and is_offline():
-            say(f"W&B records offline; later: wandb sync {logger.save_dir}/wandb/offline-*")
+            runs = f"{logger.save_dir}/wandb/offline-*"
+            show(f"W&B records offline. To upload it later: wandb sync {runs}")

@@ -1,4 +1,4 @@
-"""Numbers that a device counts and the host wants, without waiting for the device."""
+"""Integers that the device counts and the host reads a step later, without waiting for it."""
 
 import torch
 from jaxtyping import Int
@@ -6,10 +6,10 @@ from torch import Tensor
 
 
 class Readback:
-    """Whole numbers that were put in earlier, usually a step ago.
+    """Integers from the device; `read` is usually called a step later.
 
-    The copy starts when they are put in and runs beside whatever the device does next. Reading
-    waits for that copy only, not for what was asked of the device since.
+    The copy to the host starts at once and runs next to whatever the device does. Reading waits
+    for that copy only, not for work that the device got since.
     """
 
     def __init__(self, numbers: Int[Tensor, "number"]) -> None:
@@ -17,15 +17,14 @@ class Readback:
         if numbers.device.type != "cuda":
             self._numbers = numbers
             return
-        # only pinned memory is written to without the host waiting
+        # only into pinned memory does a copy not make the host wait
         self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
         self._numbers.copy_(numbers, non_blocking=True)
         self._copied = torch.cuda.Event()
         self._copied.record()
 
     def read(self) -> list[int]:
-        """Return the numbers."""
+        """Return the integers."""
         if self._copied is not None:
             self._copied.synchronize()
-        numbers: list[int] = self._numbers.tolist()
-        return numbers
+        return list(self._numbers.tolist())

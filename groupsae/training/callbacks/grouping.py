@@ -1,6 +1,6 @@
 """Before fitting: measure the layers, choose the groups, give them to the suite."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
@@ -75,12 +75,14 @@ class GroupLayers(L.Callback):
         if stage != "fit" or hasattr(pl_module, "plan"):
             return
         suite, data = pl_module, trainer.datamodule  # type: ignore[attr-defined]
-        self.choice.check(data.lm.geometry.num_layers)
+        num_layers = data.lm.geometry.num_layers
+        self.choice.check(num_layers)
         # one answer for all processes, before the first one writes the files
         if trainer.strategy.broadcast(self.groups_file.exists() and self.angles_file.exists()):
             self.read(data)
         else:
-            self.refuse_too_many(trainer, suite, data)
+            least = [1.0] * self.choice.least_saes(num_layers)
+            self.check_memory(trainer, suite, data, least)  # before the long measurement
             self.measurement = measure(data, trainer, self.tokens, self.centring, self.cache)
             self.plan = self.choice.plan(self.measurement.distances)
         data.set_slots(self.plan.slots)
@@ -120,21 +122,24 @@ class GroupLayers(L.Callback):
                 "start this run again."
             )
 
-    def refuse_too_many(
-        self, trainer: L.Trainer, suite: GroupSAESuite, data: ActivationDataModule
+    def check_memory(
+        self,
+        trainer: L.Trainer,
+        suite: GroupSAESuite,
+        data: ActivationDataModule,
+        widths: list[float],
     ) -> None:
-        """Raise UserError if even the fewest SAEs that the rule can choose do not fit."""
-        least = [1.0] * self.choice.least_saes(data.lm.geometry.num_layers)
-        if isinstance(trainer.strategy, SAEParallel):
-            least = least[:: trainer.world_size]  # the share of one process
-        self.check_memory(trainer, suite, data, least)
+        """Raise UserError if SAEs of these widths need too much memory in any process."""
+        sharing = trainer.world_size
+        if isinstance(trainer.strategy, SAEParallel):  # each process its share, with all rows
+            widths, sharing = widths[:: trainer.world_size], 1
+        _refuse(trainer, bytes_needed(suite, data, widths, sharing), len(widths))
 
     def place(self, trainer: L.Trainer, suite: GroupSAESuite, data: ActivationDataModule) -> None:
         """Give the plan to the suite: all SAEs to each process, or to each its own."""
         factors = self.measurement.norm_factors(self.scale)
         if not isinstance(trainer.strategy, SAEParallel):
-            widths = [planned.width for planned in self.plan.members]
-            self.check_memory(trainer, suite, data, widths)
+            self.check_memory(trainer, suite, data, [p.width for p in self.plan.members])
             suite.set_plan(self.plan, factors)
             return
         owned = owners(suite, self.plan, trainer.world_size)
@@ -143,18 +148,6 @@ class GroupLayers(L.Callback):
         shares = spread(suite, data, owned, rank, swap)
         self.show(describe(shares))
         _refuse(trainer, shares[rank].memory, len(owned[rank]))
-
-    def check_memory(
-        self,
-        trainer: L.Trainer,
-        suite: GroupSAESuite,
-        data: ActivationDataModule,
-        widths: Sequence[float],
-    ) -> None:
-        """Raise UserError if SAEs of these widths need too much memory in any process."""
-        # spread SAEs see all rows of a step
-        sharing = 1 if isinstance(trainer.strategy, SAEParallel) else trainer.world_size
-        _refuse(trainer, bytes_needed(suite, data, list(widths), sharing), len(widths))
 
     def count_cost(self, suite: GroupSAESuite, data: ActivationDataModule) -> None:
         """Work out the FLOPs of the run."""
@@ -181,21 +174,18 @@ class GroupLayers(L.Callback):
         """Write `groups.json` and `angles.npz`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.measurement.save(self.angles_file)
-        saes = {planned.name: planned.layers for planned in self.plan.members}
-        write_json(
-            self.groups_file,
-            {
-                "plan": self.plan.to_json(),
-                "hash": self.plan.hash,
-                "saes": saes,
-                "measured": self.measurement.provenance,
-            },
-        )
+        values = {
+            "plan": self.plan.to_json(),
+            "hash": self.plan.hash,
+            "saes": {planned.name: planned.layers for planned in self.plan.members},
+            "measured": self.measurement.provenance,
+        }
+        write_json(self.groups_file, values)
 
 
 def _refuse(trainer: L.Trainer, needed: int, num_saes: int) -> None:
     """Stop all processes if one of them has too little memory."""
     device = trainer.strategy.root_device
-    mine = needed, bytes_free(device, trainer.num_devices), num_saes, str(device)
-    for each in gather(mine):
+    free = bytes_free(device, trainer.num_devices)
+    for each in gather((needed, free, num_saes, str(device))):
         refuse(*each)

@@ -10,6 +10,8 @@ from groupsae.cost.stopwatch import Stopwatch
 from groupsae.runtime.progress import ProgressLines
 from groupsae.training.metrics import is_logging_step
 
+CLOCKS = ("saes", "validation", "all")
+
 
 class Throughput(L.Callback):
     """Logs `tokens_seen` and `time/tokens_per_sec` at every logging step.
@@ -27,25 +29,22 @@ class Throughput(L.Callback):
     """
 
     def __init__(self) -> None:
-        self.seconds = self.total_seconds = 0.0
-        self.tokens = self.total_tokens = 0
+        self.total_seconds, self.total_tokens = 0.0, 0
+        self.logged = (0.0, 0)  # the totals when last logged
         self.saes, self.validation, self.all = Stopwatch(), Stopwatch(), Stopwatch()
 
     def state_dict(self) -> dict[str, float]:
         """Return the totals, so that a resumed run continues to count."""
-        return {
-            "seconds": self.total_seconds,
-            "tokens": self.total_tokens,
-            "saes": self.saes.seconds,
-            "validation": self.validation.seconds,
-            "all": self.all.seconds,
-        }
+        clocks = {name: getattr(self, name).seconds for name in CLOCKS}
+        return {"seconds": self.total_seconds, "tokens": self.total_tokens, **clocks}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
         """Restore the totals."""
-        self.total_seconds = state_dict["seconds"]
-        self.total_tokens = int(state_dict["tokens"])
-        for name in ("saes", "validation", "all"):
+        self.logged = self.total_seconds, self.total_tokens = (
+            state_dict["seconds"],
+            int(state_dict["tokens"]),
+        )
+        for name in CLOCKS:
             getattr(self, name).seconds = state_dict[name]
 
     def overall(self) -> float:
@@ -77,17 +76,16 @@ class Throughput(L.Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        self.seconds += seconds
         self.total_seconds += seconds
-        self.tokens += data.tokens_per_step
         self.total_tokens += data.tokens_per_step
         if is_logging_step(pl_module):
-            rate = self.tokens / self.seconds
+            seconds, tokens = self.logged
+            rate = (self.total_tokens - tokens) / (self.total_seconds - seconds)
             seen = float(data.blocks_seen * data.packing.context)
             pl_module.log("time/tokens_per_sec", rate, rank_zero_only=True)
             pl_module.log("tokens_seen", seen, rank_zero_only=True)
             pl_module.shown["tok/s"] = rate
-            self.seconds, self.tokens = 0.0, 0
+            self.logged = self.total_seconds, self.total_tokens
         if trainer.is_global_zero:
             done = trainer.global_step * data.tokens_per_step
             self._lines.update(done, f"step {trainer.global_step}/{data.num_steps}")
