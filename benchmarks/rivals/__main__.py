@@ -5,6 +5,7 @@
     python -m benchmarks.rivals parts=S1,S1-tuned        some parts; the others stay as measured
     python -m benchmarks.rivals parts=loop,loop-tuned    the whole loop only, both ways
     python -m benchmarks.rivals rounds=1 steps=1         a trial
+    python -m benchmarks.rivals size=smallest            groupsae alone, a step of S1 and loop: CI
     python -m benchmarks.rivals also="sae.k=16"          groupsae once more, with overrides
 
 Parts are a training step on given activations (S1, S2) and the whole loop from a language model
@@ -14,8 +15,8 @@ round begins with another contender. OMP_NUM_THREADS and the like hold for every
 `also` may be given several times, each with overrides of `groupsae.train` between spaces.
 
 A part's numbers are kept under outputs/rivals/measured when it is done, so a run that was stopped
-goes on with parts=<those that are missing>. benchmarks/results/rivals.md and .png are written anew
-from all of them after every part.
+is continued with parts=<those that are missing>. benchmarks/results/rivals.md and .png are written
+again from all of them after every part.
 """
 
 import json
@@ -31,11 +32,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from benchmarks.rivals.contenders import ENVIRONMENTS, HERE, PARTS, contenders, versions
+from benchmarks.rivals.contenders import ENVIRONMENTS, HERE, OURS, PARTS, contenders, versions
 from benchmarks.rivals.lm import write_lm
 from benchmarks.rivals.process import Worker
 from benchmarks.rivals.results import kept, write_page
-from benchmarks.timing import processor
+from benchmarks.timing import SMALLEST, processor, smallest
 from groupsae import __version__
 
 MEASURED, LOGS = ENVIRONMENTS / "measured", ENVIRONMENTS / "logs"
@@ -46,10 +47,13 @@ T = TypeVar("T")
 
 def measure(part: str, lm: Path, rounds: int, steps: int, also: list[list[str]]) -> dict[str, Any]:
     """Return the blocks of all contenders of a part, and the conditions they ran under."""
+    taking_part = contenders(part, lm, also)
+    if smallest():
+        taking_part = [each for each in taking_part if each.library == OURS]
     workers: list[Worker] = []
     begun = time.perf_counter()
     try:
-        for i, contender in enumerate(contenders(part, lm, also)):
+        for i, contender in enumerate(taking_part):
             log = LOGS / f"{part}-{i}-{contender.library}.log"
             workers.append(Worker(contender, tuned=part.endswith("-tuned"), log=log))
         threads = agreed(workers)
@@ -111,9 +115,11 @@ def own_version() -> str:
 
 def main(arguments: Sequence[str]) -> None:
     """Measure the parts, one after the other."""
-    pairs = [argument.partition("=")[::2] for argument in arguments]
+    pairs = [argument.partition("=")[::2] for argument in arguments if argument != SMALLEST]
     unknown = {key for key, _ in pairs} - {"parts", "rounds", "steps", "also"}
     given = {"parts": ",".join(PARTS), "rounds": str(ROUNDS), **dict(pairs)}
+    if smallest():
+        given |= {"parts": "S1,loop", "rounds": "1", "steps": "1"}
     parts = given["parts"].split(",")
     if unknown or set(parts) - set(PARTS):
         raise SystemExit(f"error: known are parts={','.join(PARTS)}, rounds=, steps= and also=.")
@@ -128,8 +134,9 @@ def main(arguments: Sequence[str]) -> None:
             steps = int(given.get("steps") or STEPS[part.partition("-")[0]])
             result = measure(part, Path(folder), int(given["rounds"]), steps, also)
             result["conditions"] += f"; `{command}`"
-            (MEASURED / f"{part}.json").write_text(json.dumps(result))
-            write_page(kept(MEASURED))
+            if not smallest():
+                (MEASURED / f"{part}.json").write_text(json.dumps(result))
+                write_page(kept(MEASURED))
             spent = since(begun)
             print(f"{part} done; {len(parts) - i - 1} parts to come, {spent} s so far", flush=True)
 
