@@ -9,9 +9,9 @@ from rich.table import Table
 
 from groupsae.app.run_folder import finished_run
 from groupsae.files.atomic import check_free
-from groupsae.interop.card import card, figures_of_run, files_of_run, of_groupsae
+from groupsae.interop.card import card, figures_of_run, files_of_run, is_upload
+from groupsae.interop.exporting import Written, export_suite, holds_only
 from groupsae.interop.formats import format_named
-from groupsae.interop.outgoing import Written, export_suite, only
 from groupsae.runtime.errors import UserError
 from groupsae.suite.hub import check_name, repository, upload
 from groupsae.suite.suite import load_suite
@@ -32,33 +32,33 @@ def export(cfg: DictConfig, run: Path) -> None:
     _check(cfg, run, on_hub)
     name = str(cfg.format) if cfg.grouping is None else f"{cfg.format}-{cfg.grouping}"
     target = Path(str(cfg.output)) if cfg.output is not None else run / "export" / name
-    chosen = None if cfg.format is None else format_named(cfg.format)
-    if chosen is not None:
+    library = None if cfg.format is None else format_named(str(cfg.format))
+    if library is not None:
         source = None if on_hub else run
-        check_free(target, overwrite=cfg.overwrite, ours=only(chosen), source=source)
+        check_free(target, overwrite=cfg.overwrite, ours=holds_only(library), source=source)
     suite = load_suite(str(run), cfg.grouping)
     written: list[Written] = []
     files: dict[str, Path | bytes] = {}
-    if chosen is not None:
-        written = export_suite(suite, chosen, target, overwrite=cfg.overwrite)
+    if library is not None:
+        written = export_suite(suite, library, target, overwrite=cfg.overwrite)
         _show(written, target)
         files = {p.relative_to(target).as_posix(): p for p in target.rglob("*") if p.is_file()}
     if cfg.hub is None:
         return
-    files |= files_of_run(run) if chosen is None else figures_of_run(run)
+    files |= files_of_run(run) if library is None else figures_of_run(run)
     folders = [each.folder for each in written]
-    page = card(cfg.hub, run, suite, grouping=cfg.grouping, chosen=chosen, folders=folders)
+    page = card(cfg.hub, run, suite, grouping=cfg.grouping, library=cfg.format, folders=folders)
     try:
         address = upload(
             cfg.hub,
             {**files, "README.md": page.encode()},
             message=f"SAEs of {len(suite.layers)} layers, by groupsae",
             private=cfg.private,
-            replaced=of_groupsae if cfg.overwrite else None,
+            replaced=is_upload if cfg.overwrite else None,
         )
     except UserError as error:
         again = f" The folders are in {target}: to do all of it again, add overwrite=true."
-        raise UserError(f"{error}{again if chosen else ''}") from error
+        raise UserError(f"{error}{again if library else ''}") from error
     print(f"Uploaded {len(files) + 1} files: {address}")
 
 

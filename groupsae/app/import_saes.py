@@ -1,4 +1,4 @@
-"""Makes a run folder of SAEs that others trained."""
+"""Makes a run folder from SAEs that others trained."""
 
 from pathlib import Path
 from typing import Any
@@ -9,16 +9,23 @@ from groupsae.app.run_folder import save_config
 from groupsae.config.identity import without
 from groupsae.config.instantiate import make
 from groupsae.files.atomic import atomic_folder, check_free
-from groupsae.interop.incoming import READABLE, is_adopted, lay_out, other_model, read_folder
+from groupsae.interop.importing import (
+    READABLE,
+    ReadAt,
+    is_imported,
+    other_model,
+    read_folder,
+    write_run,
+)
 from groupsae.runtime.errors import UserError
 from groupsae.suite.hub import Repository, download, repository
 
-# not part of the run's configuration: the command's own keys, and the training, which was not ours
+# left out of the run's configuration: keys of this command only, and those of training
 LEFT_OUT = (
     "saes", "format", "only", "num_groups", "name",
     "sae", "optim", "groups", "calibration", "dead_after", "b_dec_start", "nonfinite", "callbacks",
 )  # fmt: skip
-# of the stream: what decides the activations
+# of the stream: the keys that decide the activations
 STREAM = ("context", "prepend_bos", "exclude_special_tokens", "skip_positions", "max_norm_ratio")
 FILES = (
     "cfg.json",
@@ -37,7 +44,7 @@ def import_saes(cfg: DictConfig) -> Path:
         cfg: conf/import_saes.yaml.
 
     Raises:
-        UserError: no SAEs that can be read are there, they do not fit the model, or the run
+        UserError: no SAEs that can be read are found, they do not fit the model, or the run
             folder cannot be written.
     """
     if cfg.format is not None and cfg.format not in READABLE:
@@ -51,40 +58,39 @@ def import_saes(cfg: DictConfig) -> Path:
         name = Path(given).resolve().name if repo is None else repo.name.replace("/", "--")
     target = Path(str(cfg.output)) / Path(model).name / "imported" / str(name)
     source = Path(given) if repo is None else None
-    check_free(target, overwrite=cfg.overwrite, ours=is_adopted, source=source)
-    read = read_folder(
+    check_free(target, overwrite=cfg.overwrite, ours=is_imported, source=source)
+    num_layers, d_model = lm.geometry.num_layers, lm.geometry.d_model
+    saes = read_folder(
         source or download_saes(repo, only),
-        form=cfg.format,
+        ReadAt(num_layers, d_model, lm.hookpoint, lm.stack),
+        format_name=cfg.format,
         only=only,
         num_groups=cfg.num_groups,
-        num_layers=lm.geometry.num_layers,
-        d_model=lm.geometry.d_model,
-        hookpoint=lm.hookpoint,
-        stack=lm.stack,
     )
-    facts = {**lm.described(), **{key: cfg.stream[key] for key in STREAM}}
-    with atomic_folder(target, overwrite=cfg.overwrite, ours=is_adopted, source=source) as made:
-        (made / ".hydra").mkdir()
+    with atomic_folder(
+        target, overwrite=cfg.overwrite, ours=is_imported, source=source
+    ) as temporary:
+        (temporary / ".hydra").mkdir()
         plain: Any = OmegaConf.to_container(cfg, resolve=False)
         kept = {**without(plain, LEFT_OUT), "overwrite": False}
-        save_config(OmegaConf.create(kept), made / ".hydra" / "config.yaml")
-        lay_out(
-            made,
-            read,
-            num_layers=lm.geometry.num_layers,
-            facts=facts,
-            named=target,
+        save_config(OmegaConf.create(kept), temporary / ".hydra" / "config.yaml")
+        write_run(
+            temporary,
+            saes,
+            num_layers=num_layers,
+            facts={**lm.described(), **{key: cfg.stream[key] for key in STREAM}},
+            final_path=target,
             source=given if repo is None else f"hf:{repo.name}",
         )
-    for each in read:
-        layers = ", ".join(map(str, each.layers))
-        print(f"{each.folder}: {each.format}, layers {layers}, {each.sae.d_sae:,} latents")
-        for note in each.notes:
+    for sae in saes:
+        layers = ", ".join(map(str, sae.layers))
+        print(f"{sae.folder}: {sae.format}, layers {layers}, {sae.sae.d_sae:,} latents")
+        for note in sae.notes:
             print(f"  note: {note}")
-    other = other_model(read, model)
+    other = other_model(saes, model)
     if other is not None:
-        print(f"note: the folders name the model {other}, and model is {model}.")
-    print("note: what they were trained on is not known: held-out text may be some of it.")
+        print(f"note: the folders name the model {other}, but model is {model}.")
+    print("note: the training text of these SAEs is not known: held-out text may be part of it.")
     return target
 
 

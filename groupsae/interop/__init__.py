@@ -1,1 +1,1 @@
-"""SAEs on disk: our own folder, those of other libraries, and the Hub."""
+"""SAEs in the formats of other libraries: export, import, the page of a repository on the Hub."""

@@ -1,6 +1,7 @@
 """dictionary_learning's folder: `config.json` and `ae.pt` (as 0.1.0 reads and writes them)."""
 
 import json
+import re
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -9,24 +10,28 @@ import torch
 from torch import Tensor
 
 from groupsae.files.reading import require_json
-from groupsae.interop.fold import subtract_b_dec
-from groupsae.interop.format import (
-    About,
-    Format,
-    Incoming,
-    Known,
-    known_place,
-    wrong_place,
+from groupsae.interop.library import (
+    TOPK_KINDS,
+    ImportedSAE,
+    Library,
+    Origin,
+    Place,
+    Tensors,
+    kind_of,
+    our_place,
+    portable_tensors,
+    positive_int,
+    read_pickled,
+    subtract_b_dec,
+    unknown_layer,
 )
-from groupsae.interop.names import dictionary_name, parse_dictionary_name
 from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE
 from groupsae.sae.matryoshka import Matryoshka
-from groupsae.suite.build import kind_of
-from groupsae.suite.tensors import number, read_pickled, take
+from groupsae.suite.suite import take
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
-HOLDS = {
+CLASSES = {
     "topk": "AutoEncoderTopK",
     "batchtopk": "BatchTopKSAE",
     "matryoshka": "MatryoshkaBatchTopKSAE",
@@ -42,9 +47,10 @@ TRAINERS = {
     "relu": "StandardTrainer",
     "gated": "GatedSAETrainer",
 }
+READS = {name: kind for kind, name in CLASSES.items()} | {"AutoEncoderNew": "relu"}
 _LINEAR = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "decoder.weight"}
 _PLAIN = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
-# Our name -> theirs. A decoder as `nn.Linear` is [d, n], an encoder as a plain parameter too.
+# Our name -> theirs.
 NAMES: dict[str, dict[str, str]] = {
     "AutoEncoderTopK": {**_LINEAR, "b_dec": "b_dec"},
     "BatchTopKSAE": {**_LINEAR, "b_dec": "b_dec", "threshold": "threshold"},
@@ -61,34 +67,39 @@ NAMES: dict[str, dict[str, str]] = {
         "r_mag": "r_mag",
     },
 }
-READS = {name: kind for kind, name in HOLDS.items()} | {"AutoEncoderNew": "relu"}
-WHOLE_INPUT = ("JumpReluAutoEncoder", "AutoEncoderNew")  # b_dec is not subtracted from the input
-SET_ASIDE = {  # what an SAE has beside its tensors of our kinds
+TRANSPOSED = ("decoder.weight", "W_enc")  # [d_model, d_sae] in their files
+ENCODES_X = ("JumpReluAutoEncoder", "AutoEncoderNew")  # and not x - b_dec
+NO_WEIGHTS = {  # further tensors of a class, which are not weights of ours
     "AutoEncoderTopK": ("k", "threshold"),
     "BatchTopKSAE": ("k",),
     "MatryoshkaBatchTopKSAE": ("k", "group_sizes"),
 }
+_FOLDER = re.compile(r"(resid_post|resid_pre|mlp_out|attn_out|attention_out)_layer_(\d+)")
 
 
-def folder_name(about: About) -> str:
-    """Return the name of an SAE's folder, as the library's recipes name them."""
-    return dictionary_name(about.hookpoint, about.layer)
+def folder_name(origin: Origin) -> str:
+    """Return the name of an SAE's folder, as in the library's recipes: `resid_post_layer_4`."""
+    return f"{origin.hookpoint}_layer_{origin.layer}"
 
 
-def write(folder: Path, sae: SAE, about: About) -> None:
-    """Write an SAE that takes raw activations; tensors only, so that no code is in the pickle."""
-    name = HOLDS[kind := kind_of(sae)]
-    state = {key: tensor.detach().float().cpu() for key, tensor in sae.state_dict().items()}
-    if kind == "jumprelu":
-        state["threshold"] = state.pop("log_threshold").exp()
-    if name in WHOLE_INPUT:
-        state = subtract_b_dec(state, sign=-1)
-    tensors = {
-        theirs: (state[ours].T if _transposed(theirs) else state[ours]).contiguous().clone()
-        for ours, theirs in NAMES[name].items()
-    }
+def parse_folder_name(path: str) -> Place | None:
+    """Return layer and hookpoint of the last such name in a path; None if it has none."""
+    found = _FOLDER.findall(path)
+    if not found:
+        return None
+    hookpoint, layer = found[-1]
+    return Place(int(layer), hookpoint.replace("attention_out", "attn_out"))
+
+
+def write(folder: Path, sae: SAE, origin: Origin) -> None:
+    """Write an SAE that takes raw activations; tensors only, so the pickle holds no code."""
+    kind, ours = kind_of(sae), portable_tensors(sae)
+    name = CLASSES[kind]
+    if name in ENCODES_X:
+        ours = subtract_b_dec(ours, sign=-1)
+    tensors = {theirs: _turned(ours[key], theirs).clone() for key, theirs in NAMES[name].items()}
     more: dict[str, Any] = {}
-    if kind in ("topk", "batchtopk", "matryoshka"):
+    if kind in TOPK_KINDS:
         more["k"] = sae.k
         tensors["k"] = torch.tensor(sae.k, dtype=torch.int)
         tensors.setdefault("threshold", torch.tensor(-1.0))  # unset: topk chooses by k
@@ -97,33 +108,34 @@ def write(folder: Path, sae: SAE, about: About) -> None:
         sizes = [large - small for small, large in pairwise([0, *sae.sizes])]
         more["group_fractions"] = [size / sae.d_sae for size in sizes]
         tensors["group_sizes"] = torch.tensor(sizes)
+    metadata = origin.to_json()
     trainer = {
         "dict_class": name,
         "trainer_class": TRAINERS[kind],
         "activation_dim": sae.d_model,
         "dict_size": sae.d_sae,
         **more,
-        "layer": about.layer,
-        "lm_name": about.to_json()["model"],
-        "submodule_name": folder_name(about),
+        "layer": origin.layer,
+        "lm_name": metadata["model"],
+        "submodule_name": folder_name(origin),
     }
-    buffer = {"d_submodule": sae.d_model, "ctx_len": about.context}
-    config = {"trainer": trainer, "buffer": buffer, "groupsae": about.to_json()}
+    buffer = {"d_submodule": sae.d_model, "ctx_len": origin.context}
+    config = {"trainer": trainer, "buffer": buffer, "groupsae": metadata}
     torch.save(tensors, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(config, indent=1))
 
 
-def mine(folder: Path) -> bool:
+def recognises(folder: Path) -> bool:
     """Return whether this is a folder of dictionary_learning."""
     return (folder / WEIGHTS).exists()
 
 
-def read(folder: Path) -> Incoming:
+def read(folder: Path) -> ImportedSAE:
     """Return the SAE in a folder.
 
     Raises:
-        UserError: it is damaged, holds code, is of a class that is not known, or is BatchTopK
-            whose threshold was never set.
+        UserError: it is damaged, holds code, has an unknown class, or is a BatchTopK without its
+            threshold.
     """
     file, weights = folder / CONFIG, folder / WEIGHTS
     config = require_json(file)
@@ -132,100 +144,74 @@ def read(folder: Path) -> Incoming:
     name = trainer.get("dict_class")
     if name not in READS:
         raise UserError(
-            f"{file} has the dict_class {name!r}; of dictionary_learning's these can be read: "
-            f"{', '.join(READS)}."
+            f"{file} has the dict_class {name!r}. Of dictionary_learning's classes, these can be "
+            f"read: {', '.join(READS)}."
         )
-    known = known_place(config, file)
-    layer, hookpoint = _place(folder, known, trainer)
+    place = _place(folder, config, trainer)._replace(model=trainer.get("lm_name"))
     stored = read_pickled(weights)
     if not isinstance(stored, dict) or not all(isinstance(t, Tensor) for t in stored.values()):
-        raise UserError(f"{weights} holds no state dict: expected tensors by name.")
-    aside = {key: stored.pop(key) for key in SET_ASIDE.get(name, ()) if key in stored}
-    tensors = _ours(name, stored, trainer, weights)
-    kind, more = READS[name], _more(name, aside, trainer, len(tensors["W_dec"]), file)
+        raise UserError(f"{weights} does not hold a state dict (a dict of tensors by name).")
+    others = {key: stored.pop(key) for key in NO_WEIGHTS.get(name, ()) if key in stored}
+    tensors = _our_tensors(name, stored, trainer, weights)
+    kind = READS[name]
+    arguments: dict[str, Any] = {}
+    if kind in TOPK_KINDS:
+        k = {"k": int(others["k"]) if "k" in others else trainer.get("k")}
+        arguments["k"] = positive_int(k, "k", file, latents=len(tensors["W_dec"]))
+    if kind == "matryoshka":
+        arguments["prefixes"] = _prefixes(others, len(tensors["W_dec"]), weights)
     if kind in ("batchtopk", "matryoshka") and float(tensors["threshold"]) < 0:
         raise UserError(
-            f"{weights} has no threshold (it is {float(tensors['threshold']):g}): training ended "
-            "before it was set, and a BatchTopK SAE is used with one."
+            f"{weights} has no threshold (its value is {float(tensors['threshold']):g}, which "
+            "stands for unset). A BatchTopK SAE cannot encode without one: use a later checkpoint."
         )
-    if name in WHOLE_INPUT:
+    if name in ENCODES_X:
         tensors = subtract_b_dec(tensors)
-    return Incoming.of(
-        kind,
-        tensors,
-        sized=more,
-        folder=folder,
-        format="dictionary_learning",
-        norm_factors={layer: 1.0},
-        hookpoint=hookpoint,
-        stack=known.stack if known else None,
-        model=trainer.get("lm_name"),
-    )
+    return ImportedSAE.of(kind, tensors, place, arguments=arguments)
 
 
-def _transposed(theirs: str) -> bool:
-    return theirs in ("decoder.weight", "W_enc")
+def _turned(tensor: Tensor, theirs: str) -> Tensor:
+    """Return a tensor with its dimensions in the order of the other side."""
+    return (tensor.T if theirs in TRANSPOSED else tensor).contiguous()
 
 
-def _ours(
-    name: str, stored: dict[str, Tensor], trainer: dict[str, Any], file: Path
-) -> dict[str, Tensor]:
+def _our_tensors(name: str, stored: Tensors, trainer: dict[str, Any], file: Path) -> Tensors:
     encoder = stored.get(NAMES[name]["W_enc"])
     shape = [0, 0] if encoder is None or encoder.ndim != 2 else list(encoder.shape)
-    n, d = shape[::-1] if NAMES[name]["W_enc"] == "W_enc" else shape
+    n, d = shape[::-1] if NAMES[name]["W_enc"] in TRANSPOSED else shape
     n, d = trainer.get("dict_size") or n, trainer.get("activation_dim") or d
     wanted: dict[str, tuple[int, ...]] = {}
     for ours, theirs in NAMES[name].items():
         if ours in ("W_enc", "W_dec"):
-            wanted[theirs] = (d, n) if _transposed(theirs) else (n, d)
+            wanted[theirs] = (d, n) if theirs in TRANSPOSED else (n, d)
         elif ours == "threshold" and name != "JumpReluAutoEncoder":
             wanted[theirs] = ()
         else:
             wanted[theirs] = (d,) if ours == "b_dec" else (n,)
     tensors = take(stored, wanted, file)
-    return {
-        ours: (tensors[theirs].T if _transposed(theirs) else tensors[theirs]).contiguous()
-        for ours, theirs in NAMES[name].items()
-    }
+    return {ours: _turned(tensors[theirs], theirs) for ours, theirs in NAMES[name].items()}
 
 
-def _more(
-    name: str, aside: dict[str, Tensor], trainer: dict[str, Any], d_sae: int, file: Path
-) -> dict[str, Any]:
-    """Return the arguments of our SAE that stand beside its weights."""
-    if name not in SET_ASIDE:
-        return {}
-    stored = {"k": int(aside["k"]) if "k" in aside else trainer.get("k")}
-    k = number(stored, "k", file, latents=d_sae)
-    if name != "MatryoshkaBatchTopKSAE":
-        return {"k": k}
-    sizes = [int(size) for size in aside.get("group_sizes", torch.tensor([]))]
+def _prefixes(tensors: Tensors, d_sae: int, file: Path) -> list[float]:
+    """Return the shares of the latents that Matryoshka's prefixes have."""
+    sizes = [int(size) for size in tensors.get("group_sizes", torch.tensor([]))]
     if sum(sizes) != d_sae or min(sizes) < 1:
         raise UserError(
-            f"{file.with_name(WEIGHTS)} has group_sizes {sizes}: they must be above 0 and add up "
-            f"to its {d_sae} latents."
+            f"{file} has group_sizes {sizes}: they must be above 0 and add up to its {d_sae} "
+            "latents."
         )
-    return {"k": k, "prefixes": [end / d_sae for end in accumulate(sizes)]}
+    return [end / d_sae for end in accumulate(sizes)]
 
 
-def _place(folder: Path, known: Known | None, trainer: dict[str, Any]) -> tuple[int, str]:
-    if known is not None:
-        return known.layer, known.hookpoint
-    named = trainer.get("submodule_name") or ""
-    place = parse_dictionary_name(str(named)) or parse_dictionary_name(str(folder))
+def _place(folder: Path, config: dict[str, Any], trainer: dict[str, Any]) -> Place:
+    submodule = str(trainer.get("submodule_name") or "")
+    place = our_place(config, folder / CONFIG)
+    place = place or parse_folder_name(submodule) or parse_folder_name(str(folder))
     if place is not None:
         return place
     if isinstance(trainer.get("layer"), int):
-        return trainer["layer"], "resid_post"
-    raise wrong_place(folder, named, "name the folder resid_post_layer_<number>")
+        return Place(trainer["layer"], "resid_post")
+    raise unknown_layer(folder, submodule, "rename it to resid_post_layer_<number>")
 
 
-DICTIONARY_LEARNING = Format(
-    name="dictionary_learning",
-    library="dictionary_learning",
-    holds=HOLDS,
-    folder=folder_name,
-    write=write,
-    mine=mine,
-    read=read,
-)
+DICTIONARY_LEARNING = Library("dictionary_learning", CLASSES, folder_name, write, recognises, read)

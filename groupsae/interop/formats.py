@@ -1,34 +1,28 @@
-"""The formats of other libraries, by name and by what lies in a folder."""
+"""The libraries that an export can write and an import can read, by the value of `format=`."""
 
 from groupsae.interop.dictionary_learning import DICTIONARY_LEARNING
-from groupsae.interop.format import Format
+from groupsae.interop.library import Library, kind_of
 from groupsae.interop.saelens import SAELENS
 from groupsae.interop.sparsify import SPARSIFY
 from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE
-from groupsae.suite.build import kind_of
 
-FORMATS: dict[str, Format] = {each.name: each for each in (SAELENS, SPARSIFY, DICTIONARY_LEARNING)}
+FORMATS = {library.name: library for library in (SAELENS, SPARSIFY, DICTIONARY_LEARNING)}
 
 
-def format_named(name: object) -> Format:
-    """Return the format of this name.
-
-    Raises:
-        UserError: there is none.
-    """
-    found = FORMATS.get(str(name))
-    if found is None:
+def format_named(name: str) -> Library:
+    """Return the library with this name; raise UserError if there is none."""
+    if name not in FORMATS:
         raise UserError(f"format is {name!r}; use {', '.join(FORMATS)}.")
-    return found
+    return FORMATS[name]
 
 
-def check_holds(chosen: Format, sae: SAE, group: str) -> None:
-    """Raise UserError if a format cannot hold an SAE, with those that can."""
+def check_holds(library: Library, sae: SAE, group: str) -> None:
+    """Raise UserError if a format cannot hold an SAE; the message names those that can."""
     kind = kind_of(sae)
-    if kind not in chosen.holds:
-        able = [each.name for each in FORMATS.values() if kind in each.holds]
+    if kind not in library.kinds:
+        others = [other.name for other in FORMATS.values() if kind in other.kinds]
         raise UserError(
-            f"format={chosen.name} holds {', '.join(chosen.holds)} only, and {group} is a {kind} "
-            f"SAE: use format={' or format='.join(able)}."
+            f"format={library.name} can hold {', '.join(library.kinds)} only, and {group} is a "
+            f"{kind} SAE: use format={' or format='.join(others)}."
         )

@@ -1,24 +1,21 @@
 """The checkpoints that the paper's authors published (Hugging Face organisation Group-SAE).
 
 `baseline/layers.N` holds the SAE of one layer, `cluster/kG-cI` the I-th group that first appears
-among G groups; a group that several G share was trained once. Folders are sparsify's of its time,
-with `scaling_factors.pt` beside or above them: hookpoint -> what its activations are multiplied by
+among G groups; a group that several G share was trained once. Folders are those of sparsify at
+that time, with `scaling_factors.pt` in them or above them: hookpoint -> factor of its activations
 (the paper's norm factor).
 """
 
 import re
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from groupsae.files.reading import require_json
-from groupsae.interop.format import Incoming
-from groupsae.interop.names import parse_module_path
-from groupsae.interop.sparsify import CONFIG, WEIGHTS, ours
+from groupsae.interop.library import ImportedSAE, Place, positive_int, read_pickled, section
+from groupsae.interop.sparsify import CONFIG, WEIGHTS, our_tensors, parse_module_path
 from groupsae.runtime.errors import UserError
-from groupsae.suite.tensors import number, read_pickled, section
 
 FACTORS = "scaling_factors.pt"
 _CLUSTER = re.compile(r"^k(\d+)-c(\d+)$")
@@ -42,7 +39,7 @@ CLUSTERS: dict[int, dict[str, tuple[int, int]]] = {
     },
 }  # fmt: skip
 # Layers of the model -> the layers at which the second, third, ... group begins: one more group
-# splits one of those before it in two.
+# splits one of the groups before it in two.
 BEGINNINGS: dict[int, list[int]] = {
     12: [7, 3, 9, 5, 2, 8, 10, 6, 4],
     24: [16, 7, 11, 19, 3, 13, 5, 21, 9, 17, 14, 1, 22, 4, 18, 20, 8, 6, 15, 10, 12],
@@ -60,18 +57,19 @@ def partition(num_groups: int, num_layers: int) -> list[list[int]]:
     Raises:
         UserError: none were published.
     """
-    begin = BEGINNINGS.get(num_layers)
-    if begin is None:
+    first_layers = BEGINNINGS.get(num_layers)
+    if first_layers is None:
         raise UserError(
-            f"num_groups={num_groups}: partitions were published for Pythia-160M, 410M and 1B, "
-            f"of 12, 24 and 16 layers, and this model has {num_layers}. Choose folders by "
+            f"num_groups={num_groups}: partitions were published for Pythia-160M, 410M and 1B "
+            f"(12, 24 and 16 layers), and this model has {num_layers}: choose folders with "
             "only=[...] instead."
         )
-    if not 1 <= num_groups <= len(begin) + 1:
+    if not 1 <= num_groups <= len(first_layers) + 1:
         raise UserError(
-            f"num_groups={num_groups}: for this model 1 to {len(begin) + 1} groups were published."
+            f"num_groups={num_groups}: for this model, partitions into 1 to "
+            f"{len(first_layers) + 1} groups were published."
         )
-    edges = [0, *sorted(begin[: num_groups - 1]), num_layers - 1]
+    edges = [0, *sorted(first_layers[: num_groups - 1]), num_layers - 1]
     return [list(range(first, end)) for first, end in pairwise(edges)]
 
 
@@ -79,69 +77,72 @@ def choose(folders: list[Path], num_groups: int | None, num_layers: int) -> list
     """Return the folders that serve every layer once: of G groups, or of one SAE a layer.
 
     Args:
-        folders: that were found.
+        folders: to choose from.
         num_groups: None: the baseline.
         num_layers: of the language model.
 
     Raises:
-        UserError: one that is needed is not there, or is there twice.
+        UserError: a needed folder is missing, or exists twice.
     """
     if num_groups is None:
         return [folder for folder in folders if not _CLUSTER.match(folder.name)] or folders
-    serving: dict[tuple[int, ...], Path] = {}
+    by_layers: dict[tuple[int, ...], Path] = {}
     for folder in folders:
         layers = tuple(layers_of(folder, num_layers))
-        if layers in serving:
+        if layers in by_layers:
             raise UserError(
-                f"{serving[layers]} and {folder} serve the same layers: give the path of one "
-                "repository only, or choose with only=[...] in place of num_groups."
+                f"{by_layers[layers]} and {folder} serve the same layers: give the path of one "
+                "repository only, or choose with only=[...] instead of num_groups."
             )
-        serving[layers] = folder
-    chosen = []
-    for group in [*partition(num_groups, num_layers), [num_layers - 1]]:
-        found = serving.get(tuple(group))
-        last = group == [num_layers - 1]  # in no partition: its own SAE, if there is one
-        if found is None and not last:
-            name = f"layers.{group[0]}"
-            what = name if len(group) == 1 else f"a cluster of layers {group[0]} to {group[-1]}"
-            raise UserError(f"num_groups={num_groups} needs {what}, which is not there.")
-        chosen += [found] if found is not None else []
-    return chosen
+        by_layers[layers] = folder
+    groups = partition(num_groups, num_layers)
+    for group in groups:
+        if tuple(group) not in by_layers:
+            cluster = f"the cluster of layers {group[0]} to {group[-1]}"
+            needed = f"layers.{group[0]}" if len(group) == 1 else cluster
+            raise UserError(
+                f"num_groups={num_groups} needs {needed}, which is missing: add its folder, or "
+                "choose another num_groups."
+            )
+    # the last layer is in no partition: it has its own SAE, or none
+    return [by_layers[x] for x in map(tuple, [*groups, [num_layers - 1]]) if x in by_layers]
 
 
-def mine(folder: Path) -> bool:
+def recognises(folder: Path) -> bool:
     """Return whether this is such a folder: it or one above it holds scaling factors."""
     file = folder / CONFIG
-    if not (folder / WEIGHTS).exists() or not file.exists() or "d_in" not in require_json(file):
+    if not (folder / WEIGHTS).exists() or not file.exists():
         return False
-    named = _CLUSTER.match(folder.name) is not None
-    return named or "jumprelu" in require_json(file) or _factors_file(folder) is not None
+    config = require_json(file)
+    theirs = _CLUSTER.match(folder.name) or "jumprelu" in config or _factors_file(folder)
+    return "d_in" in config and bool(theirs)
 
 
 def layers_of(folder: Path, num_layers: int) -> list[int]:
     """Return the layers that a folder's SAE serves.
 
     Raises:
-        UserError: that is written nowhere.
+        UserError: no file and no name says which.
     """
     place = parse_module_path(folder.name)
     if place is not None:
-        return [place[0]]
-    for above in (folder, *folder.parents[:2]):
-        clusters = require_json(above / "config.json") if (above / "config.json").exists() else {}
-        known = section(clusters, "clusters", above / "config.json").get(folder.name)
-        if isinstance(known, list):
-            return sorted(int(layer) for layer in known)
+        return [place.layer]
+    for file in (above / "config.json" for above in (folder, *folder.parents[:2])):
+        config = require_json(file) if file.exists() else {}
+        layers = section(config, "clusters", file).get(folder.name)
+        if isinstance(layers, list):
+            return sorted(int(layer) for layer in layers)
     ends = CLUSTERS.get(num_layers, {}).get(folder.name)
     if ends is None:
         raise UserError(
-            f"{folder} does not say which layers it serves: its name is no published cluster of a "
-            f"model with {num_layers} layers, and no config.json above it lists clusters."
+            f"{folder} does not name the layers that it serves: no config.json above it lists "
+            f"clusters, and no cluster of this name was published for a model with {num_layers} "
+            "layers."
         )
     return list(range(ends[0], ends[1] + 1))
 
 
-def read(folder: Path, num_layers: int) -> Incoming:
+def read(folder: Path, num_layers: int) -> ImportedSAE:
     """Return the SAE in a folder, with the norm factors of its layers.
 
     Args:
@@ -151,49 +152,45 @@ def read(folder: Path, num_layers: int) -> Incoming:
     Raises:
         UserError: it is damaged, or lacks a norm factor.
     """
-    config, file = require_json(folder / CONFIG), folder / CONFIG
+    file = folder / CONFIG
+    config = require_json(file)
     layers, k = layers_of(folder, num_layers), config.get("k", 0)
-    kind = "topk" if isinstance(k, int) and k > 0 else "relu"
-    kind = "jumprelu" if kind == "relu" and config.get("jumprelu") else kind
-    extra = ("log_threshold",) if kind == "jumprelu" else ()
-    tensors = ours(folder, config, *extra)
-    if kind == "jumprelu":
+    if isinstance(k, int) and k > 0:
+        kind, tensors = "topk", our_tensors(folder, config)
+    elif config.get("jumprelu"):
+        kind, tensors = "jumprelu", our_tensors(folder, config, "log_threshold")
         tensors["threshold"] = tensors.pop("log_threshold").exp()
-    n = len(tensors["b_enc"])
-    stored = _factors_file(folder)
-    unscaled = f"no {FACTORS} beside or above it: activations are not scaled"
-    return Incoming.of(
+    else:
+        kind, tensors = "relu", our_tensors(folder, config)
+    n, factors = len(tensors["b_enc"]), _factors_file(folder)
+    unscaled = f"no {FACTORS} in or above its folder: activations are not scaled"
+    return ImportedSAE.of(
         kind,
         tensors,
-        sized={"k": number(config, "k", file, latents=n)} if kind == "topk" else {},
-        notes=[unscaled] if stored is None else [],
-        folder=folder,
-        format="group-sae",
-        norm_factors=_factors(stored, layers),
-        hookpoint="resid_post",
+        Place(layers[0], "resid_post"),
+        arguments={"k": positive_int(config, "k", file, latents=n)} if kind == "topk" else {},
+        norm_factors=_factors(factors, layers) if factors else dict.fromkeys(layers, 1.0),
+        notes=[] if factors else [unscaled],
     )
 
 
 def _factors_file(folder: Path) -> Path | None:
-    places = (folder, *folder.parents[:2])
-    return next((p / FACTORS for p in places if (p / FACTORS).exists()), None)
+    files = (place / FACTORS for place in (folder, *folder.parents[:2]))
+    return next((file for file in files if file.exists()), None)
 
 
-def _factors(file: Path | None, layers: list[int]) -> dict[int, float]:
-    if file is None:
-        return dict.fromkeys(layers, 1.0)
-    stored: Any = read_pickled(file)
+def _factors(file: Path, layers: list[int]) -> dict[int, float]:
+    stored = read_pickled(file)
     if isinstance(stored, Tensor):
         stored = stored.tolist()
-    values = stored.items() if isinstance(stored, dict) else enumerate(stored)
-    known: dict[int, float] = {}
-    for name, value in values:
+    by_layer: dict[int, float] = {}
+    for name, value in stored.items() if isinstance(stored, dict) else enumerate(stored):
         place = parse_module_path(str(name))
-        known[place[0] if place else int(name)] = float(value)
-    missing = [layer for layer in layers if not 0 < known.get(layer, 0.0) < float("inf")]
-    if missing:
-        raise UserError(
-            f"{file} has no factor above 0 for layer {missing[0]}; it has layers "
-            f"{', '.join(map(str, sorted(known)))}."
-        )
-    return {layer: known[layer] for layer in layers}
+        by_layer[place.layer if place else int(name)] = float(value)
+    for layer in layers:
+        if not 0 < by_layer.get(layer, 0.0) < float("inf"):
+            raise UserError(
+                f"{file} has no factor above 0 for layer {layer}; it has layers "
+                f"{', '.join(map(str, sorted(by_layer)))}."
+            )
+    return {layer: by_layer[layer] for layer in layers}

@@ -1,23 +1,32 @@
 """SAELens' folder: `cfg.json` and `sae_weights.safetensors` (read and written as 6.54 does)."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
-from torch import Tensor
-
 from groupsae.files.reading import require_json
-from groupsae.interop.fold import subtract_b_dec
-from groupsae.interop.format import About, Format, Incoming, known_place, wrong_place
-from groupsae.interop.names import lens_hook, lens_model, parse_lens_hook
+from groupsae.interop.library import (
+    ImportedSAE,
+    Library,
+    Origin,
+    Place,
+    kind_of,
+    our_place,
+    portable_tensors,
+    positive_int,
+    section,
+    subtract_b_dec,
+    unknown_layer,
+    write_tensors,
+)
+from groupsae.lm.hookpoints import HOOKPOINTS
 from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE
-from groupsae.suite.build import kind_of
-from groupsae.suite.tensors import number, read_tensors, section, take
+from groupsae.suite.suite import read_tensors, take
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
-HOLDS = {
+ARCHITECTURES = {
     "topk": "topk",
     "batchtopk": "jumprelu",
     "matryoshka": "jumprelu",
@@ -26,28 +35,42 @@ HOLDS = {
     "gated": "gated",
 }
 READS = {"topk": "topk", "jumprelu": "jumprelu", "standard": "relu", "gated": "gated"}
-VERSION = "6.54.12"  # that the files were checked with; below 6.0.0 they would be read otherwise
+VERSION = "6.54.12"  # the tested one; files with a version below 6.0.0 are read differently
+_HOOK = re.compile(r"^blocks\.(\d+)\.hook_(\w+)$")
 
 
-def folder_name(about: About) -> str:
-    """Return the name of an SAE's folder, TransformerLens' name of the place."""
-    return lens_hook(about.hookpoint, about.layer)
+def lens_hook(origin: Origin) -> str:
+    """Return TransformerLens' name of a place: `blocks.4.hook_resid_post`."""
+    return f"blocks.{origin.layer}.hook_{origin.hookpoint}"
 
 
-def write(folder: Path, sae: SAE, about: About) -> None:
+def lens_model(name: str) -> str:
+    """Return TransformerLens' name of a model on the Hub.
+
+    Models of these organisations go by the last part of their id, others by the complete id.
+
+    >>> lens_model("EleutherAI/pythia-160m-deduped"), lens_model("Qwen/Qwen2.5-0.5B")
+    ('pythia-160m-deduped', 'Qwen/Qwen2.5-0.5B')
+    """
+    organisation, slash, last = name.rstrip("/").rpartition("/")
+    short = organisation in ("EleutherAI", "openai-community", "google", "roneneldan")
+    local = slash and ("/" in organisation or organisation in ("", ".", ".."))
+    return last if short or local else name
+
+
+def write(folder: Path, sae: SAE, origin: Origin) -> None:
     """Write an SAE that takes raw activations; weights as [d_in, d_sae] and [d_sae, d_in].
 
     BatchTopK and Matryoshka become `jumprelu` with one threshold for all latents, as SAELens
     itself saves them for inference.
     """
-    state = {name: tensor.detach().float().cpu() for name, tensor in sae.state_dict().items()}
-    tensors: dict[str, Tensor] = {**state, "W_enc": state["W_enc"].T}
-    if "log_threshold" in tensors:
-        tensors["threshold"] = tensors.pop("log_threshold").exp()
-    elif "threshold" in tensors:
+    kind, tensors = kind_of(sae), portable_tensors(sae)
+    tensors["W_enc"] = tensors["W_enc"].T
+    if "threshold" in tensors:
         tensors["threshold"] = tensors["threshold"].expand(sae.d_sae)
-    config: dict[str, Any] = {
-        "architecture": HOLDS[kind_of(sae)],
+    topk = {"k": sae.k, "rescale_acts_by_decoder_norm": False} if kind == "topk" else {}
+    config = {
+        "architecture": ARCHITECTURES[kind],
         "d_in": sae.d_model,
         "d_sae": sae.d_sae,
         "dtype": "float32",
@@ -55,29 +78,28 @@ def write(folder: Path, sae: SAE, about: About) -> None:
         "apply_b_dec_to_input": True,
         "normalize_activations": "none",
         "reshape_activations": "none",
+        **topk,
+        "metadata": {
+            "sae_lens_version": VERSION,
+            "sae_lens_training_version": None,
+            "model_name": lens_model(origin.model),
+            "hook_name": lens_hook(origin),
+            "hook_head_index": None,
+            "context_size": origin.context,
+            "prepend_bos": origin.prepend_bos,
+            "groupsae": origin.to_json(),
+        },
     }
-    if kind_of(sae) == "topk":
-        config |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
-    config["metadata"] = {
-        "sae_lens_version": VERSION,
-        "sae_lens_training_version": None,
-        "model_name": lens_model(about.model),
-        "hook_name": lens_hook(about.hookpoint, about.layer),
-        "hook_head_index": None,
-        "context_size": about.context,
-        "prepend_bos": about.prepend_bos,
-        "groupsae": about.to_json(),
-    }
-    (folder / WEIGHTS).write_bytes(save({n: t.contiguous().clone() for n, t in tensors.items()}))
+    write_tensors(folder / WEIGHTS, tensors)
     (folder / CONFIG).write_text(json.dumps(config, indent=1))
 
 
-def mine(folder: Path) -> bool:
+def recognises(folder: Path) -> bool:
     """Return whether this is a folder of SAELens."""
     return (folder / WEIGHTS).exists()
 
 
-def read(folder: Path) -> Incoming:
+def read(folder: Path) -> ImportedSAE:
     """Return the SAE in a folder.
 
     Raises:
@@ -86,39 +108,39 @@ def read(folder: Path) -> Incoming:
     file = folder / CONFIG
     config = require_json(file)
     metadata = section(config, "metadata", file)
-    known = known_place(metadata, file)
-    name = _architecture(config, file)
-    for key, plain in (("normalize_activations", "none"), ("reshape_activations", "none")):
-        if config.get(key, plain) not in (plain, None):
+    known = our_place(metadata, file)
+    architecture = _architecture(config, file)
+    for key in ("normalize_activations", "reshape_activations"):
+        if config.get(key) not in ("none", None):
             raise UserError(
-                f"{file} has {key} = {config[key]!r}, which is no part of an SAE here: fold it "
-                f"into the weights with SAELens first, so that it says {plain!r}."
+                f"{file} has {key} = {config[key]!r}, which our SAEs do not do: fold it into the "
+                f"weights with SAELens first, so that {key} is 'none'."
             )
-    named = metadata.get("hook_name") or config.get("hook_name")
-    place = parse_lens_hook(named)
-    if place is None:
-        raise wrong_place(file, named, "its hook_name must be blocks.<number>.hook_<hookpoint>")
-    d, n = number(config, "d_in", file), number(config, "d_sae", file)
+    hook = metadata.get("hook_name") or config.get("hook_name")
+    found = _HOOK.match(str(hook))
+    if found is None or found[2] not in HOOKPOINTS:
+        raise unknown_layer(file, hook, "its hook_name must be blocks.<number>.hook_<hookpoint>")
+    d, n = positive_int(config, "d_in", file), positive_int(config, "d_sae", file)
     wanted = {"W_enc": (d, n), "W_dec": (n, d), "b_dec": (d,)}
-    biases = ("b_gate", "b_mag", "r_mag") if name == "gated" else ("b_enc",)
-    wanted |= {each: (n,) for each in (*biases, *(["threshold"] if name == "jumprelu" else []))}
+    biases = ("b_gate", "b_mag", "r_mag") if architecture == "gated" else ("b_enc",)
+    wanted |= dict.fromkeys(biases, (n,))
+    wanted |= {"threshold": (n,)} if architecture == "jumprelu" else {}
     tensors = take(read_tensors(folder / WEIGHTS), wanted, folder / WEIGHTS)
     tensors["W_enc"] = tensors["W_enc"].T.contiguous()
     if not config.get("apply_b_dec_to_input", True):
         tensors = subtract_b_dec(tensors)
-    kind = READS[name]
-    by_norm = bool(config.get("rescale_acts_by_decoder_norm", False))
-    return Incoming.of(
-        kind,
+    arguments: dict[str, Any] = {}
+    if architecture == "topk":
+        before = section(config, "activation_fn_kwargs", file)  # before version 6
+        k = {"k": config.get("k", before.get("k"))}
+        arguments["k"] = positive_int(k, "k", file, latents=n)
+    model = metadata.get("model_name") or config.get("model_name")
+    return ImportedSAE.of(
+        READS[architecture],
         tensors,
-        sized={"k": _k(config, file, n)} if kind == "topk" else {},
-        by_norm=by_norm,
-        folder=folder,
-        format="saelens",
-        norm_factors={place[0]: 1.0},
-        hookpoint=place[1],
-        stack=known.stack if known else None,
-        model=metadata.get("model_name") or config.get("model_name"),
+        Place(int(found[1]), found[2], known and known.stack, model),
+        arguments=arguments,
+        by_norm=bool(config.get("rescale_acts_by_decoder_norm", False)),
     )
 
 
@@ -128,23 +150,10 @@ def _architecture(config: dict[str, Any], file: Path) -> str:
         return "topk"  # before version 6
     if name not in READS:
         raise UserError(
-            f"{file} has the architecture {name!r}; of SAELens' these can be read: "
-            f"{', '.join(READS)} (batchtopk and matryoshka once saved for inference, as jumprelu)."
+            f"{file} has the architecture {name!r}. Of SAELens' architectures, these can be "
+            f"read: {', '.join(READS)}. (jumprelu includes saved batchtopk and matryoshka.)"
         )
     return str(name)
 
 
-def _k(config: dict[str, Any], file: Path, d_sae: int) -> int:
-    before = section(config, "activation_fn_kwargs", file)  # before version 6
-    return number({"k": config.get("k", before.get("k"))}, "k", file, latents=d_sae)
-
-
-SAELENS = Format(
-    name="saelens",
-    library="saelens",
-    holds=HOLDS,
-    folder=folder_name,
-    write=write,
-    mine=mine,
-    read=read,
-)
+SAELENS = Library("saelens", ARCHITECTURES, lens_hook, write, recognises, read)

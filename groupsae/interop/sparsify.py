@@ -1,52 +1,69 @@
 """sparsify's folder: `cfg.json` and `sae.safetensors` (as 1.3.3 reads and writes them)."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
-from torch import Tensor
-
 from groupsae.files.reading import require_json
-from groupsae.interop.format import (
-    About,
-    Format,
-    Incoming,
-    Known,
-    known_place,
-    wrong_place,
+from groupsae.interop.library import (
+    ImportedSAE,
+    Library,
+    Origin,
+    Place,
+    Tensors,
+    our_place,
+    portable_tensors,
+    positive_int,
+    unknown_layer,
+    write_tensors,
 )
-from groupsae.interop.names import parse_module_path
 from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE
-from groupsae.suite.tensors import number, read_tensors, take
+from groupsae.suite.suite import read_tensors, take
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
-HOLDS = {"topk": "topk"}
 NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+IN_A_BLOCK = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks?)\.(\d+)(?:\.(.+))?$")
+_HOOKPOINTS: dict[str | None, str] = {
+    None: "resid_post",
+    **dict.fromkeys(("mlp", "feed_forward"), "mlp_out"),
+    **dict.fromkeys(("attention", "attn", "self_attn", "self_attention"), "attn_out"),
+}
 
 
-def folder_name(about: About) -> str:
+def parse_module_path(path: str) -> Place | None:
+    """Return layer and hookpoint of a module's path; None if we have no such hookpoint.
+
+    >>> parse_module_path("gpt_neox.layers.4.mlp")[:2], parse_module_path("layers.4")[:2]
+    ((4, 'mlp_out'), (4, 'resid_post'))
+    """
+    found = IN_A_BLOCK.search(path)
+    if found is None or found[2] not in _HOOKPOINTS:
+        return None
+    return Place(int(found[1]), _HOOKPOINTS[found[2]])
+
+
+def folder_name(origin: Origin) -> str:
     """Return the name of an SAE's folder: the path of the module.
 
     Raises:
-        UserError: no module puts this out, or it is not known which.
+        UserError: no module has this output, or the run does not name the module.
     """
-    if about.module is not None:
-        return about.module
-    if about.hookpoint == "resid_pre" and about.layer == 0:
-        reason = "resid_pre of layer 0 is no module's output"
+    if origin.module is not None:
+        return origin.module
+    if origin.hookpoint == "resid_pre" and origin.layer == 0:
+        reason = "resid_pre of layer 0 is not the output of a module"
     else:
-        reason = f"the cfg.json of {about.group} does not name the module of layer {about.layer}"
+        reason = f"cfg.json of {origin.group} does not name the module of layer {origin.layer}"
     raise UserError(
         f"{reason}, and format=sparsify names modules: use format=saelens or dictionary_learning."
     )
 
 
-def write(folder: Path, sae: SAE, about: About) -> None:
-    """Write a TopK SAE that takes raw activations; weights are [num_latents, d_in] both."""
-    state = {name: tensor.detach().float().cpu() for name, tensor in sae.state_dict().items()}
-    tensors = {theirs: state[ours].contiguous().clone() for theirs, ours in NAMES.items()}
+def write(folder: Path, sae: SAE, origin: Origin) -> None:
+    """Write a TopK SAE that takes raw activations; both weights are [num_latents, d_in]."""
+    tensors = portable_tensors(sae)
     config = {
         "activation": "topk",
         "expansion_factor": max(1, round(sae.d_sae / sae.d_model)),
@@ -57,19 +74,19 @@ def write(folder: Path, sae: SAE, about: About) -> None:
         "skip_connection": False,
         "transcode": False,
         "d_in": sae.d_model,
-        "groupsae": about.to_json(),
+        "groupsae": origin.to_json(),
     }
-    (folder / WEIGHTS).write_bytes(save(tensors))
+    write_tensors(folder / WEIGHTS, {theirs: tensors[ours] for theirs, ours in NAMES.items()})
     (folder / CONFIG).write_text(json.dumps(config, indent=1))
 
 
-def mine(folder: Path) -> bool:
-    """Return whether this is a folder of sparsify (or of the paper's code, which began as one)."""
+def recognises(folder: Path) -> bool:
+    """Return whether this is a folder of sparsify (or of the paper's code, its descendant)."""
     file = folder / CONFIG
     return (folder / WEIGHTS).exists() and file.exists() and "d_in" in require_json(file)
 
 
-def read(folder: Path) -> Incoming:
+def read(folder: Path) -> ImportedSAE:
     """Return the SAE in a folder.
 
     Raises:
@@ -80,26 +97,21 @@ def read(folder: Path) -> Incoming:
     for key, plain in (("activation", "topk"), ("transcode", False), ("skip_connection", False)):
         if config.get(key, plain) != plain:
             raise UserError(
-                f"{file} has {key} = {config[key]!r}; of sparsify's only plain SAEs with "
+                f"{file} has {key} = {config[key]!r}. Of sparsify's SAEs, only those with "
                 f"{key} = {json.dumps(plain)} can be read."
             )
-    known = known_place(config, file)
-    layer, hookpoint = _place(folder, known)
-    tensors = ours(folder, config)
-    return Incoming.of(
-        "topk",
-        tensors,
-        sized={"k": number(config, "k", file, latents=len(tensors["b_enc"]))},
-        folder=folder,
-        format="sparsify",
-        norm_factors={layer: 1.0},
-        hookpoint=hookpoint,
-        stack=known.stack if known else None,
-        model=known.model if known else None,
-    )
+    # several seeds are in <hookpoint>/seed<n>
+    name = folder.parent.name if folder.name.startswith("seed") else folder.name
+    place = our_place(config, file) or parse_module_path(name)
+    if place is None:
+        advice = "rename it to layers.<number>, or to the path of its module"
+        raise unknown_layer(folder, name, advice)
+    tensors = our_tensors(folder, config)
+    k = positive_int(config, "k", file, latents=len(tensors["b_enc"]))
+    return ImportedSAE.of("topk", tensors, place, arguments={"k": k})
 
 
-def ours(folder: Path, config: dict[str, Any], *more: str) -> dict[str, Tensor]:
+def our_tensors(folder: Path, config: dict[str, Any], *more: str) -> Tensors:
     """Return the tensors of a folder by our names.
 
     Args:
@@ -108,33 +120,13 @@ def ours(folder: Path, config: dict[str, Any], *more: str) -> dict[str, Tensor]:
         *more: further tensors [num_latents], which keep their names.
     """
     file = folder / CONFIG
-    d = number(config, "d_in", file)
-    # 0 means: the factor says how many
-    n = config.get("num_latents") or d * number(config, "expansion_factor", file)
+    d = positive_int(config, "d_in", file)
+    # num_latents = 0 means: expansion_factor decides
+    n = config.get("num_latents") or d * positive_int(config, "expansion_factor", file)
     shapes = {"W_enc": (n, d), "b_enc": (n,), "W_dec": (n, d), "b_dec": (d,)}
-    wanted = {theirs: shapes[ours] for theirs, ours in NAMES.items()}
-    wanted |= dict.fromkeys(more, (n,))
+    wanted = {theirs: shapes[ours] for theirs, ours in NAMES.items()} | dict.fromkeys(more, (n,))
     tensors = take(read_tensors(folder / WEIGHTS), wanted, folder / WEIGHTS)
     return {NAMES.get(theirs, theirs): tensor for theirs, tensor in tensors.items()}
 
 
-def _place(folder: Path, known: Known | None) -> tuple[int, str]:
-    if known is not None:
-        return known.layer, known.hookpoint
-    # several seeds are <hookpoint>/seed<n>
-    name = folder.parent.name if folder.name.startswith("seed") else folder.name
-    place = parse_module_path(name)
-    if place is None:
-        raise wrong_place(folder, name, "name the folder layers.<number>, or by its module's path")
-    return place
-
-
-SPARSIFY = Format(
-    name="sparsify",
-    library="sparsify",
-    holds=HOLDS,
-    folder=folder_name,
-    write=write,
-    mine=mine,
-    read=read,
-)
+SPARSIFY = Library("sparsify", {"topk": "topk"}, folder_name, write, recognises, read)

@@ -8,10 +8,10 @@ from groupsae.runtime.errors import UserError
 
 
 def load_plan(run: Path) -> GroupPlan | None:
-    """Return the plan in a run folder's `groups.json`, if it has one.
+    """Return the plan in a run folder's `groups.json`; None if there is no such file.
 
     Raises:
-        UserError: the file is damaged, was changed by hand, or is of another version.
+        UserError: the file is damaged, was edited by hand, or has another version.
     """
     file = run / "groups.json"
     stored = read_json(file)

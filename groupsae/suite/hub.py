@@ -24,7 +24,7 @@ def repository(path: object) -> Repository | None:
     """Return the repository that a path names; None if it names a folder.
 
     Raises:
-        UserError: it begins with `hf:`, but what follows is no name of a repository.
+        UserError: it begins with `hf:`, but no name of a repository follows.
 
     >>> repository("hf:owner/name@v1")
     Repository(name='owner/name', revision='v1')
@@ -41,13 +41,13 @@ def check_name(name: str, given: str) -> None:
     """Raise UserError unless this is `owner/name`."""
     if not _NAME.match(name):
         raise UserError(
-            f"{given} names no repository of the Hub: write owner/name, letters, digits, '-', '_' "
-            "and '.' only."
+            f"{given} does not name a repository of the Hub: write owner/name, with letters, "
+            "digits, '-', '_' and '.' only."
         )
 
 
 def looks_like_name(text: str) -> bool:
-    """Return whether a text could be `owner/name` on the Hub, and is no folder here."""
+    """Return whether a text could be `owner/name` on the Hub, and is no local folder."""
     return bool(_NAME.match(text)) and text[0] not in "./" and not Path(text).exists()
 
 
@@ -55,8 +55,8 @@ def download(repo: Repository, patterns: Sequence[str]) -> Path:
     """Return a local folder with the files of a repository that match; kept in the Hub's cache.
 
     Raises:
-        UserError: there is no such repository or revision, it may not be read, or the Hub cannot
-            be reached and the cache does not hold it.
+        UserError: the repository or revision does not exist or may not be read, or the Hub
+            cannot be reached and the cache does not hold the files.
     """
     from huggingface_hub import snapshot_download
 
@@ -74,21 +74,21 @@ def upload(
     private: bool,
     replaced: Callable[[str], bool] | None,
 ) -> str:
-    """Commit files to a repository, which is made if need be; return its address.
+    """Commit files to a repository, which is created if necessary; return its address.
 
-    The token is the one that `hf auth login` left or HF_TOKEN holds; it is neither shown nor kept.
+    The token is that of `hf auth login` or HF_TOKEN; it is neither printed nor stored.
 
     Args:
         name: owner/name.
         files: path in the repository -> file or content; one commit holds all.
         message: of the commit.
-        private: a repository that is made now can be seen by its owner only.
-        replaced: which paths of a repository that holds files already are removed if they are
-            not among the new ones; None: such a repository is left alone.
+        private: a new repository can be seen by its owner only.
+        replaced: of a repository with files: which paths are removed unless they are among the
+            new ones; None: such a repository is left alone.
 
     Raises:
-        UserError: the repository holds files already and may not be changed, there is no token
-            or it may not write there, or the Hub cannot be reached.
+        UserError: the repository holds files and may not be changed, no token is found or it may
+            not write there, or the Hub cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
@@ -101,10 +101,10 @@ def upload(
     with _explained(name, None):
         api = HfApi()
         address = api.create_repo(name, private=private, exist_ok=True)
-        there = [path for path in api.list_repo_files(name) if path != ".gitattributes"]
-        if there and replaced is None:
+        present = [path for path in api.list_repo_files(name) if path != ".gitattributes"]
+        if present and replaced is None:
             raise UserError(
-                f"hf:{name} holds {len(there)} files already, such as {min(there)}: "
+                f"hf:{name} holds {len(present)} files already, such as {min(present)}: "
                 "overwrite=true replaces its SAEs and its page, hub=<owner/name> uploads "
                 "elsewhere."
             )
@@ -116,7 +116,7 @@ def upload(
         ]
         operations += [
             CommitOperationDelete(path_in_repo=path)
-            for path in there
+            for path in present
             if replaced is not None and replaced(path) and path not in files
         ]
         api.create_commit(name, operations=operations, commit_message=message)
@@ -125,21 +125,21 @@ def upload(
 
 @contextmanager
 def _explained(name: str, revision: str | None) -> Iterator[None]:
-    """Turn what the Hub or the network refuses into a sentence."""
+    """Turn an error of the Hub or the network into a UserError."""
     try:
         yield
     except Exception as error:
-        # one of several uploads that went on at once is wrapped
+        # parallel uploads wrap the error of one of them
         inner = error.__cause__ if type(error) is RuntimeError else None
-        for each in (error, inner):
-            told = None if each is None else _sentence(each, name, revision)
-            if told is not None:
-                raise UserError(told) from error
+        for cause in (error, inner):
+            message = None if cause is None else _explanation(cause, name, revision)
+            if message is not None:
+                raise UserError(message) from error
         raise
 
 
-def _sentence(error: BaseException, name: str, revision: str | None) -> str | None:
-    """Return what happened and the way out; None if it is nothing of the Hub's."""
+def _explanation(error: BaseException, name: str, revision: str | None) -> str | None:
+    """Return the reason and the way out; None if the error does not come from the Hub."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
@@ -159,14 +159,13 @@ def _sentence(error: BaseException, name: str, revision: str | None) -> str | No
         if status in (401, 403):
             return (
                 f"the Hub refused hf:{name} (status {status}): the token must be valid, and to "
-                "upload it needs the right to write there. `hf auth whoami` shows whose it is."
+                "upload it must have the right to write there. `hf auth whoami` shows its owner."
             )
         return f"the Hub answered with status {status} for hf:{name}: try again later."
     offline = isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled)
     if offline or is_network_error(error):
         return (
-            f"the Hub cannot be reached for hf:{name}, and the cache does not hold what is "
-            "needed: check the network (and HF_HUB_OFFLINE), or bring the files and give their "
-            "folder."
+            f"the Hub cannot be reached for hf:{name}, and the cache does not hold its files: "
+            "check the network (and HF_HUB_OFFLINE), or copy the files here and give their folder."
         )
     return None

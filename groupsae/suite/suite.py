@@ -2,41 +2,26 @@
 
 import importlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from groupsae.files.atomic import atomic_write, write_json
-from groupsae.files.reading import damaged
+from groupsae.files.reading import damaged, missing
 from groupsae.grouping.groupings import by_name
 from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE, SparseLatents
 from groupsae.suite.groups_file import load_plan
 from groupsae.suite.hub import download, repository
-from groupsae.suite.tensors import read_tensors, take
 
 FORMAT = 2
-
-
-def save_sae(folder: Path, sae: SAE, config: dict[str, Any]) -> None:
-    """Write `sae.safetensors` and `cfg.json`.
-
-    Args:
-        folder: of this group.
-        sae: the SAE; its state is saved in float32.
-        config: `architecture` (import path of the class), `arguments` (of its constructor),
-            `layers`, `norm_factors` (layer -> factor) and whatever else is worth keeping.
-    """
-    tensors = {name: p.detach().float().cpu().contiguous() for name, p in sae.state_dict().items()}
-    with atomic_write(folder / "sae.safetensors") as handle:
-        handle.write(save(tensors))  # (save_file would make it readable by its owner only)
-    write_json(folder / "cfg.json", {"format": FORMAT, **config})
 
 
 class Suite:
@@ -48,6 +33,9 @@ class Suite:
     Args:
         saes: name -> SAE.
         configs: name -> its `cfg.json`.
+
+    Raises:
+        UserError: two SAEs serve one layer.
     """
 
     def __init__(self, saes: dict[str, SAE], configs: dict[str, dict[str, Any]]) -> None:
@@ -86,14 +74,14 @@ class Suite:
         """Return the name of the group that a layer belongs to.
 
         Raises:
-            UserError: no SAE was trained for this layer.
+            UserError: the layer has no SAE.
         """
         if layer not in self._owner:
             raise UserError(f"no SAE for layer {layer}; this suite covers layers {self.layers}.")
         return self._owner[layer]
 
     def norm_factor(self, layer: int) -> float:
-        """Return what activations of a layer are multiplied by before encoding."""
+        """Return the factor that activations of a layer are multiplied by before encoding."""
         return float(self.configs[self.group_of(layer)]["norm_factors"][str(layer)])
 
     @torch.no_grad()
@@ -142,7 +130,7 @@ class Suite:
         if latents.shape[-1] != sae.d_sae:
             raise UserError(
                 f"latents of layer {layer} have width {latents.shape[-1]}, but its SAE has "
-                f"{sae.d_sae}: give what encode(acts, layer={layer}) returns."
+                f"{sae.d_sae}: give the result of encode(acts, layer={layer})."
             )
         return sae.decode_dense(latents) / self.norm_factor(layer)
 
@@ -154,16 +142,16 @@ class Suite:
 
 
 def load_suite(path: str | Path, grouping: str | None = None) -> Suite:
-    """Return the SAEs of a run folder (or of its `saes` folder), here or on the Hub.
+    """Return the SAEs of a run folder (or of its `saes` folder), on this machine or on the Hub.
 
     Args:
         path: the run folder, or `hf:owner/name`, or `hf:owner/name@revision`.
-        grouping: of a run with groups=all: which of its groupings, such as `complete-3`,
+        grouping: of a run with groups=all: name of the grouping, such as `complete-3`,
             `per_layer` or `smaller-2`; None is the one that AMAD chose.
 
     Raises:
-        UserError: there are no SAEs, one is damaged, there is no such grouping, or the Hub does
-            not give the files.
+        UserError: no SAEs are found, one is damaged, the run has no such grouping, or the Hub
+            refuses the files.
     """
     repo = repository(path)
     folder = Path(path) if repo is None else download(repo, ("saes/*", "groups.json"))
@@ -171,8 +159,8 @@ def load_suite(path: str | Path, grouping: str | None = None) -> Suite:
     names = sorted(file.parent.name for file in folder.glob("*/cfg.json"))
     if not names:
         raise UserError(
-            f"no SAEs under {path}: expected saes/<group>/cfg.json, as a finished run leaves "
-            "them. An unfinished run is finished by resume=<run folder>."
+            f"no SAEs under {path}: expected saes/<group>/cfg.json, as a finished run has them. "
+            "To finish a run, give python -m groupsae.train resume=<run folder>."
         )
     plan = load_plan(folder.parent)
     if plan is not None:
@@ -182,7 +170,10 @@ def load_suite(path: str | Path, grouping: str | None = None) -> Suite:
             raise UserError(f"no grouping '{chosen}' in {path}; it has {', '.join(known)}.")
         names = list(dict.fromkeys(known[chosen].sae_of_layer.values()))
     elif grouping is not None:
-        raise UserError(f"{path} has no groups.json: its SAEs belong to one grouping only.")
+        raise UserError(
+            f"{path} has no groups.json, so its SAEs form one grouping: leave out "
+            f"grouping={grouping}."
+        )
     return load_saes(folder, names)
 
 
@@ -199,13 +190,70 @@ def load_saes(folder: Path, names: Iterable[str]) -> Suite:
     )
 
 
+def save_sae(folder: Path, sae: SAE, config: dict[str, Any]) -> None:
+    """Write `sae.safetensors` and `cfg.json`.
+
+    Args:
+        folder: of this group.
+        sae: the SAE; its state is saved in float32.
+        config: `architecture` (import path of the class), `arguments` (of its constructor),
+            `layers`, `norm_factors` (layer -> factor) and anything else that is worth keeping.
+    """
+    tensors = {name: p.detach().float().cpu().contiguous() for name, p in sae.state_dict().items()}
+    with atomic_write(folder / "sae.safetensors") as handle:
+        handle.write(save(tensors))  # (save_file would make it readable by its owner only)
+    write_json(folder / "cfg.json", {"format": FORMAT, **config})
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file.
+
+    Raises:
+        UserError: the file is missing, truncated or damaged.
+    """
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        raise missing(file) from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise damaged(file, error) from error
+
+
+def take(
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], file: Path
+) -> dict[str, Tensor]:
+    """Return the wanted tensors in float32.
+
+    Args:
+        tensors: all tensors of a file.
+        wanted: name -> shape.
+        file: for messages.
+
+    Raises:
+        UserError: one is missing or has another shape, or there are more.
+    """
+    lacking, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    if lacking or extra:
+        fault = f"lacks the tensor {lacking[0]}" if lacking else f"has an extra tensor {extra[0]}"
+        raise UserError(
+            f"{file} {fault}: expected {', '.join(wanted)}, found {', '.join(sorted(tensors))}."
+        )
+    for name, shape in wanted.items():
+        if tuple(tensors[name].shape) != shape:
+            raise UserError(
+                f"{file}: the tensor {name} has shape {list(tensors[name].shape)}, but its "
+                f"configuration requires {list(shape)}."
+            )
+    return {name: tensors[name].detach().float() for name in wanted}
+
+
 def _load_sae(file: Path) -> tuple[SAE, dict[str, Any]]:
-    """Return the SAE beside a `cfg.json`, and what the file says."""
+    """Return the SAE next to a `cfg.json`, and the content of that file."""
     try:
         config = json.loads(file.read_text())
         if config["format"] != FORMAT:
             raise UserError(
-                f"{file} has format {config['format']}, this version of groupsae reads "
+                f"{file} has format {config['format']}, and this version of groupsae reads format "
                 f"{FORMAT}: use the version that wrote it."
             )
         architecture = _architecture(config["architecture"], file)
@@ -220,13 +268,13 @@ def _load_sae(file: Path) -> tuple[SAE, dict[str, Any]]:
             float(config["norm_factors"][str(layer)])
     except UserError:
         raise
-    except Exception as error:  # whatever a cut or edited file leads to
+    except Exception as error:  # a truncated or edited file can lead to any of them
         raise damaged(file.parent, error) from error
     return sae.eval(), config
 
 
 def _architecture(path: str, file: Path) -> type[SAE]:
-    """Return the class that a `cfg.json` names, if it is an SAE of ours: never foreign code."""
+    """Return the class that a `cfg.json` names, if it is one of our SAEs: never foreign code."""
     module, _, name = path.rpartition(".")
     found = None
     if module.startswith("groupsae.sae."):

@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from groupsae.config.instantiate import CONF
 from groupsae.export import export as command
-from groupsae.interop.fold import onto_raw
+from groupsae.interop.exporting import compare, export_suite
 from groupsae.interop.formats import FORMATS, check_holds
-from groupsae.interop.names import lens_model, parse_module_path
-from groupsae.interop.outgoing import export_suite
+from groupsae.interop.library import build, fold_norm_factor
+from groupsae.interop.saelens import lens_model
+from groupsae.interop.sparsify import parse_module_path
 from groupsae.runtime.errors import UserError
 from groupsae.suite.suite import load_suite
 from tests.helpers.evaluated import evaluated
@@ -66,7 +67,7 @@ DICTIONARIES = {
         | {name: [n] for name in ("r_mag", "gate_bias", "mag_bias")},
     ),
 }
-ABLE = [(f, k) for f in FORMATS for k in KINDS if k in FORMATS[f].holds]
+ABLE = [(f, k) for f in FORMATS for k in KINDS if k in FORMATS[f].kinds]
 
 
 def exported(tmp_path: Path, kind: str, form: str, **more) -> Path:
@@ -189,11 +190,10 @@ def test_what_is_read_back_computes_the_definition_on_raw_activations(tmp_path, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_fold_leaves_the_weights_and_divides_the_latents(kind):
-    from groupsae.suite.build import build
     from tests.helpers.shelf import dense, more_of
 
     sae, _ = build(kind, tensors_of(kind), **more_of(kind))
-    folded, x = onto_raw(sae, 0.37), rows()
+    folded, x = fold_norm_factor(sae, 0.37), rows()
     assert torch.equal(folded.W_enc, sae.W_enc)
     assert torch.equal(folded.W_dec, sae.W_dec)
     torch.testing.assert_close(dense(folded, x) * 0.37, dense(sae, x * 0.37), rtol=1e-4, atol=1e-5)
@@ -201,18 +201,16 @@ def test_the_fold_leaves_the_weights_and_divides_the_latents(kind):
 
 def test_a_wrong_fold_would_be_found(tmp_path, monkeypatch):
     """The comparison after writing is no formality."""
-    import groupsae.interop.outgoing as outgoing
+    from groupsae.interop import exporting
 
     run = run_folder(tmp_path / "run", "jumprelu")
-    monkeypatch.setattr(outgoing, "onto_raw", lambda sae, _factor: sae)
-    with pytest.raises(UserError, match="would not compute what layers.0-1 does"):
+    monkeypatch.setattr(exporting, "fold_norm_factor", lambda sae, _factor: sae)
+    with pytest.raises(UserError, match="would not compute the same as layers.0-1"):
         export_suite(load_suite(run), FORMATS["saelens"], tmp_path / "out", overwrite=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 
 def test_saes_whose_thresholds_are_out_of_reach_are_never_called_the_same():
-    from groupsae.interop.outgoing import compare
-    from groupsae.suite.build import build
 
     def made(seed, threshold):
         tensors = tensors_of("jumprelu", seed)
@@ -220,7 +218,7 @@ def test_saes_whose_thresholds_are_out_of_reach_are_never_called_the_same():
 
     assert compare(made(0, 1e6), 1.0, made(0, 1e6))[0] < 1e-12
     assert compare(made(0, 1e6), 1.0, made(1, 1e6))[0] > 0.1
-    with pytest.raises(UserError, match="its thresholds are out of reach"):
+    with pytest.raises(UserError, match="stays inactive on test activations"):
         compare(made(0, 1e30), 1.0, made(1, 1e30))
 
 
@@ -337,8 +335,8 @@ def test_models_and_modules_go_by_their_librarys_names():
     assert lens_model("openai-community/gpt2") == "gpt2"
     assert lens_model("meta-llama/Llama-3.2-1B") == "meta-llama/Llama-3.2-1B"
     assert lens_model("/some/where/model") == "model"
-    assert parse_module_path("encoder.block.3") == (3, "resid_post")
-    assert parse_module_path("h.11.attn") == (11, "attn_out")
+    assert parse_module_path("encoder.block.3")[:2] == (3, "resid_post")
+    assert parse_module_path("h.11.attn")[:2] == (11, "attn_out")
     assert parse_module_path("layers.3.mlp.up_proj") is None
 
 
@@ -346,9 +344,9 @@ def test_models_and_modules_go_by_their_librarys_names():
     ("damage", "told"),
     [
         ("cut", "sae.safetensors is damaged"),
-        ("shape", r"the tensor W_dec has shape \[48, 15\].*wants \[48, 16\]"),
+        ("shape", r"the tensor W_dec has shape \[48, 15\].*requires \[48, 16\]"),
         ("missing", "lacks the tensor b_enc"),
-        ("newer", "has format 99, this version of groupsae reads 2"),
+        ("newer", "has format 99, and this version of groupsae reads format 2"),
     ],
 )
 def test_damaged_saes_of_ours_are_named_and_nothing_is_written(tmp_path, damage, told):
@@ -369,14 +367,13 @@ def test_damaged_saes_of_ours_are_named_and_nothing_is_written(tmp_path, damage,
 
 
 def test_an_architecture_with_an_unknown_tensor_is_not_folded():
-    from groupsae.suite.build import build
     from tests.helpers.shelf import more_of
 
     sae, _ = build("topk", tensors_of("topk"), **more_of("topk"))
     check_holds(FORMATS["sparsify"], sae, "layers.0")
     sae.register_buffer("temperature", torch.ones(()))
     with pytest.raises(UserError, match="a tensor temperature"):
-        onto_raw(sae, 2.0)
+        fold_norm_factor(sae, 2.0)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from groupsae.export import export
 from groupsae.import_saes import import_saes as command
 from groupsae.interop import group_sae
 from groupsae.interop.formats import FORMATS
-from groupsae.interop.incoming import read_folder
+from groupsae.interop.importing import ReadAt, plan_of, read_folder
 from groupsae.reporting.page import write_report
 from groupsae.runtime.errors import UserError
 from groupsae.suite.suite import load_suite
@@ -31,11 +31,9 @@ n, d = D_SAE, D_MODEL
 
 
 def read(path: Path, **changes):
-    options = {
-        "form": None, "only": None, "num_groups": None, "num_layers": 12, "d_model": d,
-        "hookpoint": "resid_post", "stack": "decoder",
-    }  # fmt: skip
-    return read_folder(path, **options | changes)
+    at = {"num_layers": 12, "d_model": d, "hookpoint": "resid_post", "stack": "decoder"}
+    at |= {key: changes.pop(key) for key in at.keys() & changes.keys()}
+    return read_folder(path, ReadAt(**at), **changes)
 
 
 def imported(saes: Path | str, *arguments: str) -> Path:
@@ -124,7 +122,7 @@ def test_a_topk_that_chose_by_activation_times_norm_is_folded(tmp_path):
 def test_a_topk_with_free_norms_is_kept_as_it_is_and_that_is_said(tmp_path):
     tensors, x = sized(tensors_of("topk")), rows()
     (found,) = read(sparsify(tmp_path / "layers.4", tensors))
-    assert "kept so" in found.notes[0]
+    assert "kept as they are" in found.notes[0]
     assert torch.equal(found.sae.W_dec, tensors["W_dec"])
     same(found, *naive("topk", tensors, x), x)
 
@@ -225,7 +223,7 @@ def test_the_papers_checkpoints_are_read_with_each_layers_factor(tmp_path):
     assert torch.equal(by_layer[5].sae.b_enc, tensors_of("topk", 107)["b_enc"])
     baseline = read(tmp_path / "repo")
     assert [each.layers for each in baseline] == [[layer] for layer in range(12)]
-    with pytest.raises(UserError, match="1 to 10 groups were published"):
+    with pytest.raises(UserError, match="into 1 to 10 groups were published"):
         read(tmp_path / "repo", num_groups=11)
     sparsify(tmp_path / "repo" / "more" / "layers.2", tensors_of("topk"), jumprelu=False)
     with pytest.raises(UserError, match="layer 2 has two SAEs"):
@@ -308,32 +306,40 @@ def test_a_file_cut_short_is_named(tmp_path, file, kept):
 def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path):
     tensors = tensors_of("relu")
     tensors["b_enc"] = tensors["b_enc"][1:]
-    with pytest.raises(UserError, match=r"b_enc has shape \[47\].*wants \[48\]"):
+    with pytest.raises(UserError, match=r"b_enc has shape \[47\].*requires \[48\]"):
         read(saelens(tmp_path / "a", tensors))
     more = {**tensors_of("relu"), "b_skip": torch.zeros(d)}
-    with pytest.raises(UserError, match="a tensor b_skip too many"):
+    with pytest.raises(UserError, match="an extra tensor b_skip"):
         read(saelens(tmp_path / "b", more))
     state = {"bias": torch.zeros(d), "encoder.weight": torch.zeros(n, d),
              "encoder.bias": torch.zeros(n), "decoder.weight": torch.zeros(n, d)}  # fmt: skip
-    with pytest.raises(UserError, match=r"decoder.weight has shape \[48, 16\].*wants \[16, 48\]"):
+    with pytest.raises(
+        UserError, match=r"decoder.weight has shape \[48, 16\].*requires \[16, 48\]"
+    ):
         read(dictionary(tmp_path / "c", "AutoEncoder", state))
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"architecture": "temporal"}, "architecture 'temporal'; of SAELens' these can be read"),
+        (
+            {"architecture": "temporal"},
+            "architecture 'temporal'. Of SAELens",
+        ),
         ({"normalize_activations": "layer_norm"}, "normalize_activations = 'layer_norm'"),
         (
             {"metadata": {"hook_name": "blocks.1.attn.hook_z"}},
-            "does not say which layer.*hook_name must be blocks",
+            "does not name the layer.*hook_name must be blocks",
         ),
-        ({"d_in": "many"}, "d_in = 'many'; a whole number"),
+        ({"d_in": "many"}, "d_in = 'many'; a positive integer"),
         ({"architecture": "topk", "k": 99}, "k = 99, more than its 48 latents"),
         ({"metadata": [1]}, r"metadata = \[1\]; an object"),
         ({"architecture": ["topk"]}, r"is damaged \(TypeError"),
         ({"architecture": "topk", "activation_fn_kwargs": [1]}, r"activation_fn_kwargs = \[1\]"),
-        ({"metadata": {"groupsae": {"format": 99}}}, "of format 99, and this version reads 1"),
+        (
+            {"metadata": {"groupsae": {"format": 99}}},
+            "in format 99, and this version reads format 1",
+        ),
     ],
 )
 def test_what_saelens_has_and_we_do_not_is_refused(tmp_path, changes, told):
@@ -346,11 +352,11 @@ def test_what_saelens_has_and_we_do_not_is_refused(tmp_path, changes, told):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"activation": "groupmax"}, 'only plain SAEs with activation = "topk"'),
+        ({"activation": "groupmax"}, 'only those with activation = "topk"'),
         ({"transcode": True}, "transcode = True"),
-        ({"k": 0}, "k = 0; a whole number above 0"),
+        ({"k": 0}, "k = 0; a positive integer"),
         ({"groupsae": "yes"}, "groupsae = 'yes'; an object"),
-        ({"groupsae": {"format": 99}}, "of format 99, and this version reads 1"),
+        ({"groupsae": {"format": 99}}, "in format 99, and this version reads format 1"),
         ({"groupsae": {"format": 1, "layer": -1, "hookpoint": "mlp_out"}}, "layer = -1"),
         ({"groupsae": {"format": 1, "layer": 1, "hookpoint": "there"}}, "hookpoint = 'there'"),
         (
@@ -408,14 +414,14 @@ def test_folders_that_do_not_fit_the_model_or_each_other_are_refused(tmp_path):
     with pytest.raises(UserError, match="no SAEs in .*that match only"):
         read(tmp_path / "run", only=["layers.9"])
     with pytest.raises(UserError, match="is a folder of sparsify, not of format=saelens"):
-        read(one, form="saelens")
+        read(one, format_name="saelens")
     with pytest.raises(UserError, match="there is no such folder.*as saes=hf:me/saes"):
         read(Path("me/saes"))
     with pytest.raises(UserError, match="chooses among the paper's checkpoints"):
         read(one, num_groups=3)
     ours = run_folder(tmp_path / "ours", "topk")
     (ours / "groups.json").write_text("{}")
-    with pytest.raises(UserError, match="holds a run of groupsae itself"):
+    with pytest.raises(UserError, match="contains a run of groupsae"):
         read(ours)
 
 
@@ -536,8 +542,6 @@ def test_overwriting_replaces_nothing_but_an_imported_run(
 
 
 def test_neighbouring_layers_only(tmp_path):
-    from groupsae.interop.incoming import plan_of
-
     found = read(checkpoints(tmp_path / "repo"), num_groups=4)
     plan = plan_of(found, 12)
     assert [len(g) for g in plan.partition.groups] == [3, 4, 2, 2, 1]

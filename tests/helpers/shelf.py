@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import GPTNeoXConfig
 
 from groupsae.files.atomic import write_json
+from groupsae.interop.library import build
 from groupsae.sae.base import SAE
-from groupsae.suite.build import build
 from groupsae.suite.suite import save_sae
 from tests.helpers.lms import frozen
 

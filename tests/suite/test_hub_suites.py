@@ -13,7 +13,7 @@ from groupsae.app.run_folder import register_resolver
 from groupsae.config.instantiate import CONF
 from groupsae.export import export as command
 from groupsae.files.atomic import write_json
-from groupsae.interop.incoming import read_folder
+from groupsae.interop.importing import ReadAt, read_folder
 from groupsae.runtime.errors import UserError
 from groupsae.suite.hub import Repository, looks_like_name, repository
 from tests.helpers.hub_stand_in import READER, WRITER, serving
@@ -120,20 +120,20 @@ def test_the_page_names_model_data_groups_metrics_figures_and_use(hub, run):
 
 
 def test_which_files_of_a_repository_an_upload_may_have_left():
-    from groupsae.interop.card import of_groupsae
+    from groupsae.interop.card import is_upload
 
     ours = ["decoder.layers.1.fc2/cfg.json", "h.1/sae.safetensors", "mlp_out_layer_3/ae.pt",
             "blocks.1.hook_mlp_out/cfg.json", "saes/layers.3/cfg.json", "groups.json"]  # fmt: skip
     theirs = ["config.json", "cfg.json", "model/config.json", "x/layers.1/cfg.json", "README.md",
               "layers.1/notes.md", "evaluation/thesis.pdf"]  # fmt: skip
-    assert [path for path in ours + theirs if of_groupsae(path)] == ours
+    assert [path for path in ours + theirs if is_upload(path)] == ours
 
 
 def test_the_page_of_one_grouping_loads_that_grouping(run):
     from groupsae.interop.card import card
     from groupsae.suite.suite import load_suite
 
-    page = card("me/x", run, load_suite(run), grouping="complete-3", chosen=None, folders=[])
+    page = card("me/x", run, load_suite(run), grouping="complete-3", library=None, folders=[])
     assert 'load_suite("hf:me/x", grouping="complete-3")' in page
     assert "# acts: resid_post of block 0" in page
 
@@ -156,10 +156,7 @@ def test_exported_folders_go_to_the_hub_and_come_back_by_import(hub, run, form):
     assert {"saelens": "from sae_lens", "sparsify": "from sparsify"}.get(form, form) in body
     assert "me/saes" not in hub.private
     folder = download_saes(repository("hf:me/saes"), None)
-    found = read_folder(
-        folder, form=None, only=None, num_groups=None, num_layers=6, d_model=16,
-        hookpoint="resid_post", stack="decoder",
-    )  # fmt: skip
+    found = read_folder(folder, ReadAt(6, 16, "resid_post", "decoder"))
     assert [each.layers for each in found] == [[0], [1], [3]]
     some = download_saes(Repository("me/saes", None), ["*3*"])
     assert some == folder  # one snapshot

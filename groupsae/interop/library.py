@@ -1,0 +1,415 @@
+"""What the formats of other libraries share: files, exact changes of weights, one interface."""
+
+import copy
+import math
+import pickle
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from groupsae import __version__
+from groupsae.files.reading import damaged, missing
+from groupsae.lm.hookpoints import HOOKPOINTS
+from groupsae.runtime.errors import UserError
+from groupsae.sae.base import SAE
+from groupsae.sae.batchtopk import BatchTopK
+from groupsae.sae.gated import Gated
+from groupsae.sae.jumprelu import JumpReLU
+from groupsae.sae.matryoshka import Matryoshka
+from groupsae.sae.relu import ReLU
+from groupsae.sae.topk import TopK
+
+METADATA_FORMAT = 1  # of what we write into other formats' free metadata
+KINDS: dict[str, type[SAE]] = {
+    "topk": TopK,
+    "batchtopk": BatchTopK,
+    "matryoshka": Matryoshka,
+    "jumprelu": JumpReLU,
+    "relu": ReLU,
+    "gated": Gated,
+}
+TOPK_KINDS = ("topk", "batchtopk", "matryoshka")
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where an exported SAE comes from: goes into the format's free metadata.
+
+    Attributes:
+        group: name of the SAE in its run, such as `layers.3-5`.
+        layers: that it was trained on.
+        layer: that this copy of it is for.
+        norm_factor: that was folded into its biases.
+        hookpoint: resid_post, resid_pre, mlp_out or attn_out.
+        model: name of the language model.
+        revision: of the model, on the Hub.
+        dtype: the model ran in.
+        context: tokens in a block.
+        prepend_bos: whether blocks began with BOS.
+        stack: encoder or decoder.
+        module: path in the bare Hugging Face model of the module with this output; None for the
+            input of the first block, and where the run does not name its modules.
+    """
+
+    group: str
+    layers: list[int]
+    layer: int
+    norm_factor: float
+    hookpoint: str
+    model: str
+    revision: str | None
+    dtype: str | None
+    context: int | None
+    prepend_bos: bool
+    stack: str | None
+    module: str | None
+
+    @classmethod
+    def of(cls, group: str, layer: int, config: dict[str, Any]) -> "Origin":
+        """Return it for one of the layers of our `cfg.json`."""
+        hookpoint, modules = config.get("hookpoint", "resid_post"), config.get("modules")
+        # the input of a block is the output of the block below
+        index = layer - 1 if hookpoint == "resid_pre" else layer
+        return cls(
+            group=group,
+            layers=list(config["layers"]),
+            layer=layer,
+            norm_factor=float(config["norm_factors"][str(layer)]),
+            hookpoint=hookpoint,
+            model=str(config.get("model", "unknown")),
+            revision=config.get("revision"),
+            dtype=config.get("dtype"),
+            context=config.get("context"),
+            prepend_bos=bool(config.get("prepend_bos", False)),
+            stack=config.get("stack"),
+            module=None if modules is None or index < 0 else modules[index],
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values; a model in a local folder goes by the folder's name."""
+        model = Path(self.model).name if Path(self.model).is_absolute() else self.model
+        ours = {"format": METADATA_FORMAT, "groupsae": __version__}
+        return {**ours, **asdict(self), "model": model}
+
+
+class Place(NamedTuple):
+    """Where in a language model an SAE belongs, as far as its folder names it."""
+
+    layer: int
+    hookpoint: str
+    stack: str | None = None
+    model: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportedSAE:
+    """An SAE read from a folder of another library.
+
+    Attributes:
+        sae: works on activations times the norm factor.
+        arguments: of its constructor.
+        norm_factors: layer that it serves -> factor.
+        hookpoint: whose activations it takes.
+        stack: encoder or decoder, if the folder names it.
+        model: that the folder names, if any.
+        notes: sentences for the user.
+        folder: where it was read; `read_folder` sets this and the next.
+        format: that it was read as.
+    """
+
+    sae: SAE
+    arguments: dict[str, Any]
+    norm_factors: dict[int, float]
+    hookpoint: str
+    stack: str | None
+    model: str | None
+    notes: list[str]
+    folder: Path = Path()
+    format: str = ""
+
+    @property
+    def layers(self) -> list[int]:
+        """Return the layers that it serves."""
+        return list(self.norm_factors)
+
+    @classmethod
+    def of(
+        cls,
+        kind: str,
+        tensors: Tensors,
+        place: Place,
+        *,
+        arguments: Mapping[str, Any],
+        norm_factors: dict[int, float] | None = None,
+        by_norm: bool = False,
+        notes: Sequence[str] = (),
+    ) -> "ImportedSAE":
+        """Return the SAE with these tensors, its decoder rows of unit norm where that is exact.
+
+        Args:
+            kind: a key of `KINDS`.
+            tensors: with our names and shapes; see `build`.
+            place: where it belongs.
+            arguments: that `build` needs in addition to the tensors.
+            norm_factors: layer -> factor; None: 1 for the layer of the place.
+            by_norm: see `unit_decoder`.
+            notes: sentences for the user, in addition to the one on the decoder's norms.
+        """
+        tensors, note = unit_decoder(kind, tensors, by_norm=by_norm)
+        sae, all_arguments = build(kind, tensors, **arguments)
+        return cls(
+            sae=sae,
+            arguments=all_arguments,
+            norm_factors=norm_factors or {place.layer: 1.0},
+            hookpoint=place.hookpoint,
+            stack=place.stack,
+            model=place.model,
+            notes=[text for text in (note, *notes) if text],
+        )
+
+
+@dataclass(frozen=True)
+class Library:
+    """The format of one library: a folder for each SAE.
+
+    Attributes:
+        name: value of `format=`, and the library's name on the Hub.
+        kinds: our kinds of SAE that it can hold -> its name for them.
+        folder_name: returns the name of an SAE's folder.
+        write: writes an SAE that takes raw activations into an existing folder.
+        recognises: whether a folder has this format.
+        read: returns the SAE in such a folder.
+    """
+
+    name: str
+    kinds: dict[str, str]
+    folder_name: Callable[[Origin], str]
+    write: Callable[[Path, SAE, Origin], None]
+    recognises: Callable[[Path], bool]
+    read: Callable[[Path], ImportedSAE]
+
+
+# ---- our SAEs <-> tensors -------------------------------------------------------------------
+
+
+def kind_of(sae: SAE) -> str:
+    """Return the kind of an SAE, a key of `KINDS`."""
+    return next(kind for kind, architecture in KINDS.items() if type(sae) is architecture)
+
+
+def build(kind: str, tensors: Tensors, **arguments: Any) -> tuple[SAE, dict[str, Any]]:
+    """Return an SAE with these tensors, in evaluation mode, and all arguments of its constructor.
+
+    Args:
+        kind: a key of `KINDS`.
+        tensors: with our names and shapes; jumprelu's `threshold` is [d_sae], and one at or below
+            zero means that every activation above zero is active.
+        **arguments: `k` of the topk kinds, `prefixes` of matryoshka. Arguments that only training
+            needs keep their defaults.
+    """
+    state = dict(tensors)
+    if kind == "jumprelu":
+        smallest = torch.finfo(torch.float32).tiny
+        state["log_threshold"] = state.pop("threshold").clamp_min(smallest).log()
+        arguments["target_l0"] = 1.0  # only training needs it, and the default may exceed d_sae
+    d_sae, d_model = state["W_dec"].shape
+    arguments = {"d_model": d_model, "d_sae": d_sae, **arguments}
+    sae = KINDS[kind](**arguments, generator=torch.Generator())
+    sae.load_state_dict(state)
+    return sae.eval(), arguments
+
+
+def portable_tensors(sae: SAE) -> Tensors:
+    """Return an SAE's tensors in float32 on the CPU; `log_threshold` becomes `threshold`."""
+    tensors = {name: tensor.detach().float().cpu() for name, tensor in sae.state_dict().items()}
+    if "log_threshold" in tensors:
+        tensors["threshold"] = tensors.pop("log_threshold").exp()
+    return tensors
+
+
+def write_tensors(file: Path, tensors: Tensors) -> None:
+    """Write a safetensors file that everyone can read (save_file: its owner only)."""
+    file.write_bytes(save({name: t.contiguous().clone() for name, t in tensors.items()}))
+
+
+# ---- exact changes of the weights -----------------------------------------------------------
+
+SCALED = ("b_enc", "b_dec", "b_gate", "b_mag", "threshold")
+UNCHANGED = ("W_enc", "W_dec", "r_mag")
+ROUNDING = 1e-6  # a decoder row this close to unit norm is left alone
+NOTICEABLE = 1e-3
+
+
+@torch.no_grad()
+def fold_norm_factor(sae: SAE, factor: float) -> SAE:
+    """Return a copy that takes raw activations, not multiplied by the norm factor.
+
+    With s the factor and z = W_enc (s x - b_dec) + b_enc = s (W_enc (x - b_dec / s) + b_enc / s):
+    biases and thresholds are divided by s, and so are the latents; the weights stay, so the
+    decoder keeps its unit norm, and TopK chooses the same latents because s > 0.
+
+    Raises:
+        UserError: the SAE has a tensor that this does not know.
+    """
+    folded = copy.deepcopy(sae)
+    for name, tensor in folded.state_dict().items():
+        if name in SCALED:
+            tensor.div_(factor)
+        elif name == "log_threshold":
+            tensor.sub_(math.log(factor))
+        elif name not in UNCHANGED:
+            raise UserError(
+                f"{type(sae).__name__} has a tensor {name}, and the export does not know how to "
+                "fold a norm factor into it: this architecture cannot be exported."
+            )
+    return folded
+
+
+def subtract_b_dec(tensors: Tensors, sign: int = 1) -> Tensors:
+    """Return the tensors of an SAE that encodes x - b_dec, from those of one that encodes x.
+
+    W x + b = W (x - b_dec) + (b + W b_dec). With sign = -1 the other way round.
+    """
+    shift = sign * (tensors["W_enc"] @ tensors["b_dec"])
+    if "b_mag" not in tensors:
+        return {**tensors, "b_enc": tensors["b_enc"] + shift}
+    b_mag = tensors["b_mag"] + tensors["r_mag"].exp() * shift
+    return {**tensors, "b_gate": tensors["b_gate"] + shift, "b_mag": b_mag}
+
+
+def unit_decoder(kind: str, tensors: Tensors, *, by_norm: bool = False) -> tuple[Tensors, str]:
+    """Return the tensors with decoder rows of unit norm where that changes nothing, and a note.
+
+    A row's norm moves into the latent: exact for relu, jumprelu and gated, and for topk that
+    weighs latents by their rows' norms when it chooses. Other topk kinds would choose other
+    latents, so their rows are kept.
+
+    Args:
+        kind: a key of `KINDS`.
+        tensors: of one SAE; `threshold` of jumprelu is [d_sae].
+        by_norm: topk chooses by activation times norm.
+
+    Returns:
+        The tensors; a sentence for the user, or an empty text.
+    """
+    norms = tensors["W_dec"].norm(dim=1)
+    norms = torch.where(norms == 0, torch.ones_like(norms), norms)
+    deviation = float((norms - 1).abs().max())
+    if deviation <= ROUNDING:
+        return tensors, ""
+    if kind in TOPK_KINDS and not by_norm:
+        note = "its decoder rows are kept as they are, although their norms are not 1 ("
+        note += f"{float(norms.min()):.3g} to {float(norms.max()):.3g}): other norms would change "
+        return tensors, note + "which latents are active" if deviation > NOTICEABLE else ""
+    changed = {**tensors, "W_dec": tensors["W_dec"] / norms.unsqueeze(1)}
+    if kind == "gated":
+        changed |= {"r_mag": tensors["r_mag"] + norms.log(), "b_mag": tensors["b_mag"] * norms}
+    else:
+        changed["W_enc"] = tensors["W_enc"] * norms.unsqueeze(1)
+        changed["b_enc"] = tensors["b_enc"] * norms
+    if kind == "jumprelu":
+        changed["threshold"] = tensors["threshold"] * norms
+    return changed, "the norms of its decoder rows were folded into its latents"
+
+
+# ---- reading others' files ------------------------------------------------------------------
+
+
+def read_pickled(path: Path) -> Any:
+    """Return the tensors and plain values of a file that torch.save wrote; no code is run.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds anything else.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles that torch.save did not write
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise missing(path) from None
+    except pickle.UnpicklingError as error:
+        if not zipfile.is_zipfile(path) and "Unsupported" not in str(error):
+            raise damaged(path, "torch.save did not write it") from error
+        raise UserError(
+            f"{path} holds more than tensors. Loading it could run code of its author, so it is "
+            "not read. Save only the state dict: torch.save(sae.state_dict(), ...)."
+        ) from error
+    except (OSError, EOFError, RuntimeError, ValueError) as error:
+        raise damaged(path, error) from error
+
+
+def section(config: Mapping[str, Any], key: str, file: Path) -> dict[str, Any]:
+    """Return an object within a configuration file; an empty one if it is missing.
+
+    Raises:
+        UserError: it is something else.
+    """
+    value = config.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"{file} has {key} = {value!r}; an object is expected.")
+    return value or {}
+
+
+def positive_int(
+    config: Mapping[str, Any], key: str, file: Path, *, latents: int | None = None
+) -> int:
+    """Return a positive integer of a configuration file.
+
+    Args:
+        config: the configuration.
+        key: of the number.
+        file: for messages.
+        latents: upper limit of the number, if any.
+
+    Raises:
+        UserError: it is missing, too large or something else.
+    """
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{file} has {key} = {value!r}; a positive integer is expected.")
+    if latents is not None and value > latents:
+        raise UserError(f"{file} has {key} = {value}, more than its {latents} latents.")
+    return value
+
+
+def our_place(config: dict[str, Any], file: Path) -> Place | None:
+    """Return the place that we wrote into a format's free metadata; None if we did not write it.
+
+    Args:
+        config: holds our metadata under `groupsae`.
+        file: that it comes from, for messages.
+
+    Raises:
+        UserError: the metadata has another version, or names no place in a language model.
+    """
+    known = section(config, "groupsae", file)
+    if not known:
+        return None
+    if known.get("format") != METADATA_FORMAT:
+        raise UserError(
+            f"{file} has metadata of groupsae in format {known.get('format')!r}, and this version "
+            f"reads format {METADATA_FORMAT}: use the version of groupsae that wrote it."
+        )
+    layer, hookpoint, stack = (known.get(key) for key in ("layer", "hookpoint", "stack"))
+    if type(layer) is not int or layer < 0 or hookpoint not in HOOKPOINTS:
+        raise UserError(
+            f"{file} has metadata of groupsae with layer = {layer!r} and hookpoint = "
+            f"{hookpoint!r}: expected a layer from 0 on, and one of {', '.join(HOOKPOINTS)}."
+        )
+    return Place(layer, str(hookpoint), stack, str(known.get("model")))
+
+
+def unknown_layer(folder: Path, name: object, advice: str) -> UserError:
+    """Return the error about a folder that does not name its layer, with the way out."""
+    return UserError(
+        f"{folder} does not name the layer of the language model that it is for (its name for "
+        f"the place is {name!r}): {advice}."
+    )
