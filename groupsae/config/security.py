@@ -10,7 +10,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from groupsae.config.instantiate import check_targets
-from groupsae.runtime.compat import raw_child
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.secrets import secret_in
 
@@ -95,17 +94,16 @@ def _runs_code(load: Mapping[str, Any]) -> str | None:
 
 def _settle(node: DictConfig | ListConfig) -> None:
     """Replace what asks outside of the configuration by its plain value."""
-    keys: Any = list(node.keys()) if isinstance(node, DictConfig) else range(len(node))
-    for key in keys:
-        child, raw = raw_child(node, key)
+    plain: Any = OmegaConf.to_container(node, resolve=False)
+    for key, raw in plain.items() if isinstance(plain, dict) else enumerate(plain):
         if isinstance(raw, str) and asks_outside(raw):
             try:
                 value = node[key]
             except OmegaConfBaseException as error:
                 raise UserError(f"{key}={raw}: {str(error).splitlines()[0]}.") from error
             node[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-        elif isinstance(child, DictConfig | ListConfig) and raw is not None:
-            _settle(child)
+        elif isinstance(raw, dict | list):
+            _settle(node[key])
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -23,7 +23,7 @@ Pair = tuple[str, int]  # name of an SAE, and a layer it serves
 
 @dataclass
 class LayerEffects:
-    """A layer's activations, and the effect of removing them: the scale of every score."""
+    """A layer's activations, and the effects of their ablation: the scale of every score."""
 
     sums: LayerSums
     zero: SequenceSums = field(default_factory=SequenceSums)

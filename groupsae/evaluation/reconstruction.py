@@ -135,13 +135,13 @@ class ReconstructionSums(SequenceSums):
         latents: SparseLatents,
         keep: Bool[Tensor, "block pos"] | None,
     ) -> None:
-        """Add blocks of activations.
+        """Add blocks of activations; positions where keep is False are left out.
 
         Args:
             x: activations.
             x_hat: their reconstructions, in the units of x.
             latents: of the same tokens, [block * pos, k].
-            keep: positions that count; None for all.
+            keep: None for all.
         """
         x, x_hat = x.float(), x_hat.float()
         error = x - x_hat

@@ -78,8 +78,6 @@ class Results:
             "similarity": self._similarity(baseline),
         }
 
-    # ---- one SAE on one layer -------------------------------------------------------------
-
     def _per_token(self, sums: np.ndarray) -> Estimate:
         predictions = self.sums.clean["predictions"]
         total = float(predictions.sum())
@@ -104,8 +102,6 @@ class Results:
             "ce_zero": self._interval(scale["zero"]),
             "ce_mean": self._interval(scale["mean"]),
         }
-
-    # ---- one SAE --------------------------------------------------------------------------
 
     def fired(self, name: str) -> np.ndarray:
         """Return how many tokens each latent fired on, [layer, d_sae], for the SAE's layers."""
@@ -137,8 +133,6 @@ class Results:
             "density_histogram": density_histogram(everywhere, seen),
             "profile": layer_profile(fired, tokens, suite.layers).summary(),
         }
-
-    # ---- groupings ------------------------------------------------------------------------
 
     def _grouping(self, grouping: Grouping, baseline: Grouping | None) -> dict[str, Any]:
         part, owner, sums = grouping.partition, grouping.sae_of_layer, self.sums.together

@@ -40,11 +40,6 @@ def release_started_processes(launcher: Any) -> list[Any]:
     return processes
 
 
-def wandb_has_begun(logger: Any) -> bool:
-    """Return whether a WandbLogger has started its run."""
-    return logger._experiment is not None
-
-
 def make_wandb_offline(logger: Any) -> None:
     """Let a WandbLogger that has not begun record offline."""
     logger._offline, logger._wandb_init["mode"] = True, "offline"
@@ -88,12 +83,3 @@ def of_tensors(formula: Callable[..., int]) -> Callable[..., int]:
     """Let PyTorch's FLOP counter call a formula with tensors instead of their shapes."""
     formula._get_raw = True  # type: ignore[attr-defined]
     return formula
-
-
-# ---- OmegaConf (a missing method raises an error) ----------------------------------------------
-
-
-def raw_child(node: Any, key: Any) -> tuple[Any, Any]:
-    """Return a child of an OmegaConf node and its value, with `${...}` as it is written."""
-    child = node._get_node(key)
-    return child, None if child is None else child._value()

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from groupsae.files.atomic import atomic_write, explain_write_errors
 from groupsae.files.reading import read_metrics
-from groupsae.runtime.compat import make_wandb_offline, wandb_has_begun
+from groupsae.runtime.compat import make_wandb_offline
 
 COLUMNS = ("step", "metric", "value")
 
@@ -88,8 +88,7 @@ class WandB(WandbLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         """Return W&B's run, which begins now if it has not."""
-        if not wandb_has_begun(self):
-            Path(str(self.save_dir)).mkdir(parents=True, exist_ok=True)
+        Path(str(self.save_dir)).mkdir(parents=True, exist_ok=True)
         try:
             return super().experiment
         except Exception as error:  # whatever W&B raises

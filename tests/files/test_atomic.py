@@ -1,4 +1,4 @@
-"""Files of a run: whole or as they were before, and a sentence when the disk is full."""
+"""Files of a run are complete or unchanged, and a full disk is one sentence."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ from groupsae.training.measure import Measurement, cached
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_what_breaks_off_leaves_the_file_as_it_was_and_nothing_beside_it(tmp_path, shared):
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, shared):
     path = tmp_path / "new" / "file.txt"
     with atomic_write(path, "w", shared=shared) as handle:
         handle.write("old")
@@ -50,7 +50,7 @@ def test_a_full_disk_is_a_sentence_that_names_the_file(tmp_path, monkeypatch):
         f"a@{gethostname()}@{9**30}@a.tmp",
     ],
 )
-def test_names_that_are_not_ours_are_left_alone(name):
+def test_files_with_other_names_are_not_abandoned(name):
     assert not is_abandoned(Path(name))
 
 
@@ -63,13 +63,13 @@ def test_metrics_that_cannot_be_written_are_a_sentence(tmp_path):
         logger.log_metrics({"a": 1.0}, step=1)
 
 
-def test_a_value_that_a_kill_cut_short_is_no_value(tmp_path):
+def test_a_truncated_value_is_left_out(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_bytes(b"step,metric,value\r\n1,a,0.25\r\n2,a,0.1")  # of 0.125
     assert read_metrics(path) == [(1, "a", 0.25)]
 
 
-def test_a_damaged_measurement_in_the_cache_is_made_anew(tmp_path: Path):
+def test_a_damaged_measurement_in_the_cache_is_measured_again(tmp_path: Path):
     path = tmp_path / "angles.npz"
     distances = np.ones((2, 2))
     made = Measurement(distances, np.ones(2), np.ones(2), 4, {"tokens": 8}, 0.5)

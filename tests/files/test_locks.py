@@ -1,4 +1,4 @@
-"""A run folder is held by one process; the hold ends with it, and needs no locks to exist."""
+"""A run folder is held by one process until it ends; file systems without locks work as well."""
 
 import errno
 import fcntl
@@ -38,7 +38,7 @@ def holder(tmp_path: Path):
     os.kill(child, signal.SIGKILL)
 
 
-def test_a_second_process_is_refused_with_who_holds_it_until_that_one_dies(tmp_path, holder):
+def test_a_second_process_is_refused_until_the_first_one_ends(tmp_path, holder):
     with pytest.raises(UserError) as refused, lock_folder(tmp_path):
         pass
     said = str(refused.value)
@@ -51,7 +51,7 @@ def test_a_second_process_is_refused_with_who_holds_it_until_that_one_dies(tmp_p
         pass
 
 
-def test_a_process_may_come_again(tmp_path):
+def test_a_process_may_hold_the_folder_again(tmp_path):
     for _ in range(2):
         with lock_folder(tmp_path):
             assert [p.name for p in (tmp_path / ".hydra").iterdir()] == ["lock"]

@@ -13,7 +13,6 @@ from lightning.fabric.utilities.distributed import _suggested_max_num_threads
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
 from groupsae.runtime import compat
@@ -104,11 +103,9 @@ def test_threads_are_shared_as_lightning_does(monkeypatch):
 def test_a_wandb_logger_can_be_made_offline_before_it_begins(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     logger = WandbLogger(save_dir=tmp_path, project="test")
-    assert not compat.wandb_has_begun(logger)
     compat.make_wandb_offline(logger)
     try:
         assert logger.experiment.settings.mode == "offline"
-        assert compat.wandb_has_begun(logger)
     finally:
         logger.experiment.finish()
 
@@ -150,13 +147,3 @@ def test_operators_without_a_public_name_are_counted():
         compat.onednn_linear(torch.randn(5, 3), torch.randn(4, 3), torch.randn(4))
         torch.dot(torch.randn(3), torch.randn(3))
     assert counter.get_total_flops() == 1111
-
-
-def test_a_raw_value_keeps_its_interpolation():
-    node = OmegaConf.create({"a": "${oc.env:HOME}", "b": {"c": 1}, "d": None, "e": ["${a}"]})
-    assert compat.raw_child(node, "a")[1] == "${oc.env:HOME}"
-    child, value = compat.raw_child(node, "b")
-    assert OmegaConf.is_dict(child)
-    assert value is not None
-    assert compat.raw_child(node, "d")[1] is None
-    assert compat.raw_child(node.e, 0)[1] == "${a}"

@@ -1,4 +1,4 @@
-"""The progress of long passes where no bar can move."""
+"""Progress of long passes where no bar can move."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from groupsae.runtime.progress import ProgressLines, token_progress
 from tests.helpers.runs import overrides, run
 
 
-def test_a_line_says_how_far_where_the_output_is_no_terminal(
+def test_a_log_file_gets_lines_with_the_share_that_is_done(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "SILENCE", 0.0)
@@ -24,7 +24,7 @@ def test_a_line_says_how_far_where_the_output_is_no_terminal(
     assert lines[-1].endswith("0:00:00 left")
 
 
-def test_packing_and_training_say_how_far_they_are_in_a_log_file(
+def test_packing_and_training_print_their_progress_into_a_log_file(
     tiny_lm: Path,
     tiny_text: Path,
     tmp_path: Path,
@@ -43,7 +43,7 @@ def test_packing_and_training_say_how_far_they_are_in_a_log_file(
     assert "tokens/s" in packing[0]
 
 
-def test_without_a_total_no_share_is_said(
+def test_without_a_total_no_share_is_printed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "SILENCE", 0.0)
@@ -52,7 +52,7 @@ def test_without_a_total_no_share_is_said(
 
 
 @pytest.mark.parametrize(("show", "silence"), [(False, 0.0), (True, 30.0)])
-def test_nothing_is_said_by_other_processes_or_in_the_first_half_minute(
+def test_nothing_is_printed_by_other_processes_or_in_the_first_half_minute(
     show: bool, silence: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "SILENCE", silence)
