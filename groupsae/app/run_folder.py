@@ -105,16 +105,16 @@ def one_folder(cfg: DictConfig) -> Path:
         UserError: it names none or several.
     """
     named = None if OmegaConf.is_missing(cfg, "run") else cfg.run
-    if named is None:
+    folders = list(named) if isinstance(named, ListConfig) else [named]
+    if named is None or not folders:
         raise UserError("which run? Give run=<folder>, such as run=outputs/tiny/amad-0.2/<...>")
-    folders = [str(each) for each in named] if isinstance(named, ListConfig) else [str(named)]
-    if len(folders) != 1:
-        each = " and ".join(quote(f"run={folder}") for folder in dict.fromkeys(folders))
+    if len(folders) > 1:
+        commands = " and ".join(quote(f"run={folder}") for folder in dict.fromkeys(folders))
         raise UserError(
-            f"run names {len(folders)} folders, but this command takes one at a time: give {each}"
-            f"{', each in a command of its own' if len(set(folders)) > 1 else ' once'}."
+            f"run names {len(folders)} folders, but this command takes one at a time: give "
+            f"{commands}, each in a command of its own."
         )
-    return Path(folders[0])
+    return Path(str(folders[0]))
 
 
 def finished_run(folder: Path, *, trusted: bool) -> DictConfig:

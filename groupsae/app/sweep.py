@@ -41,15 +41,6 @@ from groupsae.runtime.ranks import is_leader, starts_processes
 from groupsae.runtime.retry import one_line
 from groupsae.runtime.signals import handled_by
 
-JOBLIB = ("hydra_plugins.hydra_joblib_launcher", "joblib")
-SUBMITIT = ("hydra_plugins.hydra_submitit_launcher", "submitit")
-PACKAGES = {  # of a launcher -> its module and our extra that brings it
-    "parallel": JOBLIB,
-    "joblib": JOBLIB,
-    "slurm": SUBMITIT,
-    "submitit_slurm": SUBMITIT,
-    "submitit_local": SUBMITIT,
-}
 OF_THE_SWEEP = ("hydra.mode", "hydra.sweep", "hydra.launcher")  # options that no point gets
 _current: "SweepRecorder | None" = None  # the sweep that this process belongs to
 _signals = ExitStack()  # its signal handlers, which stay until this process ends
@@ -77,7 +68,7 @@ class SweepRecorder(Callback):
         name = hashlib.sha256(json.dumps(task).encode()).hexdigest()[:8]
         self.folder = (Path(str(own.output)) / "sweeps" / name).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
-        for old in (*self.folder.glob("point-*.json"), self._stop):
+        for old in (*self.folder.glob("point-*.json"), self.stop):
             old.unlink(missing_ok=True)
         self.points = _points(task)
         _current = self
@@ -98,17 +89,9 @@ class SweepRecorder(Callback):
             write_json(self.folder / f"point-{config.hydra.job.num}.json", result)
 
     @property
-    def _stop(self) -> Path:
+    def stop(self) -> Path:
+        """The file that lets no further point begin."""
         return self.folder / "stop"
-
-    @property
-    def stopped(self) -> bool:
-        """Whether no further point may begin."""
-        return self._stop.exists()
-
-    def stop(self) -> None:
-        """Let no further point begin."""
-        self._stop.touch()
 
     def _interrupted(self, number: int, _frame: object) -> None:
         """Stop the point that runs here, or let joblib's processes stop; a second signal ends all.
@@ -116,10 +99,10 @@ class SweepRecorder(Callback):
         (While a point trains here, its own callback has the signals.) Jobs of submitit run
         elsewhere and continue.
         """
-        again, self.received = self.stopped, number
+        again, self.received = self.stop.exists(), number
         if "submitit" in self.launcher:
             raise KeyboardInterrupt
-        self.stop()
+        self.stop.touch()
         if again or "joblib" not in self.launcher:
             raise KeyboardInterrupt
         if number == signal.SIGTERM:  # Ctrl-C reaches them by itself
@@ -187,7 +170,7 @@ def run_point(
         folder: of the run.
     """
     sweep, reason, folder = _current, "", ""
-    if sweep is not None and sweep.stopped:
+    if sweep is not None and sweep.stop.exists():
         return {"status": None, "reason": "the sweep was stopped before", "folder": ""}
     status = 1
     try:
@@ -211,7 +194,7 @@ def run_point(
     if status > 128:
         reason = f"resume it with resume={folder}"
         if sweep is not None and "SUBMITIT_EXECUTOR" not in os.environ:
-            sweep.stop()
+            sweep.stop.touch()
     return {"status": status, "reason": reason, "folder": folder}
 
 
@@ -273,33 +256,35 @@ def check_launcher(arguments: list[str]) -> None:
             torchrun would run all of the sweep.
     """
     sweep = bool({"-m", "--multirun"} & set(arguments))
-    for argument in arguments:
-        key, _, name = argument.partition("=")
-        if key != "hydra/launcher":
-            continue
-        module, extra = PACKAGES.get(name, ("hydra", ""))
-        try:
-            missing = find_spec(module) is None
-        except ModuleNotFoundError:
-            missing = True
-        if missing:
+    extras = {"parallel": "joblib", "slurm": "submitit"}  # of our yaml files
+    for argument in (a for a in arguments if a.startswith("hydra/launcher=")):
+        name = argument.partition("=")[2]
+        extra = extras.get(name, name.partition("_")[0])
+        if extra in extras.values() and not _installed(extra):
             raise UserError(
                 f"{argument} needs a package that is not installed: pip install "
                 f"'groupsae[{extra}]'"
             )
-        if name in ("slurm", "submitit_slurm") and shutil.which("sbatch") is None:
+        if not sweep:
+            raise UserError(f"{argument} spreads the points of a sweep: add -m, or leave it out.")
+        if argument.endswith("slurm") and shutil.which("sbatch") is None:
             raise UserError(
                 f"{argument} gives the points to SLURM, which is not on this machine (it has no "
                 "sbatch): start it where jobs are submitted, or take hydra/launcher=parallel."
             )
-        if not sweep:
-            raise UserError(f"{argument} spreads the points of a sweep: add -m, or leave it out.")
     if sweep and "TORCHELASTIC_RUN_ID" in os.environ:
         raise UserError(
             "under torchrun every process would run all of the sweep (-m). Leave torchrun out: "
             "each point starts its own processes with trainer=ddp, or is a job of its own with "
             "hydra/launcher=slurm; or give one torchrun command per point."
         )
+
+
+def _installed(extra: str) -> bool:
+    try:
+        return find_spec(f"hydra_plugins.hydra_{extra}_launcher") is not None
+    except ModuleNotFoundError:  # no plugins at all
+        return False
 
 
 def _points(task: list[str]) -> list[list[str]]:

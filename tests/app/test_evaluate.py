@@ -320,7 +320,7 @@ def test_the_command_line_asks_which_run() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["run=a,a"], "this command takes one at a time: give run=a once."),
+        (["run=a,a"], "this command takes one at a time: give run=a, each"),
         (["run=a,b c"], "give run=a and 'run=b c', each in a command of its own."),
         (["run=it's/k=1 (b)"], "run=it's/k=1 (b): no run there"),
         (["run=a", "groups=all"], "groupsae.evaluate has no groups to choose."),

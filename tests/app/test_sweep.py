@@ -200,7 +200,7 @@ def test_a_signal_leaves_jobs_elsewhere_alone(number, tmp_path, monkeypatch, cap
     with pytest.raises(KeyboardInterrupt):
         recorder._interrupted(number, None)
     assert sweep.received() == number
-    assert not recorder.stopped  # jobs that have not begun yet read this
+    assert not recorder.stop.exists()  # jobs that have not begun yet read this
     status, shown = recorder.table()
     assert status == 1
     sweep.Console().print(shown)
@@ -217,7 +217,7 @@ def test_a_secret_in_a_sweep_is_refused_before_anything_is_written(command, tmp_
 
 
 def test_a_launcher_that_cannot_work_is_refused(monkeypatch):
-    monkeypatch.setattr(sweep, "find_spec", lambda name: None)
+    monkeypatch.setattr(sweep, "find_spec", lambda _: None)
     for launcher, extra in (("parallel", "joblib"), ("slurm", "submitit")):
         with pytest.raises(UserError, match=rf"pip install 'groupsae\[{extra}\]'"):
             sweep.check_launcher(["-m", f"hydra/launcher={launcher}"])
