@@ -76,8 +76,8 @@ def translated(argument: str, name: str) -> str:
     key, _, value = argument.partition("=")
     now = RENAMED.get((name, key))
     if now is not None:
-        # a name without folders is one below output; this was a path
-        value = str(Path(value).absolute()) if now == "name" else value
+        if now == "name" and value != "null":  # which may be a path, as this was
+            value = str(Path(value).absolute())
         print(f"note: {key}= is now {now}=", file=sys.stderr)
         key, argument = now, f"{now}={value}"
     folder = key in ("run", "resume", "saes", "name") or (key == "output" and name != "train")
