@@ -1,6 +1,7 @@
 """A checkpoint is a folder: a file for each SAE, one for the rest, and a manifest of both.
 
 It is written next to its place and renamed, so it is complete or absent, and verified when read.
+torch is imported where it is used: commands list checkpoints before anything slow is loaded.
 """
 
 import hashlib
@@ -11,14 +12,12 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-from safetensors import safe_open
-from safetensors.torch import save
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from groupsae.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = 1
 KEPT = 2  # checkpoints that stay: if the newest is damaged there is another
@@ -44,7 +43,7 @@ class Part(NamedTuple):
         options: of its parameter group: its name, its rates; and `num_params`.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: "dict[str, Tensor]"
     options: dict[str, Any]
 
 
@@ -157,6 +156,9 @@ def write(
         parts: of the SAEs that this process holds.
         rest: of the checkpoint, in the process that writes it.
     """
+    import torch
+    from safetensors.torch import save
+
     records: dict[str, Record] = {}
     for index, part in parts.items():
         tensors = {name: tensor.detach().contiguous() for name, tensor in part.tensors.items()}
@@ -218,6 +220,9 @@ def read(path: Path, members: Sequence[int] | None) -> dict[str, Any]:
         OSError: a file is missing or cannot be read.
         UserError: it lacks one of the SAEs.
     """
+    import torch
+    from safetensors import safe_open
+
     records = _manifest(path)
     every = [_index_of(name) for name in records if name != STATE]
     wanted = every if members is None else members
