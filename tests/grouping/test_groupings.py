@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from groupsae.grouping.choices import ByAmad, ByCount, Choice, Even, Explicit, PerLayer
 from groupsae.grouping.groupings import groupings
 from groupsae.grouping.rules import choose, curve
-from tests.app.test_all import LINE, every, fast, groupable, last_layers, matrices, rules
+from tests.helpers.partitions import LINE, every, fast, groupable, last_layers, matrices, rules
 
 
 @fast
