@@ -1,5 +1,7 @@
 """The one exception that reaches the user as a sentence instead of a stack trace."""
 
+from collections.abc import Iterable
+
 from groupsae.runtime.secrets import redacted
 
 
@@ -12,3 +14,10 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(redacted(message))
+
+
+def check_choice(key: str, value: object, allowed: Iterable[str]) -> None:
+    """Raise UserError unless the value of a key is one of the allowed words."""
+    words = tuple(allowed)
+    if value not in words:
+        raise UserError(f"{key} is {value!r}: use {', '.join(words)}.")

@@ -4,17 +4,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from groupsae.runtime.errors import UserError
+from groupsae.runtime.errors import check_choice
 from groupsae.sae.base import SAE, AllSum
 
 STARTS = ("zero", "mean", "geometric_median")
 ROUNDS, CLOSE = 100, 1e-5  # of Weiszfeld's algorithm; it stops when it moves less than this
-
-
-def check_b_dec_start(start: str) -> None:
-    """Raise UserError if there is no such start."""
-    if start not in STARTS:
-        raise UserError(f"b_dec_start is {start!r}: use {', '.join(STARTS)}.")
 
 
 @torch.no_grad()
@@ -31,7 +25,7 @@ def init_b_dec(sae: SAE, x: Float[Tensor, "batch d_model"], start: str, all_sum:
     Raises:
         UserError: there is no such start.
     """
-    check_b_dec_start(start)
+    check_choice("b_dec_start", start, STARTS)
     if start == "zero":
         return
     x = x[x.isfinite().all(1)].double()  # NaN in one row would spread to all of the bias

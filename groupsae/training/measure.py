@@ -33,12 +33,6 @@ SCALES: dict[str, Callable[["Measurement"], np.ndarray]] = {
 }
 
 
-def check_scale(scale: str) -> None:
-    """Raise UserError if there is no such rule for norm factors."""
-    if scale not in SCALES:
-        raise UserError(f"calibration.scale is {scale!r}: use {', '.join(SCALES)}.")
-
-
 @dataclass(frozen=True)
 class Measurement:
     """Result of the calibration.

@@ -37,12 +37,6 @@ class RunningStats(NamedTuple):
     skipped: list[int]
 
 
-def check_nonfinite(action: str) -> None:
-    """Raise UserError if there is no such action."""
-    if action not in ACTIONS:
-        raise UserError(f"nonfinite is {action!r}: use {' or '.join(ACTIONS)}.")
-
-
 def check_finite(module: Any, stats: Mapping[str, RunningStats]) -> None:
     """Raise UserError if values or weights of a group are NaN or infinite; names step and layers.
 

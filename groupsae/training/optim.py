@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from groupsae.runtime.errors import UserError
+from groupsae.runtime.errors import UserError, check_choice
 
 DECAYS: dict[str, Callable[[float], float]] = {  # share of the decay that is left -> factor
     "constant": lambda _left: 1.0,
@@ -50,8 +50,7 @@ class Adam:
 
     def __post_init__(self) -> None:
         """Check the schedule."""
-        if self.decay not in DECAYS:
-            raise UserError(f"optim.decay is {self.decay!r}: use {', '.join(DECAYS)}.")
+        check_choice("optim.decay", self.decay, DECAYS)
         for name in ("warmup", "decay_share"):
             value = getattr(self, name)
             if not 0 <= value <= 1:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from groupsae.data.batch import ActivationBatch
 from groupsae.grouping.plan import GroupPlan, PlannedSAE
-from groupsae.runtime.errors import UserError
-from groupsae.training.b_dec_init import check_b_dec_start
+from groupsae.runtime.errors import UserError, check_choice
+from groupsae.training.b_dec_init import STARTS
 from groupsae.training.group import GroupSAE, JointStep, SAEFactory
 from groupsae.training.metrics import is_logging_step, log_training, log_validation, steps_of
-from groupsae.training.nonfinite import check_finite, check_nonfinite
+from groupsae.training.nonfinite import ACTIONS, check_finite
 from groupsae.training.optim import Adam
 from groupsae.training.parallel.collect import gather_named, num_processes
 
@@ -75,8 +75,8 @@ class GroupSAESuite(L.LightningModule):
         seed: int,
     ) -> None:
         super().__init__()
-        check_b_dec_start(b_dec_start)
-        check_nonfinite(nonfinite)
+        check_choice("b_dec_start", b_dec_start, STARTS)
+        check_choice("nonfinite", nonfinite, ACTIONS)
         self.make_sae, self.d_model, self.optim, self.nonfinite = sae, d_model, optim, nonfinite
         self.make_group = partial(
             GroupSAE,

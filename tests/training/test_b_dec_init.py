@@ -11,10 +11,13 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
+from groupsae.grouping.choices import PerLayer
 from groupsae.grouping.moments import LayerMoments
 from groupsae.runtime.errors import UserError
-from groupsae.training.b_dec_init import check_b_dec_start, init_b_dec
-from groupsae.training.measure import Measurement, check_scale
+from groupsae.sae.base import no_reduce
+from groupsae.training.b_dec_init import init_b_dec
+from groupsae.training.callbacks.grouping import GroupLayers
+from groupsae.training.measure import Measurement
 from groupsae.training.optim import Adam
 from tests.helpers.saes import make
 
@@ -26,11 +29,7 @@ def rows_with_outliers() -> Tensor:
     return x
 
 
-def alone(value: Tensor) -> Tensor:
-    return value
-
-
-def started(start: str, x: Tensor, all_sum: Callable[[Tensor], Tensor] = alone) -> Tensor:
+def initial(start: str, x: Tensor, all_sum: Callable[[Tensor], Tensor] = no_reduce) -> Tensor:
     sae = make("topk")
     init_b_dec(sae, x, start, all_sum)
     return sae.b_dec.detach()
@@ -38,11 +37,11 @@ def started(start: str, x: Tensor, all_sum: Callable[[Tensor], Tensor] = alone) 
 
 def test_the_bias_starts_at_zero_at_the_mean_or_at_the_geometric_median() -> None:
     x = rows_with_outliers()
-    assert not started("zero", x).any()
-    torch.testing.assert_close(started("mean", x), x.mean(0))
+    assert not initial("zero", x).any()
+    torch.testing.assert_close(initial("mean", x), x.mean(0))
     points = x.double().numpy()
     best = minimize(lambda c: np.linalg.norm(points - c, axis=1).sum(), points.mean(0)).x
-    median = started("geometric_median", x)
+    median = initial("geometric_median", x)
     torch.testing.assert_close(median.double(), torch.from_numpy(best), rtol=1e-3, atol=1e-3)
     assert (median - torch.arange(6)).norm() < 1 < (x.mean(0) - torch.arange(6)).norm()
 
@@ -60,23 +59,26 @@ def test_two_processes_start_where_one_does(start: str) -> None:
             barrier.wait(30)
             return given[0] + given[1]
 
-        return started(start, rows, all_sum)
+        return initial(start, rows, all_sum)
 
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(part, (0, 1), (x[:30], x[30:])))
     assert torch.equal(found[0], found[1])
-    torch.testing.assert_close(found[0], started(start, x))
+    torch.testing.assert_close(found[0], initial(start, x))
 
 
 def test_a_batch_without_rows_leaves_the_bias_at_zero() -> None:
-    assert not started("geometric_median", torch.empty(0, 6)).any()
+    assert not initial("geometric_median", torch.empty(0, 6)).any()
 
 
 def test_an_unknown_start_or_scale_is_refused() -> None:
     with pytest.raises(UserError, match="b_dec_start is 'median': use zero, mean, geometric_m"):
-        check_b_dec_start("median")
+        initial("median", torch.ones(2, 6))
     with pytest.raises(UserError, match="calibration.scale is 'l2': use rms, mean_norm"):
-        check_scale("l2")
+        GroupLayers(
+            choice=PerLayer(), folder="", cache="", tokens=1, centring="none", show=print,
+            scale="l2",
+        )  # fmt: skip
 
 
 def adam(**changes: object) -> Adam:

@@ -13,10 +13,10 @@ from groupsae.files.reading import read_json
 from groupsae.grouping.choices import Choice
 from groupsae.grouping.plan import GroupPlan
 from groupsae.grouping.rules import needs_distances
-from groupsae.runtime.errors import UserError
+from groupsae.runtime.errors import UserError, check_choice
 from groupsae.suite.groups_file import load_plan
 from groupsae.training.estimate import Forecast, bytes_free, bytes_needed, forecast, refuse
-from groupsae.training.measure import Measurement, check_scale, measure, provenance_of
+from groupsae.training.measure import SCALES, Measurement, measure, provenance_of
 from groupsae.training.parallel.collect import gather
 from groupsae.training.parallel.placement import describe, owners, spread
 from groupsae.training.parallel.strategies import SAEParallel
@@ -63,7 +63,7 @@ class GroupLayers(L.Callback):
         scale: str,
         show: Callable[[str], object],
     ) -> None:
-        check_scale(scale)
+        check_choice("calibration.scale", scale, SCALES)
         self.choice, self.folder, self.cache, self.show = choice, Path(folder), Path(cache), show
         self.tokens, self.centring, self.scale = tokens, centring, scale
         self.groups_file = self.folder / "groups.json"
