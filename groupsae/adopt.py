@@ -1,14 +1,13 @@
 """The old name of `python -m groupsae.import_saes`."""
 
+import runpy
 import sys
-
-from groupsae import import_saes
 
 
 def main() -> None:
-    """Start `groupsae.import_saes`, after a note that names it."""
+    """Run `groupsae.import_saes`, after a note that names it."""
     print("note: groupsae.adopt is now groupsae.import_saes", file=sys.stderr)
-    import_saes.main()
+    runpy.run_module("groupsae.import_saes", run_name="__main__")
 
 
 if __name__ == "__main__":
