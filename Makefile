@@ -9,7 +9,7 @@ WORKERS ?= 2
 # in so many processes; the tests of a file stay together, as they share what they made
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help train evaluate report export import-saes test check format sweep replicate pretrain chaos bench bench-rivals \
+.PHONY: help train evaluate report export import-saes test check format sweep replicate pretrain chaos bench bench-smallest bench-rivals \
 	docs fingerprint clean
 
 help:  ## Show this list
@@ -64,6 +64,13 @@ chaos: $(READY)  ## Kills, full disks, flipped bits, NaN: the table of docs/reli
 
 bench: $(READY)  ## Measure the training loop and its parts, a quarter of an hour: benchmarks/results
 	@for each in step kernels loop lm_forward scaling; do $(BIN)/python -m benchmarks.$$each || exit; done
+
+# every benchmark, so that none rots; CI runs this
+bench-smallest: $(READY)  ## Run every benchmark for a few seconds; the figures mean nothing
+	@for each in step kernels loop lm_forward scaling quality saes scale soak store replication rivals; do \
+		echo "benchmarks.$$each"; \
+		$(BIN)/python -m benchmarks.$$each size=smallest >.bench.log 2>&1 || { cat .bench.log; exit 1; }; done
+	@rm -f .bench.log
 
 bench-rivals: $(READY)  ## Training beside SAELens, sparsify and dictionary_learning (15 minutes, 6 GB)
 	@benchmarks/rivals/install
