@@ -20,7 +20,6 @@ from groupsae.files.locks import lock_folder
 from groupsae.files.reading import damaged
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.ranks import check_processes, is_leader
-from groupsae.training.checkpoints.folder import checkpoints
 
 
 class OpenRun(NamedTuple):
@@ -95,6 +94,8 @@ def open_run(cfg: DictConfig, overrides: list[str]) -> Iterator[OpenRun]:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the checkpoint of the highest step; it may be damaged. None: the run has none."""
+    from groupsae.training.checkpoints.folder import checkpoints  # slow: it imports torch
+
     return next(iter(checkpoints(folder / "checkpoints")), None)
 
 

@@ -46,6 +46,8 @@ def start(name: str, task: Callable[[DictConfig], Any]) -> None:
             return task(cfg)
 
     with one_sentence():
+        if {"-m", "--multirun"} & set(sys.argv):
+            explain(sys.argv[1:], name)  # before Hydra writes anything about the sweep
         try:
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(run)()
         except HydraException as error:
