@@ -302,14 +302,14 @@ class ActivationDataModule(L.LightningDataModule):
         num_steps = self.steps_for("heldout", self.heldout_tokens)
         return self.steps("heldout", num_steps, 0, self.exchanges[1].travels)
 
-    def load(self, split: Split, steps: StepSampler) -> DataLoader[Tensor]:
+    def loader_of(self, split: Split, steps: StepSampler) -> DataLoader[Tensor]:
         """Return a loader of the tokens of some steps, int64 [block, pos] each."""
         pinned = self.device.type == "cuda"
         return BlockLoader(self.blocks.blocks[split], steps, self.num_workers, pinned)
 
     def loader(self, split: Split, num_steps: int, first_step: int = 0) -> DataLoader[Tensor]:
         """Return the tokens of this rank's share of some steps."""
-        return self.load(split, self.steps(split, num_steps, first_step))
+        return self.loader_of(split, self.steps(split, num_steps, first_step))
 
     def heldout_documents(self, num_steps: int) -> Int64[np.ndarray, " block"]:
         """Return a number of the document that each block of held-out steps begins in."""
@@ -509,11 +509,11 @@ class LiveReader:
 
     def training(self) -> Iterable[Tensor]:
         """Return the training batches from `blocks_seen` on, for Lightning."""
-        return self.data.load("train", self.data.training_steps())
+        return self.data.loader_of("train", self.data.training_steps())
 
     def validation(self) -> Iterable[Tensor]:
         """Return the batches of a validation, for Lightning."""
-        return self.data.load("heldout", self.data.validation_steps())
+        return self.data.loader_of("heldout", self.data.validation_steps())
 
     def prepare(self, batch: Tensor) -> DrawnTokens | list[DrawnTokens]:
         """Return a batch's draws on the host; in validation, in parts."""

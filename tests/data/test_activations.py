@@ -1,18 +1,17 @@
 """Tokens in, residual rows out: against every layer's residuals, token by token."""
 
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 
-from groupsae.data.activations import ActivationDataModule
 from groupsae.data.draws import draw_layers
-from groupsae.data.files import FileSource
 from groupsae.runtime.errors import UserError
+from tests.helpers.data_modules import CONTEXT, data_module
 from tests.helpers.lms import frozen
 
-CONTEXT, D_MODEL, LAYERS = 16, 32, 4
+D_MODEL, LAYERS = 32, 4
 SLOTS = [[0, 1], [2], [1, 2, 3], [3]]
 
 
@@ -24,28 +23,7 @@ def cache(tmp_path_factory):
 @pytest.fixture
 def make_data(tiny_lm, tiny_text, cache):
     """Return a function that gives a data module on a given rank of an imagined trainer."""
-
-    def make(rank=0, world_size=1, **changes):
-        values = {
-            "lm": frozen(tiny_lm),
-            "source": FileSource(path=str(tiny_text), text_column=None),
-            "cache": cache, "context": CONTEXT,
-            "heldout_fraction": 0.1, "calibration_fraction": 0.1, "prepend_bos": False,
-            "exclude_special_tokens": False, "skip_positions": 0, "max_norm_ratio": None,
-            "max_tokens": None, "blocks_per_step": 4,
-            "blocks_per_forward": 4, "tokens": 6 * 4 * CONTEXT, "heldout_tokens": 10**9,
-            "num_workers": 0, "seed": 3,
-        }  # fmt: skip
-        data = ActivationDataModule(**(values | changes))
-        data.trainer = SimpleNamespace(
-            training=True, world_size=world_size, global_rank=rank,
-            strategy=SimpleNamespace(root_device=torch.device("cpu")),
-        )  # fmt: skip
-        data.setup("fit")
-        data.set_slots(SLOTS)
-        return data
-
-    return make
+    return partial(data_module, frozen(tiny_lm), tiny_text, cache, slots=SLOTS)
 
 
 def token_batch(blocks=5, seed=0):

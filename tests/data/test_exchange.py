@@ -1,18 +1,16 @@
 """Rows that travel between processes, without any process: what one sends the others get."""
 
 from itertools import islice
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from groupsae.data.activations import ActivationDataModule
 from groupsae.data.exchange import Exchange
-from groupsae.data.files import FileSource
+from tests.helpers.data_modules import CONTEXT, data_module
 from tests.helpers.lms import frozen
 from tests.helpers.waiting import no_waiting, waiting
 
-CONTEXT, SLOTS = 16, [[0, 1], [2], [3, 1, 2], [3]]
+SLOTS = [[0, 1], [2], [3, 1, 2], [3]]
 WANTED = [
     pytest.param([[[0, 1], [3]], [[2], [3, 1, 2]]], id="two"),
     pytest.param([[[0, 1], [2], [3, 1, 2]], [], [[3]]], id="one without an SAE"),
@@ -53,24 +51,15 @@ class Post:
 def make_data(tiny_lm, tiny_text, tmp_path_factory):
     cache = str(tmp_path_factory.mktemp("cache"))
 
-    def make(rank=0, processes=1, training=True, store=None, **changes):
+    def make(rank=0, processes=1, store=None, lm=None, **changes):
         values = {
-            "lm": frozen(tiny_lm), "source": FileSource(path=str(tiny_text), text_column=None),
-            "cache": cache, "context": CONTEXT, "heldout_fraction": 0.1,
-            "calibration_fraction": 0.1, "prepend_bos": True, "exclude_special_tokens": True,
-            "skip_positions": 2, "max_norm_ratio": None, "max_tokens": None,
+            "prepend_bos": True, "exclude_special_tokens": True, "skip_positions": 2,
             "blocks_per_step": 12, "blocks_per_forward": 2, "tokens": 3 * 12 * CONTEXT,
-            "heldout_tokens": 10**9, "num_workers": 0, "seed": 3,
+            "rank": rank, "world_size": processes,
+            "store": None if store is None else (str(store), "float32"),
         }  # fmt: skip
-        data = ActivationDataModule(**(values | changes))
-        if store is not None:
-            data.keep_in(str(store), "float32", lambda _: None)
-        data.trainer = SimpleNamespace(
-            training=training, world_size=processes, global_rank=rank,
-            strategy=SimpleNamespace(root_device=torch.device("cpu")),
-        )  # fmt: skip
-        data.setup("fit")
-        data.set_slots(SLOTS)
+        lm = frozen(tiny_lm) if lm is None else lm
+        data = data_module(lm, tiny_text, cache, slots=SLOTS, **(values | changes))
         data.fill_training()
         return data
 

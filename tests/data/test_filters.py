@@ -1,18 +1,15 @@
 """Which positions count, against a loop over tokens; and that every filter is on record."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from groupsae.data.activations import ActivationDataModule
-from groupsae.data.files import FileSource
 from groupsae.data.filters import TokenFilter, both, check_filters
 from groupsae.runtime.errors import UserError
 from groupsae.training.measure import provenance_of
+from tests.helpers.data_modules import CONTEXT, data_module
 from tests.helpers.lms import frozen
 
-CONTEXT, SLOTS = 16, [[0, 1], [2], [1, 2, 3], [3]]
+SLOTS = [[0, 1], [2], [1, 2, 3], [3]]
 
 
 @pytest.fixture(scope="module")
@@ -20,22 +17,8 @@ def make_data(tiny_lm, tiny_text, tmp_path_factory):
     cache = str(tmp_path_factory.mktemp("cache"))
 
     def make(lm=None, **changes):
-        values = {
-            "lm": frozen(tiny_lm, **(lm or {})),
-            "source": FileSource(path=str(tiny_text), text_column=None),
-            "cache": cache, "context": CONTEXT, "heldout_fraction": 0.1,
-            "calibration_fraction": 0.1, "prepend_bos": False, "exclude_special_tokens": False,
-            "skip_positions": 0, "max_norm_ratio": None, "max_tokens": None,
-            "blocks_per_step": 4, "blocks_per_forward": 4, "tokens": 4 * CONTEXT,
-            "heldout_tokens": 10**9, "num_workers": 0, "seed": 3,
-        }  # fmt: skip
-        data = ActivationDataModule(**(values | changes))
-        data.trainer = SimpleNamespace(
-            training=True, world_size=1, global_rank=0,
-            strategy=SimpleNamespace(root_device=torch.device("cpu")),
-        )  # fmt: skip
-        data.setup("fit")
-        return data
+        values = {"tokens": 4 * CONTEXT} | changes
+        return data_module(frozen(tiny_lm, **(lm or {})), tiny_text, cache, slots=SLOTS, **values)
 
     return make
 

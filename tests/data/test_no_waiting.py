@@ -1,45 +1,33 @@
 """A training step's activations are queued without waiting for the device."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
-from groupsae.data.activations import ActivationDataModule, check_sizes
+from groupsae.data.activations import check_sizes
 from groupsae.data.draws import draw, draw_layers
 from groupsae.data.exchange import Exchange
-from groupsae.data.files import FileSource
 from groupsae.lm.hooked import nothing_padded
 from groupsae.runtime.errors import UserError
 from tests.helpers import families
+from tests.helpers.data_modules import CONTEXT, data_module
 from tests.helpers.lms import frozen
 from tests.helpers.waiting import no_waiting
 
-CONTEXT, SLOTS = 16, [[0, 1], [2], [3, 1, 2], [3]]
+SLOTS = [[0, 1], [2], [3, 1, 2], [3]]
 
 
 @pytest.fixture(scope="module")
 def make_data(tiny_lm, tiny_text, tmp_path_factory):
     cache = str(tmp_path_factory.mktemp("cache"))
 
-    def make(device="cpu", rank=0, world_size=1, slots=SLOTS, **changes):
+    def make(lm=None, slots=SLOTS, **changes):
         values = {
-            "lm": frozen(tiny_lm), "source": FileSource(path=str(tiny_text), text_column=None),
-            "cache": cache, "context": CONTEXT, "heldout_fraction": 0.1,
-            "calibration_fraction": 0.1, "prepend_bos": True, "exclude_special_tokens": True,
-            "skip_positions": 2, "max_norm_ratio": None, "max_tokens": None,
-            "blocks_per_step": 6, "blocks_per_forward": 4, "tokens": 3 * 6 * CONTEXT,
-            "heldout_tokens": 10**9, "num_workers": 0, "seed": 3,
+            "prepend_bos": True, "exclude_special_tokens": True, "skip_positions": 2,
+            "blocks_per_step": 6, "tokens": 3 * 6 * CONTEXT,
         }  # fmt: skip
-        data = ActivationDataModule(**(values | changes))
-        data.trainer = SimpleNamespace(
-            training=True, world_size=world_size, global_rank=rank,
-            strategy=SimpleNamespace(root_device=torch.device(device)),
-        )  # fmt: skip
-        data.setup("fit")
-        data.set_slots(slots)
-        return data
+        lm = frozen(tiny_lm) if lm is None else lm
+        return data_module(lm, tiny_text, cache, slots=slots, **(values | changes))
 
     return make
 

@@ -14,8 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from groupsae.data.activations import ActivationDataModule
-from groupsae.data.files import FileSource
 from groupsae.data.store import fill
 from groupsae.data.store.read import read_ahead
 from groupsae.data.store.store import ActivationStore
@@ -24,11 +22,13 @@ from groupsae.files.locks import try_lock
 from groupsae.lm.hooked import HookedLM
 from groupsae.lm.load import FrozenLM
 from groupsae.runtime.errors import UserError
+from tests.helpers.data_modules import CONTEXT, data_module
 from tests.helpers.lms import frozen
 
-CONTEXT, D_MODEL, LAYERS, STEP = 16, 32, 4, 4
+D_MODEL, LAYERS, STEP = 32, 4, 4
 SLOTS = [[0, 1], [2], [1, 2, 3], [3]]
 BLOCK = CONTEXT * D_MODEL * 4  # bytes of a float32 block
+SIZES = {"blocks_per_step": STEP, "blocks_per_forward": 3, "heldout_tokens": 2 * STEP * CONTEXT}
 
 
 @pytest.fixture(scope="module")
@@ -55,28 +55,10 @@ def lm(tiny_lm):
 def make_data(lm, tiny_text, cache, tmp_path):
     """Return a function that gives a data module, with a store unless dtype is None."""
 
-    def make(dtype="float32", steps=9, rank=0, world_size=1, place=tmp_path, **changes):
-        values = {
-            "lm": lm,
-            "source": FileSource(path=str(tiny_text), text_column=None),
-            "cache": cache, "context": CONTEXT,
-            "heldout_fraction": 0.1, "calibration_fraction": 0.1, "prepend_bos": False,
-            "exclude_special_tokens": False, "skip_positions": 0, "max_norm_ratio": None,
-            "max_tokens": None, "blocks_per_step": STEP,
-            "blocks_per_forward": 3, "tokens": steps * STEP * CONTEXT,
-            "heldout_tokens": 2 * STEP * CONTEXT, "num_workers": 0, "seed": 3,
-        }  # fmt: skip
-        data = ActivationDataModule(**(values | changes))
-        data.said = []
-        if dtype is not None:
-            data.keep_in(str(place / "store"), dtype, data.said.append)
-        data.trainer = SimpleNamespace(
-            training=True, world_size=world_size, global_rank=rank,
-            strategy=SimpleNamespace(root_device=torch.device("cpu")),
-        )  # fmt: skip
-        data.setup("fit")
-        data.set_slots(SLOTS)
-        return data
+    def make(dtype="float32", steps=9, **changes):
+        store = None if dtype is None else (str(tmp_path / "store"), dtype)
+        values = SIZES | {"tokens": steps * STEP * CONTEXT, "store": store} | changes
+        return data_module(lm, tiny_text, cache, slots=SLOTS, **values)
 
     return make
 
@@ -483,29 +465,16 @@ def test_two_processes_fill_one_store_and_one_of_them_is_killed(make_data, tmp_p
 
 KILLED = """
 import os, signal, sys
-from types import SimpleNamespace
-import torch
-from tests.helpers.lms import frozen
-from groupsae.data.activations import ActivationDataModule
-from groupsae.data.files import FileSource
 from groupsae.data.store import fill
+from tests.helpers.data_modules import data_module
+from tests.helpers.lms import frozen
 
 lm, text, cache, store = sys.argv[1:]
 fill.CHUNK_BYTES = 2 * 4 * 16 * 32 * 4
-data = ActivationDataModule(
-    lm=frozen(lm), source=FileSource(path=text, text_column=None), cache=cache, context=16,
-    heldout_fraction=0.1, calibration_fraction=0.1, prepend_bos=False,
-    exclude_special_tokens=False, skip_positions=0, max_norm_ratio=None, max_tokens=None,
-    blocks_per_step=4, blocks_per_forward=3, tokens=9 * 4 * 16, heldout_tokens=2 * 4 * 16,
-    num_workers=0, seed=3,
+data = data_module(
+    frozen(lm), text, cache, slots=[[0, 1], [2], [1, 2, 3], [3]], store=(store, "float32"),
+    blocks_per_forward=3, tokens=9 * 4 * 16, heldout_tokens=2 * 4 * 16,
 )
-data.keep_in(store, "float32", print)
-data.trainer = SimpleNamespace(
-    training=True, world_size=1, global_rank=0,
-    strategy=SimpleNamespace(root_device=torch.device("cpu")),
-)
-data.setup("fit")
-data.set_slots([[0, 1], [2], [1, 2, 3], [3]])
 fsync, count = os.fsync, []
 
 def killed(descriptor):
