@@ -82,6 +82,6 @@ def test_a_damaged_measurement_in_the_cache_is_measured_again(tmp_path: Path):
     path.write_bytes(content)
     with pytest.raises(UserError, match="damaged"):
         Measurement.load(path)
-    with pytest.warns(UserWarning, match="is damaged: it is measured anew"):
+    with pytest.warns(UserWarning, match="is damaged: the layers are measured again"):
         assert cached(path) is None
     assert cached(tmp_path / "none.npz") is None
