@@ -17,18 +17,19 @@ from groupsae.interop.library import (
     Origin,
     Place,
     Tensors,
+    imported_sae,
     kind_of,
     our_place,
+    our_tensors,
     portable_tensors,
-    positive_int,
     read_pickled,
     subtract_b_dec,
+    their_tensors,
     unknown_layer,
 )
 from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE
 from groupsae.sae.matryoshka import Matryoshka
-from groupsae.suite.suite import take
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 CLASSES = {
@@ -97,7 +98,7 @@ def write(folder: Path, sae: SAE, origin: Origin) -> None:
     name = CLASSES[kind]
     if name in ENCODES_X:
         ours = subtract_b_dec(ours, sign=-1)
-    tensors = {theirs: _turned(ours[key], theirs).clone() for key, theirs in NAMES[name].items()}
+    tensors = their_tensors(ours, NAMES[name], TRANSPOSED)
     more: dict[str, Any] = {}
     if kind in TOPK_KINDS:
         more["k"] = sae.k
@@ -152,12 +153,12 @@ def read(folder: Path) -> ImportedSAE:
     if not isinstance(stored, dict) or not all(isinstance(t, Tensor) for t in stored.values()):
         raise UserError(f"{weights} does not hold a state dict (a dict of tensors by name).")
     others = {key: stored.pop(key) for key in NO_WEIGHTS.get(name, ()) if key in stored}
-    tensors = _our_tensors(name, stored, trainer, weights)
+    scalars = () if name == "JumpReluAutoEncoder" else ("threshold",)
+    tensors = our_tensors(stored, NAMES[name], TRANSPOSED, weights, scalars=scalars)
     kind = READS[name]
     arguments: dict[str, Any] = {}
     if kind in TOPK_KINDS:
-        k = {"k": int(others["k"]) if "k" in others else trainer.get("k")}
-        arguments["k"] = positive_int(k, "k", file, latents=len(tensors["W_dec"]))
+        arguments["k"] = int(others["k"]) if "k" in others else trainer.get("k")
     if kind == "matryoshka":
         arguments["prefixes"] = _prefixes(others, len(tensors["W_dec"]), weights)
     if kind in ("batchtopk", "matryoshka") and float(tensors["threshold"]) < 0:
@@ -167,29 +168,7 @@ def read(folder: Path) -> ImportedSAE:
         )
     if name in ENCODES_X:
         tensors = subtract_b_dec(tensors)
-    return ImportedSAE.of(kind, tensors, place, arguments=arguments)
-
-
-def _turned(tensor: Tensor, theirs: str) -> Tensor:
-    """Return a tensor with its dimensions in the order of the other side."""
-    return (tensor.T if theirs in TRANSPOSED else tensor).contiguous()
-
-
-def _our_tensors(name: str, stored: Tensors, trainer: dict[str, Any], file: Path) -> Tensors:
-    encoder = stored.get(NAMES[name]["W_enc"])
-    shape = [0, 0] if encoder is None or encoder.ndim != 2 else list(encoder.shape)
-    n, d = shape[::-1] if NAMES[name]["W_enc"] in TRANSPOSED else shape
-    n, d = trainer.get("dict_size") or n, trainer.get("activation_dim") or d
-    wanted: dict[str, tuple[int, ...]] = {}
-    for ours, theirs in NAMES[name].items():
-        if ours in ("W_enc", "W_dec"):
-            wanted[theirs] = (d, n) if theirs in TRANSPOSED else (n, d)
-        elif ours == "threshold" and name != "JumpReluAutoEncoder":
-            wanted[theirs] = ()
-        else:
-            wanted[theirs] = (d,) if ours == "b_dec" else (n,)
-    tensors = take(stored, wanted, file)
-    return {ours: _turned(tensors[theirs], theirs) for ours, theirs in NAMES[name].items()}
+    return imported_sae(kind, tensors, place, arguments)
 
 
 def _prefixes(tensors: Tensors, d_sae: int, file: Path) -> list[float]:

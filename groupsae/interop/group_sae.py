@@ -13,8 +13,8 @@ from pathlib import Path
 from torch import Tensor
 
 from groupsae.files.reading import require_json
-from groupsae.interop.library import ImportedSAE, Place, positive_int, read_pickled, section
-from groupsae.interop.sparsify import CONFIG, WEIGHTS, our_tensors, parse_module_path
+from groupsae.interop.library import ImportedSAE, Place, imported_sae, read_pickled
+from groupsae.interop.sparsify import CONFIG, WEIGHTS, parse_module_path, read_weights
 from groupsae.runtime.errors import UserError
 
 FACTORS = "scaling_factors.pt"
@@ -129,7 +129,7 @@ def layers_of(folder: Path, num_layers: int) -> list[int]:
         return [place.layer]
     for file in (above / "config.json" for above in (folder, *folder.parents[:2])):
         config = require_json(file) if file.exists() else {}
-        layers = section(config, "clusters", file).get(folder.name)
+        layers = (config.get("clusters") or {}).get(folder.name)
         if isinstance(layers, list):
             return sorted(int(layer) for layer in layers)
     ends = CLUSTERS.get(num_layers, {}).get(folder.name)
@@ -152,23 +152,22 @@ def read(folder: Path, num_layers: int) -> ImportedSAE:
     Raises:
         UserError: it is damaged, or lacks a norm factor.
     """
-    file = folder / CONFIG
-    config = require_json(file)
+    config = require_json(folder / CONFIG)
     layers, k = layers_of(folder, num_layers), config.get("k", 0)
     if isinstance(k, int) and k > 0:
-        kind, tensors = "topk", our_tensors(folder, config)
+        kind, tensors = "topk", read_weights(folder)
     elif config.get("jumprelu"):
-        kind, tensors = "jumprelu", our_tensors(folder, config, "log_threshold")
+        kind, tensors = "jumprelu", read_weights(folder, "log_threshold")
         tensors["threshold"] = tensors.pop("log_threshold").exp()
     else:
-        kind, tensors = "relu", our_tensors(folder, config)
-    n, factors = len(tensors["b_enc"]), _factors_file(folder)
+        kind, tensors = "relu", read_weights(folder)
+    factors = _factors_file(folder)
     unscaled = f"no {FACTORS} in or above its folder: activations are not scaled"
-    return ImportedSAE.of(
+    return imported_sae(
         kind,
         tensors,
         Place(layers[0], "resid_post"),
-        arguments={"k": positive_int(config, "k", file, latents=n)} if kind == "topk" else {},
+        {"k": k} if kind == "topk" else {},
         norm_factors=_factors(factors, layers) if factors else dict.fromkeys(layers, 1.0),
         notes=[] if factors else [unscaled],
     )

@@ -26,14 +26,7 @@ UNKNOWN = float("nan")  # diameter of a group whose distances nobody measured
 
 @dataclass(frozen=True)
 class ReadAt:
-    """Where the language model is read, which the SAEs must fit.
-
-    Attributes:
-        num_layers: of the language model.
-        d_model: width of its activations.
-        hookpoint: that is read.
-        stack: encoder or decoder.
-    """
+    """Where the language model is read: SAEs must fit its depth, width, hookpoint and stack."""
 
     num_layers: int
     d_model: int
@@ -131,7 +124,7 @@ def write_run(
             "layers": sae.layers,
             "norm_factors": sae.norm_factors,
             **facts,
-            "hookpoint": sae.hookpoint,
+            "hookpoint": sae.place.hookpoint,
             "weights": None,
             "text": None,
             "tokens": None,
@@ -184,7 +177,7 @@ def plan_of(saes: Sequence[ImportedSAE], num_layers: int) -> GroupPlan:
 def other_model(saes: Sequence[ImportedSAE], model: str) -> str | None:
     """Return the language model that the folders name, if it is not this one."""
     for sae in saes:
-        named = None if sae.model is None else str(sae.model)
+        named = None if sae.place.model is None else str(sae.place.model)
         if named is not None and lens_model(named) not in (lens_model(model), model):
             return named
     return None
@@ -227,8 +220,10 @@ def _read(folder: Path, name: str, num_layers: int) -> ImportedSAE:
             sae = group_sae.read(folder, num_layers)
         else:
             sae = FORMATS[name].read(folder)
-    except UserError:
-        raise
+    except UserError as error:
+        if str(folder) in str(error):
+            raise
+        raise UserError(f"{folder}: {error}") from error  # from the constructor of the SAE
     except Exception as error:  # a truncated or edited file can lead to any of them
         raise damaged(folder, error) from error
     for tensor_name, tensor in sae.sae.state_dict().items():
@@ -253,18 +248,14 @@ def _check(saes: Sequence[ImportedSAE], path: Path, at: ReadAt) -> None:
                     f"layers, 0 to {at.num_layers - 1}: name its model by model=..."
                 )
             owner[layer] = sae.folder
-        if sae.sae.d_model != at.d_model:
-            raise UserError(
-                f"{sae.folder} takes activations of width {sae.sae.d_model}, but the model's "
-                f"are {at.d_model} wide: name the model it was trained on by model=..."
-            )
-        if sae.hookpoint != at.hookpoint:
-            raise UserError(
-                f"{sae.folder} is for {sae.hookpoint}, but the model is read at {at.hookpoint}: "
-                f"give model.hookpoint={sae.hookpoint}."
-            )
-        if sae.stack not in (None, at.stack):
-            raise UserError(
-                f"{sae.folder} is for the {sae.stack} of its model, but the {at.stack} is read: "
-                f"give model.stack={sae.stack}."
-            )
+        place = sae.place
+        for name, theirs, ours, option in (
+            ("d_model", sae.sae.d_model, at.d_model, "model=<the model it was trained on>"),
+            ("hookpoint", place.hookpoint, at.hookpoint, f"model.hookpoint={place.hookpoint}"),
+            ("stack", place.stack or at.stack, at.stack, f"model.stack={place.stack}"),
+        ):
+            if theirs != ours:
+                raise UserError(
+                    f"{sae.folder} has {name} {theirs}, but the model is read with {name} {ours}: "
+                    f"give {option}."
+                )

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from groupsae import __version__
 from groupsae.files.reading import damaged, missing
-from groupsae.lm.hookpoints import HOOKPOINTS
 from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE
 from groupsae.sae.batchtopk import BatchTopK
@@ -25,16 +24,11 @@ from groupsae.sae.jumprelu import JumpReLU
 from groupsae.sae.matryoshka import Matryoshka
 from groupsae.sae.relu import ReLU
 from groupsae.sae.topk import TopK
+from groupsae.suite.suite import take
 
 METADATA_FORMAT = 1  # of what we write into other formats' free metadata
-KINDS: dict[str, type[SAE]] = {
-    "topk": TopK,
-    "batchtopk": BatchTopK,
-    "matryoshka": Matryoshka,
-    "jumprelu": JumpReLU,
-    "relu": ReLU,
-    "gated": Gated,
-}
+ARCHITECTURES: tuple[type[SAE], ...] = (TopK, BatchTopK, Matryoshka, JumpReLU, ReLU, Gated)
+KINDS = {architecture.__name__.lower(): architecture for architecture in ARCHITECTURES}
 TOPK_KINDS = ("topk", "batchtopk", "matryoshka")
 Tensors = dict[str, Tensor]
 
@@ -49,9 +43,7 @@ class Origin:
         layer: that this copy of it is for.
         norm_factor: that was folded into its biases.
         hookpoint: resid_post, resid_pre, mlp_out or attn_out.
-        model: name of the language model.
-        revision: of the model, on the Hub.
-        dtype: the model ran in.
+        model: name of the language model, with its revision on the Hub and dtype.
         context: tokens in a block.
         prepend_bos: whether blocks began with BOS.
         stack: encoder or decoder.
@@ -85,12 +77,9 @@ class Origin:
             norm_factor=float(config["norm_factors"][str(layer)]),
             hookpoint=hookpoint,
             model=str(config.get("model", "unknown")),
-            revision=config.get("revision"),
-            dtype=config.get("dtype"),
-            context=config.get("context"),
             prepend_bos=bool(config.get("prepend_bos", False)),
-            stack=config.get("stack"),
             module=None if modules is None or index < 0 else modules[index],
+            **{key: config.get(key) for key in ("revision", "dtype", "context", "stack")},
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -109,7 +98,7 @@ class Place(NamedTuple):
     model: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ImportedSAE:
     """An SAE read from a folder of another library.
 
@@ -117,9 +106,7 @@ class ImportedSAE:
         sae: works on activations times the norm factor.
         arguments: of its constructor.
         norm_factors: layer that it serves -> factor.
-        hookpoint: whose activations it takes.
-        stack: encoder or decoder, if the folder names it.
-        model: that the folder names, if any.
+        place: in the language model; one of its layers.
         notes: sentences for the user.
         folder: where it was read; `read_folder` sets this and the next.
         format: that it was read as.
@@ -128,9 +115,7 @@ class ImportedSAE:
     sae: SAE
     arguments: dict[str, Any]
     norm_factors: dict[int, float]
-    hookpoint: str
-    stack: str | None
-    model: str | None
+    place: Place
     notes: list[str]
     folder: Path = Path()
     format: str = ""
@@ -140,40 +125,32 @@ class ImportedSAE:
         """Return the layers that it serves."""
         return list(self.norm_factors)
 
-    @classmethod
-    def of(
-        cls,
-        kind: str,
-        tensors: Tensors,
-        place: Place,
-        *,
-        arguments: Mapping[str, Any],
-        norm_factors: dict[int, float] | None = None,
-        by_norm: bool = False,
-        notes: Sequence[str] = (),
-    ) -> "ImportedSAE":
-        """Return the SAE with these tensors, its decoder rows of unit norm where that is exact.
 
-        Args:
-            kind: a key of `KINDS`.
-            tensors: with our names and shapes; see `build`.
-            place: where it belongs.
-            arguments: that `build` needs in addition to the tensors.
-            norm_factors: layer -> factor; None: 1 for the layer of the place.
-            by_norm: see `unit_decoder`.
-            notes: sentences for the user, in addition to the one on the decoder's norms.
-        """
-        tensors, note = unit_decoder(kind, tensors, by_norm=by_norm)
-        sae, all_arguments = build(kind, tensors, **arguments)
-        return cls(
-            sae=sae,
-            arguments=all_arguments,
-            norm_factors=norm_factors or {place.layer: 1.0},
-            hookpoint=place.hookpoint,
-            stack=place.stack,
-            model=place.model,
-            notes=[text for text in (note, *notes) if text],
-        )
+def imported_sae(
+    kind: str,
+    tensors: Tensors,
+    place: Place,
+    arguments: dict[str, Any],
+    *,
+    norm_factors: dict[int, float] | None = None,
+    by_norm: bool = False,
+    notes: Sequence[str] = (),
+) -> ImportedSAE:
+    """Return the SAE with these tensors, its decoder rows of unit norm where that is exact.
+
+    Args:
+        kind: a key of `KINDS`.
+        tensors: with our names and shapes.
+        place: where it belongs.
+        arguments: see `build`.
+        norm_factors: layer -> factor; None: 1 for the layer of the place.
+        by_norm: see `unit_decoder`.
+        notes: sentences for the user, in addition to the one on the decoder's norms.
+    """
+    tensors, note = unit_decoder(kind, tensors, by_norm=by_norm)
+    sae, arguments = build(kind, tensors, **arguments)
+    all_notes = [text for text in (note, *notes) if text]
+    return ImportedSAE(sae, arguments, norm_factors or {place.layer: 1.0}, place, all_notes)
 
 
 @dataclass(frozen=True)
@@ -202,7 +179,7 @@ class Library:
 
 def kind_of(sae: SAE) -> str:
     """Return the kind of an SAE, a key of `KINDS`."""
-    return next(kind for kind, architecture in KINDS.items() if type(sae) is architecture)
+    return type(sae).__name__.lower()
 
 
 def build(kind: str, tensors: Tensors, **arguments: Any) -> tuple[SAE, dict[str, Any]]:
@@ -238,6 +215,46 @@ def portable_tensors(sae: SAE) -> Tensors:
 def write_tensors(file: Path, tensors: Tensors) -> None:
     """Write a safetensors file that everyone can read (save_file: its owner only)."""
     file.write_bytes(save({name: t.contiguous().clone() for name, t in tensors.items()}))
+
+
+def their_tensors(ours: Tensors, names: Mapping[str, str], transposed: Sequence[str]) -> Tensors:
+    """Return tensors by another library's names; the arguments are those of `our_tensors`."""
+    return {
+        theirs: (ours[name].T if theirs in transposed else ours[name]).contiguous().clone()
+        for name, theirs in names.items()
+    }
+
+
+def our_tensors(
+    stored: Tensors,
+    names: Mapping[str, str],
+    transposed: Sequence[str],
+    file: Path,
+    *,
+    scalars: Sequence[str] = (),
+) -> Tensors:
+    """Return another library's tensors by our names in float32; the opposite of `their_tensors`.
+
+    Args:
+        stored: by their names.
+        names: our name -> theirs.
+        transposed: their names of weights [d_model, d_sae].
+        file: for messages.
+        scalars: our names of tensors that are one number.
+
+    Raises:
+        UserError: a tensor is missing, does not fit the encoder's shape, or is unknown.
+    """
+    encoder = stored.get(names["W_enc"], torch.empty(0, 0))
+    n, d = encoder.T.shape if names["W_enc"] in transposed else encoder.shape
+    shapes = {"W_enc": (n, d), "W_dec": (n, d), "b_dec": (d,), **dict.fromkeys(scalars, ())}
+    wanted = {theirs: shapes.get(ours, (n,)) for ours, theirs in names.items()}
+    wanted |= {theirs: wanted[theirs][::-1] for theirs in transposed if theirs in wanted}
+    tensors = take(stored, wanted, file)
+    return {
+        ours: (tensors[theirs].T if theirs in transposed else tensors[theirs]).contiguous()
+        for ours, theirs in names.items()
+    }
 
 
 # ---- exact changes of the weights -----------------------------------------------------------
@@ -346,65 +363,25 @@ def read_pickled(path: Path) -> Any:
         raise damaged(path, error) from error
 
 
-def section(config: Mapping[str, Any], key: str, file: Path) -> dict[str, Any]:
-    """Return an object within a configuration file; an empty one if it is missing.
-
-    Raises:
-        UserError: it is something else.
-    """
-    value = config.get(key)
-    if value is not None and not isinstance(value, dict):
-        raise UserError(f"{file} has {key} = {value!r}; an object is expected.")
-    return value or {}
-
-
-def positive_int(
-    config: Mapping[str, Any], key: str, file: Path, *, latents: int | None = None
-) -> int:
-    """Return a positive integer of a configuration file.
-
-    Args:
-        config: the configuration.
-        key: of the number.
-        file: for messages.
-        latents: upper limit of the number, if any.
-
-    Raises:
-        UserError: it is missing, too large or something else.
-    """
-    value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{file} has {key} = {value!r}; a positive integer is expected.")
-    if latents is not None and value > latents:
-        raise UserError(f"{file} has {key} = {value}, more than its {latents} latents.")
-    return value
-
-
-def our_place(config: dict[str, Any], file: Path) -> Place | None:
-    """Return the place that we wrote into a format's free metadata; None if we did not write it.
+def our_place(config: Mapping[str, Any], file: Path) -> Place | None:
+    """Return the place that an export of ours wrote into free metadata; None if it did not.
 
     Args:
         config: holds our metadata under `groupsae`.
         file: that it comes from, for messages.
 
     Raises:
-        UserError: the metadata has another version, or names no place in a language model.
+        UserError: the metadata has another version.
     """
-    known = section(config, "groupsae", file)
-    if not known:
+    ours = config.get("groupsae")
+    if ours is None:
         return None
-    if known.get("format") != METADATA_FORMAT:
+    if ours["format"] != METADATA_FORMAT:
         raise UserError(
-            f"{file} has metadata of groupsae in format {known.get('format')!r}, and this version "
+            f"{file} has metadata of groupsae in format {ours['format']!r}, and this version "
             f"reads format {METADATA_FORMAT}: use the version of groupsae that wrote it."
         )
-    layer, hookpoint, stack = (known.get(key) for key in ("layer", "hookpoint", "stack"))
-    if type(layer) is not int or layer < 0 or hookpoint not in HOOKPOINTS:
-        raise UserError(
-            f"{file} has metadata of groupsae with layer = {layer!r} and hookpoint = "
-            f"{hookpoint!r}: expected a layer from 0 on, and one of {', '.join(HOOKPOINTS)}."
-        )
-    return Place(layer, str(hookpoint), stack, str(known.get("model")))
+    return Place(int(ours["layer"]), ours["hookpoint"], ours.get("stack"), str(ours["model"]))
 
 
 def unknown_layer(folder: Path, name: object, advice: str) -> UserError:

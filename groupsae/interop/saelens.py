@@ -11,19 +11,20 @@ from groupsae.interop.library import (
     Library,
     Origin,
     Place,
+    imported_sae,
     kind_of,
     our_place,
+    our_tensors,
     portable_tensors,
-    positive_int,
-    section,
     subtract_b_dec,
+    their_tensors,
     unknown_layer,
     write_tensors,
 )
 from groupsae.lm.hookpoints import HOOKPOINTS
 from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE
-from groupsae.suite.suite import read_tensors, take
+from groupsae.suite.suite import read_tensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 ARCHITECTURES = {
@@ -35,6 +36,14 @@ ARCHITECTURES = {
     "gated": "gated",
 }
 READS = {"topk": "topk", "jumprelu": "jumprelu", "standard": "relu", "gated": "gated"}
+_SHARED = ("W_enc", "W_dec", "b_dec")
+TENSORS = {
+    "topk": (*_SHARED, "b_enc"),
+    "jumprelu": (*_SHARED, "b_enc", "threshold"),
+    "standard": (*_SHARED, "b_enc"),
+    "gated": (*_SHARED, "b_gate", "b_mag", "r_mag"),
+}
+TRANSPOSED = ("W_enc",)  # [d_in, d_sae]; the other names and shapes are ours
 VERSION = "6.54.12"  # the tested one; files with a version below 6.0.0 are read differently
 _HOOK = re.compile(r"^blocks\.(\d+)\.hook_(\w+)$")
 
@@ -65,7 +74,6 @@ def write(folder: Path, sae: SAE, origin: Origin) -> None:
     itself saves them for inference.
     """
     kind, tensors = kind_of(sae), portable_tensors(sae)
-    tensors["W_enc"] = tensors["W_enc"].T
     if "threshold" in tensors:
         tensors["threshold"] = tensors["threshold"].expand(sae.d_sae)
     topk = {"k": sae.k, "rescale_acts_by_decoder_norm": False} if kind == "topk" else {}
@@ -90,7 +98,8 @@ def write(folder: Path, sae: SAE, origin: Origin) -> None:
             "groupsae": origin.to_json(),
         },
     }
-    write_tensors(folder / WEIGHTS, tensors)
+    names = {name: name for name in TENSORS[ARCHITECTURES[kind]]}
+    write_tensors(folder / WEIGHTS, their_tensors(tensors, names, TRANSPOSED))
     (folder / CONFIG).write_text(json.dumps(config, indent=1))
 
 
@@ -107,7 +116,7 @@ def read(folder: Path) -> ImportedSAE:
     """
     file = folder / CONFIG
     config = require_json(file)
-    metadata = section(config, "metadata", file)
+    metadata = config.get("metadata") or {}
     known = our_place(metadata, file)
     architecture = _architecture(config, file)
     for key in ("normalize_activations", "reshape_activations"):
@@ -120,28 +129,16 @@ def read(folder: Path) -> ImportedSAE:
     found = _HOOK.match(str(hook))
     if found is None or found[2] not in HOOKPOINTS:
         raise unknown_layer(file, hook, "its hook_name must be blocks.<number>.hook_<hookpoint>")
-    d, n = positive_int(config, "d_in", file), positive_int(config, "d_sae", file)
-    wanted = {"W_enc": (d, n), "W_dec": (n, d), "b_dec": (d,)}
-    biases = ("b_gate", "b_mag", "r_mag") if architecture == "gated" else ("b_enc",)
-    wanted |= dict.fromkeys(biases, (n,))
-    wanted |= {"threshold": (n,)} if architecture == "jumprelu" else {}
-    tensors = take(read_tensors(folder / WEIGHTS), wanted, folder / WEIGHTS)
-    tensors["W_enc"] = tensors["W_enc"].T.contiguous()
+    names, weights = {name: name for name in TENSORS[architecture]}, folder / WEIGHTS
+    tensors = our_tensors(read_tensors(weights), names, TRANSPOSED, weights)
     if not config.get("apply_b_dec_to_input", True):
         tensors = subtract_b_dec(tensors)
-    arguments: dict[str, Any] = {}
-    if architecture == "topk":
-        before = section(config, "activation_fn_kwargs", file)  # before version 6
-        k = {"k": config.get("k", before.get("k"))}
-        arguments["k"] = positive_int(k, "k", file, latents=n)
+    before = config.get("activation_fn_kwargs") or {}  # before version 6
+    arguments = {"k": config.get("k", before.get("k"))} if architecture == "topk" else {}
     model = metadata.get("model_name") or config.get("model_name")
-    return ImportedSAE.of(
-        READS[architecture],
-        tensors,
-        Place(int(found[1]), found[2], known and known.stack, model),
-        arguments=arguments,
-        by_norm=bool(config.get("rescale_acts_by_decoder_norm", False)),
-    )
+    place = Place(int(found[1]), found[2], known and known.stack, model)
+    by_norm = bool(config.get("rescale_acts_by_decoder_norm", False))
+    return imported_sae(READS[architecture], tensors, place, arguments, by_norm=by_norm)
 
 
 def _architecture(config: dict[str, Any], file: Path) -> str:

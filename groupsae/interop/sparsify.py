@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from groupsae.files.reading import require_json
 from groupsae.interop.library import (
@@ -12,18 +11,20 @@ from groupsae.interop.library import (
     Origin,
     Place,
     Tensors,
+    imported_sae,
     our_place,
+    our_tensors,
     portable_tensors,
-    positive_int,
+    their_tensors,
     unknown_layer,
     write_tensors,
 )
 from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE
-from groupsae.suite.suite import read_tensors, take
+from groupsae.suite.suite import read_tensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
-NAMES = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+NAMES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
 IN_A_BLOCK = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks?)\.(\d+)(?:\.(.+))?$")
 _HOOKPOINTS: dict[str | None, str] = {
     None: "resid_post",
@@ -63,7 +64,6 @@ def folder_name(origin: Origin) -> str:
 
 def write(folder: Path, sae: SAE, origin: Origin) -> None:
     """Write a TopK SAE that takes raw activations; both weights are [num_latents, d_in]."""
-    tensors = portable_tensors(sae)
     config = {
         "activation": "topk",
         "expansion_factor": max(1, round(sae.d_sae / sae.d_model)),
@@ -76,7 +76,7 @@ def write(folder: Path, sae: SAE, origin: Origin) -> None:
         "d_in": sae.d_model,
         "groupsae": origin.to_json(),
     }
-    write_tensors(folder / WEIGHTS, {theirs: tensors[ours] for theirs, ours in NAMES.items()})
+    write_tensors(folder / WEIGHTS, their_tensors(portable_tensors(sae), NAMES, ()))
     (folder / CONFIG).write_text(json.dumps(config, indent=1))
 
 
@@ -106,27 +106,13 @@ def read(folder: Path) -> ImportedSAE:
     if place is None:
         advice = "rename it to layers.<number>, or to the path of its module"
         raise unknown_layer(folder, name, advice)
-    tensors = our_tensors(folder, config)
-    k = positive_int(config, "k", file, latents=len(tensors["b_enc"]))
-    return ImportedSAE.of("topk", tensors, place, arguments={"k": k})
+    return imported_sae("topk", read_weights(folder), place, {"k": config.get("k")})
 
 
-def our_tensors(folder: Path, config: dict[str, Any], *more: str) -> Tensors:
-    """Return the tensors of a folder by our names.
-
-    Args:
-        folder: with the weights.
-        config: its `cfg.json`.
-        *more: further tensors [num_latents], which keep their names.
-    """
-    file = folder / CONFIG
-    d = positive_int(config, "d_in", file)
-    # num_latents = 0 means: expansion_factor decides
-    n = config.get("num_latents") or d * positive_int(config, "expansion_factor", file)
-    shapes = {"W_enc": (n, d), "b_enc": (n,), "W_dec": (n, d), "b_dec": (d,)}
-    wanted = {theirs: shapes[ours] for theirs, ours in NAMES.items()} | dict.fromkeys(more, (n,))
-    tensors = take(read_tensors(folder / WEIGHTS), wanted, folder / WEIGHTS)
-    return {NAMES.get(theirs, theirs): tensor for theirs, tensor in tensors.items()}
+def read_weights(folder: Path, *more: str) -> Tensors:
+    """Return the tensors of a folder by our names; `more` tensors keep theirs."""
+    names, weights = NAMES | {name: name for name in more}, folder / WEIGHTS
+    return our_tensors(read_tensors(weights), names, (), weights)
 
 
 SPARSIFY = Library("sparsify", {"topk": "topk"}, folder_name, write, recognises, read)

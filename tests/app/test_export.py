@@ -177,7 +177,7 @@ def test_what_is_read_back_computes_the_definition_on_raw_activations(tmp_path, 
             "dictionary_learning": f"resid_post_layer_{layer}",
         }[form]
         found = FORMATS[form].read(out / name)
-        assert (found.layers, found.hookpoint) == ([layer], "resid_post")
+        assert (found.layers, found.place.hookpoint) == ([layer], "resid_post")
         factor, x = FACTORS[layer], rows()
         acts, x_hat = naive(kind, tensors_of(kind, seed), x * factor)
         assert (acts > 0).any()
@@ -321,7 +321,7 @@ def test_other_hookpoints_go_by_each_librarys_name(tmp_path, hookpoint, lens, mo
             continue
         export_suite(suite, FORMATS[form], out, overwrite=False)
         found = FORMATS[form].read(out / name)
-        assert (found.layers, found.hookpoint) == ([1], hookpoint)
+        assert (found.layers, found.place.hookpoint) == ([1], hookpoint)
 
 
 def test_a_run_that_does_not_name_its_modules_is_not_guessed_about(tmp_path):

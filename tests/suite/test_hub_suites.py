@@ -168,7 +168,7 @@ def test_only_the_chosen_folders_are_fetched_from_the_hub(hub, run, tiny_lm, tmp
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         model = ["model=hf", f"model.name={tiny_lm}", f"output={tmp_path}"]
         cfg = compose("import_saes", ["saes=hf:me/saes", "only=[layers.3]", *model])
-    with pytest.raises(UserError, match=r"layers\.3 takes activations of width 16"):
+    with pytest.raises(UserError, match=r"layers\.3 has d_model 16"):
         import_saes(cfg)
     got = [call for call in hub.calls if call.startswith("GET") and "/resolve/" in call]
     assert {call.rsplit("/", 2)[1] for call in got} == {"layers.3"}
