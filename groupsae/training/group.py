@@ -236,8 +236,10 @@ class GroupSAE(L.LightningModule):
         taken = finite if skips else self.running_steps
         if taken > 0:
             values |= {k: v / taken for k, v in zip((*self.sae.terms, "l0"), sums, strict=True)}
-        weights = torch.stack([p.detach().isfinite().all() for p in self.sae.parameters()])
-        return RunningStats(values, bool(weights.all()), self.running_steps, finite, skipped)
+        # a sum with NaN or infinity in it is not finite, and needs no memory
+        weights = torch.stack([p.detach().sum() for p in self.sae.parameters()])
+        intact = bool(weights.isfinite().all())
+        return RunningStats(values, intact, self.running_steps, finite, skipped)
 
     @torch.no_grad()
     def reconstruct(

@@ -101,10 +101,10 @@ def seconds_of_all(
         throughput: with that of the SAEs.
         spread: whether SAEs are spread.
     """
-    mine = data.stopwatch.seconds, throughput.saes.seconds
+    own = data.stopwatch.seconds, throughput.saes.seconds
     if not spread:
-        return mine
-    activations, saes = zip(*gather(mine), strict=True)
+        return own
+    activations, saes = zip(*gather(own), strict=True)
     return min(activations), sum(saes) / len(saes)
 
 
@@ -122,8 +122,8 @@ def _sharing(
         return None
     (activations, saes), found = seconds, groupings(plan)
     separate = sum(
-        activations + sum(seconds_of[name] for name in set(each.sae_of_layer.values()))
-        for each in found
+        activations + sum(seconds_of[name] for name in set(grouping.sae_of_layer.values()))
+        for grouping in found
     )
     return {
         "groupings": len(found),

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Size(NamedTuple):
-    """What is known of an SAE before it is trained.
+    """Size of an SAE, known before it is trained.
 
     Attributes:
         d_sae: number of latents.
@@ -177,11 +177,15 @@ class GroupSAESuite(L.LightningModule):
         names = zip(self.plan.names, self.plan.saes, strict=True)
         return {layer: name for name, layers in names for layer in layers}
 
-    def collect(self, mine: dict[str, T]) -> dict[str, T]:
-        """Return what every process knows of its groups, by name in the order of the plan."""
+    def collect(self, own: dict[str, T]) -> dict[str, T]:
+        """Return the values of all groups, by name in the order of the plan.
+
+        Args:
+            own: of the groups that this process holds.
+        """
         if not self.spread:
-            return mine
-        found = gather_named(mine)
+            return own
+        found = gather_named(own)
         return {planned.name: found[planned.name] for planned in self.plan.members}
 
     # ---- Lightning's hooks, as those of `GroupSAE` ----------------------------------------

@@ -131,7 +131,7 @@ def test_the_summary_of_all_groupings_is_that_of_the_chosen_one(
         assert ours["groups"][name] == group
 
 
-def test_a_stopped_run_of_all_groupings_goes_on_bit_for_bit(
+def test_a_resumed_run_of_all_groupings_is_the_same_bit_for_bit(
     together: Path,
     tiny_lm: Path,
     tiny_text: Path,

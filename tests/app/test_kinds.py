@@ -99,7 +99,7 @@ def test_two_processes_aim_at_one_l0(tiny_lm: Path, tiny_text: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", ["jumprelu", "relu"])
-def test_a_stopped_run_goes_on_bit_for_bit(
+def test_a_resumed_run_is_the_same_bit_for_bit(
     tiny_lm: Path, tiny_text: Path, tmp_path: Path, kind: str
 ) -> None:
     """Of a kind with parameters of its own, and of one that folds its norms after each step."""
@@ -111,7 +111,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
         assert torch.equal(tensor, saved(parts)[name]), name
 
 
-def test_a_stopped_run_with_every_schedule_goes_on_bit_for_bit(
+def test_a_resumed_run_with_every_schedule_is_the_same_bit_for_bit(
     tiny_lm: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
     arguments = [

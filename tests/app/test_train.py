@@ -52,7 +52,7 @@ def test_every_sae_sees_the_token_budget_and_each_layer_its_share(finished: Path
     assert summary["tokens"] == 3072
 
 
-def test_the_saved_suite_reconstructs_as_well_as_validation_said(
+def test_the_saved_suite_reconstructs_as_well_as_in_validation(
     finished: Path, tiny_lm: Path, tiny_text: Path
 ) -> None:
     from groupsae.data.activations import ActivationDataModule

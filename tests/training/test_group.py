@@ -99,7 +99,7 @@ def test_tokens_are_counted_for_each_layer():
     assert group.tokens_per_layer.tolist() == [0, 6, 0, 8]
 
 
-def test_moments_of_two_halves_add_up_to_those_of_the_whole():
+def test_moments_of_two_halves_add_up_to_those_of_the_batch():
     group, (acts, layers) = make_group(), make_rows()
     x = group.scaled(acts, layers)
     halves = group.moments(x[:20], layers[:20]) + group.moments(x[20:], layers[20:])

@@ -212,7 +212,7 @@ def test_the_ledger_names_the_place_of_the_measurement(ordinary: Path) -> None:
     assert ledger["threads"] == torch.get_num_threads()
 
 
-def test_seconds_go_on_in_a_resumed_run(tiny_lm: Path, tiny_text: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_seconds(tiny_lm: Path, tiny_text: Path, tmp_path: Path) -> None:
     status, folder = stopped(overrides(tiny_lm, tiny_text, tmp_path, *ALL))
     assert status == 128 + signal.SIGTERM
     assert not (folder / "ledger.json").exists()

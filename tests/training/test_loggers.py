@@ -92,7 +92,7 @@ def make(folder):
 @pytest.mark.parametrize(("mode", "account", "offline"), [
     (None, False, True), (None, True, False), ("offline", True, True), ("online", False, False),
 ])  # fmt: skip
-def test_the_mode_is_online_only_with_an_account_unless_the_user_says_so(
+def test_the_mode_is_online_only_with_an_account_unless_the_user_sets_it(
     no_account, monkeypatch, mode, account, offline
 ):
     if account:
@@ -119,7 +119,7 @@ def test_nothing_is_begun_before_it_is_used(no_account):
     assert not (no_account / "run").exists()
 
 
-def test_a_run_goes_on_under_the_name_of_its_folder(no_account):
+def test_a_resumed_run_keeps_the_name_of_its_folder(no_account):
     first, again = (make(no_account / "amad-0.2" / "1M-k16") for _ in range(2))
     assert first.version == again.version
     assert first._name == "amad-0.2-1M-k16"

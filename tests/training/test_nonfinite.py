@@ -120,7 +120,7 @@ def test_normalising_a_member_that_leaves_the_step_out_changes_no_bit(name):
         assert changed == (set() if bad else set(sae.normalized))
 
 
-def test_a_skipped_step_is_told_once_counted_and_logged(make_data):
+def test_a_skipped_step_warns_once_and_is_counted_and_logged(make_data):
     suite = tiny_suite("skip")
     with pytest.warns(
         UserWarning, match=r"layers.0-1: 2 steps were left out .* step 4, .*"
