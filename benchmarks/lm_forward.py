@@ -24,7 +24,7 @@ BASE = "as groupsae runs it"
 
 
 def variants(name: str, device: torch.device) -> dict[str, Callable[[], Any]]:
-    """Return what to run, by what is different."""
+    """Return what to run, by the difference."""
     tokens = torch.randint(0, 1000, (BLOCKS, CONTEXT), generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(device)
 
@@ -37,7 +37,7 @@ def variants(name: str, device: torch.device) -> dict[str, Callable[[], Any]]:
         lm.run(lm.inputs(tokens) | changes, every, lambda i, x: seen.update({i: x}), stop=True)
         return seen
 
-    plain, whole = load(), FrozenLM(name=name).load_with_head(device)
+    plain, complete = load(), FrozenLM(name=name).load_with_head(device)
     eager, half = load(load={"attn_implementation": "eager"}), load(dtype="bfloat16")
     compiled = load(compile=True)
     causal = torch.ones(CONTEXT, CONTEXT, dtype=torch.bool, device=device).tril()
@@ -46,7 +46,7 @@ def variants(name: str, device: torch.device) -> dict[str, Callable[[], Any]]:
     @torch.no_grad()
     def with_head() -> Tensor:
         with nothing_padded():
-            return whole.model(**whole.inputs(tokens)).logits
+            return complete.model(**complete.inputs(tokens)).logits
 
     def inference() -> dict[int, Tensor]:
         with torch.inference_mode():

@@ -61,7 +61,7 @@ class Shape(NamedTuple):
 
 
 def published(num_groups: int) -> list[str]:
-    """Return the paper's sizes with its number of groups for theta 0.2, beside the last layer."""
+    """Return the paper's sizes with its number of groups for theta 0.2, without the last layer."""
     return [
         "groups=even", f"groups.num_groups={num_groups}", "sae.expansion=16", "sae.k=128",
         "stream.context=1024",
@@ -192,7 +192,7 @@ def chosen(arguments: Sequence[str]) -> list[str]:
     """Return the models to measure.
 
     Raises:
-        SystemExit: one is unknown; says which are known.
+        SystemExit: one is unknown; the message names those that are known.
     """
     given = [a.removeprefix("models=").split(",") for a in arguments if a.startswith("models=")]
     names = given[-1] if given else list(DEFAULT)
@@ -222,7 +222,7 @@ def main(arguments: Sequence[str]) -> None:
             blocks, words = measured(STEPS.get(name, FEW_STEPS), [*given, *overrides])
         columns[name], device = column(blocks), blocks.run.data.device
         about.append(f"{name}{', random weights' * (name in SHAPES)}: {words}")
-        del blocks  # or this model and its SAEs would still fill the device beside the next
+        del blocks  # or this model and its SAEs would still fill the device next to the next one
     rows = next(iter(columns.values()))
     lines = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     lines += [f"| {row} | {' | '.join(c[row] for c in columns.values())} |" for row in rows]

@@ -4,7 +4,7 @@ Trains the default TopK on the bundled model three times from the same activatio
 kernels, by plain dense PyTorch with gradients by autograd, and with the latents found in
 bfloat16. The differences are between SAEs of one seed; noise is what another seed changes.
 Hardly a latent dies in so short a training, so AuxK has nothing to do, unless few tokens suffice,
-as with `dead_after=3_000`; the dead latents' share says how much it had. Writes
+as with `dead_after=3_000`; the dead latents' share shows how much it had. Writes
 benchmarks/results/quality.md, with the options in its name, where three seeds are run.
 `size=smallest` trains for a few steps, with two seeds.
 """
@@ -30,7 +30,7 @@ FAST, REFERENCE, LOW = "sparse kernels", "dense, by autograd", "found in bfloat1
 
 
 class Dense(TopK):
-    """TopK with AuxK as its formulas say, every latent decoded."""
+    """TopK with AuxK by its formulas, every latent decoded."""
 
     def forward(self, x: Tensor, batch: GlobalBatch) -> SAEOutput:
         """Return what `TopK.forward` does."""

@@ -5,7 +5,7 @@ docs/replication.md, and docs/replication.png. `make replicate` trains the runs 
 options that they were trained with are given here too. `size=smallest` trains and evaluates two
 small runs itself, for CI, and only prints.
 
-Two intervals stand beside every difference, both at 95 %, since they answer two questions:
+Every difference has two intervals, both at 95 %, since they answer two questions:
 - over seeds (Student's t, one value a seed): would other initial weights and another order of the
   text give the same?
 - over documents (bootstrap, the mean over seeds of its half-widths): would other held-out text?
@@ -195,12 +195,12 @@ def choice_table(runs: Sequence[Evaluation]) -> list[str]:
         rows.append([marked, f"{found['amad']:.3f}", *cells])
     names = {metric: name.split(",")[0] for metric, (name, _) in METRICS.items()}
     lines = table(["G", "AMAD", *(f"{name} gap closed" for name in names.values())], rows)
-    said = (f"{name}: {knees[metric]}" for metric, name in names.items())
-    return [*lines, f"G at the knee of the curve, seed by seed: {'; '.join(said)}.", ""]
+    found_knees = (f"{name}: {knees[metric]}" for metric, name in names.items())
+    return [*lines, f"G at the knee of the curve, seed by seed: {'; '.join(found_knees)}.", ""]
 
 
 def halving_table(runs: Sequence[Evaluation]) -> list[str]:
-    """Return what is lost when the SAEs' budget is halved, between measured G linear in log G."""
+    """Return the loss from halving the SAEs' budget, between measured G linear in log G."""
     layers = _grouped(runs[0])
     kinds = ("complete", "even", "smaller")
     rows = []

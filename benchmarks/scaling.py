@@ -1,7 +1,7 @@
 """What the cost of a step grows with: `python -m benchmarks.scaling [overrides]`.
 
 One thing at a time is changed: tokens, SAEs, latents, k, and how many layers share an SAE, for
-which peak memory is looked at as well. Real steps by Lightning on the bundled model, all cases in
+which peak memory is measured as well. Real steps by Lightning on the bundled model, all cases in
 turn in every round. Overrides are those of groupsae.train. Three minutes on two cores;
 `size=smallest` takes seconds. Writes benchmarks/results/scaling.md and .png, with the overrides
 in their names.

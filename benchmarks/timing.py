@@ -1,7 +1,7 @@
-"""Timing in interleaved blocks, and what a table of results says about the machine.
+"""Timing in interleaved blocks, and the text of results, with the machine.
 
 A machine that is shared, or that changes its clock, is fast in one minute and slow in the next.
-So what is compared runs in blocks A B C A B C within one process, and figures are medians and
+So the things compared run in blocks A B C A B C within one process, and figures are medians and
 minima over the rounds.
 """
 
@@ -41,14 +41,14 @@ class Seconds(NamedTuple):
 
 
 def now(device: torch.device) -> float:
-    """Return the wall clock, once the device has done what it was told."""
+    """Return the wall clock, once the device has finished its queue."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def timed(use: Callable[[], Any], device: torch.device, calls: int = 1) -> Callable[[], float]:
-    """Return a block that says how long one call takes."""
+    """Return a block that returns the seconds of one call."""
 
     def block() -> float:
         start = now(device)
@@ -155,15 +155,15 @@ def variant() -> str:
     slug = "".join("_" + re.sub(r"[^\w.]+", "-", a).strip("-") for a in sys.argv[1:])
     if len(slug) <= 120:
         return slug
-    # file names have an end; what is cut off still counts
+    # file names have a limit; the hash covers all arguments
     return f"{slug[:100]}-{hashlib.sha256(repr(sys.argv[1:]).encode()).hexdigest()[:8]}"
 
 
 def write(name: str, title: str, text: str, device: torch.device, notes: str = "") -> None:
     """Print a result, and write it to benchmarks/results with machine and command."""
     command = " ".join([f"python -m benchmarks.{name}", *sys.argv[1:]])
-    whole = f"# {title}\n\n{text}\n\n{notes}\n\n{machine(device)}. Command: `{command}`\n"
-    print(whole)
+    page = f"# {title}\n\n{text}\n\n{notes}\n\n{machine(device)}. Command: `{command}`\n"
+    print(page)
     if not smallest():
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}{variant()}.md").write_text(whole)
+        (RESULTS / f"{name}{variant()}.md").write_text(page)

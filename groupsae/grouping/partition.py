@@ -123,7 +123,7 @@ def _diameter(square: Distances, group: Sequence[int]) -> float:
 
 
 def check_groups(groups: Sequence[Sequence[int]], num_layers: int) -> list[list[int]]:
-    """Return the groups in ascending order if they cut layers 0..num_layers-1 into runs.
+    """Return the groups in ascending order if they split layers 0..num_layers-1 into runs.
 
     Raises:
         UserError: a layer is unknown, missing or in two groups, or a group is not a run.

@@ -1,4 +1,4 @@
-"""The rules that cut n layers into G groups, and the choice of G by AMAD.
+"""The rules that split n layers into G groups, and the choice of G by AMAD.
 
 To change a rule, edit its function here; to add one, write a function and name it in `RULES`.
 """
@@ -23,7 +23,7 @@ Groups = list[list[int]]
 
 
 def partition(distances: npt.ArrayLike, num_groups: int, rule: str = "complete") -> Partition:
-    """Return the layers cut into exactly num_groups contiguous groups.
+    """Return the layers split into exactly num_groups contiguous groups.
 
     The rules:
 

@@ -26,7 +26,7 @@ class SparseLatents(NamedTuple):
     """Latent activations of a batch; a value of zero means not active.
 
     `encode` returns k per row. Where the rows of a training batch have different numbers of active
-    latents, `starts` tells where each row begins, and the other two have one dimension.
+    latents, `starts` holds the first entry of each row, and the other two have one dimension.
 
     Attributes:
         acts: activations, never negative (while a training step selects: pre-activations).

@@ -13,7 +13,7 @@ from groupsae.sae.topk import TopK
 
 
 class BatchTopK(TopK):
-    """In training the k * batch largest latents of the whole batch are active.
+    """In training the k * batch largest latents of a batch are active.
 
     So a row has k on average, and as many as it needs. Afterwards a row must not depend on its
     neighbours: `encode` keeps the latents above `threshold`, a running mean of the smallest

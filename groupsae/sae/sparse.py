@@ -125,7 +125,7 @@ class Encode(torch.autograd.Function):
         b_dec: Float[Tensor, "d"],
         entries: Entries,
     ) -> Float[Tensor, "entry"]:
-        """Return W_enc[j] . (x - b_dec) + b_enc[j] of each entry, or what is `known` of it."""
+        """Return W_enc[j] . (x - b_dec) + b_enc[j] of each entry, or the `known` values."""
         ctx.save_for_backward(x, W_enc, b_dec)
         ctx.entries = entries
         if known is not None:

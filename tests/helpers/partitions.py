@@ -22,7 +22,7 @@ LINE = np.abs(np.subtract.outer(POINTS, POINTS))  # 6 layers; the last one is fa
 
 
 def every(**changes: Any) -> All:
-    """Return the choice as conf/groups/all.yaml makes it, but for what is changed."""
+    """Return the choice as conf/groups/all.yaml makes it, but for the changes."""
     values = {"rules": ["complete"], "theta": 0.2, "smaller": "chosen", "last_layer": "own"}
     return All(**(values | changes))
 

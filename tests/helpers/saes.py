@@ -31,7 +31,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def make(kind: str, **changes: Any) -> SAE:
-    """Return an SAE of 6 dimensions and 24 latents, unless told otherwise."""
+    """Return an SAE of 6 dimensions and 24 latents, but for the changes."""
     architecture, values = FAMILY[kind]
     fresh = {"d_model": 6, "expansion": 4, "generator": generator()}
     return architecture(**(fresh | values | changes))

@@ -18,7 +18,7 @@ INDEXED = {"aten::index.Tensor", "aten::index_put", "aten::index_put_", "aten::_
 READS = {
     torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.cpu, torch.Tensor.item,
     torch.tensor, torch.as_tensor, torch.distributed.barrier,
-}  # fmt: skip  # what is made of Python's numbers comes from memory that is not pinned
+}  # fmt: skip  # numbers of Python come from memory that is not pinned
 
 
 allowed = 0  # how many `waiting` are entered
@@ -55,7 +55,7 @@ def no_waiting():
 
 @contextmanager
 def waiting():
-    """Let a part of what is watched wait: for something that was asked for long before."""
+    """Allow waiting inside: for a result that was asked for long before."""
     global allowed
     allowed += 1
     try:

@@ -1,6 +1,6 @@
 """Every Triton program compiles for real devices as it is launched, which needs no GPU.
 
-What Triton's interpreter takes need not compile: loop variables that change their shape, say.
+Code that Triton's interpreter runs need not compile: loop variables that change shape, say.
 """
 
 import os
