@@ -1,4 +1,4 @@
-"""Every option of conf/: its default, the comment beside it and what its constructor says.
+"""Every option of conf/: its default, its comment and what its constructor's docstring has.
 
 Read from the files as they are, with PyYAML and `ast`: nothing of the package is imported, so the
 documentation is built without torch.
@@ -30,8 +30,8 @@ class Option:
     Attributes:
         key: as on the command line, such as `groups.theta`.
         default: as written; `???` must be given.
-        comment: beside or above it in the yaml file.
-        argument: what the constructor's docstring says of it.
+        comment: next to or above it in the yaml file.
+        argument: its description in the constructor's docstring.
     """
 
     key: str
@@ -41,7 +41,7 @@ class Option:
 
     @property
     def described(self) -> bool:
-        """Return whether anything is said of it."""
+        """Return whether it has any description."""
         return bool(self.comment or self.argument)
 
 
@@ -54,7 +54,7 @@ class ConfFile:
         name: of the file, without `.yaml`.
         about: the comment at its head.
         package: where its keys go, such as `groups`; empty for the top.
-        target: import path of what it makes, if it says so at its top.
+        target: import path of what it makes, if that is at its top.
         choices: (group, option) that its defaults list selects in other groups.
         parents: options of the same group that it starts from.
         options: its keys, those of nested nodes too.
@@ -96,7 +96,7 @@ class _Reader:
 
     def _head(self) -> tuple[str, str | None]:
         """Return the comment at the head of the file, and the package that it names."""
-        said, package = [], None
+        comments, package = [], None
         for line in self.lines:
             if not line.startswith("#"):
                 break
@@ -104,9 +104,9 @@ class _Reader:
             if text.startswith("@package"):
                 package = text.split()[1].replace("_global_", "")
             else:
-                said.append(text)
-        self.first = len(said) + (package is not None)  # the first line after the head
-        return " ".join(said), package
+                comments.append(text)
+        self.first = len(comments) + (package is not None)  # the first line after the head
+        return " ".join(comments), package
 
     def _read_defaults(self, node: yaml.Node | None) -> None:
         for entry in node.value if isinstance(node, yaml.SequenceNode) else []:
@@ -120,7 +120,7 @@ class _Reader:
                 self.file.parents.append(entry.value.partition("@")[0])
 
     def _read(self, pairs: list, prefix: str, target: str) -> None:
-        said = arguments(target, ROOT) if target else {}
+        described = arguments(target, ROOT) if target else {}
         for key, value in pairs:
             top = prefix == self.file.package
             if key.value.startswith("_") or (top and key.value in INTERNAL):
@@ -135,7 +135,7 @@ class _Reader:
                 continue
             default = self.text[value.start_mark.index : value.end_mark.index] or "null"
             self.file.options.append(
-                Option(name, default, self._comment(key, value), said.get(key.value, ""))
+                Option(name, default, self._comment(key, value), described.get(key.value, ""))
             )
 
     def _comment(self, key: yaml.Node, value: yaml.Node) -> str:
@@ -145,19 +145,19 @@ class _Reader:
         end = value.end_mark if value.end_mark.line == row else key.end_mark
         found = re.search(r"\s(#.*)$", line[end.column :])
         if found:
-            column, said = line.rindex(found[1]), [found[1]]
+            column, lines = line.rindex(found[1]), [found[1]]
             for following in self.lines[row + 1 :]:
                 if following.find("#") != column or following[:column].strip():
                     break
-                said.append(following[column:])
+                lines.append(following[column:])
         else:
-            said, above = [], row - 1
+            lines, above = [], row - 1
             while above >= self.first and self.lines[above].strip().startswith("#"):
                 if self.lines[above].index("#") != key.start_mark.column:
                     break
-                said.insert(0, self.lines[above].strip())
+                lines.insert(0, self.lines[above].strip())
                 above -= 1
-        return " ".join(text.lstrip("#").strip() for text in said)
+        return " ".join(text.lstrip("#").strip() for text in lines)
 
 
 def read_conf(conf: Path = ROOT / "conf") -> list[ConfFile]:

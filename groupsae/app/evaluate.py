@@ -57,7 +57,7 @@ def evaluate(folder: Path, cfg: DictConfig, options: DictConfig, device: str) ->
     """
     console, watch = Console(), Stopwatch()
     quiet()
-    # Logging goes on in the W&B run of the training, if that is still open.
+    # the W&B run of the training, if it is still open, is logged to
     warnings.filterwarnings("ignore", ".*wandb run already in progress.*")
     place = _device(device)
     check_values(options, EVALUATION, "evaluation.")
