@@ -7,6 +7,7 @@ import sys
 
 import lightning as L
 import torch
+import wandb
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.fabric.utilities.distributed import _suggested_max_num_threads
@@ -101,13 +102,18 @@ def test_threads_are_shared_as_lightning_does(monkeypatch):
 
 
 def test_a_wandb_logger_can_be_made_offline_before_it_begins(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("WANDB_MODE", "WANDB_SILENT"):  # Lightning sets the mode: restored afterwards
+        monkeypatch.setenv(name, "true")
+    monkeypatch.delenv("WANDB_MODE")
+    for kind in ("CONFIG", "CACHE", "DATA"):
+        monkeypatch.setenv(f"WANDB_{kind}_DIR", str(tmp_path / kind))
     logger = WandbLogger(save_dir=tmp_path, project="test")
     compat.make_wandb_offline(logger)
     try:
         assert logger.experiment.settings.mode == "offline"
     finally:
-        logger.experiment.finish()
+        wandb.finish()
+        wandb.teardown()
 
 
 def test_onednn_computes_the_product():
