@@ -320,7 +320,7 @@ class BlockWriter:
         self.note = folder / "progress.json"
         with explain_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self.state = self._resumed() or self._started()
+            self.state = self._opened()
         self.pending: dict[Split, list[np.ndarray]] = {
             split: [np.asarray(self.state["rest"][split], dtype=np.int32)] for split in SPLITS
         }
@@ -329,24 +329,29 @@ class BlockWriter:
     def _file(self, split: Split) -> Path:
         return self.folder / f"{split}.bin"
 
-    def _resumed(self) -> dict[str, Any] | None:
-        """Return the note, if it is complete and the files hold at least as much as it says."""
+    def _opened(self) -> dict[str, Any]:
+        """Return the note, if the files hold at least as much as it says; or begin again."""
+        empty: dict[str, Any] = {
+            "documents": dict.fromkeys(SPLITS, 0),
+            "tokens": dict.fromkeys(SPLITS, 0),
+            "written": dict.fromkeys(SPLITS, 0),
+            "rest": {split: [] for split in SPLITS},
+            "max_token_id": -1,
+        }
         try:
             state: dict[str, Any] = json.loads(self.note.read_text())
             sizes = {split: self._file(split).stat().st_size for split in SPLITS}
+            if state.keys() == empty.keys() and all(
+                sizes[split] >= 4 * state["written"][split] for split in SPLITS
+            ):
+                return state
         except (FileNotFoundError, ValueError):
-            return None
-        known = state.keys() == _empty_state().keys()
-        return (
-            state if known and all(sizes[s] >= 4 * state["written"][s] for s in SPLITS) else None
-        )
-
-    def _started(self) -> dict[str, Any]:
+            pass
         shutil.rmtree(self.folder)
         self.folder.mkdir()
         for split in SPLITS:
             self._file(split).touch()
-        return _empty_state()
+        return empty
 
     @property
     def num_documents(self) -> int:
@@ -410,16 +415,6 @@ class BlockWriter:
             "split_tokens": self.state["tokens"],
             "max_token_id": self.state["max_token_id"],
         }
-
-
-def _empty_state() -> dict[str, Any]:
-    return {
-        "documents": dict.fromkeys(SPLITS, 0),
-        "tokens": dict.fromkeys(SPLITS, 0),
-        "written": dict.fromkeys(SPLITS, 0),
-        "rest": {split: [] for split in SPLITS},
-        "max_token_id": -1,
-    }
 
 
 def _begin_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
