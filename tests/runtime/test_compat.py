@@ -91,7 +91,8 @@ def test_lightnings_observer_ends_when_processes_are_released():
 
 
 def test_threads_are_shared_as_lightning_does(monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # so that it is restored
+    monkeypatch.delenv("OMP_NUM_THREADS")
     before = torch.get_num_threads()
     try:
         share_cores(2)
