@@ -42,23 +42,14 @@ def combine(
 
     Accumulated in float32 (float64 if that is the result's dtype).
     """
-    from groupsae.sae.kernels import triton_programs
-
     segments, d = len(starts) - 1, table.shape[1]
     dtype = torch.promote_types(weights.dtype, table.dtype)
     out = torch.empty(segments, d, dtype=dtype, device=table.device)
     block = _block(d, COMBINE_BYTES // table.element_size())
     if out.numel():
-        with torch.cuda.device_of(table):
-            triton_programs.combine[(segments, -(-d // block))](
-                *_contiguous(weights, picked, starts, table),
-                out,
-                d,
-                BLOCK_E=64,
-                BLOCK_D=block,
-                DOUBLE=dtype == torch.float64,
-                num_warps=4,
-            )
+        tensors = (tensor.contiguous() for tensor in (weights, picked, starts, table))
+        blocks = {"BLOCK_E": 64, "BLOCK_D": block, "DOUBLE": dtype == torch.float64}
+        _launch("combine", (segments, -(-d // block)), *tensors, out, d, num_warps=4, **blocks)
     return out
 
 
@@ -72,8 +63,6 @@ def dots(
 
     Accumulated in float32 (float64 if that is the result's dtype).
     """
-    from groupsae.sae.kernels import triton_programs
-
     (num_rows, d), num_entries = x.shape, len(picked)
     dtype = torch.promote_types(x.dtype, table.dtype)
     block = _block(d, DOTS_BYTES // table.element_size())
@@ -81,16 +70,10 @@ def dots(
     sums = torch.promote_types(dtype, torch.float32)
     parts = torch.empty(stripes, num_entries, dtype=sums, device=x.device)
     if parts.numel():
-        with torch.cuda.device_of(x):
-            triton_programs.dots[(num_rows, stripes)](
-                *_contiguous(x, table, starts, picked),
-                parts,
-                d,
-                num_entries,
-                BLOCK_E=32,
-                BLOCK_D=block,
-                num_warps=4,
-            )
+        tensors = (tensor.contiguous() for tensor in (x, table, starts, picked))
+        blocks = {"BLOCK_E": 32, "BLOCK_D": block}
+        grid = (num_rows, stripes)
+        _launch("dots", grid, *tensors, parts, d, num_entries, num_warps=4, **blocks)
     return (parts[0] if stripes == 1 else parts.sum(dim=0)).to(dtype)
 
 
@@ -99,30 +82,27 @@ def project_rows(gradient: Float[Tensor, "n d"], directions: Float[Tensor, "n d"
 
     Autograd does not see it, nor `normalize_rows`.
     """
-    from groupsae.sae.kernels import triton_programs
-
     assert gradient.is_contiguous()
     if gradient.numel():
-        with torch.cuda.device_of(gradient):
-            grid, blocks = _full_rows(gradient)
-            triton_programs.project_rows[grid](
-                gradient, directions.contiguous(), *gradient.shape, **blocks
-            )
+        grid, blocks = _full_rows(gradient)
+        tensors = gradient, directions.contiguous()
+        _launch("project_rows", grid, *tensors, *gradient.shape, **blocks)
 
 
 def normalize_rows(directions: Float[Tensor, "n d"]) -> None:
     """Give each row unit norm, in place. A row of zeros becomes NaN, as in torch."""
-    from groupsae.sae.kernels import triton_programs
-
     assert directions.is_contiguous()
     if directions.numel():
-        with torch.cuda.device_of(directions):
-            grid, blocks = _full_rows(directions)
-            triton_programs.normalize_rows[grid](directions, *directions.shape, **blocks)
+        grid, blocks = _full_rows(directions)
+        _launch("normalize_rows", grid, directions, *directions.shape, **blocks)
 
 
-def _contiguous(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.contiguous() for tensor in tensors]
+def _launch(program: str, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Start a Triton program on the device of its first argument."""
+    from groupsae.sae.kernels import triton_programs
+
+    with torch.cuda.device_of(arguments[0]):
+        getattr(triton_programs, program)[grid](*arguments, **options)
 
 
 def _block(d: int, most: int) -> int:
