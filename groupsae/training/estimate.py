@@ -192,7 +192,7 @@ def run_trial(
         own: numbers in the plan of those to train.
         make: makes a batch, with the rows of their slots.
         device: that trains.
-        num_steps: of the whole run.
+        num_steps: of the run.
         seconds: to measure, between LEAST and MOST steps.
         heldout: makes the parts of a validation batch.
     """
@@ -339,8 +339,8 @@ class Needs:
         activations: bytes of one step's rows that the language model hands over.
         free: bytes of memory that are left for the SAEs and the step.
         trial: what a few steps took; None where they would not fit.
-        tokens: of the whole run, per SAE, over all processes.
-        steps: of the whole run.
+        tokens: of the run, per SAE, over all processes.
+        steps: of the run.
         seconds: of training, of validations and of measuring the layers.
         run_folder: bytes on disk, at most at once, over all processes.
         text: bytes of packed tokens on disk, at most; shared between runs.

@@ -62,7 +62,7 @@ class DDP(DDPStrategy):
 
 
 class SAEParallel(DDP):
-    """Every SAE is held and trained by one process, on the rows of a whole step.
+    """Every SAE is held and trained by one process, on all rows of a step.
 
     The language model runs in all processes, each on its share of a step's blocks, and the rows
     go to the owners. No gradient is reduced and no optimiser state is held twice.
@@ -98,7 +98,7 @@ class SAEParallel(DDP):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
-        """Write a checkpoint that any number of processes can go on from."""
+        """Write a checkpoint that any number of processes can resume from."""
         save_together(checkpoint, Path(filepath))
 
     def load_checkpoint(
