@@ -47,7 +47,7 @@ def export(cfg: DictConfig, run: Path) -> None:
         return
     files |= files_of_run(run) if library is None else figures_of_run(run)
     folders = [each.folder for each in written]
-    page = card(cfg.hub, run, suite, grouping=cfg.grouping, library=cfg.format, folders=folders)
+    page = card(cfg.hub, run, suite, grouping=cfg.grouping, library=library, folders=folders)
     try:
         address = upload(
             cfg.hub,

@@ -61,7 +61,7 @@ def import_saes(cfg: DictConfig) -> Path:
     check_free(target, overwrite=cfg.overwrite, ours=is_imported, source=source)
     num_layers, d_model = lm.geometry.num_layers, lm.geometry.d_model
     saes = read_folder(
-        source or download_saes(repo, only),
+        Path(given) if repo is None else download_saes(repo, only),
         ReadAt(num_layers, d_model, lm.hookpoint, lm.stack),
         format_name=cfg.format,
         only=only,
@@ -94,9 +94,8 @@ def import_saes(cfg: DictConfig) -> Path:
     return target
 
 
-def download_saes(repo: Repository | None, only: list[str] | None) -> Path:
+def download_saes(repo: Repository, only: list[str] | None) -> Path:
     """Return a local copy of the files of SAEs in a repository, of some folders or of all."""
-    assert repo is not None
     if only is None:
         return download(repo, [f"*{file}" for file in FILES])
     configs = ["*config.json", "*scaling_factors.pt"]

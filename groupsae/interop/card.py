@@ -11,33 +11,19 @@ import yaml  # type: ignore[import-untyped,unused-ignore]
 
 from groupsae.files.reading import read_json, read_yaml
 from groupsae.interop.dictionary_learning import parse_folder_name
-from groupsae.interop.library import kind_of
+from groupsae.interop.library import Library, kind_of
 from groupsae.interop.sparsify import IN_A_BLOCK
 from groupsae.suite.hub import looks_like_name
 from groupsae.suite.suite import Suite
 
-OURS = "groupsae"
 _PATH = re.compile(r"""(?<![\w/:.~-])/(?:[^\s/,'"]+/)+([^\s/,'"]*)""")
 BINARY = (".safetensors", ".png")
 
-LOAD = {
-    OURS: """import groupsae
+LOAD = """import groupsae
 
 suite = groupsae.load_suite("hf:{repo}"{grouping})
 latents = suite.encode(acts, layer={layer})  # acts: {hookpoint} of block {layer}, [..., d_model]
-x_hat = suite.decode(latents, layer={layer})""",
-    "saelens": """from sae_lens import SAE
-
-sae = SAE.from_pretrained(release="{repo}", sae_id="{folder}")""",
-    "sparsify": """from sparsify import SparseCoder
-
-sae = SparseCoder.load_from_hub("{repo}", hookpoint="{folder}")""",
-    "dictionary_learning": """from dictionary_learning.utils import load_dictionary
-from huggingface_hub import snapshot_download
-
-path = snapshot_download("{repo}", allow_patterns="{folder}/*")
-sae, config = load_dictionary(path + "/{folder}", device="cpu")""",
-}
+x_hat = suite.decode(latents, layer={layer})"""
 # files of a run that go to the Hub
 OF_RUN = (
     "saes/*/*",
@@ -61,7 +47,7 @@ def card(
     suite: Suite,
     *,
     grouping: str | None,
-    library: str | None,
+    library: Library | None,
     folders: Sequence[str],
 ) -> str:
     """Return the README.md of a repository.
@@ -77,7 +63,7 @@ def card(
     config = next(iter(suite.configs.values()))
     model, hookpoint = str(config.get("model", "unknown")), config.get("hookpoint", "resid_post")
     head: dict[str, Any] = {
-        "library_name": library or OURS,
+        "library_name": library.name if library else "groupsae",
         "tags": ["sparse-autoencoder", "group-sae", "interpretability"],
     }
     if looks_like_name(model):
@@ -89,7 +75,7 @@ def card(
         head["datasets"] = [dataset]
     shown = Path(model).name if Path(model).is_absolute() else model
     revision = f", revision {config['revision']}" if config.get("revision") else ""
-    snippet = LOAD[library or OURS].format(
+    snippet = (library.snippet if library else LOAD).format(
         repo=repo,
         grouping="" if grouping is None else f', grouping="{grouping}"',
         layer=suite.layers[0],

@@ -16,7 +16,6 @@ from groupsae.interop.library import (
     Library,
     Origin,
     Place,
-    Tensors,
     imported_sae,
     kind_of,
     our_place,
@@ -140,8 +139,7 @@ def read(folder: Path) -> ImportedSAE:
     """
     file, weights = folder / CONFIG, folder / WEIGHTS
     config = require_json(file)
-    trainer = config.get("trainer")
-    trainer = trainer if isinstance(trainer, dict) else {}
+    trainer = config.get("trainer") or {}
     name = trainer.get("dict_class")
     if name not in READS:
         raise UserError(
@@ -160,7 +158,8 @@ def read(folder: Path) -> ImportedSAE:
     if kind in TOPK_KINDS:
         arguments["k"] = int(others["k"]) if "k" in others else trainer.get("k")
     if kind == "matryoshka":
-        arguments["prefixes"] = _prefixes(others, len(tensors["W_dec"]), weights)
+        d_sae, sizes = len(tensors["W_dec"]), others["group_sizes"].tolist()
+        arguments["prefixes"] = [end / d_sae for end in accumulate(sizes)]
     if kind in ("batchtopk", "matryoshka") and float(tensors["threshold"]) < 0:
         raise UserError(
             f"{weights} has no threshold (its value is {float(tensors['threshold']):g}, which "
@@ -169,17 +168,6 @@ def read(folder: Path) -> ImportedSAE:
     if name in ENCODES_X:
         tensors = subtract_b_dec(tensors)
     return imported_sae(kind, tensors, place, arguments)
-
-
-def _prefixes(tensors: Tensors, d_sae: int, file: Path) -> list[float]:
-    """Return the shares of the latents that Matryoshka's prefixes have."""
-    sizes = [int(size) for size in tensors.get("group_sizes", torch.tensor([]))]
-    if sum(sizes) != d_sae or min(sizes) < 1:
-        raise UserError(
-            f"{file} has group_sizes {sizes}: they must be above 0 and add up to its {d_sae} "
-            "latents."
-        )
-    return [end / d_sae for end in accumulate(sizes)]
 
 
 def _place(folder: Path, config: dict[str, Any], trainer: dict[str, Any]) -> Place:
@@ -193,4 +181,11 @@ def _place(folder: Path, config: dict[str, Any], trainer: dict[str, Any]) -> Pla
     raise unknown_layer(folder, submodule, "rename it to resid_post_layer_<number>")
 
 
-DICTIONARY_LEARNING = Library("dictionary_learning", CLASSES, folder_name, write, recognises, read)
+SNIPPET = """from dictionary_learning.utils import load_dictionary
+from huggingface_hub import snapshot_download
+
+path = snapshot_download("{repo}", allow_patterns="{folder}/*")
+sae, config = load_dictionary(path + "/{folder}", device="cpu")"""
+DICTIONARY_LEARNING = Library(
+    "dictionary_learning", CLASSES, folder_name, write, recognises, read, SNIPPET
+)

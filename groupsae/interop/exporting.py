@@ -92,12 +92,7 @@ def compare(sae: SAE, factor: float, other: SAE) -> tuple[float, int]:
     """Return how far the output of another SAE on raw activations is from ours.
 
     Both run in float64 on the same random activations, so that a difference comes from the
-    stored numbers.
-
-    Args:
-        sae: ours, on activations times the factor.
-        factor: the layer's norm factor.
-        other: on raw activations.
+    stored numbers. Ours takes the activations times the layer's norm factor.
 
     Returns:
         Largest difference as a share of the largest value, over the rows with the same active
@@ -124,11 +119,8 @@ def compare(sae: SAE, factor: float, other: SAE) -> tuple[float, int]:
 def made_up_activations(sae: SAE, factor: float) -> Float[Tensor, "row d_model"]:
     """Return random raw activations around the SAE's b_dec, in the directions of its decoder.
 
-    They grow until most rows activate a latent, for thresholds may have any size.
-
-    Args:
-        sae: in float64, on activations times the factor.
-        factor: the layer's norm factor.
+    They grow until most rows activate a latent, for thresholds may have any size. The SAE is in
+    float64 and takes them times the factor.
 
     Raises:
         UserError: not even the largest ones do.

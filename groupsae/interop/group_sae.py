@@ -50,12 +50,8 @@ BEGINNINGS: dict[int, list[int]] = {
 def partition(num_groups: int, num_layers: int) -> list[list[int]]:
     """Return the published groups of all layers but the last.
 
-    Args:
-        num_groups: G.
-        num_layers: of the language model.
-
     Raises:
-        UserError: none were published.
+        UserError: none were published for this number of groups or layers of the language model.
     """
     first_layers = BEGINNINGS.get(num_layers)
     if first_layers is None:
@@ -74,12 +70,7 @@ def partition(num_groups: int, num_layers: int) -> list[list[int]]:
 
 
 def choose(folders: list[Path], num_groups: int | None, num_layers: int) -> list[Path]:
-    """Return the folders that serve every layer once: of G groups, or of one SAE a layer.
-
-    Args:
-        folders: to choose from.
-        num_groups: None: the baseline.
-        num_layers: of the language model.
+    """Return the folders that serve every layer once: of G groups; None: one SAE a layer.
 
     Raises:
         UserError: a needed folder is missing, or exists twice.
@@ -144,10 +135,6 @@ def layers_of(folder: Path, num_layers: int) -> list[int]:
 
 def read(folder: Path, num_layers: int) -> ImportedSAE:
     """Return the SAE in a folder, with the norm factors of its layers.
-
-    Args:
-        folder: of one SAE.
-        num_layers: of the language model.
 
     Raises:
         UserError: it is damaged, or lacks a norm factor.

@@ -138,14 +138,7 @@ def imported_sae(
 ) -> ImportedSAE:
     """Return the SAE with these tensors, its decoder rows of unit norm where that is exact.
 
-    Args:
-        kind: a key of `KINDS`.
-        tensors: with our names and shapes.
-        place: where it belongs.
-        arguments: see `build`.
-        norm_factors: layer -> factor; None: 1 for the layer of the place.
-        by_norm: see `unit_decoder`.
-        notes: sentences for the user, in addition to the one on the decoder's norms.
+    `build` and `unit_decoder` explain the arguments. Without norm factors, the layer's is 1.
     """
     tensors, note = unit_decoder(kind, tensors, by_norm=by_norm)
     sae, arguments = build(kind, tensors, **arguments)
@@ -164,6 +157,7 @@ class Library:
         write: writes an SAE that takes raw activations into an existing folder.
         recognises: whether a folder has this format.
         read: returns the SAE in such a folder.
+        snippet: Python that loads an SAE from the Hub, with {repo} and {folder}.
     """
 
     name: str
@@ -172,6 +166,7 @@ class Library:
     write: Callable[[Path, SAE, Origin], None]
     recognises: Callable[[Path], bool]
     read: Callable[[Path], ImportedSAE]
+    snippet: str
 
 
 # ---- our SAEs <-> tensors -------------------------------------------------------------------
@@ -311,11 +306,8 @@ def unit_decoder(kind: str, tensors: Tensors, *, by_norm: bool = False) -> tuple
 
     Args:
         kind: a key of `KINDS`.
-        tensors: of one SAE; `threshold` of jumprelu is [d_sae].
+        tensors: see `build`.
         by_norm: topk chooses by activation times norm.
-
-    Returns:
-        The tensors; a sentence for the user, or an empty text.
     """
     norms = tensors["W_dec"].norm(dim=1)
     norms = torch.where(norms == 0, torch.ones_like(norms), norms)

@@ -153,4 +153,7 @@ def _architecture(config: dict[str, Any], file: Path) -> str:
     return str(name)
 
 
-SAELENS = Library("saelens", ARCHITECTURES, lens_hook, write, recognises, read)
+SNIPPET = """from sae_lens import SAE
+
+sae = SAE.from_pretrained(release="{repo}", sae_id="{folder}")"""
+SAELENS = Library("saelens", ARCHITECTURES, lens_hook, write, recognises, read, SNIPPET)

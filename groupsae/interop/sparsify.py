@@ -115,4 +115,7 @@ def read_weights(folder: Path, *more: str) -> Tensors:
     return our_tensors(read_tensors(weights), names, (), weights)
 
 
-SPARSIFY = Library("sparsify", {"topk": "topk"}, folder_name, write, recognises, read)
+SNIPPET = """from sparsify import SparseCoder
+
+sae = SparseCoder.load_from_hub("{repo}", hookpoint="{folder}")"""
+SPARSIFY = Library("sparsify", {"topk": "topk"}, folder_name, write, recognises, read, SNIPPET)

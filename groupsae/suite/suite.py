@@ -222,12 +222,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 def take(
     tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], file: Path
 ) -> dict[str, Tensor]:
-    """Return the wanted tensors in float32.
-
-    Args:
-        tensors: all tensors of a file.
-        wanted: name -> shape.
-        file: for messages.
+    """Return the tensors of a file in float32, after a check of names and shapes.
 
     Raises:
         UserError: one is missing or has another shape, or there are more.

@@ -155,7 +155,7 @@ def test_exported_folders_go_to_the_hub_and_come_back_by_import(hub, run, form):
     assert head["library_name"] == form
     assert {"saelens": "from sae_lens", "sparsify": "from sparsify"}.get(form, form) in body
     assert "me/saes" not in hub.private
-    folder = download_saes(repository("hf:me/saes"), None)
+    folder = download_saes(Repository("me/saes", None), None)
     found = read_folder(folder, ReadAt(6, 16, "resid_post", "decoder"))
     assert [each.layers for each in found] == [[0], [1], [3]]
     some = download_saes(Repository("me/saes", None), ["*3*"])
