@@ -21,8 +21,8 @@ def check_holds(library: Library, sae: SAE, group: str) -> None:
     """Raise UserError if a format cannot hold an SAE; the message names those that can."""
     kind = kind_of(sae)
     if kind not in library.kinds:
-        others = [other.name for other in FORMATS.values() if kind in other.kinds]
+        others = [f"format={other.name}" for other in FORMATS.values() if kind in other.kinds]
         raise UserError(
             f"format={library.name} can hold {', '.join(library.kinds)} only, and {group} is a "
-            f"{kind} SAE: use format={' or format='.join(others)}."
+            f"{kind} SAE: use {' or '.join(others) or 'hub=... alone, which keeps our format'}."
         )

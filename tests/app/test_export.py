@@ -168,7 +168,7 @@ def test_a_dictionary_learning_folder_has_these_names_shapes_and_keys(tmp_path, 
 
 
 @pytest.mark.parametrize(("form", "kind"), ABLE)
-def test_what_is_read_back_computes_the_definition_on_raw_activations(tmp_path, form, kind):
+def test_saes_read_back_compute_the_definition_on_raw_activations(tmp_path, form, kind):
     out = exported(tmp_path, kind, form)
     for layer, seed in ((0, 0), (1, 0), (3, 1)):
         name = {
@@ -200,7 +200,7 @@ def test_the_fold_leaves_the_weights_and_divides_the_latents(kind):
 
 
 def test_a_wrong_fold_would_be_found(tmp_path, monkeypatch):
-    """The comparison after writing is no formality."""
+    """The comparison after writing finds errors."""
     from groupsae.interop import exporting
 
     run = run_folder(tmp_path / "run", "jumprelu")
@@ -210,7 +210,7 @@ def test_a_wrong_fold_would_be_found(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 
-def test_saes_whose_thresholds_are_out_of_reach_are_never_called_the_same():
+def test_inactive_saes_are_never_called_the_same():
 
     def made(seed, threshold):
         tensors = tensors_of("jumprelu", seed)
@@ -231,7 +231,7 @@ def test_what_a_format_cannot_hold_is_refused_with_those_that_can(tmp_path, kind
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["format=gguf"], "'gguf'; use saelens, sparsify, dictionary_learning"),
         ([], "nothing to do: give format="),
@@ -239,8 +239,8 @@ def test_what_a_format_cannot_hold_is_refused_with_those_that_can(tmp_path, kind
         (["format=saelens", "hub=no/good/name"], "write owner/name"),
     ],
 )
-def test_bad_arguments_are_named(tmp_path, arguments, told):
-    with pytest.raises(UserError, match=told):
+def test_bad_arguments_are_named(tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
         export(run_folder(tmp_path / "run", "topk"), *arguments)
 
 
@@ -258,10 +258,10 @@ def test_a_run_that_is_not_finished_is_refused(tmp_path):
 def test_the_command_shows_every_folder_with_its_difference(tmp_path, capsys):
     run = run_folder(tmp_path / "run", "topk")
     export(run, "format=dictionary_learning")
-    told = capsys.readouterr().out
+    message = capsys.readouterr().out
     for layer in (0, 1, 3):
-        assert f"resid_post_layer_{layer}" in told
-    assert "e-0" in told
+        assert f"resid_post_layer_{layer}" in message
+    assert "e-0" in message
     assert (run / "export" / "dictionary_learning" / "resid_post_layer_3" / "ae.pt").exists()
     with pytest.raises(UserError, match="exists: overwrite=true"):
         export(run, "format=dictionary_learning")
@@ -341,19 +341,19 @@ def test_models_and_modules_go_by_their_librarys_names():
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
-        ("cut", "sae.safetensors is damaged"),
+        ("truncated", "sae.safetensors is damaged"),
         ("shape", r"the tensor W_dec has shape \[48, 15\].*requires \[48, 16\]"),
         ("missing", "lacks the tensor b_enc"),
         ("newer", "has format 99, and this version of groupsae reads format 2"),
     ],
 )
-def test_damaged_saes_of_ours_are_named_and_nothing_is_written(tmp_path, damage, told):
+def test_damaged_saes_of_ours_are_named_and_nothing_is_written(tmp_path, damage, message):
     run = run_folder(tmp_path / "run", "topk")
     file = run / "saes" / "layers.3" / "sae.safetensors"
     tensors = load_file(file)
-    if damage == "cut":
+    if damage == "truncated":
         file.write_bytes(file.read_bytes()[:-100])
     elif damage == "shape":
         save_file(tensors | {"W_dec": tensors["W_dec"][:, 1:].contiguous()}, file)
@@ -361,7 +361,7 @@ def test_damaged_saes_of_ours_are_named_and_nothing_is_written(tmp_path, damage,
         save_file({k: v for k, v in tensors.items() if k != "b_enc"}, file)
     else:
         edit(file.with_name("cfg.json"), format=99)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         export(run, "format=saelens")
     assert not (run / "export").exists()
 
@@ -377,7 +377,7 @@ def test_an_architecture_with_an_unknown_tensor_is_not_folded():
 
 
 @pytest.mark.parametrize(
-    ("module", "argument", "told"),
+    ("module", "argument", "message"),
     [
         ("export", "formt=saelens", "formt is unknown. Did you mean format?"),
         ("adopt", "path=some,where=1", "saes=some,where=1: there is no such folder."),
@@ -385,18 +385,20 @@ def test_an_architecture_with_an_unknown_tensor_is_not_folded():
         ("import_saes", "to=there", "which SAEs? Give saes=<folder>"),
     ],
 )
-def test_the_command_line_answers_with_one_sentence_and_status_2(module, argument, told, tmp_path):
+def test_the_command_line_answers_with_one_sentence_and_status_2(
+    module, argument, message, tmp_path
+):
     command = [sys.executable, "-m", f"groupsae.{module}", argument]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2
-    assert f"error: {told}" in done.stderr
+    assert f"error: {message}" in done.stderr
     assert "note: groupsae.adopt is now" in done.stderr or module != "adopt"
     assert "note: path= is now saes=" in done.stderr or not argument.startswith("path=")
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_groupings_of_one_run_are_exported_beside_each_other(
+def test_groupings_of_one_run_are_exported_next_to_each_other(
     tiny_lm, tiny_text, tmp_path_factory, tmp_path
 ):
     whole = evaluated("all", tiny_lm, tiny_text, tmp_path_factory.getbasetemp())

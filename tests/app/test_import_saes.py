@@ -46,7 +46,7 @@ def imported(saes: Path | str, *arguments: str) -> Path:
 
 
 def refused(saes: Path | str, *arguments: str) -> str:
-    """Return what the command says that it cannot do."""
+    """Return the error of the command."""
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         cfg = compose("import_saes", [f"saes={saes}", *arguments])
     with pytest.raises(UserError) as raised:
@@ -122,7 +122,7 @@ def test_a_topk_that_chose_by_activation_times_norm_is_folded(tmp_path):
     same(found, *naive("topk", plain, x), x)
 
 
-def test_a_topk_with_free_norms_is_kept_as_it_is_and_that_is_said(tmp_path):
+def test_a_topk_with_free_norms_is_kept_with_a_note(tmp_path):
     tensors, x = sized(tensors_of("topk")), rows()
     (found,) = read(sparsify(tmp_path / "layers.4", tensors))
     assert "kept as they are" in found.notes[0]
@@ -131,7 +131,7 @@ def test_a_topk_with_free_norms_is_kept_as_it_is_and_that_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["relu", "jumprelu", "gated", "topk"])
-def test_an_sae_that_takes_the_whole_input_is_folded(tmp_path, kind):
+def test_an_sae_that_does_not_subtract_b_dec_is_folded(tmp_path, kind):
     tensors, x = tensors_of(kind), rows()
     name = {"relu": "standard"}.get(kind, kind)
     folder = saelens(tmp_path / "s", tensors, architecture=name, k=K, apply_b_dec_to_input=False)
@@ -248,7 +248,7 @@ def test_a_single_folder_of_the_paper_may_hold_its_own_factors(tmp_path):
 @pytest.mark.parametrize(
     "factors", [1.0, None, {"embed": 1.0}, {"layers.3": torch.ones(2)}, ["a"], {"layers.3": 1e999}]
 )
-def test_factors_that_are_none_are_named(tmp_path, factors):
+def test_wrong_factors_are_named(tmp_path, factors):
     folder = sparsify(tmp_path / "layers.3", tensors_of("topk"))
     torch.save(factors, folder / "scaling_factors.pt")
     with pytest.raises(
@@ -257,7 +257,7 @@ def test_factors_that_are_none_are_named(tmp_path, factors):
         read(folder)
 
 
-def test_clusters_that_are_none_are_named(tmp_path):
+def test_a_wrong_list_of_clusters_is_named(tmp_path):
     folder = sparsify(tmp_path / "k99-c0", tensors_of("topk"))
     (tmp_path / "config.json").write_text('{"clusters": [1, 2]}')
     with pytest.raises(UserError, match=r"k99-c0 is damaged \(AttributeError"):
@@ -292,7 +292,7 @@ def test_a_pickle_with_code_in_it_is_not_read(tmp_path, protocol):
 
 @pytest.mark.parametrize("file", ["ae.pt", "sae_weights.safetensors", "sae.safetensors"])
 @pytest.mark.parametrize("kept", [0, 20, 0.5, 0.99])
-def test_a_file_cut_short_is_named(tmp_path, file, kept):
+def test_a_truncated_file_is_named(tmp_path, file, kept):
     if file == "ae.pt":
         folder = dictionary(tmp_path / "s", "AutoEncoder", {"bias": torch.zeros(d)})
     elif file == "sae.safetensors":
@@ -323,7 +323,7 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         (
             {"architecture": "temporal"},
@@ -344,15 +344,15 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path):
         ),
     ],
 )
-def test_what_saelens_has_and_we_do_not_is_refused(tmp_path, changes, told):
+def test_what_saelens_has_and_we_do_not_is_refused(tmp_path, changes, message):
     folder = saelens(tmp_path / "s", tensors_of("relu"))
     edit(folder / "cfg.json", **changes)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         read(folder)
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"activation": "groupmax"}, 'only those with activation = "topk"'),
         ({"transcode": True}, "transcode = True"),
@@ -367,9 +367,9 @@ def test_what_saelens_has_and_we_do_not_is_refused(tmp_path, changes, told):
         ),
     ],
 )
-def test_what_sparsify_has_and_we_do_not_is_refused(tmp_path, changes, told):
+def test_what_sparsify_has_and_we_do_not_is_refused(tmp_path, changes, message):
     folder = sparsify(tmp_path / "layers.4", tensors_of("topk"), **changes)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         read(folder)
 
 
@@ -551,5 +551,5 @@ def test_neighbouring_layers_only(tmp_path):
     assert type(plan).from_json(json.loads(json.dumps(plan.to_json()))).saes == plan.saes
 
 
-def test_evaluation_is_not_asked_of_an_import(tmp_path):
+def test_an_import_does_not_evaluate(tmp_path):
     assert "evaluate=true is for training" in refused(tmp_path, "evaluate=true")

@@ -85,9 +85,9 @@ def test_a_run_goes_to_the_hub_and_is_loaded_from_there(hub, run, capsys):
         "saes/layers.3/cfg.json", "saes/layers.3/sae.safetensors", "summary.json",
     ]  # fmt: skip
     assert "me/saes" in hub.private
-    told = capsys.readouterr().out
-    assert f"Uploaded 9 files: {hub.url}/me/saes" in told
-    assert WRITER not in told
+    message = capsys.readouterr().out
+    assert f"Uploaded 9 files: {hub.url}/me/saes" in message
+    assert WRITER not in message
     assert not any(str(run.parent).encode() in content for content in files.values())
     assert (
         b"see notes, x and 1/2 of https://huggingface.co/a/b"
@@ -239,7 +239,7 @@ def test_what_the_hub_refuses_is_one_sentence(hub, run, monkeypatch):
     assert hub.repos == {}
 
 
-def test_without_network_the_cache_is_used_or_the_lack_is_said(hub, run, monkeypatch):
+def test_without_network_the_cache_is_used_or_the_error_says_so(hub, run, monkeypatch):
     from huggingface_hub import constants
 
     export(run, "hub=me/saes")
@@ -259,7 +259,7 @@ def test_a_repository_without_saes_says_so(hub):
         groupsae.load_suite("hf:me/empty")
 
 
-def test_what_is_taken_for_a_name_on_the_hub(tmp_path, monkeypatch):
+def test_which_texts_are_names_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert repository("outputs/run") is None
     assert repository("hf:a/b@c/d") == Repository("a/b", "c/d")

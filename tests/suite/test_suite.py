@@ -162,7 +162,7 @@ def test_a_folder_without_saes_is_refused_with_what_was_expected(tmp_path):
         load_suite(tmp_path / "nowhere")
 
 
-def test_weights_cut_short_or_missing_are_damage(run_folder):
+def test_truncated_or_missing_weights_are_damage(run_folder):
     weights = run_folder / "saes" / "layers.2" / "sae.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"layers\.2 is damaged"):
