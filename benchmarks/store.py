@@ -8,7 +8,8 @@ runs by `groupsae.train`, streaming and from the store, by turns.
 What was written is read from the operating system's cache, so these are the costs of the code and
 of memory, not of a disk. How many bytes a token is, which a disk must then bring, is in the table.
 
-Four minutes on two cores. Writes benchmarks/results/store.md.
+Four minutes on two cores. Writes benchmarks/results/store.md. `size=smallest` takes two steps of
+the bundled model, for CI.
 """
 
 import json
@@ -26,7 +27,16 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 from benchmarks.loop import BUNDLED, ON_RANDOM, SHAPES, VOCAB, Shape
-from benchmarks.timing import Seconds, interleaved, now, options, random_model, write
+from benchmarks.timing import (
+    SMALLEST_RUN,
+    Seconds,
+    interleaved,
+    now,
+    options,
+    random_model,
+    smallest,
+    write,
+)
 from groupsae.app.fit import build
 from groupsae.app.run_folder import register_resolver
 from groupsae.config.instantiate import CONF
@@ -34,10 +44,10 @@ from groupsae.data.activations import ActivationDataModule
 from groupsae.data.rows import by_model
 from groupsae.runtime.quiet import quiet
 
-MODELS = (BUNDLED, "pythia-70m")
-ROUNDS, RUNS = 5, 2  # the first round is not counted
-STEPS = 12  # that the blocks read
-RUN_STEPS = 24  # of a complete run
+MODELS = (BUNDLED,) if smallest() else (BUNDLED, "pythia-70m")
+ROUNDS, RUNS = (2, 1) if smallest() else (5, 2)  # the first round is not counted
+STEPS = 2 if smallest() else 12  # that the blocks read
+RUN_STEPS = 2 * STEPS  # of a complete run
 MODEL, CHECKED, READ = "language model", "store, first time", "store, again"
 
 
@@ -121,7 +131,7 @@ def measured(given: Sequence[str], folder: Path) -> Measured:
         *given, "groups=per_layer", f"output={folder / 'outputs'}", "eval_every=1_000_000",
         "checkpoint_every=1_000_000", "calibration.tokens=20_000", "logger=none",
         "stream.heldout_tokens=4096", "stream.num_workers=0",
-        "+trainer.enable_progress_bar=false",
+        "+trainer.enable_progress_bar=false", *(SMALLEST_RUN if smallest() else []),
     ]  # fmt: skip
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         cfg = compose("train", given)

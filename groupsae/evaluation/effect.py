@@ -1,7 +1,9 @@
 """What replacing activations does to the language model: next-token loss and KL divergence.
 
 All sums are kept per sequence, to be resampled, and turned into metrics at the end: one pooled
-mean each, never a mean of ratios. **To add a metric** of these means, add it to `effect_metrics`.
+mean each, never a mean of ratios. **To add a metric** computed from these means, add it to
+`effect_metrics`. A new quantity from the logits must also be summed in `CleanPredictions.compare`
+and in `heldout.py`.
 """
 
 from typing import Any

@@ -98,7 +98,7 @@ class ByAmad(Choice):
 
     Args:
         theta: bound on AMAD, in fractions of pi, between 0 and 1.
-        rule: how groups are made for a given number; see `groupsae.grouping.partition`.
+        rule: how the layers are split into G groups: a key of `RULES` in rules.py.
         last_layer: see `Choice`.
     """
 
@@ -139,7 +139,7 @@ class ByCount(Choice):
 
     Args:
         num_groups: G, from 1 to the number of layers to group.
-        rule: how they are made; see `groupsae.grouping.partition`.
+        rule: how the layers are split into G groups: a key of `RULES` in rules.py.
         last_layer: see `Choice`.
     """
 
@@ -235,7 +235,7 @@ class All(Choice):
     and theta decide which partition the run is summarised by.
 
     Args:
-        rules: how groups are made for a given number; see `groupsae.grouping.partition`.
+        rules: how the layers are split into G groups: a key of `RULES` in rules.py.
         theta: bound on AMAD, in fractions of pi, between 0 and 1.
         smaller: numbers of groups whose cost is matched by smaller SAEs on every layer, or
             "chosen" for the number that AMAD picks with the first rule.

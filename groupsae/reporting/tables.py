@@ -206,7 +206,7 @@ def groups_table(run: RunFiles, *, others: bool = False) -> Table | None:
         )
     if trained:
         rows.append({"sae": "mean over layers", **plain(run.summary, "fvu")})
-    caption = "The SAEs; FVU, L0 and dead latents on held-out text at the end of training"
+    caption = "The SAEs; FVU and L0 on held-out text; dead latents by the counters of training"
     return build(
         "groups", caption if trained else "The SAEs", rows, [len(rows) - 1] if trained else []
     )

@@ -30,7 +30,7 @@ class GroupLayers(L.Callback):
     run reads them back; its checkpoint only confirms the partition.
 
     Args:
-        choice: the rule that makes the groups.
+        choice: how the groups are chosen (conf/groups), for example by AMAD.
         folder: run folder.
         cache: folder for measurements shared between runs.
         tokens: calibration tokens to measure on.
