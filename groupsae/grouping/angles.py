@@ -7,8 +7,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torchmetrics import Metric
 
-from groupsae.grouping.moments import NO_TOKENS, check_finite, select_tokens, tokens_per_chunk
-from groupsae.runtime.errors import UserError
+from groupsae.grouping.moments import NO_TOKENS, check_finite, tokens_per_chunk
+from groupsae.runtime.errors import UserError, check_choice
 
 
 class AngularDistance(Metric):
@@ -25,7 +25,6 @@ class AngularDistance(Metric):
 
     Args:
         num_layers: L.
-        d_model: width of the residual stream.
         centring: "none" (the paper's formula) or "mean": the mean over the calibration tokens is
             subtracted from each layer first, which is near what made the published matrices. It
             comes from `LayerMoments` in a first pass and goes to `set_mean`.
@@ -42,14 +41,10 @@ class AngularDistance(Metric):
     mean: Tensor | None
     upper: Tensor
 
-    def __init__(self, *, num_layers: int, d_model: int, centring: str = "none") -> None:
+    def __init__(self, *, num_layers: int, centring: str = "none") -> None:
         super().__init__()
-        if centring not in ("none", "mean"):
-            raise UserError(
-                f"centring is {centring!r}: use none (the paper's formula) or mean (subtract "
-                f"each layer's mean activation first)."
-            )
-        self.num_layers, self.d_model, self.centring = num_layers, d_model, centring
+        check_choice("centring", centring, ("none", "mean"))
+        self.num_layers, self.centring = num_layers, centring
         square = torch.zeros(num_layers, num_layers, dtype=torch.float64)
         self.add_state("sum", square, dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
@@ -74,7 +69,7 @@ class AngularDistance(Metric):
             UserError: an activation is not finite; nothing of this batch is counted then.
         """
         assert self.centring == "none" or self.mean is not None, "set_mean comes before update"
-        acts = select_tokens(acts, mask, self.num_layers, self.d_model)
+        acts = acts if mask is None else acts[:, mask]
         finite = torch.ones(self.num_layers, dtype=torch.bool, device=acts.device)
         total = torch.zeros_like(self.upper[0], dtype=torch.float64)
         count = torch.zeros_like(self.count)

@@ -13,24 +13,18 @@ from groupsae.grouping.partition import (
     Partition,
     build_partition,
     check_groups,
-    sort_groups,
     validate_distances,
 )
-from groupsae.grouping.plan import (
-    GroupPlan,
-    check_last_layer,
-    check_smaller,
-    num_groupable,
-)
+from groupsae.grouping.plan import LAST_LAYERS, GroupPlan, check_smaller, num_groupable
 from groupsae.grouping.rules import (
+    RULES,
     check_num_groups,
-    check_rule,
     check_theta,
     choose,
     curve,
     partition,
 )
-from groupsae.runtime.errors import UserError
+from groupsae.runtime.errors import UserError, check_choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +42,7 @@ class Choice(ABC):
 
     def __post_init__(self) -> None:
         """Check the arguments, as far as that needs no number of layers."""
-        check_last_layer(self.last_layer)
+        check_choice("last_layer", self.last_layer, LAST_LAYERS)
 
     @property
     def label(self) -> str:
@@ -73,10 +67,6 @@ class Choice(ABC):
         groupable = num_groupable(len(square), self.last_layer)
         return self._plan(square[:groupable, :groupable], len(square))
 
-    def least_saes(self, num_layers: int) -> int:
-        """Return a lower bound on the number of SAEs, known before measuring."""
-        return 1
-
     def _plan(self, grouped: Distances, num_layers: int) -> GroupPlan:
         """Return the plan from the distances of the layers that are grouped."""
         theta = getattr(self, "theta", None)
@@ -99,7 +89,6 @@ class ByAmad(Choice):
     Args:
         theta: bound on AMAD, in fractions of pi, between 0 and 1.
         rule: how the layers are split into G groups: a key of `RULES` in rules.py.
-        last_layer: see `Choice`.
     """
 
     theta: float = 0.2
@@ -109,7 +98,7 @@ class ByAmad(Choice):
         """Check the arguments."""
         super().__post_init__()
         check_theta(self.theta)
-        check_rule(self.rule)
+        check_choice("rule", self.rule, RULES)
 
     def _name(self) -> str:
         return f"amad-{self.theta}{_unless_complete(self.rule)}"
@@ -124,7 +113,6 @@ class Published(ByAmad):
 
     Args:
         theta: bound on AMAD, in fractions of pi, between 0 and 1.
-        last_layer: see `Choice`; the published groups leave it out.
     """
 
     rule: str = field(default="published", init=False)
@@ -140,7 +128,6 @@ class ByCount(Choice):
     Args:
         num_groups: G, from 1 to the number of layers to group.
         rule: how the layers are split into G groups: a key of `RULES` in rules.py.
-        last_layer: see `Choice`.
     """
 
     num_groups: int
@@ -150,7 +137,7 @@ class ByCount(Choice):
         """Check the arguments."""
         super().__post_init__()
         check_num_groups(self.num_groups)
-        check_rule(self.rule)
+        check_choice("rule", self.rule, RULES)
 
     def _name(self) -> str:
         return f"count-{self.num_groups}{_unless_complete(self.rule)}"
@@ -168,7 +155,6 @@ class Even(ByCount):
 
     Args:
         num_groups: G, from 1 to the number of layers to group.
-        last_layer: see `Choice`.
     """
 
     rule: str = field(default="even", init=False)
@@ -179,11 +165,7 @@ class Even(ByCount):
 
 @dataclass(frozen=True, kw_only=True)
 class PerLayer(Choice):
-    """One SAE per layer: the usual way, and the baseline of every comparison.
-
-    Args:
-        last_layer: see `Choice`; "own" and "group" come to the same here.
-    """
+    """One SAE per layer: the usual way, and the baseline of every comparison."""
 
     def _name(self) -> str:
         return "per_layer"
@@ -199,7 +181,6 @@ class Explicit(Choice):
     Args:
         groups: lists of layers; each a run of neighbours, each layer in exactly one. The last
             layer belongs in them with last_layer "group" only.
-        last_layer: see `Choice`.
     """
 
     groups: Sequence[Sequence[int]]
@@ -207,7 +188,7 @@ class Explicit(Choice):
     def __post_init__(self) -> None:
         """Check the arguments, and sort the groups."""
         super().__post_init__()
-        object.__setattr__(self, "groups", sort_groups(self.groups))
+        object.__setattr__(self, "groups", check_groups(self.groups))
 
     def _name(self) -> str:
         return f"explicit-{hashlib.sha256(json.dumps(self.groups).encode()).hexdigest()[:8]}"
@@ -239,7 +220,6 @@ class All(Choice):
         theta: bound on AMAD, in fractions of pi, between 0 and 1.
         smaller: numbers of groups whose cost is matched by smaller SAEs on every layer, or
             "chosen" for the number that AMAD picks with the first rule.
-        last_layer: see `Choice`; its own SAE is the same in all partitions.
     """
 
     rules: Sequence[str] = ("complete",)
@@ -254,20 +234,11 @@ class All(Choice):
         if isinstance(rules, str) or not isinstance(rules, Sequence) or not rules:
             raise UserError(f"groups.rules is {rules!r}: give a list such as [complete,even].")
         for rule in rules:
-            check_rule(rule)
+            check_choice("rule", rule, RULES)
         if len(set(rules)) < len(rules):
             raise UserError(f"groups.rules names a rule twice, {rules!r}: name each once.")
         if self.smaller != "chosen":
             check_smaller(self.smaller)
-
-    def least_saes(self, num_layers: int) -> int:
-        """Return the SAEs on single layers and one merged group for each smaller G.
-
-        A rule that merges step by step makes one new group in each step. minmax may make fewer
-        where distances are exactly equal, which measured ones are not.
-        """
-        groupable = num_groupable(num_layers, self.last_layer)
-        return groupable + (groupable - 1) + (self.last_layer == "own")
 
     def _name(self) -> str:
         return "-".join(["all", *self.rules])

@@ -12,8 +12,6 @@ from groupsae.runtime.errors import UserError
 # Float64 values in one chunk of tokens, and so the memory of an update: 8 MiB stays in the cache
 # of a CPU (measured: 48 MiB takes nearly three times as long), an accelerator wants few kernels.
 CHUNK_CPU, CHUNK_ACCELERATOR = 2**20, 2**25
-
-
 NO_TOKENS = (
     "No token was counted: the calibration split is empty, all padding or all zero vectors. "
     "Give it more documents (a larger calibration_fraction)."
@@ -71,7 +69,7 @@ class LayerMoments(Metric):
         Raises:
             UserError: an activation is not finite.
         """
-        acts = select_tokens(acts, mask, self.num_layers, self.d_model)
+        acts = acts if mask is None else acts[:, mask]
         total, squares = torch.zeros_like(self.sum), torch.zeros_like(self.sum_of_squares)
         norms = torch.zeros_like(squares)
         tokens = tokens_per_chunk(acts)
@@ -107,24 +105,6 @@ class LayerMoments(Metric):
         mean, *norms = self.compute()
         shape = self.num_layers, self.d_model
         return Moments(mean.reshape(shape), *(norm.reshape(self.num_layers) for norm in norms))
-
-
-def select_tokens(
-    acts: Float[Tensor, "layer token d_model"],
-    mask: Bool[Tensor, " token"] | None,
-    num_layers: int,
-    d_model: int,
-) -> Float[Tensor, "layer kept d_model"]:
-    """Return the activations without padding.
-
-    Raises:
-        ValueError: they are not [num_layers, token, d_model].
-    """
-    if acts.ndim != 3 or (acts.shape[0], acts.shape[2]) != (num_layers, d_model):
-        raise ValueError(
-            f"acts has shape {list(acts.shape)}, expected [{num_layers}, token, {d_model}]"
-        )
-    return acts if mask is None else acts[:, mask]
 
 
 def tokens_per_chunk(acts: Float[Tensor, "layer token d_model"]) -> int:

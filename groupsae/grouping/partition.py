@@ -1,9 +1,10 @@
 """A partition of the layers into groups, its figures, and the checks of groups and distances."""
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -88,21 +89,15 @@ def amad(distances: npt.ArrayLike, groups: Sequence[Sequence[int]]) -> float:
 
     Each group counts once whatever its size, and a group of one layer counts 0 (arXiv
     2410.21508, 3.2). It scores groups and must not be minimised over them: the best score goes to
-    one giant group and singletons. Not rounded, unlike in the reference code. The groups may be
-    any non-empty sets of layers.
+    one giant group and singletons. Not rounded, unlike in the reference code.
 
     Raises:
-        UserError: the distances are not a distance matrix, or a group is empty or out of range.
+        UserError: as `build_partition`.
 
     >>> amad([[0.0, 0.1, 0.4], [0.1, 0.0, 0.3], [0.4, 0.3, 0.0]], [[0, 1], [2]])
     0.05
     """
-    square = validate_distances(distances)
-    _check_range([layer for group in groups for layer in group], len(square))
-    if not groups or not all(map(len, groups)):
-        raise UserError(f"The groups {groups} hold an empty list: remove it.")
-    diameters = [_diameter(square, group) for group in groups]
-    return sum(diameters) / len(diameters)
+    return build_partition(distances, groups, "given").amad
 
 
 def build_partition(
@@ -111,85 +106,44 @@ def build_partition(
     """Return the partition of these groups, sorted, with diameters taken from the distances.
 
     Raises:
-        UserError: the groups overlap, leave a gap, are not contiguous or do not fit the matrix.
+        UserError: as `check_groups` and `validate_distances`.
     """
     square = validate_distances(distances)
     ordered = check_groups(groups, len(square))
-    return Partition(ordered, [_diameter(square, group) for group in ordered], rule)
+    diameters = [float(square[np.ix_(group, group)].max()) for group in ordered]
+    return Partition(ordered, diameters, rule)
 
 
-def _diameter(square: Distances, group: Sequence[int]) -> float:
-    return float(square[np.ix_(group, group)].max())
+def check_groups(groups: object, num_layers: int | None = None) -> list[list[int]]:
+    """Return the groups in ascending order if they split the layers from 0 on into runs.
 
-
-def check_groups(groups: Sequence[Sequence[int]], num_layers: int) -> list[list[int]]:
-    """Return the groups in ascending order if they split layers 0..num_layers-1 into runs.
-
-    Raises:
-        UserError: a layer is unknown, missing or in two groups, or a group is not a run.
-    """
-    ordered = sort_groups(groups)
-    layers = {layer for group in ordered for layer in group}
-    _check_range(layers, num_layers)
-    missing = _listed(set(range(num_layers)) - layers)
-    if missing:
-        raise UserError(
-            f"The groups {ordered} leave out {missing}: every layer from 0 to {num_layers - 1} "
-            f"must be in exactly one group. Add {missing} to a neighbouring group, or as a group "
-            "of its own."
-        )
-    return ordered
-
-
-def sort_groups(groups: object) -> list[list[int]]:
-    """Return the groups in ascending order, after the checks that need no number of layers.
+    Args:
+        groups: lists of layers.
+        num_layers: that they must cover; None if not known yet: as many as they hold.
 
     Raises:
-        UserError: a group is empty, not a run of integers from 0 up, or overlaps with another.
+        UserError: they are no such lists, or a layer is unknown, missing, in two groups, or apart
+            from its neighbours.
     """
-    if not _is_list(groups) or not all(_is_list(g) and all(map(_is_layer, g)) for g in groups):  # type: ignore[attr-defined]
+    try:
+        ordered = sorted(sorted(map(index, group)) for group in groups)  # type: ignore[attr-defined]
+    except TypeError:
+        ordered = []
+    if not ordered or not all(ordered):
         raise UserError(
             f"The groups are {groups!r}: write lists of layers, which are integers from 0 up, "
             "such as [[0, 1], [2, 3]]."
         )
-    ordered = sorted(sorted(int(layer) for layer in group) for group in groups)  # type: ignore[attr-defined]
-    layer, times = Counter(layer for group in ordered for layer in group).most_common(1)[0]
-    if times > 1:
-        raise UserError(
-            f"Layer {layer} is listed {times} times in the groups {ordered}: every layer must be "
-            "in exactly one group. List it once."
-        )
-    for group in ordered:
-        skipped = _listed(set(range(group[0], group[-1])) - set(group))
-        if skipped:
+    layers = [layer for group in ordered for layer in group]
+    total = len(layers) if num_layers is None else num_layers
+    for layer, expected in zip_longest(layers, range(total)):
+        if layer != expected:
+            here, due = ("the end" if x is None else f"layer {x}" for x in (layer, expected))
             raise UserError(
-                f"The group {group} skips {skipped}: a group must be a run of neighbouring "
-                f"layers. Add {skipped} to it, or split it there."
+                f"The groups {ordered} must be runs of neighbouring layers, with each layer from "
+                f"0 to {total - 1} in exactly one: {due} is expected, not {here}."
             )
     return ordered
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
-
-
-def _is_layer(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= 0)
-
-
-def _check_range(layers: Sequence[int] | set[int], num_layers: int) -> None:
-    for layer in layers:
-        if not 0 <= layer < num_layers:
-            raise UserError(
-                f"Layer {layer} is in a group, but there are {num_layers} layers to group, 0 to "
-                f"{num_layers - 1}. Remove it from the groups."
-            )
-
-
-def _listed(layers: set[int]) -> str:
-    """Return layers for a message; an empty string for none."""
-    numbers = ", ".join(map(str, sorted(layers)))
-    return numbers and f"layer{'s' * (len(layers) > 1)} {numbers}"
 
 
 def validate_distances(distances: npt.ArrayLike) -> Distances:
@@ -207,9 +161,8 @@ def validate_distances(distances: npt.ArrayLike) -> Distances:
             "matrix, one row and one column per layer."
         )
     for wrong, rule in (
-        (~np.isfinite(square), "distances must be finite. Measure them again"),
         (
-            (square < 0) | (square > 1),
+            ~((square >= 0) & (square <= 1)),  # NaN too
             "angles in fractions of pi lie in [0, 1]. Divide radians by pi, or degrees by 180",
         ),
         (

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -180,10 +181,10 @@ def check_smaller(counts: object, groupable: int | None = None) -> None:
             f"groups.smaller is {counts!r}: use chosen, or a list of numbers of groups such as "
             "[2,4], or [] for none."
         )
-    limit = f" to {groupable - 1}, below the {groupable} grouped layers" if groupable else ""
+    most = math.inf if groupable is None else groupable - 1
+    limit = "" if groupable is None else f" to {most}, below the {groupable} grouped layers"
     for count in counts:
-        integer = isinstance(count, int | np.integer) and count is not True and count >= 1
-        if not integer or (groupable is not None and count >= groupable):
+        if not isinstance(count, int | np.integer) or not 1 <= count <= most:
             raise UserError(f"groups.smaller holds {count!r}: use integers from 1 up{limit}.")
 
 
@@ -200,12 +201,3 @@ def num_groupable(num_layers: int, last_layer: str) -> int:
             "to group. Use last_layer=group."
         )
     return groupable
-
-
-def check_last_layer(last_layer: str) -> None:
-    """Raise UserError unless last_layer is one of the three."""
-    if last_layer not in LAST_LAYERS:
-        raise UserError(
-            f"last_layer is {last_layer!r}: use own (an SAE of its own, as in the paper), skip "
-            "(no SAE) or group (grouped like any other layer)."
-        )

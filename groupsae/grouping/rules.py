@@ -3,7 +3,7 @@
 To change a rule, edit its function here; to add one, write a function and name it in `RULES`.
 """
 
-import difflib
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -17,7 +17,7 @@ from groupsae.grouping.partition import (
     build_partition,
     validate_distances,
 )
-from groupsae.runtime.errors import UserError
+from groupsae.runtime.errors import UserError, check_choice
 
 Groups = list[list[int]]
 
@@ -48,7 +48,7 @@ def partition(distances: npt.ArrayLike, num_groups: int, rule: str = "complete")
     [[0, 1], [2]]
     """
     square = validate_distances(distances)
-    check_rule(rule)
+    check_choice("rule", rule, RULES)
     check_num_groups(num_groups, len(square))
     return build_partition(square, RULES[rule](square, num_groups), rule)
 
@@ -72,14 +72,6 @@ def choose(distances: npt.ArrayLike, theta: float = 0.2, rule: str = "complete")
     return next(candidate for candidate in curve(distances, rule) if candidate.amad < theta)
 
 
-def check_rule(rule: object) -> None:
-    """Raise UserError, with the nearest valid name, if there is no such rule."""
-    if not isinstance(rule, str) or rule not in RULES:
-        near = difflib.get_close_matches(str(rule), RULES, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UserError(f"There is no rule {rule!r}: use one of {', '.join(RULES)}.{hint}")
-
-
 def check_theta(theta: object) -> None:
     """Raise UserError unless 0 < theta < 1."""
     if not isinstance(theta, int | float) or not 0 < theta < 1:
@@ -91,14 +83,10 @@ def check_theta(theta: object) -> None:
 
 def check_num_groups(num_groups: object, num_layers: int | None = None) -> None:
     """Raise UserError unless num_groups is an integer from 1 to num_layers (None: no limit)."""
-    integer = int | np.integer  # True is an int too
-    if not isinstance(num_groups, integer) or num_groups is True or num_groups < 1:
-        raise UserError(f"num_groups is {num_groups!r}: use an integer from 1 up.")
-    if num_layers is not None and num_groups > num_layers:
-        raise UserError(
-            f"num_groups is {num_groups}, but there are only {num_layers} layers to group: use a "
-            f"number from 1 to {num_layers}."
-        )
+    most = math.inf if num_layers is None else num_layers
+    if not isinstance(num_groups, int | np.integer) or not 1 <= num_groups <= most:
+        end = "up" if num_layers is None else f"to {num_layers}, the number of layers to group"
+        raise UserError(f"num_groups is {num_groups!r}: use an integer from 1 {end}.")
 
 
 def needs_distances(rule: str) -> bool:

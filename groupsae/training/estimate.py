@@ -463,10 +463,9 @@ def _calibration_seconds(
 ) -> float:
     """Return the seconds of measuring all layers on some blocks of tokens."""
     geometry = data.lm.geometry
-    size = {"num_layers": geometry.num_layers, "d_model": geometry.d_model}
     metrics = [
-        LayerMoments(**size).to(device),
-        AngularDistance(**size, centring="none").to(device),
+        LayerMoments(num_layers=geometry.num_layers, d_model=geometry.d_model).to(device),
+        AngularDistance(num_layers=geometry.num_layers).to(device),
     ]
     seconds = 0.0
     for _ in range(2):  # the first one warms up

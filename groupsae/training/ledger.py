@@ -150,8 +150,7 @@ def _measured_flops(
     # after fitting Lightning leaves the SAEs on the CPU; the language model is where it ran
     device, geometry = data.device, data.lm.geometry
     rows, every = data.first_rows(data.slots, 1), list(range(geometry.num_layers))
-    size = {"num_layers": geometry.num_layers, "d_model": geometry.d_model}
-    angles = AngularDistance(**size, centring="none").to(device)
+    angles = AngularDistance(num_layers=geometry.num_layers).to(device)
     with flop_counter() as lm:  # zero where rows are read from a store
         batch = rows()
     num_tokens = batch.acts.shape[1]

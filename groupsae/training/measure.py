@@ -172,9 +172,9 @@ def _measure(
     """Run the calibration tokens through the model, once or (centred) twice."""
     centring, device = provenance["centring"], trainer.strategy.root_device
     data.fill_calibration(tokens)
-    size = {"num_layers": data.lm.geometry.num_layers, "d_model": data.lm.geometry.d_model}
-    moments = LayerMoments(**size).to(device)
-    angles = AngularDistance(**size, centring=centring).to(device)
+    num_layers, d_model = data.lm.geometry.num_layers, data.lm.geometry.d_model
+    moments = LayerMoments(num_layers=num_layers, d_model=d_model).to(device)
+    angles = AngularDistance(num_layers=num_layers, centring=centring).to(device)
     passes: list[list[Any]] = [[moments], [angles]] if centring == "mean" else [[moments, angles]]
     total, watch = provenance["tokens"] * len(passes), Stopwatch()
     with watch, token_progress("measuring layers", total, trainer.is_global_zero) as advance:
@@ -190,7 +190,7 @@ def _measure(
         angles.compute().cpu().numpy(),
         rms_norms.cpu().numpy(),
         mean_norms.cpu().numpy(),
-        size["d_model"],
+        d_model,
         provenance,
         watch.seconds,
     )

@@ -41,7 +41,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("groups.theta=0.2 b(", "such as \"groups.theta='0.2 b('\"."),
         ("groups.theta=1.5", "theta"),
         ("groups.rule=compleet", "complete"),
-        ("groups.rule=[complete,even]", "There is no rule ['complete', 'even']"),
+        ("groups.rule=[complete,even]", "rule is ['complete', 'even']: use"),
     ],
 )
 def test_the_command_line_answers_with_one_sentence_and_status_2(
@@ -95,7 +95,7 @@ def test_a_folder_of_the_users_own_yaml_files_is_left_to_hydra() -> None:
         (["groups=explicit", "groups.groups=[[0,1],[1,2]]"], "1"),
         (["groups=explicit", "groups.groups=[[0],[2]]"], "1"),
         (["groups=all", "groups.rules=[]"], "groups.rules is"),
-        (["groups=all", "groups.rules=[even,compleet]"], "Did you mean 'complete'"),
+        (["groups=all", "groups.rules=[even,compleet]"], "rule is 'compleet': use complete"),
         (["groups=all", "groups.smaller=[1,3]"], "groups.smaller holds 3, but 3 layers"),
         (
             ["groups=all", "groups.smaller=[1]", "sae.expansion=0.2"],

@@ -156,7 +156,7 @@ def test_a_dense_sae_costs_the_papers_count():
 def test_the_distance_count_is_what_a_flop_counter_sees():
     from groupsae.grouping.angles import AngularDistance
 
-    metric = AngularDistance(num_layers=5, d_model=8, centring="none")
+    metric = AngularDistance(num_layers=5, centring="none")
     acts = torch.randn(5, 30, 8, generator=torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as counter:
         metric.update(acts)

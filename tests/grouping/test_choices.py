@@ -133,13 +133,22 @@ def test_equal_saes_have_equal_hashes_however_they_were_chosen() -> None:
     ("make", "sentence"),
     [
         (lambda: ByAmad(theta=1.2, rule="complete", last_layer="own"), "theta is 1.2"),
-        (lambda: ByAmad(theta=0.2, rule="complet", last_layer="own"), "Did you mean 'complete'"),
+        (
+            lambda: ByAmad(theta=0.2, rule="complet", last_layer="own"),
+            "rule is 'complet': use complete",
+        ),
         (lambda: ByCount(num_groups=0, rule="even", last_layer="own"), "num_groups is 0"),
-        (lambda: ByCount(num_groups=2, rule="Even", last_layer="own"), "Did you mean 'even'"),
+        (
+            lambda: ByCount(num_groups=2, rule="Even", last_layer="own"),
+            "rule is 'Even': use complete, minmax, even",
+        ),
         (lambda: Even(num_groups=-2, last_layer="own"), "num_groups is -2"),
         (lambda: PerLayer(last_layer="none"), "last_layer is 'none': use own"),
-        (lambda: Explicit(groups=[[0, 1], [1]], last_layer="own"), "Layer 1 is listed 2 times"),
-        (lambda: Explicit(groups=[[0, 2]], last_layer="own"), "skips layer 1"),
+        (
+            lambda: Explicit(groups=[[0, 1], [1]], last_layer="own"),
+            "layer 2 is expected, not layer 1",
+        ),
+        (lambda: Explicit(groups=[[0, 1], [3]], last_layer="own"), "layer 2 is expected, not"),
         (lambda: Published(theta=0.0, last_layer="own"), "theta is 0.0"),
     ],
 )
@@ -151,15 +160,23 @@ def test_bad_values_are_refused_at_construction(make: Any, sentence: str) -> Non
 @pytest.mark.parametrize(
     ("choice", "sentence"),
     [
-        (ByCount(num_groups=6, rule="even", last_layer="own"), "only 5 layers to group"),
-        (Even(num_groups=6, last_layer="skip"), "only 5 layers to group"),
-        (Even(num_groups=7, last_layer="group"), "only 6 layers to group"),
-        (Explicit(groups=[[0, 1], [3, 4]], last_layer="own"), "leave out layer 2"),
-        (Explicit(groups=[[0, 1, 2, 3, 4]], last_layer="group"), "leave out layer 5"),
+        (
+            ByCount(num_groups=6, rule="even", last_layer="own"),
+            "from 1 to 5, the number of layers to group",
+        ),
+        (Even(num_groups=6, last_layer="skip"), "from 1 to 5, the number of layers to group"),
+        (Even(num_groups=7, last_layer="group"), "from 1 to 6, the number of layers to group"),
+        (
+            Explicit(groups=[[0, 1, 2, 3, 4]], last_layer="group"),
+            "layer 5 is expected, not the end",
+        ),
         (Explicit(groups=[[0, 1, 2, 3, 4, 5]], last_layer="own"), "Use last_layer=group"),
         (Explicit(groups=[[0, 1, 2, 3, 4], [5]], last_layer="skip"), "name the last layer, 5"),
         (Explicit(groups=[list(range(9))], last_layer="own"), "name the last layer, 5"),
-        (Explicit(groups=[list(range(9))], last_layer="group"), "Layer 6 is in a group"),
+        (
+            Explicit(groups=[list(range(9))], last_layer="group"),
+            "the end is expected, not layer 6",
+        ),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused_before_any_work(

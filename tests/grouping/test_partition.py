@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from groupsae.grouping import amad, choose, partition
-from groupsae.grouping.partition import build_partition, sort_groups, validate_distances
+from groupsae.grouping.partition import build_partition, check_groups, validate_distances
 from groupsae.grouping.rules import check_num_groups, check_theta
 from groupsae.runtime.errors import UserError
 
@@ -28,16 +28,6 @@ def test_amad_of_one_group_is_the_largest_distance() -> None:
     assert amad(LINE, [[0, 1, 2, 3]]) == pytest.approx(0.6)
 
 
-def test_amad_refuses_a_layer_that_is_not_in_the_matrix() -> None:
-    with pytest.raises(UserError, match="Layer -1 is in a group, but there are 4 layers"):
-        amad(LINE, [[0, -1]])
-
-
-def test_amad_refuses_an_empty_group() -> None:
-    with pytest.raises(UserError, match="empty list: remove it"):
-        amad(LINE, [[0], []])
-
-
 def test_a_partition_tells_its_figures() -> None:
     made = build_partition(LINE, [[3], [0, 1, 2]], "explicit")
     assert made.groups == [[0, 1, 2], [3]]
@@ -52,15 +42,13 @@ def test_a_partition_tells_its_figures() -> None:
 @pytest.mark.parametrize(
     ("groups", "sentence"),
     [
-        ([[0, 1], [3]], r"leave out layer 2.*Add layer 2"),
-        ([[1, 2, 3]], "leave out layer 0"),
-        ([[0, 1]], "leave out layers 2, 3"),
-        (
-            [[0, 1], [1, 2, 3]],
-            r"Layer 1 is listed 2 times in .* \[\[0, 1\], \[1, 2, 3\]\]",
-        ),
-        ([[0, 2], [1], [3]], r"\[0, 2\] skips layer 1"),
-        ([[0, 1, 2, 3, 4]], "Layer 4 is in a group, but there are 4 layers"),
+        ([[0, 1], [3]], "layer 2 is expected, not layer 3"),
+        ([[1, 2, 3]], "layer 0 is expected, not layer 1"),
+        ([[0, 1]], "layer 2 is expected, not the end"),
+        ([[0, 1], [1, 2, 3]], "layer 2 is expected, not layer 1"),
+        ([[0, 2], [1], [3]], "layer 1 is expected, not layer 2"),
+        ([[0, 1, 2, -1, 3]], "layer 0 is expected, not layer -1"),
+        ([[0, 1, 2, 3, 4]], "the end is expected, not layer 4"),
     ],
 )
 def test_bad_groups_are_refused_with_a_sentence(groups: list[list[int]], sentence: str) -> None:
@@ -72,9 +60,7 @@ def test_bad_groups_are_refused_with_a_sentence(groups: list[list[int]], sentenc
     "groups",
     [
         [[0, 1, 2, 3], []],
-        [[0, 1, 2, -1]],
         [[0, 1, 2, 3.0]],
-        [[False, 1, 2, 3]],
         [],
         [0, 1, 2, 3],
         ["01"],
@@ -84,7 +70,7 @@ def test_bad_groups_are_refused_with_a_sentence(groups: list[list[int]], sentenc
 )
 def test_groups_that_are_no_lists_of_layers_are_refused(groups: object) -> None:
     with pytest.raises(UserError, match=re.escape(f"The groups are {groups!r}: write lists")):
-        sort_groups(groups)
+        check_groups(groups)
 
 
 def changed(row: int, column: int, value: float) -> np.ndarray:
@@ -133,24 +119,19 @@ def test_a_theta_that_is_no_fraction_is_refused(theta: object) -> None:
         check_theta(theta)
 
 
-@pytest.mark.parametrize("num_groups", [0, -1, 2.0, None, True])
+@pytest.mark.parametrize("num_groups", [0, -1, 2.0, None])
 def test_a_number_of_groups_that_is_no_count_is_refused(num_groups: object) -> None:
     with pytest.raises(UserError, match="use an integer from 1 up"):
         check_num_groups(num_groups)
 
 
 def test_more_groups_than_layers_are_refused() -> None:
-    with pytest.raises(UserError, match="num_groups is 5, but there are only 4 layers"):
+    with pytest.raises(UserError, match="num_groups is 5: use an integer from 1 to 4"):
         partition(LINE, 5)
 
 
-def test_an_unknown_rule_is_answered_with_the_nearest_name() -> None:
-    with pytest.raises(UserError, match=r"no rule 'min-max'.*Did you mean 'minmax'\?"):
-        partition(LINE, 3, rule="min-max")
-
-
-def test_a_rule_like_no_other_is_answered_with_all_names() -> None:
-    with pytest.raises(UserError, match="use one of complete, minmax, even, published"):
+def test_an_unknown_rule_is_answered_with_all_names() -> None:
+    with pytest.raises(UserError, match="rule is 'xyz': use complete, minmax, even, published"):
         partition(LINE, 3, rule="xyz")
 
 

@@ -75,14 +75,12 @@ class GroupLayers(L.Callback):
         if stage != "fit" or hasattr(pl_module, "plan"):
             return
         suite, data = pl_module, trainer.datamodule  # type: ignore[attr-defined]
-        num_layers = data.lm.geometry.num_layers
-        self.choice.check(num_layers)
+        self.choice.check(data.lm.geometry.num_layers)
         # one answer for all processes, before the first one writes the files
         if trainer.strategy.broadcast(self.groups_file.exists() and self.angles_file.exists()):
             self.read(data)
         else:
-            least = [1.0] * self.choice.least_saes(num_layers)
-            self.check_memory(trainer, suite, data, least)  # before the long measurement
+            self.check_memory(trainer, suite, data, [1.0])  # one SAE, before the long measurement
             self.measurement = measure(data, trainer, self.tokens, self.centring, self.cache)
             self.plan = self.choice.plan(self.measurement.distances)
         data.set_slots(self.plan.slots)
