@@ -65,14 +65,9 @@ def evaluation_flops(
     for each of two ablations and each SAE; each SAE's encoder and decoder. Not counted: the pass
     over calibration text for the means of mean ablation.
 
-    Args:
-        num_layers: L, blocks of the language model.
-        d_model: width of the residual stream.
-        context: tokens in a block.
-        vocab_size: V.
-        served: for each layer, FLOPs of encoding and decoding with each of its SAEs; a layer
-            without any is not ablated.
-        own_block: whether a layer's own block runs again too, because its input is replaced.
+    `served` has for each layer the FLOPs of encoding and decoding with each of its SAEs; a layer
+    without any is not ablated. `own_block`: a layer's own block runs again too, because its input
+    is replaced.
     """
     head = 2 * d_model * vocab_size
     total = activation_flops(num_layers, d_model, context) + head
@@ -87,27 +82,16 @@ def evaluation_flops(
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """The model, the text and the budget, which all ways to train SAEs on one stream share.
-
-    Attributes:
-        num_layers: L, blocks of the language model.
-        layers_run: blocks that the truncated forward needs.
-        d_model: width of the residual stream.
-        sae_flops: number of latents -> true FLOPs per token of training such an SAE.
-        context: tokens in a block.
-        tokens: training tokens, the same for every SAE.
-        calibration_tokens: tokens that the distances were measured on, in the cache or not.
-        calibration_passes: forwards of the model over them; centring takes two.
-    """
+    """The model, the text and the budget, which all ways to train SAEs on one stream share."""
 
     num_layers: int
-    layers_run: int
+    layers_run: int  # by the truncated forward
     d_model: int
-    sae_flops: Mapping[int, int]
+    sae_flops: Mapping[int, int]  # d_sae -> true FLOPs per token of training such an SAE
     context: int
-    tokens: int
-    calibration_tokens: int
-    calibration_passes: int
+    tokens: int  # the training budget, the same for every SAE
+    calibration_tokens: int  # that the distances were measured on, in the cache or not
+    calibration_passes: int  # forwards of the model over them; centring takes two
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> "Workload":
@@ -148,33 +132,19 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class RunCost:
-    """FLOPs of one run, and of training one SAE per layer on as many tokens.
+    """FLOPs of one run, and of training one SAE per layer on as many tokens."""
 
-    Attributes:
-        paper_activations: A of the paper, per token.
-        paper_sae: T of the paper, per token.
-        paper_saving: in the paper's count: L SAEs against G without the last layer's.
-        paper_saving_both_sides: the same with every SAE counted on both sides.
-        activations: true FLOPs per token of the truncated forward.
-        sae: true FLOPs per token of one SAE.
-        calibration: true FLOPs of the forward over the calibration text.
-        distances: true FLOPs of the angular distances; 0 where the groups need none.
-        total: true FLOPs of the run.
-        total_per_layer: the same with one SAE per layer, which needs no distances.
-        saving: 1 - total / total_per_layer, the last layer alike on both sides.
-    """
-
-    paper_activations: int
-    paper_sae: int
-    paper_saving: float
-    paper_saving_both_sides: float
-    activations: int
-    sae: int
-    calibration: int
-    distances: int
+    paper_activations: int  # A of the paper, per token
+    paper_sae: int  # T of the paper, per token
+    paper_saving: float  # L SAEs against G without the last layer's
+    paper_saving_both_sides: float  # the same with every SAE counted on both sides
+    activations: int  # of the truncated forward, per token
+    sae: int  # per token
+    calibration: int  # of the forward over the calibration text
+    distances: int  # 0 where the groups need none
     total: int
-    total_per_layer: int
-    saving: float
+    total_per_layer: int  # with one SAE per layer, which needs no distances
+    saving: float  # 1 - total / total_per_layer
 
 
 def run_cost(
@@ -182,12 +152,7 @@ def run_cost(
 ) -> RunCost:
     """Return the cost of serving the layers with groups, against one SAE for each of them.
 
-    Args:
-        work: what both sides share.
-        num_groups: G, groups of the partition, without an SAE of the last layer's own.
-        num_saes: SAEs trained.
-        d_sae: latents of each.
-        distances: whether the groups were made from the distances.
+    `num_groups` is G, without the last layer's own SAE; `num_saes` counts it.
     """
     paper_a = activation_flops(work.num_layers, work.d_model, work.context)
     paper_t = sae_flops(work.d_model, d_sae)

@@ -141,12 +141,8 @@ class ActivationDataModule(L.LightningDataModule):
     def keep_in(self, folder: str, dtype: str, say: Callable[[str], object]) -> None:
         """Read activations from a store in this folder, and write there what is missing.
 
-        Then the language model is loaded only when something is missing.
-
-        Args:
-            folder: of all stores (data.cache); each content has a folder of its own there.
-            dtype: of what is stored (data.cache_dtype): bfloat16, float16 or float32.
-            say: prints a sentence, in one process of several.
+        Then the language model is loaded only when something is missing. Each content has a folder
+        of its own in `folder`; `say` prints a sentence, in one process of several.
 
         Raises:
             UserError: activations cannot be stored like that.
@@ -350,12 +346,7 @@ class ActivationDataModule(L.LightningDataModule):
         return sorted({layer for slot in self.slots for layer in slot})
 
     def exchange(self, training: Exchange, validation: Exchange) -> None:
-        """Send rows to the processes that need them, in training and in validation.
-
-        Args:
-            training: of the slots.
-            validation: of layers.
-        """
+        """Send rows to the processes that need them, in training and in validation."""
         self.exchanges = training, validation
         self.travelling = self.reader.travelling()
 
@@ -430,10 +421,7 @@ class ActivationDataModule(L.LightningDataModule):
     ) -> ActivationBatch:
         """Return one row per slot and token, by the language model.
 
-        Args:
-            tokens: on the host; those on the device come back to the host first.
-            slots: sets of layers.
-            first_position: of the first token, in the run.
+        `first_position` is the place of the first token in the run; it decides the draws.
         """
         drawn = self.drawn(tokens.cpu(), Exchange([slots]), first_position)
         return self.live.rows(drawn.to(self.device))
@@ -493,9 +481,6 @@ class ActivationDataModule(L.LightningDataModule):
 class LiveReader:
     """Runs the language model on the batches of tokens. `StoredReader` has the same methods.
 
-    Args:
-        data: knows tokens, draws, filters and the language model.
-
     Attributes:
         stored_dtype: of what is on disk; None without a store.
         fill_seconds: seconds spent on filling the store.
@@ -524,13 +509,7 @@ class LiveReader:
         return data.draw_parts(batch, data.exchanges[1])
 
     def read(self, split: Split, blocks: list[int], drawn: DrawnTokens) -> DrawnTokens:
-        """Return drawn tokens with their rows, where those are stored.
-
-        Args:
-            split: that the tokens are of.
-            blocks: their numbers.
-            drawn: the tokens.
-        """
+        """Return drawn tokens with their rows, where those are stored."""
         return drawn
 
     def parts(self, split: Split, blocks: list[int], exchange: Exchange) -> Iterable[DrawnTokens]:
@@ -582,12 +561,6 @@ class StoredReader:
     """Reads activations from a store that it fills first. `LiveReader` has the same methods.
 
     The language model is loaded only when something is missing in the store.
-
-    Args:
-        data: knows tokens, draws, filters and the language model.
-        folder: of all stores.
-        dtype: of what is stored.
-        say: prints a sentence, in one process of several.
 
     Raises:
         UserError: activations cannot be stored like that.

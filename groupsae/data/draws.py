@@ -40,11 +40,6 @@ def draw_layers(
     A counter-based generator (SplitMix64 of the position) instead of a stateful one: the draw
     of a token depends on nothing but (seed, group, global position), so it is the same on one
     process or many, after a resume, and whichever other groups are trained.
-
-    Args:
-        positions: global indices of the tokens in the run, int64.
-        layers: the group.
-        seed: of the run.
     """
     if len(layers) == 1:
         return torch.full_like(positions, layers[0])
@@ -57,17 +52,11 @@ def draw_layers(
 
 
 class Labels(NamedTuple):
-    """What is known about rows before their activations are.
-
-    Attributes:
-        layers: the layer of each row.
-        counted: tokens that count whatever their activations; None if all do.
-        kept: the places of those tokens; None if all count.
-    """
+    """What is known about rows before their activations are."""
 
     layers: Int[Tensor, "slot token"]
-    counted: Bool[Tensor, "token"] | None
-    kept: Int[Tensor, "row"] | None
+    counted: Bool[Tensor, "token"] | None  # whatever their activations; None if all count
+    kept: Int[Tensor, "row"] | None  # places of those tokens
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Labels":
         """Return them with each tensor changed."""
@@ -158,7 +147,7 @@ def draw(
         exchange: who needs which slots; a slot of several layers draws one for each token.
         counted: returns which tokens of some blocks count, None if all do.
         seed: of the draws.
-        first_position: global index in the run of the first token; decides the draws.
+        first_position: global index in the run of the first token.
         blocks_per_forward: blocks in one forward of the language model.
         part: blocks of each share. Where it is not the complete share, each slot must be one
             layer: then positions decide nothing.

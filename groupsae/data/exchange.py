@@ -73,10 +73,8 @@ class Exchange:
     def collect(self, parts: Iterable[Rows]) -> Rows:
         """Send each part of this process's rows as soon as it is made; return what comes in.
 
-        All processes call it for equal parts, in the same order.
-
-        Args:
-            parts: rows of `sent`. Where rows stay there is exactly one part.
+        All processes call it for equal parts of rows of `sent`, in the same order. Where rows stay
+        there is exactly one part.
 
         Returns:
             Rows of `own` for the tokens of all processes, activations as float32.
@@ -117,10 +115,9 @@ class Exchange:
         return joined.flatten(1, 2)
 
     def bytes_per_token(self, width: int) -> tuple[list[int], list[int]]:
-        """Return what each process sends to and gets from others, per token of its share.
+        """Return the bytes that each process sends and receives, per token of its share.
 
-        Args:
-            width: bytes of a row.
+        A row has `width` bytes.
         """
         every = len(self.sent)
         sent = [width * (every - len(slots)) for slots in self.wanted]

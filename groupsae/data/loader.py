@@ -38,16 +38,8 @@ class StepSampler(Sampler[list[int]]):
     """The blocks of every step that fall to one rank.
 
     Its length is the complete run, while iteration starts at `first_step`: that is what Lightning
-    expects of a resumed loader.
-
-    Args:
-        num_blocks: blocks in the split.
-        blocks_per_step: blocks in a step over all ranks.
-        num_steps: steps of the complete run.
-        seed: of the shuffle; None keeps the order of the file.
-        first_step: where to begin.
-        rank: this process.
-        world_size: number of processes; each takes an equal, contiguous share of every step.
+    expects of a resumed loader. Without a seed blocks come in the order of the file. Each process
+    takes an equal, contiguous share of every step.
 
     Raises:
         UserError: a step cannot be shared out equally, or there is no block.
@@ -100,13 +92,6 @@ class BlockLoader(DataLoader[Tensor]):
     process of a group or job; a worker that ended then would crash the run, which still needs it
     to stop in order. Only SIGTERM from the run itself ends a worker: torch and Python end
     abandoned workers like that.
-
-    Args:
-        blocks: of one split, memory-mapped.
-        sampler: which of them, in which order.
-        num_workers: forked processes that read; they only copy blocks.
-        pin_memory: bring batches into page-locked memory, from which a GPU fetches them
-            asynchronously.
     """
 
     def __init__(

@@ -307,12 +307,6 @@ class BlockWriter:
     At every flush the files are brought to disk first, then a note of how much of them counts;
     a writer that opens the folder later continues there and overwrites what lies behind. Tokens
     that do not fill a block wait in the note.
-
-    Args:
-        folder: is made if missing.
-        context: tokens in a block, BOS included.
-        bos: token that starts every block, or None.
-        vocab_size: every token id must be below.
     """
 
     def __init__(self, folder: Path, context: int, bos: int | None, vocab_size: int) -> None:

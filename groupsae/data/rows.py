@@ -46,13 +46,8 @@ def rows_by_forward(
 ) -> Iterator[Rows]:
     """Yield the rows that were drawn, one forward of the model after the other.
 
-    The host queues all of it and waits for nothing.
-
-    Args:
-        show: shows activations.
-        filters: which rows count by their norm.
-        drawn: tokens and draws, on the device of what is shown.
-        buffer: for some tokens, a place for their rows.
+    The host queues all of it and waits for nothing. `buffer` gives for some tokens a place for
+    their rows.
     """
     tokens, keep = drawn.tokens, None
     if filters.max_norm_ratio is not None:

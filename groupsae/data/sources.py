@@ -45,13 +45,9 @@ def files_fingerprint(files: list[tuple[str, Path]]) -> str:
 
 
 def pick_column(columns: Sequence[str], wanted: str | None, where: str, key: str) -> str:
-    """Return the column of a table to read.
+    """Return the column of a table to read; `wanted` None takes the first of `USUAL_COLUMNS`.
 
-    Args:
-        columns: the columns of the table.
-        wanted: the column asked for; None takes the first of `USUAL_COLUMNS`.
-        where: the file or data set, for the message.
-        key: the configuration key that chooses the column, for the message.
+    The message names `where`, the file or data set, and `key`, which chooses the column.
 
     Raises:
         UserError: the wanted column is missing, or none has a usual name.

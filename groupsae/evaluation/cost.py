@@ -22,11 +22,6 @@ def relative_costs(
     Every way to train is charged the seconds of measuring the layers, whose norm factors all
     need; the FLOPs of the distances only if it needs the distances.
 
-    Args:
-        ledger: of that run.
-        groupings: the ways to serve all layers.
-        saes: name -> that SAE alone.
-
     Raises:
         UserError: the ledger was written by another version.
     """
@@ -66,12 +61,7 @@ def planned_flops(
 ) -> int:
     """Return the FLOPs per token of the evaluation.
 
-    Args:
-        geometry: of the language model.
-        context: tokens in a block.
-        saes: name -> that SAE alone.
-        together: groupings with all layers spliced at once, one more full forward each.
-        lm: that is evaluated; without next-token predictions nothing is spliced.
+    Each grouping of `together` takes one more full forward, with all its layers spliced.
     """
     cost = {name: suite.saes[name].inference_flops() for name, suite in saes.items()}
     served = [

@@ -25,16 +25,12 @@ class CleanPredictions:
     """The unchanged model's predictions of a batch, to compare other logits with.
 
     Position t predicts the token at t + 1 of the same block; the last position of a block
-    predicts nothing. A position left out by `keep` counts in no sum.
+    predicts nothing. A position left out by `keep` counts in no sum. The logits are kept, not
+    copied: do not write into them.
 
     Attributes:
         ce: Float64[block] on the CPU, sum of the next-token cross-entropies in nats.
         predictions: Int64[block] on the CPU, how many were summed.
-
-    Args:
-        logits: of the unchanged model; kept, not copied: do not write into them.
-        tokens: that were read.
-        keep: positions to count, or None for all.
     """
 
     def __init__(
@@ -110,13 +106,8 @@ def effect_metrics(
     | `kl` | mean KL(clean model, model with the activations replaced), nats per token |
     | `kl_score` | (kl_zero - kl) / kl_zero (SAELens, SAEBench) |
 
-    Args:
-        clean: cross-entropy of the unchanged model, a mean over all predictions as all others.
-        ce: with the activations replaced by their reconstruction.
-        kl: KL divergence for the same.
-        zero: cross-entropy with the activations replaced by zeros.
-        mean: with the activations replaced by the layer's mean.
-        kl_zero: KL divergence for zeros.
+    All arguments are means over all predictions; `clean` is of the unchanged model, `zero`, `mean`
+    and `kl_zero` are of the layer ablated by zeros or by its mean.
     """
     return {
         "ce": ce,

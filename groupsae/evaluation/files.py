@@ -30,14 +30,7 @@ def begin_evaluation(folder: Path) -> None:
 def save_evaluation(
     folder: Path, head: Mapping[str, Any], figures: Mapping[str, Any], results: Results
 ) -> dict[str, Any]:
-    """Write `evaluation.json`, the tables and the sums; return the content of the json.
-
-    Args:
-        folder: `<run>/evaluation`.
-        head: where the figures come from.
-        figures: of `Results.to_json`.
-        results: the sums behind them.
-    """
+    """Write `evaluation.json`, the tables and the sums; return the content of the json."""
     for name, suite in results.sums.saes.items():
         with atomic_write(folder / "latents" / f"{name}.npz") as handle:
             np.savez_compressed(

@@ -46,11 +46,7 @@ class HeldoutSums:
             `kl`, over the same predictions.
         tokens: that counted, however extreme on some layer.
 
-    Args:
-        saes: name -> that SAE alone.
-        groupings: the ways to serve all layers with them.
-        together: also splice all layers of each grouping at once.
-        similarity_tokens: tokens on which firings are compared with those of per-layer SAEs.
+    `saes` are by name, each alone; `together` also splices all layers of each grouping at once.
     """
 
     def __init__(
@@ -96,12 +92,6 @@ class HeldoutSums:
         Positions that the filters leave out keep their own activation when spliced, and their
         predictions do not count, except for positions left out for their norm on one layer:
         every layer is judged on the same predictions.
-
-        Args:
-            tokens: of the sequences.
-            splicer: of the model, with its head if it has one.
-            means: mean activation of each layer, for mean ablation.
-            filters: positions that count.
         """
         logits, acts = splicer.clean(tokens, self.layers)
         read = splicer.lm.read(tokens)
@@ -160,13 +150,8 @@ def run_heldout(
 ) -> int:
     """Add all parts to the sums; return the FLOPs, those of the first part scaled up.
 
-    Args:
-        sums: to add to.
-        parts: held-out tokens, one forward each, all but the last equally many.
-        lm: the language model, with its head if it has one.
-        means: mean activation of each layer.
-        filters: positions that count.
-        advance: called with the tokens of each part that is done.
+    A part is one forward of held-out tokens; `advance` gets the number of its tokens. `means` are
+    the mean activations of each layer, for mean ablation.
     """
     splicer = Splicer(lm)
     flops = per_token = 0.0

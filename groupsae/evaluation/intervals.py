@@ -23,12 +23,6 @@ class Bootstrap:
         weights: float64 [resample, sequence].
         documents: D, number of documents.
         owner: the document of each sequence, from 0 to D - 1.
-
-    Args:
-        documents: for each sequence the number of its document.
-        resamples: B, number of resamples.
-        level: of the intervals, e.g. 0.95.
-        seed: of the draws.
     """
 
     weights: Float64[np.ndarray, "resample sequence"]
@@ -48,11 +42,7 @@ class Bootstrap:
         """Return the percentile interval: low and high are quantiles of the samples.
 
         They are None for a single document, which says nothing about spread, and if a resample
-        has no value (a ratio with a denominator of zero).
-
-        Args:
-            value: the metric on all sequences.
-            samples: the metric on each resample.
+        has no value (a ratio with a denominator of zero). `value` is the metric on all sequences.
         """
         if value is None or not np.isfinite(value):
             return {"value": None, "low": None, "high": None}
@@ -65,9 +55,7 @@ class Bootstrap:
     def fvu(self, layer: LayerSums, sums: ReconstructionSums) -> Float64[np.ndarray, " resample"]:
         """Return the FVU on each resample, around the resample's own mean: exact, no shortcut.
 
-        Args:
-            layer: sums of the layer, complete: it must not be updated afterwards.
-            sums: sums of an SAE on that layer.
+        The sums of the layer must be complete: they are not to be updated afterwards.
 
         Raises:
             ValueError: not as many sequences as the bootstrap was made for.

@@ -15,10 +15,6 @@ SPECIFIC = 0.9  # a latent with a larger share of its firings in one layer belon
 def density_histogram(fired: Int64[np.ndarray, " d_sae"], tokens: int) -> dict[str, Any]:
     """Return the histogram of log10(fired / tokens), four bins a decade, from 1 / tokens to 1.
 
-    Args:
-        fired: tokens on which each latent was above zero.
-        tokens: number of tokens.
-
     Returns:
         `edges` of the bins, one more than `counts` (the last bin has both its edges), and how
         many latents `never` fired, which no bin holds.
@@ -91,12 +87,8 @@ def layer_profile(
     """Return which share of its firings each latent has on each layer.
 
     share of layer l = (fired_l / tokens_l) / sum over layers of (fired / tokens): rates, so that
-    layers with more tokens do not count for more.
-
-    Args:
-        fired: tokens of each layer on which each latent was above zero.
-        tokens: tokens of each layer.
-        layers: of the group, ascending.
+    layers with more tokens do not count for more. `fired` are tokens on which a latent was above
+    zero.
 
     Raises:
         ValueError: a layer without tokens.

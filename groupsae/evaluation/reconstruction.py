@@ -59,9 +59,6 @@ class LayerSums(SequenceSums):
     first batch: a variance does not depend on it, and large constant dimensions then do not
     swallow the digits of the others. For weights w of the sequences, the variance is
     w @ sum_squares - |w @ sum_x|^2 / (w @ count).
-
-    Args:
-        d_model: width of the activations.
     """
 
     def __init__(self, d_model: int) -> None:
@@ -109,14 +106,10 @@ class LayerSums(SequenceSums):
 
 
 class ReconstructionSums(SequenceSums):
-    """Sums over one SAE's reconstructions of one layer: those in `RATIOS`.
+    """Sums over one SAE's reconstructions of one layer, in its units: those in `RATIOS`.
 
     Attributes:
         fired: tokens on which each latent was above zero.
-
-    Args:
-        d_model: width of the activations.
-        d_sae: number of latents.
     """
 
     fired: Int64[np.ndarray, " d_sae"]
@@ -135,14 +128,7 @@ class ReconstructionSums(SequenceSums):
         latents: SparseLatents,
         keep: Bool[Tensor, "block pos"] | None,
     ) -> None:
-        """Add blocks of activations; positions where keep is False are left out.
-
-        Args:
-            x: activations.
-            x_hat: their reconstructions, in the units of x.
-            latents: of the same tokens, [block * pos, k].
-            keep: None for all.
-        """
+        """Add blocks of activations; positions where keep is False are left out."""
         x, x_hat = x.float(), x_hat.float()
         error = x - x_hat
         squared_error = error.square().sum(-1)
@@ -205,10 +191,6 @@ def layer_metrics(layer: LayerSums, sums: ReconstructionSums) -> dict[str, float
     - l0 = mean over tokens of the number of latents above zero.
     - dead = share of latents that were never above zero here, dense = share of latents above
       zero on more than a tenth of the tokens.
-
-    Args:
-        layer: sums of the layer.
-        sums: sums of the SAE on that layer, over the same tokens.
 
     Raises:
         ValueError: the two did not see the same number of tokens in each sequence.

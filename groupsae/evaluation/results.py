@@ -29,10 +29,6 @@ class Results:
 
     Attributes:
         estimates: of each SAE on each of its layers, by metric.
-
-    Args:
-        sums: of the complete pass.
-        bootstrap: resamples of its sequences.
     """
 
     def __init__(self, sums: HeldoutSums, bootstrap: Bootstrap) -> None:
@@ -56,11 +52,7 @@ class Results:
         }
 
     def to_json(self, costs: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:
-        """Return everything as plain values.
-
-        Args:
-            costs: grouping -> its cost relative to one SAE per layer.
-        """
+        """Return everything as plain values; `costs` is grouping -> relative costs."""
         baseline = next((g for g in self.sums.groupings if g.kind == "per_layer"), None)
         return {
             "ce": self._interval(self.clean),

@@ -22,10 +22,6 @@ def mmcs(
 
     Its mean is the mean max cosine similarity (MMCS, Sharkey et al. 2022; paper, section 4.3),
     which is directional: from the baseline to the other. A latent of norm zero has cosine 0.
-
-    Args:
-        baseline: decoder, one latent a row.
-        other: decoder of the other SAE.
     """
     baseline, other = (F.normalize(w.float(), dim=1) for w in (baseline, other))
     rows = max(1, CHUNK // len(other))
@@ -36,9 +32,6 @@ class Firings:
     """Which latents of an SAE fire on which tokens; firing means above zero.
 
     Takes 2 bytes a firing up to 65,536 latents and 4 above: 100,000 tokens at k = 128 take 26 MB.
-
-    Args:
-        d_sae: latents of the SAE.
     """
 
     def __init__(self, d_sae: int) -> None:
@@ -71,10 +64,6 @@ def max_jaccard(baseline: Firings, other: Firings) -> Float64[np.ndarray, " n1"]
     Of latents i and j it is |tokens where both fire| / |tokens where at least one fires|. Firing
     means above zero, which the reference code does not check. The complete table of pairs is
     never in memory.
-
-    Args:
-        baseline: firings of the baseline SAE.
-        other: of the other SAE, on the same tokens.
 
     Raises:
         ValueError: the two are not as many tokens.

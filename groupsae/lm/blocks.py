@@ -9,12 +9,8 @@ def find_blocks(model: nn.Module, num_layers: int, path: str | None = None) -> n
     """Return the transformer blocks: the one ModuleList whose length is the model's depth.
 
     Lists inside another such list (experts of a block) do not count. If a model has several (a
-    text and a vision tower of equal depth), the one in its decoder counts.
-
-    Args:
-        model: any Hugging Face model, or one of its stacks.
-        num_layers: the config's number of hidden layers.
-        path: of the list, such as `model.layers` or its last part; None searches for it.
+    text and a vision tower of equal depth), the one in its decoder counts. `path` names the list,
+    such as `model.layers` or its last part.
 
     Raises:
         UserError: no list or several lists of that length exist; lists what was found.

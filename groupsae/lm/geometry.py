@@ -18,18 +18,11 @@ STACKS = ("encoder", "decoder")
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of a language model, or of one of its two stacks.
-
-    Attributes:
-        num_layers: number of blocks.
-        d_model: width of the residual stream.
-        context: most tokens that the model reads at once.
-        vocab_size: token ids are below it.
-    """
+    """Sizes of a language model, or of one of its two stacks."""
 
     num_layers: int
     d_model: int
-    context: int
+    context: int  # most tokens that the model reads at once
     vocab_size: int
 
 
@@ -53,11 +46,6 @@ def stacks_of(config: PreTrainedConfig) -> tuple[str, ...]:
 
 def choose_stack(config: PreTrainedConfig, stack: str | None, name: str) -> str:
     """Return the stack to read.
-
-    Args:
-        config: of the model.
-        stack: the option model.stack; None takes the only one.
-        name: of the model.
 
     Raises:
         UserError: the model has two stacks and none is named, or it lacks the named one.

@@ -97,11 +97,7 @@ class HookedLM:
         it returns replaces them. (The last entry of Hugging Face's `hidden_states` is *after* the
         final norm, so hooks are the only way to the last layer.) Hooks are always removed.
 
-        Args:
-            inputs: from `inputs`.
-            layers: indices of blocks.
-            visit: called in the order of the layers.
-            stop: end the forward pass after the last of `layers`; then None is returned.
+        With `stop` the forward pass ends after the last of `layers`; then None is returned.
 
         Raises:
             UserError: a hookpoint's output is not [block, pos, d_model].

@@ -66,15 +66,10 @@ NORMS_AFTER = (
 
 @dataclass(frozen=True)
 class Site:
-    """A module of one block whose output, or input, is the hookpoint.
-
-    Attributes:
-        module: the module.
-        before: read its input, not its output.
-    """
+    """A module of one block whose output, or input, is the hookpoint."""
 
     module: nn.Module
-    before: bool
+    before: bool  # read its input, not its output
 
     def watch(self, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         """Pass the activations of every forward to `see`; what it returns replaces them.
@@ -113,12 +108,6 @@ def check_hookpoint(hookpoint: str) -> None:
 
 def find_sites(blocks: Iterable[nn.Module], hookpoint: str, submodule: str | None) -> list[Site]:
     """Return the hookpoint's module of each block.
-
-    Args:
-        blocks: of the model.
-        hookpoint: one of `HOOKPOINTS`.
-        submodule: path within a block of the module whose output is attn_out or mlp_out; None
-            searches for it under the names that transformers uses.
 
     Raises:
         UserError: a block has no such module; lists those that it has.

@@ -45,17 +45,10 @@ UNITS = {"fvu": "FVU (share of variance lost)", "delta_ce": "ΔCE (nats per toke
 
 @dataclass(frozen=True)
 class Captioned:
-    """A figure of the page.
+    """A figure of the page."""
 
-    Attributes:
-        name: of its PNG, without the ending.
-        section: of the page: groups, quality, layers, latents, training or runs.
-        figure: the figure.
-        caption: what one sees.
-    """
-
-    name: str
-    section: str
+    name: str  # of its PNG, without the ending
+    section: str  # of the page: groups, quality, layers, latents, training or runs
     figure: Figure
     caption: str
 
@@ -127,12 +120,7 @@ def _group_figures(run: RunFiles) -> Iterator[Captioned]:
 
 
 def distance_heatmap(distances: np.ndarray, groups: Sequence[Sequence[int]]) -> Figure:
-    """Return the angular distances of all layer pairs with the groups outlined.
-
-    Args:
-        distances: fractions of pi, [L, L].
-        groups: contiguous groups of layers.
-    """
+    """Return the angular distances of all layer pairs with the groups outlined."""
     layers = len(distances)
     figure, axes = new_axes(5.6, 4.8)
     axes.spines[:].set_visible(True)
@@ -161,12 +149,7 @@ def distance_heatmap(distances: np.ndarray, groups: Sequence[Sequence[int]]) -> 
 
 
 def linkage_tree(distances: Distances, groups: Sequence[Sequence[int]]) -> Figure:
-    """Return the dendrogram of complete linkage, its leaves in the colours of the groups.
-
-    Args:
-        distances: fractions of pi, [n, n], of at least two layers.
-        groups: groups of these layers; they need not come from this linkage.
-    """
+    """Return the dendrogram of complete linkage, its leaves in the colours of the groups."""
     layers = len(distances)
     figure, axes = new_axes(max(5.6, min(12.0, 1.6 + 0.3 * layers)))
     tree = linkage(squareform(distances, checks=False), method="complete")
@@ -195,13 +178,7 @@ def linkage_tree(distances: Distances, groups: Sequence[Sequence[int]]) -> Figur
 
 
 def amad_curve(curve: Sequence[Partition], chosen: Partition, theta: float | None) -> Figure:
-    """Return AMAD and the largest diameter against the number of groups.
-
-    Args:
-        curve: the rule's partition for every G from 1.
-        chosen: the partition of this run.
-        theta: the threshold that chose it, if one did.
-    """
+    """Return AMAD and the largest diameter of the rule's partitions, for every G from 1."""
     figure, axes = new_axes(5.6, 4.0)
     counts = [p.num_groups for p in curve]
     for values, look, colour, width, label in (
@@ -333,9 +310,8 @@ def quality(run: RunFiles, metric: str, kind: str) -> Figure:
         axes.axhline(level, color=PER_LAYER, lw=1, ls="--", label="one SAE per layer")
     x, y, low, high = points(frame[frame["kind"] == "smaller"], where, column)
     if len(x):
-        look: dict[str, Any] = {"fmt": "D", "ms": 6, "color": SMALLER, "ecolor": SMALLER}
-        look |= {"mec": "black", "mew": 0.7, "capsize": 3, "label": "smaller SAEs"}
-        axes.errorbar(x, y, bars(y, low, high), **look)
+        look = {"ms": 6, "color": SMALLER, "mec": "black", "mew": 0.7, "label": "smaller SAEs"}
+        axes.errorbar(x, y, bars(y, low, high), fmt="D", ecolor=SMALLER, capsize=3, **look)
     chosen = "AMAD's choice" if run.groupings[0]["chosen_by"] else "this run"
     for x, y, *_ in zip(*points(frame[:1], where, column), strict=True):
         _ring(axes, x, y, chosen)
@@ -575,10 +551,7 @@ def training_curves(
 ) -> Figure:
     """Return held-out FVU per group and dead latents per group against tokens.
 
-    Args:
-        rows: (step, metric, value) of `metrics.csv`.
-        tokens_per_step: turns steps into tokens.
-        num_steps: of the run; the evaluation after the last step is logged one step later.
+    `rows` are those of `metrics.csv`; the evaluation after the last step is logged one step later.
     """
     figure = Figure(figsize=(9.0, 4.2), layout="constrained", dpi=150)
     left, right = figure.subplots(1, 2)

@@ -33,31 +33,17 @@ def value_of(stored: Any) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFiles:
-    """One run folder; what a run does not have yet is empty.
-
-    Args:
-        folder: where it is.
-        config: `.hydra/config.yaml`, with its interpolations unresolved.
-        config_text: the same file as text.
-        overrides: the arguments of the command that started the run.
-        plan: of `groups.json`.
-        measured: provenance of the distances.
-        distances: fractions of pi, [L, L]; None if `angles.npz` is missing.
-        metrics: (step, metric, value) of `metrics.csv`.
-        summary: `summary.json`; empty while the run is unfinished.
-        evaluation: `evaluation/evaluation.json`; empty before the run was evaluated.
-        ledger: `ledger.json`.
-    """
+    """One run folder; what a run does not have yet is empty."""
 
     folder: Path = Path()
-    config: Values = field(default_factory=dict)
+    config: Values = field(default_factory=dict)  # its interpolations are unresolved
     config_text: str = ""
-    overrides: Sequence[str] = ()
-    plan: Values = field(default_factory=dict)
-    measured: Values = field(default_factory=dict)
-    distances: Distances | None = None
-    metrics: Sequence[tuple[int, str, float]] = ()
-    summary: Values = field(default_factory=dict)
+    overrides: Sequence[str] = ()  # arguments of the command that started the run
+    plan: Values = field(default_factory=dict)  # of `groups.json`
+    measured: Values = field(default_factory=dict)  # provenance of the distances
+    distances: Distances | None = None  # fractions of pi, [L, L]
+    metrics: Sequence[tuple[int, str, float]] = ()  # step, metric, value
+    summary: Values = field(default_factory=dict)  # empty while the run is unfinished
     evaluation: Values = field(default_factory=dict)
     ledger: Values = field(default_factory=dict)
 

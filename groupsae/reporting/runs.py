@@ -29,14 +29,9 @@ LONG = 40  # characters of a legend's label that leave no room for a second colu
 
 @dataclass(frozen=True)
 class Family:
-    """Runs that differ in their seed only.
+    """Runs that differ in their seed only."""
 
-    Attributes:
-        label: short and unique among those compared.
-        runs: in the order given.
-    """
-
-    label: str
+    label: str  # short and unique among those compared
     runs: list[RunFiles]
 
     @cached_property

@@ -98,19 +98,12 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
+    """A table."""
 
-    Attributes:
-        name: of its csv file, without the ending.
-        caption: what it holds.
-        frame: plain values.
-        marked: indices of the rows that are set off.
-    """
-
-    name: str
+    name: str  # of its csv file, without the ending
     caption: str
     frame: pd.DataFrame
-    marked: Sequence[int] = ()
+    marked: Sequence[int] = ()  # rows that are set off
 
     @property
     def columns(self) -> list[str]:
@@ -181,9 +174,7 @@ def plain(values: Values, *metrics: str) -> dict[str, float | None]:
 def groups_table(run: RunFiles, *, others: bool = False) -> Table | None:
     """Return the SAEs with their layers and largest angles, and the figures of their training.
 
-    Args:
-        run: may have a plan only, or a summary only.
-        others: also those that are not of the chosen grouping.
+    `others`: also the SAEs that are not of the chosen grouping.
     """
     trained, plan = run.summary.get("groups", {}), run.plan
     names = [*(run.saes or run.summary.get("chosen", ())), *(trained if others else ())]

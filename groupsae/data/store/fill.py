@@ -31,35 +31,22 @@ Model = Callable[[Split, Sequence[int]], Show]
 
 @dataclass(frozen=True)
 class Filler:
-    """Fills a store; several processes, of one run or of several, share the work by chunks.
-
-    Attributes:
-        store: to be filled.
-        model: gives for some blocks of a split a way to show their activations; the language
-            model is loaded when it is first called.
-        share: blocks of a step that one process reads. Forwards are split as training splits them,
-            so that stored activations are bit for bit those of streaming.
-        blocks_per_forward: bounds the model's memory.
-        rank: of this process among those of its run: each begins elsewhere.
-        processes: of the run.
-        say: prints a sentence, in one process of several.
-    """
+    """Fills a store; several processes, of one run or of several, share the work by chunks."""
 
     store: ActivationStore
-    model: Model
+    model: Model  # the language model is loaded when it is first called
+    # Blocks of a step that one process reads. Forwards are split as training splits them, so that
+    # stored activations are bit for bit those of streaming.
     share: int
     blocks_per_forward: int
-    rank: int
+    rank: int  # among the processes of its run: each begins elsewhere
     processes: int
-    say: Callable[[str], object]
+    say: Callable[[str], object]  # prints a sentence, in one process of several
 
     def fill(self, gaps: list[Gap], later: int) -> None:
         """Write what is missing; return when all of it is stored, by whichever process.
 
-        Args:
-            gaps: of `ActivationStore.gaps`.
-            later: bytes that will be asked for afterwards, at least: the disk must have room for
-                them as well.
+        `later` bytes are needed afterwards, at least: the disk must have room for them as well.
 
         Raises:
             UserError: the disk is too small or cannot be written; complete files stay.

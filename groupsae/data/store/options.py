@@ -8,12 +8,7 @@ DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # torch's nam
 
 
 def check_store(folder: object, dtype: object) -> None:
-    """Raise UserError if activations cannot be stored like that.
-
-    Args:
-        folder: data.cache; None for no store.
-        dtype: data.cache_dtype; does not matter without a store.
-    """
+    """Raise UserError if activations cannot be stored like that."""
     if folder is None:
         return
     if not isinstance(folder, str) or not folder:

@@ -40,15 +40,8 @@ class StoredLoader(Iterable[Any]):
 class RowReader:
     """Reads the rows that tokens drew; of each layer complete blocks, each once.
 
-    Not to be used by two threads at once: it reads into one buffer.
-
-    Args:
-        store: that they are in.
-        split: of the packed corpus.
-        filters: which rows count by their norm.
-        blocks_per_forward: so many blocks of one layer are in memory.
-        threads: that read at once.
-        pinned: whether the rows lie in page-locked memory, from which a GPU fetches them.
+    Not to be used by two threads at once: it reads into one buffer of `blocks_per_forward` blocks
+    of one layer. `pinned`: rows lie in page-locked memory, from which a GPU fetches them.
     """
 
     def __init__(
@@ -71,10 +64,6 @@ class RowReader:
     @torch.no_grad()
     def read(self, blocks: Sequence[int], drawn: DrawnTokens) -> DrawnTokens:
         """Return the tokens with their rows, on the host.
-
-        Args:
-            blocks: the numbers of the tokens' blocks in the split.
-            drawn: tokens and draws.
 
         Raises:
             UserError: a file is damaged or cannot be read.

@@ -43,13 +43,7 @@ class Damaged(Exception):
 
 
 class Layout(NamedTuple):
-    """What all files of a store have in common.
-
-    Attributes:
-        context: tokens in a block.
-        d_model: width.
-        dtype: of the activations, one of `DTYPES`.
-    """
+    """What all files of a store have in common."""
 
     context: int
     d_model: int
@@ -63,10 +57,6 @@ class Layout(NamedTuple):
 
 class Shard:
     """A file, opened; blocks are verified when they are read for the first time.
-
-    Args:
-        path: of the file.
-        layout: of the store.
 
     Attributes:
         blocks: which blocks of the split, in the order of the file.
@@ -132,11 +122,6 @@ class Shard:
 
 def write_shard(path: Path, blocks: list[int], acts: Shaped[Tensor, "block pos d_model"]) -> None:
     """Write a file, which is in its place when it is complete.
-
-    Args:
-        path: where it will be.
-        blocks: which blocks of the split.
-        acts: their activations, on the host and of the store's dtype.
 
     Raises:
         UserError: it cannot be written.

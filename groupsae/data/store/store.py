@@ -21,17 +21,11 @@ FORMAT = 1  # raise it when files or their meaning change: new stores then get o
 
 
 class Gap(NamedTuple):
-    """Blocks of one split that lack the same layers.
-
-    Attributes:
-        split: of the packed corpus.
-        blocks: in the order that they were asked for in.
-        layers: those that are missing.
-    """
+    """Blocks of one split that lack the same layers."""
 
     split: Split
-    blocks: list[int]
-    layers: list[int]
+    blocks: list[int]  # in the order that they were asked for in
+    layers: list[int]  # those that are missing
 
 
 class ActivationStore:
@@ -155,11 +149,7 @@ class ActivationStore:
     ) -> Shaped[Tensor, "pos d_model"]:
         """Return the activations of a block at a layer, unfiltered, in the store's dtype.
 
-        Args:
-            split: of the packed corpus.
-            block: its number in the split.
-            layer: of the model.
-            out: where to put them; None makes a tensor.
+        They are put into `out` if it is given.
 
         Raises:
             Damaged: they are not what was written.
@@ -203,11 +193,7 @@ def open_store(
 ) -> ActivationStore:
     """Return the store of this content, an empty one if there is none.
 
-    Args:
-        cache: folder of all stores.
-        made_from: what decides the activations, as plain values: the key.
-        layout: of a block.
-        num_blocks: of each split.
+    `made_from` is what decides the activations, as plain values: it is the key.
 
     Raises:
         UserError: the folder cannot be written.
