@@ -139,7 +139,7 @@ def measured(given: Sequence[str], folder: Path) -> Measured:
     few, complete = f"tokens={STEPS * size}", f"tokens={RUN_STEPS * size}"
     stream, store = (module([*given, few, *more], folder / "run") for more in ([], [keep]))
     store.heldout_tokens = size  # of which the store would otherwise be filled, too
-    store.fill_training()
+    store.reader.fill_training()
     filled = STEPS + 1  # and one of held-out text
     rows = interleaved(
         {
@@ -162,7 +162,7 @@ def measured(given: Sequence[str], folder: Path) -> Measured:
     layout = store.reader.store.layout
     read = layout.block_bytes // layout.context * len(store.used_layers())
     runs = statistics.median(a for a, _ in by_turns), statistics.median(b for _, b in by_turns)
-    return Measured(rows, store.fill_seconds / filled, forward, runs, size, read)
+    return Measured(rows, store.reader.fill_seconds / filled, forward, runs, size, read)
 
 
 def cells(result: Measured) -> dict[str, str]:

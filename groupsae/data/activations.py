@@ -33,7 +33,6 @@ from groupsae.data.packing import (
 from groupsae.data.rows import Show, all_rows, by_model, rows_by_forward
 from groupsae.data.sources import Source
 from groupsae.data.store.fill import Filler, size_of
-from groupsae.data.store.options import check_store
 from groupsae.data.store.read import RowReader, StoredLoader, read_ahead
 from groupsae.data.store.shard import Layout
 from groupsae.data.store.store import ActivationStore, Gap, dtype_of, open_store
@@ -143,9 +142,6 @@ class ActivationDataModule(L.LightningDataModule):
 
         Then the language model is loaded only when something is missing. Each content has a folder
         of its own in `folder`; `say` prints a sentence, in one process of several.
-
-        Raises:
-            UserError: activations cannot be stored like that.
         """
         self.reader = StoredReader(self, folder, dtype, say)
 
@@ -153,33 +149,6 @@ class ActivationDataModule(L.LightningDataModule):
     def is_stored(self) -> bool:
         """Return whether activations come from a store."""
         return self.reader.stored_dtype is not None
-
-    @property
-    def stored_dtype(self) -> str:
-        """Return the dtype that activations are stored in."""
-        assert self.reader.stored_dtype is not None
-        return self.reader.stored_dtype
-
-    @property
-    def fill_seconds(self) -> float:
-        """Return the seconds that were spent on filling a store."""
-        return self.reader.fill_seconds
-
-    def fill_calibration(self, tokens: int) -> None:
-        """Write every layer of so many calibration tokens into the store, where they are missing.
-
-        Raises:
-            UserError: the disk has no room for them and for what training needs afterwards.
-        """
-        self.reader.fill_calibration(tokens)
-
-    def fill_training(self) -> None:
-        """Write what training and validation of the chosen slots read, where it is missing.
-
-        Raises:
-            UserError: the disk has no room for it.
-        """
-        self.reader.fill_training()
 
     @property
     def hooked(self) -> HookedLM:
@@ -206,7 +175,7 @@ class ActivationDataModule(L.LightningDataModule):
             "exclude_special_tokens": self.exclude_special_tokens,
             "skip_positions": self.skip_positions,
             "max_norm_ratio": self.max_norm_ratio,
-            **({"stored": self.stored_dtype} if self.is_stored else {}),
+            **({"stored": self.reader.stored_dtype} if self.is_stored else {}),
         }
 
     # ---- tokens -------------------------------------------------------------------------
@@ -561,15 +530,11 @@ class StoredReader:
     """Reads activations from a store that it fills first. `LiveReader` has the same methods.
 
     The language model is loaded only when something is missing in the store.
-
-    Raises:
-        UserError: activations cannot be stored like that.
     """
 
     def __init__(
         self, data: ActivationDataModule, folder: str, dtype: str, say: Callable[[str], object]
     ) -> None:
-        check_store(folder, dtype)
         self.data, self.folder, self.say = data, Path(folder), say
         self.stored_dtype: str | None = dtype
         self.fill_seconds = 0.0
@@ -663,7 +628,11 @@ class StoredReader:
         )
 
     def fill_calibration(self, tokens: int) -> None:
-        """Write every layer of so many calibration tokens, where they are missing."""
+        """Write every layer of so many calibration tokens, where they are missing.
+
+        Raises:
+            UserError: the disk has no room for them and for what training needs afterwards.
+        """
         data, store = self.data, self.store
         store.refresh()  # other runs may have written since
         every = list(range(data.lm.geometry.num_layers))
@@ -673,7 +642,11 @@ class StoredReader:
         self._fill(store.gaps("calibration", blocks, every), later)
 
     def fill_training(self) -> None:
-        """Write what training and validation of the chosen slots read, where it is missing."""
+        """Write what training and validation of the chosen slots read, where it is missing.
+
+        Raises:
+            UserError: the disk has no room for it.
+        """
         self.store.refresh()
         self._fill(self._training_gaps(self.data.used_layers()), 0)
 

@@ -310,8 +310,10 @@ def quality(run: RunFiles, metric: str, kind: str) -> Figure:
         axes.axhline(level, color=PER_LAYER, lw=1, ls="--", label="one SAE per layer")
     x, y, low, high = points(frame[frame["kind"] == "smaller"], where, column)
     if len(x):
-        look = {"ms": 6, "color": SMALLER, "mec": "black", "mew": 0.7, "label": "smaller SAEs"}
-        axes.errorbar(x, y, bars(y, low, high), fmt="D", ecolor=SMALLER, capsize=3, **look)
+        axes.errorbar(
+            x, y, bars(y, low, high), fmt="D", ms=6, color=SMALLER, ecolor=SMALLER, mec="black",
+            mew=0.7, capsize=3, label="smaller SAEs",
+        )  # fmt: skip
     chosen = "AMAD's choice" if run.groupings[0]["chosen_by"] else "this run"
     for x, y, *_ in zip(*points(frame[:1], where, column), strict=True):
         _ring(axes, x, y, chosen)

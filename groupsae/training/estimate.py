@@ -479,10 +479,11 @@ def _calibration_seconds(
 
 def _stored_bytes(data: ActivationDataModule, plan: GroupPlan, calibration_tokens: int) -> int:
     """Return the bytes of the run's activations on disk; text that repeats counts each time."""
-    if not data.is_stored:
+    stored = data.reader.stored_dtype
+    if stored is None:
         return 0
     used = len({layer for planned in plan.members for layer in planned.layers})
     rows = used * (data.num_steps * data.tokens_per_step + data.heldout_tokens)
     rows += plan.num_layers * calibration_tokens
-    width = getattr(torch, data.stored_dtype).itemsize
+    width = getattr(torch, stored).itemsize
     return int(rows * data.lm.geometry.d_model * width)

@@ -61,7 +61,7 @@ def ledger(
         "validation": (None, None, validation),
     }
     if data.is_stored:
-        parts["store"] = None, None, data.fill_seconds
+        parts["store"] = None, None, data.reader.fill_seconds
     parts["other"] = None, None, throughput.all.seconds - activations - saes - validation
     names = ("planned_flops", "measured_flops", "seconds")
     return {

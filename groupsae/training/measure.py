@@ -171,7 +171,7 @@ def _measure(
 ) -> Measurement:
     """Run the calibration tokens through the model, once or (centred) twice."""
     centring, device = provenance["centring"], trainer.strategy.root_device
-    data.fill_calibration(tokens)
+    data.reader.fill_calibration(tokens)
     num_layers, d_model = data.lm.geometry.num_layers, data.lm.geometry.d_model
     moments = LayerMoments(num_layers=num_layers, d_model=d_model).to(device)
     angles = AngularDistance(num_layers=num_layers, centring=centring).to(device)

@@ -60,7 +60,7 @@ def make_data(tiny_lm, tiny_text, tmp_path_factory):
         }  # fmt: skip
         lm = frozen(tiny_lm) if lm is None else lm
         data = data_module(lm, tiny_text, cache, slots=SLOTS, **(values | changes))
-        data.fill_training()
+        data.reader.fill_training()
         return data
 
     return make

@@ -116,8 +116,8 @@ FILTERS = [
 @pytest.mark.parametrize("filters", FILTERS, ids=["all", "tokens", "norms", "both"])
 def test_batches_from_a_store_are_those_of_the_stream(make_data, filters):
     stored, streamed = make_data(**filters), make_data(None, **filters | {"num_workers": 0})
-    stored.fill_calibration(3 * STEP * CONTEXT)
-    stored.fill_training()
+    stored.reader.fill_calibration(3 * STEP * CONTEXT)
+    stored.reader.fill_training()
     same_batches(training_batches(stored), training_batches(streamed))
     same_batches(validation_parts(stored), validation_parts(streamed))
     tokens = 3 * STEP * CONTEXT
@@ -129,14 +129,14 @@ def test_batches_from_a_store_are_those_of_the_stream(make_data, filters):
 
 
 def test_filters_do_not_matter_to_what_is_stored(make_data, forwards):
-    make_data().fill_training()
+    make_data().reader.fill_training()
     ran = len(forwards)
-    make_data(skip_positions=3).fill_training()
+    make_data(skip_positions=3).reader.fill_training()
     assert len(forwards) == ran > 0
 
 
 def test_two_processes_read_what_one_reads(make_data):
-    make_data(blocks_per_forward=2).fill_training()
+    make_data(blocks_per_forward=2).reader.fill_training()
     one = training_batches(make_data(blocks_per_forward=2))
     halves = [training_batches(make_data(rank=r, world_size=2)) for r in range(2)]
     for both, *parts in zip(one, *halves, strict=True):
@@ -146,7 +146,7 @@ def test_two_processes_read_what_one_reads(make_data):
 
 def test_a_file_is_a_safetensors_file_that_says_what_is_in_it(make_data):
     data = make_data()
-    data.fill_training()
+    data.reader.fill_training()
     seen = []
     for path in data.reader.store.folder.glob("train/*/layer.02.safetensors"):
         held = load_file(path)
@@ -160,7 +160,7 @@ def test_a_file_is_a_safetensors_file_that_says_what_is_in_it(make_data):
 
 def test_what_is_stored_can_be_gone_through_with_its_tokens(make_data):
     data = make_data()
-    data.fill_training()
+    data.reader.fill_training()
     opened, found = ActivationStore(data.reader.store.folder), 0
     for block, acts in opened.iterate("heldout", layer=1):
         tokens = torch.from_numpy(data.blocks.blocks["heldout"][block].astype("int64"))
@@ -173,10 +173,10 @@ def test_what_is_stored_can_be_gone_through_with_its_tokens(make_data):
 
 
 def test_a_full_store_needs_no_model(make_data, monkeypatch):
-    make_data().fill_training()
+    make_data().reader.fill_training()
     monkeypatch.setattr(FrozenLM, "load", lambda *_: pytest.fail("the model was loaded"))
     data = make_data()
-    data.fill_training()
+    data.reader.fill_training()
     assert len(training_batches(data)) == 9
     assert data.said == []
 
@@ -184,18 +184,18 @@ def test_a_full_store_needs_no_model(make_data, monkeypatch):
 def test_more_tokens_and_more_layers_write_only_what_is_missing(make_data, forwards):
     first = make_data(steps=4)
     first.set_slots([[0, 1]])
-    first.fill_training()
+    first.reader.fill_training()
     before, ran = files(first), len(forwards)
     more = make_data(steps=9, max_tokens=20_000_000)
     more.set_slots([[0, 1]])
     assert more.reader.store.folder == first.reader.store.folder
-    more.fill_training()
+    more.reader.fill_training()
     after = files(more)
     assert {path: after[path] for path in before} == before
     assert sum(forwards[ran:]) == 5 * STEP
     layers = make_data(steps=9)
     layers.set_slots([[0, 1, 2]])
-    layers.fill_training()
+    layers.reader.fill_training()
     new = set(files(layers)) - set(after)
     assert {path.name for path in new} == {"layer.02.safetensors"}
 
@@ -214,13 +214,13 @@ def test_a_broken_off_filling_resumes_and_rewrites_nothing(make_data, monkeypatc
         patch.setattr(fill, "THREADS", 1)
         patch.setattr(fill, "write_shard", broken_off)
         with pytest.raises(KeyboardInterrupt):
-            make_data().fill_training()
+            make_data().reader.fill_training()
     data = make_data()
     before = files(data)
     assert set(written) <= set(before)
     assert list(data.reader.store.folder.glob("*/*/*.tmp"))
     monkeypatch.setattr(atomic.psutil, "pid_exists", lambda _: False)
-    data.fill_training()
+    data.reader.fill_training()
     after = files(data)
     assert {path: after[path] for path in before} == before
     assert not list(data.reader.store.folder.rglob("*.tmp"))
@@ -239,7 +239,7 @@ def test_a_damaged_block_stops_the_run_and_its_file_alone_is_filled_again(
     make_data, forwards, workers
 ):
     first = make_data()
-    first.fill_training()
+    first.reader.fill_training()
     path = sorted(first.reader.store.folder.glob("train/*/layer.01.safetensors"))[1]
     blocks = len(load_file(path)["blocks"])
     flip(path, -5)
@@ -248,7 +248,7 @@ def test_a_damaged_block_stops_the_run_and_its_file_alone_is_filled_again(
         training_batches(make_data(num_workers=workers))
     assert set(before) - set(files(first)) == {path}
     ran, data = len(forwards), make_data()
-    data.fill_training()
+    data.reader.fill_training()
     assert sum(forwards[ran:]) == blocks
     after = files(data)
     assert after.keys() == before.keys()
@@ -270,11 +270,11 @@ def test_a_file_that_is_not_complete_is_noticed_on_opening_and_filled_again(
     make_data, damage, how
 ):
     first = make_data()
-    first.fill_training()
+    first.reader.fill_training()
     path = min(first.reader.store.folder.glob("train/*/layer.03.safetensors"))
     damage(path)
     before, data = files(first), make_data()
-    data.fill_training()
+    data.reader.fill_training()
     assert any(f"{path} is damaged" in sentence and how in sentence for sentence in data.said)
     assert {p for p, stat in files(data).items() if stat != before[p]} == {path}
     same_batches(training_batches(data), training_batches(make_data(None)))
@@ -282,7 +282,7 @@ def test_a_file_that_is_not_complete_is_noticed_on_opening_and_filled_again(
 
 def test_a_damaged_file_that_another_process_wrote_again_is_kept(make_data):
     first = make_data()
-    first.fill_training()
+    first.reader.fill_training()
     path = min(first.reader.store.folder.glob("train/*/layer.01.safetensors"))
     content = path.read_bytes()
     path.write_bytes(b"")
@@ -290,7 +290,7 @@ def test_a_damaged_file_that_another_process_wrote_again_is_kept(make_data):
     assert [damaged.path for damaged in late.reader.store.damaged] == [path]
     path.write_bytes(content)
     before = files(first)
-    late.fill_training()
+    late.reader.fill_training()
     after = files(first)
     assert {p: after[p] for p in before} == before
 
@@ -301,7 +301,7 @@ def test_a_file_that_may_not_be_read_does_not_count_as_damaged(
     make_data, monkeypatch, number, opening, forwards
 ):
     data, opened = make_data(), Path.open
-    data.fill_training()
+    data.reader.fill_training()
     path = min(data.reader.store.folder.glob("train/*/layer.01.safetensors"))
     before, ran = files(data), len(forwards)
 
@@ -332,20 +332,20 @@ def test_what_others_are_writing_is_left_alone(make_data):
     here = socket.gethostname()
     living = [beside(here, os.getpid(), 10**6), beside("some.other-host", 1, 60)]
     dead = [beside(here, 2**22 + 1, 0), beside("some.other-host", 1, 10**6)]
-    data.fill_training()
+    data.reader.fill_training()
     assert [path.exists() for path in living] == [True, True]
     assert [path.exists() for path in dead] == [False, False]
 
 
 def test_what_will_be_written_is_announced(make_data):
     data = make_data()
-    data.fill_training()
+    data.reader.fill_training()
     folder = data.reader.store.folder
     assert data.said == [
         "activations of 4 layers for 576 train tokens and 128 heldout tokens: 360 kB to write "
         f"into {folder}."
     ]
-    data.fill_training()
+    data.reader.fill_training()
     assert len(data.said) == 1
 
 
@@ -366,10 +366,10 @@ def test_a_disk_that_is_too_small_is_refused_with_figures(make_data, monkeypatch
     # 9 steps and 2 of validation, 4 layers: 11 * 4 * 4 * 2048 bytes
     message = r"take 360 kB, but .*store.* has room for 100 kB: .*bfloat16.*data\.cache=null"
     with pytest.raises(UserError, match=message):
-        data.fill_training()
+        data.reader.fill_training()
     # one step of calibration would have room, but not what comes afterwards
     with pytest.raises(UserError, match=r"take \d+\.?\d* kB, and at least \d+ kB more afterwards"):
-        data.fill_calibration(STEP * CONTEXT)
+        data.reader.fill_calibration(STEP * CONTEXT)
     assert files(data) == {}
 
 
@@ -387,12 +387,12 @@ def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(make_data, monke
     with monkeypatch.context() as patch:
         patch.setattr("groupsae.files.atomic.os.fsync", full)
         with pytest.raises(UserError, match="No space left on device.* same command again"):
-            data.fill_training()
+            data.reader.fill_training()
     before = files(data)
     assert before
     assert not list(data.reader.store.folder.glob("*/*/*.tmp"))
     data = make_data()
-    data.fill_training()
+    data.reader.fill_training()
     assert {path: files(data)[path] for path in before} == before
     same_batches(training_batches(data), training_batches(make_data(None)))
 
@@ -405,8 +405,8 @@ def test_float16_that_is_too_small_for_the_activations_is_refused(make_data, mon
 
     monkeypatch.setattr(HookedLM, "run", larger)
     with pytest.raises(UserError, match=r"float16 ends at 65,504, and layer \d has larger"):
-        make_data("float16").fill_training()
-    make_data("bfloat16").fill_training()
+        make_data("float16").reader.fill_training()
+    make_data("bfloat16").reader.fill_training()
 
 
 def test_a_chunk_that_another_process_writes_is_waited_for(make_data, monkeypatch):
@@ -437,7 +437,7 @@ def test_a_chunk_that_another_process_writes_is_waited_for(make_data, monkeypatc
             other.kill()
 
     data.keep_in(str(data.reader.store.folder.parent), "float32", killed)
-    data.fill_training()
+    data.reader.fill_training()
     other.wait()
     other.stdout.close()
     assert "waiting for it" in data.said[-1]
@@ -458,7 +458,7 @@ def test_two_processes_fill_one_store_and_one_of_them_is_killed(make_data, tmp_p
     assert before
     assert list(data.reader.store.folder.glob("*/*/*.tmp"))
     data = make_data()
-    data.fill_training()
+    data.reader.fill_training()
     assert {path: files(data)[path] for path in before} == before
     same_batches(training_batches(data), training_batches(make_data(None)))
 
@@ -484,7 +484,7 @@ def killed(descriptor):
     fsync(descriptor)
 
 os.fsync = killed
-data.fill_training()
+data.reader.fill_training()
 """
 
 

@@ -27,10 +27,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from groupsae.data.store.options import DTYPES
 from groupsae.files.atomic import atomic_write
 from groupsae.runtime.errors import UserError
 
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # torch's names, safetensors'
 OF_THE_FILE = (errno.ENOENT, errno.EIO)  # errors that end when the file is written again
 
 

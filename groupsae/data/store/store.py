@@ -12,8 +12,7 @@ from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from groupsae.data.packing import SPLITS, Split
-from groupsae.data.store.options import DTYPES
-from groupsae.data.store.shard import Damaged, Layout, Shard
+from groupsae.data.store.shard import DTYPES, Damaged, Layout, Shard
 from groupsae.files.atomic import atomic_write
 from groupsae.runtime.errors import UserError
 

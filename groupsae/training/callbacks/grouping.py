@@ -85,7 +85,7 @@ class GroupLayers(L.Callback):
             self.plan = self.choice.plan(self.measurement.distances)
         data.set_slots(self.plan.slots)
         self.place(trainer, suite, data)
-        data.fill_training()
+        data.reader.fill_training()
         if self.plan.others:
             device = trainer.strategy.root_device
             self.forecast = forecast(suite, data, device, trainer.world_size)
