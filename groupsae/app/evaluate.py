@@ -42,12 +42,6 @@ from groupsae.training.callbacks.dashboard import save_figures
 def evaluate(folder: Path, cfg: DictConfig, options: DictConfig, device: str) -> dict[str, Any]:
     """Evaluate every SAE of a finished run: write `evaluation/`, log it and print the tables.
 
-    Args:
-        folder: of the run.
-        cfg: its configuration, with the loggers to use.
-        options: conf/evaluation.
-        device: auto, cpu, cuda or cuda:<index>.
-
     Returns:
         The content of `evaluation/evaluation.json`.
 
@@ -163,14 +157,7 @@ def _device(name: object) -> torch.device:
 def _same_stream(
     folder: Path, cfg: DictConfig, trained: Mapping[str, Any], device: torch.device
 ) -> ActivationDataModule:
-    """Return the activations of the model and the text that the SAEs were trained on.
-
-    Args:
-        folder: of the run.
-        cfg: its configuration.
-        trained: the `cfg.json` of one SAE; weights and text are null if it was imported.
-        device: that the language model goes to.
-    """
+    """Return the activations of the model and the text that the SAEs were trained on."""
     lm = make(cfg.model)
     data = make_stream(cfg, lm, Console().print)
     weights = lm.fingerprint()
@@ -193,9 +180,7 @@ def _same_stream(
 def steps_to_evaluate(data: ActivationDataModule, tokens: int | None) -> int:
     """Return the steps to evaluate on; by default fewer if the text is shorter.
 
-    Args:
-        data: the stream, whose text is packed first if necessary.
-        tokens: evaluation.tokens.
+    The text is packed first if necessary.
 
     Raises:
         UserError: the held-out split has fewer tokens, or they are less than one step.

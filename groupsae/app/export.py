@@ -20,10 +20,6 @@ from groupsae.suite.suite import load_suite
 def export(cfg: DictConfig, run: Path) -> None:
     """Write, compare and upload what the command asks for; print what was done.
 
-    Args:
-        cfg: conf/export.yaml.
-        run: folder of the run, or its name on the Hub.
-
     Raises:
         UserError: the command asks for what cannot be done, the format cannot hold the SAEs, or
             they cannot be read, written or uploaded.

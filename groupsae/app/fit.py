@@ -102,12 +102,6 @@ def fit(opened: OpenRun) -> int:
 def build(cfg: DictConfig, folder: Path, console: Console, checkpoint: Path | None = None) -> Run:
     """Return everything that a run consists of, ready to fit.
 
-    Args:
-        cfg: configuration of the run.
-        folder: the run folder.
-        console: where to print.
-        checkpoint: that the run is to be resumed from.
-
     Raises:
         UserError: a value is not allowed, or does not fit the others.
     """

@@ -40,9 +40,6 @@ FILES = (
 def import_saes(cfg: DictConfig) -> Path:
     """Read the SAEs and write the run folder; return it.
 
-    Args:
-        cfg: conf/import_saes.yaml.
-
     Raises:
         UserError: no SAEs that can be read are found, they do not fit the model, or the run
             folder cannot be written.

@@ -71,11 +71,7 @@ def print_needs(console: Console, found: Sequence[Needs], processes: int, device
 
 
 def too_small(places: Mapping[Path, int]) -> list[str]:
-    """Return a sentence for each disk that has too little room.
-
-    Args:
-        places: folder, whether it exists or not -> most bytes that will be written into it.
-    """
+    """Return a sentence for each disk that has too little room for the bytes of its folders."""
     disks: dict[int, tuple[Path, int]] = {}
     for folder, needed in places.items():
         existing = next(each for each in (folder, *folder.absolute().parents) if each.exists())

@@ -28,11 +28,7 @@ from groupsae.training.pretraining import LanguageModel, bits_per_byte
 
 
 def pretrain(cfg: DictConfig) -> dict[str, Any]:
-    """Train, evaluate on the held-out files, save; return the held-out figures.
-
-    Args:
-        cfg: conf/pretrain.yaml.
-    """
+    """Train, evaluate on the held-out files, save; return the held-out figures."""
     keep_freed_memory()
     L.seed_everything(cfg.seed, verbose=False)
     output, per_step = Path(cfg.output), cfg.data.blocks_per_step

@@ -61,10 +61,6 @@ def open_run(cfg: DictConfig, overrides: list[str]) -> Iterator[OpenRun]:
     `overwrite=true`, and `dry_run=true` leaves everything as it is. The folder of a command that
     is refused before it wrote anything is removed again.
 
-    Args:
-        cfg: as composed from the command line.
-        overrides: of the command line.
-
     Raises:
         UserError: a value is not allowed; `resume` names no run, or the command asks for another
             one than was started; another process is in the folder, or it cannot be written.
@@ -119,11 +115,9 @@ def one_folder(cfg: DictConfig) -> Path:
 
 
 def finished_run(folder: Path, *, trusted: bool) -> DictConfig:
-    """Return the configuration of a finished run.
+    """Return the configuration of a finished run, perhaps a stranger's.
 
-    Args:
-        folder: of the run, perhaps a stranger's.
-        trusted: whether the language model's own code may run.
+    `trusted`: the language model's own code may run.
 
     Raises:
         UserError: there is no run, it is not finished, or its configuration asks for what only

@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -248,14 +247,10 @@ def run_command(line: list[str]) -> int:
 def check_launcher(arguments: list[str]) -> None:
     """Refuse a launcher that cannot work.
 
-    Args:
-        arguments: of the command line.
-
     Raises:
-        UserError: its package is missing, there is no sweep to launch, or every process of
-            torchrun would run all of the sweep.
+        UserError: its package is missing, or every process of torchrun would run all of the
+            sweep.
     """
-    sweep = bool({"-m", "--multirun"} & set(arguments))
     extras = {"parallel": "joblib", "slurm": "submitit"}  # of our yaml files
     for argument in (a for a in arguments if a.startswith("hydra/launcher=")):
         name = argument.partition("=")[2]
@@ -265,14 +260,7 @@ def check_launcher(arguments: list[str]) -> None:
                 f"{argument} needs a package that is not installed: pip install "
                 f"'groupsae[{extra}]'"
             )
-        if not sweep:
-            raise UserError(f"{argument} spreads the points of a sweep: add -m, or leave it out.")
-        if argument.endswith("slurm") and shutil.which("sbatch") is None:
-            raise UserError(
-                f"{argument} gives the points to SLURM, which is not on this machine (it has no "
-                "sbatch): start it where jobs are submitted, or take hydra/launcher=parallel."
-            )
-    if sweep and "TORCHELASTIC_RUN_ID" in os.environ:
+    if {"-m", "--multirun"} & set(arguments) and "TORCHELASTIC_RUN_ID" in os.environ:
         raise UserError(
             "under torchrun every process would run all of the sweep (-m). Leave torchrun out: "
             "each point starts its own processes with trainer=ddp, or is a job of its own with "

@@ -50,15 +50,10 @@ def card(
     library: Library | None,
     folders: Sequence[str],
 ) -> str:
-    """Return the README.md of a repository.
+    """Return the README.md of a repository of a run's SAEs.
 
-    Args:
-        repo: owner/name.
-        run: folder of the run.
-        suite: its SAEs.
-        grouping: name of their grouping; None: the one that load_suite takes by default.
-        library: whose format they are in; None: our own.
-        folders: of the exported SAEs.
+    `library` None: they are in our own format, and `folders` is empty. `grouping` None: the one
+    that load_suite takes by default.
     """
     config = next(iter(suite.configs.values()))
     model, hookpoint = str(config.get("model", "unknown")), config.get("hookpoint", "resid_post")

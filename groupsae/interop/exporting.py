@@ -46,12 +46,6 @@ def export_suite(
 ) -> list[Written]:
     """Write one folder for each layer, each read back and compared with the suite.
 
-    Args:
-        suite: the SAEs.
-        library: whose format to write.
-        target: new folder; it appears when everything is written and compared.
-        overwrite: replace an existing target.
-
     Returns:
         The folders, by layer.
 

@@ -105,14 +105,8 @@ def write_run(
     """Write `saes/`, `groups.json` and `summary.json` of a run whose SAEs others trained.
 
     Nobody knows what they were trained on, so their `cfg.json` names neither text nor weights.
-
-    Args:
-        run: an existing folder.
-        saes: the SAEs.
-        num_layers: of the language model.
-        facts: of the language model and the text, for each `cfg.json`.
-        final_path: that the folder will get.
-        source: folder or repository that the SAEs come from.
+    `facts` of the language model and the text go into each; `final_path` is the path that the
+    folder `run` will get, and `source` the folder or repository that the SAEs come from.
     """
     for sae in saes:
         architecture = type(sae.sae)

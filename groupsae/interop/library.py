@@ -302,12 +302,7 @@ def unit_decoder(kind: str, tensors: Tensors, *, by_norm: bool = False) -> tuple
 
     A row's norm moves into the latent: exact for relu, jumprelu and gated, and for topk that
     weighs latents by their rows' norms when it chooses. Other topk kinds would choose other
-    latents, so their rows are kept.
-
-    Args:
-        kind: a key of `KINDS`.
-        tensors: see `build`.
-        by_norm: topk chooses by activation times norm.
+    latents, so their rows are kept. `by_norm`: topk does weigh them so.
     """
     norms = tensors["W_dec"].norm(dim=1)
     norms = torch.where(norms == 0, torch.ones_like(norms), norms)
@@ -356,11 +351,7 @@ def read_pickled(path: Path) -> Any:
 
 
 def our_place(config: Mapping[str, Any], file: Path) -> Place | None:
-    """Return the place that an export of ours wrote into free metadata; None if it did not.
-
-    Args:
-        config: holds our metadata under `groupsae`.
-        file: that it comes from, for messages.
+    """Return the place that an export of ours wrote under `groupsae`; None if it did not.
 
     Raises:
         UserError: the metadata has another version.

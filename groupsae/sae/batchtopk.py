@@ -81,10 +81,7 @@ def _largest(
 ) -> tuple[Float[Tensor, "entry"], Int[Tensor, "entry"], Int[Tensor, "bound"]]:
     """Return the `count` largest values in their order, their places, and where rows start.
 
-    Args:
-        values: one row after the other.
-        count: how many to return.
-        starts: where each row's values begin, and their number at the end.
+    Row r has the values starts[r] <= i < starts[r + 1].
     """
     place = top_k(values.unsqueeze(0), count)[1].squeeze(0).sort().values
     return values[place], place, torch.searchsorted(place, starts)

@@ -126,46 +126,25 @@ def upload(
 @contextmanager
 def _explained(name: str, revision: str | None) -> Iterator[None]:
     """Turn an error of the Hub or the network into a UserError."""
+    from huggingface_hub import errors
+
     try:
         yield
     except Exception as error:
         # parallel uploads wrap the error of one of them
-        inner = error.__cause__ if type(error) is RuntimeError else None
-        for cause in (error, inner):
-            message = None if cause is None else _explanation(cause, name, revision)
-            if message is not None:
-                raise UserError(message) from error
+        cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
+        asked = f"hf:{name}@{revision}" if revision else f"hf:{name}"
+        if isinstance(cause, errors.HfHubHTTPError):
+            raise UserError(
+                f"the Hub refused {asked} (status {cause.response.status_code}, "
+                f"{type(cause).__name__}): check its name. What is private, gated or to be "
+                "changed needs a token that may do so: `hf auth login`."
+            ) from error
+        offline = isinstance(cause, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled)
+        if offline or is_network_error(cause):
+            raise UserError(
+                f"the Hub cannot be reached for {asked}, and the cache does not hold its files: "
+                "check the network (and HF_HUB_OFFLINE), or copy the files here and give their "
+                "folder."
+            ) from error
         raise
-
-
-def _explanation(error: BaseException, name: str, revision: str | None) -> str | None:
-    """Return the reason and the way out; None if the error does not come from the Hub."""
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.GatedRepoError):
-        return (
-            f"hf:{name} is open only to those who accepted its terms: accept them on its page, "
-            "then log in with `hf auth login`."
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"hf:{name} has no revision '{revision}': name a branch, a tag or a commit of it."
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            f"hf:{name} is not on the Hub, or it is private and your token may not see it: check "
-            "the name, or log in with `hf auth login`."
-        )
-    if isinstance(error, errors.HfHubHTTPError):
-        status = error.response.status_code
-        if status in (401, 403):
-            return (
-                f"the Hub refused hf:{name} (status {status}): the token must be valid, and to "
-                "upload it must have the right to write there. `hf auth whoami` shows its owner."
-            )
-        return f"the Hub answered with status {status} for hf:{name}: try again later."
-    offline = isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled)
-    if offline or is_network_error(error):
-        return (
-            f"the Hub cannot be reached for hf:{name}, and the cache does not hold its files: "
-            "check the network (and HF_HUB_OFFLINE), or copy the files here and give their folder."
-        )
-    return None

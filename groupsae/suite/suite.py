@@ -90,9 +90,7 @@ class Suite:
     ) -> Float[Tensor, "*batch d_sae"]:
         """Return the latent activations, dense, in the SAE's precision (float32 as saved).
 
-        Args:
-            acts: raw activations of `layer`, any leading shape and precision.
-            layer: where they come from.
+        The activations are raw, of any leading shape and precision.
         """
         sae = self.saes[self.group_of(layer)]
         values, indices, _ = self.encode_sparse(acts.reshape(-1, acts.shape[-1]), layer)
@@ -120,12 +118,7 @@ class Suite:
     def decode(
         self, latents: Float[Tensor, "*batch d_sae"], layer: int
     ) -> Float[Tensor, "*batch d_model"]:
-        """Return the reconstruction at the scale of `layer`'s raw activations.
-
-        Args:
-            latents: dense latent activations, any leading shape.
-            layer: whose activations to reconstruct.
-        """
+        """Return the reconstruction at the scale of `layer`'s raw activations."""
         sae = self.saes[self.group_of(layer)]
         if latents.shape[-1] != sae.d_sae:
             raise UserError(

@@ -51,13 +51,8 @@ def bytes_needed(
     """Return the memory in bytes that one process needs to train SAEs of these widths.
 
     It counts weights with gradients and optimiser state, and the activations of one step. The
-    language model is not included: it is already loaded, so its memory is no longer free.
-
-    Args:
-        suite: makes the SAEs.
-        data: the stream.
-        widths: of the SAEs, as shares of the configured number of latents.
-        world_size: processes that share the rows of a step.
+    language model is not included: it is already loaded, so its memory is no longer free. Widths
+    are shares of the configured number of latents; `world_size` processes share a step's rows.
     """
     sae = suite.size(1.0)
     parameters = sae.parameters * sum(widths)
@@ -71,12 +66,8 @@ def bytes_needed(
 def bytes_free(device: torch.device, processes: int) -> int:
     """Return the memory in bytes that one process can still have on a device.
 
-    Memory that this process has freed but not yet returned counts as free. On a CPU the processes
-    of a machine share its memory, or the part of it that their control group may use.
-
-    Args:
-        device: that trains.
-        processes: on this machine.
+    Memory that this process has freed but not yet returned counts as free. On a CPU the
+    `processes` of this machine share its memory, or what their control group may use of it.
     """
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -186,15 +177,8 @@ def run_trial(
 ) -> Trial:
     """Train copies of some SAEs of a plan for a few steps, by Lightning, and discard them.
 
-    Args:
-        suite: as configured; stays as it is.
-        plan: of all SAEs.
-        own: numbers in the plan of those to train.
-        make: makes a batch, with the rows of their slots.
-        device: that trains.
-        num_steps: of the run.
-        seconds: to measure, between LEAST and MOST steps.
-        heldout: makes the parts of a validation batch.
+    `own` are the numbers in the plan of those to train, `make` makes a batch with the rows of
+    their slots, and `heldout` the parts of a validation batch.
     """
     copy = GroupSAESuite(sae=suite.make_sae, **suite.make_group.keywords)
     ones = dict.fromkeys(range(plan.num_layers), 1.0)
@@ -223,13 +207,7 @@ def run_trial(
 
 
 def rows_of_owner(batch: ActivationBatch, slots: Sequence[int], processes: int) -> ActivationBatch:
-    """Return the rows of some slots as if every process had sent the rows of this one.
-
-    Args:
-        batch: rows of this process.
-        slots: which of its slots.
-        processes: that send rows.
-    """
+    """Return the rows of some slots as if every process had sent the rows of this one."""
     if processes == 1 and len(slots) == len(batch.acts):
         return batch
     kept, tokens = batch.kept, batch.acts.shape[1]
@@ -294,12 +272,6 @@ def forecast(
     """Return what the suite's plan will need, after a trial of each width that changes nothing.
 
     A small SAE takes longer than its share of the FLOPs says, so each width is tried.
-
-    Args:
-        suite: knows its plan.
-        data: the stream.
-        device: that trains.
-        world_size: processes that share a step.
     """
     plan = suite.plan
     make = data.first_rows(plan.slots, data.blocks_per_step)
@@ -363,10 +335,7 @@ class Needs:
 def possible_plans(choice: Choice, num_layers: int, folder: Path) -> list[GroupPlan]:
     """Return the plan of a run, or those of fewest and most SAEs where distances must decide.
 
-    Args:
-        choice: the rule that makes the groups.
-        num_layers: L.
-        folder: of the run; its `groups.json`, if it was started before, decides.
+    The `groups.json` of a run that was started before decides.
     """
     known = load_plan(folder)
     if known is not None:

@@ -222,11 +222,6 @@ def test_a_launcher_that_cannot_work_is_refused(monkeypatch):
         with pytest.raises(UserError, match=rf"pip install 'groupsae\[{extra}\]'"):
             sweep.check_launcher(["-m", f"hydra/launcher={launcher}"])
     monkeypatch.setattr(sweep, "find_spec", lambda name: name)
-    monkeypatch.setattr(sweep.shutil, "which", lambda _: None)
-    with pytest.raises(UserError, match="it has no sbatch"):
-        sweep.check_launcher(["-m", "hydra/launcher=slurm"])
-    with pytest.raises(UserError, match="add -m"):
-        sweep.check_launcher(["hydra/launcher=parallel"])
     sweep.check_launcher(["-m", "hydra/launcher=parallel"])
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     sweep.check_launcher(["seed=1"])

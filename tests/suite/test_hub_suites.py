@@ -187,7 +187,7 @@ def test_a_revision_is_the_one_that_is_loaded(hub, run):
     export(other, "hub=me/saes", "overwrite=true")
     assert not torch.equal(groupsae.load_suite("hf:me/saes").encode(rows(), 3), before)
     assert torch.equal(groupsae.load_suite("hf:me/saes@v1").encode(rows(), 3), before)
-    with pytest.raises(UserError, match="has no revision 'v9'"):
+    with pytest.raises(UserError, match=r"refused hf:me/saes@v9 \(status 404, Rev"):
         groupsae.load_suite("hf:me/saes@v9")
 
 
@@ -223,16 +223,16 @@ def test_a_run_on_the_hub_is_exported_from_there(hub, run, tmp_path):
 
 def test_what_the_hub_refuses_is_one_sentence(hub, run, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", READER)
-    with pytest.raises(UserError, match=r"refused hf:me/saes \(status 403\)") as refused:
+    with pytest.raises(UserError, match=r"refused hf:me/saes \(status 403") as refused:
         export(run, "hub=me/saes")
     assert READER not in str(refused.value)
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(UserError, match="is not on the Hub, or it is private|status 401"):
+    with pytest.raises(UserError, match="status 401"):
         export(run, "hub=me/saes")
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(UserError, match="no token for hub=me/saes: log in with"):
         export(run, "hub=me/saes")
-    with pytest.raises(UserError, match="hf:me/none is not on the Hub, or it is private"):
+    with pytest.raises(UserError, match="refused hf:me/none .*hf auth login"):
         groupsae.load_suite("hf:me/none")
     with pytest.raises(UserError, match="write owner/name"):
         groupsae.load_suite("hf:none")

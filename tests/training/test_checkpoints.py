@@ -197,20 +197,6 @@ def test_one_that_cannot_be_read_just_now_is_not_taken_for_damaged(
     assert read_checkpoint(both[1])["global_step"] == 6
 
 
-def test_a_damaged_one_that_cannot_be_renamed_is_a_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bad = save(made(), tmp_path / "step=3.ckpt")
-    flip_a_bit(bad / "state.pt")
-
-    def refused(*_: object) -> None:
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    monkeypatch.setattr(Path, "rename", refused)
-    with pytest.raises(UserError, match="is damaged .* and cannot be renamed: Read-only file sys"):
-        read_checkpoint(bad)
-
-
 def test_a_manifest_with_an_odd_name_is_damaged(tmp_path: Path) -> None:
     path = tmp_path / "step=3.ckpt"
     files.begin(path)

@@ -127,15 +127,6 @@ def remove(path: Path) -> None:
         shutil.rmtree(partial_of(path), ignore_errors=True)
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint so that it is neither read nor in the way; return its name."""
-    aside = path.with_suffix(".damaged")
-    if aside.exists():
-        shutil.rmtree(aside)
-    path.rename(aside)
-    return aside
-
-
 # ---- writing: begin, write, seal --------------------------------------------------------------
 
 
@@ -151,10 +142,7 @@ def write(
 ) -> dict[str, Record]:
     """Write one file for each SAE, and one for the rest if given; return their records.
 
-    Args:
-        path: of the checkpoint; the files go into `partial_of(path)`.
-        parts: of the SAEs that this process holds.
-        rest: of the checkpoint, in the process that writes it.
+    The files go into `partial_of(path)`.
     """
     import torch
     from safetensors.torch import save
@@ -186,10 +174,6 @@ def seal(path: Path, records: Mapping[str, Record]) -> None:
 
     Then all but the newest are removed, so a run that is stopped and resumed many times leaves
     as few as one that is not.
-
-    Args:
-        path: of the checkpoint; its files lie in `partial_of(path)`.
-        records: name of each file -> what `write` returned.
     """
     partial = partial_of(path)
     manifest = {"format": FORMAT, "files": records, "sha256": _digest(records)}
@@ -211,9 +195,7 @@ def seal(path: Path, records: Mapping[str, Record]) -> None:
 def read(path: Path, members: Sequence[int] | None) -> dict[str, Any]:
     """Return a verified checkpoint, on the CPU; nothing in it can run code.
 
-    Args:
-        path: of the checkpoint.
-        members: numbers in the plan of the SAEs to read; None reads all.
+    Read are the SAEs with the numbers `members` in the plan; all with None.
 
     Raises:
         Damaged: it differs from its manifest.

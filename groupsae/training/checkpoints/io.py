@@ -21,7 +21,6 @@ from groupsae.training.checkpoints.folder import (
     read,
     remove,
     seal,
-    set_aside,
     take_apart,
     write,
 )
@@ -75,7 +74,8 @@ class SuiteCheckpoints(CheckpointIO):
             found, damage, refusal = self._try(candidate, members)
             damages, refusals = zip(*gather((damage, refusal)), strict=True)
             if any(damages):
-                self._set_aside(candidate, next(filter(None, damages)))
+                if leads():
+                    self._set_aside(candidate, next(filter(None, damages)))
             elif any(refusals):
                 raise UserError(next(filter(None, refusals)))
             else:
@@ -100,34 +100,23 @@ class SuiteCheckpoints(CheckpointIO):
             # listed the checkpoints, can tell that a file is missing
             if error.errno == errno.EIO or (error.errno == errno.ENOENT and leads()):
                 return {}, str(error), ""
-            return (
-                {},
-                "",
-                (
-                    f"cannot read the checkpoint {path}: {error.strerror or error}. It was not "
-                    "changed: fix that, and the same command resumes from it; or move it away, to "
-                    "resume from the one before."
-                ),
+            refusal = (
+                f"cannot read the checkpoint {path}: {error.strerror or error}. It was not "
+                "changed: fix that, and the same command resumes from it; or move it away, to "
+                "resume from the one before."
             )
+            return {}, "", refusal
 
     def _set_aside(self, path: Path, damage: str) -> None:
-        """Rename a damaged checkpoint, in the first process, with a message."""
-        problem = ""
-        if leads():
-            try:
-                aside = set_aside(path)
-                self.say(
-                    f"{path} is damaged ({damage}): it is now called {aside.name}, and the "
-                    "checkpoint before it, if there is one, is used."
-                )
-            except OSError as error:
-                problem = (
-                    f"{path} is damaged ({damage}) and cannot be renamed: "
-                    f"{error.strerror or error}. Move it away, and the same command resumes from "
-                    "the checkpoint before it."
-                )
-        if problem := gather(problem)[0]:
-            raise UserError(problem)
+        """Rename a damaged checkpoint, so that it is neither read nor in the way, and say so."""
+        aside = path.with_suffix(".damaged")
+        if aside.exists():
+            shutil.rmtree(aside)
+        path.rename(aside)
+        self.say(
+            f"{path} is damaged ({damage}): it is now called {aside.name}, and the checkpoint "
+            "before it, if there is one, is used."
+        )
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint."""
@@ -141,11 +130,7 @@ def save_together(
 
     Every process that holds SAEs calls this. The checkpoint counts once all have written, so it
     is complete or absent. If one of that step exists nothing is written: it would be the same.
-
-    Args:
-        checkpoint: as Lightning dumps it.
-        path: of the checkpoint.
-        gather: returns the value of each process that calls this.
+    `gather` returns the value of each process that calls this.
 
     Raises:
         UserError: one of the processes could not write; the same in all of them.

@@ -22,9 +22,6 @@ SIGNS = (
 def explain_lost_process(folder: Path) -> Iterator[None]:
     """Turn the error of a collective into a sentence that says how to resume.
 
-    Args:
-        folder: of the run.
-
     Raises:
         UserError: another process has ended, or has not answered in time.
     """

@@ -97,14 +97,7 @@ def spread(
     """Let the stream bring each process the rows that its SAEs need; return each one's share.
 
     Its memory is the larger of two moments: the exchange of rows (those sent, those received,
-    and the batch they are joined to), or the SAEs' step.
-
-    Args:
-        suite: knows its plan.
-        data: knows its slots.
-        owned: of `owners`.
-        rank: this process.
-        swap: an all-to-all over the processes.
+    and the batch they are joined to), or the SAEs' step. `owned` is the result of `owners`.
     """
     plan = suite.plan
     used = [sorted({x for i in own for x in plan.members[i].layers}) for own in owned]
@@ -130,18 +123,13 @@ def spread(
 
 
 def describe(found: Sequence[Share]) -> str:
-    """Return a line for each process, and one for all beyond the first sixteen."""
+    """Return a line for each of the first sixteen processes."""
     lines = [
         f"process {rank}: {', '.join(share.names) or 'no SAE, only the language model'}; "
         f"{share.memory / 1e9:.2f} GB for them; "
         f"{share.sent / 1e6:,.1f} MB sent and {share.received / 1e6:,.1f} MB received in a step"
         for rank, share in enumerate(found[:SHOWN])
     ]
-    if rest := found[SHOWN:]:
-        most = [len(share.names) for share in rest], *zip(*(s[1:] for s in rest), strict=True)
-        saes, memory, sent, received = map(max, most)
-        lines.append(
-            f"{len(rest)} more processes: at most {saes} SAEs, {memory / 1e9:.2f} GB, "
-            f"{sent / 1e6:,.1f} MB sent and {received / 1e6:,.1f} MB received in a step"
-        )
+    if len(found) > SHOWN:
+        lines.append(f"and {len(found) - SHOWN} more processes")
     return "\n".join(lines)

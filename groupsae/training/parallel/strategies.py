@@ -66,9 +66,6 @@ class SAEParallel(DDP):
 
     The language model runs in all processes, each on its share of a step's blocks, and the rows
     go to the owners. No gradient is reduced and no optimiser state is held twice.
-
-    Args:
-        timeout_minutes: that a process waits for another before the run ends with an error.
     """
 
     mesh: DeviceMesh
