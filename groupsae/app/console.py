@@ -97,9 +97,8 @@ def print_result(console: Console, summary: Mapping[str, Any]) -> None:
 
 def print_ledger(console: Console, ledger: Mapping[str, Any]) -> None:
     """Print what a run cost, planned and measured, from its `ledger.json`."""
-    run = RunFiles(ledger=ledger)
-    for table in (tables.parts_table(run), tables.saved_table(run), tables.sharing_table(run)):
-        show(console, table)
+    for build in tables.COST:
+        show(console, build(RunFiles(ledger=ledger)))
 
 
 def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:

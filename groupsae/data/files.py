@@ -7,7 +7,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,11 +129,10 @@ class FileSource:
 
     def _parquet(self, name: str, path: Path) -> Iterator[Document]:
         table, column = self._open_parquet(path)
-        row = 0
-        for batch in table.iter_batches(batch_size=256, columns=[column]):
-            for value in batch.column(0).to_pylist():
-                yield row_document(f"{name}#{row}", value, column, f"{path}, row {row}")
-                row += 1
+        batches = table.iter_batches(batch_size=256, columns=[column])
+        values = chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
+        for row, value in enumerate(values):
+            yield row_document(f"{name}#{row}", value, column, f"{path}, row {row}")
 
 
 def _pieces(name: str, path: Path) -> Iterator[Document]:

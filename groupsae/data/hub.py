@@ -184,7 +184,8 @@ class HubSource:
         import datasets
 
         folder = self._folder
-        if folder is None or not _saved_to_disk(folder):
+        saved_by = ("dataset_dict.json", "state.json")  # of `save_to_disk`
+        if folder is None or not any((folder / name).is_file() for name in saved_by):
             place = self.name if folder is None else str(folder)
             stream: datasets.IterableDataset = datasets.load_dataset(
                 place, self.config, split=self.split, revision=self.revision, streaming=True
@@ -229,7 +230,3 @@ def _few_retries_of_their_own(retries: int) -> Iterator[None]:
         yield
     finally:
         config.STREAMING_READ_MAX_RETRIES, config.STREAMING_OPEN_MAX_RETRIES = before
-
-
-def _saved_to_disk(folder: Path) -> bool:
-    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()

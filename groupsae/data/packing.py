@@ -80,13 +80,6 @@ def document_numbers(
 class Packing:
     """How documents become blocks.
 
-    Args:
-        context: tokens in a block.
-        heldout_fraction: share of the documents that is only ever evaluated on.
-        calibration_fraction: share used for layer distances and norm factors only.
-        prepend_bos: start every block with the BOS token (the paper does not).
-        max_tokens: stop after so many tokens over all splits; None reads the complete source.
-
     Raises:
         UserError: no text can be packed like that.
     """
@@ -95,7 +88,7 @@ class Packing:
     heldout_fraction: float
     calibration_fraction: float
     prepend_bos: bool
-    max_tokens: int | None
+    max_tokens: int | None  # over all splits; None reads the complete source
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -190,14 +183,9 @@ def load_token_blocks(
     run resumes from its last flush, an incomplete cache is never read, and of two processes that
     want the same content one packs while the other waits.
 
-    Args:
-        source: the documents.
-        tokenizer: for documents that are text, and for BOS.
-        packing: how documents become blocks.
-        cache: folder of all packed corpora.
-        vocab_size: token ids of the language model end below; None takes the tokenizer's size
-            (Pythia's embedding, 50,304, is padded beyond its tokenizer's 50,277). Not part of
-            the key: it decides whether the blocks can be used, not what is in them.
+    Token ids of the language model end below `vocab_size`; None takes the tokenizer's size
+    (Pythia's embedding, 50,304, is padded beyond its tokenizer's 50,277). It is not part of the
+    key: it decides whether the blocks can be used, not what is in them.
 
     Raises:
         UserError: the source is empty or cannot be read, a split that is asked for has no

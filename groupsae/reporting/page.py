@@ -143,25 +143,11 @@ def run_sections(run: RunFiles) -> list[Section]:
     figures = list(run_figures(run))
     contents: dict[str, tuple[str, list[Table | None]]] = {
         "groups": ("Layers and groups", [tables.groups_table(run, others=not run.evaluation)]),
-        "quality": (
-            "What sharing costs",
-            [tables.baselines_table(run), tables.groupings_table(run)],
-        ),
-        "layers": (
-            "Layer by layer",
-            [
-                tables.layers_table(run),
-                tables.scale_table(run),
-                tables.variants_table(run),
-                tables.similarity_table(run),
-            ],
-        ),
+        "quality": ("What sharing costs", [build(run) for build in tables.QUALITY]),
+        "layers": ("Layer by layer", [build(run) for build in tables.LAYERS]),
         "latents": ("Latents", [tables.latents_table(run)]),
         "training": ("Training", []),
-        "cost": (
-            "Cost ledger",
-            [tables.parts_table(run), tables.saved_table(run), tables.sharing_table(run)],
-        ),
+        "cost": ("Cost ledger", [build(run) for build in tables.COST]),
     }
     sections = [summary(run)]
     for id, (title, found) in contents.items():

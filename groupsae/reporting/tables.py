@@ -414,3 +414,9 @@ def baselines_table(run: RunFiles) -> Table | None:
         "The chosen grouping minus each baseline, mean over the grouped layers (lower is better)",
         rows,
     )
+
+
+# the tables of three sections of the page
+QUALITY = baselines_table, groupings_table
+LAYERS = layers_table, scale_table, variants_table, similarity_table
+COST = parts_table, saved_table, sharing_table
