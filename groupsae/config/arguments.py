@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -20,24 +19,14 @@ from omegaconf import DictConfig, OmegaConf
 from groupsae.config.instantiate import CONF
 from groupsae.runtime.errors import UserError
 
-RENAMED = {  # (command, key) of earlier versions -> the key now
-    ("export", "to"): "output",
-    ("import_saes", "path"): "saes",
-    ("import_saes", "to"): "name",
-}
-
 
 def start(name: str, task: Callable[[DictConfig], Any]) -> None:
     """Run a command with the arguments of this process.
 
     What it raises for the user to read, and what Hydra cannot compose, ends it with one sentence
     on stderr and status 2.
-
-    Args:
-        name: of the command's file in conf/.
-        task: does the work, given the configuration.
     """
-    sys.argv[1:] = [translated(argument, name) for argument in sys.argv[1:]]
+    sys.argv[1:] = [quoted(argument, name) for argument in sys.argv[1:]]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints its errors itself, and exits
 
     @wraps(task)
@@ -65,34 +54,23 @@ def one_sentence() -> Iterator[None]:
         sys.exit(2)
 
 
-def translated(argument: str, name: str) -> str:
-    """Return an argument with the key of today, and with any character in the names of folders.
+def quoted(argument: str, name: str) -> str:
+    """Return an argument of a command, with any character allowed in the names of folders.
 
     `run=a,b` becomes a list, which Hydra would take for a sweep.
 
-    >>> translated("run=outputs/a,outputs/b", "report")
+    >>> quoted("run=outputs/a,outputs/b", "report")
     "run=['outputs/a','outputs/b']"
-    >>> translated("resume=outputs/a=1", "train")
+    >>> quoted("resume=outputs/a=1", "train")
     "resume='outputs/a=1'"
     """
     key, _, value = argument.partition("=")
-    now = RENAMED.get((name, key))
-    if now is not None:
-        if now == "name" and value != "null":  # which may be a path, as this was
-            value = str(Path(value).absolute())
-        print(f"note: {key}= is now {now}=", file=sys.stderr)
-        key, argument = now, f"{now}={value}"
     folder = key in ("run", "resume", "saes", "name") or (key == "output" and name != "train")
     if not folder or value in ("", "null", "???") or value[0] in "['\"":
         return argument
-    if key != "run":
-        return f"{key}={_quoted(value)}"
-    return f"run=[{','.join(_quoted(folder) for folder in value.split(',') if folder)}]"
-
-
-def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{escaped}'"
+    folders = [f for f in value.split(",") if f] if key == "run" else [value]
+    texts = ["'" + f.replace("\\", "\\\\").replace("'", "\\'") + "'" for f in folders]
+    return f"run=[{','.join(texts)}]" if key == "run" else f"{key}={texts[0]}"
 
 
 # ---- what is wrong with an argument --------------------------------------------------------
@@ -157,22 +135,15 @@ def _options(override: Override, name: str, groups: Mapping[str, str] | None) ->
 
 def _check_key(key: str, values: dict[str, Any]) -> None:
     """Raise UserError if a configuration has no such key, with the keys that it has there."""
-    node: Any = values
-    path: list[str] = []
-    for part in key.split("."):
-        if isinstance(node, list):
-            return
-        if not isinstance(node, dict) or part not in node:
-            break
-        path.append(part)
-        node = node[part]
-    else:
+    every = list(_dotted(values))
+    if key in every:
         return
-    where, last, every = ".".join(path), key.split(".")[-1], list(_dotted(values))
-    valid = sorted(k for k in node if not k.startswith("_")) if isinstance(node, dict) else []
-    near = [known for known in every if known.split(".")[-1] == last][:3]
-    near = near or [".".join([*path, n]) for n in difflib.get_close_matches(last, valid, n=3)]
-    near = near or difflib.get_close_matches(key, every, n=3, cutoff=0.75)
+    where = key
+    while where and where not in every:
+        where = where.rpartition(".")[0]
+    valid = sorted(k.rpartition(".")[2] for k in every if k.rpartition(".")[0] == where)
+    same = [k for k in every if k.rpartition(".")[2] == key.rpartition(".")[2]][:3]
+    near = same or difflib.get_close_matches(key, every, n=3, cutoff=0.75)
     there = f" Valid{' in ' + where if where else ''}: {', '.join(valid)}." if valid else ""
     # what is not in our yaml files is Lightning's own there
     more = f" Another option of Lightning's Trainer: +{key}=<value>." if where == "trainer" else ""

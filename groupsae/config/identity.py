@@ -35,10 +35,6 @@ def content(values: Mapping[str, Any], ignored: tuple[str, ...] = ()) -> dict[st
     That is everything but `RUNTIME`. Of the trainer and the callbacks it has what a user added:
     options of Lightning's that are neither a place nor a display, classes that are not ours.
     Activations from a store were rounded to its dtype, which decides nothing without a store.
-
-    Args:
-        values: plain, not resolved.
-        ignored: more dotted keys to leave out.
     """
     stored = (values.get("data") or {}).get("cache") is not None
     kept = without(values, (*RUNTIME, *ignored, *(() if stored else ("data.cache_dtype",))))

@@ -24,7 +24,6 @@ MORE = (
     "lightning.pytorch.strategies.DDPStrategy",  # in run folders of earlier versions
     "transformers.BitsAndBytesConfig",  # model.load.quantization_config
 )
-MOVED: dict[str, str] = {}  # import path in run folders of earlier versions -> the one now
 _TARGET = re.compile(r"^\s*_target_: ((?:groupsae|lightning)\.[\w.]+)", re.MULTILINE)
 
 
@@ -37,15 +36,13 @@ def allowed() -> frozenset[str]:
 @cache
 def _of_our_files() -> frozenset[str]:
     texts = (file.read_text(encoding="utf-8") for file in CONF.rglob("*.yaml"))
-    return frozenset([*MORE, *MOVED]).union(*(_TARGET.findall(text) for text in texts))
+    return frozenset(MORE).union(*(_TARGET.findall(text) for text in texts))
 
 
 def check_targets(values: object, where: str = "") -> None:
     """Check the class names in a configuration, before anything is built.
 
-    Args:
-        values: plain values; a target that is put together by interpolation is refused.
-        where: their dotted name.
+    The values are plain: a target that is put together by interpolation is refused.
 
     Raises:
         UserError: a class is named that is not allowed, or a key that Hydra would take for an
@@ -74,9 +71,7 @@ def check_targets(values: object, where: str = "") -> None:
 def make(cfg: Any, **more: Any) -> Any:
     """Return what a node of the configuration describes, built from plain Python values.
 
-    Args:
-        cfg: a node with `_target_` and the arguments' values, or one that holds such nodes.
-        **more: further arguments.
+    The node has `_target_` and arguments, to which `more` is added, or holds such nodes.
 
     Raises:
         UserError: a class is not allowed, or has no such argument; or its constructor refuses one.
@@ -95,8 +90,7 @@ def _built(values: Any) -> Any:
     arguments = {k: _built(v) for k, v in values.items() if k not in ("_target_", "_partial_")}
     if "_target_" not in values:
         return arguments
-    named: str = values["_target_"]
-    target = MOVED.get(named, named)
+    target: str = values["_target_"]
     module, _, name = target.rpartition(".")
     try:
         made = getattr(importlib.import_module(module), name)

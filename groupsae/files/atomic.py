@@ -23,11 +23,9 @@ ABANDONED = 900.0  # seconds without a write after which another machine's proce
 
 @contextmanager
 def explain_write_errors(path: Path, hint: str = "output=<folder>") -> Iterator[None]:
-    """Turn the operating system's refusal to write into a sentence.
+    """Turn the operating system's refusal to write `path` into a sentence.
 
-    Args:
-        path: what is written.
-        hint: the option that chooses another place.
+    `hint` is the option that chooses another place.
 
     Raises:
         UserError: the code inside ends with an OSError.

@@ -22,9 +22,6 @@ PAUSE = 1.0  # seconds between two tries
 def lock_folder(folder: Path) -> Iterator[None]:
     """Hold a run folder's lock, `.hydra/lock`, which the system frees when the process ends.
 
-    Args:
-        folder: the run folder; made if missing.
-
     Raises:
         UserError: another process holds it (the message names it), or nothing can be written.
     """

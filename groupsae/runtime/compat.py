@@ -31,9 +31,6 @@ def release_started_processes(launcher: Any) -> list[Any]:
 
     Lightning's observer kills this process when one that it watches ends with an error. It reads
     the launcher's list of processes, and ends when that is empty.
-
-    Args:
-        launcher: of a strategy that starts its processes by giving the command again.
     """
     processes = list(launcher.procs)
     launcher.procs.clear()

@@ -59,12 +59,7 @@ def token_progress(
 ) -> Iterator[Callable[[int], None]]:
     """Yield a function to call with the tokens of each part that is done.
 
-    Args:
-        title: of the work.
-        total: tokens of all of it; None if unknown.
-        show: whether to show anything; one process of several does.
-        done: tokens already done at the start.
-        stderr: show it there.
+    `total` is None if unknown; `done` are the tokens of an earlier start.
     """
     rate = TextColumn("{task.fields[rate]}")
     columns = (TextColumn(title), BarColumn(), rate, TimeRemainingColumn())

@@ -34,11 +34,6 @@ def retrying(
 
     It waits 1, 2, 4, ... and at most 60 seconds, or as long as the server asks by Retry-After
     (seconds or a date), but no more than an hour. The last error is raised as it is.
-
-    Args:
-        retries: after the first try.
-        may_pass: whether an error is worth another try.
-        report: called before each pause.
     """
     return Retrying(
         stop=stop_after_attempt(retries + 1),

@@ -51,7 +51,8 @@ class GroupSAE(L.LightningModule):
         optim: the optimiser's recipe.
         dead_after: tokens without firing after which a latent counts as dead.
         b_dec_start: initial decoder bias, see `init_b_dec`.
-        nonfinite: `stop` or `skip`, see `GroupSAESuite`.
+        nonfinite: what happens to a step whose loss or gradient is not finite: `stop` ends the
+            run, `skip` leaves the step out for the SAE that it concerns.
         seed: of the initial weights, together with the layers.
         slot: which rows of a batch belong to this group.
     """
@@ -222,10 +223,6 @@ class GroupSAE(L.LightningModule):
         fvu here is that of the mixed batch: its variance includes the differences between the
         layers' means, so compare groups by `val/fvu`, which is per layer. If all steps were left
         out, there are no means.
-
-        Args:
-            all_sum: returns the sum of a tensor over all processes; each holds its part.
-            sharing: processes that train this SAE together.
         """
         *sums, finite = all_sum(self.running.clone()).tolist()
         finite, skipped = int(finite) // sharing, self.skipped.tolist()
@@ -322,7 +319,7 @@ class JointStep:
     Args:
         groups: that this process trains; maybe none.
         optim: the optimiser's recipe.
-        nonfinite: `stop` or `skip`, see `GroupSAESuite`.
+        nonfinite: `stop` or `skip`, see `GroupSAE`.
         sharing: processes that train each SAE together.
         device: that trains.
 
@@ -357,13 +354,7 @@ class JointStep:
             group.start_running()
 
     def loss(self, batch: ActivationBatch, step: int, num_steps: int) -> Float[Tensor, ""]:
-        """Return the summed loss of all groups, and update their counters.
-
-        Args:
-            batch: of activations.
-            step: steps taken so far.
-            num_steps: of the complete training.
-        """
+        """Return the summed loss of all groups, and update their counters."""
         groups, self.position = self.groups, (step, num_steps)
         if not groups:
             return self.idle.sum() * 0

@@ -35,13 +35,6 @@ def ledger(
     worked out: the language model's are the same, and each SAE takes as long as one of this run.
     SAEs of several widths are stepped together, so their seconds are divided among the widths in
     proportion to the trial before the start.
-
-    Args:
-        suite: as trained.
-        data: the stream.
-        grouping: knows plan, measurement and cost.
-        throughput: the clocks.
-        seconds: of `seconds_of_all`.
     """
     plan, work, cost = grouping.plan, grouping.work, grouping.cost
     activations, saes = seconds
@@ -95,11 +88,6 @@ def seconds_of_all(
     Where SAEs are spread over the processes: the mean over processes for the SAEs, the smallest
     for the model, because all but the slowest owner also wait for rows. Waiting is then in
     `other`, and all processes have to call this.
-
-    Args:
-        data: with the stopwatch of the model.
-        throughput: with that of the SAEs.
-        spread: whether SAEs are spread.
     """
     own = data.stopwatch.seconds, throughput.saes.seconds
     if not spread:

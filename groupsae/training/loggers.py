@@ -25,9 +25,6 @@ class MetricsCSV(Logger):
 
     Long form, so that new metrics need no new header and a resumed run appends; rows that a
     killed run wrote after its last checkpoint are dropped when their steps come again.
-
-    Args:
-        folder: run folder.
     """
 
     def __init__(self, *, folder: str) -> None:
@@ -108,11 +105,6 @@ def make_wandb(*, project: str, folder: str, tags: list[str]) -> WandB:
     """Return a W&B logger: online with an account, offline without one, never a prompt.
 
     WANDB_MODE, if set, wins. A resumed run keeps its id, which comes from its folder.
-
-    Args:
-        project: W&B project.
-        folder: run folder; its last two parts name the run.
-        tags: W&B tags.
     """
     os.environ.setdefault("WANDB_MODE", "online" if has_wandb_account() else "offline")
     os.environ.setdefault("WANDB_SILENT", "true")

@@ -17,12 +17,7 @@ def is_logging_step(module: Any) -> bool:
 
 
 def log_training(module: Any, stats: Mapping[str, RunningStats], serving: Collection[str]) -> None:
-    """Log the figures of training steps.
-
-    Args:
-        module: that is being fitted.
-        stats: by group, the same in all processes.
-        serving: groups whose mean fvu the progress bar shows.
+    """Log the figures of training steps; the progress bar shows the mean fvu of `serving`.
 
     Raises:
         UserError: a value is not finite, or a group left out too many steps in a row.
@@ -42,10 +37,7 @@ def log_validation(
 ) -> None:
     """Log fvu and l0 per layer; per group their means and the share of unfired latents.
 
-    Args:
-        module: that is being fitted.
-        results: by group, what `GroupSAE.validated` returns.
-        serving: layer -> name of the group whose figures are those of the layer.
+    The figures of a layer are those of the group that `serving` names for it.
     """
     for name, result in results.items():
         for figure in ("fvu", "l0", "unfired"):

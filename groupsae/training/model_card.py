@@ -45,11 +45,7 @@ its token budget and the learning rate's decay did. {notes}
 
 
 def model_card(facts: Mapping[str, Any]) -> str:
-    """Return the model card in Markdown.
-
-    Args:
-        facts: the model's `training.json`, as pretraining writes it.
-    """
+    """Return the model card in Markdown."""
     history = "\n".join(
         f"| {stage['num_layers']} | {tokens:,} | {loss:.3f} |"
         for stage in facts["stages"]

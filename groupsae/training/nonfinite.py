@@ -40,9 +40,7 @@ class RunningStats(NamedTuple):
 def check_finite(module: Any, stats: Mapping[str, RunningStats]) -> None:
     """Raise UserError if values or weights of a group are NaN or infinite; names step and layers.
 
-    Args:
-        module: that is being fitted.
-        stats: by group, the same in all processes: all raise, or none.
+    `stats` (by group) are the same in all processes: all raise, or none.
     """
     for name, stat in stats.items():
         if stat.weights and all(map(math.isfinite, stat.values.values())):
@@ -59,12 +57,7 @@ def check_finite(module: Any, stats: Mapping[str, RunningStats]) -> None:
 
 
 def check_skips(module: Any, stats: Mapping[str, RunningStats]) -> None:
-    """Warn of the first steps that are left out; raise UserError if a group takes none any more.
-
-    Args:
-        module: that is being fitted.
-        stats: by group, the same in all processes.
-    """
+    """Warn of the first steps left out; raise UserError if a group takes none any more."""
     for name, stat in stats.items():
         times, in_a_row, last = stat.skipped
         if "skipped" not in stat.values or times == 0:
@@ -105,10 +98,6 @@ def layers_not_finite(data: ActivationDataModule, step: int) -> list[int]:
 
     The text of the step is run through the language model again; every process takes its share,
     and all of them get the same answer.
-
-    Args:
-        data: the stream.
-        step: number of the step, the first being 1.
     """
     layers = sorted(set().union(*gather(data.used_layers())))
     found = torch.zeros(len(layers), device=data.device)

@@ -26,12 +26,7 @@ def save_suite(
 ) -> None:
     """Write the SAE of every group that this process holds into `saes/<group>/`.
 
-    Args:
-        folder: of the run.
-        suite: as trained.
-        grouping: knows plan and measurement.
-        data: the stream.
-        configured: the configuration's `sae`, as plain values.
+    `configured` is the configuration's `sae`, as plain values.
     """
     plan, measurement = grouping.plan, grouping.measurement
     for index, member in zip(suite.own, suite.members(), strict=True):

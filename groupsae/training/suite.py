@@ -41,17 +41,7 @@ class GroupSAESuite(L.LightningModule):
     """Holds one `GroupSAE` for each group of the plan; the plan arrives after construction.
 
     The grouping callback measures the layers in its `setup` and calls `set_plan`; Lightning then
-    calls `configure_model`, which builds the SAEs.
-
-    Args:
-        sae: factory of an SAE.
-        d_model: width of the residual stream.
-        optim: the optimiser's recipe.
-        dead_after: tokens without firing after which a latent counts as dead.
-        b_dec_start: initial decoder bias, see `init_b_dec`.
-        nonfinite: what happens to a step whose loss or gradient is not finite: `stop` ends the
-            run, `skip` leaves the step out for the SAE that it concerns.
-        seed: of the initial weights.
+    calls `configure_model`, which builds the SAEs. Its arguments are those of `GroupSAE`.
 
     Attributes:
         plan: of all SAEs of all processes.
@@ -104,11 +94,8 @@ class GroupSAESuite(L.LightningModule):
     ) -> None:
         """Choose the groups to train and the scale of each layer.
 
-        Args:
-            plan: of all SAEs.
-            norm_factors: layer -> what its activations are multiplied by.
-            own: numbers in the plan of the SAEs that this process holds, where they are spread
-                over the processes; None where each process holds all.
+        `own` are the numbers in the plan of the SAEs that this process holds, where they are
+        spread over the processes; None where each process holds all.
         """
         self.plan, self.norm_factors = plan, dict(norm_factors)
         self.spread = own is not None
@@ -146,10 +133,6 @@ class GroupSAESuite(L.LightningModule):
     def make_member(self, planned: PlannedSAE, slots: Sequence[list[int]]) -> GroupSAE:
         """Return a fresh group.
 
-        Args:
-            planned: of the plan.
-            slots: sets of layers that the rows of a batch are drawn from.
-
         Raises:
             UserError: its width leaves too few latents; names it.
         """
@@ -178,11 +161,7 @@ class GroupSAESuite(L.LightningModule):
         return {layer: name for name, layers in names for layer in layers}
 
     def collect(self, own: dict[str, T]) -> dict[str, T]:
-        """Return the values of all groups, by name in the order of the plan.
-
-        Args:
-            own: of the groups that this process holds.
-        """
+        """Return the values of all groups, by name in the order of the plan."""
         if not self.spread:
             return own
         found = gather_named(own)

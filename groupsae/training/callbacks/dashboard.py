@@ -25,11 +25,7 @@ def save_figures(folder: Path, figures: dict[str, Figure], loggers: Sequence[Log
 
 
 class Dashboard(L.Callback):
-    """Draws the groups once they are chosen, and logs them.
-
-    Args:
-        folder: run folder.
-    """
+    """Draws the groups once they are chosen, and logs them."""
 
     def __init__(self, *, folder: str) -> None:
         self.folder = Path(folder)
