@@ -34,7 +34,7 @@ def test_two_runs_into_the_same_folder(expected, program, row):
     assert first.results() == expected
     row(
         "two runs started into the same folder",
-        "the second is refused with a sentence, the first goes on undisturbed",
+        "the second is refused with a sentence, the first continues undisturbed",
         f"refused after {second.seconds:.0f} s; the first equal bit for bit",
     )
 
@@ -100,7 +100,7 @@ def test_a_full_disk(share, undisturbed, expected, program, row):
     FULL[kind] = re.sub(r"^.*/(?=\S)", "", named[1])
     row(
         f"disk full: {kind}",
-        "a sentence with the file and what to do; with room the same command goes on, bit for bit",
+        "a message with the file and the next step; with room the same command resumes, bit for bit",
         f"it stopped at `{FULL[kind]}`; afterwards equal bit for bit",
     )
 
@@ -119,7 +119,7 @@ def test_a_checkpoint_with_a_flipped_bit(expected, program, row):
     row(
         "a flipped bit in the newest checkpoint",
         "it is named and set aside, the one before it is used",
-        "going on from step 3 instead of 6; equal bit for bit",
+        "resumed from step 3 instead of 6; equal bit for bit",
         f"{3 * TOKENS_PER_STEP:,} were trained again",
     )
 
@@ -163,7 +163,7 @@ def test_nan_in_one_layers_activations_stops_the_run(expected, program, row):
     row(
         "NaN in one layer's activations, nonfinite=stop",
         "the run stops, names step, SAE and layer; nothing spoilt is saved",
-        "step 8, layer 1 named; without the fault the same command goes on, bit for bit",
+        "step 8, layer 1 named; without the fault the same command resumes, bit for bit",
     )
 
 
@@ -185,7 +185,7 @@ def test_nan_in_one_layers_activations_is_skipped(expected, program, row):
             assert (found[name] == value) == (name.split("/")[0] not in hit), name
     row(
         "NaN in one layer's activations, nonfinite=skip",
-        "the SAE that it concerns leaves that step out, told and counted",
+        "the SAE that it concerns leaves that step out, reported and counted",
         "so; all other SAEs equal bit for bit",
     )
 

@@ -1,4 +1,4 @@
-"""A run that is killed, at any moment, goes on with the same command, to the same bits."""
+"""A run that is killed, at any moment, resumes with the same command, to the same bits."""
 
 import random
 import signal
@@ -57,7 +57,7 @@ def test_sigkill_at_random_moments(undisturbed, expected, program, row):
     row(
         f"SIGKILL at {KILLS} random moments (seed {SEED}): "
         + ", ".join(f"{n} x {phase}" for phase, n in count.items()),
-        "the same command goes on from the last checkpoint to the same result, bit for bit",
+        "the same command resumes from the last checkpoint to the same result, bit for bit",
         f"{KILLS} of {KILLS} equal in weights and evaluation",
     )
 
@@ -74,7 +74,7 @@ def test_sigterm(expected, program, row):
     assert victim.results() == expected
     row(
         "SIGTERM in step 5",
-        "a checkpoint of that step, the command that goes on, exit status 143",
+        "a checkpoint of that step, the command that resumes, exit status 143",
         "so; afterwards equal bit for bit",
     )
 
@@ -97,7 +97,7 @@ def test_kills_among_two_processes(both, of_two, program, row):
     who = "the first of two processes" if both else "the second of two processes"
     row(
         f"SIGKILL of {who}, trainer={trainer}",
-        "the other ends with a sentence, none is left over; the same command goes on, bit for bit",
+        "the other ends with a message, none is left over; the same command resumes, bit for bit",
         f"ended after {ended.seconds:.0f} s in all, afterwards equal bit for bit"
         f" ({(8 - last) * TOKENS_PER_STEP:,} tokens since the last checkpoint were trained again)",
     )

@@ -1,4 +1,4 @@
-"""Has imported the whole program, and forks a process of its own for each command it is told.
+"""Has imported the complete program, and forks one process for each command it gets.
 
 More than half of a small run is importing. A line of the input is JSON: `arguments`, `fault` (as
 faulty.py takes it), and `place`, whose `.out` gets what the command says, `.pid` its number and
