@@ -6,7 +6,7 @@ READY := .venv/.ready
 ARGS ?=
 SEEDS ?= 0,1,2
 WORKERS ?= 2
-# in so many processes; the tests of a file stay together, as they share what they made
+# WORKERS processes; the tests of a file run in one process, as they share fixtures
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: help train evaluate report export import-saes test check format sweep replicate pretrain chaos bench bench-smallest bench-rivals \
@@ -29,10 +29,10 @@ evaluate: $(READY)  ## Measure what a run costs the model: make evaluate ARGS="r
 report: $(READY)  ## Write the report page of one or more runs: ARGS="run=<folder>[,<folder>]"
 	@$(BIN)/python -m groupsae.report $(ARGS)
 
-export: $(READY)  ## SAEs as other libraries load them: ARGS="run=<folder> format=saelens"
+export: $(READY)  ## Write SAEs in another library's format: ARGS="run=<folder> format=saelens"
 	@$(BIN)/python -m groupsae.export $(ARGS)
 
-import-saes: $(READY)  ## A run of SAEs that others trained: ARGS="saes=<folder> model=<model>"
+import-saes: $(READY)  ## Make a run folder from others' SAEs: ARGS="saes=<folder> model=<model>"
 	@$(BIN)/python -m groupsae.import_saes $(ARGS)
 
 test: $(READY)  ## Run the tests
@@ -45,7 +45,7 @@ check: $(READY)  ## Lint, types, import contracts, tests: what CI runs
 	@$(BIN)/lint-imports
 	@$(PYTEST)
 
-format: $(READY)  ## Format the code, and mend what lint can mend
+format: $(READY)  ## Format the code and fix lint errors where possible
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
@@ -56,7 +56,7 @@ replicate: $(READY)  ## All rules, all numbers of groups, SEEDS=0,1,2: docs/repl
 	@$(BIN)/python -m groupsae.train -m experiment=replication seed=$(SEEDS) $(ARGS)
 	@$(BIN)/python -m benchmarks.replication seed=$(SEEDS) $(ARGS)
 
-pretrain: $(READY)  ## Train the bundled language model anew (hours)
+pretrain: $(READY)  ## Train the bundled language model again (hours)
 	@$(BIN)/python -m groupsae.pretrain $(ARGS)
 
 chaos: $(READY)  ## Kills, full disks, flipped bits, NaN: the table of docs/reliability.md (12 minutes)
@@ -65,14 +65,14 @@ chaos: $(READY)  ## Kills, full disks, flipped bits, NaN: the table of docs/reli
 bench: $(READY)  ## Measure the training loop and its parts, a quarter of an hour: benchmarks/results
 	@for each in step kernels loop lm_forward scaling; do $(BIN)/python -m benchmarks.$$each || exit; done
 
-# every benchmark, so that none rots; CI runs this
+# CI runs every benchmark, so that none breaks unnoticed
 bench-smallest: $(READY)  ## Run every benchmark for a few seconds; the figures mean nothing
 	@for each in step kernels loop lm_forward scaling quality saes scale soak store replication rivals; do \
 		echo "benchmarks.$$each"; \
 		$(BIN)/python -m benchmarks.$$each size=smallest >.bench.log 2>&1 || { cat .bench.log; exit 1; }; done
 	@rm -f .bench.log
 
-bench-rivals: $(READY)  ## Training beside SAELens, sparsify and dictionary_learning (15 minutes, 6 GB)
+bench-rivals: $(READY)  ## Compare training with SAELens, sparsify and dictionary_learning (15 minutes, 6 GB)
 	@benchmarks/rivals/install
 	@$(BIN)/python -m benchmarks.rivals $(ARGS)
 
