@@ -100,7 +100,7 @@ def test_a_full_disk(share, undisturbed, expected, program, row):
     FULL[kind] = re.sub(r"^.*/(?=\S)", "", named[1])
     row(
         f"disk full: {kind}",
-        "a message with the file and the next step; with room the same command resumes, bit for bit",
+        "a message with the file and the next step; with space the command resumes, bit for bit",
         f"it stopped at `{FULL[kind]}`; afterwards equal bit for bit",
     )
 
