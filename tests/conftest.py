@@ -18,35 +18,16 @@ from jaxtyping import install_import_hook
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side: each has one core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Types and shapes in signatures are checked in the tests, and only there. (As an option of
-# jaxtyping's own pytest plugin this would have to be `beartype.beartype` as it is, which takes
-# no int for a float.)
+# Types and shapes in signatures are checked in the tests, and only there; not in programs that a
+# test starts. The other rooms (app, config, files, runtime) handle no arrays. (As an option of
+# jaxtyping's own pytest plugin this would have to be `beartype.beartype` with its defaults, which
+# takes no int for a float.)
+CHECKED = (
+    "cost", "data", "evaluation", "grouping", "interop", "lm", "reporting", "sae", "suite",
+    "training",
+)  # fmt: skip
 install_import_hook(
-    [
-        "groupsae.data",
-        "groupsae.evaluation",
-        "groupsae.grouping",
-        "groupsae.interop",
-        "groupsae.lm",
-        "groupsae.reporting",
-        "groupsae.suite",
-        "groupsae.sae",
-        "groupsae.cost.model",
-        "groupsae.training.b_dec_init",
-        "groupsae.training.callbacks",
-        "groupsae.training.checkpoints",
-        "groupsae.training.group",
-        "groupsae.training.ledger",
-        "groupsae.training.loggers",
-        "groupsae.training.measure",
-        "groupsae.training.metrics",
-        "groupsae.training.nonfinite",
-        "groupsae.training.optim",
-        "groupsae.training.parallel",
-        "groupsae.training.readback",
-        "groupsae.training.results",
-        "groupsae.training.suite",
-    ],
+    [f"groupsae.{room}" for room in CHECKED],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )
 

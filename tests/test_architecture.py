@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import groupsae
+from tests.conftest import CHECKED
 
 PACKAGE = Path(groupsae.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -55,7 +56,7 @@ def test_the_partition_core_needs_neither_torch_nor_lightning_nor_hydra():
 
 @pytest.mark.parametrize("command", ["train", "evaluate", "export", "import_saes", "report"])
 def test_the_command_answers_before_it_loads_torch(command):
-    """A wrong option is told at once: slow imports come after the cheap checks."""
+    """A wrong option is reported at once: slow imports come after the cheap checks."""
     heavy = {"torch", "lightning", "transformers", "matplotlib"}
     assert not loaded_by(f"import groupsae.{command}") & heavy
 
@@ -69,6 +70,12 @@ def test_saved_suites_load_without_lightning_and_transformers():
 def test_only_the_commands_app_and_config_know_hydra(file):
     if Path(relative(file)).parts[0] not in KNOW_HYDRA and file.parent != PACKAGE:
         assert not imported(file) & {"hydra", "omegaconf"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=relative)
+def test_annotated_shapes_are_checked_in_the_tests(file):
+    if "jaxtyping" in imported(file):
+        assert Path(relative(file)).parts[0] in CHECKED
 
 
 @pytest.mark.parametrize("file", FILES, ids=relative)

@@ -1,4 +1,4 @@
-"""Whole runs on a GPU: one process over NCCL, the language model in bfloat16, the forecast."""
+"""Complete runs on a GPU: one process over NCCL, the language model in bfloat16, the forecast."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from groupsae.training.group import JointStep
+from tests.helpers.dry_runs import count, rows_of
 from tests.helpers.fits import make_optim
 from tests.helpers.runs import overrides, run, saved
 
@@ -73,20 +74,18 @@ def test_a_language_model_in_bfloat16_costs_little(
     assert fvu_of(folder) == pytest.approx(fvu_of(alone), rel=5e-2)
 
 
-def test_the_dry_run_tells_the_memory_that_the_run_takes(
+def test_the_dry_run_forecasts_the_memory_that_the_run_takes(
     tiny_lm: Path, tiny_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tests.training.test_dry_run import count, rows_of
-
     arguments = overrides(
         tiny_lm, tiny_text, tmp_path, *GPU, "sae.expansion=512", "groups=per_layer",
         "dead_after=100000000",
     )  # fmt: skip
     assert run([*arguments, "dry_run=true"])[0] == 0
-    told = count(rows_of(capsys.readouterr().out)["peak memory, by a trial"][0])
+    forecast = count(rows_of(capsys.readouterr().out)["peak memory, by a trial"][0])
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     status, folder = run(arguments)
     assert status == 0
     used = json.loads((folder / "summary.json").read_text())["peak_gpu_memory_gb"] * 2**30
-    assert told == pytest.approx(used, rel=0.15)
+    assert forecast == pytest.approx(used, rel=0.15)

@@ -18,7 +18,7 @@ from groupsae.files.reading import read_metrics
 from groupsae.runtime.errors import UserError
 from tests.helpers.evaluated import KINDS, evaluate, evaluated, read, set_option, without_seconds
 from tests.helpers.runs import composed, config_of, overrides, run
-from tests.training.test_loggers import recorded, values
+from tests.helpers.wandb_files import recorded, values
 
 Folder = Callable[[str], Path]
 

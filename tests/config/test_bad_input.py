@@ -1,4 +1,4 @@
-"""What goes wrong is said in one sentence that names the value and the way out."""
+"""Bad input is refused in one sentence that names the value and the way out."""
 
 import re
 import shutil
@@ -69,12 +69,12 @@ def test_a_refused_command_leaves_no_run_folder(
     "argument",
     ["sae.k=3", "groups.rules=[even]", "+trainer.limit_train_batches=3", "groups.theta=0.1,0.2"],
 )
-def test_known_keys_pass_also_those_that_another_option_brings(argument: str) -> None:
+def test_known_keys_are_accepted_also_those_that_another_option_brings(argument: str) -> None:
     explain(["-m", "groups=all,amad", argument], "train")
     explain(["model=hf", "model.name=x", "experiment=replication", argument], "train")
 
 
-def test_a_folder_of_the_users_own_yaml_files_is_left_to_hydra() -> None:
+def test_any_key_is_accepted_with_a_folder_of_the_users_own_yaml_files() -> None:
     explain(["--config-dir=mine", "groups=own", "groups.own=3"], "train")
 
 

@@ -162,7 +162,7 @@ def test_a_strangers_run_folder_runs_nothing_and_asks_nothing(stranger, changes,
 
 
 @pytest.mark.parametrize("plain", ["${.a.${.b}}", "${seed}:x", "{a: ${seed}}", "${run_folder:}"])
-def test_what_asks_only_the_configuration_itself_is_no_resolver(stranger, plain):
+def test_references_within_the_configuration_are_accepted(stranger, plain):
     finished_run(stranger({"model.name": plain}), trusted=False)
 
 

@@ -187,7 +187,7 @@ def test_what_does_not_fit_the_model_is_refused_before_any_work(
 
 
 @pytest.mark.parametrize("choice", ALL)
-def test_what_fits_the_model_passes_the_check(choice: Choice) -> None:
+def test_a_choice_that_fits_the_model_is_accepted(choice: Choice) -> None:
     choice.check(6)
 
 

@@ -206,7 +206,9 @@ def test_the_projected_gradient_has_no_part_along_the_latents():
 
 
 def test_projection_without_a_gradient_does_nothing():
-    make_sae().project_gradient()
+    sae = make_sae()
+    sae.project_gradient()
+    assert sae.W_dec.grad is None
 
 
 def test_normalize_decoder_keeps_directions_and_makes_unit_vectors():

@@ -15,24 +15,8 @@ from groupsae.app.needs import too_small
 from groupsae.grouping.choices import ByAmad, ByCount
 from groupsae.training import estimate
 from groupsae.training.estimate import possible_plans
+from tests.helpers.dry_runs import count, rows_of
 from tests.helpers.runs import overrides, run
-
-UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
-
-
-def rows_of(output: str) -> dict[str, list[str]]:
-    """Return the table that a dry run printed: name -> cells."""
-    cells = [
-        [cell.strip() for cell in line.split("│")[1:-1]]
-        for line in output.splitlines()
-        if line.startswith("│")
-    ]
-    return {name: values for name, *values in cells}
-
-
-def count(cell: str) -> float:
-    number, unit = cell.split()
-    return float(number.replace(",", "")) * UNITS[unit]
 
 
 @pytest.fixture

@@ -2,8 +2,9 @@
 
 import json
 import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -13,9 +14,11 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from groupsae.data.activations import ActivationDataModule
 from groupsae.data.batch import ActivationBatch
 from groupsae.data.draws import draw_layers
 from groupsae.grouping.choices import All
+from groupsae.lm.load import FrozenLM
 from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE
 from groupsae.sae.topk import TopK
@@ -25,6 +28,7 @@ from groupsae.training.estimate import Forecast, Trial, TrialData, bytes_free, b
 from groupsae.training.group import SAEFactory
 from groupsae.training.optim import Adam
 from groupsae.training.suite import GroupSAESuite
+from tests.helpers.data_modules import unprepared
 from tests.helpers.runs import overrides, run
 from tests.helpers.saes import FAMILY
 
@@ -60,9 +64,11 @@ def widths_of(suite: GroupSAESuite) -> list[float]:
     return [member.width for member in suite.plan.members]
 
 
-def stream(tokens: int) -> Any:
-    """Return the little of a data module that the estimate asks for."""
-    return SimpleNamespace(tokens_per_step=tokens)
+def stream(tokens: int) -> ActivationDataModule:
+    """Return a data module whose steps have so many tokens; nothing is read."""
+    data = unprepared(FrozenLM(name="tiny"), "text", "cache")
+    data.tokens_per_step = tokens
+    return data
 
 
 def bytes_taken(suite: GroupSAESuite, *callbacks: L.Callback) -> int:
@@ -98,7 +104,7 @@ def test_weights_gradients_and_moments_are_counted_to_the_byte(smaller: list[int
     needed = bytes_needed(suite, stream(0), widths_of(suite), 1)
     if not smaller:
         assert needed == counted - steps
-    # of smaller SAEs the decoder's bias is not smaller, and latents are whole
+    # of smaller SAEs the decoder's bias is not smaller, and latents are whole numbers
     assert needed == pytest.approx(counted - steps, rel=0.01)
 
 
@@ -178,28 +184,28 @@ def test_a_control_groups_limit_counts(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert bytes_free(CPU, 1) > 10**7
 
 
-def test_what_fits_is_not_refused() -> None:
+def test_saes_that_fit_exactly_are_accepted() -> None:
     refuse(10**9, 10**9, 5, CPU)
 
 
 def test_the_refusal_names_the_numbers_and_what_to_reduce() -> None:
     with pytest.raises(UserError) as error:
         refuse(81_300_000_000, 7_900_000_000, 61, CPU)
-    said = str(error.value)
-    assert "61 SAEs at once needs about 81.3 GB, but cpu has 7.9 GB free" in said
+    printed = str(error.value)
+    assert "61 SAEs at once needs about 81.3 GB, but cpu has 7.9 GB free" in printed
     for way_out in (
         "sae.expansion",
         "stream.blocks_per_step",
         "groups.rules",
         "groups.smaller=[]",
     ):
-        assert way_out in said
-    assert "-m groups=count groups.num_groups=1,2,3" in said
-    assert "\n" not in said
+        assert way_out in printed
+    assert "-m groups=count groups.num_groups=1,2,3" in printed
+    assert "\n" not in printed
 
 
 def test_the_forecast_is_one_sentence() -> None:
-    said = str(
+    printed = str(
         Forecast(
             num_saes=12,
             memory=3_400_000_000,
@@ -208,23 +214,33 @@ def test_the_forecast_is_one_sentence() -> None:
             step_seconds={1.0: 0.1},
         )
     )
-    assert said == (
+    assert printed == (
         "12 SAEs from one stream: about 3.4 GB of memory, and by a trial of 3 steps 0:02:00 of "
         "training (25% of it the language model's)."
     )
 
 
-# ---- whole runs -----------------------------------------------------------------------------
+# ---- complete runs --------------------------------------------------------------------------
 
 ALL = ["groups=all", "groups.rules=[complete,even]", "groups.smaller=[1,2]"]
 
 
+@dataclass
+class Watched:
+    """The estimates that runs make, and how often they measure the layers; `free` is scripted."""
+
+    needed: list[int] = field(default_factory=list)
+    saes: list[int] = field(default_factory=list)
+    measured: int = 0
+    free: Callable[[list[int]], int] = lambda needed: 10**12
+
+
 @pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
     """Note what is estimated and whether the layers are measured; `free` decides what fits."""
     from groupsae.training.callbacks import grouping
 
-    notes = SimpleNamespace(needed=[], saes=[], measured=0, free=lambda needed: 10**12)
+    notes = Watched()
     estimate, measure = grouping.bytes_needed, grouping.measure
 
     def noted(suite: Any, data: Any, widths: list[float], world_size: int) -> int:
@@ -243,7 +259,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def test_what_can_never_fit_is_refused_before_the_layers_are_measured(
-    watched: SimpleNamespace, tiny_lm: Path, tiny_text: Path, tmp_path: Path
+    watched: Watched, tiny_lm: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
     watched.free = lambda needed: needed[0] - 1
     with pytest.raises(UserError, match="training 6 SAEs at once needs about"):
@@ -253,7 +269,7 @@ def test_what_can_never_fit_is_refused_before_the_layers_are_measured(
 
 
 def test_what_turns_out_not_to_fit_is_refused_after_grouping(
-    watched: SimpleNamespace, tiny_lm: Path, tiny_text: Path, tmp_path: Path
+    watched: Watched, tiny_lm: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
     watched.free = lambda needed: needed[0]
     with pytest.raises(UserError, match=r"training 1[2-9] SAEs at once needs about"):
@@ -265,7 +281,7 @@ def test_what_turns_out_not_to_fit_is_refused_after_grouping(
 
 
 def test_an_ordinary_run_is_refused_too_and_forecasts_nothing(
-    watched: SimpleNamespace,
+    watched: Watched,
     tiny_lm: Path,
     tiny_text: Path,
     tmp_path: Path,
@@ -281,8 +297,8 @@ def test_an_ordinary_run_is_refused_too_and_forecasts_nothing(
     assert "from one stream" not in capsys.readouterr().out
 
 
-def test_a_run_of_all_groupings_says_first_what_it_will_need(
-    watched: SimpleNamespace,
+def test_a_run_of_all_groupings_first_prints_what_it_will_need(
+    watched: Watched,
     tiny_lm: Path,
     tiny_text: Path,
     tmp_path: Path,
@@ -290,12 +306,12 @@ def test_a_run_of_all_groupings_says_first_what_it_will_need(
 ) -> None:
     status, folder = run(overrides(tiny_lm, tiny_text, tmp_path, *ALL))
     assert status == 0
-    said = " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
     number = len(json.loads((folder / "groups.json").read_text())["saes"])
     sentence = (
         rf"{number} SAEs from one stream: about \d+\.\d GB of memory, and by a trial of 3 steps "
         r"\d+:\d\d:\d\d of training \(\d+% of it the language model's\)\."
     )
-    found = re.search(sentence, said)
+    found = re.search(sentence, printed)
     assert found is not None
-    assert found.start() < said.index("Run folder")
+    assert found.start() < printed.index("Run folder")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import struct
 import warnings
 
 import pytest
@@ -10,6 +9,7 @@ import wandb
 
 from groupsae.files.reading import read_metrics
 from groupsae.training.loggers import MetricsCSV, has_wandb_account, make_wandb
+from tests.helpers.wandb_files import recorded, values
 
 
 def log(folder, *rows):
@@ -57,7 +57,7 @@ def test_a_missing_file_has_no_rows(tmp_path):
 def no_account(monkeypatch, tmp_path):
     """Take away whatever account this machine has; put the environment back afterwards."""
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_SILENT", "WANDB_BASE_URL"):
-        monkeypatch.setenv(name, "")  # so that it is restored even if the code sets it anew
+        monkeypatch.setenv(name, "")  # so that it is restored even if the code sets it again
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     for kind in ("CONFIG", "CACHE", "DATA"):
@@ -124,33 +124,6 @@ def test_a_resumed_run_keeps_the_name_of_its_folder(no_account):
     assert first.version == again.version
     assert first._name == "amad-0.2-1M-k16"
     assert make(no_account / "amad-0.2" / "1M-k32").version != first.version
-
-
-def recorded(path):
-    """Return the records of a .wandb file: LevelDB's log format after a header of 7 bytes."""
-    from wandb.proto import wandb_internal_pb2
-
-    raw, records, whole, position = path.read_bytes(), [], b"", 7
-    assert raw[:4] == b":W&B"
-    while position + 7 <= len(raw):
-        left = 32768 - position % 32768
-        if left < 7:  # no header fits: the rest of the block is padding
-            position += left
-            continue
-        length, kind = struct.unpack("<HB", raw[position + 4 : position + 7])
-        whole += raw[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a record in one piece, or its last piece
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(whole)
-            records.append(record)
-            whole = b""
-    return records
-
-
-def values(items):
-    """Return key -> value of history or summary items; nested keys are joined by a slash."""
-    return {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}
 
 
 @pytest.mark.slow
