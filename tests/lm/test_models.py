@@ -208,7 +208,7 @@ def test_names_given_by_hand_are_used(folder_of):
         norm(raw[1]), seen(frozen(folder, hookpoint="mlp_out").load(CPU), tokens)[1]
     )
     assert raw[1].shape == plain[1].shape
-    with pytest.raises(UserError, match=r"'encoder.layer', which is not .*: layers \(3\)"):
+    with pytest.raises(UserError, match=r"'encoder.layer', which names no .*: layers \(3\)"):
         frozen(folder, blocks_path="encoder.layer")
     with pytest.raises(UserError, match=r"mlp_out of block 0 .* \[2, 12, 32\] instead of"):
         seen(frozen(folder, hookpoint="mlp_out", submodule="mlp.up_proj").load(CPU), tokens)
