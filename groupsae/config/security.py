@@ -41,11 +41,8 @@ def check_own(cfg: DictConfig) -> None:
 def check_saved(saved: DictConfig, folder: Path, *, key: str, trusted: bool) -> None:
     """Check the configuration of a run folder before anything is built or resolved.
 
-    Args:
-        saved: the configuration.
-        folder: of the run.
-        key: `run` or `resume`, which named the folder.
-        trusted: whether the command line allows the language model's own code.
+    `key` is `run` or `resume`, which named the folder; `trusted` is whether the command line
+    allows the language model's own code.
 
     Raises:
         UserError: it names a class that is not allowed, asks for anything from outside of it, or

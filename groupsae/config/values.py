@@ -47,17 +47,12 @@ def one_of(*names: str) -> Allowed:
 
 COUNT, POSITIVE = at_least(1), Allowed("a number above 0", between(0, float("inf")).holds)
 SWITCH = Allowed("true or false", lambda v: isinstance(v, bool))
-BOOTSTRAP = ("resamples", "level", "seed")
 
 EVALUATION = {
     "tokens": COUNT.or_null("as many as stream.heldout_tokens"),
     "exclude_special_tokens": SWITCH.or_null("what the run did in training"),
     "together": SWITCH,
     "similarity_tokens": at_least(0),
-    "bootstrap": Allowed(
-        "a mapping of resamples, level and seed",
-        lambda v: isinstance(v, Mapping) and set(v) == set(BOOTSTRAP),
-    ),
     "bootstrap.resamples": COUNT,
     "bootstrap.level": between(0, 1),
     "bootstrap.seed": at_least(0),
@@ -92,12 +87,7 @@ TRAINING = {
 
 
 def check_values(cfg: DictConfig, allowed: Mapping[str, Allowed], where: str = "") -> None:
-    """Check every key of a table.
-
-    Args:
-        cfg: the configuration, or the node of it that the table is about.
-        allowed: dotted key -> its values.
-        where: dotted name of the node, with a dot at its end.
+    """Check every key of a table; `where` is the dotted name of the node, with a dot at its end.
 
     Raises:
         UserError: a value has no default and is not given, or is not allowed.

@@ -92,12 +92,7 @@ def missing(path: Path) -> UserError:
 
 
 def damaged(path: Path, reason: object = "") -> UserError:
-    """Return the error about a truncated or damaged file or folder: what it is, how to fix it.
-
-    Args:
-        path: of it.
-        reason: an exception or a text; its first line is shown.
-    """
+    """Return the error about a damaged file or folder, with the first line of `reason`."""
     lines = str(reason).strip().splitlines()
     if isinstance(reason, Exception):
         lines = [f"{type(reason).__name__}: {lines[0]}" if lines else type(reason).__name__]

@@ -52,7 +52,9 @@ def groupings(plan: GroupPlan) -> list[Grouping]:
     last = plan.num_layers - 1
     own = {last: name_of([last])} if plan.last_layer == "own" else {}
     grouped = [x for x in range(plan.partition.num_layers) if x not in plan.unserved]
-    picked = _picked(plan)
+    scored = [p for p in plan.partitions if plan.theta is not None and p.amad < plan.theta]
+    scored.sort(key=lambda p: -p.num_groups)
+    picked = {part.rule: part.num_groups for part in scored}  # the fewest below theta
     found: dict[str, Grouping] = {}
     for part in plan.partitions:
         single, count = part.num_groups == part.num_layers, part.num_groups
@@ -75,12 +77,3 @@ def groupings(plan: GroupPlan) -> list[Grouping]:
         name = f"smaller-{count}"
         found[name] = Grouping(name, "smaller", count, None, served | own, grouped)
     return list(found.values())
-
-
-def _picked(plan: GroupPlan) -> dict[str, int]:
-    """Return rule -> the smallest number of groups with AMAD < theta."""
-    picked: dict[str, int] = {}
-    for part in sorted(plan.partitions, key=lambda p: p.num_groups):
-        if plan.theta is not None and part.amad < plan.theta:
-            picked.setdefault(part.rule, part.num_groups)
-    return picked

@@ -37,10 +37,6 @@ class LayerMoments(Metric):
     """The moments of each layer's activations.
 
     Sums and counts are float64, so neither the batch size nor the number of ranks matters.
-
-    Args:
-        num_layers: L.
-        d_model: width of the residual stream.
     """
 
     is_differentiable = False

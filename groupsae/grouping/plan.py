@@ -171,10 +171,7 @@ def smaller_name_of(layer: int, num_groups: int) -> str:
 def check_smaller(counts: object, groupable: int | None = None) -> None:
     """Raise UserError unless these are numbers of groups that smaller SAEs can match.
 
-    Args:
-        counts: a list of integers, at least 1 and below the number of layers: with as many groups
-            as layers the SAEs would be no smaller.
-        groupable: how many layers are grouped; None: not known yet.
+    With as many groups as layers the SAEs would be no smaller.
     """
     if isinstance(counts, str) or not isinstance(counts, Sequence):
         raise UserError(

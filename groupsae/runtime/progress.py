@@ -15,14 +15,7 @@ SILENCE = 30.0  # seconds between lines where no bar can move
 
 
 class ProgressLines:
-    """A line every half minute, for output that is no terminal: a log file, SLURM.
-
-    Args:
-        title: of the work.
-        total: tokens of all of it; None if unknown.
-        done: tokens already done at the start.
-        stream: where a bar would be shown; None for stdout.
-    """
+    """A line every half minute, for output that is no terminal: a log file, SLURM."""
 
     def __init__(
         self, title: str, total: int | None, done: int = 0, stream: IO[str] | None = None

@@ -135,13 +135,7 @@ class GroupSAE(L.LightningModule):
     ) -> Float[Tensor, ""]:
         """Return this process's part of the loss; updates the counters and notes what fired.
 
-        Args:
-            x: scaled activations.
-            layers: the layer of each row.
-            moments: the sum over all processes of what `moments` returns.
-            num_dead: number of dead latents.
-            progress: share of the training that is done.
-            all_sum: returns the sum of a tensor over all processes.
+        `moments` are those of the rows of all processes.
         """
         sum_x, sum_squares, counts = moments.split([self.sae.d_model, 1, len(self.norm_factors)])
         # at least 1 row and a positive variance: a batch of excluded tokens only has loss zero
@@ -315,13 +309,7 @@ class JointStep:
     Losses are summed (not averaged) and each group is clipped alone, so no group influences
     another: trained together they get bit for bit what each gets alone. Nothing in a step waits
     for the device. A new one is made for each fit, so it remembers nothing of an earlier fit.
-
-    Args:
-        groups: that this process trains; maybe none.
-        optim: the optimiser's recipe.
-        nonfinite: `stop` or `skip`, see `GroupSAE`.
-        sharing: processes that train each SAE together.
-        device: that trains.
+    `sharing` processes train each SAE together.
 
     Attributes:
         optimizer: one Adam with a named parameter group for each group. Its step also projects,

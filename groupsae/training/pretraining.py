@@ -12,15 +12,9 @@ from transformers import GPTNeoXForCausalLM
 
 
 class LanguageModel(L.LightningModule):
-    """Next-token cross-entropy, AdamW, linear warm-up and linear decay to zero.
+    """Next-token cross-entropy, AdamW, linear warm-up and linear decay to zero at `num_steps`.
 
-    Args:
-        lm: the model; trained in place.
-        lr: peak learning rate.
-        betas: of AdamW.
-        weight_decay: of the matrices; vectors (biases, norms) are not decayed.
-        warmup_steps: steps up to the peak.
-        num_steps: steps of the run; the rate is zero at the end.
+    `lm` is trained in place; weight decay is for matrices only, not for biases and norms.
     """
 
     def __init__(

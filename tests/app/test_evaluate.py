@@ -244,7 +244,7 @@ def refused(run_folder: Path, *arguments: str) -> str:
         ("evaluation.bootstrap.seed=-1", "seed is -1; it must be a whole number of at least 0."),
         (
             "evaluation.bootstrap=null",
-            "bootstrap is None; it must be a mapping of resamples",
+            "bootstrap.resamples is None; it must be",
         ),
         (
             "+evaluation.bootstrap.more=1",

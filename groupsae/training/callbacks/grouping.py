@@ -29,15 +29,6 @@ class GroupLayers(L.Callback):
     The partition is an artefact: `groups.json` and `angles.npz` in the run folder. A resumed
     run reads them back; its checkpoint only confirms the partition.
 
-    Args:
-        choice: how the groups are chosen (conf/groups), for example by AMAD.
-        folder: run folder.
-        cache: folder for measurements shared between runs.
-        tokens: calibration tokens to measure on.
-        centring: `none` (the paper's formula) or `mean`.
-        scale: the rule for norm factors, see `Measurement.norm_factors`.
-        show: prints what a run of all groupings will need.
-
     Attributes:
         plan: which groups are trained.
         measurement: what they were chosen by.
