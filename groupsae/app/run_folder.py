@@ -20,6 +20,7 @@ from groupsae.files.locks import lock_folder
 from groupsae.files.reading import damaged
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.ranks import check_processes, is_leader
+from groupsae.training.checkpoints.folder import checkpoints
 
 
 class OpenRun(NamedTuple):
@@ -80,19 +81,12 @@ def open_run(cfg: DictConfig, overrides: list[str]) -> Iterator[OpenRun]:
                 _clear(folder)
             _remember(cfg, folder, overrides)
         try:
-            checkpoint = None if cfg.overwrite else last_checkpoint(folder)
-            yield OpenRun(cfg, folder, checkpoint)
+            existing = [] if cfg.overwrite else checkpoints(folder / "checkpoints")
+            yield OpenRun(cfg, folder, existing[0] if existing else None)
         except UserError:
             if is_leader() and {path.name for path in folder.iterdir()} <= {".hydra"}:
                 shutil.rmtree(folder)
             raise
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """Return the checkpoint of the highest step; it may be damaged. None: the run has none."""
-    from groupsae.training.checkpoints.folder import checkpoints  # slow: it imports torch
-
-    return next(iter(checkpoints(folder / "checkpoints")), None)
 
 
 def one_folder(cfg: DictConfig) -> Path:

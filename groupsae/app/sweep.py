@@ -5,7 +5,6 @@ machines. The result of each is written into a folder that all of them see.
 """
 
 import hashlib
-import itertools
 import json
 import os
 import shlex
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
@@ -277,14 +277,9 @@ def _installed(extra: str) -> bool:
 
 def _points(task: list[str]) -> list[list[str]]:
     """Return the overrides of every point, in the order in which they run."""
-    axes: dict[str, list[str]] = {}  # as Hydra does: of a key that is given twice the last counts
     try:
-        for override in OverridesParser.create().parse_overrides(task):
-            key = override.get_key_element()
-            if override.is_sweep_override():
-                axes[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
-            else:
-                axes[key] = [f"{key}={override.get_value_element_as_str()}"]
+        overrides = OverridesParser.create().parse_overrides(task)
+        (points,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
     except (HydraException, ValueError):
         return []  # glob() needs Hydra to look it up: then the table has only those that ran
-    return [list(point) for point in itertools.product(*axes.values())]
+    return [list(point) for point in points]

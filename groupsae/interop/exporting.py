@@ -29,14 +29,12 @@ class Written:
     Attributes:
         folder: its name.
         group: the SAE in it.
-        layer: that it is for.
         difference: largest between its output and ours, as a share of the largest value.
         ties: rows left out of that, where rounding decides which latents are active.
     """
 
     folder: str
     group: str
-    layer: int
     difference: float
     ties: int
 
@@ -72,7 +70,7 @@ def export_suite(
                     f"allowed), and {ties} of {ROWS} rows have other active latents. Nothing was "
                     "written; please report this."
                 )
-            written.append(Written(name, origin.group, origin.layer, difference, ties))
+            written.append(Written(name, origin.group, difference, ties))
     return written
 
 

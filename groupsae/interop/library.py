@@ -38,15 +38,8 @@ class Origin:
     """Where an exported SAE comes from: goes into the format's free metadata.
 
     Attributes:
-        group: name of the SAE in its run, such as `layers.3-5`.
-        layers: that it was trained on.
-        layer: that this copy of it is for.
-        norm_factor: that was folded into its biases.
-        hookpoint: resid_post, resid_pre, mlp_out or attn_out.
-        model: name of the language model, with its revision on the Hub and dtype.
-        context: tokens in a block.
-        prepend_bos: whether blocks began with BOS.
-        stack: encoder or decoder.
+        group: name of the SAE in its run, such as `layers.3-5`; `layers` are those of the group.
+        layer: that this copy of it is for; `norm_factor` was folded into its biases.
         module: path in the bare Hugging Face model of the module with this output; None for the
             input of the first block, and where the run does not name its modules.
     """

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -238,40 +238,13 @@ def peak(device: torch.device) -> int:
 # ---- the forecast of a run that trains all groupings -------------------------------------------
 
 
-class Forecast(NamedTuple):
-    """What a run will need.
-
-    Attributes:
-        num_saes: trained at once.
-        memory: bytes in one process, without the language model's.
-        activation_seconds: the language model's forwards.
-        sae_seconds: the steps of all SAEs.
-        step_seconds: width of an SAE, as a share of the configured number of latents -> one step.
-    """
-
-    num_saes: int
-    memory: int
-    activation_seconds: float
-    sae_seconds: float
-    step_seconds: dict[float, float]
-
-    def __str__(self) -> str:
-        """Return one sentence."""
-        total = timedelta(seconds=round(self.activation_seconds + self.sae_seconds))
-        share = self.activation_seconds / (self.activation_seconds + self.sae_seconds)
-        return (
-            f"{self.num_saes} SAEs from one stream: about {self.memory / 1e9:.1f} GB of memory, "
-            f"and by a trial of {LEAST} steps {total} of training ({share:.0%} of it the language "
-            "model's)."
-        )
-
-
 def forecast(
     suite: GroupSAESuite, data: ActivationDataModule, device: torch.device, world_size: int
-) -> Forecast:
-    """Return what the suite's plan will need, after a trial of each width that changes nothing.
+) -> tuple[str, dict[float, float]]:
+    """Return a sentence on what the suite's plan will need, and the seconds of a step by width.
 
-    A small SAE takes longer than its share of the FLOPs says, so each width is tried.
+    A small SAE takes longer than its share of the FLOPs says, so each width is tried; the suite
+    stays as it is. Widths are shares of the configured number of latents.
     """
     plan = suite.plan
     make = data.first_rows(plan.slots, data.blocks_per_step)
@@ -289,13 +262,14 @@ def forecast(
             trial = run_trial(suite, plan, [index], rows, device, num_steps=data.num_steps)
             steps[planned.width] = trial.sae_seconds
     own = [plan.members[i].width for i in suite.own]
-    return Forecast(
-        num_saes=len(plan.members),
-        memory=bytes_needed(suite, data, own, 1 if suite.spread else world_size),
-        activation_seconds=activation_seconds,
-        sae_seconds=sum(steps[width] for width in own) * data.num_steps,
-        step_seconds=steps,
+    memory = bytes_needed(suite, data, own, 1 if suite.spread else world_size)
+    seconds = activation_seconds + sum(steps[width] for width in own) * data.num_steps
+    sentence = (
+        f"{len(plan.members)} SAEs from one stream: about {memory / 1e9:.1f} GB of memory, and by "
+        f"a trial of {LEAST} steps {timedelta(seconds=round(seconds))} of training "
+        f"({activation_seconds / seconds:.0%} of it the language model's)."
     )
+    return sentence, steps
 
 
 # ---- dry run: before anything is packed, measured or trained ------------------------------------
@@ -363,19 +337,9 @@ def needs(
 ) -> Needs:
     """Return what a run of this plan needs; a few steps are tried, if they fit.
 
-    The trial runs on random tokens: no text is packed, and speed does not depend on it.
-
-    Args:
-        suite: makes the SAEs.
-        data: with the language model loaded.
-        plan: what to train.
-        device: that trains.
-        processes: that share a step.
-        own: numbers in the plan of the SAEs that the process with most of them holds, where they
-            are spread over the processes; None where each process holds all.
-        eval_every: steps between validations.
-        checkpoint_every: steps between checkpoints.
-        calibration_tokens: to measure the layers on.
+    The trial runs on random tokens: no text is packed, and speed does not depend on it. The
+    language model must be loaded. `own` are the SAEs of the process with most of them, by their
+    numbers in the plan; None where each process holds all.
     """
     held = list(range(len(plan.members)) if own is None else own)
     widths = [plan.members[i].width for i in held]

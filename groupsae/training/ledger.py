@@ -39,7 +39,7 @@ def ledger(
     plan, work, cost = grouping.plan, grouping.work, grouping.cost
     activations, saes = seconds
     distances, validation = grouping.measurement.seconds, throughput.validation.seconds
-    trial = {1.0: 1.0} if grouping.forecast is None else grouping.forecast.step_seconds
+    trial = grouping.step_seconds or {1.0: 1.0}
     unit = saes / sum(trial[planned.width] for planned in plan.members)
     d_saes = [suite.size(planned.width).d_sae for planned in plan.members]
     seconds_of = {p.name: unit * trial[p.width] for p in plan.members}

@@ -24,7 +24,7 @@ from groupsae.sae.base import SAE
 from groupsae.sae.topk import TopK
 from groupsae.training import estimate
 from groupsae.training.allocator import keep_freed_memory
-from groupsae.training.estimate import Forecast, Trial, TrialData, bytes_free, bytes_needed, refuse
+from groupsae.training.estimate import Trial, TrialData, bytes_free, bytes_needed, refuse
 from groupsae.training.group import SAEFactory
 from groupsae.training.optim import Adam
 from groupsae.training.suite import GroupSAESuite
@@ -202,22 +202,6 @@ def test_the_refusal_names_the_numbers_and_what_to_reduce() -> None:
         assert way_out in printed
     assert "-m groups=count groups.num_groups=1,2,3" in printed
     assert "\n" not in printed
-
-
-def test_the_forecast_is_one_sentence() -> None:
-    printed = str(
-        Forecast(
-            num_saes=12,
-            memory=3_400_000_000,
-            activation_seconds=30,
-            sae_seconds=90,
-            step_seconds={1.0: 0.1},
-        )
-    )
-    assert printed == (
-        "12 SAEs from one stream: about 3.4 GB of memory, and by a trial of 3 steps 0:02:00 of "
-        "training (25% of it the language model's)."
-    )
 
 
 # ---- complete runs --------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from groupsae.grouping.plan import GroupPlan
 from groupsae.grouping.rules import needs_distances
 from groupsae.runtime.errors import UserError, check_choice
 from groupsae.suite.groups_file import load_plan
-from groupsae.training.estimate import Forecast, bytes_free, bytes_needed, forecast, refuse
+from groupsae.training.estimate import bytes_free, bytes_needed, forecast, refuse
 from groupsae.training.measure import SCALES, Measurement, measure, provenance_of
 from groupsae.training.parallel.collect import gather
 from groupsae.training.parallel.placement import describe, owners, spread
@@ -34,14 +34,14 @@ class GroupLayers(L.Callback):
         measurement: what they were chosen by.
         work: model, text and budget of the run, for the cost model.
         cost: FLOPs of the run.
-        forecast: memory and time of a run of all groupings; None for other runs.
+        step_seconds: width of an SAE -> one step, in a run of all groupings; None for others.
     """
 
     plan: GroupPlan
     measurement: Measurement
     work: Workload
     cost: RunCost
-    forecast: Forecast | None = None
+    step_seconds: dict[float, float] | None = None
 
     def __init__(
         self,
@@ -79,8 +79,8 @@ class GroupLayers(L.Callback):
         data.reader.fill_training()
         if self.plan.others:
             device = trainer.strategy.root_device
-            self.forecast = forecast(suite, data, device, trainer.world_size)
-            self.show(str(self.forecast))
+            sentence, self.step_seconds = forecast(suite, data, device, trainer.world_size)
+            self.show(sentence)
         self.count_cost(suite, data)
         if trainer.is_global_zero:
             self.write()

@@ -55,13 +55,9 @@ class SuiteCheckpoints(CheckpointIO):
         """Return the checkpoint at `path`, or the last one before it that is not damaged.
 
         Every process of a run calls this, and all of them take the same one, of those that the
-        first process sees. Damaged ones are renamed, with a message.
-
-        Args:
-            path: of the newest checkpoint.
-            map_location: not used: everything is loaded to the CPU.
-            weights_only: not used: nothing that could run code is ever read.
-            members: numbers in the plan of the SAEs to read; None reads all.
+        first process sees. Damaged ones are renamed, with a message. Everything is loaded to the
+        CPU, and nothing that could run code is ever read. `members` are the numbers in the plan
+        of the SAEs to read; None reads all.
 
         Raises:
             UserError: all are damaged; the newest undamaged one lacks an SAE; or one of the
