@@ -110,7 +110,16 @@ class ActivationDataModule(L.LightningDataModule):
         seed: int,
     ) -> None:
         super().__init__()
-        check_sizes(context, lm, tokens, blocks_per_step, blocks_per_forward)
+        if context > lm.geometry.context:
+            raise UserError(
+                f"stream.context is {context}, but {lm.name} reads at most "
+                f"{lm.geometry.context} tokens."
+            )
+        if tokens < blocks_per_step * context:
+            raise UserError(
+                f"tokens={tokens:,} is less than one step of stream.blocks_per_step="
+                f"{blocks_per_step} blocks of {context} tokens: raise it, or lower the step."
+            )
         check_filters(skip_positions, max_norm_ratio, context)
         self.lm, self.source, self.cache = lm, source, Path(cache)
         self.packing = Packing(
@@ -682,30 +691,3 @@ class StoredReader:
 def _each_layer(layers: Iterable[int]) -> list[list[int]]:
     """Return a slot for each layer."""
     return [[layer] for layer in layers]
-
-
-def check_sizes(
-    context: Any, lm: FrozenLM, tokens: int, blocks_per_step: Any, blocks_per_forward: Any
-) -> None:
-    """Raise UserError if a size is too large or too small.
-
-    A step and a forward may be of any two sizes: a step takes as many forwards as it needs.
-    """
-    sizes = {
-        "context": context,
-        "blocks_per_step": blocks_per_step,
-        "blocks_per_forward": blocks_per_forward,
-    }
-    for name, size in sizes.items():
-        if type(size) is not int or size < 1:
-            raise UserError(f"stream.{name} is {size!r}; it must be a whole number of at least 1.")
-    if context > lm.geometry.context:
-        raise UserError(
-            f"stream.context is {context}, but {lm.name} reads at most "
-            f"{lm.geometry.context} tokens."
-        )
-    if tokens < blocks_per_step * context:
-        raise UserError(
-            f"tokens={tokens:,} is less than one step of stream.blocks_per_step="
-            f"{blocks_per_step} blocks of {context} tokens: raise it, or lower the step."
-        )

@@ -100,19 +100,14 @@ def _on_input(see: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
     return on_input
 
 
-def check_hookpoint(hookpoint: str) -> None:
-    """Raise UserError if the hookpoint does not exist."""
-    if hookpoint not in HOOKPOINTS:
-        raise UserError(f"model.hookpoint is '{hookpoint}'; use {', '.join(HOOKPOINTS)}.")
-
-
 def find_sites(blocks: Iterable[nn.Module], hookpoint: str, submodule: str | None) -> list[Site]:
     """Return the hookpoint's module of each block.
 
     Raises:
         UserError: a block has no such module; lists those that it has.
     """
-    check_hookpoint(hookpoint)
+    if hookpoint not in HOOKPOINTS:
+        raise UserError(f"model.hookpoint is '{hookpoint}'; use {', '.join(HOOKPOINTS)}.")
     if hookpoint in ("resid_pre", "resid_post"):
         if submodule is not None:
             raise UserError(

@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from groupsae.lm.blocks import find_blocks
 from groupsae.lm.geometry import choose_stack, geometry_of, stacks_of, within_positions
 from groupsae.lm.hooked import HookedLM
-from groupsae.lm.hookpoints import check_hookpoint, paths_of
+from groupsae.lm.hookpoints import paths_of
 from groupsae.lm.options import check_load_options, hub_options, recorded_options
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.retry import network_cause, one_line
@@ -71,7 +71,6 @@ class FrozenLM:
         found = getattr(torch, dtype, None)
         if not isinstance(found, torch.dtype) or not found.is_floating_point:
             raise UserError(f"model.dtype is '{dtype}'; use float32, bfloat16 or float16.")
-        check_hookpoint(hookpoint)
         check_load_options(load)
         self.dtype, self.hookpoint = found, hookpoint
         self.blocks_path, self.submodule = blocks_path, submodule

@@ -4,11 +4,9 @@ import pytest
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
-from groupsae.data.activations import check_sizes
 from groupsae.data.draws import draw, draw_layers
 from groupsae.data.exchange import Exchange
 from groupsae.lm.hooked import nothing_padded
-from groupsae.runtime.errors import UserError
 from tests.helpers import families
 from tests.helpers.data_modules import CONTEXT, data_module
 from tests.helpers.lms import frozen
@@ -129,14 +127,6 @@ def test_steps_and_forwards_may_have_any_two_sizes(
             joined = torch.cat([getattr(batch, name) for batch in found], dim=1)
             assert torch.equal(joined, getattr(expected, name))
     assert {data.blocks_seen for data in (alone, *ranks)} == {18}
-
-
-@pytest.mark.parametrize("size", [0, -1, 2.0, "2", True, None])
-@pytest.mark.parametrize("name", ["context", "blocks_per_step", "blocks_per_forward"])
-def test_sizes_that_are_no_whole_number_of_at_least_one_are_refused(tiny_lm, name, size):
-    sizes = {"context": 16, "blocks_per_step": 4, "blocks_per_forward": 4, name: size}
-    with pytest.raises(UserError, match=f"stream.{name} is {size!r}; .* at least 1"):
-        check_sizes(lm=frozen(tiny_lm), tokens=1000, **sizes)
 
 
 def test_masks_are_believed_to_be_ones_inside_only():
