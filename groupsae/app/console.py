@@ -24,14 +24,10 @@ def show(
     columns: str = "",
     halves: str = "",
 ) -> None:
-    """Print a table, if there is one.
+    """Print a table, if there is one; its marked rows are bold.
 
-    Args:
-        console: where to print.
-        table: to print; its marked rows are bold.
-        title: instead of its caption.
-        columns: names of those to print where they exist, with spaces between; empty: all.
-        halves: names of those that show half of their interval.
+    `title` replaces the caption. `columns` are names with spaces between, printed where they exist
+    (empty: all); those in `halves` show half of their interval.
     """
     if table is None:
         return
@@ -97,7 +93,7 @@ def print_result(console: Console, summary: Mapping[str, Any]) -> None:
 
 def print_ledger(console: Console, ledger: Mapping[str, Any]) -> None:
     """Print what a run cost, planned and measured, from its `ledger.json`."""
-    for build in tables.COST:
+    for build in tables.COST_TABLES:
         show(console, build(RunFiles(ledger=ledger)))
 
 

@@ -142,15 +142,10 @@ def draw(
 ) -> DrawnTokens:
     """Return what is decided about tokens on the host.
 
-    Args:
-        tokens: of a batch. Where rows travel: of all processes, in equal shares.
-        exchange: who needs which slots; a slot of several layers draws one for each token.
-        counted: returns which tokens of some blocks count, None if all do.
-        seed: of the draws.
-        first_position: global index in the run of the first token.
-        blocks_per_forward: blocks in one forward of the language model.
-        part: blocks of each share. Where it is not the complete share, each slot must be one
-            layer: then positions decide nothing.
+    Where rows travel, `tokens` are those of all processes, in equal shares. `counted` returns
+    which tokens of some blocks count (None: all do). `first_position` is the place of the first
+    token in the run. `part` selects blocks of each share; where it is not the complete share, each
+    slot must be one layer: then positions decide nothing.
     """
 
     def labels(slots: list[list[int]], tokens: Tensor, first: int) -> Labels:

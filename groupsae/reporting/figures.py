@@ -338,11 +338,7 @@ def quality(run: RunFiles, metric: str, kind: str) -> Figure:
 
 
 def layer_bars(run: RunFiles, metric: str) -> Figure | None:
-    """Return a metric per layer as bars in the colours of the groups, baselines as marks.
-
-    Returns:
-        None where the run has no such values.
-    """
+    """Return a metric per layer as bars, baselines as marks; None where there are no values."""
     table = layers_table(run)
     if table is None:
         return None
@@ -437,10 +433,7 @@ def layer_profiles(run: RunFiles) -> Figure | None:
     """Return an image per shared SAE: the share of each latent's firings in each layer.
 
     Latents are sorted by their mean layer; those that never fired are left out (paper, figure
-    "feature distribution").
-
-    Returns:
-        None where no SAE is shared, or the counts were not saved.
+    "feature distribution"). None where no SAE is shared, or the counts were not saved.
     """
     panels = [(name, *profile) for name in run.saes if (profile := _profile(run, name))]
     if not panels:
@@ -489,11 +482,7 @@ def _profile(
 
 
 def density(run: RunFiles) -> Figure | None:
-    """Return the histogram of how often latents fire, one line per SAE.
-
-    Returns:
-        None where the run was not evaluated.
-    """
+    """Return the histogram of how often latents fire; None where the run was not evaluated."""
     saes = {s["name"]: s for s in run.evaluation.get("saes", [])}
     found = [(name, saes[name]["density_histogram"]) for name in run.saes if name in saes]
     if not found:

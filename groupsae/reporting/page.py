@@ -143,11 +143,11 @@ def run_sections(run: RunFiles) -> list[Section]:
     figures = list(run_figures(run))
     contents: dict[str, tuple[str, list[Table | None]]] = {
         "groups": ("Layers and groups", [tables.groups_table(run, others=not run.evaluation)]),
-        "quality": ("What sharing costs", [build(run) for build in tables.QUALITY]),
-        "layers": ("Layer by layer", [build(run) for build in tables.LAYERS]),
+        "quality": ("What sharing costs", [build(run) for build in tables.QUALITY_TABLES]),
+        "layers": ("Layer by layer", [build(run) for build in tables.LAYER_TABLES]),
         "latents": ("Latents", [tables.latents_table(run)]),
         "training": ("Training", []),
-        "cost": ("Cost ledger", [build(run) for build in tables.COST]),
+        "cost": ("Cost ledger", [build(run) for build in tables.COST_TABLES]),
     }
     sections = [summary(run)]
     for id, (title, found) in contents.items():

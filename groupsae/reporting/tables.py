@@ -417,6 +417,6 @@ def baselines_table(run: RunFiles) -> Table | None:
 
 
 # the tables of three sections of the page
-QUALITY = baselines_table, groupings_table
-LAYERS = layers_table, scale_table, variants_table, similarity_table
-COST = parts_table, saved_table, sharing_table
+QUALITY_TABLES = baselines_table, groupings_table
+LAYER_TABLES = layers_table, scale_table, variants_table, similarity_table
+COST_TABLES = parts_table, saved_table, sharing_table
