@@ -42,7 +42,7 @@ def main() -> None:
         start("train", command)
     except KeyboardInterrupt:  # before training, or while jobs run elsewhere
         stopped = 128 + received()
-    except Exception:  # a launcher's; the points that ran are shown all the same
+    except Exception:  # a launcher's error; the points that ran are shown anyway
         finish()
         raise
     status = max(finish(), stopped)

@@ -127,7 +127,7 @@ def test_arguments_are_those_of_the_docstrings(made):
         said = docstrings.arguments(f"{thing.__module__}.{thing.__name__}", ROOT)
         for name, text in said.items():
             flat = " ".join((thing.__doc__ or "").split())
-            assert f"{name}: {text}" in flat or text.startswith('"own" (an SAE of its own)')
+            assert f"{name}: {text}" in flat or text.startswith('"own" (its own SAE)')
     assert set(docstrings.arguments("groupsae.grouping.choices.ByAmad", ROOT)) == {
         "theta",
         "rule",

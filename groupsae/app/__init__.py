@@ -1,1 +1,1 @@
-"""What a command does once its configuration is there."""
+"""The work of a command, given its configuration."""

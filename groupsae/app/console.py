@@ -56,7 +56,7 @@ def print_plan(console: Console, plan: GroupPlan, cost: "RunCost") -> None:
     )
     show(console, tables.groups_table(RunFiles(plan=plan.to_json())))
     if plan.last_layer == "own":
-        console.print("The last layer has an SAE of its own.")
+        console.print("The last layer has its own SAE.")
     num_layers = sum(map(len, plan.saes))
     console.print(
         f"{len(plan.saes)} SAEs instead of {num_layers}: saves {cost.saving:.1%} of the "

@@ -215,7 +215,7 @@ def _run(data: ActivationDataModule, sums: HeldoutSums, steps: int, means: Tenso
 def _layer_means(data: ActivationDataModule, tokens: int) -> tuple[Tensor, int, int]:
     """Return the mean activation of every layer, [layer, d_model]; its tokens; its FLOPs.
 
-    Over calibration text: mean ablation must not know the text that it is measured on.
+    From calibration text: the means must not come from the text of the evaluation.
     """
     total, count, seen = torch.zeros(()), 0, 0
     batches = data.calibration_batches(tokens)

@@ -72,7 +72,7 @@ def _check(cfg: DictConfig, run: Path, on_hub: bool) -> None:
     if on_hub and cfg.output is None:
         raise UserError(f"run={run} is no folder here: name one to write to, output=<folder>.")
     if not on_hub and not (run / "summary.json").exists():
-        finished_run(run, trusted=True)  # builds nothing: raises what is missing
+        finished_run(run, trusted=True)  # builds nothing: raises an error if something is missing
     if cfg.hub is not None:
         check_name(str(cfg.hub), f"hub={cfg.hub}")
 

@@ -135,7 +135,7 @@ def build(cfg: DictConfig, folder: Path, console: Console, checkpoint: Path | No
     chosen = [each for each in chosen if shows_bar or not isinstance(each, ProgressBar)]
 
     def check(_trainer: L.Trainer, _: Any, stage: str) -> None:
-        """Check what is known only once processes have met and the text is packed."""
+        """Check values that are known only when processes are connected and the text is packed."""
         if stage == "fit":
             check_same_checkpoint(checkpoint, folder)
             if cfg.evaluate:
@@ -191,7 +191,7 @@ def build(cfg: DictConfig, folder: Path, console: Console, checkpoint: Path | No
 
 
 def announce(run: Run, cfg: DictConfig, console: Console) -> None:
-    """Print what is about to be trained."""
+    """Print the plan of the training."""
     data, geometry = run.data, run.data.lm.geometry
     tokens = data.num_steps * data.tokens_per_step
     console.print(
@@ -258,7 +258,7 @@ def _show_finished(run: Run, cfg: DictConfig, folder: Path, console: Console) ->
 
 
 def _dry_run(run: Run, cfg: DictConfig, folder: Path, console: Console) -> None:
-    """Print what the run will need; the first process does, by a trial of its own share."""
+    """Print the run's needs; only the first process does, by a trial of its own share."""
     if not is_leader():
         return
     trainer, data = run.trainer, run.data

@@ -29,7 +29,7 @@ class OpenRun(NamedTuple):
     Attributes:
         cfg: its configuration; of a resumed run the saved one.
         folder: the run folder.
-        checkpoint: to resume from; None at the start.
+        checkpoint: checkpoint to resume from; None at the start.
     """
 
     cfg: DictConfig
@@ -59,12 +59,12 @@ def open_run(cfg: DictConfig, overrides: list[str]) -> Iterator[OpenRun]:
     """Check a configuration and give its run; other runs are kept out of the folder until the end.
 
     An unfinished run of the same content is resumed. Nothing is replaced without
-    `overwrite=true`, and `dry_run=true` leaves everything as it is. The folder of a command that
+    `overwrite=true`, and `dry_run=true` changes nothing. The folder of a command that
     is refused before it wrote anything is removed again.
 
     Raises:
-        UserError: a value is not allowed; `resume` names no run, or the command asks for another
-            one than was started; another process is in the folder, or it cannot be written.
+        UserError: a value is not allowed; `resume` names no run, or the command's values differ
+            from that run's; another process uses the folder, or it cannot be written.
     """
     check_own(cfg)
     check_training(cfg)
@@ -103,7 +103,7 @@ def one_folder(cfg: DictConfig) -> Path:
         commands = " and ".join(quote(f"run={folder}") for folder in dict.fromkeys(folders))
         raise UserError(
             f"run names {len(folders)} folders, but this command takes one at a time: give "
-            f"{commands}, each in a command of its own."
+            f"{commands}, each in a separate command."
         )
     return Path(str(folders[0]))
 

@@ -104,7 +104,7 @@ class SweepRecorder(Callback):
         self.stop.touch()
         if again or "joblib" not in self.launcher:
             raise KeyboardInterrupt
-        if number == signal.SIGTERM:  # Ctrl-C reaches them by itself
+        if number == signal.SIGTERM:  # Ctrl-C reaches them directly
             for child in psutil.Process().children(recursive=True):
                 if "LokyProcess" in " ".join(child.cmdline()):
                     child.send_signal(number)
@@ -146,7 +146,7 @@ def finish() -> int:
     console.print(table)
     if status:
         console.print(
-            "The same command runs what is missing; points that are done are not repeated:\n"
+            "The same command runs the missing points; finished ones are not repeated:\n"
             f"  python -m groupsae.train {shlex.join(_current.command)}",
             soft_wrap=True,
             highlight=False,
@@ -166,7 +166,7 @@ def run_point(
 
     Returns:
         status: 0, 1 or 2 (failed), 128 + signal (stopped), or None (not begun); reason: why;
-        folder: of the run.
+        folder: the run folder.
     """
     sweep, reason, folder = _current, "", ""
     if sweep is not None and sweep.stop.exists():
@@ -198,7 +198,7 @@ def run_point(
 
 
 def run_alone(overrides: list[str]) -> int:
-    """Run a point of several processes as a command of its own; return its exit status.
+    """Run a point of several processes as a separate command; return its exit status.
 
     Lightning starts the other processes by giving the command again, which must be that of one
     point. Signals to this process are passed on, and the command is waited for.
@@ -262,8 +262,8 @@ def check_launcher(arguments: list[str]) -> None:
             )
     if {"-m", "--multirun"} & set(arguments) and "TORCHELASTIC_RUN_ID" in os.environ:
         raise UserError(
-            "under torchrun every process would run all of the sweep (-m). Leave torchrun out: "
-            "each point starts its own processes with trainer=ddp, or is a job of its own with "
+            "under torchrun every process would run the complete sweep (-m). Omit torchrun: "
+            "each point starts its own processes with trainer=ddp, or is a separate job with "
             "hydra/launcher=slurm; or give one torchrun command per point."
         )
 

@@ -73,7 +73,7 @@ def quoted(argument: str, name: str) -> str:
     return f"run=[{','.join(texts)}]" if key == "run" else f"{key}={texts[0]}"
 
 
-# ---- what is wrong with an argument --------------------------------------------------------
+# ---- errors in arguments --------------------------------------------------------
 
 
 def explain(arguments: Sequence[str], name: str) -> None:
@@ -145,7 +145,7 @@ def _check_key(key: str, values: dict[str, Any]) -> None:
     same = [k for k in every if k.rpartition(".")[2] == key.rpartition(".")[2]][:3]
     near = same or difflib.get_close_matches(key, every, n=3, cutoff=0.75)
     there = f" Valid{' in ' + where if where else ''}: {', '.join(valid)}." if valid else ""
-    # what is not in our yaml files is Lightning's own there
+    # arguments that are not in our yaml files are Lightning's own
     more = f" Another option of Lightning's Trainer: +{key}=<value>." if where == "trainer" else ""
     raise UserError(f"{key} is unknown.{_did_you_mean(near)}{there}{more}")
 

@@ -7,7 +7,7 @@ from copy import deepcopy
 from typing import Any
 
 FORMAT = 3  # of a run folder: what its configuration means and its files hold
-# where and how fast a run computes, who watches, and what is measured afterwards
+# where and how fast a run computes, its logging, and measurements afterwards
 RUNTIME = (
     "trainer",
     "logger",

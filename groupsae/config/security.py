@@ -1,4 +1,4 @@
-"""What a configuration may ask for: one's own, and that of a run folder which a stranger made."""
+"""The classes that a configuration may name: the user's own or that of a stranger's run folder."""
 
 import re
 from collections.abc import Iterator, Mapping

@@ -25,9 +25,9 @@ class Allowed(NamedTuple):
 
 
 def at_least(least: int) -> Allowed:
-    """Return the whole numbers from `least` on."""
+    """Return the integers from `least` on."""
     return Allowed(
-        f"a whole number of at least {least}",
+        f"an integer of at least {least}",
         lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least,
     )
 

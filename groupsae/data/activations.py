@@ -61,31 +61,31 @@ class ActivationDataModule(L.LightningDataModule):
 
     Args:
         lm: the language model.
-        source: where the text comes from.
+        source: source of the text.
         cache: folder for packed tokens.
         context: tokens in a block.
         heldout_fraction: share of the documents that is only evaluated on.
         calibration_fraction: share for layer distances and norm factors.
         prepend_bos: start every block with BOS (the paper does not).
-        exclude_special_tokens: leave rows at BOS, EOS and padding out of everything.
-        skip_positions: leave the first so many positions of each block out, too.
-        max_norm_ratio: and rows whose norm is more than so many times their block's median.
-        max_tokens: read no more text than this; None reads 1.25 times the training budget, at
+        exclude_special_tokens: leave out rows at BOS, EOS and padding everywhere.
+        skip_positions: also leave out the first N positions of each block.
+        max_norm_ratio: also leave out rows whose norm is above N times their block's median.
+        max_tokens: most text to read; None reads 1.25 times the training budget, at
             least 20 million tokens (so that small budgets share one packed corpus).
         blocks_per_step: blocks in an SAE step over all ranks.
         blocks_per_forward: blocks in one forward of the language model; bounds its memory.
         tokens: training budget, tokens per SAE.
         heldout_tokens: tokens of one validation.
         num_workers: loader processes.
-        seed: of shuffle and layer draws.
+        seed: seed of shuffle and layer draws.
 
     Attributes:
         slots: the sets of layers that training batches draw from, one row per token each.
         exchanges: which process gets which rows, in training and in validation.
         travelling: dtype of rows that are sent to other processes.
         blocks_seen: position in the data, over all ranks.
-        device: that batches go to.
-        stopwatch: of making the rows of training, which is the language model's forwards.
+        device: device for the batches.
+        stopwatch: measures the language model's forwards, which make the rows of training.
     """
 
     def __init__(
@@ -147,10 +147,10 @@ class ActivationDataModule(L.LightningDataModule):
     # ---- where activations come from ----------------------------------------------------
 
     def keep_in(self, folder: str, dtype: str, say: Callable[[str], object]) -> None:
-        """Read activations from a store in this folder, and write there what is missing.
+        """Read activations from a store in this folder, and write missing ones there.
 
         Then the language model is loaded only when something is missing. Each content has a folder
-        of its own in `folder`; `say` prints a sentence, in one process of several.
+        of its own in `folder`; `say` prints a message, in one process of several.
         """
         self.reader = StoredReader(self, folder, dtype, say)
 
@@ -460,7 +460,7 @@ class LiveReader:
     """Runs the language model on the batches of tokens. `StoredReader` has the same methods.
 
     Attributes:
-        stored_dtype: of what is on disk; None without a store.
+        stored_dtype: dtype on disk; None without a store.
         fill_seconds: seconds spent on filling the store.
     """
 

@@ -67,7 +67,7 @@ class Labels(NamedTuple):
         acts: Float[Tensor, "slot token d_model"],
         keep: Bool[Tensor, "slot token"] | None,
     ) -> ActivationBatch:
-        """Return rows with these labels; `keep` says which count if norms decide it."""
+        """Return rows with these labels; `keep` marks those that count, if norms decide it."""
         if keep is not None:  # differs from slot to slot, and only the device knows the places
             return ActivationBatch(acts, self.layers, keep)
         keep = None if self.counted is None else self.counted.expand(len(acts), -1)
@@ -140,7 +140,7 @@ def draw(
     blocks_per_forward: int,
     part: slice = slice(None),
 ) -> DrawnTokens:
-    """Return what is decided about tokens on the host.
+    """Return the decisions about tokens that the host makes.
 
     Where rows travel, `tokens` are those of all processes, in equal shares. `counted` returns
     which tokens of some blocks count (None: all do). `first_position` is the place of the first

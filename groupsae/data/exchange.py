@@ -17,8 +17,8 @@ Rows = tuple[Tensor, Tensor | None]
 def all_to_all(mesh: DeviceMesh) -> Swap:
     """Return the all-to-all over a mesh of one dimension.
 
-    It starts at once and runs next to what follows, on the device's own stream for collectives;
-    its result is waited for where it is first used.
+    It starts immediately and runs in parallel with the code after it, on the device's own stream
+    for collectives. The first use of its result waits for it.
     """
 
     def swap(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
@@ -71,7 +71,7 @@ class Exchange:
         return slice(self.rank * size, (self.rank + 1) * size)
 
     def collect(self, parts: Iterable[Rows]) -> Rows:
-        """Send each part of this process's rows as soon as it is made; return what comes in.
+        """Send each part of this process's rows as soon as it is made; return the received rows.
 
         All processes call it for equal parts of rows of `sent`, in the same order. Where rows stay
         there is exactly one part.

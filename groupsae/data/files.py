@@ -18,7 +18,7 @@ PARQUET = ".parquet"
 JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 TEXT = (".txt", ".text", ".md", ".rst", ".py")
 PIECE = 64 * 1024  # characters: one long file still gives training and held-out documents
-CHUNK = 1 << 20  # bytes that are checked at once
+CHUNK = 1 << 20  # bytes checked in one read
 SNIFF = 1 << 16  # bytes that decide whether a file of unknown kind is text
 KEY = "data.text_column"
 
@@ -34,7 +34,7 @@ class FileSource:
 
     A text file is one document; above 64 KiB it is split at line ends into documents `name#0`,
     `name#1`, ... A row of a table is the document `name#row`. Names are relative to the folder
-    (or to the fixed part of the glob), so the split does not depend on where the folder lies. A
+    (or to the fixed part of the glob), so the split does not depend on the folder's location. A
     file whose content was already seen is skipped, as in `PythonSource`.
 
     Nothing is read before `fingerprint` or `documents`; both first check all files, in one pass
@@ -149,7 +149,7 @@ def _pieces(name: str, path: Path) -> Iterator[Document]:
 
 
 def _find_files(path: str) -> list[tuple[str, Path]]:
-    """Return (name, path) of the files that a file, folder or glob stands for, sorted by name.
+    """Return (name, path) of the files that a file, folder or glob names, sorted by name.
 
     Raises:
         UserError: the path does not exist, or nothing in it can be read.
@@ -201,7 +201,7 @@ def _is_text(path: Path) -> bool:
 
 
 def _bad_byte(text: bytes) -> int | None:
-    """Return where the first byte stands that is not text."""
+    """Return the position of the first byte that is not text."""
     nul = text.find(b"\0")
     try:
         text.decode()

@@ -62,7 +62,7 @@ def check_filters(skip_positions: object, max_norm_ratio: object, context: int) 
     """Raise UserError if an option of the stream's filters is not allowed."""
     if type(skip_positions) is not int or not 0 <= skip_positions < context:
         raise UserError(
-            f"stream.skip_positions is {skip_positions!r}; it must be a whole number from 0 to "
+            f"stream.skip_positions is {skip_positions!r}; it must be an integer from 0 to "
             f"{context - 1}, one less than stream.context."
         )
     if max_norm_ratio is not None and not (

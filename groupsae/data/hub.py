@@ -34,7 +34,7 @@ class HubSource:
         name: on the Hub (`owner/name`), or a local folder: one written by `save_to_disk`, or one
             with parquet, jsonl or other files that `datasets` loads.
         config: subset of the data set; None is its default one.
-        split: for example `train`; a folder with a single saved split has only that one.
+        split: such as `train`; a folder with a single saved split has only that one.
         revision: branch, tag or commit; with a full commit the Hub is not asked when the corpus
             is already packed.
         column: holds text or lists of token ids; None takes the first of `text`, `content`,
@@ -81,7 +81,7 @@ class HubSource:
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
     def _commit(self) -> str | None:
-        """Return the commit that the revision stands for, or None if it is unknown.
+        """Return the commit of the revision, or None if it is unknown.
 
         Without network it is the commit in the Hub's local cache, so that a corpus that was packed
         with network is found again without.
@@ -206,7 +206,7 @@ class HubSource:
 
 
 def _is_damage(error: BaseException) -> bool:
-    """Return whether an error says that a file is incomplete: a download may have ended early."""
+    """Return whether an error means that a file is incomplete: a download may have ended early."""
     import zlib
 
     import pyarrow

@@ -73,7 +73,7 @@ class StepSampler(Sampler[list[int]]):
         return self.num_steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        chunk = 256  # steps drawn at once: a permutation is made once a chunk, not once a step
+        chunk = 256  # steps drawn together: a permutation is made once per chunk, not per step
         for first in range(self.first_step, self.num_steps, chunk):
             steps = min(chunk, self.num_steps - first)
             start, count = first * self.blocks_per_step, steps * self.blocks_per_step

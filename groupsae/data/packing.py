@@ -64,7 +64,7 @@ def document_numbers(
     """Return a number of the document that each block begins in; blocks in the order of the file.
 
     Documents end at EOS. Where nothing does (text that came tokenised without it), every block
-    counts as a document of its own.
+    counts as one document.
 
     >>> document_numbers(np.array([[5, 6], [7, 0], [8, 0], [9, 9]]), eos=0).tolist()
     [0, 0, 1, 2]
@@ -185,7 +185,7 @@ def load_token_blocks(
 
     Token ids of the language model end below `vocab_size`; None takes the tokenizer's size
     (Pythia's embedding, 50,304, is padded beyond its tokenizer's 50,277). It is not part of the
-    key: it decides whether the blocks can be used, not what is in them.
+    key: it decides whether the blocks can be used, not their content.
 
     Raises:
         UserError: the source is empty or cannot be read, a split that is asked for has no
@@ -293,8 +293,8 @@ class BlockWriter:
     """Token blocks of the three splits, growing in a folder.
 
     At every flush the files are brought to disk first, then a note of how much of them counts;
-    a writer that opens the folder later continues there and overwrites what lies behind. Tokens
-    that do not fill a block wait in the note.
+    a writer that opens the folder later continues there and overwrites the data after that. Tokens
+    that do not fill a block are kept in the note.
     """
 
     def __init__(self, folder: Path, context: int, bos: int | None, vocab_size: int) -> None:
@@ -312,7 +312,7 @@ class BlockWriter:
         return self.folder / f"{split}.bin"
 
     def _opened(self) -> dict[str, Any]:
-        """Return the note, if the files hold at least as much as it says; or begin again."""
+        """Return the note, if the files contain at least as much as it counts; or begin again."""
         empty: dict[str, Any] = {
             "documents": dict.fromkeys(SPLITS, 0),
             "tokens": dict.fromkeys(SPLITS, 0),
@@ -452,7 +452,7 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 def token_ids(batch: list[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     """Yield the token ids of each document.
 
-    A text is closed by the end-of-text token; documents that come tokenised stay as they are.
+    A text is closed by the end-of-text token; tokenised documents are not changed.
     """
     texts = [d.text or "" for d in batch if d.token_ids is None]
     encoded = iter(_encode(texts, tokenizer) if texts else [])

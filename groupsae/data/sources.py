@@ -71,7 +71,7 @@ def row_document(name: str, value: Any, column: str, where: str) -> Document:
     counted alike and packing can resume at a row.
 
     Raises:
-        UserError: the value is neither text nor a list of whole numbers.
+        UserError: the value is neither text nor a list of integers.
     """
     if value is None or (isinstance(value, str | list) and not value):
         return Document(name, token_ids=[])

@@ -47,7 +47,7 @@ def save_evaluation(
     _write_csv(folder / "saes.csv", [_sae_row(row) for row in figures["saes"]])
     _write_csv(folder / "groupings.csv", [_grouping_row(row) for row in figures["groupings"]])
     evaluation = {"format": FORMAT, **head, **figures}
-    write_json(folder / "evaluation.json", evaluation)  # last: it says that the rest is complete
+    write_json(folder / "evaluation.json", evaluation)  # last: it marks the rest as complete
     return evaluation
 
 

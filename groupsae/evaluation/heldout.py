@@ -44,9 +44,9 @@ class HeldoutSums:
     Attributes:
         clean: `ce` of the unchanged model and number of `predictions`. An effect has `ce` and
             `kl`, over the same predictions.
-        tokens: that counted, however extreme on some layer.
+        tokens: number of tokens counted, including those with extreme norms on some layer.
 
-    `saes` are by name, each alone; `together` also splices all layers of each grouping at once.
+    `saes` are by name, each alone; `together` also splices all layers of each grouping together.
     """
 
     def __init__(

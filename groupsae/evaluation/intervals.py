@@ -41,7 +41,7 @@ class Bootstrap:
     def interval(self, value: float | None, samples: Float64[np.ndarray, " resample"]) -> Interval:
         """Return the percentile interval: low and high are quantiles of the samples.
 
-        They are None for a single document, which says nothing about spread, and if a resample
+        They are None for a single document, which shows nothing about spread, and if a resample
         has no value (a ratio with a denominator of zero). `value` is the metric on all sequences.
         """
         if value is None or not np.isfinite(value):
@@ -55,7 +55,7 @@ class Bootstrap:
     def fvu(self, layer: LayerSums, sums: ReconstructionSums) -> Float64[np.ndarray, " resample"]:
         """Return the FVU on each resample, around the resample's own mean: exact, no shortcut.
 
-        The sums of the layer must be complete: they are not to be updated afterwards.
+        The sums of the layer must be complete: do not update them afterwards.
 
         Raises:
             ValueError: not as many sequences as the bootstrap was made for.

@@ -3,7 +3,7 @@
 **To add a metric**: a ratio of two sums over tokens (most are) needs an entry of `per_token` in
 `ReconstructionSums.update`, a line in `RATIOS`, and its formula in the list of `layer_metrics`.
 It then has a confidence interval in evaluation.json and results.csv, and is logged. Any other
-needs a sum of its own and a line in `layer_metrics`. Metrics of the loss are in effect.py.
+needs its own sum and a line in `layer_metrics`. Metrics of the loss are in effect.py.
 
 A sequence is a block of the held-out text. Sums over the dimensions of a token are taken in the
 precision of the activations, all others in float64 on the CPU.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from groupsae.sae.base import SparseLatents
 
-# metric -> what is summed above and below the fraction line
+# metric -> sums above and below the fraction line
 RATIOS = {
     "explained_variance_legacy": ("legacy", "count"),
     "mse": ("squared_error", "count"),
@@ -179,7 +179,7 @@ def layer_metrics(layer: LayerSums, sums: ReconstructionSums) -> dict[str, float
       paper's; `explained_variance_legacy` of SAELens and SAEBench.
     - explained_variance_dictionary_learning = 1 - sum_d var(e_d) / sum_d var(x_d): a constant
       error costs nothing. `frac_variance_explained` of dictionary_learning, which averages it
-      over batches; here over all tokens at once.
+      over batches; here over all tokens together.
     - explained_variance_saebench = 1 - mean |e|^2 / (mean |x|^2 - (mean of all entries x_d^2)^2):
       `explained_variance` of SAEBench 0.6.0. Its denominator is not a variance: the units do not
       agree, and it may be negative. For comparison only.

@@ -16,7 +16,7 @@ from groupsae.grouping.partition import none_if_nan
 
 COMPARED = ("fvu", "delta_ce", "delta_ce_percent", "kl")  # against per-layer SAEs
 AVERAGED = (*COMPARED, "ce_score")  # of groupings; of an SAE everything is
-SPLICED = ("ce", "delta_ce", "delta_ce_percent", "kl")  # of all layers at once
+SPLICED = ("ce", "delta_ce", "delta_ce_percent", "kl")  # with all layers spliced together
 # not a ratio of sums of each sequence, so not worth resampling
 PLAIN = ("explained_variance_dictionary_learning", "explained_variance_saebench")
 
@@ -28,7 +28,7 @@ class Results:
     """The figures of an evaluation.
 
     Attributes:
-        estimates: of each SAE on each of its layers, by metric.
+        estimates: by metric, for each SAE on each of its layers.
     """
 
     def __init__(self, sums: HeldoutSums, bootstrap: Bootstrap) -> None:

@@ -53,9 +53,9 @@ def atomic_write(
     A killed process or a full disk leaves the old file.
 
     Args:
-        path: of the file; its folder is made if missing.
-        mode: of `open`.
-        shared: several processes may write it at once (a cache): each gets its own temporary file.
+        path: path of the file; its folder is made if missing.
+        mode: mode for `open`.
+        shared: several processes may write it in parallel (a cache): each has its temporary file.
         hint: the option that chooses another place.
         **how: other arguments of `open`: encoding, newline.
 
@@ -120,8 +120,8 @@ def atomic_folder(
     Args:
         target: the folder to make.
         overwrite: replace an existing target.
-        ours: whether an existing folder is of the kind that this command writes.
-        source: what the command reads; never replaced.
+        ours: returns whether this command may have written an existing folder.
+        source: the command's input; never replaced.
 
     Raises:
         UserError: the target exists and may not be replaced, or cannot be written.

@@ -34,7 +34,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
                 "leave a checkpoint) and give the same command again; output=<folder> starts a "
                 "second run elsewhere."
             )
-        with suppress(OSError):  # a full disk: the lock holds all the same
+        with suppress(OSError):  # a full disk: the lock works anyway
             handle.truncate(0)
             since = datetime.now().astimezone().isoformat(" ", "seconds")
             handle.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}")
@@ -52,7 +52,7 @@ def one_at_a_time(
     that code succeeds: whoever makes a new one finds the result.
 
     Args:
-        path: of the lock file; its folder is made if missing.
+        path: path of the lock file; its folder is made if missing.
         what: the other process does, such as "packing this text".
         wait: called before each second of waiting.
 

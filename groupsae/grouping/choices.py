@@ -32,7 +32,7 @@ class Choice(ABC):
     """A way to choose the groups; an option defines `_name` and `_partition`.
 
     Args:
-        last_layer: "own" (an SAE of its own), "skip" (no SAE) or "group" (as any other layer).
+        last_layer: "own" (its own SAE), "skip" (no SAE) or "group" (as any other layer).
 
     Raises:
         UserError: an argument is out of its range.
@@ -209,7 +209,7 @@ class Explicit(Choice):
 
 @dataclass(frozen=True, kw_only=True)
 class All(Choice):
-    """Every number of groups at once, from one stream, as the paper trained them.
+    """All numbers of groups together, from one stream, as the paper trained them.
 
     For each rule the partitions for G = 1..n of the n layers to group; a group that several
     partitions share is trained once. G = n is the baseline of one SAE per layer. The first rule

@@ -19,7 +19,7 @@ class Grouping:
         partition: None for smaller SAEs.
         sae_of_layer: layer -> name of its SAE.
         grouped: the layers without a last one that has its own SAE, the same in all groupings.
-        rules: that made this partition; several rules may agree on one.
+        rules: the rules that gave this partition; several rules may agree on one.
         chosen_by: those of the rules for which theta picks it.
     """
 

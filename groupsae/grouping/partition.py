@@ -119,7 +119,7 @@ def check_groups(groups: object, num_layers: int | None = None) -> list[list[int
 
     Args:
         groups: lists of layers.
-        num_layers: that they must cover; None if not known yet: as many as they hold.
+        num_layers: number of layers that they must cover; None: as many as they contain.
 
     Raises:
         UserError: they are no such lists, or a layer is unknown, missing, in two groups, or apart

@@ -20,7 +20,7 @@ class PlannedSAE(NamedTuple):
 
     Attributes:
         name: folder-safe, such as `layers.0-2`, `layers.5` or `layers.5.smaller-2`.
-        layers: that it serves, ascending.
+        layers: the layers that it serves, ascending.
         width: its latents, as a share of the configured number.
     """
 
@@ -33,19 +33,19 @@ class PlannedSAE(NamedTuple):
 class GroupPlan:
     """Which layers share an SAE.
 
-    The paper leaves the last layer L-1 out of the groups and gives it an SAE of its own
-    (arXiv 2410.21508, 4.1), which its count of the saving forgets; here it is one of the SAEs.
+    The paper leaves the last layer L-1 out of the groups and gives it its own SAE
+    (arXiv 2410.21508, 4.1), but does not count this SAE in the saving. Here it is counted.
 
     Args:
         partition: the groups, of L layers with last_layer "group" and else of L-1.
-        last_layer: "own" (an SAE of its own), "skip" (no SAE) or "group" (as any other layer).
+        last_layer: "own" (its own SAE), "skip" (no SAE) or "group" (as any other layer).
         num_layers: L, all layers of the language model.
         theta: the bound on AMAD that chose the partition; None where none did.
         others: further partitions to train (groups=all); a group that several share is trained
             once.
         smaller: numbers of groups G whose cost is matched by smaller SAEs on every layer, the
             baseline of arXiv 2410.21508, 4.2: width G/n on each of the n grouped layers.
-        unserved: layers, each a group of its own, that have no SAE: imported SAEs rarely serve
+        unserved: layers without an SAE, each its own group: imported SAEs rarely serve
             all layers.
 
     Raises:

@@ -97,9 +97,9 @@ def needs_distances(rule: str) -> bool:
 def _complete(square: Distances, num_groups: int) -> Groups:
     """Return the groups of complete linkage (arXiv 2410.21508, 3.1).
 
-    On measured matrices the groups are contiguous by themselves. Where they are not, the linkage
+    On measured matrices the groups are usually contiguous. If they are not, the linkage
     is repeated with merges of neighbours only: the pair of adjacent groups with the smallest
-    joint diameter is merged until num_groups are left. This is decided for each G by itself, so
+    joint diameter is merged until num_groups are left. This is decided for each G separately, so
     partitions of one matrix are nested unless only some of them needed it.
     """
     n = len(square)

@@ -113,7 +113,7 @@ def layers_of(folder: Path, num_layers: int) -> list[int]:
     """Return the layers that a folder's SAE serves.
 
     Raises:
-        UserError: no file and no name says which.
+        UserError: no file and no name shows which.
     """
     place = parse_module_path(folder.name)
     if place is not None:

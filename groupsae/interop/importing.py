@@ -45,12 +45,12 @@ def read_folder(
     """Return the SAEs in a folder and its subfolders, at most one for each layer.
 
     Args:
-        path: of one SAE, or of many.
-        at: where the language model is read.
+        path: folder of one SAE, or of many.
+        at: the place in the language model.
         format_name: one of `READABLE`; None: recognise it by the files.
         only: patterns of the folders to read, relative to the path, such as `layers.3`.
-        num_groups: of the paper's checkpoints: the published partition into so many groups;
-            None: one SAE a layer.
+        num_groups: for the paper's checkpoints: the published partition into this many groups;
+            None: one SAE per layer.
 
     Raises:
         UserError: no SAE is found, one is damaged or of another kind, they do not fit the

@@ -97,12 +97,12 @@ class ImportedSAE:
 
     Attributes:
         sae: works on activations times the norm factor.
-        arguments: of its constructor.
+        arguments: its constructor's arguments.
         norm_factors: layer that it serves -> factor.
-        place: in the language model; one of its layers.
+        place: its place in the language model, at one of its layers.
         notes: sentences for the user.
-        folder: where it was read; `read_folder` sets this and the next.
-        format: that it was read as.
+        folder: the folder it was read from; `read_folder` sets this and the next.
+        format: name of its file format.
     """
 
     sae: SAE
@@ -148,7 +148,7 @@ class Library:
         kinds: our kinds of SAE that it can hold -> its name for them.
         folder_name: returns the name of an SAE's folder.
         write: writes an SAE that takes raw activations into an existing folder.
-        recognises: whether a folder has this format.
+        recognises: returns whether a folder has this format.
         read: returns the SAE in such a folder.
         snippet: Python that loads an SAE from the Hub, with {repo} and {folder}.
     """
@@ -224,10 +224,10 @@ def our_tensors(
     """Return another library's tensors by our names in float32; the opposite of `their_tensors`.
 
     Args:
-        stored: by their names.
+        stored: tensors by their names in the file.
         names: our name -> theirs.
         transposed: their names of weights [d_model, d_sae].
-        file: for messages.
+        file: named in messages.
         scalars: our names of tensors that are one number.
 
     Raises:
@@ -303,7 +303,7 @@ def unit_decoder(kind: str, tensors: Tensors, *, by_norm: bool = False) -> tuple
     if deviation <= ROUNDING:
         return tensors, ""
     if kind in TOPK_KINDS and not by_norm:
-        note = "its decoder rows are kept as they are, although their norms are not 1 ("
+        note = "its decoder rows are kept unchanged, although their norms are not 1 ("
         note += f"{float(norms.min()):.3g} to {float(norms.max()):.3g}): other norms would change "
         return tensors, note + "which latents are active" if deviation > NOTICEABLE else ""
     changed = {**tensors, "W_dec": tensors["W_dec"] / norms.unsqueeze(1)}
@@ -363,6 +363,6 @@ def our_place(config: Mapping[str, Any], file: Path) -> Place | None:
 def unknown_layer(folder: Path, name: object, advice: str) -> UserError:
     """Return the error about a folder that does not name its layer, with the way out."""
     return UserError(
-        f"{folder} does not name the layer of the language model that it is for (its name for "
-        f"the place is {name!r}): {advice}."
+        f"{folder} does not name the SAE's layer in the language model (its name for the place "
+        f"is {name!r}): {advice}."
     )

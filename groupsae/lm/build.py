@@ -63,7 +63,7 @@ def stack_layers(shallow: GPTNeoXForCausalLM, deep: GPTNeoXForCausalLM) -> None:
     training cost what they cost a shallow one.
 
     Raises:
-        ValueError: the deep model's number of layers is no multiple of the shallow one's.
+        ValueError: the deep model's number of layers is not a multiple of the shallow model's.
     """
     n, m = shallow.config.num_hidden_layers, deep.config.num_hidden_layers
     if m % n:

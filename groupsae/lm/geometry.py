@@ -22,7 +22,7 @@ class Geometry:
 
     num_layers: int
     d_model: int
-    context: int  # most tokens that the model reads at once
+    context: int  # most tokens in one input
     vocab_size: int
 
 
@@ -73,7 +73,7 @@ def geometry_of(config: PreTrainedConfig, stack: str, name: str) -> Geometry:
         UserError: the config lacks one of them.
     """
     part: Any = getattr(config, stack, None) if len(stacks_of(config)) > 1 else None
-    if isinstance(part, PreTrainedConfig):  # each stack has a config of its own (T5Gemma)
+    if isinstance(part, PreTrainedConfig):  # each stack has its own config (T5Gemma)
         text, depths = part.get_text_config(), ["num_hidden_layers"]
     elif len(stacks_of(config)) > 1:
         text = config

@@ -25,7 +25,7 @@ class _StopForward(Exception):
 class HookedLM:
     """One stack of a model, run on blocks of tokens.
 
-    Blocks are packed and hold no padding, so every position is attended to: a mask of ones tells
+    Blocks are packed and hold no padding, so every position is attended to: a mask of ones is for
     models that would otherwise mask tokens with the id of the padding token.
 
     The decoder of an encoder-decoder model is teacher-forced: the encoder reads a block of tokens,
@@ -33,12 +33,12 @@ class HookedLM:
 
     Args:
         model: the module to call: the complete model, or the encoder if that is the stack.
-        blocks: of the stack.
-        hookpoint: which activations of each block, one of `groupsae.lm.hookpoints`.
+        blocks: the blocks of the stack.
+        hookpoint: the activations to read of each block, one of `groupsae.lm.hookpoints`.
         submodule: path within a block, for attn_out and mlp_out; None searches for it.
         d_model: width of the activations.
         start_token: the decoder's first token in an encoder-decoder model; None for all others.
-        predicts: whether the model gives next-token logits.
+        predicts: True if the model gives next-token logits.
 
     Raises:
         UserError: the blocks lack the hookpoint.

@@ -38,8 +38,8 @@ class FrozenLM:
         name: `tiny` (bundled), an id on the Hugging Face Hub, or a folder.
         revision: git revision on the Hub (Pythia: a training step, such as `step1000`); null is
             the newest.
-        dtype: of weights and activations, such as `float32` or `bfloat16`.
-        hookpoint: which activations of each block: resid_post, resid_pre, mlp_out or attn_out,
+        dtype: dtype of weights and activations, such as `float32` or `bfloat16`.
+        hookpoint: activations to read of each block: resid_post, resid_pre, mlp_out or attn_out,
             as `groupsae.lm.hookpoints` defines them.
         stack: `encoder` or `decoder` of a model that has both; null for all others.
         blocks_path: path of the list of blocks, such as `model.layers`; null searches for it.

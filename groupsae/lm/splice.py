@@ -88,7 +88,7 @@ class Splicer:
     def together(
         self, replace: Callable[[int, Tensor], Tensor], layers: Iterable[int]
     ) -> Float[Tensor, "block pos vocab"]:
-        """Return the logits for the tokens of the last `clean`, all `layers` replaced at once.
+        """Return the logits for the tokens of the last `clean`, all `layers` replaced together.
 
         `replace(layer, acts)` gets the activations after all replacements in earlier layers and
         returns the new ones, [block, pos, d_model]; they are cast to the model's dtype.

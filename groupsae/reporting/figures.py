@@ -153,7 +153,7 @@ def linkage_tree(distances: Distances, groups: Sequence[Sequence[int]]) -> Figur
     layers = len(distances)
     figure, axes = new_axes(max(5.6, min(12.0, 1.6 + 0.3 * layers)))
     tree = linkage(squareform(distances, checks=False), method="complete")
-    first = list(range(layers))  # the lowest layer of each cluster: it stands on the left
+    first = list(range(layers))  # the lowest layer of each cluster, drawn on the left
     for i, (a, b) in enumerate(tree[:, :2].astype(int)):
         if first[a] > first[b]:
             tree[i, :2] = b, a

@@ -87,7 +87,7 @@ class RunFiles:
 
     @property
     def groups(self) -> list[list[int]]:
-        """The groups of layers, without a last layer of its own."""
+        """The groups of layers, without a last layer that has its own SAE."""
         return [list(group) for group in self.plan.get("groups", [])]
 
     @property

@@ -30,7 +30,7 @@ class Tile(NamedTuple):
 
 @dataclass
 class Section:
-    """A part of the page; what is empty is left out."""
+    """A part of the page; empty parts are left out."""
 
     id: str
     title: str
@@ -50,9 +50,9 @@ def write_report(
     """Write `report.html` with the figures and tables of runs; return the page's path.
 
     Args:
-        folders: of the runs.
-        output: where to write; None: `<run>/report` for one run, and for several a folder named
-            after them next to the first.
+        folders: the run folders.
+        output: folder to write to; None: `<run>/report` for one run, and for several a folder next
+            to the first, named after them.
         log: prints a warning where the runs cannot be compared.
 
     Raises:

@@ -213,7 +213,7 @@ def runs_figures(found: Sequence[Family]) -> Iterator[Captioned]:
 def against_cost(found: Sequence[Family], metric: str) -> Figure | None:
     """Return a metric of all groupings of all runs against relative cost.
 
-    One colour per configuration; marks and lines tell the rules and baselines apart. Several seeds
+    One colour per configuration; marks and lines distinguish rules and baselines. Several seeds
     are shown by their mean and range, a single one by its confidence interval.
     """
     figure, axes = new_axes(6.4, 4.6)

@@ -8,7 +8,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-# Okabe and Ito: told apart with every kind of colour blindness; black is kept for the baseline
+# Okabe and Ito: distinct with every kind of colour blindness; black is kept for the baseline
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 DASHES = ("-", "--", ":")  # once all colours are used
 RULE_COLOURS = {"complete": 0, "minmax": 2, "even": 4, "published": 3}  # indices into COLOURS
@@ -31,7 +31,7 @@ def legend_below(figure: Figure, columns: int = 3) -> None:
     found: dict[str, Artist] = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
-        found = dict(zip(labels, handles, strict=True)) | found  # the first one stands
+        found = dict(zip(labels, handles, strict=True)) | found  # the first one is kept
     if found:
         figure.legend(
             list(found.values()),

@@ -22,7 +22,7 @@ def disable_signal_handling(trainer: Any) -> None:
 
 
 def skip_next_validation(trainer: Any) -> None:
-    """Keep a trainer that was told to stop from validating before it ends."""
+    """Keep a trainer that should stop from validating before it ends."""
     trainer.fit_loop.epoch_loop._skip_next_val = True
 
 

@@ -6,7 +6,7 @@ from groupsae.runtime.secrets import redacted
 
 
 class UserError(Exception):
-    """An error that the user can fix: it names the value, what is allowed and what to do.
+    """An error that the user can fix: it names the value, the allowed values and the solution.
 
     Commands print it and exit with status 2; library callers catch it like any exception.
     Secrets that a library put into its message (passwords in addresses, tokens) are removed.

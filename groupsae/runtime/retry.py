@@ -1,4 +1,4 @@
-"""Network errors: which may pass, and how long to wait before the next try."""
+"""Network errors: which are temporary, and how long to wait before the next try."""
 
 import errno
 import time
@@ -17,7 +17,7 @@ from tenacity import (
 from groupsae.runtime.secrets import redacted
 
 _LIBRARIES = {"aiohttp", "httpcore", "httpcore2", "httpx", "httpx2", "requests", "urllib3"}
-_RETRIED = {408, 425, 429}  # of the 4xx answers; the others say that asking again is useless
+_RETRIED = {408, 425, 429}  # of the 4xx answers; the others mean that another try is useless
 _PERMANENT = {  # errors of this machine, which no pause removes
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE,
     errno.ENAMETOOLONG,
@@ -33,7 +33,7 @@ def retrying(
     """Return tenacity's loop over tries.
 
     It waits 1, 2, 4, ... and at most 60 seconds, or as long as the server asks by Retry-After
-    (seconds or a date), but no more than an hour. The last error is raised as it is.
+    (seconds or a date), but at most an hour. The last error is raised unchanged.
     """
     return Retrying(
         stop=stop_after_attempt(retries + 1),
@@ -72,7 +72,7 @@ def network_cause(error: BaseException) -> BaseException | None:
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error, then each that it was raised from or while handling."""
+    """Yield an error, then the errors that caused it or were being handled."""
     cause: BaseException | None = error
     while cause is not None:
         yield cause

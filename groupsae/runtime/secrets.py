@@ -16,7 +16,7 @@ VARIABLES = (
     "AWS_SESSION_TOKEN",
 )  # fmt: skip
 _SHORTEST = 12  # characters of a secret: a shorter text may be there by chance
-_PATTERNS = (  # what it looks like, what is shown instead, what it is
+_PATTERNS = (  # pattern, replacement, name of the secret
     (re.compile(r"(\w+://)[^/\s@]+@"), r"\1***@", "an address with a password"),
     (re.compile(r"\bhf_[A-Za-z0-9]{16,}"), "hf_***", "a token of the Hugging Face Hub"),
     (

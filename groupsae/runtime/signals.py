@@ -25,8 +25,8 @@ def handled_by(handler: Handler, *, requeue: bool = True) -> Iterator[None]:
     """Let a function handle the signals to stop; does nothing outside the main thread.
 
     Args:
-        handler: is called with every signal.
-        requeue: whether it also gets SIGUSR2, if submitit waits for it. submitit sends it before
+        handler: called with every signal.
+        requeue: also handle SIGUSR2, if submitit waits for it. submitit sends it before
             the allotted time ends, and queues the job again.
     """
     if threading.current_thread() is not threading.main_thread():

@@ -52,7 +52,7 @@ class GlobalBatch(NamedTuple):
         total_variance: sum over the batches of all processes of |x - mean|^2.
         dead: latents that have not fired for long.
         progress: share of the training that is done, for schedules of sparsity.
-        share: of the rows of all processes that this process has.
+        share: this process's share of the rows of all processes.
         all_sum: returns the sum of a tensor over all processes.
     """
 
@@ -67,7 +67,7 @@ class SAEOutput(NamedTuple):
     """Result of a training step's forward pass.
 
     Attributes:
-        reconstruction: of the scaled activations.
+        reconstruction: reconstructed scaled activations.
         latents: the active ones; all latents where they are dense in training.
         losses: named terms, each this process's part of a sum over processes. The training loss
             is the sum of the terms.
@@ -89,8 +89,8 @@ class SAE(nn.Module, ABC):
         d_model: width of the residual stream.
         expansion: latents per dimension, d_sae = round(expansion * d_model). Give this or `d_sae`.
         d_sae: number of latents.
-        tied: start the encoder as the decoder's transpose; otherwise from directions of its own.
-        generator: of the initial weights; None is torch's default one.
+        tied: start the encoder as the decoder's transpose; otherwise from random directions.
+        generator: random generator for the initial weights; None: torch's default.
 
     Raises:
         UserError: not exactly one of `expansion` and `d_sae` is given, or it leaves no latent.

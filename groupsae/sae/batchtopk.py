@@ -18,11 +18,11 @@ class BatchTopK(TopK):
     So a row has k on average, and as many as it needs. Afterwards a row must not depend on its
     neighbours: `encode` keeps the latents above `threshold`, a running mean of the smallest
     positive latent that training kept in a batch (section 3 of the paper has the mean over
-    batches). With several processes, each takes the largest of its own part of the batch, and the
+    batches). With several processes, each takes the largest of its part of the batch, and the
     threshold is the mean of theirs.
 
     Args:
-        threshold_momentum: of the running mean of the threshold.
+        threshold_momentum: momentum of the threshold's running mean.
         **arguments: of `TopK`.
     """
 

@@ -23,7 +23,7 @@ class JumpReLU(SAE):
         target_l0: active latents per row that training aims at, on average.
         l0_coefficient: weight of the penalty.
         sparsity_warmup: share of the training in which the penalty rises from zero, linearly.
-        threshold: at the start, in units of the scaled activations.
+        threshold: initial threshold, in units of the scaled activations.
         bandwidth: width over which the step is smoothed, in the same units.
         **size: of `SAE`.
 

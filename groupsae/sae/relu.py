@@ -55,7 +55,7 @@ class ReLU(SAE):
         return SAEOutput(reconstruction, acts.detach(), losses)
 
     def project_gradient(self) -> None:
-        """Leave the gradient as it is: the norms are free within a step."""
+        """Leave the gradient unchanged: the norms are free within a step."""
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:

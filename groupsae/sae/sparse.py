@@ -45,7 +45,7 @@ class Entries:
     """Which latents are active in which rows.
 
     Args:
-        latents: of each entry, in order of rows.
+        latents: the latent of each entry, in order of rows.
         starts: where each row's entries begin, and their number at the end.
         d_sae: number of latents.
     """

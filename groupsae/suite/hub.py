@@ -81,10 +81,10 @@ def upload(
     Args:
         name: owner/name.
         files: path in the repository -> file or content; one commit holds all.
-        message: of the commit.
-        private: a new repository can be seen by its owner only.
-        replaced: of a repository with files: which paths are removed unless they are among the
-            new ones; None: such a repository is left alone.
+        message: message of the commit.
+        private: make a new repository visible to its owner only.
+        replaced: returns whether to remove an existing path that is not among the new ones; None:
+            a repository with files is not changed.
 
     Raises:
         UserError: the repository holds files and may not be changed, no token is found or it may

@@ -139,7 +139,7 @@ def load_suite(path: str | Path, grouping: str | None = None) -> Suite:
 
     Args:
         path: the run folder, or `hf:owner/name`, or `hf:owner/name@revision`.
-        grouping: of a run with groups=all: name of the grouping, such as `complete-3`,
+        grouping: for a run with groups=all: name of the grouping, such as `complete-3`,
             `per_layer` or `smaller-2`; None is the one that AMAD chose.
 
     Raises:
@@ -187,7 +187,7 @@ def save_sae(folder: Path, sae: SAE, config: dict[str, Any]) -> None:
     """Write `sae.safetensors` and `cfg.json`.
 
     Args:
-        folder: of this group.
+        folder: folder of this group.
         sae: the SAE; its state is saved in float32.
         config: `architecture` (import path of the class), `arguments` (of its constructor),
             `layers`, `norm_factors` (layer -> factor) and anything else that is worth keeping.

@@ -16,7 +16,7 @@ def init_b_dec(sae: SAE, x: Float[Tensor, "batch d_model"], start: str, all_sum:
     """Set the decoder's bias from the scaled activations of the first batch.
 
     Args:
-        sae: with its bias at zero.
+        sae: an SAE with its bias at zero.
         x: this process's rows.
         start: `zero` (paper), `mean`, or `geometric_median`, the point with the smallest sum of
             distances, which single rows of extreme norm do not pull away.

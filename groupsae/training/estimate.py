@@ -102,10 +102,10 @@ class Trial(L.Callback):
     """Times the training step of a few SAEs of a plan, and their memory.
 
     Attributes:
-        steps: that were measured.
-        step_seconds: of one step of training.
+        steps: number of measured steps.
+        step_seconds: seconds of one training step.
         sae_seconds: the part of it after the batch has arrived.
-        heldout_seconds: of validating one batch.
+        heldout_seconds: seconds of validating one batch.
         peak: most memory of the process (on a GPU, of the device by this process), in bytes.
         peak_dead: the same once half of all latents are dead and AuxK works on them, if used.
     """
@@ -243,7 +243,7 @@ def forecast(
 ) -> tuple[str, dict[float, float]]:
     """Return a sentence on what the suite's plan will need, and the seconds of a step by width.
 
-    A small SAE takes longer than its share of the FLOPs says, so each width is tried; the suite
+    A small SAE takes longer than its FLOPs suggest, so each width is tried; the suite
     stays as it is. Widths are shares of the configured number of latents.
     """
     plan = suite.plan
@@ -280,15 +280,15 @@ class Needs:
     """What one way to group the layers needs; bytes and seconds of one process unless noted.
 
     Attributes:
-        num_saes: trained at once.
+        num_saes: number of SAEs trained together.
         parameters: numbers in all SAEs that the process holds.
         activations: bytes of one step's rows that the language model hands over.
         free: bytes of memory that are left for the SAEs and the step.
-        trial: what a few steps took; None where they would not fit.
-        tokens: of the run, per SAE, over all processes.
-        steps: of the run.
-        seconds: of training, of validations and of measuring the layers.
-        run_folder: bytes on disk, at most at once, over all processes.
+        trial: measurements of a few steps; None if they do not fit.
+        tokens: training tokens per SAE, over all processes.
+        steps: training steps.
+        seconds: time of training, of validations and of measuring the layers.
+        run_folder: largest size on disk in bytes, over all processes.
         text: bytes of packed tokens on disk, at most; shared between runs.
         stored: bytes of activations on disk (data.cache), at most; shared between runs.
     """

@@ -51,10 +51,10 @@ class GroupSAE(L.LightningModule):
         optim: the optimiser's recipe.
         dead_after: tokens without firing after which a latent counts as dead.
         b_dec_start: initial decoder bias, see `init_b_dec`.
-        nonfinite: what happens to a step whose loss or gradient is not finite: `stop` ends the
+        nonfinite: how to treat a step whose loss or gradient is not finite: `stop` ends the
             run, `skip` leaves the step out for the SAE that it concerns.
-        seed: of the initial weights, together with the layers.
-        slot: which rows of a batch belong to this group.
+        seed: seed of the initial weights, together with the layers.
+        slot: the rows of a batch that belong to this group.
     """
 
     norm_factors: Tensor
@@ -182,7 +182,7 @@ class GroupSAE(L.LightningModule):
 
     @torch.no_grad()
     def normalize_decoder(self, unless: Bool[Tensor, ""] | None = None) -> None:
-        """Make the latents' directions unit vectors; `unless` leaves every bit as it is."""
+        """Make the latents' directions unit vectors; `unless` leaves every bit unchanged."""
         if unless is None:
             self.sae.normalize_decoder()
             return
@@ -307,8 +307,9 @@ class JointStep:
     """One training step of several groups: one forward, summed losses, one Adam.
 
     Losses are summed (not averaged) and each group is clipped alone, so no group influences
-    another: trained together they get bit for bit what each gets alone. Nothing in a step waits
-    for the device. A new one is made for each fit, so it remembers nothing of an earlier fit.
+    another: an SAE trained with others is bit for bit the same as one trained alone. Nothing in a
+    step waits for the device. A new one is made for each fit, so it remembers nothing of an
+    earlier fit.
     `sharing` processes train each SAE together.
 
     Attributes:
@@ -402,7 +403,7 @@ class JointStep:
 
         Not by Lightning's strategy, which puts a barrier before it: there the host would wait for
         a GPU. After the last step Lightning moves the SAEs to the host, where NCCL sums nothing:
-        the sum is made on the device all the same.
+        even then the sum is made on the device.
         """
         if self.sharing == 1:
             return value

@@ -99,7 +99,7 @@ def seconds_of_all(
 def _sharing(
     plan: GroupPlan, seconds_of: dict[str, float], seconds: tuple[float, float], wall: float
 ) -> dict[str, Any] | None:
-    """Return what training all groupings at once saved against one run for each of them.
+    """Return what training all groupings in one run saved against one run for each of them.
 
     `seconds` is the wall clock of training, the loop's own time included; `seconds_separately`
     counts the language model and the SAEs of each grouping only, so the factor is a lower bound.

@@ -43,7 +43,7 @@ class Measurement:
         mean_norms: mean |x| of every layer, [L].
         d_model: width of the activations.
         provenance: model, text, tokens and options behind them.
-        seconds: that the measurement took, when it was made.
+        seconds: duration of the measurement, when it was made.
     """
 
     distances: np.ndarray

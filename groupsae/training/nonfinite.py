@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: where they come from, and what is reported."""
+"""Steps whose loss or gradient is not finite: their origin, and the report about them."""
 
 import math
 import warnings
@@ -23,7 +23,7 @@ class RunningStats(NamedTuple):
 
     Attributes:
         values: figure -> mean over the steps, or its present value.
-        weights: whether all weights are finite.
+        weights: True if all weights are finite.
         steps: number of steps.
         finite: steps before the first whose loss was not finite; such a loss spoils the weights,
             so no later one is finite either.

@@ -26,13 +26,13 @@ class Adam:
 
     Args:
         base_lr: learning rate at base_d_sae latents.
-        base_d_sae: where base_lr holds.
-        betas: of Adam.
-        eps: of Adam.
+        base_d_sae: number of latents at which the rate is base_lr.
+        betas: Adam's betas.
+        eps: Adam's epsilon.
         clip_norm: largest gradient norm of one SAE, after the projection (the reference code
             clips at 1.0, unmentioned in the paper).
         warmup: share of the training in which the rate rises, linearly (paper: 0).
-        decay: how it falls: constant (not at all, as in the paper), linear or cosine.
+        decay: shape of the decay: constant (not at all, as in the paper), linear or cosine.
         decay_share: share of the training, at its end, in which it falls.
 
     Raises:
@@ -87,7 +87,7 @@ class Adam:
 
 
 class SkippingAdam(torch.optim.Adam):
-    """An Adam that can leave parameter groups as they are: weights, moments and step count.
+    """An Adam that can leave parameter groups unchanged: weights, moments and step count.
 
     Attributes:
         before: called when gradients are known; returns for each group 1.0, on its device, if it

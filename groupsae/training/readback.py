@@ -8,7 +8,7 @@ from torch import Tensor
 class Readback:
     """Integers from the device; `read` is usually called a step later.
 
-    The copy to the host starts at once and runs next to whatever the device does. Reading waits
+    The copy to the host starts immediately and runs in parallel with the device. Reading waits
     for that copy only, not for work that the device got since.
     """
 

@@ -28,7 +28,7 @@ class Size(NamedTuple):
         d_sae: number of latents.
         parameters: numbers in all its weights.
         kept_wide: as in `SAE`.
-        flops: of a training step, per token.
+        flops: FLOPs of a training step, per token.
     """
 
     d_sae: int
@@ -44,9 +44,9 @@ class GroupSAESuite(L.LightningModule):
     calls `configure_model`, which builds the SAEs. Its arguments are those of `GroupSAE`.
 
     Attributes:
-        plan: of all SAEs of all processes.
+        plan: all SAEs of all processes.
         own: numbers in the plan of the SAEs that this process holds.
-        spread: whether each SAE is held by one process, not by all.
+        spread: True if each SAE is in one process, not in all.
         groups: number in the plan -> `GroupSAE`; None before `configure_model`.
     """
 

@@ -125,7 +125,7 @@ def test_a_topk_that_chose_by_activation_times_norm_is_folded(tmp_path):
 def test_a_topk_with_free_norms_is_kept_with_a_note(tmp_path):
     tensors, x = sized(tensors_of("topk")), rows()
     (found,) = read(sparsify(tmp_path / "layers.4", tensors))
-    assert "kept as they are" in found.notes[0]
+    assert "kept unchanged" in found.notes[0]
     assert torch.equal(found.sae.W_dec, tensors["W_dec"])
     same(found, *naive("topk", tensors, x), x)
 
@@ -332,7 +332,7 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path):
         ({"normalize_activations": "layer_norm"}, "normalize_activations = 'layer_norm'"),
         (
             {"metadata": {"hook_name": "blocks.1.attn.hook_z"}},
-            "does not name the layer.*hook_name must be blocks",
+            "does not name the SAE.s layer.*hook_name must be blocks",
         ),
         ({"architecture": "topk", "k": 99}, "/s: sae.k is 99.*up to the 48 latents"),
         ({"metadata": [1]}, "/s is damaged"),

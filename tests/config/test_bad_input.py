@@ -110,7 +110,7 @@ def test_any_key_is_accepted_with_a_folder_of_the_users_own_yaml_files() -> None
         (["data.cache=README.md"], "data.cache is 'README.md'; it must be a folder"),
         (
             ["stream.blocks_per_forward=0"],
-            "stream.blocks_per_forward is 0; it must be a whole number",
+            "stream.blocks_per_forward is 0; it must be an integer",
         ),
         (["stream.blocks_per_step=3000", "tokens=1000000"], "less than one step of 3000"),
     ],

@@ -122,7 +122,7 @@ def test_everything_that_decides_activations_is_in_the_provenance_of_a_measureme
 @pytest.mark.parametrize(
     ("skip", "ratio", "sentence"),
     [
-        (16, None, "stream.skip_positions is 16; it must be a whole number from 0 to 15"),
+        (16, None, "stream.skip_positions is 16; it must be an integer from 0 to 15"),
         (True, None, "skip_positions is True"), (1.5, None, "skip_positions is 1.5"),
         (0, 1.0, "max_norm_ratio is 1.0"), (0, "ten", "max_norm_ratio is 'ten'"),
         (0, float("nan"), "max_norm_ratio is nan"), (0, True, "max_norm_ratio is True"),

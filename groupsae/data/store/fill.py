@@ -1,4 +1,4 @@
-"""Writes what is missing in a store: announced, resumable, shared among processes."""
+"""Writes missing activations to a store: announced, resumable, shared among processes."""
 
 import shutil
 import time
@@ -41,10 +41,10 @@ class Filler:
     blocks_per_forward: int
     rank: int  # among the processes of its run: each begins elsewhere
     processes: int
-    say: Callable[[str], object]  # prints a sentence, in one process of several
+    say: Callable[[str], object]  # prints a message, in one process of several
 
     def fill(self, gaps: list[Gap], later: int) -> None:
-        """Write what is missing; return when all of it is stored, by whichever process.
+        """Write the missing part; return when all is stored, by any process.
 
         `later` bytes are needed afterwards, at least: the disk must have room for them as well.
 

@@ -40,7 +40,7 @@ class StoredLoader(Iterable[Any]):
 class RowReader:
     """Reads the rows that tokens drew; of each layer complete blocks, each once.
 
-    Not to be used by two threads at once: it reads into one buffer of `blocks_per_forward` blocks
+    Do not use it from two threads: it reads into one buffer of `blocks_per_forward` blocks
     of one layer. `pinned`: rows lie in page-locked memory, from which a GPU fetches them.
     """
 

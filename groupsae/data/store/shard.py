@@ -59,7 +59,7 @@ class Shard:
     """A file, opened; blocks are verified when they are read for the first time.
 
     Attributes:
-        blocks: which blocks of the split, in the order of the file.
+        blocks: blocks of the split, in the order of the file.
 
     Raises:
         Damaged: it is truncated, its record is not what was written, or it belongs to another

@@ -1,4 +1,4 @@
-"""A folder of stored activations: what it holds, what is missing, and reading it."""
+"""A folder of stored activations: its content, the missing part, and reading it."""
 
 import hashlib
 import json
@@ -42,12 +42,12 @@ class ActivationStore:
             tokens = data.blocks.blocks["heldout"][block]       # [pos]
 
     Args:
-        folder: with a `manifest.json`.
+        folder: a folder with a `manifest.json`.
 
     Attributes:
-        manifest: what the activations are of, as plain values.
+        manifest: origin of the activations, as plain values.
         layout: sizes and dtype of a block.
-        damaged: files that are not what was written; they count as missing.
+        damaged: files that differ from their checksums; they count as missing.
 
     Raises:
         UserError: there is no manifest, or it is damaged or of another format.
@@ -127,7 +127,7 @@ class ActivationStore:
         return stored
 
     def gaps(self, split: Split, blocks: Sequence[int], layers: Sequence[int]) -> list[Gap]:
-        """Return what is missing of some blocks and layers, blocks that lack the same together."""
+        """Return the missing parts of some blocks and layers, grouped by missing layers."""
         missing = np.stack([~self.has(split, blocks, layer) for layer in layers], axis=1)
         return [
             Gap(

@@ -30,8 +30,8 @@ class GroupLayers(L.Callback):
     run reads them back; its checkpoint only confirms the partition.
 
     Attributes:
-        plan: which groups are trained.
-        measurement: what they were chosen by.
+        plan: the groups that are trained.
+        measurement: the measurement that they were chosen by.
         work: model, text and budget of the run, for the cost model.
         cost: FLOPs of the run.
         step_seconds: width of an SAE -> one step, in a run of all groupings; None for others.

@@ -21,7 +21,7 @@ class StopOnSignal(L.Callback):
     later, so that no step waits for the others' answers.
 
     Args:
-        folder: where the checkpoint goes.
+        folder: folder for the checkpoint.
     """
 
     def __init__(self, *, folder: str) -> None:

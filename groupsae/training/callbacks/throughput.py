@@ -21,8 +21,8 @@ class Throughput(L.Callback):
     output is no terminal, and so no progress bar moves, a line is printed every half minute.
 
     Attributes:
-        total_seconds: of training steps.
-        total_tokens: of them, over all processes.
+        total_seconds: seconds of all training steps.
+        total_tokens: tokens of all training steps, over all processes.
         saes: clock of the SAEs' steps.
         validation: clock of the validations during training.
         all: clock of the complete fit.

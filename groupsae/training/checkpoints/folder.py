@@ -40,7 +40,7 @@ class Part(NamedTuple):
     Attributes:
         tensors: weights and counters, as `module/<name>`, and Adam's state of the SAE's n-th
             parameter, as `optimizer/<n>/<name>`.
-        options: of its parameter group: its name, its rates; and `num_params`.
+        options: its parameter group's name and rates; and `num_params`.
     """
 
     tensors: "dict[str, Tensor]"
@@ -211,7 +211,7 @@ def read(path: Path, members: Sequence[int] | None) -> dict[str, Any]:
     if set(wanted) - set(every):
         raise UserError(
             f"{path} holds {len(every)} SAEs, but groups.json now asks for others: restore the "
-            "groups.json that it was written with, or start the run again with overwrite=true."
+            "groups.json of that checkpoint, or start the run again with overwrite=true."
         )
     parts = {}
     for name in (STATE, *map(file_of, wanted)):

@@ -33,7 +33,7 @@ class SuiteCheckpoints(CheckpointIO):
     No file depends on the number of processes, so a run resumes with any number of them.
 
     Args:
-        say: prints a sentence to the user.
+        say: prints a message to the user.
     """
 
     def __init__(self, *, say: Callable[[str], object]) -> None:
@@ -84,7 +84,7 @@ class SuiteCheckpoints(CheckpointIO):
         )
 
     def _try(self, path: Path, members: Sequence[int] | None) -> tuple[dict[str, Any], str, str]:
-        """Return the checkpoint; or what is damaged in it; or why it must not be used now."""
+        """Return the checkpoint, or its damage, or the reason why it cannot be used now."""
         try:
             return read(path, members), "", ""
         except (Damaged, SafetensorError) as error:
@@ -93,25 +93,25 @@ class SuiteCheckpoints(CheckpointIO):
             return {}, "", str(error)
         except OSError as error:
             # another process may have what this one does not find: only the first one, which
-            # listed the checkpoints, can tell that a file is missing
+            # listed the checkpoints, knows that a file is missing
             if error.errno == errno.EIO or (error.errno == errno.ENOENT and leads()):
                 return {}, str(error), ""
             refusal = (
                 f"cannot read the checkpoint {path}: {error.strerror or error}. It was not "
                 "changed: fix that, and the same command resumes from it; or move it away, to "
-                "resume from the one before."
+                "resume from the previous one."
             )
             return {}, "", refusal
 
     def _set_aside(self, path: Path, damage: str) -> None:
-        """Rename a damaged checkpoint, so that it is neither read nor in the way, and say so."""
+        """Rename a damaged checkpoint, so that it is no longer read, and print a message."""
         aside = path.with_suffix(".damaged")
         if aside.exists():
             shutil.rmtree(aside)
         path.rename(aside)
         self.say(
             f"{path} is damaged ({damage}): it is now called {aside.name}, and the checkpoint "
-            "before it, if there is one, is used."
+            "before it is used, if one exists."
         )
 
     def remove_checkpoint(self, path: str | Path) -> None:

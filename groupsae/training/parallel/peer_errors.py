@@ -20,7 +20,7 @@ SIGNS = (
 
 @contextmanager
 def explain_lost_process(folder: Path) -> Iterator[None]:
-    """Turn the error of a collective into a sentence that says how to resume.
+    """Turn the error of a collective into a message that explains how to resume.
 
     Raises:
         UserError: another process has ended, or has not answered in time.

@@ -16,9 +16,9 @@ class Cost(NamedTuple):
     """What an SAE costs its owner.
 
     Attributes:
-        flops: of a training step, per token.
+        flops: FLOPs of a training step, per token.
         memory: bytes of weights, gradients and optimiser state.
-        slot: the rows that it is trained on; owners of SAEs with the same slot each get them.
+        slot: the rows for its training; owners of SAEs with the same slot each get them.
     """
 
     flops: float
@@ -30,7 +30,7 @@ class Share(NamedTuple):
     """What one process gets.
 
     Attributes:
-        names: of its SAEs.
+        names: names of its SAEs.
         memory: bytes that training them needs, without the language model's.
         sent: bytes of activations to other processes in a step.
         received: bytes from others.

@@ -27,7 +27,7 @@ class DDP(DDPStrategy):
     """Every process holds all SAEs and trains them on its share of a step's rows.
 
     Args:
-        timeout_minutes: that a process waits for another before the run ends with an error.
+        timeout_minutes: how long a process waits for another before the run ends with an error.
     """
 
     def __init__(self, *, timeout_minutes: float) -> None:
@@ -88,7 +88,7 @@ class SAEParallel(DDP):
 
     @property
     def suite(self) -> GroupSAESuite:
-        """Return what is trained."""
+        """Return the module that is trained."""
         assert isinstance(self.lightning_module, GroupSAESuite)
         return self.lightning_module
 
