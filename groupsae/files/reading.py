@@ -12,6 +12,7 @@ import numpy as np
 import yaml  # type: ignore[import-untyped,unused-ignore]
 
 from groupsae.runtime.errors import UserError
+from groupsae.runtime.retry import one_line
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -92,11 +93,9 @@ def missing(path: Path) -> UserError:
 
 
 def damaged(path: Path, reason: object = "") -> UserError:
-    """Return the error about a damaged file or folder, with the first line of `reason`."""
-    lines = str(reason).strip().splitlines()
-    if isinstance(reason, Exception):
-        lines = [f"{type(reason).__name__}: {lines[0]}" if lines else type(reason).__name__]
-    detail = f" ({lines[0]})" if lines else ""
+    """Return the error about a damaged file or folder, with the reason."""
+    text = one_line(reason) if isinstance(reason, Exception) else reason
+    detail = f" ({text})" if text else ""
     return UserError(f"{path} is damaged{detail}: {_remedy(path)}.")
 
 

@@ -3,8 +3,6 @@
 import errno
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 
 from tenacity import (
     RetryCallState,
@@ -32,8 +30,8 @@ def retrying(
 ) -> Retrying:
     """Return tenacity's loop over tries.
 
-    It waits 1, 2, 4, ... and at most 60 seconds, or as long as the server asks by Retry-After
-    (seconds or a date), but at most an hour. The last error is raised unchanged.
+    It waits 1, 2, 4, ... and at most 60 seconds, or as the server's Retry-After asks, but no
+    more than an hour. The last error is raised unchanged.
     """
     return Retrying(
         stop=stop_after_attempt(retries + 1),
@@ -90,9 +88,9 @@ def _pause(state: RetryCallState) -> float:
     error = state.outcome and state.outcome.exception()
     for cause in causes(error) if error else ():
         headers = getattr(getattr(cause, "response", cause), "headers", None)
-        wish = None if headers is None else _seconds(str(headers.get("Retry-After", "")))
-        if wish is not None:
-            return max(pause, min(LONGEST_WISH, wish))
+        wish = "" if headers is None else str(headers.get("Retry-After", "")).strip()
+        if wish.isdigit():
+            return max(pause, min(LONGEST_WISH, float(wish)))
     return pause
 
 
@@ -100,15 +98,3 @@ def _status(error: BaseException) -> int | None:
     status = getattr(getattr(error, "response", None), "status_code", None)
     status = getattr(error, "status", None) if status is None else status  # aiohttp's name
     return status if isinstance(status, int) else None
-
-
-def _seconds(wish: str) -> float | None:
-    """Return what a Retry-After header asks for; None if it cannot be read."""
-    if wish.strip().isdigit():
-        return float(wish)
-    try:
-        moment = parsedate_to_datetime(wish)
-    except ValueError:
-        return None
-    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    return max(0.0, (moment - datetime.now(UTC)).total_seconds())

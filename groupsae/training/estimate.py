@@ -88,10 +88,11 @@ def refuse(needed: int, free: int, num_saes: int, device: object) -> None:
     """Raise UserError if the SAEs do not fit into the free memory; it names what to reduce."""
     if needed > free:
         raise UserError(
-            f"training {num_saes} SAEs at once needs about {needed / 1e9:.1f} GB, but {device} "
-            f"has {free / 1e9:.1f} GB free. Lower sae.expansion or stream.blocks_per_step, train "
-            "fewer SAEs (groups.rules with one rule, groups.smaller=[]), or the numbers of "
-            "groups one after the other (-m groups=count groups.num_groups=1,2,3)."
+            f"training {num_saes} SAE{'s' * (num_saes > 1)} at once needs about "
+            f"{needed / 1e9:.1f} GB, but {device} has {free / 1e9:.1f} GB free. Lower "
+            "sae.expansion or stream.blocks_per_step, train fewer SAEs (groups.rules with one "
+            "rule, groups.smaller=[]), or the numbers of groups one after the other (-m "
+            "groups=count groups.num_groups=1,2,3)."
         )
 
 

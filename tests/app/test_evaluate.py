@@ -242,14 +242,7 @@ def refused(run_folder: Path, *arguments: str) -> str:
             "level is 'high'; it must be a number between 0 and 1",
         ),
         ("evaluation.bootstrap.seed=-1", "seed is -1; it must be an integer of at least 0."),
-        (
-            "evaluation.bootstrap=null",
-            "bootstrap.resamples is None; it must be",
-        ),
-        (
-            "+evaluation.bootstrap.more=1",
-            "'more': 1}; it must be a mapping of resamples, level",
-        ),
+        ("evaluation.bootstrap=null", "bootstrap.resamples is None; it must be"),
         ("evaluation.similarity_tokens=-1", "similarity_tokens is -1; it must be an integer"),
         ("evaluation.together=maybe", "evaluation.together is 'maybe'; it must be true or false."),
         ("evaluation.exclude_special_tokens=some", "is 'some'; it must be true or false, or null"),

@@ -2,7 +2,6 @@
 
 import errno
 import time
-from email.utils import formatdate
 
 import httpx
 import httpx2
@@ -55,11 +54,6 @@ def test_the_server_decides_the_pause_up_to_an_hour(wish, pause, pauses):
     error.__cause__ = answered(503, **{"Retry-After": wish})
     fail(error, 2)
     assert pauses[1] == pause
-
-
-def test_the_server_may_name_a_date(pauses):
-    fail(answered(429, **{"Retry-After": formatdate(time.time() + 50, usegmt=True)}), 1)
-    assert 45 < pauses[0] <= 50
 
 
 def test_a_network_error_is_found_behind_other_errors():

@@ -246,7 +246,7 @@ def test_what_can_never_fit_is_refused_before_the_layers_are_measured(
     watched: Watched, tiny_lm: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
     watched.free = lambda needed: needed[0] - 1
-    with pytest.raises(UserError, match="training 1 SAEs at once needs about"):
+    with pytest.raises(UserError, match="training 1 SAE at once needs about"):
         run(overrides(tiny_lm, tiny_text, tmp_path, *ALL))
     assert watched.measured == 0
     assert not list(tmp_path.rglob("groups.json"))

@@ -71,7 +71,8 @@ class GroupLayers(L.Callback):
         if trainer.strategy.broadcast(self.groups_file.exists() and self.angles_file.exists()):
             self.read(data)
         else:
-            self.check_memory(trainer, suite, data, [1.0])  # one SAE, before the long measurement
+            # one SAE at least: before the long measurement
+            _refuse(trainer, bytes_needed(suite, data, [1.0], trainer.world_size), 1)
             self.measurement = measure(data, trainer, self.tokens, self.centring, self.cache)
             self.plan = self.choice.plan(self.measurement.distances)
         data.set_slots(self.plan.slots)
@@ -111,24 +112,12 @@ class GroupLayers(L.Callback):
                 "start this run again."
             )
 
-    def check_memory(
-        self,
-        trainer: L.Trainer,
-        suite: GroupSAESuite,
-        data: ActivationDataModule,
-        widths: list[float],
-    ) -> None:
-        """Raise UserError if SAEs of these widths need too much memory in any process."""
-        sharing = trainer.world_size
-        if isinstance(trainer.strategy, SAEParallel):  # each process its share, with all rows
-            widths, sharing = widths[:: trainer.world_size], 1
-        _refuse(trainer, bytes_needed(suite, data, widths, sharing), len(widths))
-
     def place(self, trainer: L.Trainer, suite: GroupSAESuite, data: ActivationDataModule) -> None:
         """Give the plan to the suite: all SAEs to each process, or to each its own."""
         factors = self.measurement.norm_factors(self.scale)
         if not isinstance(trainer.strategy, SAEParallel):
-            self.check_memory(trainer, suite, data, [p.width for p in self.plan.members])
+            widths = [planned.width for planned in self.plan.members]
+            _refuse(trainer, bytes_needed(suite, data, widths, trainer.world_size), len(widths))
             suite.set_plan(self.plan, factors)
             return
         owned = owners(suite, self.plan, trainer.world_size)
@@ -161,7 +150,6 @@ class GroupLayers(L.Callback):
 
     def write(self) -> None:
         """Write `groups.json` and `angles.npz`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.measurement.save(self.angles_file)
         values = {
             "plan": self.plan.to_json(),
