@@ -24,19 +24,12 @@ TIES = 0.05  # share of rows whose latents may differ because two activations ar
 
 @dataclass(frozen=True)
 class Written:
-    """One folder of an export.
+    """One folder of an export."""
 
-    Attributes:
-        folder: its name.
-        group: the SAE in it.
-        difference: largest between its output and ours, as a share of the largest value.
-        ties: rows left out of that, where rounding decides which latents are active.
-    """
-
-    folder: str
-    group: str
-    difference: float
-    ties: int
+    folder: str  # its name
+    group: str  # the SAE in it
+    difference: float  # largest between its output and ours, as a share of the largest value
+    ties: int  # rows left out of that, where rounding decides which latents are active
 
 
 def export_suite(

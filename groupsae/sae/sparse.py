@@ -28,17 +28,11 @@ from groupsae.sae.kernels.dispatch import kernels_for
 
 
 class ByLatent(NamedTuple):
-    """Entries sorted by latent.
+    """Entries sorted by latent."""
 
-    Attributes:
-        order: their numbers in order of rows.
-        rows: the row of each.
-        starts: where each latent's entries begin, and their number at the end.
-    """
-
-    order: Int[Tensor, "entry"]
-    rows: Int[Tensor, "entry"]
-    starts: Int[Tensor, "bound"]
+    order: Int[Tensor, "entry"]  # their numbers in order of rows
+    rows: Int[Tensor, "entry"]  # the row of each
+    starts: Int[Tensor, "bound"]  # where each latent's entries begin, and their number at the end
 
 
 class Entries:

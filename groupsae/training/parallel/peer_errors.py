@@ -1,6 +1,5 @@
 """Explains the error of a collective when another process of the run no longer answers."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,8 +29,7 @@ def explain_lost_process(folder: Path) -> Iterator[None]:
     except RuntimeError as error:
         if not is_lost_process(error):
             raise
-        first = re.sub(r"^\[\S*\] ", "", str(error).partition("\n")[0])  # without its place
-        reason = first.partition(" This is typically")[0].rstrip(".")
+        reason = str(error).partition("\n")[0]
         raise UserError(
             f"another process of this run was lost, or did not answer in time ({reason}). Its own "
             "error is above, or in its own log. Start all processes again; the run resumes from "
