@@ -24,17 +24,11 @@ from groupsae.training.checkpoints.folder import checkpoints
 
 
 class OpenRun(NamedTuple):
-    """A run that may begin, or be resumed.
+    """A run that may begin, or be resumed."""
 
-    Attributes:
-        cfg: its configuration; of a resumed run the saved one.
-        folder: the run folder.
-        checkpoint: checkpoint to resume from; None at the start.
-    """
-
-    cfg: DictConfig
+    cfg: DictConfig  # of a resumed run the saved one
     folder: Path
-    checkpoint: Path | None
+    checkpoint: Path | None  # to resume from; None at the start
 
 
 def run_folder(cfg: DictConfig) -> Path:
@@ -173,11 +167,7 @@ def _clear(folder: Path) -> None:
 
 
 def _resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
-    """Return the configuration of the run that `resume` names, with what may differ now.
-
-    Raises:
-        UserError: it names no run, or an override would change the result.
-    """
+    """Return the configuration of the run that `resume` names, with what may differ now."""
     folder = Path(cfg.resume)
     given = {override.lstrip("+").replace(" ", "").lower() for override in overrides}
     trusted = "model.load.trust_remote_code=true" in given

@@ -44,13 +44,9 @@ def read_folder(
 ) -> list[ImportedSAE]:
     """Return the SAEs in a folder and its subfolders, at most one for each layer.
 
-    Args:
-        path: folder of one SAE, or of many.
-        at: the place in the language model.
-        format_name: one of `READABLE`; None: recognise it by the files.
-        only: patterns of the folders to read, relative to the path, such as `layers.3`.
-        num_groups: for the paper's checkpoints: the published partition into this many groups;
-            None: one SAE per layer.
+    `format_name` is one of `READABLE`; None recognises it by the files. `only` are patterns of the
+    folders to read, relative to the path, such as `layers.3`. `num_groups` chooses a published
+    partition of the paper's checkpoints; None: one SAE a layer.
 
     Raises:
         UserError: no SAE is found, one is damaged or of another kind, they do not fit the

@@ -93,25 +93,15 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class ImportedSAE:
-    """An SAE read from a folder of another library.
+    """An SAE read from a folder of another library."""
 
-    Attributes:
-        sae: works on activations times the norm factor.
-        arguments: its constructor's arguments.
-        norm_factors: layer that it serves -> factor.
-        place: its place in the language model, at one of its layers.
-        notes: sentences for the user.
-        folder: the folder it was read from; `read_folder` sets this and the next.
-        format: name of its file format.
-    """
-
-    sae: SAE
-    arguments: dict[str, Any]
-    norm_factors: dict[int, float]
-    place: Place
-    notes: list[str]
-    folder: Path = Path()
-    format: str = ""
+    sae: SAE  # works on activations times the norm factor
+    arguments: dict[str, Any]  # of its constructor
+    norm_factors: dict[int, float]  # layer that it serves -> factor
+    place: Place  # in the language model; one of its layers
+    notes: list[str]  # sentences for the user
+    folder: Path = Path()  # where it was read; `read_folder` sets this and the next
+    format: str = ""  # that it was read as
 
     @property
     def layers(self) -> list[int]:
@@ -141,25 +131,16 @@ def imported_sae(
 
 @dataclass(frozen=True)
 class Library:
-    """The format of one library: a folder for each SAE.
+    """The format of one library: a folder for each SAE."""
 
-    Attributes:
-        name: value of `format=`, and the library's name on the Hub.
-        kinds: our kinds of SAE that it can hold -> its name for them.
-        folder_name: returns the name of an SAE's folder.
-        write: writes an SAE that takes raw activations into an existing folder.
-        recognises: returns whether a folder has this format.
-        read: returns the SAE in such a folder.
-        snippet: Python that loads an SAE from the Hub, with {repo} and {folder}.
-    """
-
-    name: str
-    kinds: dict[str, str]
-    folder_name: Callable[[Origin], str]
+    name: str  # value of `format=`, and the library's name on the Hub
+    kinds: dict[str, str]  # our kinds of SAE that it can hold -> its name for them
+    folder_name: Callable[[Origin], str]  # of an SAE
+    # an SAE that takes raw activations, into an existing folder
     write: Callable[[Path, SAE, Origin], None]
-    recognises: Callable[[Path], bool]
-    read: Callable[[Path], ImportedSAE]
-    snippet: str
+    recognises: Callable[[Path], bool]  # whether a folder has this format
+    read: Callable[[Path], ImportedSAE]  # the SAE in such a folder
+    snippet: str  # Python that loads an SAE from the Hub, with {repo} and {folder}
 
 
 # ---- our SAEs <-> tensors -------------------------------------------------------------------
@@ -223,12 +204,8 @@ def our_tensors(
 ) -> Tensors:
     """Return another library's tensors by our names in float32; the opposite of `their_tensors`.
 
-    Args:
-        stored: tensors by their names in the file.
-        names: our name -> theirs.
-        transposed: their names of weights [d_model, d_sae].
-        file: named in messages.
-        scalars: our names of tensors that are one number.
+    `names` are our name -> theirs, `transposed` their names of weights [d_model, d_sae], and
+    `scalars` our names of tensors that are one number.
 
     Raises:
         UserError: a tensor is missing, does not fit the encoder's shape, or is unknown.

@@ -27,15 +27,12 @@ class SparseLatents(NamedTuple):
 
     `encode` returns k per row. Where the rows of a training batch have different numbers of active
     latents, `starts` holds the first entry of each row, and the other two have one dimension.
-
-    Attributes:
-        acts: activations, never negative (while a training step selects: pre-activations).
-        indices: the latents they belong to.
-        starts: None, or the first entry of each row, and the number of entries at the end.
     """
 
+    # never negative (while a training step selects: pre-activations)
     acts: Float[Tensor, "batch k"] | Float[Tensor, "entry"]
-    indices: Int[Tensor, "batch k"] | Int[Tensor, "entry"]
+    indices: Int[Tensor, "batch k"] | Int[Tensor, "entry"]  # the latents they belong to
+    # the first entry of each row, and the number of entries at the end
     starts: Int[Tensor, "bound"] | None = None
 
     def entries(self, d_sae: int) -> Entries:
@@ -46,36 +43,24 @@ class SparseLatents(NamedTuple):
 
 
 class GlobalBatch(NamedTuple):
-    """What a training step must know beyond its own rows of the batch.
+    """What a training step must know beyond its own rows of the batch."""
 
-    Attributes:
-        total_variance: sum over the batches of all processes of |x - mean|^2.
-        dead: latents that have not fired for long.
-        progress: share of the training that is done, for schedules of sparsity.
-        share: this process's share of the rows of all processes.
-        all_sum: returns the sum of a tensor over all processes.
-    """
-
-    total_variance: Float[Tensor, ""]
-    dead: Int[Tensor, "dead"]
-    progress: float = 1.0
-    share: float | Float[Tensor, ""] = 1.0
-    all_sum: AllSum = no_reduce
+    total_variance: Float[Tensor, ""]  # sum over the batches of all processes of |x - mean|^2
+    dead: Int[Tensor, "dead"]  # latents that have not fired for long
+    progress: float = 1.0  # share of the training that is done, for schedules of sparsity
+    share: float | Float[Tensor, ""] = 1.0  # of the rows of all processes that this process has
+    all_sum: AllSum = no_reduce  # returns the sum of a tensor over all processes
 
 
 class SAEOutput(NamedTuple):
     """Result of a training step's forward pass.
 
-    Attributes:
-        reconstruction: reconstructed scaled activations.
-        latents: the active ones; all latents where they are dense in training.
-        losses: named terms, each this process's part of a sum over processes. The training loss
-            is the sum of the terms.
+    Each loss is this process's part of a sum over processes; the training loss is their sum.
     """
 
-    reconstruction: Float[Tensor, "batch d_model"]
-    latents: SparseLatents | Float[Tensor, "batch d_sae"]
-    losses: dict[str, Float[Tensor, ""]]
+    reconstruction: Float[Tensor, "batch d_model"]  # of the scaled activations
+    latents: SparseLatents | Float[Tensor, "batch d_sae"]  # dense where they are dense in training
+    losses: dict[str, Float[Tensor, ""]]  # named terms
 
 
 class SAE(nn.Module, ABC):

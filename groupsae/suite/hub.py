@@ -77,14 +77,9 @@ def upload(
     """Commit files to a repository, which is created if necessary; return its address.
 
     The token is that of `hf auth login` or HF_TOKEN; it is neither printed nor stored.
-
-    Args:
-        name: owner/name.
-        files: path in the repository -> file or content; one commit holds all.
-        message: message of the commit.
-        private: make a new repository visible to its owner only.
-        replaced: returns whether to remove an existing path that is not among the new ones; None:
-            a repository with files is not changed.
+    `files` are the content or the files by their paths in the repository, `name` is owner/name.
+    In a repository that holds files, those that are not among the new ones are removed where
+    `replaced` says so; without `replaced` such a repository is left alone.
 
     Raises:
         UserError: the repository holds files and may not be changed, no token is found or it may
@@ -92,7 +87,6 @@ def upload(
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
-    check_name(name, f"hub={name}")
     if get_token() is None:
         raise UserError(
             f"no token for hub={name}: log in with `hf auth login`, or set HF_TOKEN to a token "

@@ -184,13 +184,10 @@ def load_saes(folder: Path, names: Iterable[str]) -> Suite:
 
 
 def save_sae(folder: Path, sae: SAE, config: dict[str, Any]) -> None:
-    """Write `sae.safetensors` and `cfg.json`.
+    """Write `sae.safetensors`, in float32, and `cfg.json`.
 
-    Args:
-        folder: folder of this group.
-        sae: the SAE; its state is saved in float32.
-        config: `architecture` (import path of the class), `arguments` (of its constructor),
-            `layers`, `norm_factors` (layer -> factor) and anything else that is worth keeping.
+    `config` has `architecture` (import path of the class), `arguments` (of its constructor),
+    `layers`, `norm_factors` (layer -> factor) and anything else that is worth keeping.
     """
     tensors = {name: p.detach().float().cpu().contiguous() for name, p in sae.state_dict().items()}
     with atomic_write(folder / "sae.safetensors") as handle:

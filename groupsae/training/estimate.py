@@ -100,21 +100,15 @@ def refuse(needed: int, free: int, num_saes: int, device: object) -> None:
 
 
 class Trial(L.Callback):
-    """Times the training step of a few SAEs of a plan, and their memory.
-
-    Attributes:
-        steps: number of measured steps.
-        step_seconds: seconds of one training step.
-        sae_seconds: the part of it after the batch has arrived.
-        heldout_seconds: seconds of validating one batch.
-        peak: most memory of the process (on a GPU, of the device by this process), in bytes.
-        peak_dead: the same once half of all latents are dead and AuxK works on them, if used.
-    """
+    """Times the training step of a few SAEs of a plan, and their memory."""
 
     def __init__(self, seconds: float, heldout: Callable[[], Iterable[ActivationBatch]]) -> None:
         self.seconds, self.heldout = seconds, heldout
-        self.steps = -1  # the first one warms up
-        self.step_seconds = self.sae_seconds = self.heldout_seconds = 0.0
+        self.steps = -1  # measured ones; the first one warms up
+        self.step_seconds = self.heldout_seconds = 0.0  # of training, of validating one batch
+        self.sae_seconds = 0.0  # the part of a step after the batch has arrived
+        # most memory of the process (of the device, on a GPU) in bytes; and once half of all
+        # latents are dead and AuxK works on them
         self.peak = self.peak_dead = 0
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
@@ -278,33 +272,19 @@ def forecast(
 
 @dataclass(frozen=True)
 class Needs:
-    """What one way to group the layers needs; bytes and seconds of one process unless noted.
+    """What one way to group the layers needs; bytes and seconds of one process unless noted."""
 
-    Attributes:
-        num_saes: number of SAEs trained together.
-        parameters: numbers in all SAEs that the process holds.
-        activations: bytes of one step's rows that the language model hands over.
-        free: bytes of memory that are left for the SAEs and the step.
-        trial: measurements of a few steps; None if they do not fit.
-        tokens: training tokens per SAE, over all processes.
-        steps: training steps.
-        seconds: time of training, of validations and of measuring the layers.
-        run_folder: largest size on disk in bytes, over all processes.
-        text: bytes of packed tokens on disk, at most; shared between runs.
-        stored: bytes of activations on disk (data.cache), at most; shared between runs.
-    """
-
-    num_saes: int
-    parameters: int
-    activations: int
-    free: int
-    trial: Trial | None
-    tokens: int
+    num_saes: int  # trained at once
+    parameters: int  # numbers in all SAEs that the process holds
+    activations: int  # of one step's rows that the language model hands over
+    free: int  # memory that is left for the SAEs and the step
+    trial: Trial | None  # what a few steps took; None where they would not fit
+    tokens: int  # of the run, per SAE, over all processes
     steps: int
-    seconds: dict[str, float]
-    run_folder: int
-    text: int
-    stored: int
+    seconds: dict[str, float]  # of training, of validations and of measuring the layers
+    run_folder: int  # on disk, at most at once, over all processes
+    text: int  # packed tokens on disk, at most; shared between runs
+    stored: int  # activations on disk (data.cache), at most; shared between runs
 
 
 def possible_plans(choice: Choice, num_layers: int, folder: Path) -> list[GroupPlan]:

@@ -35,16 +35,11 @@ class Damaged(Exception):
 
 
 class Part(NamedTuple):
-    """One SAE's share of a checkpoint.
+    """One SAE's share of a checkpoint."""
 
-    Attributes:
-        tensors: weights and counters, as `module/<name>`, and Adam's state of the SAE's n-th
-            parameter, as `optimizer/<n>/<name>`.
-        options: its parameter group's name and rates; and `num_params`.
-    """
-
+    # `module/<name>`: weights and counters; `optimizer/<n>/<name>`: Adam's, of parameter n
     tensors: "dict[str, Tensor]"
-    options: dict[str, Any]
+    options: dict[str, Any]  # of its parameter group: its name, its rates; and `num_params`
 
 
 # ---- Lightning's checkpoint, in parts ---------------------------------------------------------

@@ -13,33 +13,20 @@ SHOWN = 16  # processes
 
 
 class Cost(NamedTuple):
-    """What an SAE costs its owner.
+    """What an SAE costs its owner."""
 
-    Attributes:
-        flops: FLOPs of a training step, per token.
-        memory: bytes of weights, gradients and optimiser state.
-        slot: the rows for its training; owners of SAEs with the same slot each get them.
-    """
-
-    flops: float
-    memory: float
-    slot: int
+    flops: float  # of a training step, per token
+    memory: float  # bytes of weights, gradients and optimiser state
+    slot: int  # the rows it is trained on; owners of SAEs with the same slot each get them
 
 
 class Share(NamedTuple):
-    """What one process gets.
+    """What one process gets."""
 
-    Attributes:
-        names: names of its SAEs.
-        memory: bytes that training them needs, without the language model's.
-        sent: bytes of activations to other processes in a step.
-        received: bytes from others.
-    """
-
-    names: list[str]
-    memory: int
-    sent: int
-    received: int
+    names: list[str]  # of its SAEs
+    memory: int  # bytes that training them needs, without the language model's
+    sent: int  # bytes of activations to other processes in a step
+    received: int  # bytes from others
 
 
 def place(costs: Sequence[Cost], num_processes: int) -> list[list[int]]:
