@@ -10,7 +10,7 @@ and compares what the run folders hold:
 The second ends with 1 and a list of differences if there are any. Both options can be given at
 once; `--only default,ddp` runs some cases and keeps the others that the file has. Results belong
 to one machine and its installed packages. Nothing of `groupsae` is imported here: only documented
-keys and files are relied on, and the package that runs is the one beside this folder.
+keys and files are relied on, and the package that runs is the one next to this folder.
 
 Recorded of each run: the SHA-256 of every `saes/*/sae.safetensors`, `groups.json`, and all of
 `evaluation/evaluation.json`, numbers in full precision; without the keys in `DROPPED`. The hashes
@@ -210,7 +210,7 @@ def main() -> int:
     before = json.loads(given.against.read_text()) if given.against else None
     written = json.loads(given.write.read_text()) if given.write and given.write.exists() else {}
     wrong: list[str] = []
-    # told to end, it ends its command and removes its folder
+    # when asked to end, it ends its command and removes its folder
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory(prefix="fingerprint-") as top:
         beside = f"import groupsae as g; assert g.__file__.startswith({f'{ROOT}/'!r}), g.__file__"

@@ -77,7 +77,7 @@ def test_every_key_is_described(made):
         for option in file.options
         if not option.described
     ]
-    assert not bare, "say what these are, in a comment beside them or in the constructor's Args"
+    assert not bare, "describe these in a comment next to them or in the constructor's Args"
 
 
 def test_the_page_shows_what_the_files_say(made):
@@ -209,7 +209,7 @@ def test_every_command_composes(path, tmp_path):
         check(command, typed, tmp_path)
 
 
-def test_commands_are_found_and_wrong_ones_are_told(tmp_path):
+def test_commands_are_found_and_wrong_ones_are_reported(tmp_path):
     found = commands('`python -m groupsae.train seed=1`\n    make train ARGS="a=b"  # now\n')
     assert found == {("train", " seed=1"), ("train", "a=b")}
     sweep = points(["seed=0,1", "tokens=7"])

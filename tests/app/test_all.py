@@ -47,7 +47,7 @@ for argument, sentence in {bad}.items():
     assert done.returncode == 0, done.stderr
 
 
-# ---- whole runs -----------------------------------------------------------------------------
+# ---- complete runs --------------------------------------------------------------------------
 
 EVERYTHING = ["groups=all", "groups.rules=[complete,minmax,even]", "groups.smaller=[1,2]"]
 
@@ -92,7 +92,7 @@ def assert_same_saes(folder: Path, alone: Path, rename: str = "") -> set[str]:
 def test_every_sae_of_all_groupings_equals_the_one_trained_alone_bit_for_bit(
     together: Path, tiny_lm: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
-    """Each distinct group once, whatever trains beside it; smaller SAEs are scaled ones."""
+    """Each distinct group once, whatever trains with it; smaller SAEs are scaled ones."""
     plan = plan_of(together)
     merged = {str(p.groups): p.groups for p in plan.partitions if p.num_groups < p.num_layers}
     assert len(merged) >= 2

@@ -41,7 +41,7 @@ def comparable(evaluation: dict[str, Any]) -> dict[str, Any]:
 # ---- the results ------------------------------------------------------------------------------
 
 
-def test_the_command_evaluates_a_run_and_says_what_it_found(copy: Path) -> None:
+def test_the_command_evaluates_a_run_and_prints_the_results(copy: Path) -> None:
     at_the_end_of_training = read(copy)
     shutil.rmtree(copy / "evaluation")
     done = subprocess.run(
@@ -435,7 +435,7 @@ def test_damaged_files_of_a_run_are_named(copy: Path) -> None:
         (copy / name).write_text(whole)
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_the_work(
+def test_a_folder_that_cannot_be_written_is_reported_before_the_work(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:

@@ -56,7 +56,7 @@ def test_planned_flops_are_the_counted_ones(finished: Path) -> None:
 
 
 def test_evaluation_finds_what_validation_found(finished: Path) -> None:
-    """State beside the weights (thresholds) is saved too, or L0 and FVU would differ."""
+    """State besides the weights (thresholds) is saved too, or L0 and FVU would differ."""
     found = evaluate(finished)
     summary = json.loads((finished / "summary.json").read_text())
     for sae in found["saes"]:

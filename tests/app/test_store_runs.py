@@ -80,7 +80,7 @@ def test_training_from_a_full_store_needs_no_model(start, streamed, filled, with
     assert measured["stored"] == "float32"
 
 
-def test_a_run_from_the_store_goes_on_bit_for_bit(start, streamed, filled, without_model):
+def test_a_run_from_the_store_resumes_bit_for_bit(start, streamed, filled, without_model):
     status, folder = stopped(start("stopped"))
     assert status == 143
     assert run(start("stopped")) == (0, folder)

@@ -102,7 +102,7 @@ def test_a_signal_before_training_stops_the_sweep(command, number):
     assert rows(printed) == {0: "stopped", 1: "not run", 2: "not run"}
 
 
-def test_a_point_that_submitit_told_to_stop_comes_again(command):
+def test_a_point_that_submitit_stops_is_queued_again(command):
     """Its own handler is called when the checkpoint is written."""
     received = []
     signal.signal(signal.SIGUSR2, lambda number, _frame: received.append(number))
@@ -232,24 +232,18 @@ def test_a_launcher_that_cannot_work_is_refused(monkeypatch):
 # ---- runs side by side -------------------------------------------------------------------------
 
 
-def test_who_waited_finds_what_the_other_made(tmp_path, capfd):
-    lock, made = tmp_path / "deep" / "lock", tmp_path / "made"
-    code = (
-        "import sys, time, pathlib; from groupsae.files.locks import one_at_a_time\n"
-        "with one_at_a_time(pathlib.Path(sys.argv[1]), 'at it'):\n"
-        "    print('has it', flush=True); time.sleep(0.5); pathlib.Path(sys.argv[2]).touch()"
-    )
-    waited = []
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(lock), str(made)], stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "has it\n"
-        with one_at_a_time(lock, "at it", lambda: waited.append(time.monotonic())):
-            assert made.exists()
-    assert waited
-    assert capfd.readouterr().err == f"another process is at it: waiting for {lock}\n"
-    assert not lock.exists()
+MEASURES = """
+import sys, time
+from pathlib import Path
+from groupsae.files.locks import one_at_a_time
+lock, asked, made, stored = map(Path, sys.argv[1:])
+with one_at_a_time(lock, "at it"):
+    print("has it", flush=True)
+    while not asked.exists():
+        time.sleep(0.02)
+    time.sleep(0.5)  # the run waits for the lock meanwhile
+    made.rename(stored)
+"""
 
 
 def test_layers_are_not_measured_again_when_another_run_just_did(
@@ -261,22 +255,25 @@ def test_layers_are_not_measured_again_when_another_run_just_did(
     status, folder = runs.run([*first, "groups.num_groups=1"])
     assert status == 0
     (stored,) = (tmp_path / "cache" / "angles").glob("*.npz")
-    content = stored.read_bytes()
-    stored.unlink()
+    made = stored.rename(tmp_path / "made.npz")
+    lock, asked = stored.with_suffix(".lock"), tmp_path / "asked"
 
-    class OtherRun:
-        def __init__(self, path, *_):
-            assert path == stored.with_suffix(".lock")
+    def waiting(path, *about):
+        assert path == lock
+        asked.touch()
+        return one_at_a_time(path, *about)
 
-        def __enter__(self):
-            stored.write_bytes(content)
-
-        def __exit__(self, *_):
-            pass
-
-    monkeypatch.setattr(measure, "one_at_a_time", OtherRun)
+    monkeypatch.setattr(measure, "one_at_a_time", waiting)
     monkeypatch.setattr(measure, "_measure", lambda *_: pytest.fail("measured again"))
-    assert runs.run([*first, "groups.num_groups=2"])[0] == 0
+    with subprocess.Popen(
+        [sys.executable, "-c", MEASURES, *map(str, (lock, asked, made, stored))],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "has it\n"
+        assert runs.run([*first, "groups.num_groups=2"])[0] == 0
+    assert other.returncode == 0
 
 
 # ---- the launchers themselves ------------------------------------------------------------------

@@ -128,7 +128,7 @@ def test_a_worker_trains_on_from_block_to_block_and_waits_in_between(tmp_path, m
     assert stub.process.returncode == 0
 
 
-def test_a_worker_that_ends_is_reported_with_what_it_said(tmp_path, monkeypatch):
+def test_a_worker_that_ends_is_reported_with_its_output(tmp_path, monkeypatch):
     stub = worker(tmp_path, monkeypatch, "raise ValueError('no such option')")
     stub.facts()
     with pytest.raises(SystemExit, match="(?s)stub has ended.*no such option"):

@@ -1,4 +1,4 @@
-"""The simulation behind docs/scale.md, where its outcome can be said by hand."""
+"""The simulation behind docs/scale.md, where its outcome can be computed by hand."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def test_one_process_does_everything_one_after_the_other() -> None:
     assert simulate(Times([1.0, 1.0], [0.0, 0.0], [3.0], 0.0)) == pytest.approx(5)
 
 
-def test_rows_travel_beside_the_next_forward() -> None:
+def test_rows_travel_during_the_next_forward() -> None:
     hidden = simulate(Times([2.0, 2.0], [1.0, 1.0], [3.0, 3.0], 0.0))
     assert hidden == pytest.approx(2 + 2 + 1 + 3)  # only the last part is waited for
     assert simulate(Times([1.0, 1.0], [4.0, 4.0], [3.0, 3.0], 0.0)) == pytest.approx(1 + 8 + 3)
@@ -24,7 +24,7 @@ def test_the_slowest_owner_sets_the_pace() -> None:
     assert simulate(Times([1.0], [0.5], [1.0, 4.0], 0.0)) == pytest.approx(1 + 0.5 + 4)
 
 
-def test_gradients_are_added_up_beside_half_of_the_step() -> None:
+def test_gradients_are_added_up_during_half_of_the_step() -> None:
     assert simulate(Times([1.0], [0.0], [4.0, 4.0], 1.5)) == pytest.approx(5)
     assert simulate(Times([1.0], [0.0], [4.0, 4.0], 3.0)) == pytest.approx(6)
 

@@ -67,10 +67,10 @@ def program(
 
 @pytest.fixture(scope="session")
 def undisturbed(program: Callable[..., Program]) -> Program:
-    """Return a run that nothing happened to; `moments` beside its output says what it did."""
+    """Return a run that nothing happened to; `moments` next to its output lists its steps."""
     made = program()
     done = made.run(record=str(made.place / "moments"))
-    assert done.status == 0, done.said
+    assert done.status == 0, done.output
     return made
 
 
@@ -85,5 +85,5 @@ def of_two(request: pytest.FixtureRequest, program: Callable[..., Program]) -> t
     """Return a trainer for several processes, and what two of them give undisturbed."""
     made = program(f"trainer={request.param}", *SEVERAL)
     done = made.run()
-    assert done.status == 0, done.said
+    assert done.status == 0, done.output
     return request.param, made.results()

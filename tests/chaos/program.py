@@ -28,7 +28,7 @@ class Done:
     """What came of a command."""
 
     status: int
-    said: str
+    output: str
     seconds: float
 
 
@@ -82,14 +82,14 @@ class Running:
         while (status := self.poll()) is None:
             if time.monotonic() - self.began > timeout:
                 os.killpg(self.pid, 9)
-                raise AssertionError(f"it hangs after {timeout} s:\n{self.said()}")
+                raise AssertionError(f"it hangs after {timeout} s:\n{self.output()}")
             time.sleep(0.05)
         seconds = time.monotonic() - self.began
         wait_for_the_rest(self.pid)
-        return Done(status, self.said(), seconds)
+        return Done(status, self.output(), seconds)
 
-    def said(self) -> str:
-        """Return what it has said so far."""
+    def output(self) -> str:
+        """Return what it has printed so far."""
         return self.place.with_suffix(".out").read_text()
 
 
@@ -169,7 +169,7 @@ def wait_for_the_rest(group: int, seconds: float = 20) -> None:
 
 def resumed_from(done: Done) -> int:
     """Return the step that a command resumed from; 0 if it started from the beginning."""
-    lines = "".join(done.said.split("\n"))
+    lines = "".join(done.output.split("\n"))
     if "resuming from" not in lines:
         return 0
     return int(lines.split("resuming from")[1].split("step=")[1].split(".")[0])

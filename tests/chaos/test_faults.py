@@ -26,9 +26,9 @@ def test_two_runs_into_the_same_folder(expected, program, row):
         assert running.poll() is None
         time.sleep(0.1)
     second = first.run()
-    assert second.status == 2, second.said
-    assert f"is in use by process {running.pid} on " in second.said
-    assert len(second.said.strip().splitlines()) == 1
+    assert second.status == 2, second.output
+    assert f"is in use by process {running.pid} on " in second.output
+    assert len(second.output.strip().splitlines()) == 1
     gate.touch()
     assert running.end().status == 0
     assert first.results() == expected
@@ -90,12 +90,12 @@ def test_a_full_disk(share, undisturbed, expected, program, row):
         kind = f"no file above {limit} bytes (RLIMIT_FSIZE)"
         both = [victim.run(limit=limit), victim.run()]
     full, again = both
-    assert full.status == 2, full.said
-    assert "Traceback" not in full.said, full.said
-    sentence = full.said[full.said.index("error: ") :]
+    assert full.status == 2, full.output
+    assert "Traceback" not in full.output, full.output
+    sentence = full.output[full.output.index("error: ") :]
     named = re.search(r"cannot write .*?(/\S+?): .*(No space left on|File too large)", sentence)
     assert named, sentence
-    assert again.status == 0, again.said
+    assert again.status == 0, again.output
     assert victim.results() == expected
     FULL[kind] = re.sub(r"^.*/(?=\S)", "", named[1])
     row(
@@ -111,8 +111,8 @@ def test_a_checkpoint_with_a_flipped_bit(expected, program, row):
     newest = victim.folder / "checkpoints" / "step=6.ckpt"
     flip_a_bit(sorted(newest.glob("sae-*.safetensors"))[0])
     again = victim.run()
-    assert again.status == 0, again.said
-    said = " ".join(again.said.split())
+    assert again.status == 0, again.output
+    said = " ".join(again.output.split())
     assert "is damaged (the checksum of sae-0.safetensors is wrong)" in said
     assert resumed_from(again) == 3
     assert victim.results() == expected
@@ -134,8 +134,8 @@ def test_a_shard_of_the_activation_store_with_a_flipped_bit(program, expected, t
     flip_a_bit(shard)
     victim = program(*store)
     done = victim.run()
-    assert done.status == 2, done.said
-    assert f"{shard} is damaged" in " ".join(done.said.split())
+    assert done.status == 2, done.output
+    assert f"{shard} is damaged" in " ".join(done.output.split())
     assert victim.run().status == 0
     assert all(f.stat().st_mtime_ns == when for f, when in before.items())
     assert victim.results() == expected
@@ -152,13 +152,13 @@ def test_a_shard_of_the_activation_store_with_a_flipped_bit(program, expected, t
 def test_nan_in_one_layers_activations_stops_the_run(expected, program, row):
     victim = program("log_every=3")
     done = victim.run(nan=8, layer=1)
-    assert done.status == 2, done.said
-    said = " ".join(done.said.split())
+    assert done.status == 2, done.output
+    said = " ".join(done.output.split())
     assert "the loss is not a finite number at step 8 of 12" in said
     assert "the activations of layer 1 are not finite in that step" in said
     assert victim.last_step() == 6
     again = victim.run()
-    assert again.status == 0, again.said
+    assert again.status == 0, again.output
     assert victim.results() == expected
     row(
         "NaN in one layer's activations, nonfinite=stop",
@@ -170,8 +170,8 @@ def test_nan_in_one_layers_activations_stops_the_run(expected, program, row):
 def test_nan_in_one_layers_activations_is_skipped(expected, program, row):
     victim = program("nonfinite=skip")
     done = victim.run(nan=8, layer=1)
-    assert done.status == 0, done.said
-    said = " ".join(done.said.split())
+    assert done.status == 0, done.output
+    said = " ".join(done.output.split())
     assert "a step was left out (nonfinite=skip), the last of them step 8" in said
     assert "the activations of layer 1 are not finite in that step" in said
     summary = json.loads((victim.folder / "summary.json").read_text())["groups"]
@@ -193,7 +193,7 @@ def test_nan_in_one_layers_activations_is_skipped(expected, program, row):
 def test_clock_and_time_zone_jump(expected, program, row):
     victim = program()
     done = victim.run(clock=True)
-    assert done.status == 0, done.said
+    assert done.status == 0, done.output
     assert victim.results() == expected
     summary = json.loads((victim.folder / "summary.json").read_text())
     assert 0 < summary["seconds_training"] < 300

@@ -41,12 +41,12 @@ def test_sigkill_at_random_moments(undisturbed, expected, program, row):
         phase, moment, delay = kill
         victim = program()
         killed = victim.run(kill=moment, delay=delay)
-        assert killed.status == -signal.SIGKILL or (delay and killed.status == 0), killed.said
+        assert killed.status == -signal.SIGKILL or (delay and killed.status == 0), killed.output
         last = victim.last_step()
         again = victim.run()
-        assert again.status == 0, (kill, again.said)
-        finished = "finished before" in again.said
-        assert finished or resumed_from(again) == last, (kill, last, again.said)
+        assert again.status == 0, (kill, again.output)
+        finished = "finished before" in again.output
+        assert finished or resumed_from(again) == last, (kill, last, again.output)
         assert victim.results() == expected, kill
         return killed.status == -signal.SIGKILL
 
@@ -65,11 +65,11 @@ def test_sigkill_at_random_moments(undisturbed, expected, program, row):
 def test_sigterm(expected, program, row):
     victim = program()
     stopped = victim.run(step=5, send=int(signal.SIGTERM))
-    assert stopped.status == 128 + signal.SIGTERM, stopped.said
-    assert "stopped at step 5 of 12; resume with" in stopped.said
+    assert stopped.status == 128 + signal.SIGTERM, stopped.output
+    assert "stopped at step 5 of 12; resume with" in stopped.output
     assert victim.last_step() == 5
     again = victim.run()
-    assert again.status == 0, again.said
+    assert again.status == 0, again.output
     assert resumed_from(again) == 5
     assert victim.results() == expected
     row(
@@ -86,12 +86,12 @@ def test_kills_among_two_processes(both, of_two, program, row):
     ended = victim.run(step=8, send=int(signal.SIGKILL), rank=0 if both else 1)
     assert ended.status != 0
     if not both:
-        assert "lost" in ended.said, ended.said
-        assert "Traceback" not in ended.said, ended.said
+        assert "lost" in ended.output, ended.output
+        assert "Traceback" not in ended.output, ended.output
     last = victim.last_step()
     assert last == 6
     again = victim.run()
-    assert again.status == 0, again.said
+    assert again.status == 0, again.output
     assert resumed_from(again) == last
     assert victim.results() == expected_of_two
     who = "the first of two processes" if both else "the second of two processes"

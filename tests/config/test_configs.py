@@ -42,8 +42,8 @@ NAMED = {
 # what a class gets from the program, not from its yaml file
 FROM_PROGRAM = {"groupsae.sae": {"d_model", "generator"}}
 REQUIRED = inspect.Parameter.empty
-# what stands beside a class's own values, for others to read
-BESIDE = {"groupsae.data": {"cache", "cache_dtype"}}
+# keys next to a class's own values, for others to read
+EXTRA = {"groupsae.data": {"cache", "cache_dtype"}}
 
 
 def composed(*overrides: str, name: str = "train") -> DictConfig:
@@ -91,7 +91,7 @@ def ours(cfg: DictConfig) -> Iterator[tuple[DictConfig, set[str]]]:
     for node in targets(cfg):
         if node._target_.startswith("groupsae."):
             keys = {str(key) for key in node if not str(key).startswith("_")}
-            yield node, keys - BESIDE.get(room_of(node), set())
+            yield node, keys - EXTRA.get(room_of(node), set())
 
 
 def room_of(node: DictConfig) -> str:

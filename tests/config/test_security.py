@@ -83,7 +83,7 @@ def test_only_what_our_files_name_is_built(node, monkeypatch):
             make(form)
 
 
-def test_what_our_files_name_is_allowed_and_no_room_as_a_whole():
+def test_classes_that_our_files_name_are_allowed_and_no_complete_room():
     assert "groupsae.sae.topk.TopK" in allowed()
     assert "lightning.pytorch.strategies.DDPStrategy" in allowed()
     assert not any(name.startswith(("hydra", "os.", "builtins")) for name in allowed())
@@ -255,7 +255,7 @@ def test_what_is_no_secret_is_none(tmp_path, monkeypatch):
         ("row 12 of a@b.org, https://hub.org/a", "row 12 of a@b.org, https://hub.org/a"),
     ],
 )
-def test_secrets_are_taken_out_of_what_libraries_say(said, shown, monkeypatch):
+def test_secrets_are_removed_from_messages_of_libraries(said, shown, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "planted-in-the-environment")
     assert redacted(said) == shown
     assert str(UserError(said)) == shown

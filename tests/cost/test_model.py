@@ -210,7 +210,7 @@ def test_smaller_saes_cost_what_the_groups_they_stand_for_cost():
     assert WORK.saes(smaller) - WORK.saes(groups) == 2 * decoding
 
 
-def test_the_stopwatch_adds_up_and_goes_on_from_a_stored_sum():
+def test_the_stopwatch_adds_up_and_continues_from_a_stored_sum():
     watch = Stopwatch()
     watch.stop()  # never started
     assert watch.seconds == 0

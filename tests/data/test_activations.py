@@ -195,7 +195,7 @@ def test_calibration_gives_all_layers_of_the_calibration_split_in_order(make_dat
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_held_out_batches_are_one_sample_of_the_whole_split_with_its_documents(make_data, bos):
+def test_held_out_batches_are_one_sample_of_the_complete_split_with_its_documents(make_data, bos):
     first, other = (make_data(prepend_bos=bos, seed=seed) for seed in (0, 1))
     steps = max(1, first.steps_for("heldout", None) // 2)
     read = torch.cat(list(first.loader("heldout", steps)))

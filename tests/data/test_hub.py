@@ -100,7 +100,7 @@ def test_a_lost_connection_is_taken_up_again_at_the_same_row(monkeypatch):
     assert pauses == [1, 1, 2, 1]
 
 
-def test_after_the_retries_the_user_is_told_how_to_go_on(monkeypatch):
+def test_after_the_retries_the_error_names_how_to_resume(monkeypatch):
     pauses = broken(monkeypatch, [3, 3, 3])
     stream, found = source("some/data").documents(), []
     with pytest.raises(UserError, match="row 3 .* 2 retries .*same command resumes"):

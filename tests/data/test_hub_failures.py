@@ -107,7 +107,7 @@ def test_what_the_server_asks_for_is_waited(serve, pauses, code):
 
 
 def test_the_corpus_is_the_undisturbed_one_over_a_stop(serve, tmp_path, tiny_lm, pauses):
-    """Retries are used up in the middle, the command is given again, trouble goes on."""
+    """Retries are used up in the middle, the command is given again, trouble continues."""
     tokenizer = frozen(tiny_lm).tokenizer()
     packing = Packing(
         context=16,

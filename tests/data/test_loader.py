@@ -58,12 +58,12 @@ def test_ranks_share_every_step_out_in_order(num_blocks, share, world_size, seed
 
 @pytest.mark.parametrize("first_step", [1, 255, 256, 257, 599])
 @pytest.mark.parametrize("seed", [None, 3])
-def test_a_resumed_sampler_goes_on_where_the_first_one_would(first_step, seed):
+def test_a_resumed_sampler_continues_where_the_first_one_would(first_step, seed):
     whole = list(sampler(num_steps=600, seed=seed))
     assert list(sampler(num_steps=600, seed=seed, first_step=first_step)) == whole[first_step:]
 
 
-def test_the_length_of_a_resumed_sampler_is_the_whole_run():
+def test_the_length_of_a_resumed_sampler_is_that_of_the_complete_run():
     assert len(sampler(first_step=5)) == 9
 
 

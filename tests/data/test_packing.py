@@ -1,4 +1,4 @@
-"""The token cache: the right blocks, whole or not at all, also after a kill."""
+"""The token cache: the right blocks, complete or not at all, also after a kill."""
 
 import json
 import multiprocessing
@@ -269,7 +269,7 @@ def test_going_on_after_a_kill_gives_the_same_bytes(tokenizer, tmp_path):
 
 @pytest.mark.usefixtures("small_steps")
 @pytest.mark.parametrize("damage", ["note is half", "file is short", "note of older code"])
-def test_a_damaged_beginning_is_packed_anew(tokenizer, tmp_path, damage):
+def test_a_damaged_beginning_is_packed_again(tokenizer, tmp_path, damage):
     cache = tmp_path / "cache"
     with pytest.raises(UserError):
         load_token_blocks(

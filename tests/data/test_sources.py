@@ -193,7 +193,7 @@ def test_a_column_of_something_else_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz"])
-def test_a_file_cut_short_is_refused(tmp_path, name):
+def test_a_truncated_file_is_refused(tmp_path, name):
     path = tmp_path / name
     if path.suffix == ".gz":
         rows(path, [{"text": str(i) * i} for i in range(50)])

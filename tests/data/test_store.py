@@ -373,7 +373,7 @@ def test_a_disk_that_is_too_small_is_refused_with_figures(make_data, monkeypatch
     assert files(data) == {}
 
 
-def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(make_data, monkeypatch):
+def test_a_full_disk_is_a_sentence_and_the_same_command_resumes(make_data, monkeypatch):
     calls, fsync = [], os.fsync
 
     def full(handle):
@@ -446,7 +446,7 @@ def test_a_chunk_that_another_process_writes_is_waited_for(make_data, monkeypatc
 
 @pytest.mark.slow
 def test_two_processes_fill_one_store_and_one_of_them_is_killed(make_data, tmp_path):
-    """Each begins at another end; what the killed one had whole stays, the other does the rest."""
+    """Each begins at another end; what the killed one completed stays, the other does the rest."""
     script = tmp_path / "fill.py"
     script.write_text(KILLED)
     data = make_data()

@@ -67,7 +67,7 @@ def metrics_of(*args, **kwargs):
 
 
 def reference(batch, keep):
-    """Return the metrics by the letter, in float64, the whole set being one batch."""
+    """Return the metrics by their definitions, in float64, of all data as one batch."""
     x, y = (t[keep].double().numpy() for t in batch[:2])
     acts = torch.zeros(keep.numel(), D_SAE).scatter(1, batch[2].indices, batch[2].acts)
     on = (acts.numpy() > 0)[keep.flatten().numpy()]
@@ -244,7 +244,7 @@ def test_equal_sums_differ_by_exactly_nothing_on_every_resample(batch):
     assert boot.interval(0.0, difference) == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
-def test_interval_holds_the_truth_as_often_as_it_says():
+def test_interval_contains_the_truth_as_often_as_its_level_promises():
     chance = np.random.default_rng(0)
     boot = Bootstrap(np.arange(60), 400, 0.9, 0)
     inside = 0

@@ -173,7 +173,7 @@ def test_a_calibration_without_tokens_is_refused() -> None:
         metric.compute()
 
 
-def test_moments_equal_the_whole_batch_in_float64() -> None:
+def test_moments_equal_those_of_the_complete_batch_in_float64() -> None:
     acts = residual_stream() * 100
     mask = torch.arange(TOKENS) % 3 > 0
     layers = LayerMoments(num_layers=L, d_model=D)

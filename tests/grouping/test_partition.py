@@ -28,7 +28,7 @@ def test_amad_of_one_group_is_the_largest_distance() -> None:
     assert amad(LINE, [[0, 1, 2, 3]]) == pytest.approx(0.6)
 
 
-def test_a_partition_tells_its_figures() -> None:
+def test_a_partition_reports_its_figures() -> None:
     made = build_partition(LINE, [[3], [0, 1, 2]], "explicit")
     assert made.groups == [[0, 1, 2], [3]]
     assert made.num_groups == 2

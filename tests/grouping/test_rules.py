@@ -114,7 +114,7 @@ def test_amad_chooses_the_known_number_of_groups(rule: str, theta: float, num_gr
 
 def test_minimising_amad_over_partitions_is_degenerate() -> None:
     best = min(all_runs(15, 3), key=lambda groups: amad(PYTHIA_1B, groups))
-    assert best == [list(range(13)), [13], [14]]  # one giant group beside singletons
+    assert best == [list(range(13)), [13], [14]]  # one giant group and singletons
     assert amad(PYTHIA_1B, best) == pytest.approx(0.146, abs=0.001)  # below theta = 0.2 at once
     assert PYTHIA_1B[:13, :13].max() > 0.43  # yet its layers are as far apart as ever
     assert all(partition(PYTHIA_1B, 3, rule).amad > 0.3 for rule in RULES)

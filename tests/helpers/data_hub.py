@@ -1,4 +1,4 @@
-"""A stand-in for the Hub's data sets: an HTTP server on this machine that fails when told to.
+"""A stand-in for the Hub's data sets: an HTTP server on this machine that fails on request.
 
 It speaks what `datasets` asks for in streaming mode: the commit, listings, files in ranges. So the
 real stack runs against it, and every trouble comes over a real connection.
@@ -54,7 +54,7 @@ class Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
     def send(self, status: int, body: bytes, **headers: str) -> None:
-        """Send a whole answer; `length` tells another length than the body has."""
+        """Send a complete answer; `length` claims another length than the body has."""
         self.send_response(status)
         self.send_header("Content-Length", headers.pop("length", str(len(body))))
         for key, value in headers.items():
@@ -168,7 +168,7 @@ def closed(handler: Handler, _body: bytes, _start: int) -> None:
 
 
 def cut(handler: Handler, body: bytes, start: int) -> None:
-    """Promise the whole and close in the middle."""
+    """Promise the complete body and close in the middle."""
     handler.send_response(206 if "Range" in handler.headers else 200)
     handler.send_header("Content-Length", str(len(body)))
     handler.end_headers()

@@ -61,7 +61,7 @@ def data_module(
         world_size: how many processes there are.
         training: whether it trains or validates.
         device: that batches go to.
-        store: folder and dtype of a store; what it says is appended to `data.said`.
+        store: folder and dtype of a store; its messages are appended to `data.said`.
         **changes: of the constructor's arguments.
     """
     data = unprepared(lm, text, cache, **changes)

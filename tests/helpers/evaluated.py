@@ -126,7 +126,7 @@ class Plain:
 
     @contextmanager
     def hook(self, layer: int, change: Callable[[torch.Tensor], Any]) -> Iterator[None]:
-        """Let `change` see a layer's residual; what it returns, if anything, goes on."""
+        """Let `change` see a layer's residual; what it returns, if anything, replaces it."""
 
         def visit(_module: Any, _args: Any, output: Any) -> Any:
             residual = output if isinstance(output, torch.Tensor) else output[0]

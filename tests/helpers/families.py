@@ -119,7 +119,7 @@ MULTIMODAL = Gemma3Config(
 
 
 def auto_class(family: str) -> Any:
-    """Return the class of the whole model, with its head."""
+    """Return the class of the complete model, with its head."""
     if family in DECODERS:
         return AutoModelForCausalLM
     if family == "multimodal":
@@ -139,7 +139,7 @@ def save(family: str, folder: Path, tokenizer: Path | None = None) -> Path:
     Args:
         family: its name here.
         folder: to write into.
-        tokenizer: folder of a tokenizer with 512 tokens to put beside it.
+        tokenizer: folder of a tokenizer with 512 tokens to put next to it.
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)

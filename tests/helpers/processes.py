@@ -1,4 +1,4 @@
-"""Several processes of one run, without starting Python anew for each: as torchrun starts them."""
+"""Several processes of one run, without a new Python for each: as torchrun starts them."""
 
 import multiprocessing
 import os

@@ -89,7 +89,7 @@ def saved(folder: Path) -> dict[str, Any]:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return a whole checkpoint as Lightning restores it."""
+    """Return a complete checkpoint as Lightning restores it."""
     from groupsae.training.checkpoints.io import SuiteCheckpoints
 
     return SuiteCheckpoints(say=print).load_checkpoint(path)

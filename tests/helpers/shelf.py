@@ -47,7 +47,7 @@ def tensors_of(kind: str, seed: int = 0) -> dict[str, Tensor]:
 
 
 def more_of(kind: str) -> dict[str, Any]:
-    """Return what `build` takes beside the tensors."""
+    """Return what `build` takes besides the tensors."""
     more: dict[str, Any] = {"k": K} if kind in ("topk", "batchtopk", "matryoshka") else {}
     return more | ({"prefixes": [0.25, 0.5, 1.0]} if kind == "matryoshka" else {})
 

@@ -271,7 +271,7 @@ def test_a_forward_that_somebody_else_put_on_a_block_comes_back(model):
 
 
 class Carrying(nn.Module):
-    """A model whose blocks pass on a tensor beside the residual, as `carry` says."""
+    """A model whose blocks pass on a tensor next to the residual, as `carry` decides."""
 
     class Block(nn.Module):  # noqa: D106
         def __init__(self, owner):
@@ -305,7 +305,7 @@ class Carrying(nn.Module):
         return type("Output", (), {"logits": self.head(x)})
 
 
-def test_what_blocks_return_beside_the_residual_is_that_of_the_clean_run():
+def test_further_outputs_of_blocks_are_those_of_the_clean_run():
     model = Carrying("outside").requires_grad_(False)
     splicer, tokens = splicer_of(model), draw_tokens()
     logits, residuals = splicer.clean(tokens, [1, 2])

@@ -215,7 +215,7 @@ def test_the_command_takes_runs_with_commas(tmp_path: Path):
     assert str(tmp_path / "out" / "report.html") in done.stdout
 
 
-def test_the_command_says_what_is_wrong(tmp_path: Path):
+def test_the_command_reports_what_is_wrong(tmp_path: Path):
     for arguments, message in (
         ((f"run={tmp_path}",), "error: run="),
         ((), "error: run has no default"),

@@ -76,7 +76,7 @@ def test_runs_without_evaluation_can_be_compared(tmp_path: Path):
     assert "not evaluated: FVU of all layers, in training" in text
 
 
-def test_rules_are_told_apart_in_the_figure(tmp_path: Path):
+def test_rules_differ_in_the_figure(tmp_path: Path):
     runs = [read_run(write_run(tmp_path / name, every=name == "all")) for name in ("all", "one")]
     figure = several.against_cost(several.families(runs), "fvu")
     assert figure is not None

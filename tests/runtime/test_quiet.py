@@ -14,7 +14,7 @@ def test_our_warnings_are_sentences_and_others_keep_their_place(
     with warnings.catch_warnings():
         quiet.quiet()
         quiet.quiet()  # the next run of a sweep
-        ours = warnings.formatwarning("measured anew", UserWarning, quiet.__file__, 3)
+        ours = warnings.formatwarning("measured again", UserWarning, quiet.__file__, 3)
         theirs = warnings.formatwarning("of somebody else", UserWarning, "/else/where.py", 7)
-    assert ours == "warning: measured anew\n"
+    assert ours == "warning: measured again\n"
     assert theirs == "/else/where.py:7: UserWarning: of somebody else\n"

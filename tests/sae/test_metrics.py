@@ -1,4 +1,4 @@
-"""Reconstruction: FVU and L0 from running sums equal those of the whole set at once."""
+"""Reconstruction: FVU and L0 from running sums equal those of all data at once."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def cut(batch, start, stop):
     return x[start:stop], x_hat[start:stop], SparseLatents(*(t[start:stop] for t in latents[:2]))
 
 
-def test_batches_of_any_size_equal_numpy_over_the_whole_set(generator):
+def test_batches_of_any_size_equal_numpy_over_the_complete_set(generator):
     batch = sample(generator, 500)
     x, x_hat, latents = batch
     x64, x_hat64 = x.numpy().astype(np.float64), x_hat.numpy().astype(np.float64)
@@ -85,7 +85,7 @@ def test_a_mean_far_from_zero_costs_no_digits(generator):
     torch.testing.assert_close(fvu, expected, rtol=1e-6, atol=0)
 
 
-def test_merged_states_of_two_halves_equal_the_whole(generator):
+def test_merged_states_of_two_halves_equal_one_state_of_all(generator):
     batch = sample(generator, 300)
     whole, first, second = (
         metric_of(cut(batch, a, b)) for a, b in [(0, 300), (0, 111), (111, 300)]

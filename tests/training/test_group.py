@@ -215,7 +215,7 @@ def test_the_gradient_is_projected_before_it_is_clipped():
     assert total_norm(group) > 0.1
 
 
-# ---- whole runs by Lightning ----------------------------------------------------------------
+# ---- complete runs by Lightning -------------------------------------------------------------
 
 
 def test_the_bar_shows_figures_that_the_host_has(trained_suite):
@@ -233,7 +233,7 @@ def test_the_bar_shows_figures_that_the_host_has(trained_suite):
 @pytest.mark.parametrize("nonfinite", ["stop", "skip"])
 @pytest.mark.parametrize("kind", FAMILY)
 def test_no_step_waits_for_the_device(kind, nonfinite, make_data, monkeypatch):
-    """The whole step of Lightning's loop, with dead latents, but for those that are logged."""
+    """The complete step of Lightning's loop, with dead latents, but for those that are logged."""
     architecture, values = FAMILY[kind]
     sae = partial(architecture, **values, expansion=4)
     group = tiny_group([0, 1], dead_after=1, sae=sae, nonfinite=nonfinite)

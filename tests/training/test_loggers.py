@@ -38,7 +38,7 @@ def test_a_new_metric_in_the_middle_of_a_run_is_just_another_row(tmp_path):
 
 
 @pytest.mark.parametrize("rest", ["29", "29,a", "29,a,", "29,a,1e-"])
-def test_a_last_row_cut_short_by_a_kill_does_not_stop_a_resume(tmp_path, rest):
+def test_a_last_row_truncated_by_a_kill_does_not_stop_a_resume(tmp_path, rest):
     log(tmp_path, (9, {"a": 1.0}))
     with (tmp_path / "metrics.csv").open("a") as handle:
         handle.write(rest)

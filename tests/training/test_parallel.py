@@ -145,7 +145,7 @@ def test_all_groupings_spread_over_two(arguments: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3)])
-def test_a_stopped_run_goes_on_with_another_number_of_processes(
+def test_a_stopped_run_resumes_with_another_number_of_processes(
     arguments: Any, alone: Path, tmp_path: Path, before: int, after: int
 ) -> None:
     given = arguments()

@@ -1,4 +1,4 @@
-"""Processes that were told to stop at different steps end at the same one."""
+"""Processes that are stopped at different steps end at the same one."""
 
 import signal
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_a_stop_validates_only_what_is_due(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_in_the_last_validation_is_told_and_costs_nothing(
+def test_a_signal_in_the_last_validation_is_reported_and_costs_nothing(
     number: int,
     tiny_lm: Path,
     tiny_text: Path,
@@ -69,7 +69,7 @@ def test_a_signal_in_the_last_validation_is_told_and_costs_nothing(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("measuring", [False, True])
-def test_a_signal_to_the_whole_group_stops_in_order(
+def test_a_signal_to_the_complete_process_group_stops_in_order(
     number: int, measuring: bool, tiny_lm: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
     """As Ctrl-C, `timeout` and SLURM send it: the workers that read text get it, too."""
@@ -82,7 +82,7 @@ def test_a_signal_to_the_whole_group_stops_in_order(
     assert bool(list(tmp_path.rglob("step=3.ckpt"))) == (not measuring)
 
 
-def test_a_signal_in_the_last_step_is_told_and_costs_nothing(
+def test_a_signal_in_the_last_step_is_reported_and_costs_nothing(
     tiny_lm: Path, tiny_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = runs.overrides(tiny_lm, tiny_text, tmp_path)
@@ -108,7 +108,7 @@ def test_a_signal_to_one_of_two_stops_both_one_step_later(
     assert newest.name == f"step={stopped}.ckpt"
 
 
-def test_a_signal_while_layers_are_measured_is_told(
+def test_a_signal_while_layers_are_measured_is_reported(
     tiny_lm: Path,
     tiny_text: Path,
     tmp_path: Path,

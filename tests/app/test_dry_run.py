@@ -1,4 +1,4 @@
-"""A dry run says what a run needs, leaves nothing behind, and is right within 15 %."""
+"""A dry run prints what a run needs, leaves nothing behind, and is right within 15 %."""
 
 import json
 import re
@@ -71,7 +71,7 @@ def test_the_rule_decides_whether_the_number_of_saes_is_known(tmp_path: Path) ->
     assert 2 <= len(found.members) <= 7
 
 
-def test_what_does_not_fit_is_said_and_not_tried(
+def test_saes_that_do_not_fit_are_reported_and_not_tried(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = []
@@ -107,7 +107,9 @@ def test_stored_activations_are_counted(
     )
 
 
-def test_a_disk_that_is_too_small_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_small_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Folders on one disk, there or not yet, need its room together."""
     monkeypatch.setattr(report.shutil, "disk_usage", lambda _: SimpleNamespace(free=3e9))
     places = {tmp_path: 10**9, tmp_path / "not" / "yet": 10**9}
@@ -116,7 +118,7 @@ def test_a_disk_that_is_too_small_is_said(tmp_path: Path, monkeypatch: pytest.Mo
     assert f"The disk of {tmp_path} has room for 3.00 GB, and up to 4.00 GB are needed" in said
 
 
-def test_spread_over_processes_the_busiest_is_told(
+def test_with_several_processes_the_busiest_is_reported(
     tiny_lm: Path, tiny_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its trial goes through, the step with dead latents as well, with all processes' rows."""
