@@ -73,7 +73,7 @@ def quoted(argument: str, name: str) -> str:
     return f"run=[{','.join(texts)}]" if key == "run" else f"{key}={texts[0]}"
 
 
-# ---- errors in arguments --------------------------------------------------------
+# ---- errors in arguments ------------------------------------------------------------------
 
 
 def explain(arguments: Sequence[str], name: str) -> None:
@@ -143,7 +143,8 @@ def _check_key(key: str, values: dict[str, Any]) -> None:
         where = where.rpartition(".")[0]
     valid = sorted(k.rpartition(".")[2] for k in every if k.rpartition(".")[0] == where)
     same = [k for k in every if k.rpartition(".")[2] == key.rpartition(".")[2]][:3]
-    near = same or difflib.get_close_matches(key, every, n=3, cutoff=0.75)
+    others = [k for k in every if k != where]
+    near = same or difflib.get_close_matches(key, others, n=3, cutoff=0.75)
     there = f" Valid{' in ' + where if where else ''}: {', '.join(valid)}." if valid else ""
     # arguments that are not in our yaml files are Lightning's own
     more = f" Another option of Lightning's Trainer: +{key}=<value>." if where == "trainer" else ""
