@@ -92,7 +92,7 @@ def print_result(console: Console, summary: Mapping[str, Any]) -> None:
 
 
 def print_ledger(console: Console, ledger: Mapping[str, Any]) -> None:
-    """Print what a run cost, planned and measured, from its `ledger.json`."""
+    """Print the cost of a run, planned and measured, from its `ledger.json`."""
     for build in tables.COST_TABLES:
         show(console, build(RunFiles(ledger=ledger)))
 

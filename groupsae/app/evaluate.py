@@ -56,7 +56,7 @@ def evaluate(folder: Path, cfg: DictConfig, options: DictConfig, device: str) ->
     place = _device(device)
     check_values(options, EVALUATION, "evaluation.")
     summary = require_json(folder / "summary.json")
-    # nobody knows what it cost to train SAEs that were imported
+    # the training cost of imported SAEs is unknown
     ledger = None if "adopted" in summary else require_json(folder / "ledger.json")
     plan = load_plan(folder)
     if plan is None:
@@ -149,7 +149,7 @@ def _device(name: object) -> torch.device:
         raise UserError(f"device is {name!r}; use auto, cpu, cuda or cuda:<index>.")
     device, count = torch.device(str(name)), torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
-        last = f"the last GPU here is cuda:{count - 1}" if count else "there is no GPU here"
+        last = f"the last GPU here is cuda:{count - 1}" if count else "no GPU is available"
         raise UserError(f"device is {name}, but {last}: use device=cpu or auto.")
     return device
 

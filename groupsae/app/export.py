@@ -18,7 +18,7 @@ from groupsae.suite.suite import load_suite
 
 
 def export(cfg: DictConfig, run: Path) -> None:
-    """Write, compare and upload what the command asks for; print what was done.
+    """Write, compare and upload as the command asks; print the results.
 
     Raises:
         UserError: the command asks for what cannot be done, the format cannot hold the SAEs, or

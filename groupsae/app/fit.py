@@ -142,7 +142,7 @@ def build(cfg: DictConfig, folder: Path, console: Console, checkpoint: Path | No
                 steps_to_evaluate(data, cfg.evaluation.tokens)
 
     def record(trainer: L.Trainer, _: Any, stage: str) -> None:
-        """Let the loggers begin after what may refuse a command: text, memory, layers."""
+        """Start the loggers after the checks that may refuse a command: text, memory, layers."""
         if stage == "fit":
             trainer.loggers = loggers
             config: Any = OmegaConf.to_container(cfg, resolve=True)
@@ -202,7 +202,7 @@ def announce(run: Run, cfg: DictConfig, console: Console) -> None:
 
 
 def _show_groups(grouping: GroupLayers, data: ActivationDataModule, console: Console) -> None:
-    """Print the groups, and what the text is too small for."""
+    """Print the groups, and a note if the text is too small."""
     print_plan(console, grouping.plan, grouping.cost)
     epochs = data.epochs()
     if epochs > 1:

@@ -14,7 +14,7 @@ TIMED = ("training", "validation", "measuring the layers")
 
 
 def _cells(needs: Needs) -> dict[str, str]:
-    """Return what the table shows of one way to group the layers."""
+    """Return the table's values for one way to group the layers."""
     trial, weights = needs.trial, format_bytes(FLOAT * needs.parameters)
     measured = {}
     if trial is not None:
@@ -45,7 +45,7 @@ def _cells(needs: Needs) -> dict[str, str]:
 
 
 def print_needs(console: Console, found: Sequence[Needs], processes: int, device: str) -> None:
-    """Print what a run needs; with two columns where its groups are not known yet."""
+    """Print the needs of a run; with two columns if its groups are not known yet."""
     table = Table(title=f"dry run: what one of {processes} process(es) needs on {device}")
     table.add_column("")
     for needs in found:
@@ -60,7 +60,9 @@ def print_needs(console: Console, found: Sequence[Needs], processes: int, device
             "are the fewest and the most."
         )
     if processes > 1:
-        console.print("The trial ran in one process: what they send each other comes on top.")
+        console.print(
+            "The trial ran in one process: communication between processes is not included."
+        )
     for needs in found:
         if needs.trial is None:
             console.print(

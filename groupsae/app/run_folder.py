@@ -167,7 +167,7 @@ def _clear(folder: Path) -> None:
 
 
 def _resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
-    """Return the configuration of the run that `resume` names, with what may differ now."""
+    """Return the configuration of the run that `resume` names, with the values that may differ."""
     folder = Path(cfg.resume)
     given = {override.lstrip("+").replace(" ", "").lower() for override in overrides}
     trusted = "model.load.trust_remote_code=true" in given

@@ -10,7 +10,7 @@ from groupsae.config.instantiate import make
 from groupsae.data.activations import ActivationDataModule
 from groupsae.lm.load import FrozenLM
 
-STORE = ("cache", "cache_dtype")  # in `data`, next to what the source of text is built from
+STORE = ("cache", "cache_dtype")  # in `data`, next to the arguments of the text source
 
 
 def make_stream(cfg: DictConfig, lm: FrozenLM, say: Callable[[str], Any]) -> ActivationDataModule:

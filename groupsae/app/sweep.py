@@ -74,7 +74,7 @@ class SweepRecorder(Callback):
         _signals.enter_context(handled_by(self._interrupted, requeue=False))
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
-        """Make itself known to `run_point`, in whichever process that runs."""
+        """Register with `run_point`, in the process that runs it."""
         global _current
         if config.hydra.mode == RunMode.MULTIRUN:
             _current = self
@@ -162,7 +162,7 @@ def received() -> int:
 def run_point(
     cfg: DictConfig, overrides: list[str], train: Callable[[DictConfig, list[str]], int]
 ) -> dict[str, Any]:
-    """Run one point of a sweep; never raise, so that the next one runs whatever happens.
+    """Run one point of a sweep; never raise, so that the next one always runs.
 
     Returns:
         status: 0, 1 or 2 (failed), 128 + signal (stopped), or None (not begun); reason: why;

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
-FORMAT = 3  # of a run folder: what its configuration means and its files hold
+FORMAT = 3  # version of the run folder: its configuration and its files
 # where and how fast a run computes, its logging, and measurements afterwards
 RUNTIME = (
     "trainer",

@@ -69,7 +69,7 @@ def check_targets(values: object, where: str = "") -> None:
 
 
 def make(cfg: Any, **more: Any) -> Any:
-    """Return what a node of the configuration describes, built from plain Python values.
+    """Return the object that a node of the configuration describes, built from plain values.
 
     The node has `_target_` and arguments, to which `more` is added, or holds such nodes.
 

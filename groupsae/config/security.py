@@ -90,7 +90,7 @@ def _runs_code(load: Mapping[str, Any]) -> str | None:
 
 
 def _settle(node: DictConfig | ListConfig) -> None:
-    """Replace what asks outside of the configuration by its plain value."""
+    """Replace interpolations that read outside the configuration by their plain values."""
     plain: Any = OmegaConf.to_container(node, resolve=False)
     for key, raw in plain.items() if isinstance(plain, dict) else enumerate(plain):
         if isinstance(raw, str) and asks_outside(raw):

@@ -100,7 +100,7 @@ def check_values(cfg: DictConfig, allowed: Mapping[str, Allowed], where: str = "
 
 
 def check_training(cfg: DictConfig) -> None:
-    """Check what a run of `groupsae.train` is given.
+    """Check the configuration of a run of `groupsae.train`.
 
     Raises:
         UserError: as `check_values`, or the trainer is asked for what the SAEs' steps cannot do.

@@ -144,7 +144,7 @@ class ActivationDataModule(L.LightningDataModule):
         self.reader: LiveReader | StoredReader = self.live
         self.set_slots([])
 
-    # ---- where activations come from ----------------------------------------------------
+    # ---- the source of activations -----------------------------------------------------
 
     def keep_in(self, folder: str, dtype: str, say: Callable[[str], object]) -> None:
         """Read activations from a store in this folder, and write missing ones there.
@@ -176,7 +176,7 @@ class ActivationDataModule(L.LightningDataModule):
         self._hooked = None
 
     def described(self) -> dict[str, Any]:
-        """Return what decides the activations, except weights and text, as plain values."""
+        """Return all that decides the activations, except weights and text, as plain values."""
         return {
             **self.lm.described(),
             "context": self.packing.context,
@@ -292,7 +292,7 @@ class ActivationDataModule(L.LightningDataModule):
         return numbers[self.needed("heldout", num_steps)]
 
     def needed(self, split: Split, num_steps: int) -> list[int]:
-        """Return the blocks that so many steps read over all ranks, in the order of first use."""
+        """Return the blocks that some steps read over all ranks, in the order of first use."""
         blocks = chain.from_iterable(self.steps(split, num_steps, all_ranks=True))
         return list(islice(blocks, len(self.blocks.blocks[split])))
 
@@ -311,7 +311,7 @@ class ActivationDataModule(L.LightningDataModule):
         return TokenFilter(special, self.skip_positions, self.max_norm_ratio)
 
     def counted(self, tokens: Int[Tensor, "block pos"]) -> Bool[Tensor, "block pos"] | None:
-        """Return which tokens count whatever their activations; None if all do."""
+        """Return which tokens count regardless of their activations; None if all do."""
         return self.filters.tokens(read_after(self.lm.start_token, tokens))
 
     def set_slots(self, groups: list[list[int]]) -> None:
@@ -373,7 +373,7 @@ class ActivationDataModule(L.LightningDataModule):
         return self.reader.validation()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Decide on the host what a batch will show."""
+        """Decide on the host which rows a batch shows."""
         return self.reader.prepare(batch)
 
     def on_after_batch_transfer(
@@ -433,7 +433,7 @@ class ActivationDataModule(L.LightningDataModule):
     # ---- state --------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in the data, and what it is a position in."""
+        """Return the position in the data, and the identity of that data."""
         return {
             "blocks_seen": self.blocks_seen,
             "tokens_key": self.blocks.key,
@@ -525,14 +525,14 @@ class LiveReader:
         return functools.reduce(torch.promote_types, dtypes)
 
     def has_calibration(self, num_steps: int) -> bool:
-        """Return whether every layer of so many calibration steps can be read."""
+        """Return whether every layer of this many calibration steps can be read."""
         return True
 
     def fill_calibration(self, tokens: int) -> None:
-        """Write calibration tokens into the store, where they are missing."""
+        """Write missing calibration tokens into the store."""
 
     def fill_training(self) -> None:
-        """Write what training and validation read into the store, where it is missing."""
+        """Write missing activations for training and validation into the store."""
 
 
 class StoredReader:
@@ -620,7 +620,7 @@ class StoredReader:
         return self.store.layout.dtype
 
     def has_calibration(self, num_steps: int) -> bool:
-        """Return whether every layer of so many calibration steps is stored."""
+        """Return whether every layer of this many calibration steps is stored."""
         every = range(self.data.lm.geometry.num_layers)
         return not self.store.gaps(
             "calibration", self.data.needed("calibration", num_steps), every
@@ -637,7 +637,7 @@ class StoredReader:
         )
 
     def fill_calibration(self, tokens: int) -> None:
-        """Write every layer of so many calibration tokens, where they are missing.
+        """Write every layer of this many calibration tokens, if missing.
 
         Raises:
             UserError: the disk has no room for them and for what training needs afterwards.
@@ -651,7 +651,7 @@ class StoredReader:
         self._fill(store.gaps("calibration", blocks, every), later)
 
     def fill_training(self) -> None:
-        """Write what training and validation of the chosen slots read, where it is missing.
+        """Write missing activations for training and validation of the chosen slots.
 
         Raises:
             UserError: the disk has no room for it.

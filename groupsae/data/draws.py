@@ -55,7 +55,7 @@ class Labels(NamedTuple):
     """What is known about rows before their activations are."""
 
     layers: Int[Tensor, "slot token"]
-    counted: Bool[Tensor, "token"] | None  # whatever their activations; None if all count
+    counted: Bool[Tensor, "token"] | None  # regardless of their activations; None if all count
     kept: Int[Tensor, "row"] | None  # places of those tokens
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Labels":
@@ -107,7 +107,7 @@ class DrawnTokens(NamedTuple):
     def to(self, device: torch.device) -> "DrawnTokens":
         """Return everything on the device; a GPU fetches it asynchronously if it is pinned.
 
-        For other devices the host waits: Apple's may read what has not arrived (pytorch#83015).
+        For other devices the host waits: Apple's may read data before it arrives (pytorch#83015).
         """
         asynchronous = device.type == "cuda"
         return self._map(lambda tensor: tensor.to(device, non_blocking=asynchronous))

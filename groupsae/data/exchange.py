@@ -62,7 +62,7 @@ class Exchange:
 
     @property
     def own(self) -> list[list[int]]:
-        """Return the slots that this process gets rows of, in the order that they come in."""
+        """Return the slots that this process gets rows of, in the order of arrival."""
         return self.wanted[self.rank]
 
     def share(self, num_blocks: int) -> slice:
@@ -102,7 +102,7 @@ class Exchange:
     def _join(
         self, parts: Sequence[Shaped[Tensor, "process_own _ *each"]], dtype: torch.dtype
     ) -> Shaped[Tensor, "own token *each"]:
-        """Return what came in, in the order of the tokens: by process, then by part."""
+        """Return the received rows in the order of the tokens: by process, then by part."""
         processes, own = len(self.wanted), len(self.own)
         share, rest = sum(part.shape[1] for part in parts), parts[0].shape[2:]
         joined = torch.empty(own, processes, share, *rest, dtype=dtype, device=parts[0].device)

@@ -28,7 +28,7 @@ class TokenFilter:
     max_norm_ratio: float | None
 
     def tokens(self, read: Int[Tensor, "block pos"]) -> Bool[Tensor, "block pos"] | None:
-        """Return which tokens count whatever their activations; None if all do."""
+        """Return which tokens count regardless of their activations; None if all do."""
         if self.special_ids is None and self.skip_positions == 0:
             return None
         keep = torch.ones_like(read, dtype=torch.bool)

@@ -59,7 +59,7 @@ class StepSampler(Sampler[list[int]]):
         self.num_blocks, self.blocks_per_step = num_blocks, blocks_per_step
         self.num_steps, self.seed, self.first_step = num_steps, seed, first_step
         if num_blocks < 1:
-            raise UserError("there is no block of tokens to read: give more text")
+            raise UserError("the split has no block of tokens: give more text")
         share, left = divmod(blocks_per_step, world_size)
         if left or share < 1:
             nearest = max(1, round(blocks_per_step / world_size)) * world_size
@@ -106,12 +106,12 @@ class BlockLoader(DataLoader[Tensor]):
             pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
             worker_init_fn=_end_with_the_run,
-            # children of the run, which inherit what is blocked; not of a server of processes
+            # children of the run, which inherit blocked signals; not children of a fork server
             multiprocessing_context="fork" if num_workers else None,
         )
 
     def __iter__(self) -> Any:
-        """Start the workers, if there are none yet, with the signals blocked."""
+        """Start the workers, if not yet done, with the signals blocked."""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             return super().__iter__()

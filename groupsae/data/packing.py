@@ -26,7 +26,7 @@ from groupsae.runtime.errors import UserError
 from groupsae.runtime.progress import token_progress
 
 FORMAT = 1  # raise it when the layout of the files changes: text is then packed again
-FLUSH_TOKENS = 2_000_000  # what a kill in the middle of packing can cost, and what memory holds
+FLUSH_TOKENS = 2_000_000  # most tokens that a kill while packing can lose, and that memory holds
 BATCH_DOCUMENTS = 64  # tokenised in one call, over all cores unless TOKENIZERS_PARALLELISM=false
 BATCH_SIZE = 1_000_000  # characters (or tokens) read ahead at most, not counting the last document
 
@@ -409,7 +409,7 @@ def _begin_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the token that closes a document: EOS, or SEP where there is none (BERT)."""
+    """Return the token that closes a document: EOS, or SEP without an EOS (BERT)."""
     eos: int | None = tokenizer.eos_token_id
     return tokenizer.sep_token_id if eos is None else eos
 

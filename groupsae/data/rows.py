@@ -17,7 +17,7 @@ Show = Callable[[slice, Iterable[int], Visit], None]
 
 
 def by_model(lm: HookedLM, tokens: Int[Tensor, "block pos"]) -> Show:
-    """Return what shows the activations of tokens by running the model, up to the last layer."""
+    """Return a function that gets activations of tokens by running the model."""
 
     def show(blocks: slice, layers: Iterable[int], visit: Visit) -> None:
         lm.run(lm.inputs(tokens[blocks]), layers, visit, stop=True)

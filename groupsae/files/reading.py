@@ -29,7 +29,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the object in a JSON file; None if there is no file.
+    """Return the object in a JSON file; None if the file does not exist.
 
     Raises:
         UserError: it is damaged.
@@ -58,7 +58,7 @@ def require_json(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> Any:
-    """Return the content of a YAML file; None if there is no file.
+    """Return the content of a YAML file; None if the file does not exist.
 
     Raises:
         UserError: it is damaged.
@@ -72,7 +72,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_metrics(path: Path) -> list[tuple[int, str, float]]:
-    """Return the (step, metric, value) rows of a `metrics.csv`; none if there is no file.
+    """Return the (step, metric, value) rows of a `metrics.csv`; empty if it does not exist.
 
     A last line without an end is left out: a kill or a full disk truncated it.
     """

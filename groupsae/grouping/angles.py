@@ -54,7 +54,7 @@ class AngularDistance(Metric):
         self.register_buffer("upper", upper, persistent=False)
 
     def set_mean(self, mean: Float[Tensor, "layer d_model"]) -> None:
-        """Set what centring subtracts: the exact mean over the tokens that `update` will see."""
+        """Set the mean that centring subtracts: exact, over the tokens that `update` will see."""
         assert self.centring == "mean", "set_mean is for centring=mean"
         self.mean = mean.detach().to(self.sum.device, torch.float64)
 

@@ -194,7 +194,7 @@ class Explicit(Choice):
         return f"explicit-{hashlib.sha256(json.dumps(self.groups).encode()).hexdigest()[:8]}"
 
     def _check(self, groupable: int) -> None:
-        last = groupable  # the index of the last layer where it is kept out of the groups
+        last = groupable  # the index of the last layer if it is kept out of the groups
         if self.last_layer != "group" and any(last in group for group in self.groups):
             raise UserError(
                 f"The groups {self.groups} name the last layer, {last}, but last_layer is "

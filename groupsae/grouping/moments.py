@@ -115,7 +115,7 @@ def check_finite(finite: Bool[Tensor, " layer"]) -> None:
     if not finite.all():
         layer = int((~finite).int().argmax())
         raise UserError(
-            f"The activations of layer {layer} hold NaN or infinity: they must be finite. Run "
+            f"The activations of layer {layer} contain NaN or infinity: they must be finite. Run "
             "the language model in float32 or bfloat16 instead of float16, and check that its "
             "files are complete."
         )

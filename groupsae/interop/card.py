@@ -93,7 +93,7 @@ def card(
 
 
 def files_of_run(run: Path) -> dict[str, Path | bytes]:
-    """Return what of a run goes to the Hub: path there -> file, or content without local paths."""
+    """Return a run's files for the Hub: path there -> file, or content without local paths."""
     files = [file for pattern in OF_RUN for file in sorted(run.glob(pattern)) if file.is_file()]
     return {
         file.relative_to(run).as_posix(): file if file.suffix in BINARY else _without_paths(file)

@@ -218,7 +218,7 @@ def _read(folder: Path, name: str, num_layers: int) -> ImportedSAE:
         raise damaged(folder, error) from error
     for tensor_name, tensor in sae.sae.state_dict().items():
         if not tensor.isfinite().all():
-            raise damaged(folder, f"{tensor_name} holds NaN or infinite values")
+            raise damaged(folder, f"{tensor_name} contains NaN or infinite values")
     return replace(sae, folder=folder, format=name)
 
 

@@ -26,7 +26,7 @@ from groupsae.sae.relu import ReLU
 from groupsae.sae.topk import TopK
 from groupsae.suite.suite import take
 
-METADATA_FORMAT = 1  # of what we write into other formats' free metadata
+METADATA_FORMAT = 1  # version of our entry in other formats' free metadata
 ARCHITECTURES: tuple[type[SAE], ...] = (TopK, BatchTopK, Matryoshka, JumpReLU, ReLU, Gated)
 KINDS = {architecture.__name__.lower(): architecture for architecture in ARCHITECTURES}
 TOPK_KINDS = ("topk", "batchtopk", "matryoshka")
@@ -35,7 +35,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where an exported SAE comes from: goes into the format's free metadata.
+    """The origin of an exported SAE, for the format's free metadata.
 
     Attributes:
         group: name of the SAE in its run, such as `layers.3-5`; `layers` are those of the group.
@@ -313,7 +313,7 @@ def read_pickled(path: Path) -> Any:
         if not zipfile.is_zipfile(path) and "Unsupported" not in str(error):
             raise damaged(path, "torch.save did not write it") from error
         raise UserError(
-            f"{path} holds more than tensors. Loading it could run code of its author, so it is "
+            f"{path} contains more than tensors. Loading it could run its author's code, so it is "
             "not read. Save only the state dict: torch.save(sae.state_dict(), ...)."
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError) as error:

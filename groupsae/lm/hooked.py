@@ -171,7 +171,7 @@ def nothing_padded() -> Iterator[None]:
         yield
     finally:
         for name, make in before.items():
-            del masks[name]  # shows what was registered below, if anything was
+            del masks[name]  # shows the function registered below, if any
             if masks.get(name) is not make:
                 masks[name] = make
 

@@ -72,7 +72,7 @@ class Site:
     before: bool  # read its input, not its output
 
     def watch(self, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-        """Pass the activations of every forward to `see`; what it returns replaces them.
+        """Pass the activations of every forward to `see`; its result replaces them.
 
         If a module returns several things (attention weights, router scores), they are the first.
         """

@@ -131,7 +131,7 @@ class Splicer:
 
     @contextmanager
     def _standing_in(self, first: int, residual: Tensor | None) -> Iterator[None]:
-        """Let the blocks before `first` return the residual (and what else they returned)."""
+        """Make the blocks before `first` return the residual (and their other outputs)."""
 
         def stand_in(beside: tuple[Any, ...] | None) -> Callable[..., Any]:
             output = residual if beside is None else (residual, *beside)

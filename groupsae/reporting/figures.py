@@ -338,7 +338,7 @@ def quality(run: RunFiles, metric: str, kind: str) -> Figure:
 
 
 def layer_bars(run: RunFiles, metric: str) -> Figure | None:
-    """Return a metric per layer as bars, baselines as marks; None where there are no values."""
+    """Return a metric per layer as bars, baselines as marks; None if there are no values."""
     table = layers_table(run)
     if table is None:
         return None

@@ -27,13 +27,13 @@ def interval(stored: Any) -> tuple[float | None, float | None, float | None]:
 
 
 def value_of(stored: Any) -> float | None:
-    """Return the value of what `interval` reads, without its ends."""
+    """Return the value that `interval` reads, without its ends."""
     return interval(stored)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFiles:
-    """One run folder; what a run does not have yet is empty."""
+    """One run folder; parts that do not exist yet are empty."""
 
     folder: Path = Path()
     config: Values = field(default_factory=dict)  # its interpolations are unresolved
@@ -66,7 +66,7 @@ class RunFiles:
 
     @property
     def imported(self) -> str | None:
-        """Where SAEs that others trained come from; None if the run trained its own."""
+        """The origin of imported SAEs; None if the run trained its own."""
         return self.summary.get("adopted")
 
     @property
@@ -102,7 +102,7 @@ class RunFiles:
 
     @property
     def chosen(self) -> dict[str, Any] | None:
-        """The grouping of the run, the first of an evaluation; None before there is one."""
+        """The grouping of the run, the first of an evaluation; None before the first."""
         return self.groupings[0] if self.groupings else None
 
     @property

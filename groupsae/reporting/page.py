@@ -160,7 +160,7 @@ def run_sections(run: RunFiles) -> list[Section]:
 
 
 def summary(run: RunFiles) -> Section:
-    """Return what a run shows: its main values, and a few sentences."""
+    """Return the summary of a run: its main values, and a few sentences."""
     num_saes, num_layers, saving = len(run.saes), sum(map(len, run.saes.values())), run.saving
     headline, tiles = f"{plural(num_saes, 'SAE')} for {plural(num_layers, 'layer')}", []
     if run.groups and not run.imported:
@@ -230,7 +230,7 @@ def _notes(run: RunFiles) -> list[str]:
 
 
 def _caveats(run: RunFiles) -> list[str]:
-    """Return what the numbers do not show."""
+    """Return the caveats about the numbers."""
     caveats, e = [], run.evaluation
     if e:
         caveats.append(
@@ -251,7 +251,7 @@ def _caveats(run: RunFiles) -> list[str]:
 
 
 def provenance(run: RunFiles) -> dict[str, str]:
-    """Return where the run and its values come from."""
+    """Return the origin of the run and its values."""
     trained, measured, e = run.summary, run.measured, run.evaluation
     seconds = trained.get("seconds_training")
     special = {True: "left out of all averages", False: "counted as any other"}

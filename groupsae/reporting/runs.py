@@ -51,7 +51,7 @@ class Family:
 
 
 def families(runs: Sequence[RunFiles]) -> list[Family]:
-    """Return the runs by configuration without the seed, and by what they were evaluated on."""
+    """Return the runs by configuration without the seed, and by their evaluation data."""
     found: dict[str, list[RunFiles]] = {}
     for run in runs:
         kept = content(run.config, ("seed", "hydra")) if run.config else str(run.folder)
@@ -90,7 +90,7 @@ def over_seeds(
 
 
 def measured_on(run: RunFiles) -> dict[str, str]:
-    """Return what the values of an evaluation depend on besides the SAEs; nothing before one."""
+    """Return the settings that an evaluation depends on besides the SAEs; empty before one."""
     e = run.evaluation
     if not e:
         return {}
@@ -108,14 +108,14 @@ def measured_on(run: RunFiles) -> dict[str, str]:
 
 
 def differing(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
-    """Return what differs between the evaluations of runs -> the values, the first run's first."""
+    """Return setting that differs between evaluations -> its values, the first run's first."""
     evaluated = [values for run in runs if (values := measured_on(run))]
     found = {key: list(dict.fromkeys(v[key] for v in evaluated)) for key in (evaluated or [{}])[0]}
     return {key: values for key, values in found.items() if len(values) > 1}
 
 
 def not_alike(runs: Sequence[RunFiles]) -> str:
-    """Return a warning that names what differs between the evaluations of runs, or nothing."""
+    """Return a warning that names the differences between the evaluations of runs, or nothing."""
     what = "; ".join(f"{key}: {' and '.join(values)}" for key, values in differing(runs).items())
     return what and (
         f"The runs were not evaluated alike ({what}): differences between them may come from "

@@ -46,7 +46,7 @@ def make_wandb_offline(logger: Any) -> None:
 
 
 def all_to_all(rows: Any, received: list[int], sent: list[int], mesh: Any) -> Any:
-    """Start an all-to-all of rows; the result is waited for where it is first used."""
+    """Start an all-to-all of rows; the first use of the result waits for it."""
     from torch.distributed import _functional_collectives as functional
 
     return functional.all_to_all_single(rows, received, sent, mesh)

@@ -44,7 +44,7 @@ def retrying(
 
 
 def is_transient(error: BaseException) -> bool:
-    """Return whether an error comes from the network and may be gone at the next try."""
+    """Return whether an error comes from the network and another try may succeed."""
     if type(error).__name__ == "OfflineModeIsEnabled":
         return False
     status = _status(error)
@@ -62,7 +62,7 @@ def is_network_error(error: BaseException) -> bool:
 
 
 def network_cause(error: BaseException) -> BaseException | None:
-    """Return the transient network error behind an error, if there is one."""
+    """Return the transient network error that caused an error, if any."""
     for cause in causes(error):
         if (is_network_error(cause) or _status(cause) is not None) and is_transient(cause):
             return cause

@@ -18,7 +18,7 @@ AllSum = Callable[[Tensor], Tensor]
 
 
 def no_reduce(value: Tensor) -> Tensor:
-    """Return the sum over all processes where there is one: the value."""
+    """Return the sum over all processes when there is only one: the value."""
     return value
 
 
@@ -59,7 +59,7 @@ class SAEOutput(NamedTuple):
     """
 
     reconstruction: Float[Tensor, "batch d_model"]  # of the scaled activations
-    latents: SparseLatents | Float[Tensor, "batch d_sae"]  # dense where they are dense in training
+    latents: SparseLatents | Float[Tensor, "batch d_sae"]  # dense if they are dense in training
     losses: dict[str, Float[Tensor, ""]]  # named terms
 
 
@@ -153,7 +153,7 @@ class SAE(nn.Module, ABC):
 
     @torch.no_grad()
     def project_gradient(self) -> None:
-        """Remove from the decoder's gradient what would only change the latents' norms.
+        """Remove from the decoder's gradient the part that would only change the latents' norms.
 
         Called between backward and clipping.
         """

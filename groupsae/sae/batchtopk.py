@@ -54,7 +54,7 @@ class BatchTopK(TopK):
         return SparseLatents(values, candidates.indices[place], starts)
 
     def forward(self, x: Float[Tensor, "batch d_model"], batch: GlobalBatch) -> SAEOutput:
-        """Return what `TopK` does; training updates the threshold."""
+        """Return the same as `TopK`; training updates the threshold."""
         output = super().forward(x, batch)
         if self.training:
             assert isinstance(output.latents, SparseLatents)

@@ -98,7 +98,7 @@ def upload(
         present = [path for path in api.list_repo_files(name) if path != ".gitattributes"]
         if present and replaced is None:
             raise UserError(
-                f"hf:{name} holds {len(present)} files already, such as {min(present)}: "
+                f"hf:{name} already contains {len(present)} files, such as {min(present)}: "
                 "overwrite=true replaces its SAEs and its page, hub=<owner/name> uploads "
                 "elsewhere."
             )

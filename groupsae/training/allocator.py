@@ -22,7 +22,7 @@ def keep_freed_memory() -> None:
 
 
 def hand_back_freed_memory() -> None:
-    """Return what `keep_freed_memory` kept to the machine, so that its free memory is known."""
+    """Give the memory kept by `keep_freed_memory` back, so that free memory is known."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

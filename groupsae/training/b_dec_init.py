@@ -41,6 +41,6 @@ def init_b_dec(sae: SAE, x: Float[Tensor, "batch d_model"], start: str, all_sum:
 def _weighted_mean(
     x: Float[Tensor, "batch d_model"], weights: Float[Tensor, " batch"], all_sum: AllSum
 ) -> Float[Tensor, " d_model"]:
-    """Return the weighted mean of the rows of all processes; zero if there are none."""
+    """Return the weighted mean of the rows of all processes; zero without rows."""
     total = all_sum(torch.cat([weights @ x, weights.sum().reshape(1)]))
     return total[:-1] / total[-1].clamp_min(torch.finfo(x.dtype).tiny)

@@ -58,7 +58,7 @@ def bytes_needed(
     parameters = sae.parameters * sum(widths)
     tokens = data.tokens_per_step // world_size
     rows = tokens * suite.d_model * len(widths) * ROWS
-    # the backward pass starts after all losses, so what each SAE keeps for it adds up
+    # the backward pass starts after all losses, so the tensors kept for it add up
     wide = tokens * sae.d_sae * (max(widths, default=0) * WIDE + sum(widths) * sae.kept_wide)
     return round(FLOAT * (parameters * STATE + rows + wide))
 
@@ -85,7 +85,7 @@ def bytes_free(device: torch.device, processes: int) -> int:
 
 
 def refuse(needed: int, free: int, num_saes: int, device: object) -> None:
-    """Raise UserError if the SAEs do not fit into the free memory; it names what to reduce."""
+    """Raise UserError if the SAEs do not fit into the free memory; it names values to reduce."""
     if needed > free:
         raise UserError(
             f"training {num_saes} SAE{'s' * (num_saes > 1)} at once needs about "
@@ -224,7 +224,7 @@ def now(device: torch.device) -> float:
 
 
 def peak(device: torch.device) -> int:
-    """Return the most memory this process ever had: of the GPU, or of the machine, in bytes."""
+    """Return the peak memory of this process in bytes: on the GPU, or in the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
@@ -278,7 +278,7 @@ class Needs:
     parameters: int  # numbers in all SAEs that the process holds
     activations: int  # of one step's rows that the language model hands over
     free: int  # memory that is left for the SAEs and the step
-    trial: Trial | None  # what a few steps took; None where they would not fit
+    trial: Trial | None  # measurements of a few steps; None if they do not fit
     tokens: int  # of the run, per SAE, over all processes
     steps: int
     seconds: dict[str, float]  # of training, of validations and of measuring the layers

@@ -133,7 +133,7 @@ class GroupSAE(L.LightningModule):
         progress: float = 1.0,
         all_sum: AllSum = no_reduce,
     ) -> Float[Tensor, ""]:
-        """Return this process's part of the loss; updates the counters and notes what fired.
+        """Return this process's part of the loss; update counters and note which latents fired.
 
         `moments` are those of the rows of all processes.
         """

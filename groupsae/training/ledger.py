@@ -28,7 +28,7 @@ def ledger(
     throughput: Throughput,
     seconds: tuple[float, float],
 ) -> dict[str, Any]:
-    """Return what the run cost and what its groups saved, as plain values.
+    """Return the cost of the run and the saving of its groups, as plain values.
 
     Seconds are wall clock (on a GPU its own clock) of this run; of the distances, of the run that
     measured them, if they came from the cache. Those of per-layer training at equal tokens are
@@ -99,7 +99,7 @@ def seconds_of_all(
 def _sharing(
     plan: GroupPlan, seconds_of: dict[str, float], seconds: tuple[float, float], wall: float
 ) -> dict[str, Any] | None:
-    """Return what training all groupings in one run saved against one run for each of them.
+    """Return the saving of training all groupings in one run against one run for each.
 
     `seconds` is the wall clock of training, the loop's own time included; `seconds_separately`
     counts the language model and the SAEs of each grouping only, so the factor is a lower bound.

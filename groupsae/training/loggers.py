@@ -57,7 +57,7 @@ class MetricsCSV(Logger):
             )
 
     def _start(self, step: int) -> None:
-        """Write the header, or drop what a killed run wrote from this step on."""
+        """Write the header, or drop the rows of a killed run from this step on."""
         self._started = True
         kept = [row for row in read_metrics(self.path) if row[0] < step]
         with atomic_write(self.path, "w", newline="") as handle:
@@ -88,7 +88,7 @@ class WandB(WandbLogger):
         Path(str(self.save_dir)).mkdir(parents=True, exist_ok=True)
         try:
             return super().experiment
-        except Exception as error:  # whatever W&B raises
+        except Exception as error:  # any error that W&B raises
             if os.environ["WANDB_MODE"] != "online":
                 raise
             warnings.warn(f"W&B: {error}; this run is recorded offline", stacklevel=2)
@@ -123,7 +123,7 @@ def make_wandb(*, project: str, folder: str, tags: list[str]) -> WandB:
 def begin_records(
     loggers: Sequence[Logger], config: dict[str, Any], show: Callable[[str], object]
 ) -> None:
-    """Log the complete configuration, and show how to upload what W&B records offline."""
+    """Log the complete configuration, and show how to upload W&B's offline records."""
     for logger in loggers:
         logger.log_hyperparams(config)
         if isinstance(logger, WandB) and is_offline():

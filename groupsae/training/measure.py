@@ -64,7 +64,7 @@ class Measurement:
         return 2 if self.provenance["centring"] == "mean" else 1
 
     def norm_factors(self, scale: str) -> dict[int, float]:
-        """Return layer -> what its activations are multiplied by.
+        """Return layer -> factor of its activations.
 
         Args:
             scale: `rms` makes the mean squared norm 1 (paper, appendix A), `mean_norm` the mean
@@ -81,7 +81,7 @@ class Measurement:
 
     @classmethod
     def load(cls, path: Path) -> "Measurement":
-        """Read what `save` wrote.
+        """Read the files of `save`.
 
         Raises:
             UserError: the file is damaged.
@@ -101,7 +101,7 @@ class Measurement:
 
 
 def provenance_of(data: ActivationDataModule, tokens: int, centring: str) -> dict[str, Any]:
-    """Return what a measurement depends on: model and weights, text, tokens, options."""
+    """Return all that a measurement depends on: model and weights, text, tokens, options."""
     steps = data.steps_for("calibration", tokens)
     return {
         **data.described(),
@@ -114,7 +114,7 @@ def provenance_of(data: ActivationDataModule, tokens: int, centring: str) -> dic
 
 
 def cached(path: Path) -> Measurement | None:
-    """Return an earlier measurement; None if there is none, or if the file is damaged."""
+    """Return an earlier measurement; None if none exists or its file is damaged."""
     if not path.exists():
         return None
     try:
@@ -138,7 +138,7 @@ def measure(
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     path = cache / "angles" / f"{key}.npz"
     with _one_run_at_a_time(path, trainer):
-        # all processes use what the first one read
+        # all processes use the measurement that the first one read
         found = trainer.strategy.broadcast(cached(path) if trainer.is_global_zero else None)
         if found is None:
             found = _measure(data, trainer, tokens, provenance)

@@ -57,7 +57,7 @@ class Adam:
                 raise UserError(f"optim.{name} is {value}; it must lie between 0 and 1.")
 
     def factor(self, step: int, num_steps: int) -> float:
-        """Return what the learning rate of a step is multiplied by; it is zero at no step."""
+        """Return the factor of the learning rate at a step; it is never zero."""
         warmup, decay = self.warmup * num_steps, self.decay_share * num_steps
         rise = min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0
         left = min(1.0, (num_steps - step) / decay) if decay > 0 else 1.0

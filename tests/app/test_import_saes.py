@@ -285,7 +285,7 @@ def test_a_pickle_with_code_in_it_is_not_read(tmp_path, protocol):
         torch.save(evil, folder / "ae.pt")
     else:
         (folder / "ae.pt").write_bytes(pickle.dumps(evil))
-    with pytest.raises(UserError, match="holds more than tensors.*run code"):
+    with pytest.raises(UserError, match="contains more than tensors.*run code"):
         read(folder)
     assert not (tmp_path / "ran").exists()
 
@@ -392,7 +392,7 @@ def test_a_batchtopk_whose_threshold_was_never_set_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"x is damaged \(TypeError"):
         read(dictionary(tmp_path / "x", ["BatchTopKSAE"], state))
     state["b_dec"] = torch.full((d,), torch.nan)
-    with pytest.raises(UserError, match=r"y is damaged \(b_dec holds NaN"):
+    with pytest.raises(UserError, match=r"y is damaged \(b_dec contains NaN"):
         read(dictionary(tmp_path / "y", "BatchTopKSAE", state, k=K))
     with pytest.raises(UserError, match="dict_class 'Crosscoder'"):
         read(dictionary(tmp_path / "u", "Crosscoder", state))

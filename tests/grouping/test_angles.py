@@ -130,7 +130,7 @@ def test_an_activation_that_is_not_finite_is_refused_and_names_its_layer(value: 
     acts = residual_stream()
     acts[2, 7, 1] = value
     metric = AngularDistance(num_layers=L)
-    with pytest.raises(UserError, match="activations of layer 2 hold NaN or infinity"):
+    with pytest.raises(UserError, match="activations of layer 2 contain NaN or infinity"):
         metric.update(acts)
     assert metric.count == 0
     with pytest.raises(UserError, match="layer 2"):

@@ -181,7 +181,7 @@ def test_a_revision_is_the_one_that_is_loaded(hub, run):
     before = groupsae.load_suite("hf:me/saes@v1").encode(rows(), 3)
     other = run_folder(run.parent / "other", "relu")
     with pytest.raises(
-        UserError, match="holds 9 files already, such as README.md: overwrite=true"
+        UserError, match="already contains 9 files, such as README.md: overwrite=true"
     ):
         export(other, "hub=me/saes")
     export(other, "hub=me/saes", "overwrite=true")
@@ -206,7 +206,7 @@ def test_a_second_upload_leaves_none_of_the_old_saes_and_what_others_put_there(h
     files = sorted(hub.files("me/saes", "main")[1])
     assert [file for file in files if "blocks." not in file] == [*theirs, *figures, "notes.md"]
     with pytest.raises(
-        UserError, match="holds 10 files already.*The folders are in .*overwrite=true"
+        UserError, match="already contains 10 files.*The folders are in .*overwrite=true"
     ):
         export(run, "hub=me/saes", "format=dictionary_learning")
 

@@ -199,7 +199,7 @@ def test_one_that_cannot_be_read_just_now_is_not_taken_for_damaged(
 
 def test_checkpoints_of_another_grouping_are_not_taken_for_damaged(tmp_path: Path) -> None:
     path = save(made(), tmp_path / "step=3.ckpt")
-    with pytest.raises(UserError, match="holds 2 SAEs, but groups.json now asks for others"):
+    with pytest.raises(UserError, match="contains 2 SAEs, but groups.json now asks for others"):
         SuiteCheckpoints(say=print).load_checkpoint(path, members=[1, 5])
     assert path.exists()
 

@@ -72,7 +72,7 @@ class Filler:
         store.refresh()
 
     def _clear(self) -> None:
-        """Remove what killed processes left, and damaged files, which are then missing."""
+        """Remove files of killed processes, and damaged files, which are then missing."""
         for leftover in self.store.in_chunks("*@*.tmp"):
             if is_abandoned(leftover):
                 with suppress(OSError):
@@ -166,7 +166,7 @@ def size_of(gap: Gap, layout: Layout) -> int:
 
 
 def check_room(folder: Path, needed: int, later: int) -> None:
-    """Raise UserError if the disk has not so many bytes free, now and for what comes later."""
+    """Raise UserError if the disk has too few bytes free, now and for later parts."""
     free = shutil.disk_usage(folder).free - RESERVE
     if needed + later <= free:
         return

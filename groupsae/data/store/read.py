@@ -100,7 +100,7 @@ class RowReader:
 
 
 def read_ahead(items: Iterable[Item], read: Callable[[Item], Batch]) -> Iterator[Batch]:
-    """Yield what `read` makes of each item; another thread reads the next ones meanwhile."""
+    """Yield the result of `read` for each item; another thread reads the next ones meanwhile."""
     with ThreadPoolExecutor(1, "read-ahead") as pool:
         waiting: deque[Future[Batch]] = deque()
         try:

@@ -35,7 +35,7 @@ OF_THE_FILE = (errno.ENOENT, errno.EIO)  # errors that end when the file is writ
 
 
 class Damaged(Exception):
-    """A file of stored activations is not what was written."""
+    """A file of stored activations differs from its checksums."""
 
     def __init__(self, path: Path, how: object) -> None:
         super().__init__(f"{path} is damaged ({how})")

@@ -190,7 +190,7 @@ def shard_path(chunk: Path, layer: int) -> Path:
 def open_store(
     cache: Path, made_from: dict[str, Any], layout: Layout, num_blocks: dict[Split, int]
 ) -> ActivationStore:
-    """Return the store of this content, an empty one if there is none.
+    """Return the store of this content, an empty one if none exists.
 
     `made_from` is what decides the activations, as plain values: it is the key.
 

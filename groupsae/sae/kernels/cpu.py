@@ -38,7 +38,7 @@ def dots(
     starts: Int[Tensor, "bound"],
     picked: Int[Tensor, "entry"],
 ) -> Float[Tensor, "entry"]:
-    """Return what `dense.dots` does, if no row picks the same twice."""
+    """Return the result of `dense.dots`, if no row picks the same entry twice."""
     wanted = torch.sparse_csr_tensor(
         starts, picked, x.new_zeros(len(picked)), (len(x), len(table)), check_invariants=False
     )

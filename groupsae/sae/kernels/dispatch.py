@@ -26,7 +26,7 @@ def kernels_of(table: Tensor) -> ModuleType:
 
 
 def kernels_for(table: Tensor, entries: int, rows: int) -> ModuleType:
-    """Return the kernels that are fastest for so many active latents."""
+    """Return the fastest kernels for this number of active latents."""
     return dense if entries > DENSE_SHARE * rows * len(table) else kernels_of(table)
 
 

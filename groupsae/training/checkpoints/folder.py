@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = 1
-KEPT = 2  # checkpoints that stay: if the newest is damaged there is another
+KEPT = 2  # number of checkpoints to keep: a second one, if the newest is damaged
 MANIFEST = "manifest.json"
 STATE = "state.pt"
 PREFIX = "groups"  # of the SAEs' names in the state dict
@@ -156,7 +156,7 @@ def write(
 
 
 def _write_file(file: Path, content: bytes | memoryview) -> dict[str, Record]:
-    """Bring a file to disk; return its record in the manifest, of what the disk holds."""
+    """Bring a file to disk; return its record for the manifest, of the content on disk."""
     file.write_bytes(content)
     with file.open("rb+") as handle:
         os.fsync(handle.fileno())
@@ -205,7 +205,7 @@ def read(path: Path, members: Sequence[int] | None) -> dict[str, Any]:
     wanted = every if members is None else members
     if set(wanted) - set(every):
         raise UserError(
-            f"{path} holds {len(every)} SAEs, but groups.json now asks for others: restore the "
+            f"{path} contains {len(every)} SAEs, but groups.json now asks for others: restore the "
             "groups.json of that checkpoint, or start the run again with overwrite=true."
         )
     parts = {}

@@ -92,7 +92,7 @@ class SuiteCheckpoints(CheckpointIO):
         except UserError as error:
             return {}, "", str(error)
         except OSError as error:
-            # another process may have what this one does not find: only the first one, which
+            # another process may find the file that this one does not: only the first one, which
             # listed the checkpoints, knows that a file is missing
             if error.errno == errno.EIO or (error.errno == errno.ENOENT and leads()):
                 return {}, str(error), ""

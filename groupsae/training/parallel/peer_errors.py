@@ -38,7 +38,7 @@ def explain_lost_process(folder: Path) -> Iterator[None]:
 
 
 def is_lost_process(error: RuntimeError) -> bool:
-    """Return whether a collective failed because another process is gone."""
+    """Return whether a collective failed because another process ended."""
     if isinstance(error, torch.distributed.DistError):  # of NCCL, and while processes meet
         return True
     message = str(error).lower()

@@ -81,7 +81,7 @@ def spread(
     rank: int,
     swap: Swap,
 ) -> list[Share]:
-    """Let the stream bring each process the rows that its SAEs need; return each one's share.
+    """Make the stream send each process the rows of its SAEs; return the share of each process.
 
     Its memory is the larger of two moments: the exchange of rows (those sent, those received,
     and the batch they are joined to), or the SAEs' step. `owned` is the result of `owners`.

@@ -101,17 +101,17 @@ class SAEParallel(DDP):
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read this process's SAEs and what belongs to none."""
+        """Read this process's SAEs and the part that belongs to no SAE."""
         assert isinstance(self.checkpoint_io, SuiteCheckpoints)
         return self.checkpoint_io.load_checkpoint(checkpoint_path, members=self.suite.own)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return the optimiser's state: nothing where there is no SAE."""
+        """Return the optimiser's state; empty without an SAE."""
         if not self.suite.own:
             return {"state": {}, "param_groups": []}
         return super().optimizer_state(optimizer)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Restore the optimiser's state where there is one."""
+        """Restore the optimiser's state, if any."""
         if self.suite.own:
             super().load_optimizer_state_dict(checkpoint)
