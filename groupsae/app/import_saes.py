@@ -9,6 +9,8 @@ from groupsae.app.run_folder import save_config
 from groupsae.config.identity import without
 from groupsae.config.instantiate import make
 from groupsae.files.atomic import atomic_folder, check_free
+from groupsae.interop.card import OF_SAE
+from groupsae.interop.group_sae import FACTORS
 from groupsae.interop.importing import (
     READABLE,
     ReadAt,
@@ -27,14 +29,7 @@ LEFT_OUT = (
 )  # fmt: skip
 # of the stream: the keys that decide the activations
 STREAM = ("context", "prepend_bos", "exclude_special_tokens", "skip_positions", "max_norm_ratio")
-FILES = (
-    "cfg.json",
-    "config.json",
-    "sae_weights.safetensors",
-    "sae.safetensors",
-    "ae.pt",
-    "scaling_factors.pt",
-)
+FILES = (*OF_SAE, FACTORS)
 
 
 def import_saes(cfg: DictConfig) -> Path:
@@ -95,5 +90,5 @@ def download_saes(repo: Repository, only: list[str] | None) -> Path:
     """Return a local copy of the files of SAEs in a repository, of some folders or of all."""
     if only is None:
         return download(repo, [f"*{file}" for file in FILES])
-    configs = ["*config.json", "*scaling_factors.pt"]
+    configs = ["*config.json", f"*{FACTORS}"]
     return download(repo, [f"{pattern}/{file}" for pattern in only for file in FILES] + configs)

@@ -47,7 +47,8 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
     lm = build_gpt_neox(**cfg.model)
     if cfg.init is not None:
         stack_layers(GPTNeoXForCausalLM.from_pretrained(cfg.init), lm)
-    num_steps = cfg.tokens // (per_step * cfg.model.context)
+    tokens_per_step = per_step * cfg.model.context
+    num_steps = cfg.tokens // tokens_per_step
     module = LanguageModel(lm=lm, num_steps=num_steps, **cfg.optim)
     checkpoint = output / "checkpoints" / "last.ckpt" if cfg.resume else None
     done = torch.load(checkpoint, mmap=True, weights_only=True)["global_step"] if checkpoint else 0
@@ -91,7 +92,8 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
         loader("heldout", all_heldout, None),
     )
     trainer.fit(module, train, heldout, ckpt_path=checkpoint)
-    history = _history(output / "metrics.csv", cfg)  # before the last, larger evaluation
+    rows = read_metrics(output / "metrics.csv")  # before the last, larger evaluation
+    history = [((step + 1) * tokens_per_step, x) for step, key, x in rows if key == "heldout/loss"]
     trainer.limit_val_batches = 1.0
     (figures,) = trainer.validate(module, loader("heldout", all_heldout, None), verbose=False)
 
@@ -101,7 +103,7 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
     stage = {
         "num_layers": cfg.model.num_layers,
         "command": " ".join(["python -m groupsae.pretrain", *HydraConfig.get().overrides.task]),
-        "train_tokens": num_steps * per_step * cfg.model.context,
+        "train_tokens": num_steps * tokens_per_step,
         "heldout_history": history,
     }
     before = json.loads((Path(cfg.init) / "training.json").read_text()) if cfg.init else None
@@ -112,7 +114,7 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
         **cfg.optim,
         "betas": list(cfg.optim.betas),
         "eval_tokens": cfg.eval_blocks * cfg.model.context,
-        "tokens_per_step": per_step * cfg.model.context,
+        "tokens_per_step": tokens_per_step,
         "corpus": f"{blocks.manifest['documents']:,} distinct Python files: the standard library "
         "and the source of the packages pinned in constraints.txt",
         "train_tokens": sum(s["train_tokens"] for s in stages),
@@ -144,13 +146,6 @@ def _tokenizer(cfg: DictConfig, source: Any) -> PreTrainedTokenizerFast:
         some = islice(texts, 0, None, every)
         train_tokenizer(some, cfg.model.vocab_size, cfg.model.context).save_pretrained(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
-
-
-def _history(path: Path, cfg: DictConfig) -> list[tuple[int, float]]:
-    """Return (tokens, held-out loss) of every evaluation in a `metrics.csv`."""
-    tokens = cfg.data.blocks_per_step * cfg.model.context
-    rows = read_metrics(path)
-    return [((step + 1) * tokens, value) for step, name, value in rows if name == "heldout/loss"]
 
 
 def _hardware(device: torch.device) -> str:

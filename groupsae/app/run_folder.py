@@ -73,7 +73,10 @@ def open_run(cfg: DictConfig, overrides: list[str]) -> Iterator[OpenRun]:
         if is_leader():
             if cfg.overwrite:
                 _clear(folder)
-            _remember(cfg, folder, overrides)
+            save_config(cfg, folder / ".hydra" / "config.yaml")
+            if cfg.resume is None:  # a resumed run keeps its first command
+                with atomic_write(folder / ".hydra" / "overrides.yaml", "w") as handle:
+                    OmegaConf.save(overrides, handle)
         try:
             existing = [] if cfg.overwrite else checkpoints(folder / "checkpoints")
             yield OpenRun(cfg, folder, existing[0] if existing else None)
@@ -147,14 +150,6 @@ def _saved_config(folder: Path, key: str, trusted: bool) -> DictConfig:
         )
     check_saved(saved, folder, key=key, trusted=trusted)
     return saved
-
-
-def _remember(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
-    """Write the configuration into the run folder; a resumed run keeps its first command."""
-    save_config(cfg, folder / ".hydra" / "config.yaml")
-    if cfg.resume is None:
-        with atomic_write(folder / ".hydra" / "overrides.yaml", "w") as handle:
-            OmegaConf.save(overrides, handle)
 
 
 def _clear(folder: Path) -> None:

@@ -12,12 +12,8 @@ class Reconstruction(Metric):
     """FVU, L0 and which latents fired, over all batches since the last reset.
 
     fvu = sum |x - x_hat|^2 / sum |x - mean|^2 with the mean over all batches, in float64;
-    l0 = mean number of latents above zero.
-
-    Args:
-        d_model: width of the activations.
-        d_sae: number of latents.
-        sync_on_compute: sum over all processes; False where one of them sees all batches.
+    l0 = mean number of latents above zero. `sync_on_compute` sums over all processes; False where
+    one of them sees all batches.
     """
 
     full_state_update = False
