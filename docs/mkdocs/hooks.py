@@ -37,7 +37,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Put the options where the marker stands, and mend links that lead out of docs/."""
+    """Replace the marker by the options, and fix links that lead out of docs/."""
     if MARKER in markdown:
         markdown = markdown.replace(MARKER, options_page(read_conf()))
     return _relink(markdown, f"docs/{page.file.src_uri}") if page.file.abs_src_path else markdown
@@ -64,7 +64,7 @@ def _relink(text: str, source: str) -> str:
     here = PurePosixPath(source).parent
     page = PurePosixPath("docs") / BORROWED.get(source, source.removeprefix("docs/"))
 
-    def mended(link: re.Match[str]) -> str:
+    def fixed(link: re.Match[str]) -> str:
         path, _, part = link[2].partition("#")
         target = _normal(here / path)
         found = BORROWED.get(target, target.removeprefix("docs/"))
@@ -77,7 +77,7 @@ def _relink(text: str, source: str) -> str:
         up = "../" * (len(page.parts) - 2)
         return f"{link[1]}{up}{found}{'#' + part if part else ''}{link[3]}"
 
-    return LINK.sub(mended, text)
+    return LINK.sub(fixed, text)
 
 
 def _normal(path: PurePosixPath) -> str:

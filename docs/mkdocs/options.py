@@ -14,7 +14,7 @@ from docstrings import arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERNAL = ("defaults", "hydra")  # keys of Hydra's own
-# Nodes without a `_target_` whose values are handed to a constructor all the same.
+# Nodes without a `_target_` whose values still go to a constructor.
 READERS = {
     ("train", "stream"): "groupsae.data.activations.ActivationDataModule",
     ("train", "calibration"): "groupsae.training.callbacks.grouping.GroupLayers",

@@ -149,8 +149,8 @@ class ActivationDataModule(L.LightningDataModule):
     def keep_in(self, folder: str, dtype: str, say: Callable[[str], object]) -> None:
         """Read activations from a store in this folder, and write missing ones there.
 
-        Then the language model is loaded only when something is missing. Each content has a folder
-        of its own in `folder`; `say` prints a message, in one process of several.
+        Then the language model is loaded only when something is missing. Each content has its own
+        folder in `folder`; `say` prints a message, in one process of several.
         """
         self.reader = StoredReader(self, folder, dtype, say)
 

@@ -39,7 +39,7 @@ class HubSource:
             is already packed.
         column: holds text or lists of token ids; None takes the first of `text`, `content`,
             `tokens`, `input_ids`.
-        retries: how often in a row a failure is tried again.
+        retries: most tries in a row after a failure.
     """
 
     def __init__(

@@ -39,7 +39,7 @@ class Origin:
 
     Attributes:
         group: name of the SAE in its run, such as `layers.3-5`; `layers` are those of the group.
-        layer: that this copy of it is for; `norm_factor` was folded into its biases.
+        layer: the layer that this copy serves; `norm_factor` was folded into its biases.
         module: path in the bare Hugging Face model of the module with this output; None for the
             input of the first block, and where the run does not name its modules.
     """
