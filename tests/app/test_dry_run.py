@@ -82,11 +82,11 @@ def test_saes_that_do_not_fit_are_reported_and_not_tried(
         lambda suite, data, widths, n: asked.append(widths) or len(widths) * 50_000,
     )
     assert run(arguments)[0] == 0
-    said = capsys.readouterr().out
-    rows = rows_of(said)
+    printed = capsys.readouterr().out
+    rows = rows_of(printed)
     assert rows["peak memory, by a trial"][1] == "does not fit"
     assert count(rows["peak memory, by a trial"][0]) > 1e8
-    assert "4 SAEs do not fit into the 150 kB free on cpu" in " ".join(said.split())
+    assert "4 SAEs do not fit into the 150 kB free on cpu" in " ".join(printed.split())
 
 
 def test_stored_activations_are_counted(
@@ -114,8 +114,8 @@ def test_a_disk_that_is_too_small_is_reported(
     monkeypatch.setattr(report.shutil, "disk_usage", lambda _: SimpleNamespace(free=3e9))
     places = {tmp_path: 10**9, tmp_path / "not" / "yet": 10**9}
     assert not too_small(places)
-    (said,) = too_small({**places, tmp_path / "more": 2 * 10**9})
-    assert f"The disk of {tmp_path} has room for 3.00 GB, and up to 4.00 GB are needed" in said
+    (printed,) = too_small({**places, tmp_path / "more": 2 * 10**9})
+    assert f"The disk of {tmp_path} has room for 3.00 GB, and up to 4.00 GB are needed" in printed
 
 
 def test_with_several_processes_the_busiest_is_reported(
@@ -128,11 +128,11 @@ def test_with_several_processes_the_busiest_is_reported(
     assert run(arguments)[0] == 0
     every = [int(cell.replace(",", "")) for cell in rows_of(capsys.readouterr().out)["parameters"]]
     assert run([*arguments, *several])[0] == 0
-    said = capsys.readouterr().out
-    busiest = [int(cell.replace(",", "")) for cell in rows_of(said)["parameters"]]
+    printed = capsys.readouterr().out
+    busiest = [int(cell.replace(",", "")) for cell in rows_of(printed)["parameters"]]
     for mine, both in zip(busiest, every, strict=True):
         assert both / 2 <= mine < 0.6 * both
-    assert "nan" not in said
+    assert "nan" not in printed
 
 
 @pytest.mark.slow
@@ -146,14 +146,14 @@ def test_memory_disk_and_time_are_right_within_15_percent(
         "tokens=51200", "dead_after=100000000", "log_every=50", "eval_every=50",
         "checkpoint_every=50",
     )  # fmt: skip
-    said = []
+    printed = []
     for more in ("dry_run=true", "dry_run=false"):
         done = subprocess.run(
             [sys.executable, "-m", "groupsae.train", *arguments, more],
             capture_output=True, text=True, timeout=600, check=True,
         )  # fmt: skip
-        said.append(done.stdout)
-    rows = rows_of(said[0])
+        printed.append(done.stdout)
+    rows = rows_of(printed[0])
     (summary_file,) = tmp_path.rglob("summary.json")
     summary = json.loads(summary_file.read_text())
     peak = summary["peak_memory_gb"] * 2**30
@@ -161,6 +161,6 @@ def test_memory_disk_and_time_are_right_within_15_percent(
     folder = summary_file.parent
     disk = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     assert count(rows["disk: run folder"][0]) == pytest.approx(disk, rel=0.15)
-    told = float(rows["tokens per second, by a trial"][0].replace(",", ""))
-    assert 0.5 < told / summary["tokens_per_second"] < 2
+    forecast = float(rows["tokens per second, by a trial"][0].replace(",", ""))
+    assert 0.5 < forecast / summary["tokens_per_second"] < 2
     assert re.fullmatch(r"\d:\d\d:\d\d", rows["training"][0])

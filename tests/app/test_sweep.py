@@ -197,8 +197,9 @@ def test_a_signal_leaves_jobs_elsewhere_alone(number, tmp_path, monkeypatch, cap
         json.dumps({"status": 0, "reason": "", "folder": "f", "point": ["seed=0"]})
     )
     monkeypatch.setattr(sweep, "_current", recorder)
-    with pytest.raises(KeyboardInterrupt):
-        recorder._interrupted(number, None)
+    handled = sweep.handled_by(recorder._interrupted, requeue=False)
+    with pytest.raises(KeyboardInterrupt), handled:
+        signal.raise_signal(number)
     assert sweep.received() == number
     assert not recorder.stop.exists()  # jobs that have not begun yet read this
     status, shown = recorder.table()

@@ -89,8 +89,8 @@ def test_the_saved_suite_reconstructs_as_well_as_in_validation(
     for layer, x in zip(suite.layers, acts, strict=True):
         x_hat = suite.reconstruct(x.float(), layer)
         fvu = (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
-        said = summary["groups"][suite.group_of(layer)]["fvu_per_layer"][str(layer)]
-        assert float(fvu) == pytest.approx(said, rel=1e-4)
+        summarised = summary["groups"][suite.group_of(layer)]["fvu_per_layer"][str(layer)]
+        assert float(fvu) == pytest.approx(summarised, rel=1e-4)
 
 
 def test_a_finished_run_is_shown_again_and_not_repeated(

@@ -68,8 +68,8 @@ def in_a_small_place(victim, size: int) -> list[Done] | None:
         return None
     shutil.rmtree(place)
     shutil.move(f"{place}.kept", place)
-    said = re.split(r"^status (\d+)$", done.stdout, flags=re.MULTILINE)
-    return [Done(int(said[i + 1]), said[i], 0) for i in (0, 2)]
+    printed = re.split(r"^status (\d+)$", done.stdout, flags=re.MULTILINE)
+    return [Done(int(printed[i + 1]), printed[i], 0) for i in (0, 2)]
 
 
 def blocks_of(folder) -> int:
@@ -112,8 +112,8 @@ def test_a_checkpoint_with_a_flipped_bit(expected, program, row):
     flip_a_bit(sorted(newest.glob("sae-*.safetensors"))[0])
     again = victim.run()
     assert again.status == 0, again.output
-    said = " ".join(again.output.split())
-    assert "is damaged (the checksum of sae-0.safetensors is wrong)" in said
+    printed = " ".join(again.output.split())
+    assert "is damaged (the checksum of sae-0.safetensors is wrong)" in printed
     assert resumed_from(again) == 3
     assert victim.results() == expected
     row(
@@ -153,9 +153,9 @@ def test_nan_in_one_layers_activations_stops_the_run(expected, program, row):
     victim = program("log_every=3")
     done = victim.run(nan=8, layer=1)
     assert done.status == 2, done.output
-    said = " ".join(done.output.split())
-    assert "the loss is not a finite number at step 8 of 12" in said
-    assert "the activations of layer 1 are not finite in that step" in said
+    printed = " ".join(done.output.split())
+    assert "the loss is not a finite number at step 8 of 12" in printed
+    assert "the activations of layer 1 are not finite in that step" in printed
     assert victim.last_step() == 6
     again = victim.run()
     assert again.status == 0, again.output
@@ -171,9 +171,9 @@ def test_nan_in_one_layers_activations_is_skipped(expected, program, row):
     victim = program("nonfinite=skip")
     done = victim.run(nan=8, layer=1)
     assert done.status == 0, done.output
-    said = " ".join(done.output.split())
-    assert "a step was left out (nonfinite=skip), the last of them step 8" in said
-    assert "the activations of layer 1 are not finite in that step" in said
+    printed = " ".join(done.output.split())
+    assert "a step was left out (nonfinite=skip), the last of them step 8" in printed
+    assert "the activations of layer 1 are not finite in that step" in printed
     summary = json.loads((victim.folder / "summary.json").read_text())["groups"]
     hit = {name for name, group in summary.items() if 1 in group["layers"]}
     assert {name: group["skipped"] for name, group in summary.items()} == {

@@ -242,7 +242,7 @@ def test_what_is_no_secret_is_none(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("said", "shown"),
+    ("message", "shown"),
     [
         ("https://me:secret@hub.org/a", "https://***@hub.org/a"),
         (
@@ -255,10 +255,10 @@ def test_what_is_no_secret_is_none(tmp_path, monkeypatch):
         ("row 12 of a@b.org, https://hub.org/a", "row 12 of a@b.org, https://hub.org/a"),
     ],
 )
-def test_secrets_are_removed_from_messages_of_libraries(said, shown, monkeypatch):
+def test_secrets_are_removed_from_messages_of_libraries(message, shown, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "planted-in-the-environment")
-    assert redacted(said) == shown
-    assert str(UserError(said)) == shown
+    assert redacted(message) == shown
+    assert str(UserError(message)) == shown
 
 
 # ---- a finished run ----------------------------------------------------------------------------
@@ -280,9 +280,9 @@ def test_files_have_the_users_umask_and_no_secret(
     finally:
         os.umask(before)
     assert status == 0
-    said = "".join(capfd.readouterr())
-    assert SECRET not in said
-    assert key not in said
+    message = "".join(capfd.readouterr())
+    assert SECRET not in message
+    assert key not in message
     found = [tmp_path / "out", *(tmp_path / "out").rglob("*")]
     assert len(found) > 30
     for path in found:

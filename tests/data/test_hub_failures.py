@@ -8,7 +8,7 @@ import time
 import datasets
 import httpx2
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 
 from groupsae.data.hub import HubSource
 from groupsae.data.packing import Packing, pack
@@ -168,6 +168,32 @@ def test_fewer_rows_than_the_card_names_are_no_end_of_the_data(serve):
     with pytest.raises(UserError, match=r"ended after 498 of the 500 rows.*in 2 tries"):
         found.extend(document.text for document in source.documents())
     assert found == TEXTS[:498]
+
+
+def test_the_fingerprint_follows_the_commit_and_not_the_branch(serve):
+    hub, source = serve(files_of(TEXTS, "jsonl"))
+    before = source.fingerprint()
+    source.revision = "main"
+    assert source.fingerprint() == before
+    source.revision = hub.sha
+    hub.calls.clear()
+    assert source.fingerprint() == before
+    assert hub.calls == []  # a complete commit needs no question
+    source.revision, hub.sha = None, "b" * 40
+    assert source.fingerprint() != before
+
+
+def test_without_network_the_fingerprint_is_that_of_the_commit_seen_last(
+    serve, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    hub, source = serve({**files_of(TEXTS, "jsonl"), "README.md": b"A card."})
+    before = source.fingerprint()
+    hf_hub_download("some/data", "README.md", repo_type="dataset")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    assert source.fingerprint() == before
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    assert source.fingerprint() != before
 
 
 def test_a_connection_lost_in_a_models_download_is_a_sentence(monkeypatch, tiny_lm):

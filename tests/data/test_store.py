@@ -178,7 +178,7 @@ def test_a_full_store_needs_no_model(make_data, monkeypatch):
     data = make_data()
     data.reader.fill_training()
     assert len(training_batches(data)) == 9
-    assert data.said == []
+    assert data.reported == []
 
 
 def test_more_tokens_and_more_layers_write_only_what_is_missing(make_data, forwards):
@@ -275,7 +275,7 @@ def test_a_file_that_is_not_complete_is_noticed_on_opening_and_filled_again(
     damage(path)
     before, data = files(first), make_data()
     data.reader.fill_training()
-    assert any(f"{path} is damaged" in sentence and how in sentence for sentence in data.said)
+    assert any(f"{path} is damaged" in sentence and how in sentence for sentence in data.reported)
     assert {p for p, stat in files(data).items() if stat != before[p]} == {path}
     same_batches(training_batches(data), training_batches(make_data(None)))
 
@@ -341,12 +341,12 @@ def test_what_will_be_written_is_announced(make_data):
     data = make_data()
     data.reader.fill_training()
     folder = data.reader.store.folder
-    assert data.said == [
+    assert data.reported == [
         "activations of 4 layers for 576 train tokens and 128 heldout tokens: 360 kB to write "
         f"into {folder}."
     ]
     data.reader.fill_training()
-    assert len(data.said) == 1
+    assert len(data.reported) == 1
 
 
 def test_a_chunk_stays_one_processs_to_write_when_another_has_just_ended(tmp_path):
@@ -431,7 +431,7 @@ def test_a_chunk_that_another_process_writes_is_waited_for(make_data, monkeypatc
         assert not mine
 
     def killed(sentence):  # as soon as everything else is written
-        data.said.append(sentence)
+        data.reported.append(sentence)
         if "waiting for it" in sentence:
             assert len(list(data.reader.store.folder.glob("train/*/*.safetensors"))) == 4 * 4
             other.kill()
@@ -440,7 +440,7 @@ def test_a_chunk_that_another_process_writes_is_waited_for(make_data, monkeypatc
     data.reader.fill_training()
     other.wait()
     other.stdout.close()
-    assert "waiting for it" in data.said[-1]
+    assert "waiting for it" in data.reported[-1]
     assert len(list(folder.glob("*.safetensors"))) == 4
 
 

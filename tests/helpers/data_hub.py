@@ -29,6 +29,7 @@ class DataHub:
 
     Attributes:
         files: path -> content.
+        sha: the commit that they are of.
         troubles: what happens to the next requests for a file's content, first come first served;
             None answers as it should.
         down: files whose content nobody gets.
@@ -36,7 +37,7 @@ class DataHub:
     """
 
     def __init__(self, files: dict[str, bytes]) -> None:
-        self.files = files
+        self.files, self.sha = files, SHA
         self.troubles: list[Callable[[Handler, bytes, int], None] | None] = []
         self.down: set[str] = set()
         self.calls: list[str] = []
@@ -96,7 +97,15 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.calls.append(f"{self.command} {path} {self.headers.get('Range', '')}".strip())
         if re.fullmatch(rf"/api/datasets/{NAME}(/revision/[^/]+)?", path):
             siblings = [{"rfilename": name} for name in self.hub.files]
-            self.json({"id": NAME, "sha": SHA, "siblings": siblings, "private": False, "tags": []})
+            self.json(
+                {
+                    "id": NAME,
+                    "sha": self.hub.sha,
+                    "siblings": siblings,
+                    "private": False,
+                    "tags": [],
+                }
+            )
         elif found := re.fullmatch(rf"/api/datasets/{NAME}/tree/[^/]+/?(.*)", path):
             inside = found[1] and found[1] + "/"
             self.json([self._entry(n) for n in self.hub.files if n.startswith(inside)])
@@ -130,7 +139,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def good(self, body: bytes, start: int, size: int) -> None:
         """Send what was asked for."""
-        headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": SHA}
+        headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": self.hub.sha}
         if "Range" in self.headers:
             headers["Content-Range"] = f"bytes {start}-{start + len(body) - 1}/{size}"
         self.send(206 if "Range" in self.headers else 200, body, **headers)

@@ -61,13 +61,13 @@ def data_module(
         world_size: how many processes there are.
         training: whether it trains or validates.
         device: that batches go to.
-        store: folder and dtype of a store; its messages are appended to `data.said`.
+        store: folder and dtype of a store; its messages are appended to `data.reported`.
         **changes: of the constructor's arguments.
     """
     data = unprepared(lm, text, cache, **changes)
-    data.said = []
+    data.reported = []
     if store is not None:
-        data.keep_in(*store, data.said.append)
+        data.keep_in(*store, data.reported.append)
     data.trainer = trainer(device, rank, world_size, training)
     data.setup("fit")
     data.set_slots(slots)

@@ -16,8 +16,8 @@ def test_a_log_file_gets_lines_with_the_share_that_is_done(
     with token_progress("measuring", 400, show=True) as advance:
         for _ in range(4):
             advance(100)
-    said = capsys.readouterr().out.splitlines()
-    lines = [line for line in said if line.startswith("measuring")]
+    printed = capsys.readouterr().out.splitlines()
+    lines = [line for line in printed if line.startswith("measuring")]
     assert [line.split(",")[0] for line in lines] == [
         f"measuring: {25 * n}%" for n in (1, 2, 3, 4)
     ]

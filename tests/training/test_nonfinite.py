@@ -124,9 +124,9 @@ def test_a_skipped_step_warns_once_and_is_counted_and_logged(make_data):
     suite = tiny_suite("skip")
     with pytest.warns(
         UserWarning, match=r"layers.0-1: 2 steps were left out .* step 4, .*"
-    ) as told:
+    ) as warned:
         trainer = fit(suite, poisoned(make_data(GROUPS), 1, steps=(2, 3, 4)))
-    (sentence,) = [str(w.message) for w in told if "left out" in str(w.message)]
+    (sentence,) = [str(w.message) for w in warned if "left out" in str(w.message)]
     assert "the activations of layer 1 are not finite in that step" in sentence
     logged = {k: float(v) for k, v in trainer.callback_metrics.items() if "skipped" in k}
     assert logged == {f"train/skipped/{m.name}": 3 * (m.layers == [0, 1]) for m in suite.members()}
@@ -137,10 +137,10 @@ def test_stopping_names_member_step_and_layer(make_data):
     # the third step; what is logged says it in the fourth
     with pytest.raises(UserError) as stopped:
         fit(tiny_suite(), poisoned(make_data(GROUPS), 1))
-    said = str(stopped.value)
-    assert said.startswith("layers.0-1: the loss is not a finite number at step 3 of 6: ")
-    assert "the activations of layer 1 are not finite in that step" in said
-    assert "nonfinite=skip" in said
+    message = str(stopped.value)
+    assert message.startswith("layers.0-1: the loss is not a finite number at step 3 of 6: ")
+    assert "the activations of layer 1 are not finite in that step" in message
+    assert "nonfinite=skip" in message
 
 
 def test_too_many_steps_in_a_row_end_the_run(make_data, monkeypatch):

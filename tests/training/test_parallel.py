@@ -118,10 +118,10 @@ def test_spread_over_two_processes_it_is_the_same_bit_for_bit(
     folder, ended = spread(arguments(), 2, tmp_path)
     fine(ended)
     compare(alone, folder, rtol=0, atol=0)
-    said = " ".join(ended[0].output.split())
-    assert "process 0: layers.0, layers.3; 0.00 GB for them" in said
+    printed = " ".join(ended[0].output.split())
+    assert "process 0: layers.0, layers.3; 0.00 GB for them" in printed
     # 384 tokens of process 1 in 2 slots of 32 float32 each come to process 0
-    assert "0.1 MB received in a step process 1: layers.1-2;" in said
+    assert "0.1 MB received in a step process 1: layers.1-2;" in printed
 
 
 def test_spread_over_three_one_of_which_owns_nothing(arguments: Any, tmp_path: Path) -> None:

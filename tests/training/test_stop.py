@@ -50,12 +50,12 @@ def test_a_signal_in_the_last_validation_is_reported_and_costs_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = runs.overrides(tiny_lm, tiny_text, tmp_path, "eval_every=6")
-    begin, told = GroupSAESuite.on_validation_epoch_start, []
+    begin, stages = GroupSAESuite.on_validation_epoch_start, []
 
     def interrupted(self: GroupSAESuite) -> None:
         begin(self)
-        told.append(self.trainer.training)
-        if len(told) == 2:  # the first one belongs to the sixth step
+        stages.append(self.trainer.training)
+        if len(stages) == 2:  # the first one belongs to the sixth step
             signal.raise_signal(number)
 
     with monkeypatch.context() as patch:
@@ -77,8 +77,8 @@ def test_a_signal_to_the_complete_process_group_stops_in_order(
     (ended,) = together(stop_group, 1, tmp_path / "log", arguments, number, measuring)
     assert ended.status == 128 + number, ended.output
     assert "Traceback" not in ended.output
-    said = "stopped before training; resume with" if measuring else "stopped at step 3 of 6"
-    assert said in ended.output
+    sentence = "stopped before training; resume with" if measuring else "stopped at step 3 of 6"
+    assert sentence in ended.output
     assert bool(list(tmp_path.rglob("step=3.ckpt"))) == (not measuring)
 
 
