@@ -13,12 +13,16 @@ from groupsae.lm.load import FrozenLM
 STORE = ("cache", "cache_dtype")  # in `data`, next to the arguments of the text source
 
 
+def make_source(data: DictConfig) -> Any:
+    """Return the source of text that `data` names."""
+    return make(OmegaConf.masked_copy(data, [str(key) for key in data if key not in STORE]))
+
+
 def make_stream(cfg: DictConfig, lm: FrozenLM, say: Callable[[str], Any]) -> ActivationDataModule:
     """Return the activations of a language model on a run's text."""
-    source = OmegaConf.masked_copy(cfg.data, [str(k) for k in cfg.data if k not in STORE])
     data = ActivationDataModule(
         lm=lm,
-        source=make(source),
+        source=make_source(cfg.data),
         cache=str(Path(cfg.output) / "cache"),
         tokens=cfg.tokens,
         seed=cfg.seed,
