@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, verified, the last good one used; and taken apart by SAE."""
+"""Checkpoints: complete or not there, verified, the last good one used; and taken apart by SAE."""
 
 import errno
 import os
@@ -91,15 +91,15 @@ def test_one_sae_alone_is_read_and_restores_an_optimiser_of_its_own(tmp_path: Pa
     parameters = [torch.nn.Parameter(torch.zeros(3, 4)), torch.nn.Parameter(torch.zeros(4))]
     adam = torch.optim.Adam([{"params": parameters, "name": "layers.1"}])
     adam.load_state_dict(found["optimizer_states"][0])
-    whole = made()["optimizer_states"][0]
+    complete = made()["optimizer_states"][0]
     assert adam.param_groups[0]["lr"] == 1 / 3
-    for mine, theirs in zip(parameters, whole["param_groups"][1]["params"], strict=True):
-        assert torch.equal(adam.state[mine]["exp_avg"], whole["state"][theirs]["exp_avg"])
+    for mine, theirs in zip(parameters, complete["param_groups"][1]["params"], strict=True):
+        assert torch.equal(adam.state[mine]["exp_avg"], complete["state"][theirs]["exp_avg"])
 
 
 @pytest.mark.parametrize("victim", ["sae-1.safetensors", "state.pt", "manifest.json"])
 @pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
-def test_the_last_good_one_is_used_and_said(tmp_path: Path, victim: str, how: str) -> None:
+def test_the_last_good_one_is_used_and_reported(tmp_path: Path, victim: str, how: str) -> None:
     good, bad = (save(made(step), tmp_path / f"step={step}.ckpt") for step in (3, 12))
     if how == "flipped":
         flip_a_bit(bad / victim)
@@ -107,19 +107,19 @@ def test_the_last_good_one_is_used_and_said(tmp_path: Path, victim: str, how: st
         os.truncate(bad / victim, (bad / victim).stat().st_size // 2)
     else:
         (bad / victim).unlink()
-    said: list[str] = []
-    found = SuiteCheckpoints(say=said.append).load_checkpoint(bad)
+    reports: list[str] = []
+    found = SuiteCheckpoints(say=reports.append).load_checkpoint(bad)
     assert found["global_step"] == 3
-    assert len(said) == 2
-    assert f"{bad} is damaged" in said[0]
-    assert victim in said[0] or victim == "manifest.json"
-    assert said[1] == f"resuming from {good}"
-    assert files.checkpoints(tmp_path) == [good]  # the step can be saved anew
+    assert len(reports) == 2
+    assert f"{bad} is damaged" in reports[0]
+    assert victim in reports[0] or victim == "manifest.json"
+    assert reports[1] == f"resuming from {good}"
+    assert files.checkpoints(tmp_path) == [good]  # the step can be saved again
     save(made(12), bad)
     assert read_checkpoint(bad)["global_step"] == 12
 
 
-def test_without_a_whole_one_it_says_how_to_start_again(tmp_path: Path) -> None:
+def test_without_a_complete_one_the_error_says_how_to_start_again(tmp_path: Path) -> None:
     path = tmp_path / "step=3.ckpt"
     torch.save(made(), path)  # a file, as earlier versions wrote them
     with pytest.raises(UserError, match="every checkpoint .* is damaged.*overwrite=true"):
@@ -171,9 +171,9 @@ def test_a_disk_that_cannot_read_the_newest_costs_no_more_than_a_damaged_one(
         return digest(handle, how)
 
     monkeypatch.setattr(files.hashlib, "file_digest", failing)
-    said: list[str] = []
-    assert SuiteCheckpoints(say=said.append).load_checkpoint(bad)["global_step"] == 3
-    assert "is damaged ([Errno 5] Input/output error)" in said[0]
+    reports: list[str] = []
+    assert SuiteCheckpoints(say=reports.append).load_checkpoint(bad)["global_step"] == 3
+    assert "is damaged ([Errno 5] Input/output error)" in reports[0]
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.ESTALE])
@@ -224,11 +224,11 @@ for name in ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir"):
     setattr(os, name, dying(getattr(os, name)))
 t.save(t.made(6), where / "step=6.ckpt")
 io.SuiteCheckpoints(say=print).remove_checkpoint(where / "step=3.ckpt")
-print("whole")
+print("complete")
 """
 
 
-def test_killed_at_any_system_call_a_whole_checkpoint_is_left(tmp_path: Path) -> None:
+def test_killed_at_any_system_call_a_complete_checkpoint_is_left(tmp_path: Path) -> None:
     """os.fsync, mkdir, rename, ... each in turn is where the process ends."""
     seen = set()
     for count in range(1, 40):
@@ -303,9 +303,9 @@ def test_a_run_whose_newest_checkpoint_is_damaged_ends_with_the_same_weights(
     newest = folder / "checkpoints" / "step=6.ckpt"
     flip_a_bit(newest / "sae-0.safetensors")
     assert run([f"resume={folder}"])[0] == 0
-    said = capsys.readouterr().out
-    assert "the checksum of sae-0.safetensors is wrong" in said
-    assert f"resuming from {newest.with_name('step=3.ckpt')}" in said
+    reports = capsys.readouterr().out
+    assert "the checksum of sae-0.safetensors is wrong" in reports
+    assert f"resuming from {newest.with_name('step=3.ckpt')}" in reports
     assert same(saved(folder), before)
     assert read_checkpoint(newest)["global_step"] == 6
 
