@@ -19,6 +19,12 @@ from omegaconf import DictConfig, OmegaConf
 from groupsae.config.instantiate import CONF
 from groupsae.runtime.errors import UserError
 
+RENAMED = {  # (command, key) of earlier versions -> the key now
+    ("export", "to"): "output",
+    ("import_saes", "path"): "saes",
+    ("import_saes", "to"): "name",
+}
+
 
 def start(name: str, task: Callable[[DictConfig], Any]) -> None:
     """Run a command with the arguments of this process.
@@ -55,7 +61,7 @@ def one_sentence() -> Iterator[None]:
 
 
 def quoted(argument: str, name: str) -> str:
-    """Return an argument of a command, with any character allowed in the names of folders.
+    """Return an argument with its key of today, any character allowed in names of folders.
 
     `run=a,b` becomes a list, which Hydra would take for a sweep.
 
@@ -65,6 +71,12 @@ def quoted(argument: str, name: str) -> str:
     "resume='outputs/a=1'"
     """
     key, _, value = argument.partition("=")
+    new = RENAMED.get((name, key))
+    if new is not None:
+        if new == "name" and value != "null":  # a path before; now a path must be absolute
+            value = os.path.abspath(value)
+        print(f"note: {key}= is now {new}=", file=sys.stderr)
+        key, argument = new, f"{new}={value}"
     folder = key in ("run", "resume", "saes", "name") or (key == "output" and name != "train")
     if not folder or value in ("", "null", "???") or value[0] in "['\"":
         return argument
