@@ -18,7 +18,7 @@ def test_the_command_answers_values_of_another_kind_with_a_sentence() -> None:
     bad = {
         "groups.rules=3": "groups.rules is 3",
         "groups.rules=null": "groups.rules is None",
-        "groups.rules=[[complete]]": "There is no rule ['complete']",
+        "groups.rules=[[complete]]": "rule is ['complete']: use",
         "groups.smaller=2": "groups.smaller is 2",
         "groups.smaller=null": "groups.smaller is None",
         "groups.smaller=[a]": "groups.smaller holds 'a'",

@@ -234,7 +234,7 @@ def refused(run_folder: Path, *arguments: str) -> str:
         ("device=null", "device is None; use auto"),
         ("device=0", "device is 0; use auto"),
         ("device=cuda:99", "device is cuda:99, but"),
-        ("evaluation.bootstrap.resamples=0", "bootstrap.resamples is 0; it must be a whole"),
+        ("evaluation.bootstrap.resamples=0", "bootstrap.resamples is 0; it must be an integer"),
         ("evaluation.bootstrap.resamples=many", "resamples is 'many'; it must be an integer"),
         ("evaluation.bootstrap.level=95", "level is 95; it must be a number between 0 and 1"),
         (

@@ -96,7 +96,7 @@ def test_any_key_is_accepted_with_a_folder_of_the_users_own_yaml_files() -> None
         (["groups=explicit", "groups.groups=[[0],[2]]"], "1"),
         (["groups=all", "groups.rules=[]"], "groups.rules is"),
         (["groups=all", "groups.rules=[even,compleet]"], "rule is 'compleet': use complete"),
-        (["groups=all", "groups.smaller=[1,3]"], "groups.smaller holds 3, but 3 layers"),
+        (["groups=all", "groups.smaller=[1,3]"], "groups.smaller holds 3: use integers"),
         (
             ["groups=all", "groups.smaller=[1]", "sae.expansion=0.2"],
             "the smaller SAE layers.0.smaller-1: sae.k is 4",
@@ -280,7 +280,7 @@ def test_a_finished_run_is_not_shown_for_text_that_has_changed(
     arguments = overrides(tiny_lm, text, tmp_path / "out")
     assert run(arguments)[0] == 0
     (text / "000.txt").write_text("other words\n" * 200)
-    with pytest.raises(UserError, match="another text"):
+    with pytest.raises(UserError, match="other values of text"):
         run(arguments)
 
 

@@ -227,15 +227,15 @@ def test_options_of_from_pretrained_are_passed_on_and_recorded(folder_of):
     for load, sentence in (
         ({"dtype": "float16"}, "model.load contains dtype: leave it out and use model.dtype"),
         ({"token": "secret"}, "contains token.*HF_TOKEN"),
-        ({"use_auth_token": "secret"}, "holds use_auth_token.*HF_TOKEN"),
-        ({"proxies": {"https": "proxy:80"}}, "holds proxies.*HTTPS_PROXY"),
+        ({"use_auth_token": "secret"}, "contains use_auth_token.*HF_TOKEN"),
+        ({"proxies": {"https": "proxy:80"}}, "contains proxies.*HTTPS_PROXY"),
         ({"adapter_kwargs": [{"token": "secret"}]}, "contains token"),
-        ({"mirror": "https://me:secret@host/x"}, "holds an address with a password"),
+        ({"mirror": "https://me:secret@host/x"}, "contains an address with a password"),
     ):
         with pytest.raises(UserError, match=sentence) as refused:
             frozen(folder, load=load)
         assert "secret" not in str(refused.value)
-    with pytest.raises(UserError, match="give arguments of from_pretrained"):
+    with pytest.raises(UserError, match="use arguments of from_pretrained"):
         check_load_options("eager")
 
 

@@ -317,7 +317,7 @@ def test_further_outputs_of_blocks_are_those_of_the_clean_run():
 def test_a_model_that_hides_something_from_its_blocks_outputs_is_refused():
     model = Carrying("inside").requires_grad_(False)
     splicer = splicer_of(model)
-    with pytest.raises(UserError, match=r"Carrying cannot be run from .*resid_post of block 1 "):
+    with pytest.raises(UserError, match=r"Carrying cannot be resumed .*resid_post of block 1,"):
         splicer.clean(draw_tokens(), [1])
     with pytest.raises(UserError):  # and again, not only the first time
         splicer.clean(draw_tokens(), [1])
