@@ -72,6 +72,9 @@ TRAINING = {
     "stream.blocks_per_step": COUNT,
     "stream.blocks_per_forward": COUNT,
     "stream.heldout_tokens": COUNT,
+    "stream.max_norm_ratio": Allowed(
+        "a number above 1, such as 10", between(1, float("inf")).holds
+    ).or_null("no limit"),
     "stream.num_workers": at_least(0),
     "optim.base_lr": POSITIVE,
     "optim.clip_norm": POSITIVE,

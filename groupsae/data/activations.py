@@ -19,7 +19,7 @@ from groupsae.cost.stopwatch import Stopwatch
 from groupsae.data.batch import ActivationBatch
 from groupsae.data.draws import DrawnTokens, draw
 from groupsae.data.exchange import Exchange
-from groupsae.data.filters import TokenFilter, check_filters
+from groupsae.data.filters import TokenFilter, check_skip_positions
 from groupsae.data.loader import BlockLoader, StepSampler
 from groupsae.data.packing import (
     SPLITS,
@@ -120,7 +120,7 @@ class ActivationDataModule(L.LightningDataModule):
                 f"tokens={tokens:,} is less than one step of stream.blocks_per_step="
                 f"{blocks_per_step} blocks of {context} tokens: raise it, or lower the step."
             )
-        check_filters(skip_positions, max_norm_ratio, context)
+        check_skip_positions(skip_positions, context)
         self.lm, self.source, self.cache = lm, source, Path(cache)
         self.packing = Packing(
             context=context,

@@ -58,17 +58,10 @@ def both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return first & second
 
 
-def check_filters(skip_positions: object, max_norm_ratio: object, context: int) -> None:
-    """Raise UserError if an option of the stream's filters is not allowed."""
+def check_skip_positions(skip_positions: object, context: int) -> None:
+    """Raise UserError if so many positions of a block cannot be skipped."""
     if type(skip_positions) is not int or not 0 <= skip_positions < context:
         raise UserError(
             f"stream.skip_positions is {skip_positions!r}; it must be an integer from 0 to "
             f"{context - 1}, one less than stream.context."
-        )
-    if max_norm_ratio is not None and not (
-        type(max_norm_ratio) in (int, float) and max_norm_ratio > 1  # type: ignore[operator]
-    ):
-        raise UserError(
-            f"stream.max_norm_ratio is {max_norm_ratio!r}; it must be a number above 1, such as "
-            "10, or null for no limit."
         )

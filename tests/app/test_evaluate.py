@@ -405,8 +405,13 @@ def test_ctrl_c_ends_an_evaluation_with_a_sentence(
 
     monkeypatch.setattr(app, "begin_evaluation", lambda _: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr(sys, "argv", ["evaluate", f"run={copy}", "device=cpu"])
-    with pytest.raises(SystemExit) as ended:
-        main()
+    # jobs in the background of a shell ignore Ctrl-C
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended.value.code == 128 + signal.SIGINT
     assert "the same command begins the evaluation again" in capsys.readouterr().err
 

@@ -123,7 +123,7 @@ def test_filtered_positions_are_left_out_of_training_and_evaluation(
     [
         ("model.hookpoint=resid_mid", "model.hookpoint is 'resid_mid'; use resid_pre"),
         ("model.stack=encoder", "model.stack is 'encoder', but .* only a stack of type decoder"),
-        ("model.blocks_path=transformer.h", r"'transformer.h', which is not .*layers \(4\)"),
+        ("model.blocks_path=transformer.h", r"'transformer.h', which names no .*layers \(4\)"),
         ("stream.skip_positions=64", "stream.skip_positions is 64; .* from 0 to 63"),
         ("stream.skip_positions=-1", "stream.skip_positions is -1"),
         ("stream.max_norm_ratio=1", "stream.max_norm_ratio is 1; .* above 1, such as 10, or null"),

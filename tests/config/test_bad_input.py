@@ -82,6 +82,9 @@ def test_any_key_is_accepted_with_a_folder_of_the_users_own_yaml_files() -> None
     ("arguments", "sentence"),
     [
         (["groups.theta=0"], "theta"),
+        (["stream.max_norm_ratio=1"], "stream.max_norm_ratio is 1; it must be a number above 1"),
+        (["stream.max_norm_ratio=.nan"], "stream.max_norm_ratio is"),
+        (["stream.max_norm_ratio=true"], "stream.max_norm_ratio is True"),
         (["tokens=0"], "tokens is 0"),
         (["tokens=lots"], "tokens is 'lots'"),
         (["tokens=100"], "less than one step"),
