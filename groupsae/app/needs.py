@@ -46,7 +46,7 @@ def _cells(needs: Needs) -> dict[str, str]:
 
 def print_needs(console: Console, found: Sequence[Needs], processes: int, device: str) -> None:
     """Print the needs of a run; with two columns if its groups are not known yet."""
-    table = Table(title=f"dry run: what one of {processes} process(es) needs on {device}")
+    table = Table(title=f"dry run: needs of one process, of {processes}, on {device}")
     table.add_column("")
     for needs in found:
         table.add_column(f"{needs.num_saes} SAEs", justify="right")

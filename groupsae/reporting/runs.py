@@ -119,7 +119,8 @@ def not_alike(runs: Sequence[RunFiles]) -> str:
     what = "; ".join(f"{key}: {' and '.join(values)}" for key, values in differing(runs).items())
     return what and (
         f"The runs were not evaluated alike ({what}): differences between them may come from "
-        "that, not from the SAEs. Evaluate them alike, with python -m groupsae.evaluate."
+        "that, not from the SAEs. Evaluate them with the same evaluation options; where the text "
+        "differs, import or train one again with the other's data, tokens and stream options."
     )
 
 
