@@ -4,6 +4,7 @@ Shape names in signatures: batch (rows), token, pos, block, layer, slot (a set o
 row is drawn from), d_model, d_sae, k.
 """
 
+import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +14,49 @@ except PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+checkout"
 
 if TYPE_CHECKING:
+    from groupsae.sae.batchtopk import BatchTopK
+    from groupsae.sae.gated import Gated
+    from groupsae.sae.jumprelu import JumpReLU
+    from groupsae.sae.matryoshka import Matryoshka
+    from groupsae.sae.relu import ReLU
+    from groupsae.sae.topk import TopK
+    from groupsae.suite.layer import LayerSAE
     from groupsae.suite.suite import Suite, load_suite
 
-__all__ = ["Suite", "__version__", "load_suite"]
+# public name -> its module, imported on first use: `import groupsae` stays light
+_HOMES = {
+    "BatchTopK": "groupsae.sae.batchtopk",
+    "Gated": "groupsae.sae.gated",
+    "JumpReLU": "groupsae.sae.jumprelu",
+    "LayerSAE": "groupsae.suite.layer",
+    "Matryoshka": "groupsae.sae.matryoshka",
+    "ReLU": "groupsae.sae.relu",
+    "Suite": "groupsae.suite.suite",
+    "TopK": "groupsae.sae.topk",
+    "load_suite": "groupsae.suite.suite",
+}
+
+__all__ = [
+    "BatchTopK",
+    "Gated",
+    "JumpReLU",
+    "LayerSAE",
+    "Matryoshka",
+    "ReLU",
+    "Suite",
+    "TopK",
+    "__version__",
+    "load_suite",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the loading functions on first use: `import groupsae` stays light."""
-    if name in {"Suite", "load_suite"}:
-        from groupsae.suite import suite
+    """Import a public name on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'groupsae' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
-        return getattr(suite, name)
-    raise AttributeError(name)
+
+def __dir__() -> list[str]:
+    """Return the public names, for completion in a notebook."""
+    return __all__

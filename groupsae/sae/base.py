@@ -110,6 +110,10 @@ class SAE(nn.Module, ABC):
         drawn = drawn.to(torch.get_default_device())
         return drawn / drawn.norm(dim=1, keepdim=True)
 
+    def extra_repr(self) -> str:
+        """Return the sizes, and what decides how many latents are active."""
+        return f"d_model={self.d_model}, d_sae={self.d_sae}"
+
     # ---- inference ----------------------------------------------------------------------
 
     def pre_acts(self, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_sae"]:

@@ -37,6 +37,10 @@ class Gated(SAE):
         self.b_mag = nn.Parameter(torch.zeros(self.d_sae))
         self.r_mag = nn.Parameter(torch.zeros(self.d_sae))
 
+    def extra_repr(self) -> str:
+        """Return the sizes and the weight of the penalty."""
+        return f"{super().extra_repr()}, l1_coefficient={self.l1_coefficient}"
+
     def pre_acts(self, x: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch d_sae"]:
         """Return W_enc (x - b_dec), which gate and magnitude share."""
         return F.linear(x, self.W_enc, torch.zeros_like(self.b_gate) - self.W_enc @ self.b_dec)

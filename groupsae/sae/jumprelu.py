@@ -61,6 +61,10 @@ class JumpReLU(SAE):
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
         self.log_threshold = nn.Parameter(torch.full((self.d_sae,), math.log(threshold)))
 
+    def extra_repr(self) -> str:
+        """Return the sizes and the target of training."""
+        return f"{super().extra_repr()}, target_l0={self.target_l0}"
+
     def encode(self, x: Float[Tensor, "batch d_model"]) -> SparseLatents:
         """Return the latents above their thresholds."""
         pre_acts = self.pre_acts(x)

@@ -49,6 +49,10 @@ class Matryoshka(BatchTopK):
         begins = torch.tensor([0, *self.sizes[:-1]])
         self.register_buffer("begins", begins, persistent=False)
 
+    def extra_repr(self) -> str:
+        """Return the sizes, k and the number of latents of each prefix."""
+        return f"{super().extra_repr()}, prefixes={self.sizes}"
+
     def reconstruct(
         self,
         x: Float[Tensor, "batch d_model"],

@@ -36,6 +36,10 @@ class ReLU(SAE):
         self.l1_coefficient, self.sparsity_warmup = l1_coefficient, sparsity_warmup
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
 
+    def extra_repr(self) -> str:
+        """Return the sizes and the weight of the penalty."""
+        return f"{super().extra_repr()}, l1_coefficient={self.l1_coefficient}"
+
     def encode(self, x: Float[Tensor, "batch d_model"]) -> SparseLatents:
         """Return the latents above zero."""
         return active_latents(self.pre_acts(x).relu())

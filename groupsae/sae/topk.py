@@ -67,6 +67,10 @@ class TopK(SAE):
         self.auxk_alpha, self.max_auxk = auxk_alpha, max(1, round(auxk_share * self.d_model))
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
 
+    def extra_repr(self) -> str:
+        """Return the sizes and k."""
+        return f"{super().extra_repr()}, k={self.k}"
+
     def encode(self, x: Float[Tensor, "batch d_model"]) -> SparseLatents:
         """Return the k largest latents of each row."""
         values, indices = top_k(self.pre_acts(x), self.k)

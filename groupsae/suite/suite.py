@@ -2,10 +2,11 @@
 
 import importlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from operator import index
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float
@@ -20,6 +21,7 @@ from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE, SparseLatents
 from groupsae.suite.groups_file import load_plan
 from groupsae.suite.hub import download, repository
+from groupsae.suite.layer import Acts, Dense, LayerSAE
 
 FORMAT = 2
 
@@ -49,6 +51,12 @@ class Suite:
                         "has one for each layer. Choose with load_suite(path, grouping=...)."
                     )
                 self._owner[layer] = name
+        for sae in saes.values():
+            sae.eval().requires_grad_(False)
+        self._views = {
+            layer: LayerSAE(saes[name], layer, name, configs[name])
+            for layer, name in self._owner.items()
+        }
 
     @property
     def d_model(self) -> int:
@@ -60,12 +68,38 @@ class Suite:
         """Return all layers that have an SAE."""
         return sorted(self._owner)
 
+    @property
+    def groups(self) -> dict[str, list[int]]:
+        """Return the layers of each group, by its name."""
+        return {name: list(config["layers"]) for name, config in self.configs.items()}
+
     def __repr__(self) -> str:
         """Return the groups and their widths."""
         return f"Suite({', '.join(f'{n}: {s.d_sae} latents' for n, s in self.saes.items())})"
 
-    def to(self, device: torch.device | str) -> "Suite":
-        """Move every SAE to a device; returns the suite itself."""
+    def __getitem__(self, layer: SupportsIndex) -> LayerSAE:
+        """Return the SAE of a layer: its group's weights with this layer's norm factor.
+
+        Raises:
+            UserError: the layer has no SAE.
+        """
+        self.group_of(index(layer))
+        return self._views[index(layer)]
+
+    def __iter__(self) -> Iterator[LayerSAE]:
+        """Return the SAEs of all layers, from the first layer to the last."""
+        return (self._views[layer] for layer in self.layers)
+
+    def __len__(self) -> int:
+        """Return the number of layers that have an SAE."""
+        return len(self._owner)
+
+    def __contains__(self, layer: object) -> bool:
+        """Return whether a layer has an SAE."""
+        return layer in self._owner
+
+    def to(self, device: torch.device | str | torch.dtype) -> "Suite":
+        """Move every SAE to a device, or convert it to a dtype; returns the suite itself."""
         for sae in self.saes.values():
             sae.to(device)
         return self
@@ -82,56 +116,37 @@ class Suite:
 
     def norm_factor(self, layer: int) -> float:
         """Return the factor that activations of a layer are multiplied by before encoding."""
-        return float(self.configs[self.group_of(layer)]["norm_factors"][str(layer)])
+        return self[layer].norm_factor
 
     @torch.no_grad()
-    def encode(
-        self, acts: Float[Tensor, "*batch d_model"], layer: int
-    ) -> Float[Tensor, "*batch d_sae"]:
-        """Return the latent activations, dense, in the SAE's precision (float32 as saved).
+    def encode(self, acts: Acts, layer: int) -> Float[Tensor, "*batch d_sae"]:
+        """Return the latents of raw activations of a layer, dense: `suite[layer].encode(acts)`.
 
-        The activations are raw, of any leading shape and precision.
+        No gradients are kept; those of `suite[layer]` are.
         """
-        sae = self.saes[self.group_of(layer)]
-        values, indices, _ = self.encode_sparse(acts.reshape(-1, acts.shape[-1]), layer)
-        dense = torch.zeros(len(values), sae.d_sae, dtype=values.dtype, device=values.device)
-        return dense.scatter_(1, indices, values).reshape(*acts.shape[:-1], sae.d_sae)
+        return self[layer].encode(acts)
 
     @torch.no_grad()
-    def encode_sparse(self, acts: Float[Tensor, "row d_model"], layer: int) -> SparseLatents:
-        """Return the active latents of raw rows of one layer, as values and indices."""
-        sae = self.saes[self.group_of(layer)]
-        if acts.shape[-1] != sae.d_model:
-            raise UserError(
-                f"activations of layer {layer} have width {acts.shape[-1]}, but its SAE takes "
-                f"{sae.d_model}: give activations of the model it was trained on."
-            )
-        rows = acts.to(next(sae.parameters()).dtype)
-        return sae.encode(rows * self.norm_factor(layer))
+    def encode_sparse(self, acts: Acts, layer: int) -> SparseLatents:
+        """Return the active latents of raw activations, as values and indices, [*batch, k]."""
+        return self[layer].encode_sparse(acts)
 
     @torch.no_grad()
-    def decode_sparse(self, latents: SparseLatents, layer: int) -> Float[Tensor, "row d_model"]:
+    def decode_sparse(self, latents: SparseLatents, layer: int) -> Float[Tensor, "*batch d_model"]:
         """Return the reconstruction at the scale of `layer`'s raw activations."""
-        return self.saes[self.group_of(layer)].decode(latents) / self.norm_factor(layer)
+        return self[layer].decode(latents)
 
     @torch.no_grad()
     def decode(
-        self, latents: Float[Tensor, "*batch d_sae"], layer: int
+        self, latents: Dense | SparseLatents, layer: int
     ) -> Float[Tensor, "*batch d_model"]:
         """Return the reconstruction at the scale of `layer`'s raw activations."""
-        sae = self.saes[self.group_of(layer)]
-        if latents.shape[-1] != sae.d_sae:
-            raise UserError(
-                f"latents of layer {layer} have width {latents.shape[-1]}, but its SAE has "
-                f"{sae.d_sae}: give the result of encode(acts, layer={layer})."
-            )
-        return sae.decode_dense(latents) / self.norm_factor(layer)
+        return self[layer].decode(latents)
 
-    def reconstruct(
-        self, acts: Float[Tensor, "*batch d_model"], layer: int
-    ) -> Float[Tensor, "*batch d_model"]:
-        """Return decode(encode(acts)) for one layer."""
-        return self.decode(self.encode(acts, layer), layer)
+    @torch.no_grad()
+    def reconstruct(self, acts: Acts, layer: int) -> Float[Tensor, "*batch d_model"]:
+        """Return decode(encode(acts)) for one layer, in dense products."""
+        return self[layer].decode(self[layer].encode(acts))
 
 
 def load_suite(path: str | Path, grouping: str | None = None) -> Suite:
@@ -255,7 +270,7 @@ def _load_sae(file: Path) -> tuple[SAE, dict[str, Any]]:
         raise
     except Exception as error:  # a truncated or edited file can lead to any of them
         raise damaged(file.parent, error) from error
-    return sae.eval(), config
+    return sae, config
 
 
 def _architecture(path: str, file: Path) -> type[SAE]:
