@@ -9,10 +9,10 @@ from rich.table import Table
 
 from groupsae.app.run_folder import finished_run
 from groupsae.files.atomic import check_free
-from groupsae.interop.card import card, figures_of_run, files_of_run, is_upload
-from groupsae.interop.exporting import Written, export_suite, holds_only
 from groupsae.interop.formats import format_named
 from groupsae.runtime.errors import UserError
+from groupsae.suite.card import card, figures_of_run, files_of_run, is_upload
+from groupsae.suite.exporting import Written, export_suite, holds_only
 from groupsae.suite.hub import check_name, repository, upload
 from groupsae.suite.suite import load_suite
 

@@ -9,9 +9,11 @@ from groupsae.app.run_folder import save_config
 from groupsae.config.identity import without
 from groupsae.config.instantiate import make
 from groupsae.files.atomic import atomic_folder, check_free
-from groupsae.interop.card import OF_SAE
 from groupsae.interop.group_sae import FACTORS
-from groupsae.interop.importing import (
+from groupsae.runtime.errors import UserError
+from groupsae.suite.card import OF_SAE
+from groupsae.suite.hub import Repository, download, repository
+from groupsae.suite.importing import (
     READABLE,
     ReadAt,
     is_imported,
@@ -19,8 +21,6 @@ from groupsae.interop.importing import (
     read_folder,
     write_run,
 )
-from groupsae.runtime.errors import UserError
-from groupsae.suite.hub import Repository, download, repository
 
 # left out of the run's configuration: keys of this command only, and those of training
 LEFT_OUT = (

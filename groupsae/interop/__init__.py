@@ -1,1 +1,1 @@
-"""SAEs in the formats of other libraries: export, import, the page of a repository on the Hub."""
+"""The file formats of other libraries: an SAE of ours to a folder of theirs, and back."""

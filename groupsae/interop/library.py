@@ -16,6 +16,7 @@ from torch import Tensor
 
 from groupsae import __version__
 from groupsae.files.reading import damaged, missing
+from groupsae.files.tensors import take
 from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE
 from groupsae.sae.batchtopk import BatchTopK
@@ -24,7 +25,6 @@ from groupsae.sae.jumprelu import JumpReLU
 from groupsae.sae.matryoshka import Matryoshka
 from groupsae.sae.relu import ReLU
 from groupsae.sae.topk import TopK
-from groupsae.suite.suite import take
 
 METADATA_FORMAT = 1  # version of our entry in other formats' free metadata
 ARCHITECTURES: tuple[type[SAE], ...] = (TopK, BatchTopK, Matryoshka, JumpReLU, ReLU, Gated)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from groupsae.files.reading import require_json
+from groupsae.files.tensors import read_tensors
 from groupsae.interop.library import (
     ImportedSAE,
     Library,
@@ -24,7 +25,6 @@ from groupsae.interop.library import (
 from groupsae.lm.hookpoints import HOOKPOINTS
 from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE
-from groupsae.suite.suite import read_tensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 ARCHITECTURES = {

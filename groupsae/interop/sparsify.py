@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from groupsae.files.reading import require_json
+from groupsae.files.tensors import read_tensors
 from groupsae.interop.library import (
     ImportedSAE,
     Library,
@@ -21,7 +22,6 @@ from groupsae.interop.library import (
 )
 from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE
-from groupsae.suite.suite import read_tensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 NAMES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}

@@ -1,1 +1,1 @@
-"""A trained suite of SAEs: load, save, encode, decode; the Hub."""
+"""A trained suite of SAEs: load, save, encode, decode; export and import; the Hub."""

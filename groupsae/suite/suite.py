@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from operator import index
 from pathlib import Path
@@ -10,12 +10,12 @@ from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from groupsae.files.atomic import atomic_write, write_json
-from groupsae.files.reading import damaged, missing
+from groupsae.files.reading import damaged
+from groupsae.files.tensors import read_tensors, take
 from groupsae.grouping.groupings import by_name
 from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE, SparseLatents
@@ -208,43 +208,6 @@ def save_sae(folder: Path, sae: SAE, config: dict[str, Any]) -> None:
     with atomic_write(folder / "sae.safetensors") as handle:
         handle.write(save(tensors))  # (save_file would make it readable by its owner only)
     write_json(folder / "cfg.json", {"format": FORMAT, **config})
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file.
-
-    Raises:
-        UserError: the file is missing, truncated or damaged.
-    """
-    try:
-        return load_file(file)
-    except FileNotFoundError:
-        raise missing(file) from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise damaged(file, error) from error
-
-
-def take(
-    tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], file: Path
-) -> dict[str, Tensor]:
-    """Return the tensors of a file in float32, after a check of names and shapes.
-
-    Raises:
-        UserError: one is missing or has another shape, or there are more.
-    """
-    lacking, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    if lacking or extra:
-        fault = f"lacks the tensor {lacking[0]}" if lacking else f"has an extra tensor {extra[0]}"
-        raise UserError(
-            f"{file} {fault}: expected {', '.join(wanted)}, found {', '.join(sorted(tensors))}."
-        )
-    for name, shape in wanted.items():
-        if tuple(tensors[name].shape) != shape:
-            raise UserError(
-                f"{file}: the tensor {name} has shape {list(tensors[name].shape)}, but its "
-                f"configuration requires {list(shape)}."
-            )
-    return {name: tensors[name].detach().float() for name in wanted}
 
 
 def _load_sae(file: Path) -> tuple[SAE, dict[str, Any]]:

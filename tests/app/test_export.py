@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from groupsae.config.instantiate import CONF
 from groupsae.export import export as command
-from groupsae.interop.exporting import compare, export_suite
 from groupsae.interop.formats import FORMATS, check_holds
 from groupsae.interop.library import build, fold_norm_factor
 from groupsae.interop.saelens import lens_model
 from groupsae.interop.sparsify import parse_module_path
 from groupsae.runtime.errors import UserError
+from groupsae.suite.exporting import compare, export_suite
 from groupsae.suite.suite import load_suite
 from tests.helpers.evaluated import evaluated
 from tests.helpers.shelf import (
@@ -201,7 +201,7 @@ def test_the_fold_leaves_the_weights_and_divides_the_latents(kind):
 
 def test_a_wrong_fold_would_be_found(tmp_path, monkeypatch):
     """The comparison after writing finds errors."""
-    from groupsae.interop import exporting
+    from groupsae.suite import exporting
 
     run = run_folder(tmp_path / "run", "jumprelu")
     monkeypatch.setattr(exporting, "fold_norm_factor", lambda sae, _factor: sae)

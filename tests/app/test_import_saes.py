@@ -18,9 +18,9 @@ from groupsae.export import export
 from groupsae.import_saes import import_saes as command
 from groupsae.interop import group_sae
 from groupsae.interop.formats import FORMATS
-from groupsae.interop.importing import ReadAt, plan_of, read_folder
 from groupsae.reporting.page import write_report
 from groupsae.runtime.errors import UserError
+from groupsae.suite.importing import ReadAt, plan_of, read_folder
 from groupsae.suite.suite import load_suite
 from groupsae.train import train
 from tests.helpers.evaluated import evaluate, evaluated

@@ -11,8 +11,8 @@ import warnings
 import pytest
 import torch
 
-from groupsae.interop.exporting import export_suite
 from groupsae.interop.formats import FORMATS
+from groupsae.suite.exporting import export_suite
 from groupsae.suite.suite import load_suite
 from tests.helpers.shelf import FACTORS, KINDS, rows, run_folder
 

@@ -13,9 +13,9 @@ from groupsae.app.run_folder import register_resolver
 from groupsae.config.instantiate import CONF
 from groupsae.export import export as command
 from groupsae.files.atomic import write_json
-from groupsae.interop.importing import ReadAt, read_folder
 from groupsae.runtime.errors import UserError
 from groupsae.suite.hub import Repository, looks_like_name, repository
+from groupsae.suite.importing import ReadAt, read_folder
 from tests.helpers.hub_stand_in import READER, WRITER, serving
 from tests.helpers.shelf import rows, run_folder
 
@@ -120,7 +120,7 @@ def test_the_page_names_model_data_groups_metrics_figures_and_use(hub, run):
 
 
 def test_which_files_of_a_repository_an_upload_may_have_left():
-    from groupsae.interop.card import is_upload
+    from groupsae.suite.card import is_upload
 
     ours = ["decoder.layers.1.fc2/cfg.json", "h.1/sae.safetensors", "mlp_out_layer_3/ae.pt",
             "blocks.1.hook_mlp_out/cfg.json", "saes/layers.3/cfg.json", "groups.json"]  # fmt: skip
@@ -130,7 +130,7 @@ def test_which_files_of_a_repository_an_upload_may_have_left():
 
 
 def test_the_page_of_one_grouping_loads_that_grouping(run):
-    from groupsae.interop.card import card
+    from groupsae.suite.card import card
     from groupsae.suite.suite import load_suite
 
     page = card("me/x", run, load_suite(run), grouping="complete-3", library=None, folders=[])
