@@ -110,10 +110,11 @@ class ActivationDataModule(L.LightningDataModule):
         seed: int,
     ) -> None:
         super().__init__()
-        if context > lm.geometry.context:
+        most = lm.geometry.context
+        if most is not None and context > most:
             raise UserError(
-                f"stream.context is {context}, but {lm.name} reads at most "
-                f"{lm.geometry.context} tokens."
+                f"stream.context is {context}, but {lm.name} reads at most {most} tokens: use "
+                f"stream.context={most} or less."
             )
         if tokens < blocks_per_step * context:
             raise UserError(

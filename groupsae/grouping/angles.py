@@ -94,7 +94,7 @@ class AngularDistance(Metric):
         self.skipped += acts.shape[1] - count.long()
 
     def compute(self) -> Float[Tensor, "layer layer"]:
-        """Return d, float64, symmetric with zero diagonal (a scalar 0 for a single layer).
+        """Return d, float64, symmetric with zero diagonal; `distances` keeps its shape.
 
         Raises:
             UserError: no token was counted.
@@ -102,3 +102,7 @@ class AngularDistance(Metric):
         if self.count == 0:
             raise UserError(NO_TOKENS)
         return self.sum / self.count
+
+    def distances(self) -> Float[Tensor, "layer layer"]:
+        """Return d; of a model with one layer `compute` returns a scalar."""
+        return self.compute().reshape(self.num_layers, self.num_layers)

@@ -198,8 +198,8 @@ class Explicit(Choice):
         if self.last_layer != "group" and any(last in group for group in self.groups):
             raise UserError(
                 f"The groups {self.groups} name the last layer, {last}, but last_layer is "
-                f"{self.last_layer}, which keeps it out of them. Use last_layer=group, or remove "
-                f"layer {last} from the groups."
+                f"{self.last_layer}, which keeps it out of them. Use groups.last_layer=group, or "
+                f"remove layer {last} from the groups."
             )
         check_groups(self.groups, groupable)
 

@@ -195,6 +195,6 @@ def num_groupable(num_layers: int, last_layer: str) -> int:
     if groupable < 1:
         raise UserError(
             f"The model has {num_layers} layer and last_layer is {last_layer}: no layer is left "
-            "to group. Use last_layer=group."
+            "to group. Use groups.last_layer=group."
         )
     return groupable

@@ -77,7 +77,7 @@ def check_theta(theta: object) -> None:
     if not isinstance(theta, int | float) or not 0 < theta < 1:
         raise UserError(
             f"theta is {theta!r}: AMAD is an angle in fractions of pi, so theta must lie "
-            "between 0 and 1, both excluded. The paper uses theta=0.2."
+            "between 0 and 1, both excluded. The paper uses groups.theta=0.2."
         )
 
 

@@ -194,8 +194,8 @@ class FrozenLM:
                 f"cannot build model '{self.name}' from its config: {type(error).__name__}: "
                 f"{str(error).strip() or 'no reason given'}".split("\n")[0]
             ) from error
-        self._hook(skeleton, predicts=False)
-        self.geometry = within_positions(self.geometry, skeleton)
+        hooked = self._hook(skeleton, predicts=False)
+        self.geometry = within_positions(self.geometry, hooked.model, hooked.blocks)
 
     def described(self) -> dict[str, Any]:
         """Return the options that decide the activations, as plain values; saved with results."""

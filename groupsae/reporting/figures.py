@@ -87,7 +87,7 @@ def evaluation_figures(run: RunFiles) -> dict[str, Figure]:
 
 
 def _group_figures(run: RunFiles) -> Iterator[Captioned]:
-    if run.distances is None or not run.groups:
+    if run.distances is None or not run.groups or len(run.distances) == 1:
         return
     own = [[len(run.distances) - 1]] if run.plan["last_layer"] == "own" else []
     n, rule = sum(map(len, run.groups)), run.plan["rule"]
@@ -99,15 +99,16 @@ def _group_figures(run: RunFiles) -> Iterator[Captioned]:
         "Mean angle between the residual streams of two layers. Orange: layers that share an "
         "SAE. Dark squares are layers that point the same way.",
     )
-    if n > 1:
-        yield Captioned(
-            "dendrogram",
-            "groups",
-            linkage_tree(grouped, run.groups),
-            "Complete linkage of the layers: a merge is as high as the largest angle inside the "
-            "merged group. The colours are the groups of this run, which come from "
-            + ("this tree." if rule == "complete" else f"the rule {rule}."),
-        )
+    if n == 1:
+        return
+    yield Captioned(
+        "dendrogram",
+        "groups",
+        linkage_tree(grouped, run.groups),
+        "Complete linkage of the layers: a merge is as high as the largest angle inside the "
+        "merged group. The colours are the groups of this run, which come from "
+        + ("this tree." if rule == "complete" else f"the rule {rule}."),
+    )
     rule = rule if rule in RULES else "complete"
     threshold = "" if run.theta is None else ", the first below θ"
     yield Captioned(

@@ -187,7 +187,7 @@ def _measure(
                 advance(batch.acts.shape[1] * trainer.world_size)
     _, rms_norms, mean_norms = moments.moments()
     return Measurement(
-        angles.compute().cpu().numpy(),
+        angles.distances().cpu().numpy(),
         rms_norms.cpu().numpy(),
         mean_norms.cpu().numpy(),
         d_model,

@@ -170,7 +170,7 @@ def test_bad_values_are_refused_at_construction(make: Any, sentence: str) -> Non
             Explicit(groups=[[0, 1, 2, 3, 4]], last_layer="group"),
             "layer 5 is expected, not the end",
         ),
-        (Explicit(groups=[[0, 1, 2, 3, 4, 5]], last_layer="own"), "Use last_layer=group"),
+        (Explicit(groups=[[0, 1, 2, 3, 4, 5]], last_layer="own"), "Use groups.last_layer=group"),
         (Explicit(groups=[[0, 1, 2, 3, 4], [5]], last_layer="skip"), "name the last layer, 5"),
         (Explicit(groups=[list(range(9))], last_layer="own"), "name the last layer, 5"),
         (
@@ -192,6 +192,6 @@ def test_a_choice_that_fits_the_model_is_accepted(choice: Choice) -> None:
 
 
 def test_a_model_of_one_layer_needs_last_layer_group() -> None:
-    with pytest.raises(UserError, match="Use last_layer=group"):
+    with pytest.raises(UserError, match="Use groups.last_layer=group"):
         PerLayer(last_layer="own").check(1)
     assert PerLayer(last_layer="group").plan(np.zeros((1, 1))).saes == [[0]]

@@ -2,15 +2,48 @@
 
 import pytest
 import torch
+from transformers import (
+    CodeGenConfig,
+    DebertaV2Config,
+    FalconConfig,
+    GPTJConfig,
+    LEDConfig,
+    LlamaConfig,
+    MambaConfig,
+    MPNetConfig,
+    PreTrainedConfig,
+    T5Config,
+    XLNetConfig,
+)
 
+from groupsae.lm.geometry import geometry_of
 from groupsae.lm.hookpoints import HOOKPOINTS
 from groupsae.lm.options import check_load_options
 from groupsae.runtime.errors import UserError
 from tests.helpers import families
-from tests.helpers.families import DECODERS, ENCODERS, LAYERS, PAIRS, WIDTH, draw_tokens
+from tests.helpers.families import (
+    CONTEXT,
+    DECODERS,
+    ENCODERS,
+    GATED,
+    LAYERS,
+    NAMES,
+    PAIRS,
+    SHARED,
+    SMALL,
+    VOCAB,
+    WIDTH,
+    draw_tokens,
+)
 from tests.helpers.lms import frozen
 
 CPU = torch.device("cpu")
+LED = LEDConfig(
+    **NAMES, d_model=WIDTH, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+    decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32, attention_window=4,
+    max_encoder_position_embeddings=40, max_decoder_position_embeddings=24,
+    decoder_start_token_id=0,
+)  # fmt: skip
 BOTH = [(family, stack) for family in PAIRS for stack in ("encoder", "decoder")]
 STACKS = [(family, None) for family in (*DECODERS, *ENCODERS, "multimodal")] + BOTH
 
@@ -158,11 +191,74 @@ def test_an_encoder_predicts_nothing_and_a_decoder_does(folder_of, family):
     assert frozen(folder_of("multimodal")).load_with_head(CPU).predicts
 
 
-def test_roberta_reads_as_many_tokens_as_it_has_positions_behind_the_padding(folder_of):
-    lm = frozen(folder_of("roberta"))
-    assert lm.geometry.context == families.CONTEXT
+def runs(lm, context):
+    """Return whether a model reads so many tokens."""
+    try:
+        lm.run(lm.inputs(torch.full((1, context), 9)), [0], lambda *_: None, True)
+    except (RuntimeError, IndexError):
+        return False
+    return True
+
+
+CONTEXTS = {  # of the families, by their configs; the others have the one of `CONTEXT`
+    **dict.fromkeys(["bloom", "t5"]),  # ALiBi and relative positions: no limit
+    "falcon": 2048,
+}
+HARD = ("gpt2", "opt", "mpt", "bert", "roberta", "bart")  # one more token is an error of the model
+
+
+@pytest.mark.parametrize(("family", "stack"), STACKS)
+def test_a_model_reads_its_context_and_what_has_a_limit_reads_no_more(folder_of, family, stack):
+    lm = frozen(folder_of(family), stack=stack)
+    most = lm.geometry.context
+    assert most == CONTEXTS.get(family, CONTEXT)
     loaded = lm.load(CPU)
-    loaded.run(loaded.inputs(draw_tokens(1, families.CONTEXT)), [0], lambda *_: None, True)
+    assert runs(loaded, 3 * CONTEXT if most is None else min(most, CONTEXT))
+    if most == CONTEXT:  # rotary models would read on, but were never trained to
+        assert runs(loaded, most + 1) == (family not in HARD)
+
+
+GPT = {**NAMES, "n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 48, "rotary_dim": 4}
+DEBERTA = {**GATED, "relative_attention": True}
+OTHERS = [
+    (GPTJConfig(**GPT), None, 48),
+    (CodeGenConfig(**GPT, n_ctx=99), None, 48),
+    (FalconConfig(**SMALL, alibi=True), None, None),
+    (XLNetConfig(vocab_size=VOCAB, d_model=WIDTH, n_layer=2, n_head=4), None, None),
+    (MambaConfig(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=2), None, None),
+    (T5Config(**NAMES, d_model=WIDTH, num_layers=2, n_positions=32), "decoder", None),
+    (DebertaV2Config(**DEBERTA, position_biased_input=False), None, None),
+    (DebertaV2Config(**DEBERTA, position_biased_input=True), None, CONTEXT),
+    (MPNetConfig(**{**GATED, "max_position_embeddings": CONTEXT + 2}), None, CONTEXT),
+    (LED, "encoder", 40),
+    (LED, "decoder", 24),
+    (LlamaConfig(**SHARED, n_ctx=8), None, CONTEXT),
+]
+
+
+@pytest.mark.parametrize(("config", "stack", "most"), OTHERS)
+def test_the_context_of_other_spellings_and_positions(tmp_path, config, stack, most):
+    config.save_pretrained(tmp_path)
+    assert frozen(tmp_path, stack=stack).geometry.context == most
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["n_positions", "max_seq_len", "max_sequence_length", "max_seq_length", "seq_length", "n_ctx"],
+)
+def test_a_config_may_spell_the_context_in_many_ways(key):
+    config = PreTrainedConfig(
+        model_type="new", num_hidden_layers=2, hidden_size=8, vocab_size=9, **{key: 77}
+    )
+    assert geometry_of(config, "decoder", "new").context == 77
+
+
+def test_positions_of_a_vision_tower_are_no_limit(folder_of):
+    assert any(
+        "position" in name
+        for name, _ in frozen(folder_of("multimodal")).load(CPU).model.named_modules()
+    )  # of 4 patches
+    assert frozen(folder_of("multimodal")).geometry.context == CONTEXT
 
 
 def test_a_stack_that_is_missing_or_not_chosen_is_one_sentence(folder_of):
@@ -186,8 +282,6 @@ def test_a_hookpoint_that_is_missing_is_one_sentence_that_lists_what_is_there(fo
 
 
 def test_a_model_without_attention_lacks_attn_out(tmp_path):
-    from transformers import MambaConfig
-
     MambaConfig(
         vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4, expand=2
     ).save_pretrained(tmp_path)

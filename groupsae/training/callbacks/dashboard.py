@@ -38,12 +38,13 @@ class Dashboard(L.Callback):
         plan, distances = grouping.plan, grouping.measurement.distances
         part = plan.partition
         grouped = distances[: part.num_layers, : part.num_layers]
-        points = curve(grouped, part.rule if part.rule in RULES else "complete")
-        figures = {
-            "distances": distance_heatmap(distances, plan.saes),
-            "amad": amad_curve(points, part, getattr(grouping.choice, "theta", None)),
-        }
+        figures = {}
+        if plan.num_layers > 1:
+            figures["distances"] = distance_heatmap(distances, plan.saes)
         if part.num_layers > 1:
+            points = curve(grouped, part.rule if part.rule in RULES else "complete")
+            theta = getattr(grouping.choice, "theta", None)
+            figures["amad"] = amad_curve(points, part, theta)
             figures["dendrogram"] = linkage_tree(grouped, part.groups)
         save_figures(self.folder / "figures", figures, trainer.loggers)
         facts = {
