@@ -5,7 +5,9 @@ row is drawn from), d_model, d_sae, k.
 """
 
 import importlib
+import sys
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 try:
@@ -14,6 +16,9 @@ except PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+checkout"
 
 if TYPE_CHECKING:
+    from groupsae.app.notebook import TrainedRun, train
+    from groupsae.grouping import Partition, amad, choose, partition
+    from groupsae.runtime.errors import UserError
     from groupsae.sae.batchtopk import BatchTopK
     from groupsae.sae.gated import Gated
     from groupsae.sae.jumprelu import JumpReLU
@@ -30,10 +35,17 @@ _HOMES = {
     "JumpReLU": "groupsae.sae.jumprelu",
     "LayerSAE": "groupsae.suite.layer",
     "Matryoshka": "groupsae.sae.matryoshka",
+    "Partition": "groupsae.grouping",
     "ReLU": "groupsae.sae.relu",
     "Suite": "groupsae.suite.suite",
     "TopK": "groupsae.sae.topk",
+    "TrainedRun": "groupsae.app.notebook",
+    "UserError": "groupsae.runtime.errors",
+    "amad": "groupsae.grouping",
+    "choose": "groupsae.grouping",
     "load_suite": "groupsae.suite.suite",
+    "partition": "groupsae.grouping",
+    "train": "groupsae.app.notebook",
 }
 
 __all__ = [
@@ -42,11 +54,18 @@ __all__ = [
     "JumpReLU",
     "LayerSAE",
     "Matryoshka",
+    "Partition",
     "ReLU",
     "Suite",
     "TopK",
+    "TrainedRun",
+    "UserError",
     "__version__",
+    "amad",
+    "choose",
     "load_suite",
+    "partition",
+    "train",
 ]
 
 
@@ -60,3 +79,14 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     """Return the public names, for completion in a notebook."""
     return __all__
+
+
+class _Package(ModuleType):
+    """Keeps `groupsae.train` the function: an import of the command's module would replace it."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in _HOMES or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -66,6 +66,7 @@ def fit(opened: OpenRun) -> int:
     quiet()
     run = build(cfg, folder, console, checkpoint)
     trainer, data = run.trainer, run.data
+    ours = wandb.run is None  # in a notebook it may be the user's own
     try:
         if (folder / "summary.json").exists() and not cfg.overwrite and not cfg.dry_run:
             _show_finished(run, cfg, folder, console)
@@ -95,7 +96,7 @@ def fit(opened: OpenRun) -> int:
         )
         return 128 + stopped.number
     finally:
-        if wandb.run is not None:  # or the next point of a sweep would log into this run
+        if ours and wandb.run is not None:  # or the next point of a sweep would log into this run
             wandb.finish()
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 
 from groupsae.config.instantiate import CONF
@@ -24,6 +26,8 @@ RENAMED = {  # (command, key) of earlier versions -> the key now
     ("import_saes", "path"): "saes",
     ("import_saes", "to"): "name",
 }
+
+NOT_TEXT = ("true", "false", "null", "nan", "inf", "infinity")  # where they stand without quotes
 
 
 def start(name: str, task: Callable[[DictConfig], Any]) -> None:
@@ -81,8 +85,85 @@ def quoted(argument: str, name: str) -> str:
     if not folder or value in ("", "null", "???") or value[0] in "['\"":
         return argument
     folders = [f for f in value.split(",") if f] if key == "run" else [value]
-    texts = ["'" + f.replace("\\", "\\\\").replace("'", "\\'") + "'" for f in folders]
+    texts = [_in_quotes(folder) for folder in folders]
     return f"run=[{','.join(texts)}]" if key == "run" else f"{key}={texts[0]}"
+
+
+# ---- calls from Python --------------------------------------------------------------------
+
+
+def composed(arguments: Sequence[str], name: str) -> DictConfig:
+    """Return a command's configuration for the same arguments, without starting the command.
+
+    Raises:
+        UserError: an argument cannot be read, is unknown, or names several values.
+    """
+    arguments = [quoted(argument, name) for argument in arguments]
+    for argument in arguments:
+        if _parsed(argument).is_sweep_override():
+            raise UserError(
+                f"{argument} names several values, which is a sweep: call the function once for "
+                "each, or put a list in brackets."
+            )
+    try:
+        with _our_files():
+            return compose(name, overrides=arguments)
+    except HydraException as error:
+        explain(arguments, name)
+        raise UserError(str(error)) from error
+
+
+def arguments_of(values: Mapping[str, Any], before: str = "") -> Iterator[str]:
+    """Yield the arguments of a command that give these values, nested ones as dotted keys.
+
+    Raises:
+        UserError: a value has no form on a command line.
+
+    >>> list(arguments_of({"groups": "count", "sae": {"k": 8}, "data.path": "my text/*.py"}))
+    ['groups=count', 'sae.k=8', "data.path='my text/*.py'"]
+    """
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from arguments_of(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}={_written(value, f'{before}{key}')}"
+
+
+def _written(value: Any, key: str) -> str:
+    """Return a value as Hydra reads it on a command line."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return f"[{','.join(_written(each, key) for each in value)}]"
+    if isinstance(value, Mapping):
+        return "{}"
+    if not isinstance(value, str | os.PathLike):
+        raise UserError(
+            f"{key} is {value!r}, of type {type(value).__name__}: give text, a path, a number, "
+            "True, False, None, or a list or dict of these."
+        )
+    text = os.fspath(value)
+    if re.fullmatch(r"[A-Za-z][\w.-]*", text) and text.lower() not in NOT_TEXT:
+        return text
+    return _in_quotes(text)
+
+
+def _in_quotes(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+@contextmanager
+def _our_files() -> Iterator[None]:
+    """Let Hydra compose from conf/. Its global state stays as it was: a notebook may use Hydra."""
+    before = GlobalHydra.instance().hydra, VersionBase.instance().getbase()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+            yield
+    finally:
+        GlobalHydra.instance().hydra, VersionBase.instance().version_base = before
 
 
 # ---- errors in arguments ------------------------------------------------------------------
@@ -97,8 +178,7 @@ def explain(arguments: Sequence[str], name: str) -> None:
     overrides = [a for a in arguments if a not in ("-m", "--multirun")]
     if any(a.startswith(("-", "hydra.searchpath")) for a in overrides):
         return
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+    with _our_files():
         groups = compose(name, return_hydra_config=True).hydra.runtime.choices
         chosen, keys = [], []
         for override in map(_parsed, overrides):

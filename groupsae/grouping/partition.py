@@ -28,6 +28,11 @@ class Partition:
         diameters: largest distance within each group, in fractions of pi; 0 for one layer alone,
             NaN where the distances were never measured (null in JSON).
         rule: the rule that made the groups.
+
+    >>> distances = [[0.0, 0.1, 0.4], [0.1, 0.0, 0.3], [0.4, 0.3, 0.0]]
+    >>> part = groupsae.partition(distances, num_groups=2)
+    >>> part.num_groups, part.diameters, part.amad
+    (2, [0.1, 0.0], 0.05)
     """
 
     groups: list[list[int]]

@@ -67,6 +67,9 @@ def choose(distances: npt.ArrayLike, theta: float = 0.2, rule: str = "complete")
 
     Raises:
         UserError: theta is not in (0, 1); or as `partition`.
+
+    >>> choose([[0.0, 0.1, 0.6], [0.1, 0.0, 0.5], [0.6, 0.5, 0.0]]).groups
+    [[0, 1], [2]]
     """
     check_theta(theta)
     return next(candidate for candidate in curve(distances, rule) if candidate.amad < theta)

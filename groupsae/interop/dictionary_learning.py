@@ -1,6 +1,5 @@
 """dictionary_learning's folder: `config.json` and `ae.pt` (as 0.1.0 reads and writes them)."""
 
-import importlib
 import json
 import re
 from itertools import accumulate, pairwise
@@ -182,25 +181,11 @@ def _place(folder: Path, config: dict[str, Any], trainer: dict[str, Any]) -> Pla
     raise unknown_layer(folder, submodule, "rename it to resid_post_layer_<number>")
 
 
-def load(folder: Path) -> Any:
-    """Return dictionary_learning's own object, such as an `AutoEncoderTopK`."""
-    utils = importlib.import_module("dictionary_learning.utils")
-    return utils.load_dictionary(str(folder), device="cpu")[0]
-
-
 SNIPPET = """from dictionary_learning.utils import load_dictionary
 from huggingface_hub import snapshot_download
 
 path = snapshot_download("{repo}", allow_patterns="{folder}/*")
 sae, config = load_dictionary(path + "/{folder}", device="cpu")"""
 DICTIONARY_LEARNING = Library(
-    "dictionary_learning",
-    CLASSES,
-    folder_name,
-    write,
-    recognises,
-    read,
-    SNIPPET,
-    "dictionary-learning",
-    load,
+    "dictionary_learning", CLASSES, folder_name, write, recognises, read, SNIPPET
 )

@@ -8,7 +8,6 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -142,27 +141,6 @@ class Library:
     recognises: Callable[[Path], bool]  # whether a folder has this format
     read: Callable[[Path], ImportedSAE]  # the SAE in such a folder
     snippet: str  # Python that loads an SAE from the Hub, with {repo} and {folder}
-    package: str  # on PyPI
-    load: Callable[[Path], Any]  # the library's own object from such a folder, on the CPU
-
-
-def their_object(library: Library, sae: SAE, origin: Origin, asked: str) -> Any:
-    """Return an SAE that takes raw activations as the other library's own object, on the CPU.
-
-    It is written in the library's format, and the library loads it. `asked` names the call in
-    messages.
-
-    Raises:
-        UserError: the library is not installed.
-    """
-    with TemporaryDirectory() as folder:
-        library.write(Path(folder), sae, origin)
-        try:
-            return library.load(Path(folder))
-        except ImportError as error:
-            raise UserError(
-                f"{asked} needs {library.name} ({error}): pip install {library.package}"
-            ) from error
 
 
 # ---- our SAEs <-> tensors -------------------------------------------------------------------

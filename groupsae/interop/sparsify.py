@@ -1,10 +1,8 @@
 """sparsify's folder: `cfg.json` and `sae.safetensors` (as 1.3.3 reads and writes them)."""
 
-import importlib
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from groupsae.files.reading import require_json
 from groupsae.files.tensors import read_tensors
@@ -117,22 +115,7 @@ def read_weights(folder: Path, *more: str) -> Tensors:
     return our_tensors(read_tensors(weights), names, (), weights)
 
 
-def load(folder: Path) -> Any:
-    """Return sparsify's own object, a `SparseCoder`."""
-    return importlib.import_module("sparsify").SparseCoder.load_from_disk(folder)
-
-
 SNIPPET = """from sparsify import SparseCoder
 
 sae = SparseCoder.load_from_hub("{repo}", hookpoint="{folder}")"""
-SPARSIFY = Library(
-    "sparsify",
-    {"topk": "topk"},
-    folder_name,
-    write,
-    recognises,
-    read,
-    SNIPPET,
-    "eai-sparsify",
-    load,
-)
+SPARSIFY = Library("sparsify", {"topk": "topk"}, folder_name, write, recognises, read, SNIPPET)

@@ -10,6 +10,11 @@ class UserError(Exception):
 
     Commands print it and exit with status 2; library callers catch it like any exception.
     Secrets that a library put into its message (passwords in addresses, tokens) are removed.
+
+    >>> check_choice("rule", "compleet", ("complete", "even"))
+    Traceback (most recent call last):
+        ...
+    groupsae.runtime.errors.UserError: rule is 'compleet': use complete, even.
     """
 
     def __init__(self, message: str) -> None:

@@ -24,6 +24,10 @@ class BatchTopK(TopK):
     Args:
         threshold_momentum: momentum of the threshold's running mean.
         **arguments: of `TopK`.
+
+    >>> sae = BatchTopK(d_model=64, d_sae=1024, k=8)
+    >>> sae.decode(sae.encode(torch.randn(10, 64))).shape
+    torch.Size([10, 64])
     """
 
     threshold: Tensor

@@ -21,6 +21,10 @@ class Gated(SAE):
         l1_coefficient: weight of the penalty on the gate.
         sparsity_warmup: share of the training in which the penalty rises from zero, linearly.
         **size: of `SAE`.
+
+    >>> sae = Gated(d_model=64, d_sae=1024)
+    >>> sae.decode(sae.encode(torch.randn(10, 64))).shape
+    torch.Size([10, 64])
     """
 
     terms = ("fvu", "sparsity", "gate")

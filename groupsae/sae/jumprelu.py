@@ -29,6 +29,10 @@ class JumpReLU(SAE):
 
     Raises:
         UserError: a value that must be positive is not, or target_l0 exceeds the latents.
+
+    >>> sae = JumpReLU(d_model=64, d_sae=1024, target_l0=8)
+    >>> sae.decode(sae.encode(torch.randn(10, 64))).shape
+    torch.Size([10, 64])
     """
 
     terms = ("fvu", "sparsity")

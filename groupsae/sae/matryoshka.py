@@ -30,6 +30,10 @@ class Matryoshka(BatchTopK):
 
     Raises:
         UserError: the prefixes do not grow from at least one latent to all.
+
+    >>> sae = Matryoshka(d_model=64, d_sae=1024, k=8, prefixes=[0.25, 1])
+    >>> sae.sizes
+    [256, 1024]
     """
 
     terms = ("fvu", "nested", "auxk")

@@ -37,6 +37,11 @@ class TopK(SAE):
 
     Raises:
         UserError: k or k_start is not between 1 and the number of latents.
+
+    >>> sae = TopK(d_model=64, d_sae=1024, k=8)
+    >>> latents = sae.encode(torch.randn(10, 64))
+    >>> latents.indices.shape, sae.decode(latents).shape
+    (torch.Size([10, 8]), torch.Size([10, 64]))
     """
 
     terms: ClassVar[tuple[str, ...]] = ("fvu", "auxk")

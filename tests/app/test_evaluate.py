@@ -387,11 +387,11 @@ def test_a_wrong_option_of_a_logger_is_refused_before_any_work(
 
 def left_of(lm: Path, text: Path, output: Path, wrong: str, refused: str) -> set[str]:
     """Return the first folders of the files that a refused command has left."""
-    from groupsae import train
+    from groupsae.train import train
 
     command = overrides(lm, text, output, *KINDS["ordinary"], "evaluate=true", "logger=wandb")
     with pytest.raises(UserError, match=refused):
-        train.train(composed([*command, wrong]), [*command, wrong])
+        train(composed([*command, wrong]), [*command, wrong])
     assert wandb.run is None
     files = [path.relative_to(output) for path in output.rglob("*") if path.is_file()]
     return {file.parts[0] for file in files}

@@ -61,8 +61,12 @@ def stopped(
     arguments: list[str],
     step: int = 3,
     tell: Callable[[], None] = lambda: signal.raise_signal(signal.SIGTERM),
-) -> tuple[int, Path]:
-    """Train until a signal comes in some step; return the exit status and the run folder."""
+    by: Callable[[list[str]], Any] = run,
+) -> Any:
+    """Train until a signal comes in some step; return the exit status and the run folder.
+
+    `by` trains, and its result is returned.
+    """
     from groupsae.training.callbacks.stop import StopOnSignal
 
     inherited = StopOnSignal.on_train_batch_end
@@ -74,7 +78,7 @@ def stopped(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StopOnSignal, "on_train_batch_end", stop)
-        return run(arguments)
+        return by(arguments)
 
 
 def saved(folder: Path) -> dict[str, Any]:

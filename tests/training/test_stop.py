@@ -129,7 +129,7 @@ def test_a_signal_while_layers_are_measured_is_reported(
 def test_a_refused_dry_run_leaves_a_run_that_has_just_begun_alone(
     tiny_lm: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
-    from groupsae import train
+    from groupsae.train import train
 
     arguments = runs.overrides(tiny_lm, tiny_text, tmp_path)
     with runs.open_run(runs.composed(arguments), arguments) as opened:
@@ -137,5 +137,5 @@ def test_a_refused_dry_run_leaves_a_run_that_has_just_begun_alone(
     refused = [*arguments, "dry_run=true", "trainer=ddp", "trainer.accelerator=cpu"]
     refused += ["trainer.devices=3"]
     with pytest.raises(UserError, match="cannot be shared out equally over 3 processes"):
-        train.train(runs.composed(refused), refused)
+        train(runs.composed(refused), refused)
     assert (folder / ".hydra" / "config.yaml").exists()
