@@ -1,36 +1,50 @@
-"""Documents from the user's own files: plain text, JSON lines and parquet."""
+"""Documents from the user's own files: which files, and whether they can be read."""
 
+import codecs
 import glob
-import gzip
 import hashlib
 import json
-import zlib
-from collections.abc import Iterator
+import shlex
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator
 from functools import cached_property
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from groupsae.data.sources import Document, pick_column, row_document
+from groupsae.data.formats import (
+    BINARY,
+    CHUNK,
+    KEY,
+    TABLES,
+    UnreadableError,
+    endings,
+    explain_read_errors,
+    is_table,
+    open_bytes,
+    read,
+)
+from groupsae.data.sources import Document, legal_text
 from groupsae.runtime.errors import UserError
+from groupsae.runtime.ranks import is_leader
+from groupsae.runtime.units import format_bytes
 
-PARQUET = ".parquet"
-JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz")
-TEXT = (".txt", ".text", ".md", ".rst", ".py")
-PIECE = 64 * 1024  # characters: one long file still gives training and held-out documents
-CHUNK = 1 << 20  # bytes checked in one read
-SNIFF = 1 << 16  # bytes that decide whether a file of unknown kind is text
-KEY = "data.text_column"
+TEXT = (".txt", ".text", ".md", ".rst", ".py")  # in a folder too, these must be readable
+# Every other table was once read as plain text: these keep the keys of texts packed then.
+ALWAYS_TABLES = (".parquet", ".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz")
+NAMED = 5  # files that are left out, by name
 
 
 class _File(NamedTuple):
     name: str
     path: Path
     digest: str
+    table: bool
 
 
 class FileSource:
-    """Text files, JSON lines (`.jsonl`, `.ndjson`, `.json.gz`) and parquet files.
+    """Text files, and tables with a column of text or token ids, as `formats` reads them.
 
     A text file is one document; above 64 KiB it is split at line ends into documents `name#0`,
     `name#1`, ... A row of a table is the document `name#row`. Names are relative to the folder
@@ -38,199 +52,195 @@ class FileSource:
     file whose content was already seen is skipped, as in `PythonSource`.
 
     Nothing is read before `fingerprint` or `documents`; both first check all files, in one pass
-    that also makes the content key.
+    that also makes the content key. A warning names the files that are left out.
 
     Args:
-        path: a file, a folder (read with all its sub-folders; hidden files and files that are
-            not text are left out) or a glob (whatever it matches must be text).
-        text_column: column of JSON lines and parquet files that holds text or lists of token
-            ids; None takes the first of `text`, `content`, `tokens`, `input_ids`.
+        path: a file, a folder or a glob. A folder is read with all its sub-folders, links to
+            folders included; hidden files and `__pycache__` are not looked at, and files of other
+            kinds that are not text are left out. Whatever a glob matches must be text.
+        text_column: column of a table that holds text or lists of token ids; None takes the first
+            of `text`, `content`, `tokens`, `input_ids`.
     """
 
     def __init__(self, *, path: str, text_column: str | None = None) -> None:
         self.path, self.text_column = path, text_column
 
+    def check(self) -> None:
+        """Check that the path names something; quick, as no file is read.
+
+        Raises:
+            UserError: it does not exist, or the glob matches nothing.
+        """
+        _named(self.path)
+
     @cached_property
     def _files(self) -> list[_File]:
         """Return the distinct files in the order of their names, each checked to be readable."""
+        root, paths = _named(self.path)
+        in_folder = Path(self.path).expanduser().is_dir()
         files: list[_File] = []
         seen: set[str] = set()
-        for name, path in _find_files(self.path):
-            digest = _read_checked(path)
-            if digest in seen:
+        left_out: list[Path] = []
+        refused: list[UnreadableError] = []
+        for name, path in sorted((_name(path, root), path) for path in paths):
+            try:
+                file = self._checked(name, path)
+            except UnreadableError as error:
+                if in_folder and endings(path)[0] not in (*TEXT, *TABLES):
+                    left_out.append(path)
+                else:
+                    refused.append(error)
                 continue
-            seen.add(digest)
-            if path.name.endswith(PARQUET):
-                self._open_parquet(path)
-            elif path.name.endswith(JSON_LINES):
-                next(self._json_rows(path), None)
-            files.append(_File(name, path, digest))
+            if file.digest not in seen:
+                files.append(file)
+                seen.add(file.digest)
+        if refused:
+            more = f" {len(refused) - 1} more files cannot be read." if refused[1:] else ""
+            raise UserError(f"{refused[0]}{more}")
+        notice = f"data.path={self.path}: {_describe(left_out, root)}" if left_out else ""
+        if not files:
+            raise UserError(
+                f"no text in {root}. {notice or 'It has no files'}. Give another folder or a glob "
+                "with data.path=..."
+            )
+        if notice and is_leader():
+            warnings.warn(notice, stacklevel=2)
+        if self.text_column is not None and not any(file.table for file in files):
+            raise UserError(
+                f"{KEY}={self.text_column}, but {self.path} has no table: its files, such as "
+                f"{files[0].path}, are read as plain text. Leave {KEY} out, or give jsonl, csv, "
+                "parquet, or json with one object a row"
+            )
         return files
+
+    def _checked(self, name: str, path: Path) -> _File:
+        """Return a file that was found to be text, or a table with the column."""
+        with explain_read_errors(path):
+            table = is_table(path, self.text_column)
+            ending, compression = endings(path)
+            if ending in BINARY or (table and compression):  # rows are checked one by one
+                with path.open("rb") as handle:
+                    digest = hashlib.file_digest(handle, "sha256").hexdigest()
+            else:
+                digest = _text_digest(path)
+        if table:
+            next(read(name, path, self.text_column), None)
+        return _File(name, path, digest, table)
 
     def fingerprint(self) -> str:
         """Return a key over the names and contents of the files and the column."""
-        parts = [[file.name, file.digest] for file in self._files]
+        parts = [
+            [name, digest, "table"]
+            if table and not path.name.endswith(ALWAYS_TABLES)
+            else [name, digest]
+            for name, path, digest, table in self._files
+        ]
         return hashlib.sha256(json.dumps(["files", self.text_column, parts]).encode()).hexdigest()
 
     def documents(self, start: int = 0) -> Iterator[Document]:
         """Yield the documents, file by file in the order of their names."""
-        return islice(self._documents(), start, None)
-
-    def _documents(self) -> Iterator[Document]:
-        for name, path, _ in self._files:
-            if path.name.endswith(PARQUET):
-                yield from self._parquet(name, path)
-            elif path.name.endswith(JSON_LINES):
-                for row, column, value in self._json_rows(path):
-                    yield row_document(f"{name}#{row}", value, column, f"{path}:{row + 1}")
-            else:
-                yield from _pieces(name, path)
-
-    def _json_rows(self, path: Path) -> Iterator[tuple[int, str, Any]]:
-        """Yield (row, column, value) of a file of JSON lines; blank lines are skipped."""
-        example = 'every line of a .jsonl file must be one object such as {"text": "..."}'
-        try:
-            with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as handle:
-                for row, line in enumerate(handle):
-                    if not line.strip():
-                        continue
-                    where = f"{path}:{row + 1}"
-                    try:
-                        record = json.loads(line)
-                    except ValueError as error:
-                        raise UserError(f"{where} is not JSON ({error}): {example}") from None
-                    if not isinstance(record, dict):
-                        raise UserError(f"{where} holds {type(record).__name__}, while {example}")
-                    column = pick_column(list(record), self.text_column, where, KEY)
-                    yield row, column, record[column]
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise UserError(f"{path} is damaged or truncated: {error}") from None
-
-    def _open_parquet(self, path: Path) -> tuple[Any, str]:
-        """Return the open file and the column to read."""
-        import pyarrow as pa
-        from pyarrow import parquet
-
-        try:
-            table = parquet.ParquetFile(path)
-        except pa.ArrowException as error:
-            raise UserError(f"{path} is no complete parquet file: {error}") from None
-        schema = table.schema_arrow
-        column = pick_column(schema.names, self.text_column, str(path), KEY)
-        kind = schema.field(column).type
-        lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-        text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        if not text and not (lists and pa.types.is_integer(kind.value_type)):
-            raise UserError(
-                f"{path}: column {column!r} is of type {kind}, while text or a list of token ids "
-                f"is needed. It has: {', '.join(schema.names)}. Choose one with {KEY}=..."
-            )
-        return table, column
-
-    def _parquet(self, name: str, path: Path) -> Iterator[Document]:
-        table, column = self._open_parquet(path)
-        batches = table.iter_batches(batch_size=256, columns=[column])
-        values = chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
-        for row, value in enumerate(values):
-            yield row_document(f"{name}#{row}", value, column, f"{path}, row {row}")
+        every = (d for file in self._files for d in read(file.name, file.path, self.text_column))
+        return legal_text(islice(every, start, None), f"data.path={self.path}")
 
 
-def _pieces(name: str, path: Path) -> Iterator[Document]:
-    """Yield a text file as one document, or split at line ends when it is long."""
-    short = path.stat().st_size <= PIECE
-    with path.open(encoding="utf-8-sig", newline="") as handle:
-        number = 0
-        while text := handle.read(PIECE):
-            # The second limit: a file may be one endless line.
-            text += "" if text.endswith("\n") else handle.readline(PIECE)
-            if text.strip():
-                yield Document(name if short else f"{name}#{number}", text=text)
-            number += 1
-
-
-def _find_files(path: str) -> list[tuple[str, Path]]:
-    """Return (name, path) of the files that a file, folder or glob names, sorted by name.
+def _named(path: str) -> tuple[Path, Iterable[Path]]:
+    """Return the folder that names are relative to, and the files that a path names.
 
     Raises:
-        UserError: the path does not exist, or nothing in it can be read.
+        UserError: the path does not exist, or is a glob that matches nothing.
     """
     if not path:
         raise UserError("no file is named: give a file, a folder or a glob with data.path=...")
     place = Path(path).expanduser()
     if place.is_file():
-        return [(place.name, place)]
+        return place.parent, [place]
     if place.is_dir():
-        root = place
-        inside = [p for p in place.rglob("*") if p.is_file() and not _hidden(p, place)]
-        files = [
-            p for p in inside if p.name.endswith((PARQUET, *JSON_LINES, *TEXT)) or _is_text(p)
-        ]
-        if not files:
+        if (place / "dataset_dict.json").is_file() or (
+            (place / "state.json").is_file() and any(place.glob("*.arrow"))
+        ):
             raise UserError(
-                f"no text in {place}: it has {len(inside)} files, and none is txt, jsonl, parquet "
-                "or any other text. Give another folder or a glob with data.path=..."
+                f"data.path={path} was written by `save_to_disk` of datasets: use data=hf "
+                + shlex.quote(f"data.name={path}")
             )
-    elif glob.has_magic(path):
-        fixed = [i for i, part in enumerate(place.parts) if glob.has_magic(part)][0]
-        root = Path(*place.parts[:fixed])
-        files = [Path(p) for p in glob.glob(str(place), recursive=True) if Path(p).is_file()]
-        if not files:
-            raise UserError(
-                f"data.path={path} matches no file (read from {Path.cwd()}): correct the pattern; "
-                "'**' goes through sub-folders, and the shell must not expand it, so quote it"
-            )
-    else:
+        return place, _walk(place)
+    if not glob.has_magic(path):
         raise UserError(
             f"data.path={path} does not exist (looked for {place.absolute()}): give a file, a "
             "folder or a glob"
         )
-    return sorted((p.relative_to(root).as_posix(), p) for p in files)
+    fixed = [i for i, part in enumerate(place.parts) if glob.has_magic(part)][0]
+    files = [Path(p) for p in glob.glob(str(place), recursive=True) if Path(p).is_file()]
+    if not files:
+        raise UserError(
+            f"data.path={path} matches no file (read from {Path.cwd()}): correct the pattern; "
+            "'**' goes through sub-folders, and the shell must not expand it, so quote it"
+        )
+    return Path(*place.parts[:fixed]), files
 
 
-def _hidden(path: Path, root: Path) -> bool:
-    parts = path.relative_to(root).parts
-    return "__pycache__" in parts or any(part.startswith(".") for part in parts)
+def _walk(root: Path) -> Iterator[Path]:
+    """Yield the files of a folder and of its sub-folders, each folder once, without hidden ones.
+
+    Links to folders come last: what lies below the root is reached by its own name. A folder that
+    may not be listed and a link to nothing are yielded, so that they are named as unreadable.
+    """
+    folders, seen = deque([root]), set()
+    while folders:
+        folder = folders.popleft()
+        if folder.resolve() in seen:
+            continue
+        seen.add(folder.resolve())
+        try:
+            inside = sorted(folder.iterdir())
+        except PermissionError:
+            yield folder
+            continue
+        for path in inside:
+            if path.name.startswith(".") or path.name == "__pycache__":
+                continue
+            if path.is_dir():
+                (folders.append if path.is_symlink() else folders.appendleft)(path)
+            elif path.is_file() or not path.exists():  # no sockets or pipes
+                yield path
 
 
-def _is_text(path: Path) -> bool:
-    """Return whether the start of a file of unknown kind is UTF-8 without NUL bytes."""
-    with path.open("rb") as handle:
-        start = handle.read(SNIFF)
-    bad = _bad_byte(start)
-    return bad is None or (len(start) == SNIFF and bad > SNIFF - 4)  # half a character at the end
+def _name(path: Path, root: Path) -> str:
+    """Return the name relative to the root, as text whatever bytes it has."""
+    name = path.relative_to(root).as_posix()
+    return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
-def _bad_byte(text: bytes) -> int | None:
-    """Return the position of the first byte that is not text."""
-    nul = text.find(b"\0")
-    try:
-        text.decode()
-    except UnicodeDecodeError as error:
-        return error.start if nul < 0 else min(nul, error.start)
-    return None if nul < 0 else nul
+def _describe(files: list[Path], root: Path) -> str:
+    """Return which files are left out, in one line."""
+    size = sum(path.stat().st_size for path in files if path.is_file())
+    names = [_name(path, root) for path in files[:NAMED]] + ["..."] * (len(files) > NAMED)
+    plural = "file that is" if len(files) == 1 else "files that are"
+    return f"left out {len(files):,} {plural} not text ({format_bytes(size)}): {', '.join(names)}"
 
 
-def _read_checked(path: Path) -> str:
-    """Return the SHA-256 of a file in hex, having checked that it is text if it claims to be.
+def _text_digest(path: Path) -> str:
+    """Return the SHA-256 of a text in hex, of the decompressed one if it is compressed.
 
     Raises:
-        UserError: the file cannot be opened, or is not UTF-8 text; the message names the byte.
+        UnreadableError: it is not UTF-8, or has a NUL byte; the message names the byte.
     """
-    digest, offset = hashlib.sha256(), 0
-    claims_text = not path.name.endswith((PARQUET, ".gz"))
-    try:
-        with path.open("rb") as handle:
-            # complete lines: no character is in two chunks
-            while chunk := b"".join(handle.readlines(CHUNK)):
-                digest.update(chunk)
-                bad = _bad_byte(chunk) if claims_text else None
-                if bad is not None:
-                    what = "invalid UTF-8" if chunk[bad] else "a NUL byte"
-                    raise UserError(
-                        f"{path} is not text: {what} at byte {offset + bad}. Give UTF-8 text, "
-                        "jsonl or parquet; `iconv -t UTF-8` converts other encodings"
-                    )
-                offset += len(chunk)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    return digest.hexdigest()
+    digest, offset, rest = hashlib.sha256(), 0, b""
+    with open_bytes(path) as handle:
+        while True:
+            chunk = handle.read(CHUNK)
+            digest.update(chunk)
+            data = rest + chunk
+            bad, what = data.find(b"\0"), "a NUL byte"
+            try:
+                used = codecs.utf_8_decode(data, "strict", not chunk)[1]
+            except UnicodeDecodeError as error:
+                if not 0 <= bad < error.start:
+                    bad, what = error.start, "invalid UTF-8"
+            if bad >= 0:
+                raise UnreadableError(
+                    f"{path} is not text: {what} at byte {offset + bad}. Give UTF-8 text, jsonl, "
+                    "csv or parquet; `iconv -t UTF-8` converts other encodings"
+                )
+            if not chunk:
+                return digest.hexdigest()
+            offset, rest = offset + used, data[used:]

@@ -10,7 +10,13 @@ from typing import Any, cast
 
 from tenacity import RetryCallState
 
-from groupsae.data.sources import Document, files_fingerprint, pick_column, row_document
+from groupsae.data.sources import (
+    Document,
+    files_fingerprint,
+    legal_text,
+    pick_column,
+    row_document,
+)
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.retry import is_transient, network_cause, one_line, retrying
 
@@ -68,6 +74,14 @@ class HubSource:
             )
         return None
 
+    def check(self) -> None:
+        """Check that a local folder exists; the Hub is not asked.
+
+        Raises:
+            UserError: it does not.
+        """
+        _ = self._folder
+
     def fingerprint(self) -> str:
         """Return a key over name, config, split, column and commit (a folder: its content)."""
         if self._folder is not None:
@@ -102,12 +116,18 @@ class HubSource:
 
     def documents(self, start: int = 0) -> Iterator[Document]:
         """Yield the rows from `start` on, in the order of the data set."""
+        return legal_text(self._documents(start), f"data.name={self.name}")
+
+    def _documents(self, start: int) -> Iterator[Document]:
         column = None
         for row, record in self._rows(start):
             if column is None:
-                column = pick_column(list(record), self.column, self.name, "data.column")
+                column = self._pick(list(record))
             where = f"{self.name}, row {row}"
             yield row_document(f"{self.split}#{row}", record[column], column, where)
+
+    def _pick(self, columns: list[str]) -> str:
+        return pick_column(columns, self.column, self.name, "data.column")
 
     def _rows(self, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
         row = start
@@ -177,9 +197,10 @@ class HubSource:
         )
 
     def _open(self, start: int) -> Iterable[dict[str, Any]]:
-        """Return the rows from `start` on.
+        """Return the rows from `start` on, with the column to read only.
 
-        `skip` reads what it skips, but in complete Arrow batches, without making rows of them.
+        Other columns are never decoded: an image or a sound would ask for its codec. `skip` reads
+        what it skips, but in complete Arrow batches, without making rows of them.
         """
         import datasets
 
@@ -192,6 +213,8 @@ class HubSource:
             )
             splits = (folder is None and stream.info.splits) or {}
             self.promised = getattr(splits.get(self.split), "num_examples", None) or None
+            if stream.column_names is not None:  # without declared types nothing is decoded
+                stream = stream.select_columns([self._pick(stream.column_names)])
             return cast(Iterable[dict[str, Any]], stream.skip(start))
         saved = datasets.load_from_disk(folder)
         if isinstance(saved, datasets.DatasetDict):
@@ -201,6 +224,8 @@ class HubSource:
                     "one with data.split=..."
                 )
             saved = saved[self.split]
+        # A data set also keeps in which format (numpy, torch) its rows come.
+        saved = saved.with_format(None).select_columns([self._pick(saved.column_names)])
         rows = saved.select(range(start, len(saved))) if start < len(saved) else []
         return cast(Iterable[dict[str, Any]], rows)
 

@@ -2,8 +2,12 @@
 
 import hashlib
 import json
+import math
+import re
+import reprlib
 import sysconfig
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -11,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from groupsae.runtime.errors import UserError
 
 USUAL_COLUMNS = ("text", "content", "tokens", "input_ids")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Document(NamedTuple):
@@ -59,7 +64,7 @@ def pick_column(columns: Sequence[str], wanted: str | None, where: str, key: str
     for column in candidates:
         if column in columns:
             return column
-    present = ", ".join(map(repr, columns)) or "none"
+    present = ", ".join(map(reprlib.repr, columns)) or "none"  # a name may be a line of text
     missing = "no column named " + " or ".join(map(repr, candidates))
     raise UserError(f"{where} has {missing}. It has: {present}. Choose one with {key}=...")
 
@@ -67,23 +72,50 @@ def pick_column(columns: Sequence[str], wanted: str | None, where: str, key: str
 def row_document(name: str, value: Any, column: str, where: str) -> Document:
     """Return the document in one row: text, or token ids.
 
-    An empty or missing value gives a document of no tokens, so that rows and documents are
-    counted alike and packing can resume at a row.
+    An empty or missing value (None, NaN) gives a document of no tokens, so that rows and documents
+    are counted alike and packing can resume at a row.
 
     Raises:
         UserError: the value is neither text nor a list of integers.
     """
-    if value is None or (isinstance(value, str | list) and not value):
+    empty = isinstance(value, str | list) and not value
+    if value is None or empty or (isinstance(value, float) and math.isnan(value)):
         return Document(name, token_ids=[])
     if isinstance(value, str):
         return Document(name, text=value)
-    if isinstance(value, list) and all(type(token) is int for token in value):
+    integers = isinstance(value, list) and all(type(token) is int for token in value)
+    if integers and min(value) >= -(2**63) and max(value) < 2**63:
         return Document(name, token_ids=value)
     kind = type(value).__name__
     raise UserError(
         f"{where}: column {column!r} holds {kind} ({str(value)[:40]}), while text or a list of "
         "token ids is needed. Choose another column."
     )
+
+
+def legal_text(documents: Iterable[Document], where: str) -> Iterator[Document]:
+    """Yield the documents with U+FFFD in place of lone surrogates, which no tokenizer reads.
+
+    JSON may hold half of a pair, an emoji that was truncated. At the end a warning gives the
+    number of documents that were changed.
+    """
+    changed, first = 0, ""
+    try:
+        for document in documents:
+            try:
+                (document.text or "").encode()
+            except UnicodeEncodeError:
+                changed, first = changed + 1, first or document.name
+                legal = _SURROGATE.sub("\ufffd", document.text or "")
+                document = document._replace(text=legal)
+            yield document
+    finally:
+        if changed:
+            warnings.warn(
+                f"{where}: {changed:,} documents hold half a character (a lone surrogate, or a "
+                f"byte that is not UTF-8); U+FFFD replaces it. The first such document is {first}",
+                stacklevel=2,
+            )
 
 
 class PythonSource:

@@ -57,6 +57,30 @@ def test_tokenised_rows_keep_their_tokens(tmp_path, column):
     assert found == [[1, 2], [], [3]]
 
 
+@pytest.mark.parametrize("place", ["saved", "parquet files"])
+@pytest.mark.parametrize("column", [None, "text"])
+def test_other_columns_are_not_decoded(tmp_path, place, column):
+    features = datasets.Features({"sound": datasets.Audio(), "text": datasets.Value("string")})
+    sounds = pa.array([{"bytes": b"no sound", "path": "a.mp3"}] * 7, features["sound"].pa_type)
+    table = datasets.table.InMemoryTable(pa.table({"sound": sounds, "text": TEXTS}))
+    data = datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
+    (tmp_path / "data").mkdir()
+    if place == "saved":
+        data.save_to_disk(tmp_path / "data")
+    else:
+        data.to_parquet(tmp_path / "data" / "train.parquet")
+    found = [d.text for d in source(tmp_path / "data", column=column).documents(2)]
+    assert found == TEXTS[2:]
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "pandas"])
+def test_rows_saved_in_another_format_are_read(tmp_path, kind):
+    tokens = [[1, 2], [3], [4]]
+    data = datasets.Dataset.from_dict({"input_ids": tokens, "id": [0, 1, 2]})
+    data.with_format(kind, columns=["id"]).save_to_disk(tmp_path / "data")
+    assert [d.token_ids for d in source(tmp_path / "data").documents()] == tokens
+
+
 def test_a_missing_column_is_refused_with_those_that_there_are(folder):
     with pytest.raises(UserError, match="no column named 'body'. It has: .*'text'.*data.column="):
         next(source(folder, column="body").documents())
@@ -74,8 +98,9 @@ def test_a_missing_split_is_refused_with_those_that_there_are(tmp_path):
 
 
 def test_a_folder_that_does_not_exist_is_refused(tmp_path):
-    with pytest.raises(UserError, match="none is no folder"):
-        source(tmp_path / "none").fingerprint()
+    for read in ("check", "fingerprint"):
+        with pytest.raises(UserError, match="none is no folder"):
+            getattr(source(tmp_path / "none"), read)()
 
 
 def broken(monkeypatch, breaks, error=ConnectionError):

@@ -1,29 +1,37 @@
 """Text from files: what is a document, what it is called, and what is refused."""
 
+import bz2
+import csv
 import gzip
+import hashlib
+import io
 import json
+import lzma
 
+import datasets
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from groupsae.data.files import CHUNK, PIECE, FileSource
+from groupsae.data.files import FileSource
+from groupsae.data.formats import CHUNK, PIECE
 from groupsae.data.sources import PythonSource
 from groupsae.runtime.errors import UserError
 
 
-def documents(path, text_column="text"):
+def documents(path, text_column=None):
     found = list(FileSource(path=str(path), text_column=text_column).documents())
     return {d.name: d.text if d.token_ids is None else d.token_ids for d in found}
 
 
-def fingerprint(path, text_column="text"):
+def fingerprint(path, text_column=None):
     return FileSource(path=str(path), text_column=text_column).fingerprint()
 
 
 def write(folder, **files):
+    folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         path = folder / name.replace("__", "/").replace("_", ".")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,9 +55,42 @@ def test_a_folder_gives_its_files_in_the_order_of_their_names(tmp_path):
     ]
 
 
-def test_hidden_files_and_files_that_are_not_text_are_left_out_of_a_folder(tmp_path):
-    write(tmp_path, a_txt="1", _git__config="2", image_png=b"\x89PNG\0", empty_txt="")
-    assert list(documents(tmp_path)) == ["a.txt"]
+def test_files_of_a_folder_that_are_not_text_are_left_out_and_named(tmp_path):
+    late = b"x" * 2 * CHUNK + b"caf\xe9"  # one byte of Latin-1, after megabytes of text
+    write(tmp_path, a_txt="1", _git__config="2", pictures__image_png=b"\x89PNG\0", empty_txt="")
+    write(tmp_path, late=late, pack_tar_gz=gzip.compress(b"\0" * 99), half_gz=b"\x1f\x8b\x08")
+    (tmp_path / "lost").symlink_to("nowhere")
+    sentence = (
+        r"left out 5 files that are not text \(2.1 MB\): half.gz, late, lost, pack.tar.gz, pic"
+    )
+    with pytest.warns(UserWarning, match=sentence):
+        assert list(documents(tmp_path)) == ["a.txt"]
+    refused(tmp_path / "late", match=f"late is not text: invalid UTF-8 at byte {2 * CHUNK + 3}")
+    refused(tmp_path / "l*", match=f"late is not text: invalid UTF-8 at byte {2 * CHUNK + 3}")
+
+
+def test_a_long_list_of_files_that_are_left_out_is_shortened(tmp_path):
+    write(tmp_path, a_txt="1", **{f"{i}_bin": b"\0" for i in range(7)})
+    with pytest.warns(
+        UserWarning, match=r"left out 7 .*: 0.bin, 1.bin, 2.bin, 3.bin, 4.bin, \.\.\.$"
+    ):
+        documents(tmp_path)
+
+
+def test_linked_folders_are_read_once_and_loops_end(tmp_path):
+    write(tmp_path / "corpus", z__b_txt="2")
+    write(tmp_path / "elsewhere", deep__c_txt="3")
+    (tmp_path / "corpus" / "a").symlink_to("z")  # what lies below keeps its own name
+    (tmp_path / "corpus" / "y").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "corpus" / "z" / "up").symlink_to("..")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path)
+    assert documents(tmp_path / "corpus") == {"y/deep/c.txt": "3", "z/b.txt": "2"}
+
+
+def test_a_name_that_is_not_utf_8_is_a_name(tmp_path):
+    with open(bytes(tmp_path) + b"/caf\xe9.txt", "w") as handle:
+        handle.write("x")
+    assert documents(tmp_path) == {"caf\ufffd.txt": "x"}
 
 
 def test_a_copy_of_a_file_is_read_once(tmp_path):
@@ -94,43 +135,194 @@ def test_an_endless_line_is_cut_too(tmp_path):
     assert max(map(len, pieces.values())) <= 2 * PIECE
 
 
-def rows(path, records):
-    lines = "\n".join(json.dumps(record) for record in records).encode()
-    path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+def zst(content):
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
-def test_rows_of_json_lines_are_documents_of_text_or_tokens(tmp_path, name):
-    rows(tmp_path / name, [{"text": "one"}, {"text": [1, 2]}, {"text": ""}, {"text": None}])
-    assert documents(tmp_path) == {
-        f"{name}#0": "one",
-        f"{name}#1": [1, 2],
-        f"{name}#2": [],
-        f"{name}#3": [],
-    }
+COMPRESSED = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zst,
+}
+
+
+def json_lines(records):
+    return "\n".join(json.dumps(record) for record in records).encode()
+
+
+def csv_of(separator):
+    def content(records):
+        file = io.StringIO(newline="")
+        writer = csv.DictWriter(file, list(records[0]), delimiter=separator)
+        writer.writeheader()
+        writer.writerows(records)
+        return file.getvalue().encode()
+
+    return content
+
+
+def parquet_of(records):
+    sink = pa.BufferOutputStream()
+    parquet.write_table(pa.Table.from_pylist(records), sink, row_group_size=2)
+    return sink.getvalue().to_pybytes()
+
+
+def arrow_of(kind):
+    def content(records):
+        table, sink = pa.Table.from_pylist(records), pa.BufferOutputStream()
+        with kind(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+        return sink.getvalue().to_pybytes()
+
+    return content
+
+
+TABLES = {
+    "a.jsonl": json_lines,
+    "A.JSONL": json_lines,
+    "a.ndjson": json_lines,
+    "lines.json": json_lines,
+    "array.json": lambda records: json.dumps(records).encode(),
+    "array.jsonl": lambda records: b"\xef\xbb\xbf" + json.dumps(records, indent=2).encode(),
+    "a.csv": csv_of(","),
+    "excel.csv": lambda records: b"\xef\xbb\xbf" + csv_of(";")(records),
+    "a.TSV": csv_of("\t"),
+    "a.parquet": parquet_of,
+    "saved.arrow": arrow_of(pa.ipc.new_stream),
+    "a.feather": arrow_of(pa.ipc.new_file),
+}
+TEXTS = ["Grüße 🙂", 'a "quote",\nand; a\ttab\r\n', "", "x" * 200_000, "last"]
+
+
+@pytest.mark.parametrize("ending", COMPRESSED)
+@pytest.mark.parametrize("name", TABLES)
+def test_rows_of_every_table_are_documents(tmp_path, name, ending):
+    content = TABLES[name]([{"id": i, "body": text} for i, text in enumerate(TEXTS)])
+    name += ending
+    (tmp_path / name).write_bytes(COMPRESSED[ending](content))
+    expected = {f"{name}#{i}": text or [] for i, text in enumerate(TEXTS)}
+    assert documents(tmp_path, "body") == documents(tmp_path / name, "body") == expected
+    refused(tmp_path, match="no column named 'text' or .*It has: 'id', 'body'")
+
+
+@pytest.mark.parametrize("ending", COMPRESSED)
+@pytest.mark.parametrize("text", ["", "\ufeffshort é\r\n", "é line\n" * PIECE])
+def test_compressed_text_is_the_text(tmp_path, ending, text):
+    write(tmp_path / "plain", a_Txt=text)
+    path = write(tmp_path / "packed") / f"a.Txt{ending.upper()}"
+    path.write_bytes(COMPRESSED[ending](text.encode()))
+    found = documents(tmp_path / "packed").items()
+    expected = documents(tmp_path / "plain").items()
+    assert [(name.replace(ending.upper(), ""), text) for name, text in found] == list(expected)
+
+
+def test_a_text_and_its_compressed_copy_are_read_once(tmp_path):
+    write(tmp_path, a_txt="same", a_txt_gz=gzip.compress(b"same"), b_xz=lzma.compress(b"same"))
+    assert list(documents(tmp_path)) == ["a.txt"]
 
 
 @pytest.mark.parametrize(
-    ("column", "values"), [("text", ["a", "b", None]), ("tokens", [[1, 2], [3], [4]])]
+    "content", ['{\n "text": "x"}', '{"id": 1}', '["text"]', "[1]", "", '"text"', "[[", "{}"]
 )
-def test_rows_of_parquet_files_are_documents_over_all_row_groups(tmp_path, column, values):
-    table = pa.table({"id": [0, 1, 2], column: values})
-    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1)
-    expected = {f"a.parquet#{i}": value or [] for i, value in enumerate(values)}
-    assert documents(tmp_path, column) == documents(tmp_path, None) == expected
+def test_json_that_is_no_table_is_text(tmp_path, content):
+    write(tmp_path, a_json=content)
+    assert documents(tmp_path) == ({"a.json": content} if content else {})
+    refused(tmp_path, "body", match="data.text_column=body, but .* has no table")
+
+
+def test_one_json_object_with_the_column_is_a_row(tmp_path):
+    write(tmp_path, a_json='{"body": "x"}\n')
+    assert documents(tmp_path, "body") == {"a.json#0": "x"}
+    assert documents(tmp_path) == {"a.json": '{"body": "x"}\n'}
+
+
+def test_rows_hold_text_or_tokens_or_nothing(tmp_path):
+    values = ["one", [1, 2], "", None, float("nan"), [], " "]
+    (tmp_path / "a.jsonl").write_bytes(json_lines([{"text": v} for v in values]))
+    expected = ["one", [1, 2], [], [], [], [], " "]
+    assert documents(tmp_path) == {f"a.jsonl#{i}": value for i, value in enumerate(expected)}
+
+
+TOKENS = [[1, 2], [3, 4], [5, 6]]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        *[(kind, ["a", None, "é"]) for kind in (pa.string(), pa.large_string(), pa.string_view())],
+        (pa.dictionary(pa.int32(), pa.string()), ["a", None, "a"]),
+        *[(kind(pa.int32()), TOKENS) for kind in (pa.list_, pa.large_list, pa.list_view)],
+        (pa.list_(pa.uint16(), 2), TOKENS),
+        (pa.list_(pa.int64()), [[1], None, []]),
+    ],
+)
+def test_text_and_tokens_of_every_arrow_type(tmp_path, name, kind, values):
+    table = pa.table({"id": [0, 1, 2], "content": pa.array(values, kind)})
+    if name == "a.parquet":
+        parquet.write_table(table, tmp_path / name, row_group_size=1)
+    else:
+        with pa.ipc.new_stream(tmp_path / name, table.schema) as writer:
+            writer.write_table(table)
+    expected = {f"{name}#{i}": value or [] for i, value in enumerate(values)}
+    assert documents(tmp_path) == documents(tmp_path, "content") == expected
+
+
+def test_what_is_no_character_is_replaced_and_counted(tmp_path):
+    lines = ['"ok"', '"half \\ud83d of \\ud83d\\ude42"', '"\\udc00\\ud800"', "[1]"]
+    write(tmp_path, a_jsonl="\n".join(f'{{"text": {line}}}' for line in lines))
+    with pytest.warns(UserWarning, match="2 documents hold half a character.*is a.jsonl#1"):
+        found = documents(tmp_path)
+    assert list(found.values()) == ["ok", "half \ufffd of 🙂", "\ufffd\ufffd", [1]]
+
+
+def test_bytes_of_a_parquet_file_that_are_not_utf_8_are_replaced_and_counted(tmp_path):
+    raw = pa.array([b"ok", b"caf\xe9", None])
+    table = pa.table({"text": pa.Array.from_buffers(pa.string(), 3, raw.buffers())})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.warns(UserWarning, match="1 documents hold half a character.*a.parquet#1"):
+        assert list(documents(tmp_path).values()) == ["ok", "caf\ufffd", []]
+
+
+def test_later_rows_without_the_column_are_empty_and_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(
+        json_lines([{"text": "x"}, {"id": 1}, {"content": "y"}, {}])
+    )
+    with pytest.warns(UserWarning, match="2 rows have no column 'text'.*the first is .*a.jsonl:2"):
+        assert list(documents(tmp_path).values()) == ["x", [], "y", []]
+
+
+def test_the_key_of_what_was_always_read_so_stays_and_others_are_new(tmp_path):
+    def as_text(folder):  # as all versions did
+        files = sorted(folder.iterdir())
+        parts = [[f.name, hashlib.sha256(f.read_bytes()).hexdigest()] for f in files]
+        return hashlib.sha256(json.dumps(["files", None, parts]).encode()).hexdigest()
+
+    line = json_lines([{"text": "x"}])
+    write(tmp_path / "same", a_txt="1", b_md="2", Makefile="3", c_jsonl=line + b" ", d_json="{\n}")
+    write(tmp_path / "same", e_jsonl_gz=gzip.compress(line), f_parquet=parquet_of([{"text": "x"}]))
+    assert fingerprint(tmp_path / "same") == as_text(tmp_path / "same")
+    for name in ("a_json", "a_JSONL", "a_csv"):
+        folder = write(tmp_path / name, **{name: line if "J" in name.upper() else "text\nx\n"})
+        assert fingerprint(folder) != as_text(folder)
 
 
 @given(st.integers(0, 12))
 @settings(max_examples=8)
 def test_documents_can_be_entered_at_any_place(tmp_path_factory, start):
     folder = tmp_path_factory.mktemp("any")
-    rows(folder / "a.jsonl", [{"text": str(i)} for i in range(5)])
+    (folder / "a.jsonl").write_bytes(json_lines([{"text": str(i)} for i in range(5)]))
     write(folder, b_txt="x" * 3 * PIECE, c_txt="c")
-    source = FileSource(path=str(folder), text_column="text")
+    source = FileSource(path=str(folder), text_column=None)
     assert list(source.documents(start)) == list(source.documents())[start:]
 
 
-def refused(path, text_column="text", match=""):
+def refused(path, text_column=None, match=""):
     with pytest.raises(UserError, match=match):
         fingerprint(path, text_column)
 
@@ -145,7 +337,23 @@ def test_a_glob_that_matches_nothing_is_refused(tmp_path):
 
 
 def test_a_folder_without_text_is_refused(tmp_path):
-    refused(write(tmp_path, image_png=b"\0"), match="it has 1 files, and none is")
+    refused(tmp_path, match="no text in .*no files")
+    refused(
+        write(tmp_path, image_png=b"\0"), match="no text in .*left out 1 file that is not text"
+    )
+
+
+def test_a_path_is_checked_before_anything_is_read(tmp_path):
+    FileSource(path=str(write(tmp_path, image_png=b"\0"))).check()
+    for missing in ("none", "*.txt"):
+        with pytest.raises(UserError, match="does not exist|matches no file"):
+            FileSource(path=str(tmp_path / missing)).check()
+
+
+def test_a_data_set_written_by_save_to_disk_is_for_data_hf(tmp_path):
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "a b")
+    refused(tmp_path / "a b", match="use data=hf 'data.name=.*a b'")
+    assert list(documents(tmp_path / "a b" / "*.arrow").values()) == [text or [] for text in TEXTS]
 
 
 @pytest.mark.parametrize("before", [0, 10, CHUNK - 1, CHUNK, CHUNK + 5])
@@ -177,9 +385,9 @@ def test_a_line_that_is_not_json_is_refused_with_its_number(tmp_path):
 
 
 def test_a_missing_column_is_refused_with_those_that_there_are(tmp_path):
-    rows(tmp_path / "a.jsonl", [{"id": 1, "body": "x"}])
-    refused(tmp_path, match="no column named 'text'. It has: 'id', 'body'")
-    refused(tmp_path, None, match="'text' or 'content' or 'tokens' or 'input_ids'")
+    (tmp_path / "a.jsonl").write_bytes(json_lines([{"id": 1, "body": "x"}]))
+    refused(tmp_path, "text", match="no column named 'text'. It has: 'id', 'body'")
+    refused(tmp_path, match="'text' or 'content' or 'tokens' or 'input_ids'")
     parquet.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
     refused(tmp_path / "a.parquet", match="It has: 'body'")
 
@@ -187,21 +395,67 @@ def test_a_missing_column_is_refused_with_those_that_there_are(tmp_path):
 def test_a_column_of_something_else_is_refused(tmp_path):
     parquet.write_table(pa.table({"text": [0.5]}), tmp_path / "a.parquet")
     refused(tmp_path, match="column 'text' is of type double")
-    rows(tmp_path / "b.jsonl", [{"text": {"a": 1}}])
-    with pytest.raises(UserError, match="b.jsonl:1: column 'text' holds dict"):
-        documents(tmp_path / "b.jsonl")
+    for value in ({"a": 1}, 5, True, [[1]], [True], [1.0], [1, None], [2**63]):
+        (tmp_path / "b.jsonl").write_bytes(json_lines([{"text": value}]))
+        with pytest.raises(UserError, match="b.jsonl:1: column 'text' holds"):
+            documents(tmp_path / "b.jsonl")
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz"])
-def test_a_truncated_file_is_refused(tmp_path, name):
-    path = tmp_path / name
-    if path.suffix == ".gz":
-        rows(path, [{"text": str(i) * i} for i in range(50)])
-    else:
-        parquet.write_table(pa.table({"text": ["x"]}), path)
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=name):
+@pytest.mark.parametrize("ending", ["", *COMPRESSED])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.arrow"])
+def test_a_truncated_file_is_refused(tmp_path, name, ending):
+    content = TABLES.get(name.replace("a.arrow", "saved.arrow"), json_lines)(
+        [{"text": str(i) * i} for i in range(500)]
+    )
+    if not ending and name == "a.txt":
+        return  # complete as far as anybody can know
+    path = tmp_path / (name + ending)
+    path.write_bytes(COMPRESSED[ending](content)[:-20])
+    with pytest.raises(UserError, match=f"{name}.*(is damaged or truncated|is not JSON)"):
         documents(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (
+            'id,text\n1,"a\nb"\n2,c,d\n',
+            r"ends at .*a.csv:4 has 3 fields.*first line has 2, .* ','",
+        ),
+        ("id,text\n1,a\nb\n", "a.csv:3 has 1 fields"),
+        ('id,text\n1,"a" b\n', "a.csv:2 is not csv"),
+        ('id,text\n1,"a\n', "a.csv:2 is not csv"),
+    ],
+)
+def test_a_csv_that_is_torn_is_refused_with_the_line(tmp_path, content, sentence):
+    write(tmp_path, a_csv=content)
+    with pytest.raises(UserError, match=sentence):
+        documents(tmp_path)
+
+
+@pytest.mark.parametrize("content", ['[{"text": "a"}, {"text": ', '[{"text": "a"}, oops]'])
+def test_an_array_that_is_not_json_is_refused_with_the_row(tmp_path, content):
+    write(tmp_path, a_json=content)
+    with pytest.raises(UserError, match="a.json, row 1 is not JSON"):
+        documents(tmp_path)
+
+
+def test_all_files_that_cannot_be_read_are_counted_at_once(tmp_path):
+    refused(
+        write(tmp_path, a_txt=b"\xff", b_txt=b"\xff", c_txt=b"\0", d_txt="x"),
+        match="a.txt.* 2 more",
+    )
+
+
+def test_an_empty_array_has_no_rows(tmp_path):
+    assert documents(write(tmp_path, a_json=" [ ]\n"), "body") == {}
+
+
+def test_a_long_array_is_read_across_chunks(tmp_path):
+    texts = [str(i) * (i % 1000) for i in range(5000)]
+    write(tmp_path, a_json=json.dumps([{"text": text} for text in texts]))
+    assert (tmp_path / "a.json").stat().st_size > 3 * CHUNK
+    assert list(documents(tmp_path).values()) == [text or [] for text in texts]
 
 
 @pytest.fixture
