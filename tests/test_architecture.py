@@ -61,6 +61,22 @@ def test_the_command_answers_before_it_loads_torch(command):
     assert not loaded_by(f"import groupsae.{command}") & heavy
 
 
+@pytest.mark.parametrize("text", ["data=files data.path=none", "data=hf data.name=./none"])
+def test_a_text_that_does_not_exist_is_reported_before_torch_is_loaded(text):
+    loaded = loaded_by(f"""
+from groupsae.app.run_folder import open_run
+from groupsae.runtime.errors import UserError
+from tests.helpers.runs import composed
+overrides = {text.split()}
+try:
+    open_run(composed(overrides), overrides).__enter__()
+except UserError as error:
+    assert "none" in str(error), error
+else:
+    raise AssertionError""")
+    assert not loaded & {"torch", "lightning", "transformers"}
+
+
 def test_saved_suites_load_without_lightning_and_transformers():
     loaded = loaded_by("from groupsae import load_suite")
     assert not loaded & {"lightning", "transformers", "datasets", "hydra", "wandb"}

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped,unused-ignore]
 
+from groupsae.app.stream import check_source
 from groupsae.config.identity import FORMAT, RUNTIME, content_hash
 from groupsae.config.instantiate import make
 from groupsae.config.security import check_own, check_saved
@@ -57,8 +58,9 @@ def open_run(cfg: DictConfig, overrides: list[str]) -> Iterator[OpenRun]:
     is refused before it wrote anything is removed again.
 
     Raises:
-        UserError: a value is not allowed; `resume` names no run, or the command's values differ
-            from that run's; another process uses the folder, or it cannot be written.
+        UserError: a value is not allowed; the text does not exist; `resume` names no run, or the
+            command's values differ from that run's; another process uses the folder, or it cannot
+            be written.
     """
     check_own(cfg)
     check_training(cfg)
@@ -66,6 +68,8 @@ def open_run(cfg: DictConfig, overrides: list[str]) -> Iterator[OpenRun]:
         cfg = _resumed(cfg, overrides)
     check_processes(cfg.trainer)
     folder = run_folder(cfg)
+    if cfg.overwrite or not (folder / "summary.json").exists():  # a finished run is only shown
+        check_source(cfg.data)
     if cfg.dry_run:
         yield OpenRun(cfg, folder, None)
         return

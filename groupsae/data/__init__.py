@@ -3,6 +3,7 @@
 | module | what happens there |
 |---|---|
 | `sources`, `files`, `hub` | named documents: of Python's library, the user's files, a data set |
+| `formats` | how each kind of file is read |
 | `packing` | documents to blocks of tokens, in three splits, cached on disk |
 | `loader` | which blocks come in which order |
 | `draws` | which layer each token draws |
