@@ -54,7 +54,7 @@ def import_saes(cfg: DictConfig) -> Path:
     num_layers, d_model = lm.geometry.num_layers, lm.geometry.d_model
     saes = read_folder(
         Path(given) if repo is None else download_saes(repo, only),
-        ReadAt(num_layers, d_model, lm.hookpoint, lm.stack),
+        ReadAt(num_layers, d_model, lm.hookpoint, lm.stack, lm.modules),
         format_name=cfg.format,
         only=only,
         num_groups=cfg.num_groups,
@@ -74,11 +74,14 @@ def import_saes(cfg: DictConfig) -> Path:
             final_path=target,
             source=given if repo is None else f"hf:{repo.name}",
         )
+    noted: dict[str, list[str]] = {}
     for sae in saes:
         layers = ", ".join(map(str, sae.layers))
         print(f"{sae.folder}: {sae.format}, layers {layers}, {sae.sae.d_sae:,} latents")
         for note in sae.notes:
-            print(f"  note: {note}")
+            noted.setdefault(note, []).append(str(sae.folder))
+    for note, folders in noted.items():
+        print(f"note: {note} ({', '.join(folders)})")
     other = other_model(saes, model)
     if other is not None:
         print(f"note: the folders name the model {other}, but model is {model}.")

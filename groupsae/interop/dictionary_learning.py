@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,17 @@ from groupsae.interop.library import (
     Library,
     Origin,
     Place,
+    agreed_place,
     imported_sae,
     kind_of,
     our_place,
     our_tensors,
+    parse_module_path,
     portable_tensors,
     read_pickled,
     subtract_b_dec,
     their_tensors,
-    unknown_layer,
+    unknown_place,
 )
 from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE
@@ -74,7 +77,20 @@ NO_WEIGHTS = {  # further tensors of a class, which are not weights of ours
     "BatchTopKSAE": ("k",),
     "MatryoshkaBatchTopKSAE": ("k", "group_sizes"),
 }
-_FOLDER = re.compile(r"(resid_post|resid_pre|mlp_out|attn_out|attention_out)_layer_(\d+)")
+# Places in submodule_name and in names of folders -> hookpoint.
+PLACES = {
+    **dict.fromkeys(("resid_post", "resid_out", "resid", "residual"), "resid_post"),
+    **dict.fromkeys(("resid_pre", "resid_in"), "resid_pre"),
+    **dict.fromkeys(("mlp_out", "mlp_output", "mlp"), "mlp_out"),
+    **dict.fromkeys(("attn_out", "attn_output", "attn"), "attn_out"),
+    **dict.fromkeys(("attention_out", "attention_output", "attention"), "attn_out"),
+}
+_PLACE = rf"(?P<place>{'|'.join(PLACES)})"
+_SPELLINGS = (
+    rf"{_PLACE}(_?(layer|l)?_?(?P<layer>\d+))?",  # mlp, mlp1, mlp_out_layer1, resid_post_layer_3
+    rf"(layer|l)_?(?P<layer>\d+)[_.]{_PLACE}",  # layer_3_resid_post, layer3.mlp
+    r".*(?<![a-z])(?P<place>(resid_(post|pre)|(mlp|attn|attention)_out))_layer_(?P<layer>\d+)(_.*)?",
+)
 
 
 def folder_name(origin: Origin) -> str:
@@ -82,13 +98,18 @@ def folder_name(origin: Origin) -> str:
     return f"{origin.hookpoint}_layer_{origin.layer}"
 
 
-def parse_folder_name(path: str) -> Place | None:
-    """Return layer and hookpoint of the last such name in a path; None if it has none."""
-    found = _FOLDER.findall(path)
-    if not found:
-        return None
-    hookpoint, layer = found[-1]
-    return Place(int(layer), hookpoint.replace("attention_out", "attn_out"))
+def parse_name(name: str, layer: int | None = None) -> Place | None:
+    """Return the place that a name means, in `layer` where it has no number; None if unknown.
+
+    >>> parse_name("mlp_out_layer1")[:2], parse_name("attn", 3)[:2], parse_name("layers[2]")[:2]
+    ((1, 'mlp_out'), (3, 'attn_out'), (2, 'resid_post'))
+    """
+    matches = (re.fullmatch(pattern, name, re.IGNORECASE) for pattern in _SPELLINGS)
+    found = next((match for match in matches if match), None)
+    if found is None:
+        return parse_module_path(name.replace("[", ".").replace("]", ""))
+    number = layer if found["layer"] is None else int(found["layer"])
+    return None if number is None else Place(number, PLACES[found["place"].lower()])
 
 
 def write(folder: Path, sae: SAE, origin: Origin) -> None:
@@ -130,12 +151,12 @@ def recognises(folder: Path) -> bool:
     return (folder / WEIGHTS).exists()
 
 
-def read(folder: Path) -> ImportedSAE:
+def read(folder: Path, names: Sequence[str]) -> ImportedSAE:
     """Return the SAE in a folder.
 
     Raises:
-        UserError: it is damaged, holds code, has an unknown class, or is a BatchTopK without its
-            threshold.
+        UserError: it is damaged, holds code, contradicts itself, has an unknown class or place, or
+            is a BatchTopK without its threshold.
     """
     file, weights = folder / CONFIG, folder / WEIGHTS
     config = require_json(file)
@@ -146,7 +167,7 @@ def read(folder: Path) -> ImportedSAE:
             f"{file} has the dict_class {name!r}. Of dictionary_learning's classes, these can be "
             f"read: {', '.join(READS)}."
         )
-    place = _place(folder, config, trainer)._replace(model=trainer.get("lm_name"))
+    place, notes = _place(folder, config, names)
     stored = read_pickled(weights)
     if not isinstance(stored, dict) or not all(isinstance(t, Tensor) for t in stored.values()):
         raise UserError(f"{weights} does not hold a state dict (a dict of tensors by name).")
@@ -157,6 +178,11 @@ def read(folder: Path) -> ImportedSAE:
     arguments: dict[str, Any] = {}
     if kind in TOPK_KINDS:
         arguments["k"] = int(others["k"]) if "k" in others else trainer.get("k")
+        if trainer.get("k", arguments["k"]) != arguments["k"]:
+            raise UserError(
+                f"{folder} contradicts itself: k is {trainer['k']} in {CONFIG} and "
+                f"{arguments['k']} in {WEIGHTS}. Correct the one in {CONFIG} if it is wrong."
+            )
     if kind == "matryoshka":
         d_sae, sizes = len(tensors["W_dec"]), others["group_sizes"].tolist()
         arguments["prefixes"] = [end / d_sae for end in accumulate(sizes)]
@@ -167,18 +193,39 @@ def read(folder: Path) -> ImportedSAE:
         )
     if name in ENCODES_X:
         tensors = subtract_b_dec(tensors)
-    return imported_sae(kind, tensors, place, arguments)
+    return imported_sae(kind, tensors, place, arguments, notes=notes)
 
 
-def _place(folder: Path, config: dict[str, Any], trainer: dict[str, Any]) -> Place:
-    submodule = str(trainer.get("submodule_name") or "")
-    place = our_place(config, folder / CONFIG)
-    place = place or parse_folder_name(submodule) or parse_folder_name(str(folder))
-    if place is not None:
-        return place
-    if isinstance(trainer.get("layer"), int):
-        return Place(trainer["layer"], "resid_post")
-    raise unknown_layer(folder, submodule, "rename it to resid_post_layer_<number>")
+def _place(folder: Path, config: dict[str, Any], names: Sequence[str]) -> tuple[Place, list[str]]:
+    """Return the place that the configuration names, or the folder where it names none; notes.
+
+    Raises:
+        UserError: none is known, or two contradict each other.
+    """
+    trainer, io = config["trainer"], (config.get("buffer") or {}).get("io") or "out"
+    layer = trainer["layer"] if isinstance(trainer.get("layer"), int) else None
+    name = trainer.get("submodule_name") or None
+    of_config = None if name is None else parse_name(str(name), layer)
+    named = {f"submodule_name in {CONFIG}": of_config}
+    named |= {f"folder's name {each}": parse_name(each) for each in names}
+    named |= {f"layer in {CONFIG}": None if layer is None else Place(layer)}
+    place = our_place(config, folder / CONFIG) or agreed_place(folder, named)
+    unnamed = place is not None and place.hookpoint is place.module is None
+    if place is None or (unnamed and name is not None):
+        advice = f"correct submodule_name in {CONFIG} to <hookpoint>_layer_<number>, such as "
+        advice += "mlp_out_layer_3, or to the path of a module, or give the folder such a name"
+        raise unknown_place(folder, name, advice)
+    if io != "out" and place.hookpoint != "resid_pre":
+        raise UserError(
+            f"{folder / CONFIG} has io = {io!r}, and our SAEs encode outputs of modules. (If it "
+            "encodes the input of a block, correct submodule_name to resid_pre_layer_<number>.)"
+        )
+    notes = []
+    if unnamed:
+        notes = [f"{CONFIG} names layer {layer} and no submodule: model.hookpoint decides"]
+    elif name is not None and of_config is None:
+        notes = [f"its submodule_name {name!r} is not known: the name of its folder decides"]
+    return place._replace(model=trainer.get("lm_name")), notes
 
 
 SNIPPET = """from dictionary_learning.utils import load_dictionary

@@ -13,8 +13,14 @@ from pathlib import Path
 from torch import Tensor
 
 from groupsae.files.reading import require_json
-from groupsae.interop.library import ImportedSAE, Place, imported_sae, read_pickled
-from groupsae.interop.sparsify import CONFIG, WEIGHTS, parse_module_path, read_weights
+from groupsae.interop.library import (
+    ImportedSAE,
+    Place,
+    imported_sae,
+    parse_module_path,
+    read_pickled,
+)
+from groupsae.interop.sparsify import CONFIG, WEIGHTS, read_weights
 from groupsae.runtime.errors import UserError
 
 FACTORS = "scaling_factors.pt"
@@ -148,14 +154,15 @@ def read(folder: Path, num_layers: int) -> ImportedSAE:
         tensors["threshold"] = tensors.pop("log_threshold").exp()
     else:
         kind, tensors = "relu", read_weights(folder)
+    place = parse_module_path(folder.name) or Place(layers[0], "resid_post")
     factors = _factors_file(folder)
     unscaled = f"no {FACTORS} in or above its folder: activations are not scaled"
     return imported_sae(
         kind,
         tensors,
-        Place(layers[0], "resid_post"),
+        place,
         {"k": k} if kind == "topk" else {},
-        norm_factors=_factors(factors, layers) if factors else dict.fromkeys(layers, 1.0),
+        norm_factors=_factors(factors, layers, place) if factors else dict.fromkeys(layers, 1.0),
         notes=[] if factors else [unscaled],
     )
 
@@ -165,14 +172,15 @@ def _factors_file(folder: Path) -> Path | None:
     return next((file for file in files if file.exists()), None)
 
 
-def _factors(file: Path, layers: list[int]) -> dict[int, float]:
+def _factors(file: Path, layers: list[int], of: Place) -> dict[int, float]:
     stored = read_pickled(file)
     if isinstance(stored, Tensor):
         stored = stored.tolist()
     by_layer: dict[int, float] = {}
     for name, value in stored.items() if isinstance(stored, dict) else enumerate(stored):
         place = parse_module_path(str(name))
-        by_layer[place.layer if place else int(name)] = float(value)
+        if place is None or place.hookpoint == of.hookpoint:
+            by_layer[place.layer if place else int(name)] = float(value)
     for layer in layers:
         if not 0 < by_layer.get(layer, 0.0) < float("inf"):
             raise UserError(

@@ -3,10 +3,12 @@
 import copy
 import math
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from torch import Tensor
 from groupsae import __version__
 from groupsae.files.reading import damaged, missing
 from groupsae.files.tensors import take
+from groupsae.lm.hookpoints import hookpoint_of
 from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE
 from groupsae.sae.batchtopk import BatchTopK
@@ -83,12 +86,73 @@ class Origin:
 
 
 class Place(NamedTuple):
-    """Where in a language model an SAE belongs, as far as its folder names it."""
+    """Where in a language model an SAE belongs, as far as its files name it."""
 
     layer: int
-    hookpoint: str
+    hookpoint: str | None = None
     stack: str | None = None
     model: str | None = None
+    module: str | None = None  # path of the module whose output it encodes
+
+    def options(self) -> str:
+        """Return the options of a command that reads the language model there."""
+        found = IN_A_BLOCK.search(self.module or "")
+        if found is None or found[3] is None:
+            return f"model.hookpoint={self.hookpoint}"
+        return f"model.hookpoint={self.hookpoint or 'mlp_out'} model.submodule={found[3]}"
+
+
+IN_A_BLOCK = re.compile(r"(?:^|\.)((?:layers|layer|h|blocks?)\.(\d+)(?:\.(.+))?)$")
+
+
+def parse_module_path(path: str) -> Place | None:
+    """Return the place of a module's output: `gpt_neox.layers.4.mlp`; None outside of a block.
+
+    Its hookpoint is None where the module is not in one of a block's halves.
+
+    >>> parse_module_path("gpt_neox.layers.4.mlp")[:2], parse_module_path("layers.4")[:2]
+    ((4, 'mlp_out'), (4, 'resid_post'))
+    """
+    found = IN_A_BLOCK.search(path)
+    if found is None:
+        return None
+    hookpoint = "resid_post" if found[3] is None else hookpoint_of(found[3])
+    return Place(int(found[2]), hookpoint, module=path)
+
+
+def same_output(one: str, other: str) -> bool:
+    """Return whether the outputs of two modules are the same, whatever wraps their blocks."""
+    first, second = IN_A_BLOCK.search(one), IN_A_BLOCK.search(other)
+    if first is None or second is None:
+        return False
+    wrappers = one[: first.start()].split(".") + other[: second.start()].split(".")
+    inside, its_inside = (
+        # the MLP of GPT-NeoX returns what its last layer does (Bloom's, in h.4, adds the residual)
+        re.sub(r"^(layers\.\d+\.mlp)\.dense_4h_to_h$", r"\1", found[1])
+        for found in (first, second)
+    )
+    return inside == its_inside and not {"encoder", "decoder"} <= {*wrappers}
+
+
+def agreed_place(folder: Path, named: Mapping[str, Place | None]) -> Place | None:
+    """Return the first place that is known; the names say where each stands.
+
+    Raises:
+        UserError: two contradict each other.
+    """
+    known = [(source, place) for source, place in named.items() if place is not None]
+    for (one, first), (other, second) in combinations(known, 2):
+        pairs = zip(first[:2], second[:2], strict=True)
+        if any(a != b for a, b in pairs if a is not None and b is not None):
+            raise UserError(
+                f"{folder} contradicts itself: its {one} is for {_words(first)}, and its {other} "
+                f"for {_words(second)}. Correct the one that is wrong."
+            )
+    return known[0][1] if known else None
+
+
+def _words(place: Place) -> str:
+    return f"layer {place.layer}" + (f" ({place.hookpoint})" if place.hookpoint else "")
 
 
 @dataclass(frozen=True)
@@ -139,8 +203,15 @@ class Library:
     # an SAE that takes raw activations, into an existing folder
     write: Callable[[Path, SAE, Origin], None]
     recognises: Callable[[Path], bool]  # whether a folder has this format
-    read: Callable[[Path], ImportedSAE]  # the SAE in such a folder
+    # the SAE in such a folder; the names of the folder and of those around it may name its place
+    read_named: Callable[[Path, Sequence[str]], ImportedSAE]
     snippet: str  # Python that loads an SAE from the Hub, with {repo} and {folder}
+
+    def read(self, folder: Path, root: Path | None = None) -> ImportedSAE:
+        """Return the SAE in a folder that was found below `root`; no name above it counts."""
+        around = [each.absolute() for each in (folder, *folder.parents)]
+        end = around.index((root or folder).absolute()) + 1
+        return self.read_named(folder, [each.name for each in around[:end]])
 
 
 # ---- our SAEs <-> tensors -------------------------------------------------------------------
@@ -337,9 +408,9 @@ def our_place(config: Mapping[str, Any], file: Path) -> Place | None:
     return Place(int(ours["layer"]), ours["hookpoint"], ours.get("stack"), str(ours["model"]))
 
 
-def unknown_layer(folder: Path, name: object, advice: str) -> UserError:
-    """Return the error about a folder that does not name its layer, with the way out."""
+def unknown_place(folder: Path, name: object, advice: str) -> UserError:
+    """Return the error about an SAE of unknown layer or hookpoint, with the way out."""
     return UserError(
-        f"{folder} does not name the SAE's layer in the language model (its name for the place "
-        f"is {name!r}): {advice}."
+        f"{folder} does not name the SAE's layer and hookpoint in the language model, or by an "
+        f"unknown name (the name found is {name!r}): {advice}."
     )

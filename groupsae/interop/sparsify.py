@@ -1,7 +1,7 @@
 """sparsify's folder: `cfg.json` and `sae.safetensors` (as 1.3.3 reads and writes them)."""
 
 import json
-import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from groupsae.files.reading import require_json
@@ -10,14 +10,14 @@ from groupsae.interop.library import (
     ImportedSAE,
     Library,
     Origin,
-    Place,
     Tensors,
     imported_sae,
     our_place,
     our_tensors,
+    parse_module_path,
     portable_tensors,
     their_tensors,
-    unknown_layer,
+    unknown_place,
     write_tensors,
 )
 from groupsae.runtime.errors import UserError
@@ -25,24 +25,9 @@ from groupsae.sae.base import SAE
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 NAMES = {"W_enc": "encoder.weight", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
-IN_A_BLOCK = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks?)\.(\d+)(?:\.(.+))?$")
-_HOOKPOINTS: dict[str | None, str] = {
-    None: "resid_post",
-    **dict.fromkeys(("mlp", "feed_forward"), "mlp_out"),
-    **dict.fromkeys(("attention", "attn", "self_attn", "self_attention"), "attn_out"),
-}
-
-
-def parse_module_path(path: str) -> Place | None:
-    """Return layer and hookpoint of a module's path; None if we have no such hookpoint.
-
-    >>> parse_module_path("gpt_neox.layers.4.mlp")[:2], parse_module_path("layers.4")[:2]
-    ((4, 'mlp_out'), (4, 'resid_post'))
-    """
-    found = IN_A_BLOCK.search(path)
-    if found is None or found[2] not in _HOOKPOINTS:
-        return None
-    return Place(int(found[1]), _HOOKPOINTS[found[2]])
+DEFAULT_K = 32  # of a configuration that does not name k
+# Keys that decide what an SAE computes -> the value that ours can do.
+PLAIN = {"activation": "topk", "signed": False, "transcode": False, "skip_connection": False}
 
 
 def folder_name(origin: Origin) -> str:
@@ -86,7 +71,7 @@ def recognises(folder: Path) -> bool:
     return (folder / WEIGHTS).exists() and file.exists() and "d_in" in require_json(file)
 
 
-def read(folder: Path) -> ImportedSAE:
+def read(folder: Path, names: Sequence[str]) -> ImportedSAE:
     """Return the SAE in a folder.
 
     Raises:
@@ -94,19 +79,21 @@ def read(folder: Path) -> ImportedSAE:
     """
     file = folder / CONFIG
     config = require_json(file)
-    for key, plain in (("activation", "topk"), ("transcode", False), ("skip_connection", False)):
+    for key, plain in PLAIN.items():
         if config.get(key, plain) != plain:
             raise UserError(
                 f"{file} has {key} = {config[key]!r}. Of sparsify's SAEs, only those with "
                 f"{key} = {json.dumps(plain)} can be read."
             )
     # several seeds are in <hookpoint>/seed<n>
-    name = folder.parent.name if folder.name.startswith("seed") else folder.name
+    name = next((name for name in names if not name.startswith("seed")), names[0])
     place = our_place(config, file) or parse_module_path(name)
     if place is None:
-        advice = "rename it to layers.<number>, or to the path of its module"
-        raise unknown_layer(folder, name, advice)
-    return imported_sae("topk", read_weights(folder), place, {"k": config.get("k")})
+        advice = "rename it to layers.<number> or to the path of its module, layers.<number>.mlp"
+        if name.startswith("seed"):
+            advice = "give the folder above it as saes=, and choose with only=[*/seed0]"
+        raise unknown_place(folder, name, advice)
+    return imported_sae("topk", read_weights(folder), place, {"k": config.get("k", DEFAULT_K)})
 
 
 def read_weights(folder: Path, *more: str) -> Tensors:

@@ -100,6 +100,15 @@ def _on_input(see: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
     return on_input
 
 
+def hookpoint_of(path: str) -> str | None:
+    """Return the half of a block that a path within it is in; None if it is in neither."""
+    for hookpoint, halves in HALVES.items():
+        norms = [pair[hookpoint] for pair in NORMS_AFTER]
+        if any(path == name or path.startswith(f"{name}.") for name in (*halves, *norms)):
+            return hookpoint
+    return None
+
+
 def find_sites(blocks: Iterable[nn.Module], hookpoint: str, submodule: str | None) -> list[Site]:
     """Return the hookpoint's module of each block.
 

@@ -10,13 +10,13 @@ from typing import Any
 import yaml  # type: ignore[import-untyped,unused-ignore]
 
 from groupsae.files.reading import read_json, read_yaml
-from groupsae.interop.dictionary_learning import parse_folder_name
-from groupsae.interop.library import Library, kind_of
-from groupsae.interop.sparsify import IN_A_BLOCK
+from groupsae.interop.library import IN_A_BLOCK, Library, kind_of
+from groupsae.lm.hookpoints import HOOKPOINTS
 from groupsae.suite.hub import looks_like_name
 from groupsae.suite.suite import Suite
 
 _PATH = re.compile(r"""(?<![\w/:.~-])/(?:[^\s/,'"]+/)+([^\s/,'"]*)""")
+_FOLDER = re.compile(rf"({'|'.join(HOOKPOINTS)})_layer_\d+$")  # of dictionary_learning
 BINARY = (".safetensors", ".png")
 
 LOAD = """import groupsae
@@ -109,7 +109,7 @@ def figures_of_run(run: Path) -> dict[str, Path | bytes]:
 def is_upload(path: str) -> bool:
     """Return whether an upload of ours may have put this path into a repository."""
     folder, _, file = path.rpartition("/")
-    of_sae = "/" not in folder and (IN_A_BLOCK.search(folder) or parse_folder_name(folder))
+    of_sae = "/" not in folder and (IN_A_BLOCK.search(folder) or _FOLDER.match(folder))
     return bool(file in OF_SAE and of_sae) or any(fnmatch(path, pattern) for pattern in OF_RUN)
 
 

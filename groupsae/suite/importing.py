@@ -13,7 +13,7 @@ from groupsae.grouping.partition import Partition
 from groupsae.grouping.plan import GroupPlan, name_of
 from groupsae.interop import group_sae
 from groupsae.interop.formats import FORMATS
-from groupsae.interop.library import ImportedSAE
+from groupsae.interop.library import ImportedSAE, same_output
 from groupsae.interop.saelens import lens_model
 from groupsae.runtime.errors import UserError
 from groupsae.suite.hub import looks_like_name
@@ -32,6 +32,7 @@ class ReadAt:
     d_model: int
     hookpoint: str
     stack: str
+    modules: Sequence[str] | None = None  # path of the module that is read, by layer
 
 
 def read_folder(
@@ -84,7 +85,7 @@ def read_folder(
             f"{', '.join(READABLE)}: a folder with sae_weights.safetensors, sae.safetensors or "
             "ae.pt, and its configuration."
         )
-    saes = [_read(folder, name, at.num_layers) for folder, name in formats.items()]
+    saes = [_read(folder, name, path, at.num_layers) for folder, name in formats.items()]
     _check(saes, path, at)
     return [replace(sae, folder=Path(_relative(sae.folder, path))) for sae in saes]
 
@@ -114,7 +115,6 @@ def write_run(
             "layers": sae.layers,
             "norm_factors": sae.norm_factors,
             **facts,
-            "hookpoint": sae.place.hookpoint,
             "weights": None,
             "text": None,
             "tokens": None,
@@ -204,12 +204,12 @@ def _relative(folder: Path, path: Path) -> str:
     return folder.relative_to(path).as_posix() if folder != path else path.name
 
 
-def _read(folder: Path, name: str, num_layers: int) -> ImportedSAE:
+def _read(folder: Path, name: str, root: Path, num_layers: int) -> ImportedSAE:
     try:
         if name == GROUP_SAE:
             sae = group_sae.read(folder, num_layers)
         else:
-            sae = FORMATS[name].read(folder)
+            sae = FORMATS[name].read(folder, root)
     except UserError as error:
         if str(folder) in str(error):
             raise
@@ -241,11 +241,17 @@ def _check(saes: Sequence[ImportedSAE], path: Path, at: ReadAt) -> None:
         place = sae.place
         for name, theirs, ours, option in (
             ("d_model", sae.sae.d_model, at.d_model, "model=<the model it was trained on>"),
-            ("hookpoint", place.hookpoint, at.hookpoint, f"model.hookpoint={place.hookpoint}"),
             ("stack", place.stack or at.stack, at.stack, f"model.stack={place.stack}"),
+            ("hookpoint", place.hookpoint or at.hookpoint, at.hookpoint, place.options()),
         ):
             if theirs != ours:
                 raise UserError(
                     f"{sae.folder} has {name} {theirs}, but the model is read with {name} {ours}: "
                     f"give {option}."
                 )
+        read = None if at.modules is None else at.modules[place.layer]
+        if place.module and read and not same_output(place.module, read):
+            raise UserError(
+                f"{sae.folder} is for the output of {place.module}, but that of {read} is read: "
+                f"give {place.options()}, or name its model by model=..."
+            )

@@ -17,9 +17,8 @@ from safetensors.torch import load_file, save_file
 from groupsae.config.instantiate import CONF
 from groupsae.export import export as command
 from groupsae.interop.formats import FORMATS, check_holds
-from groupsae.interop.library import build, fold_norm_factor
+from groupsae.interop.library import build, fold_norm_factor, parse_module_path
 from groupsae.interop.saelens import lens_model
-from groupsae.interop.sparsify import parse_module_path
 from groupsae.runtime.errors import UserError
 from groupsae.suite.exporting import compare, export_suite
 from groupsae.suite.suite import load_suite
@@ -337,7 +336,9 @@ def test_models_and_modules_go_by_their_librarys_names():
     assert lens_model("/some/where/model") == "model"
     assert parse_module_path("encoder.block.3")[:2] == (3, "resid_post")
     assert parse_module_path("h.11.attn")[:2] == (11, "attn_out")
-    assert parse_module_path("layers.3.mlp.up_proj") is None
+    assert parse_module_path("layers.3.mlp.up_proj")[:2] == (3, "mlp_out")
+    assert parse_module_path("layers.3.input_layernorm")[:2] == (3, None)
+    assert parse_module_path("embed_tokens") is None
 
 
 @pytest.mark.parametrize(

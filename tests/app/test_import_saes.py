@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from safetensors.torch import save_file
 
 from groupsae.app.import_saes import import_saes
 from groupsae.app.run_folder import register_resolver
@@ -24,6 +23,7 @@ from groupsae.suite.importing import ReadAt, plan_of, read_folder
 from groupsae.suite.suite import load_suite
 from groupsae.train import train
 from tests.helpers.evaluated import evaluate, evaluated
+from tests.helpers.foreign import dictionary, saelens, sparsify
 from tests.helpers.runs import composed, overrides, run
 from tests.helpers.shelf import D_MODEL, D_SAE, K, dense, edit, naive, rows, run_folder, tensors_of
 
@@ -58,37 +58,6 @@ def sized(tensors, factor=None):
     """Return the tensors with decoder rows of norms 0.5 to 3."""
     norms = torch.linspace(0.5, 3, n) if factor is None else factor
     return {**tensors, "W_dec": tensors["W_dec"] * norms.unsqueeze(1)}
-
-
-def saelens(folder: Path, tensors, layer=4, **config):
-    folder.mkdir(parents=True)
-    stored = {**tensors, "W_enc": tensors["W_enc"].T.contiguous()}
-    save_file(stored, folder / "sae_weights.safetensors")
-    values = {
-        "architecture": "standard", "d_in": d, "d_sae": n, "dtype": "float32",
-        "apply_b_dec_to_input": True, "normalize_activations": "none",
-        "metadata": {"hook_name": f"blocks.{layer}.hook_resid_post", "model_name": "pythia-14m"},
-    }  # fmt: skip
-    (folder / "cfg.json").write_text(json.dumps(values | config))
-    return folder
-
-
-def sparsify(folder: Path, tensors, **config):
-    folder.mkdir(parents=True)
-    names = {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}
-    stored = {names.get(name, name): tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(stored, folder / "sae.safetensors")
-    values = {"activation": "topk", "expansion_factor": 3, "num_latents": 0, "k": K, "d_in": d}
-    (folder / "cfg.json").write_text(json.dumps(values | config))
-    return folder
-
-
-def dictionary(folder: Path, name: str, state, **trainer):
-    folder.mkdir(parents=True)
-    torch.save(state, folder / "ae.pt")
-    config = {"trainer": {"dict_class": name, "layer": 4, **trainer}, "buffer": {"ctx_len": 128}}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 def same(found, acts, x_hat, x):

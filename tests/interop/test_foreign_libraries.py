@@ -14,7 +14,8 @@ import torch
 from groupsae.interop.formats import FORMATS
 from groupsae.suite.exporting import export_suite
 from groupsae.suite.suite import load_suite
-from tests.helpers.shelf import FACTORS, KINDS, rows, run_folder
+from tests.helpers.shelf import FACTORS, KINDS, dense, rows, run_folder
+from tests.interop.test_spellings import OLD, old
 
 TOLERANCE = 1e-5  # of the largest value; all compute in float32
 
@@ -107,6 +108,16 @@ def test_folders_that_saelens_wrote_are_read(tmp_path):
     x = rows()
     again = found.sae.decode(found.sae.encode(x))
     torch.testing.assert_close(again, theirs(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_saelens_reads_old_keys_as_we_do(tmp_path, name):
+    sae_lens = library("sae_lens")
+    kind, config = OLD[name]
+    folder, x = old(tmp_path / "sae", kind, **config), rows()
+    theirs, ours = sae_lens.SAE.load_from_disk(str(folder)), FORMATS["saelens"].read(folder).sae
+    torch.testing.assert_close(dense(ours, x), theirs.encode(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.decode(ours.encode(x)), theirs(x), rtol=1e-4, atol=1e-5)
 
 
 def test_folders_that_dictionary_learning_wrote_are_read(tmp_path):
