@@ -4,13 +4,13 @@ import codecs
 import glob
 import hashlib
 import json
-import shlex
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 from groupsae.data.formats import (
@@ -104,7 +104,7 @@ class FileSource:
                 "with data.path=..."
             )
         if notice and is_leader():
-            warnings.warn(notice, stacklevel=2)
+            warnings.warn(notice, stacklevel=1)
         if self.text_column is not None and not any(file.table for file in files):
             raise UserError(
                 f"{KEY}={self.text_column}, but {self.path} has no table: its files, such as "
@@ -160,13 +160,13 @@ def _named(path: str) -> tuple[Path, Iterable[Path]]:
         ):
             raise UserError(
                 f"data.path={path} was written by `save_to_disk` of datasets: use data=hf "
-                + shlex.quote(f"data.name={path}")
+                + quote(f"data.name={path}")
             )
         return place, _walk(place)
     if not glob.has_magic(path):
         raise UserError(
             f"data.path={path} does not exist (looked for {place.absolute()}): give a file, a "
-            "folder or a glob"
+            "folder or a glob; a data set of the Hub is data=hf data.name=<id>"
         )
     fixed = [i for i, part in enumerate(place.parts) if glob.has_magic(part)][0]
     files = [Path(p) for p in glob.glob(str(place), recursive=True) if Path(p).is_file()]

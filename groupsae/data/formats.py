@@ -179,8 +179,8 @@ def _json(name: str, path: Path, wanted: str | None) -> Iterator[Document]:
     finally:
         if missing:
             warnings.warn(
-                f"{path}: {missing:,} rows have no column {first!r} and count as empty; the first "
-                f"is {without}",
+                f"{path}: {missing:,} row(s) without the column {first!r} count as empty; the "
+                f"first is {without}",
                 stacklevel=2,
             )
 
@@ -215,6 +215,8 @@ def _array_elements(path: Path) -> Iterator[tuple[int, str, Any]]:
             where = f"{path}, row {row}"
             place = cast(re.Match[str], separators.match(text, place)).end()
             if text.startswith("]", place):
+                if text[place + 1 :].strip() or handle.read(CHUNK).strip():
+                    raise UserError(f"{path} has more after the end of its array: {ROW}")
                 return
             try:
                 value, place = parse(text, place)
@@ -257,7 +259,10 @@ def _csv(name: str, path: Path, wanted: str | None) -> Iterator[Document]:
                     )
                 yield row_document(f"{name}#{row}", fields[place], column, where)
         except csv.Error as error:
-            raise UserError(f"{path}:{rows.line_num} is not csv: {error}") from None
+            raise UserError(
+                f"{path}:{rows.line_num} is not csv ({error}): a text with quotes must be in "
+                'quotes, and those inside doubled (""). jsonl has no such rules'
+            ) from None
 
 
 # ---- parquet and arrow ------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import Any, cast
 
 from tenacity import RetryCallState
@@ -67,6 +68,9 @@ class HubSource:
         folder = Path(self.name).expanduser()
         if folder.is_dir():
             return folder
+        if folder.is_file():
+            advice = quote(f"data.path={self.name}")
+            raise UserError(f"data.name={self.name} is a file: use data=files {advice}")
         if folder.is_absolute() or self.name.startswith((".", "~")):
             raise UserError(
                 f"data.name={self.name} is no folder: give a folder that `datasets` can load, or "

@@ -112,8 +112,8 @@ def legal_text(documents: Iterable[Document], where: str) -> Iterator[Document]:
     finally:
         if changed:
             warnings.warn(
-                f"{where}: {changed:,} documents hold half a character (a lone surrogate, or a "
-                f"byte that is not UTF-8); U+FFFD replaces it. The first such document is {first}",
+                f"{where}: U+FFFD replaces half a character (a lone surrogate, or a byte that is "
+                f"not UTF-8) in {changed:,} document(s); the first is {first}",
                 stacklevel=2,
             )
 

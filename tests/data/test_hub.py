@@ -101,6 +101,9 @@ def test_a_folder_that_does_not_exist_is_refused(tmp_path):
     for read in ("check", "fingerprint"):
         with pytest.raises(UserError, match="none is no folder"):
             getattr(source(tmp_path / "none"), read)()
+    (tmp_path / "a.jsonl").touch()
+    with pytest.raises(UserError, match="is a file: use data=files data.path=.*a.jsonl"):
+        source(tmp_path / "a.jsonl").check()
 
 
 def broken(monkeypatch, breaks, error=ConnectionError):

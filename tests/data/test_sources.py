@@ -276,7 +276,7 @@ def test_text_and_tokens_of_every_arrow_type(tmp_path, name, kind, values):
 def test_what_is_no_character_is_replaced_and_counted(tmp_path):
     lines = ['"ok"', '"half \\ud83d of \\ud83d\\ude42"', '"\\udc00\\ud800"', "[1]"]
     write(tmp_path, a_jsonl="\n".join(f'{{"text": {line}}}' for line in lines))
-    with pytest.warns(UserWarning, match="2 documents hold half a character.*is a.jsonl#1"):
+    with pytest.warns(UserWarning, match="replaces half a character .* in 2 doc.* is a.jsonl#1$"):
         found = documents(tmp_path)
     assert list(found.values()) == ["ok", "half \ufffd of 🙂", "\ufffd\ufffd", [1]]
 
@@ -285,7 +285,7 @@ def test_bytes_of_a_parquet_file_that_are_not_utf_8_are_replaced_and_counted(tmp
     raw = pa.array([b"ok", b"caf\xe9", None])
     table = pa.table({"text": pa.Array.from_buffers(pa.string(), 3, raw.buffers())})
     parquet.write_table(table, tmp_path / "a.parquet")
-    with pytest.warns(UserWarning, match="1 documents hold half a character.*a.parquet#1"):
+    with pytest.warns(UserWarning, match="half a character .* in 1 doc.* is a.parquet#1$"):
         assert list(documents(tmp_path).values()) == ["ok", "caf\ufffd", []]
 
 
@@ -293,7 +293,7 @@ def test_later_rows_without_the_column_are_empty_and_counted(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(
         json_lines([{"text": "x"}, {"id": 1}, {"content": "y"}, {}])
     )
-    with pytest.warns(UserWarning, match="2 rows have no column 'text'.*the first is .*a.jsonl:2"):
+    with pytest.warns(UserWarning, match="2 row.* without the column 'text'.* is .*a.jsonl:2$"):
         assert list(documents(tmp_path).values()) == ["x", [], "y", []]
 
 
@@ -437,6 +437,12 @@ def test_a_csv_that_is_torn_is_refused_with_the_line(tmp_path, content, sentence
 def test_an_array_that_is_not_json_is_refused_with_the_row(tmp_path, content):
     write(tmp_path, a_json=content)
     with pytest.raises(UserError, match="a.json, row 1 is not JSON"):
+        documents(tmp_path)
+
+
+def test_arrays_on_several_lines_are_refused(tmp_path):
+    write(tmp_path, chats_jsonl='[{"content": "hi"}]\n[{"content": "ho"}]\n')
+    with pytest.raises(UserError, match="chats.jsonl has more after the end of its array"):
         documents(tmp_path)
 
 
