@@ -20,7 +20,7 @@ from groupsae.interop.library import (
     parse_module_path,
     read_pickled,
 )
-from groupsae.interop.sparsify import CONFIG, WEIGHTS, read_weights
+from groupsae.interop.sparsify import CONFIG, WEIGHTS, read_config, read_weights
 from groupsae.runtime.errors import UserError
 
 FACTORS = "scaling_factors.pt"
@@ -143,11 +143,11 @@ def read(folder: Path, num_layers: int) -> ImportedSAE:
     """Return the SAE in a folder, with the norm factors of its layers.
 
     Raises:
-        UserError: it is damaged, or lacks a norm factor.
+        UserError: it is damaged, does what our SAEs cannot, or lacks a norm factor.
     """
-    config = require_json(folder / CONFIG)
-    layers, k = layers_of(folder, num_layers), config.get("k", 0)
-    if isinstance(k, int) and k > 0:
+    config = read_config(folder)
+    layers, k = layers_of(folder, num_layers), config["k"]
+    if k > 0:
         kind, tensors = "topk", read_weights(folder)
     elif config.get("jumprelu"):
         kind, tensors = "jumprelu", read_weights(folder, "log_threshold")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from groupsae.files.reading import require_json
 from groupsae.files.tensors import read_tensors
@@ -71,11 +72,11 @@ def recognises(folder: Path) -> bool:
     return (folder / WEIGHTS).exists() and file.exists() and "d_in" in require_json(file)
 
 
-def read(folder: Path, names: Sequence[str]) -> ImportedSAE:
-    """Return the SAE in a folder.
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration of an SAE.
 
     Raises:
-        UserError: it is damaged, or does what our SAEs cannot (transcoders, GroupMax).
+        UserError: it is damaged, or names what our SAEs cannot do (transcoders, GroupMax).
     """
     file = folder / CONFIG
     config = require_json(file)
@@ -85,15 +86,25 @@ def read(folder: Path, names: Sequence[str]) -> ImportedSAE:
                 f"{file} has {key} = {config[key]!r}. Of sparsify's SAEs, only those with "
                 f"{key} = {json.dumps(plain)} can be read."
             )
+    return {"k": DEFAULT_K, **config}
+
+
+def read(folder: Path, names: Sequence[str]) -> ImportedSAE:
+    """Return the SAE in a folder.
+
+    Raises:
+        UserError: it is damaged, does what our SAEs cannot, or does not name its place.
+    """
+    config = read_config(folder)
     # several seeds are in <hookpoint>/seed<n>
     name = next((name for name in names if not name.startswith("seed")), names[0])
-    place = our_place(config, file) or parse_module_path(name)
+    place = our_place(config, folder / CONFIG) or parse_module_path(name)
     if place is None:
         advice = "rename it to layers.<number> or to the path of its module, layers.<number>.mlp"
         if name.startswith("seed"):
             advice = "give the folder above it as saes=, and choose with only=[*/seed0]"
         raise unknown_place(folder, name, advice)
-    return imported_sae("topk", read_weights(folder), place, {"k": config.get("k", DEFAULT_K)})
+    return imported_sae("topk", read_weights(folder), place, {"k": config["k"]})
 
 
 def read_weights(folder: Path, *more: str) -> Tensors:

@@ -454,6 +454,26 @@ def test_saes_of_another_hookpoint_go_out_and_come_in(tiny_lm, tiny_text, tmp_pa
     np.testing.assert_allclose([*found.values()], [expected[x] for x in found], rtol=1e-4)
 
 
+def test_a_note_is_printed_once_and_recorded_with_each_sae(tiny_lm, tiny_text, tmp_path, capsys):
+    sizes = {"W_enc": (64, 32), "b_enc": (64,), "W_dec": (64, 32), "b_dec": (32,)}
+    tensors = {name: torch.randn(*shape) for name, shape in sizes.items()}
+    tensors["W_dec"] /= tensors["W_dec"].norm(dim=1, keepdim=True)
+    for layer in (1, 2):
+        metadata = {"hook_name": f"gpt_neox.layers.{layer}.mlp", "context_size": 128}
+        saelens(tmp_path / "repo" / f"sae{layer}", tensors, metadata=metadata)
+    at = on(tiny_lm, tiny_text, tmp_path / "runs")
+    with pytest.raises(UserError, match="give model.hookpoint=mlp_out model.submodule=mlp"):
+        imported(tmp_path / "repo", *at)
+    run = imported(tmp_path / "repo", *at, "model.hookpoint=mlp_out")
+    printed = capsys.readouterr().out
+    assert printed.count("note: it was trained with context_size=128") == 1
+    assert "(sae1, sae2)" in printed
+    for layer in (1, 2):
+        config = json.loads((run / "saes" / f"layers.{layer}" / "cfg.json").read_text())
+        assert config["hookpoint"] == "mlp_out"
+        assert config["adopted"]["notes"][0].startswith("it was trained with context_size=128")
+
+
 @pytest.mark.slow
 def test_saes_of_some_layers_in_groups_are_evaluated_and_reported(tiny_lm, tiny_text, tmp_path):
     """A group whose distances nobody measured, and layers without an SAE."""

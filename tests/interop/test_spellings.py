@@ -286,6 +286,35 @@ def test_sae_of_the_paper_on_another_module_has_its_own_factor(tmp_path):
         read_folder(folder, at())
 
 
+def test_a_checkpoint_of_the_paper_is_what_its_configuration_says(tmp_path):
+    x, factor = rows(), {"layers.1": 0.5}
+    for name, kind, keys in (
+        ("topk", "topk", {"k": K}),
+        ("relu", "relu", {"k": 0}),
+        ("jumprelu", "jumprelu", {"k": 0, "jumprelu": True}),
+    ):
+        tensors = tensors_of(kind)
+        stored = {key: t for key, t in tensors.items() if key != "threshold"}
+        more = {"log_threshold": tensors["threshold"].log()} if kind == "jumprelu" else {}
+        folder = sparsify(tmp_path / name / "layers.1", stored | more, **keys)
+        torch.save(factor, folder / "scaling_factors.pt")
+        (found,) = read_folder(folder, at())
+        assert (found.format, found.norm_factors) == ("group-sae", {1: 0.5})
+        same_latents(found, saelens_latents(kind, tensors, x), x)
+    edit(folder / "cfg.json", activation="groupmax")
+    with pytest.raises(UserError, match="activation = 'groupmax'"):
+        read_folder(folder, at())
+
+
+def test_without_k_it_is_the_default_of_the_library(tmp_path):
+    folder = sparsify(tmp_path / "layers.1", tensors_of("topk"))
+    edit(folder / "cfg.json", k=None)
+    assert FORMATS["sparsify"].read(folder).arguments["k"] == 32
+    torch.save({"layers.1": 0.5}, folder / "scaling_factors.pt")
+    (found,) = read_folder(folder, at())
+    assert (found.format, found.arguments["k"]) == ("group-sae", 32)
+
+
 def relu_state():
     t = tensors_of("relu")
     weights = {"encoder.weight": t["W_enc"], "encoder.bias": t["b_enc"], "bias": t["b_dec"]}
