@@ -1,11 +1,8 @@
-"""Stacks of blocks and sizes of a language model, from its config and its empty modules."""
+"""Stacks of blocks and sizes of a language model, from its config."""
 
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -13,21 +10,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from groupsae.lm.context import context_of
 from groupsae.runtime.errors import UserError
 
 STACKS = ("encoder", "decoder")
-# The most tokens of an input, as configs spell it; the first one that is there counts.
-CONTEXTS = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_seq_len",
-    "max_sequence_length",
-    "max_seq_length",
-    "seq_length",
-    "n_ctx",
-)
-# Positions are distances between tokens: ALiBi (Falcon), and relative biases (DeBERTa, T5).
-RELATIVE = ("alibi", "relative_attention", "relative_attention_num_buckets")
 
 
 @dataclass(frozen=True)
@@ -107,43 +93,6 @@ def geometry_of(config: PreTrainedConfig, stack: str, name: str) -> Geometry:
     return Geometry(
         num_layers=found["num_hidden_layers"],
         d_model=found["hidden_size"],
-        context=_context_of(text),
+        context=context_of(text),
         vocab_size=found["vocab_size"],
     )
-
-
-def _context_of(text: PreTrainedConfig) -> int | None:
-    relative = any(getattr(text, key, None) for key in RELATIVE) or text.model_type == "bloom"
-    spelled = (getattr(text, key, None) for key in CONTEXTS)
-    return None if relative else next((n for n in spelled if isinstance(n, int) and n > 0), None)
-
-
-def within_positions(geometry: Geometry, model: nn.Module, blocks: nn.Module) -> Geometry:
-    """Return the sizes with a context no longer than the learned position embeddings.
-
-    Some of them keep places for other things at the start. One belongs to the padding token, and
-    positions begin after it: RoBERTa has 514, of which 512 can be used. OPT and BART leave out an
-    `offset`.
-    """
-    limits = [] if geometry.context is None else [geometry.context]
-    for table in _position_tables(_text_part(model, blocks)):
-        padding, offset = table.padding_idx, getattr(table, "offset", 0)
-        limits.append(table.num_embeddings - (offset if padding is None else padding + 1))
-    return replace(geometry, context=min(limits, default=None))
-
-
-def _position_tables(model: nn.Module) -> Iterator[nn.Embedding]:
-    for path, module in model.named_modules():
-        name = path.rpartition(".")[2]
-        if isinstance(module, nn.Embedding) and re.search("wpe|pos", name) and "rel" not in name:
-            yield module
-
-
-def _text_part(model: nn.Module, blocks: nn.Module) -> nn.Module:
-    """Return the smallest module with the blocks and the token embeddings: no vision tower."""
-    try:
-        embeddings: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-    except NotImplementedError:  # a model's own code does not name them
-        return model
-    holding = [m for m in model.modules() if {blocks, embeddings} <= set(m.modules())]
-    return holding[-1]  # parents come before their children

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from groupsae.lm.hookpoints import find_sites
-from groupsae.runtime.errors import UserError
+from groupsae.lm.hookpoints import find_sites, with_positions
 
 Visit = Callable[[int, Tensor], Tensor | None]
 
@@ -134,14 +133,8 @@ class HookedLM:
         Raises:
             UserError: they have another shape.
         """
-        expected = (*shape, self.d_model)
-        if tuple(acts.shape) not in (expected, (shape.numel(), self.d_model)):
-            raise UserError(
-                f"{self.hookpoint} of block {layer} of {type(self.model).__name__} has shape "
-                f"{list(acts.shape)} instead of {list(expected)}: use another model.hookpoint, or "
-                "name the module with model.submodule."
-            )
-        return acts.view(expected)
+        where = f"{self.hookpoint} of block {layer} of {type(self.model).__name__}"
+        return with_positions(acts, shape, self.d_model, where)
 
 
 def read_after(

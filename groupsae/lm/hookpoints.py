@@ -16,10 +16,12 @@ before it. Models that normalise the sum (BERT, BART) add attn_out, normalise, a
 normalise.
 """
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -139,6 +141,29 @@ def paths_of(model: nn.Module, sites: Iterable[Site]) -> list[str]:
     bare = getattr(model, "base_model", model)
     names = {module: name for each in (model, bare) for name, module in each.named_modules()}
     return [names[site.module] for site in sites]
+
+
+def with_positions(
+    acts: Tensor, shape: Sequence[int], d_model: int, where: str
+) -> Float[Tensor, "batch pos d_model"]:
+    """Return activations as [batch, pos, d_model], also where a module joins batch and pos.
+
+    Args:
+        acts: what a site shows.
+        shape: batch and pos of the model's input.
+        d_model: expected width.
+        where: hookpoint, block and model, for the message.
+
+    Raises:
+        UserError: they have another shape.
+    """
+    expected = (*shape, d_model)
+    if tuple(acts.shape) not in (expected, (math.prod(shape), d_model)):
+        raise UserError(
+            f"{where} has shape {list(acts.shape)} instead of {list(expected)}: use another "
+            "model.hookpoint, or name the module with model.submodule."
+        )
+    return acts.view(expected)
 
 
 def _half(block: nn.Module, number: int, hookpoint: str, submodule: str | None) -> nn.Module:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from groupsae.lm.blocks import find_blocks
-from groupsae.lm.geometry import choose_stack, geometry_of, stacks_of, within_positions
+from groupsae.lm.context import within_positions
+from groupsae.lm.geometry import choose_stack, geometry_of, stacks_of
 from groupsae.lm.hooked import HookedLM
 from groupsae.lm.hookpoints import paths_of
 from groupsae.lm.options import check_load_options, hub_options, recorded_options
@@ -195,7 +197,8 @@ class FrozenLM:
                 f"{str(error).strip() or 'no reason given'}".split("\n")[0]
             ) from error
         hooked = self._hook(skeleton, predicts=False)
-        self.geometry = within_positions(self.geometry, hooked.model, hooked.blocks)
+        context = within_positions(self.geometry.context, hooked.model, hooked.blocks)
+        self.geometry = replace(self.geometry, context=context)
 
     def described(self) -> dict[str, Any]:
         """Return the options that decide the activations, as plain values; saved with results."""

@@ -59,6 +59,16 @@ def onednn_linear(x: Any, weight: Any, bias: Any) -> Any:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def compiles_hooks(module: Any, outside: bool) -> bool:
+    """Return whether torch.compile took the hooks of modules inside, which then may not run.
+
+    `module.compile()` compiles the call of the module, hooks of its own included;
+    `torch.compile(module)` wraps the module (`outside`: what is asked about is inside).
+    """
+    wrapped = outside and "_orig_mod" in module._modules
+    return wrapped or getattr(module, "_compiled_call_impl", None) is not None
+
+
 def private_flop_formulas(
     *, attention: Callable[..., int], rows: Callable[..., int], linear: Callable[..., int]
 ) -> dict[Any, Callable[..., int]]:

@@ -2,8 +2,8 @@
 
 import importlib
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from operator import index
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -11,7 +11,7 @@ from typing import Any, SupportsIndex
 import torch
 from jaxtyping import Float
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from groupsae.files.atomic import atomic_write, write_json
 from groupsae.files.reading import damaged
@@ -19,11 +19,15 @@ from groupsae.files.tensors import read_tensors, take
 from groupsae.grouping.groupings import by_name
 from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE, SparseLatents
+from groupsae.suite import interventions
+from groupsae.suite.capture import Cache
 from groupsae.suite.groups_file import load_plan
 from groupsae.suite.hub import download, repository
 from groupsae.suite.layer import Acts, Dense, LayerSAE
 
 FORMAT = 2
+
+Layers = int | Iterable[int] | None
 
 
 class Suite:
@@ -147,6 +151,114 @@ class Suite:
     def reconstruct(self, acts: Acts, layer: int) -> Float[Tensor, "*batch d_model"]:
         """Return decode(encode(acts)) for one layer, in dense products."""
         return self[layer].decode(self[layer].encode(acts))
+
+    # ---- in a language model --------------------------------------------------------------
+
+    def capture(
+        self, model: nn.Module, layers: Layers = None, tokenizer: Any = None
+    ) -> AbstractContextManager[Cache]:
+        """Collect raw activations and latents of layers in all forwards of a `with` block.
+
+            with suite.capture(model, layers=[3, 5], tokenizer=tokenizer) as cache:
+                model(**tokenizer("def f(self):", return_tensors="pt"))
+            cache[5].acts     # raw, [batch, pos, d_model]
+            cache[5].latents  # [batch, pos, d_sae], computed when first asked for
+            cache[5].top(10)  # a DataFrame: latent, value, batch, position, token
+
+        `Captured` describes what a layer has, `Cache` how several forwards are kept. Padding is
+        captured as any position is; `top` and `active` leave it out.
+
+        Args:
+            model: any Hugging Face model with the depth and width of the one trained on.
+            layers: layers to capture; None: all of the suite.
+            tokenizer: shows tokens as text in `top` and `active`.
+
+        Raises:
+            UserError: a layer has no SAE; the model has another depth or width, is on another
+                device, or was compiled; in a forward: the text is longer than the model reads.
+        """
+        return interventions.capture(model, self._views_of(layers), tokenizer)
+
+    def splice(
+        self,
+        model: nn.Module,
+        layers: Layers = None,
+        error: bool = False,
+        positions: slice | None = None,
+    ) -> AbstractContextManager[None]:
+        """Replace activations by their reconstructions in all forwards of a `with` block.
+
+            with suite.splice(model, layers=[5]):
+                logits = model(**inputs).logits
+
+        Several layers are replaced together: a later one reconstructs what the earlier ones
+        leave. The reconstruction is computed in the SAE's dtype and rounded to the model's, as
+        `evaluate` does.
+
+        Args:
+            model: see `capture`.
+            layers: layers to replace; None: all of the suite.
+            error: add the SAE's error back. The forward is then unchanged, bit for bit; gradients
+                flow through the reconstruction only.
+            positions: replace only at these positions, such as `slice(1, None)` for all but the
+                first; None: at all. They count from where the KV cache was empty, with padding.
+
+        Raises:
+            UserError: see `capture`.
+        """
+        return interventions.splice(model, self._views_of(layers), error, positions)
+
+    def steer(
+        self,
+        model: nn.Module,
+        layer: int,
+        latent: int | Sequence[int] | None = None,
+        scale: float | Sequence[float] = 1.0,
+        *,
+        set: Mapping[int, float] | None = None,
+        multiply: Mapping[int, float] | None = None,
+        clamp: Mapping[int, tuple[float | None, float | None]] | None = None,
+        ablate: Iterable[int] = (),
+        positions: slice | None = None,
+    ) -> AbstractContextManager[None]:
+        """Change latents of a layer in all forwards of a `with` block.
+
+            with suite.steer(model, layer=5, latent=17, scale=4.0):
+                model.generate(**inputs, max_new_tokens=20)
+            with suite.steer(model, layer=5, ablate=[3, 8], set={17: 6.0}):
+                loss = model(**inputs, labels=inputs["input_ids"]).loss
+
+        `latent` and `scale` add scale * direction = scale * W_dec[latent] / norm_factor to the
+        raw activations: a scale is in the units of the latent's own values. The other arguments
+        encode, change the latents z and add (z' - z) directions, which keeps the SAE's error:
+        where no latent changes, the activations stay as they are, bit for bit.
+
+        Args:
+            model: see `capture`.
+            layer: the layer.
+            latent: one latent, or several, to add.
+            scale: how much of it, or of each.
+            set: latent -> its value at every position, active or not.
+            multiply: latent -> factor of its value where it is active.
+            clamp: latent -> lowest and highest value; None: no bound.
+            ablate: latents to set to zero.
+            positions: see `splice`. After prompts of n tokens, `slice(n, None)` leaves them as
+                they are and changes what follows.
+
+        Raises:
+            UserError: a latent does not exist or is changed twice; see `capture`.
+        """
+        return interventions.steer(
+            model, self[layer], latent, scale,
+            set=set, multiply=multiply, clamp=clamp, ablate=ablate, positions=positions,
+        )  # fmt: skip
+
+    def _views_of(self, layers: Layers) -> dict[int, LayerSAE]:
+        chosen = self.layers if layers is None else layers
+        views = [self[layer] for layer in ([chosen] if isinstance(chosen, int) else chosen)]
+        if not views:
+            raise UserError(f"layers is empty: give some of {self.layers}, or None for all.")
+        return {view.layer: view for view in sorted(views, key=lambda view: view.layer)}
 
 
 def load_suite(path: str | Path, grouping: str | None = None) -> Suite:

@@ -154,3 +154,13 @@ def test_operators_without_a_public_name_are_counted():
         compat.onednn_linear(torch.randn(5, 3), torch.randn(4, 3), torch.randn(4))
         torch.dot(torch.randn(3), torch.randn(3))
     assert counter.get_total_flops() == 1111
+
+
+def test_calls_that_are_compiled_with_their_hooks_are_recognised():
+    plain = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    assert not compat.compiles_hooks(plain, outside=True)
+    wrapped = torch.compile(plain, backend="eager")
+    assert compat.compiles_hooks(wrapped, outside=True)
+    assert not compat.compiles_hooks(wrapped, outside=False)  # hooks of the wrapper itself run
+    plain.compile(backend="eager")
+    assert compat.compiles_hooks(plain, outside=False)

@@ -1,0 +1,217 @@
+"""Capture, splice and steer: hooks in a model that the user runs, at the layers of a suite.
+
+`Suite.capture`, `Suite.splice` and `Suite.steer` are the functions below. They hold for every
+model on which SAEs can be trained, with or without its head, a KV cache, padding and gradients.
+Hooks exist within the `with` block only, also if it ends in an exception. Nested blocks act in the
+order of the model's layers, and on one layer in the order in which they were entered: there a
+`capture` within a `splice` sees the reconstruction, one around it the raw activations.
+
+Positions count what the model has read since its KV cache was empty, padding included, from 0. To
+change only what is generated after prompts of n tokens: `positions=slice(n, None)`.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from groupsae.lm.attached import AttachedLM, Reading
+from groupsae.runtime.errors import UserError
+from groupsae.suite.capture import Cache
+from groupsae.suite.layer import LayerSAE
+
+Number = int | float
+Positions = slice | None
+
+
+@contextmanager
+def capture(
+    model: nn.Module, saes: Mapping[int, LayerSAE], tokenizer: Any = None
+) -> Iterator[Cache]:
+    """Collect the layers' activations in all forwards; their latents are computed when asked for.
+
+    The activations are those of plain hooks, bit for bit. The forwards are unchanged.
+    """
+    cache = Cache(saes, tokenizer)
+
+    def visit(layer: int, acts: Tensor, reading: Reading | None) -> Tensor:
+        cache.append(layer, acts, reading)
+        return acts.clone()  # the model may write into what it continues with
+
+    with _attached(model, saes).hooked(saes, visit):
+        yield cache
+
+
+@contextmanager
+def splice(
+    model: nn.Module,
+    saes: Mapping[int, LayerSAE],
+    error: bool = False,
+    positions: Positions = None,
+) -> Iterator[None]:
+    """Replace the activations of layers by their reconstructions, or by the same plus the error.
+
+    With `error` the forwards are unchanged, bit for bit. Then gradients flow through the
+    reconstruction only, as the error is a constant (Marks et al., arXiv 2403.19647).
+    """
+    _check_positions(positions)
+
+    def visit(layer: int, acts: Tensor, reading: Reading | None) -> Tensor | None:
+        if error and not (torch.is_grad_enabled() and acts.requires_grad):
+            return None
+        x_hat = _reconstruct(saes[layer], acts)
+        if error:  # adds exactly zero
+            x_hat = acts.detach() + (x_hat - x_hat.detach())
+        return _only_at(positions, reading, acts, x_hat)
+
+    with _attached(model, saes).hooked(saes, visit):
+        yield
+
+
+@contextmanager
+def steer(
+    model: nn.Module,
+    sae: LayerSAE,
+    latent: int | Sequence[int] | None = None,
+    scale: Number | Sequence[Number] = 1.0,
+    *,
+    set: Mapping[int, Number] | None = None,
+    multiply: Mapping[int, Number] | None = None,
+    clamp: Mapping[int, tuple[Number | None, Number | None]] | None = None,
+    ablate: Iterable[int] = (),
+    positions: Positions = None,
+) -> Iterator[None]:
+    """Change latents of one layer: see `Suite.steer`."""
+    _check_positions(positions)
+    edits = _Edits(sae, latent, scale, set or {}, multiply or {}, clamp or {}, tuple(ablate))
+
+    def visit(_layer: int, acts: Tensor, reading: Reading | None) -> Tensor | None:
+        return _only_at(positions, reading, acts, edits(acts))
+
+    with _attached(model, {sae.layer: sae}).hooked([sae.layer], visit):
+        yield
+
+
+class _Edits:
+    """Changes of some latents of a layer, as what they add to its raw activations.
+
+    Latents that are added to need no encoding. All others become clamp(factor z + shift, low,
+    high); the difference to z times their directions is added, which keeps the SAE's error.
+    """
+
+    def __init__(
+        self,
+        sae: LayerSAE,
+        latent: int | Sequence[int] | None,
+        scale: Number | Sequence[Number],
+        fixed: Mapping[int, Number],
+        multiply: Mapping[int, Number],
+        clamp: Mapping[int, tuple[Number | None, Number | None]],
+        ablate: tuple[int, ...],
+    ) -> None:
+        added = [] if latent is None else [latent] if isinstance(latent, int) else list(latent)
+        scales = [scale] * len(added) if isinstance(scale, int | float) else list(scale)
+        if len(scales) != len(added):
+            raise UserError(
+                f"steer has {len(added)} latents and {len(scales)} scales: give one scale for "
+                "all, or one each."
+            )
+        inf = math.inf
+        changes = [
+            *((j, (0.0, 0.0, -inf, inf)) for j in ablate),
+            *((j, (0.0, float(value), -inf, inf)) for j, value in fixed.items()),
+            *((j, (float(factor), 0.0, -inf, inf)) for j, factor in multiply.items()),
+            *((j, (1.0, 0.0, *_bounds(j, bounds))) for j, bounds in clamp.items()),
+        ]
+        latents = [*added, *(j for j, _ in changes)]
+        twice = next((j for j in latents if latents.count(j) > 1), None)
+        if twice is not None:
+            raise UserError(f"steer changes latent {twice} twice: give it one change.")
+        if not latents:
+            raise UserError(
+                "steer changes nothing: give latent= and scale=, or set=, multiply=, clamp= or "
+                "ablate=."
+            )
+        self._sae = sae
+        weights = torch.tensor(scales, dtype=sae.dtype, device=sae.device)
+        self._added = None
+        if added:
+            self._added = (weights.unsqueeze(1) * sae.direction(added)).sum(0)
+        self._latents = [j for j, _ in changes]
+        self._changes = torch.tensor([c for _, c in changes], dtype=sae.dtype, device=sae.device)
+        if changes:
+            self._directions = sae.direction(self._latents)
+
+    def __call__(
+        self, acts: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Return the changed activations, rounded once to their dtype."""
+        change = self._added
+        if self._latents:
+            z = self._sae.encode(acts.to(self._sae.device))[..., self._latents]
+            factor, shift, low, high = self._changes.T
+            edited = (factor * z + shift).clamp(low, high)
+            by_edits = (edited - z) @ self._directions
+            change = by_edits if change is None else change + by_edits
+        assert change is not None
+        return (acts + change.to(acts.device)).to(acts.dtype)
+
+
+def _bounds(latent: int, bounds: tuple[Number | None, Number | None]) -> tuple[float, float]:
+    low = -math.inf if bounds[0] is None else float(bounds[0])
+    high = math.inf if bounds[1] is None else float(bounds[1])
+    if low > high:
+        raise UserError(f"clamp of latent {latent} is {low:g} to {high:g}: give the lower first.")
+    return low, high
+
+
+def _reconstruct(sae: LayerSAE, acts: Tensor) -> Tensor:
+    return sae(acts.to(sae.device)).to(acts)
+
+
+def _check_positions(positions: Positions) -> None:
+    if positions is None:
+        return
+    ends = (positions.start or 0, positions.stop or 0, positions.step or 1)
+    if min(ends[:2]) < 0 or ends[2] < 1:
+        raise UserError(
+            f"positions is {positions}: count from the first position that the model reads, such "
+            "as slice(8, None); the end is not known while it generates."
+        )
+
+
+def _only_at(
+    positions: Positions, reading: Reading | None, acts: Tensor, changed: Tensor
+) -> Tensor | None:
+    """Return the changed activations at some positions, and those of before elsewhere."""
+    if positions is None:
+        return changed
+    past = 0 if reading is None else reading.past
+    here = [at - past for at in range(past + acts.shape[1])[positions] if at >= past]
+    if not here:
+        return None
+    result = acts.clone()
+    result[:, here] = changed[:, here]
+    return result
+
+
+def _attached(model: nn.Module, saes: Mapping[int, LayerSAE]) -> AttachedLM:
+    """Return the model with the hookpoint of the suite.
+
+    Raises:
+        UserError: they do not fit, or are on different devices. (Where accelerate spreads a model
+            over devices, activations travel to the SAE and back.)
+    """
+    sae = next(iter(saes.values()))
+    on = {parameter.device for parameter in model.parameters()}
+    if len(on) == 1 and not hasattr(model, "hf_device_map") and sae.device not in on:
+        (device,) = on
+        raise UserError(
+            f"the suite is on {sae.device} and the model on {device}: suite.to('{device}') moves "
+            "the suite."
+        )
+    return AttachedLM(model, sae.cfg, sae.d_model)
