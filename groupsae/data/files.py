@@ -239,7 +239,8 @@ def _text_digest(path: Path) -> str:
             if bad >= 0:
                 raise UnreadableError(
                     f"{path} is not text: {what} at byte {offset + bad}. Give UTF-8 text, jsonl, "
-                    "csv or parquet; `iconv -t UTF-8` converts other encodings"
+                    "csv or parquet; `iconv -f LATIN1 -t UTF-8` converts text from LATIN1 (or "
+                    "UTF-16, or another encoding)"
                 )
             if not chunk:
                 return digest.hexdigest()

@@ -42,15 +42,16 @@ class UnreadableError(UserError):
 # ---- opening ----------------------------------------------------------------------------------
 
 
-def _open_zst(path: Path) -> io.BufferedReader:
-    return io.BufferedReader(pa.CompressedInputStream(path, "zstd"))  # pyarrow's has no lines
+def open_zst(source: Any, **_: Any) -> io.BufferedReader:
+    """Return a stream of the decompressed bytes of a file, or of a stream."""
+    return io.BufferedReader(pa.CompressedInputStream(source, "zstd"))  # pyarrow's has no lines
 
 
 COMPRESSIONS: dict[str, Callable[[Path], io.BufferedIOBase]] = {
     ".gz": gzip.open,
     ".bz2": bz2.open,
     ".xz": lzma.open,
-    ".zst": _open_zst,
+    ".zst": open_zst,
 }
 
 

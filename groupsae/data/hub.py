@@ -208,6 +208,7 @@ class HubSource:
         """
         import datasets
 
+        _read_zst()
         folder = self._folder
         saved_by = ("dataset_dict.json", "state.json")  # of `save_to_disk`
         if folder is None or not any((folder / name).is_file() for name in saved_by):
@@ -241,6 +242,16 @@ def _is_damage(error: BaseException) -> bool:
     import pyarrow
 
     return isinstance(error, pyarrow.ArrowInvalid | EOFError | zlib.error)
+
+
+def _read_zst() -> None:
+    """Let `datasets` read .zst files with pyarrow, if the library that it would use is missing."""
+    from fsspec.compression import compr, register_compression
+
+    from groupsae.data.formats import open_zst
+
+    if "zstd" not in compr:
+        register_compression("zstd", open_zst, "zst")
 
 
 @contextmanager

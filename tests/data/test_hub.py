@@ -18,7 +18,7 @@ def source(name, **changes):
     return HubSource(name=str(name), **(values | changes))
 
 
-@pytest.fixture(params=["saved", "saved with splits", "parquet files"])
+@pytest.fixture(params=["saved", "saved with splits", "parquet files", "jsonl.zst"])
 def folder(request, tmp_path):
     data = datasets.Dataset.from_dict({"id": list(range(7)), "text": TEXTS})
     place = tmp_path / "data"
@@ -26,6 +26,10 @@ def folder(request, tmp_path):
         data.save_to_disk(place)
     elif request.param == "saved with splits":
         datasets.DatasetDict({"train": data, "test": data}).save_to_disk(place)
+    elif request.param == "jsonl.zst":
+        place.mkdir()
+        with pa.CompressedOutputStream(place / "train.jsonl.zst", "zstd") as file:
+            file.write("".join(f'{{"id": 1, "text": "{text}"}}\n' for text in TEXTS).encode())
     else:
         place.mkdir()
         for part in (0, 1):
