@@ -241,12 +241,11 @@ def _csv(name: str, path: Path, wanted: str | None) -> Iterator[Document]:
     Fields are separated by whichever of comma, tab, semicolon and | is most frequent in that line.
     """
     with _open_characters(path) as handle:
-        line = handle.readline()
+        line = next(filter(str.strip, handle), "")
         separator = max(",\t;|", key=line.count)
         rows = csv.reader(chain([line], handle), delimiter=separator, strict=True)
         try:
-            header = next(rows, None)
-            if header is None:
+            if not (header := next(rows)):  # an empty file
                 return
             column = pick_column(header, wanted, str(path), KEY)
             place = header.index(column)

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from groupsae.data import formats
 from groupsae.data.files import FileSource
 from groupsae.data.formats import CHUNK, PIECE
 from groupsae.data.sources import PythonSource
@@ -451,6 +452,44 @@ def test_all_files_that_cannot_be_read_are_counted_at_once(tmp_path):
         write(tmp_path, a_txt=b"\xff", b_txt=b"\xff", c_txt=b"\0", d_txt="x"),
         match="a.txt.* 2 more",
     )
+
+
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+
+
+@given(st.lists(ANY_TEXT, min_size=1), st.integers(1, 40), st.sampled_from([None, 1]))
+def test_any_array_is_read_in_chunks_of_any_size(tmp_path_factory, texts, chunk, indent):
+    path = tmp_path_factory.mktemp("any") / "a.json"
+    records = [{"id": i, "text": text} for i, text in enumerate(texts)]
+    path.write_text(json.dumps(records, indent=indent, ensure_ascii=False), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "CHUNK", chunk)
+        assert [d.text or "" for d in formats.read("a", path, None)] == texts
+
+
+@given(st.lists(ANY_TEXT, min_size=1), st.sampled_from(",;\t|"))
+def test_any_csv_is_read_as_it_was_written(tmp_path_factory, texts, separator):
+    path = tmp_path_factory.mktemp("any") / "a.csv"
+    path.write_bytes(csv_of(separator)([{"id": i, "text": t} for i, t in enumerate(texts)]))
+    assert [d.text or "" for d in formats.read("a", path, None)] == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.csv", "", []),
+        ("a.csv", "text\r\n", []),
+        ("a.csv", "\n\ntext\n\nb", ["b"]),
+        ("a.csv", "\ufefftext\r\n\r\na\r\n", ["a"]),
+        ("a.jsonl", "", []),
+        ("a.jsonl", '\ufeff{"text": "a"}\r\n\r\n{"text": "b"}', ["a", "b"]),
+        ("a.json", '\n{"text": "a"}\n\n{"text": "b"}\n', ["a", "b"]),
+        ("a.json", '\r\n [\r\n {"text": "a"}\r\n]\r\n', ["a"]),
+    ],
+)
+def test_blank_lines_and_marks_of_byte_order_are_no_rows(tmp_path, name, content, expected):
+    write(tmp_path).joinpath(name).write_bytes(content.encode())
+    assert list(documents(tmp_path).values()) == expected
 
 
 def test_an_empty_array_has_no_rows(tmp_path):
