@@ -3,17 +3,20 @@
 import signal
 import sys
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from groupsae.app.run_folder import finished_run, one_folder, register_resolver
 from groupsae.config.arguments import start
+from groupsae.config.values import PLACES
 from groupsae.files.locks import lock_folder
 
 
 def evaluate(cfg: DictConfig) -> None:
     """Evaluate one run."""
     folder = one_folder(cfg)
-    trained = finished_run(folder, trusted=cfg.trust_remote_code)
+    given = {key: OmegaConf.select(cfg, key) for key in PLACES}
+    moved = {key: place for key, place in given.items() if place is not None}
+    trained = finished_run(folder, trusted=cfg.trust_remote_code, moved=moved)
     if cfg.get("logger") is not None:
         trained.logger = cfg.logger
     from groupsae.app.evaluate import evaluate  # slow imports only after the cheap checks

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from groupsae.app.run_folder import register_resolver
 from groupsae.config.arguments import start
 from groupsae.config.security import check_own
+from groupsae.runtime.commands import command
 from groupsae.runtime.errors import UserError
 
 
@@ -26,7 +27,7 @@ def import_saes(cfg: DictConfig) -> None:
 
     folder = import_saes(cfg)
     print(f"Language model: {cfg.model.name}\nRun folder: {folder}")
-    print(f"Next: python -m groupsae.evaluate run={folder}")
+    print(f"Next: {command('evaluate', run=folder)}")
 
 
 def main() -> None:

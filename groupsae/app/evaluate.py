@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import wandb
 from omegaconf import DictConfig
-from rich.console import Console
 from torch import Tensor
 
 from groupsae import __version__
@@ -32,6 +31,7 @@ from groupsae.grouping.groupings import groupings
 from groupsae.reporting.figures import evaluation_figures
 from groupsae.reporting.load import read_run, value_of
 from groupsae.runtime.errors import UserError
+from groupsae.runtime.output import screen
 from groupsae.runtime.progress import token_progress
 from groupsae.runtime.quiet import quiet
 from groupsae.suite.groups_file import load_plan
@@ -49,7 +49,7 @@ def evaluate(folder: Path, cfg: DictConfig, options: DictConfig, device: str) ->
         UserError: an option is not allowed, a file of the run is missing or damaged, the SAEs
             belong to another model or text, or there is less held-out text than asked for.
     """
-    console, watch = Console(), Stopwatch()
+    console, watch = screen(), Stopwatch()
     quiet()
     # the W&B run of the training, if it is still open, is logged to
     warnings.filterwarnings("ignore", ".*wandb run already in progress.*")
@@ -159,7 +159,7 @@ def _same_stream(
 ) -> ActivationDataModule:
     """Return the activations of the model and the text that the SAEs were trained on."""
     lm = make(cfg.model)
-    data = make_stream(cfg, lm, Console().print)
+    data = make_stream(cfg, lm, screen().print)
     weights = lm.fingerprint()
     if trained["weights"] not in (None, weights):
         raise UserError(

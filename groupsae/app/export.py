@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.table import Table
 
 from groupsae.app.run_folder import finished_run
 from groupsae.files.atomic import check_free
 from groupsae.interop.formats import format_named
 from groupsae.runtime.errors import UserError
+from groupsae.runtime.output import screen
 from groupsae.suite.card import card, figures_of_run, files_of_run, is_upload
 from groupsae.suite.exporting import Written, export_suite, holds_only
 from groupsae.suite.hub import check_name, repository, upload
@@ -82,7 +82,7 @@ def _show(written: Sequence[Written], target: Path) -> None:
     for each in written:
         ties = f"{each.ties} rows" if each.ties else ""
         table.add_row(each.folder, each.group, f"{each.difference:.1e}", ties)
-    console = Console()
+    console = screen()
     console.print(table)
     console.print(
         "Read back and compared: the difference is a share of the largest output; in tied rows "

@@ -23,8 +23,10 @@ from groupsae.data.activations import ActivationDataModule
 from groupsae.files.atomic import write_json
 from groupsae.files.reading import read_metrics
 from groupsae.reporting.figures import training_curves
+from groupsae.runtime.commands import command
 from groupsae.runtime.compat import disable_signal_handling
 from groupsae.runtime.errors import UserError
+from groupsae.runtime.output import screen
 from groupsae.runtime.quiet import quiet
 from groupsae.runtime.ranks import is_leader, share_cores
 from groupsae.runtime.signals import Stopped, stopped_by_signals
@@ -62,7 +64,7 @@ def fit(opened: OpenRun) -> int:
     if it was training, and returns 128 + the signal's number.
     """
     cfg, folder, checkpoint = opened
-    console = Console(quiet=not is_leader())
+    console = screen(quiet=not is_leader())
     quiet()
     run = build(cfg, folder, console, checkpoint)
     trainer, data = run.trainer, run.data
@@ -91,7 +93,7 @@ def fit(opened: OpenRun) -> int:
         step = trainer.global_step
         where = f"at step {step} of {data.num_steps}" if step else "before training"
         console.print(
-            f"stopped {where}; resume with\n  python -m groupsae.train resume={folder}",
+            f"stopped {where}; resume with\n  {command('train', resume=folder)}",
             soft_wrap=True,  # a command must come out in one piece
         )
         return 128 + stopped.number
@@ -251,7 +253,7 @@ def _show_finished(run: Run, cfg: DictConfig, folder: Path, console: Console) ->
     if (folder / "evaluation" / "evaluation.json").exists():
         console.print(
             "It was evaluated before, too; to evaluate it again:\n"
-            f"  python -m groupsae.evaluate run={folder}",
+            f"  {command('evaluate', run=folder)}",
             soft_wrap=True,
         )
     else:

@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from groupsae.app.run_folder import save_config
+from groupsae.app.run_folder import last_part, locate, save_config
 from groupsae.config.identity import without
 from groupsae.config.instantiate import make
 from groupsae.files.atomic import atomic_folder, check_free
@@ -44,11 +44,14 @@ def import_saes(cfg: DictConfig) -> Path:
     given = str(cfg.saes)
     repo = repository(given)
     only = [cfg.only] if isinstance(cfg.only, str) else cfg.only and [str(p) for p in cfg.only]
+    locate(cfg)
     lm = make(cfg.model)
     model, name = str(cfg.model.name), cfg.name
     if name is None:
         name = Path(given).resolve().name if repo is None else repo.name.replace("/", "--")
-    target = Path(str(cfg.output)) / Path(model).name / "imported" / str(name)
+    target = Path(str(cfg.output)) / last_part(model) / "imported" / str(name)
+    if ".." in Path(str(name)).parts:
+        raise UserError(f"name={name} leaves the output folder: give a name, or an absolute path.")
     source = Path(given) if repo is None else None
     check_free(target, overwrite=cfg.overwrite, ours=is_imported, source=source)
     num_layers, d_model = lm.geometry.num_layers, lm.geometry.d_model

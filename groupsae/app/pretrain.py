@@ -21,6 +21,7 @@ from groupsae.data.packing import Packing, Split, load_token_blocks, split_of
 from groupsae.files.atomic import write_json
 from groupsae.files.reading import read_metrics
 from groupsae.lm.build import build_gpt_neox, stack_layers, train_tokenizer
+from groupsae.runtime.commands import command
 from groupsae.training.allocator import keep_freed_memory
 from groupsae.training.loggers import MetricsCSV
 from groupsae.training.model_card import model_card
@@ -102,7 +103,7 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     stage = {
         "num_layers": cfg.model.num_layers,
-        "command": " ".join(["python -m groupsae.pretrain", *HydraConfig.get().overrides.task]),
+        "command": command("pretrain", *HydraConfig.get().overrides.task),
         "train_tokens": num_steps * tokens_per_step,
         "heldout_history": history,
     }
@@ -130,7 +131,7 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
     lm.bfloat16().save_pretrained(output / "model")
     tokenizer.save_pretrained(output / "model")
     write_json(output / "model" / "training.json", result)
-    (output / "model" / "README.md").write_text(model_card(result))
+    (output / "model" / "README.md").write_text(model_card(result), encoding="utf-8")
     print(json.dumps(result, indent=1))
     return result
 

@@ -1,10 +1,9 @@
 """The run folder: named by the content of the configuration, never by the clock."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from shlex import quote
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -15,10 +14,12 @@ from groupsae.app.stream import check_source
 from groupsae.config.identity import FORMAT, RUNTIME, content_hash
 from groupsae.config.instantiate import make
 from groupsae.config.security import check_own, check_saved
-from groupsae.config.values import check_training
+from groupsae.config.values import PLACES, check_training
 from groupsae.files.atomic import atomic_write
 from groupsae.files.locks import lock_folder
 from groupsae.files.reading import damaged
+from groupsae.lm import BUNDLED
+from groupsae.runtime.commands import argument, command
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.ranks import check_processes, is_leader
 from groupsae.training.checkpoints.folder import checkpoints
@@ -39,7 +40,46 @@ def run_folder(cfg: DictConfig) -> Path:
     sae = cfg.sae._target_.split(".")[-2] + (f"-k{cfg.sae.k}" if "k" in cfg.sae else "")
     width = f"n{cfg.sae.d_sae}" if cfg.sae.expansion is None else f"x{cfg.sae.expansion}"
     name = f"{cfg.tokens / 1e6:g}M-{sae}-{width}-s{cfg.seed}-{content_hash(_plain(cfg))}"
-    return Path(cfg.output) / Path(cfg.model.name).name / make(cfg.groups).label / name
+    return Path(cfg.output) / last_part(cfg.model.name) / make(cfg.groups).label / name
+
+
+def last_part(name: str) -> str:
+    """Return the last part of a model's name, for a folder inside of `output`.
+
+    >>> last_part("EleutherAI/pythia-14m"), last_part("/models/a/..")
+    ('pythia-14m', 'models')
+    """
+    last = Path(name).name
+    return last if last not in ("", "..") else Path(name).resolve().name or "model"
+
+
+def locate(cfg: DictConfig) -> None:
+    """Make the paths of a configuration absolute: they hold from any working folder.
+
+    Raises:
+        UserError: a folder is given with a revision, which only the Hub has.
+    """
+    for holder in (cfg.model, cfg.data):
+        name = holder.get("name")
+        local = name is not None and name not in BUNDLED and Path(name).is_dir()
+        if local:
+            holder.name = absolute(name)
+        if holder.get("revision") is not None and (local or name in BUNDLED):
+            key = "model" if holder is cfg.model else "data"
+            raise UserError(
+                f"{key}.revision={holder.revision} chooses a revision on the Hub, but "
+                f"{key}.name={name} is a folder here: leave {key}.revision out, or give the name "
+                "on the Hub."
+            )
+    for key in ("path", "cache"):
+        if cfg.data.get(key) is not None:
+            cfg.data[key] = absolute(cfg.data[key])
+
+
+def absolute(path: str) -> str:
+    """Return a path that holds from any working folder; links stay what they are."""
+    place = Path(path).expanduser()
+    return str(place.resolve() if ".." in place.parts else place.absolute())
 
 
 def register_resolver() -> None:
@@ -64,10 +104,14 @@ def open_run(cfg: DictConfig, overrides: list[str]) -> Iterator[OpenRun]:
     """
     check_own(cfg)
     check_training(cfg)
-    if cfg.resume is not None:
+    resumed = cfg.resume is not None
+    if resumed:
         cfg = _resumed(cfg, overrides)
     check_processes(cfg.trainer)
-    folder = run_folder(cfg)
+    folder = run_folder(cfg)  # named by what was given, so that the same command finds it
+    if not resumed:
+        locate(cfg)
+        cfg.resume = str(folder)  # from now on the name of the folder is not made from `cfg`
     if cfg.overwrite or not (folder / "summary.json").exists():  # a finished run is only shown
         check_source(cfg.data)
     if cfg.dry_run:
@@ -78,7 +122,7 @@ def open_run(cfg: DictConfig, overrides: list[str]) -> Iterator[OpenRun]:
             if cfg.overwrite:
                 _clear(folder)
             save_config(cfg, folder / ".hydra" / "config.yaml")
-            if cfg.resume is None:  # a resumed run keeps its first command
+            if not resumed:  # a resumed run keeps its first command
                 with atomic_write(folder / ".hydra" / "overrides.yaml", "w") as handle:
                     OmegaConf.save(overrides, handle)
         try:
@@ -101,7 +145,7 @@ def one_folder(cfg: DictConfig) -> Path:
     if named is None or not folders:
         raise UserError("which run? Give run=<folder>, such as run=outputs/tiny/amad-0.2/<...>")
     if len(folders) > 1:
-        commands = " and ".join(quote(f"run={folder}") for folder in dict.fromkeys(folders))
+        commands = " and ".join(argument("run", folder) for folder in dict.fromkeys(folders))
         raise UserError(
             f"run names {len(folders)} folders, but this command takes one at a time: give "
             f"{commands}, each in a separate command."
@@ -109,10 +153,13 @@ def one_folder(cfg: DictConfig) -> Path:
     return Path(str(folders[0]))
 
 
-def finished_run(folder: Path, *, trusted: bool) -> DictConfig:
+def finished_run(
+    folder: Path, *, trusted: bool, moved: Mapping[str, str] | None = None
+) -> DictConfig:
     """Return the configuration of a finished run, perhaps a stranger's.
 
-    `trusted`: the language model's own code may run.
+    `trusted`: the language model's own code may run. `moved` are those of `PLACES` that are
+    elsewhere now.
 
     Raises:
         UserError: there is no run, it is not finished, or its configuration asks for what only
@@ -122,8 +169,12 @@ def finished_run(folder: Path, *, trusted: bool) -> DictConfig:
     if not (folder / "summary.json").exists():
         raise UserError(
             f"run={folder} has no SAEs yet: it was not finished. Finish it with\n"
-            f"  python -m groupsae.train {quote(f'resume={folder}')}"
+            f"  {command('train', resume=folder)}"
         )
+    for key, place in (moved or {}).items():
+        if OmegaConf.select(saved, key) is None:
+            raise UserError(f"{key}={place}: the run in {folder} has no {key}, so leave it out.")
+        OmegaConf.update(saved, key, absolute(place) if Path(place).exists() else place)
     saved.resume = str(folder)
     return saved
 
@@ -131,7 +182,7 @@ def finished_run(folder: Path, *, trusted: bool) -> DictConfig:
 def save_config(cfg: DictConfig, path: Path) -> None:
     """Write a run's configuration, with the format of its folder as the last key."""
     with atomic_write(path, "w") as handle:
-        OmegaConf.save({**_plain(cfg), "run_format": FORMAT}, handle)
+        OmegaConf.save({**_plain(cfg), "resume": None, "run_format": FORMAT}, handle)
 
 
 def _saved_config(folder: Path, key: str, trusted: bool) -> DictConfig:
@@ -153,6 +204,9 @@ def _saved_config(folder: Path, key: str, trusted: bool) -> DictConfig:
             f"groupsae reads {FORMAT}: use the one that wrote it, or train again."
         )
     check_saved(saved, folder, key=key, trusted=trusted)
+    around = folder.absolute().parents[:3]  # the caches are in the output folder of today
+    if len(around) == 3 and (around[2] / "cache").is_dir():
+        saved.output = str(around[2])
     return saved
 
 
@@ -174,14 +228,18 @@ def _resumed(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     if "sae" not in saved:
         raise UserError(
             f"resume={folder}: its SAEs were imported, not trained here, so there is no training "
-            "to resume. Evaluate them: python -m groupsae.evaluate "
-            f"{quote(f'run={folder}')}"
+            f"to resume. Evaluate them: {command('evaluate', run=folder)}"
         )
     for key in (str(key) for key in cfg if key not in saved and key in RUNTIME):
         saved[key] = cfg[key]  # that an earlier version did not have
+    locate(cfg)
+    keys = {o: o.split("=")[0].lstrip("+~").split("@")[0].replace("/", ".") for o in overrides}
+    for key in (key for key in PLACES if key in keys.values() and OmegaConf.select(saved, key)):
+        place = OmegaConf.select(cfg, key)
+        if place is not None and Path(place).exists():  # is it the same? `GroupLayers.confirm`
+            OmegaConf.update(saved, key, place)
     before = content_hash(_plain(saved))
-    for override in overrides:
-        key = override.split("=")[0].lstrip("+~").split("@")[0].replace("/", ".")
+    for override, key in keys.items():
         new, old = OmegaConf.select(cfg, key), OmegaConf.select(saved, key)
         if key.startswith(RUNTIME):
             OmegaConf.update(saved, key, new, merge=False, force_add=True)

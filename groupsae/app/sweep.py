@@ -7,7 +7,6 @@ machines. The result of each is written into a folder that all of them see.
 import hashlib
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -27,7 +26,6 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from groupsae.app.run_folder import run_folder
@@ -35,7 +33,9 @@ from groupsae.config.arguments import one_sentence
 from groupsae.config.security import check_own
 from groupsae.files.atomic import write_json
 from groupsae.files.reading import read_json
+from groupsae.runtime.commands import argument, command
 from groupsae.runtime.errors import UserError
+from groupsae.runtime.output import screen
 from groupsae.runtime.ranks import is_leader, starts_processes
 from groupsae.runtime.retry import one_line
 from groupsae.runtime.signals import handled_by
@@ -141,13 +141,13 @@ def finish() -> int:
     """Print the results of the points; return the sweep's exit status, 0 where there was none."""
     if _current is None or not _current.command:
         return 0
-    console = Console()
+    console = screen()
     status, table = _current.table()
     console.print(table)
     if status:
         console.print(
             "The same command runs the missing points; finished ones are not repeated:\n"
-            f"  python -m groupsae.train {shlex.join(_current.command)}",
+            f"  {command('train', *_current.command)}",
             soft_wrap=True,
             highlight=False,
         )
@@ -191,7 +191,7 @@ def run_point(
     if status == 128 + signal.SIGUSR2 and callable(signal.getsignal(signal.SIGUSR2)):
         signal.raise_signal(signal.SIGUSR2)  # to submitit, which queues the point again
     if status > 128:
-        reason = f"resume it with resume={folder}"
+        reason = f"resume it with {argument('resume', folder)}"
         if sweep is not None and "SUBMITIT_EXECUTOR" not in os.environ:
             sweep.stop.touch()
     return {"status": status, "reason": reason, "folder": folder}
@@ -252,13 +252,12 @@ def check_launcher(arguments: list[str]) -> None:
             sweep.
     """
     extras = {"parallel": "joblib", "slurm": "submitit"}  # of our yaml files
-    for argument in (a for a in arguments if a.startswith("hydra/launcher=")):
-        name = argument.partition("=")[2]
+    for given in (a for a in arguments if a.startswith("hydra/launcher=")):
+        name = given.partition("=")[2]
         extra = extras.get(name, name.partition("_")[0])
         if extra in extras.values() and not _installed(extra):
             raise UserError(
-                f"{argument} needs a package that is not installed: pip install "
-                f"'groupsae[{extra}]'"
+                f"{given} needs a package that is not installed: pip install 'groupsae[{extra}]'"
             )
     if {"-m", "--multirun"} & set(arguments) and "TORCHELASTIC_RUN_ID" in os.environ:
         raise UserError(

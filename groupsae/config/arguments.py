@@ -13,13 +13,16 @@ import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Sweep
 from hydra.errors import HydraException
 from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 
 from groupsae.config.instantiate import CONF
+from groupsae.config.values import LISTS, PLACES, TEXTS
+from groupsae.runtime.commands import hydra_text
 from groupsae.runtime.errors import UserError
+from groupsae.runtime.output import never_fail_to_print
 
 RENAMED = {  # (command, key) of earlier versions -> the key now
     ("export", "to"): "output",
@@ -28,6 +31,7 @@ RENAMED = {  # (command, key) of earlier versions -> the key now
 }
 
 NOT_TEXT = ("true", "false", "null", "nan", "inf", "infinity")  # where they stand without quotes
+_PART = re.compile(r"""'(?:\\.|[^'])*'|"(?:\\.|[^"])*"|[^,]+""")  # of values with commas between
 
 
 def start(name: str, task: Callable[[DictConfig], Any]) -> None:
@@ -36,7 +40,8 @@ def start(name: str, task: Callable[[DictConfig], Any]) -> None:
     What it raises for the user to read, and what Hydra cannot compose, ends it with one sentence
     on stderr and status 2.
     """
-    sys.argv[1:] = [quoted(argument, name) for argument in sys.argv[1:]]
+    never_fail_to_print()
+    sys.argv[1:] = read(sys.argv[1:], name)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints its errors itself, and exits
 
     @wraps(task)
@@ -64,29 +69,72 @@ def one_sentence() -> Iterator[None]:
         sys.exit(2)
 
 
-def quoted(argument: str, name: str) -> str:
-    """Return an argument with its key of today, any character allowed in names of folders.
+def read(arguments: Sequence[str], name: str) -> list[str]:
+    """Return the arguments of a command as Hydra takes them, with their keys of today.
 
-    `run=a,b` becomes a list, which Hydra would take for a sweep.
+    Paths and names (`TEXTS`) may have any characters, `~` is the home folder, and none of them is
+    a number: `model.revision=143000` is the text "143000". With -m, commas separate the values
+    of a sweep. `run=a,b` is a list.
 
-    >>> quoted("run=outputs/a,outputs/b", "report")
-    "run=['outputs/a','outputs/b']"
-    >>> quoted("resume=outputs/a=1", "train")
-    "resume='outputs/a=1'"
+    >>> read(["run=outputs/a,outputs/b (1)"], "report")
+    ['run=["outputs/a","outputs/b (1)"]']
+    >>> read(["-m", "model.revision=step1000,143000", "tokens=1,2"], "train")
+    ['-m', 'model.revision=step1000,"143000"', 'tokens=1,2']
     """
+    sweep = bool({"-m", "--multirun"} & set(arguments))
+    given = [_read(argument, name, sweep) for argument in arguments]
+    if name == "train" and any(each.startswith("resume=") for each in given):
+        # these are the resumed run's, whose keys the default model and text may not have
+        return [f"++{each}" if each.startswith(PLACES) else each for each in given]
+    return given
+
+
+def _read(argument: str, name: str, sweep: bool) -> str:
     key, _, value = argument.partition("=")
     new = RENAMED.get((name, key))
     if new is not None:
         if new == "name" and value != "null":  # a path before; now a path must be absolute
             value = os.path.abspath(value)
         print(f"note: {key}= is now {new}=", file=sys.stderr)
-        key, argument = new, f"{new}={value}"
-    folder = key in ("run", "resume", "saes", "name") or (key == "output" and name != "train")
-    if not folder or value in ("", "null", "???") or value[0] in "['\"":
+        key = new
+    if key.lstrip("+") not in TEXTS:
         return argument
-    folders = [f for f in value.split(",") if f] if key == "run" else [value]
-    texts = [_in_quotes(folder) for folder in folders]
-    return f"run=[{','.join(texts)}]" if key == "run" else f"{key}={texts[0]}"
+    sweeps = name == "train" and key != "resume"  # with commas only there
+    if key == "run" and value[:1] != "[" and not os.path.exists(os.path.expanduser(value)):
+        folders = [_text(each) for each in _PART.findall(value)]
+        return f"run=[{','.join(folders)}]" if len(folders) > 1 else f"run={''.join(folders)}"
+    return f"{key}={_sweep(value, sweep) if sweeps else _text(value, key in LISTS)}"
+
+
+def _sweep(value: str, multirun: bool) -> str:
+    """Return the value of a key that can be swept over, each part as text."""
+    parsed = _parsed_value(value)
+    if os.path.exists(value):
+        return _text(value)
+    if isinstance(parsed, Sweep) and not (multirun and getattr(parsed, "simple_form", False)):
+        return value  # a function, or commas without -m, which Hydra explains
+    if multirun:
+        return ",".join(_text(part) for part in _PART.findall(value))
+    return _text(value)
+
+
+def _text(value: str, lists: bool = False) -> str:
+    """Return a value that Hydra reads as text: unchanged where it does so already."""
+    # a quotation mark may come first: output='~/runs'
+    value = re.sub(r"^(['\"]?)(~[^/'\"]*)", lambda m: m[1] + os.path.expanduser(m[2]), value)
+    parsed = _parsed_value(value)
+    if value in ("", "null", "???") or (lists and isinstance(parsed, list)):
+        return value
+    plain = parsed == value if os.path.exists(value) else isinstance(parsed, str)
+    return value if plain else hydra_text(value)
+
+
+def _parsed_value(value: str) -> Any:
+    """Return a value as Hydra understands it; None if it does not."""
+    try:
+        return OverridesParser.create().parse_override(f"key={value}").value()
+    except HydraException:
+        return None
 
 
 # ---- calls from Python --------------------------------------------------------------------
@@ -98,7 +146,7 @@ def composed(arguments: Sequence[str], name: str) -> DictConfig:
     Raises:
         UserError: an argument cannot be read, is unknown, or names several values.
     """
-    arguments = [quoted(argument, name) for argument in arguments]
+    arguments = read(arguments, name)
     for argument in arguments:
         if _parsed(argument).is_sweep_override():
             raise UserError(
@@ -120,7 +168,7 @@ def arguments_of(values: Mapping[str, Any], before: str = "") -> Iterator[str]:
         UserError: a value has no form on a command line.
 
     >>> list(arguments_of({"groups": "count", "sae": {"k": 8}, "data.path": "my text/*.py"}))
-    ['groups=count', 'sae.k=8', "data.path='my text/*.py'"]
+    ['groups=count', 'sae.k=8', 'data.path="my text/*.py"']
     """
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
@@ -147,11 +195,7 @@ def _written(value: Any, key: str) -> str:
     text = os.fspath(value)
     if re.fullmatch(r"[A-Za-z][\w.-]*", text) and text.lower() not in NOT_TEXT:
         return text
-    return _in_quotes(text)
-
-
-def _in_quotes(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return hydra_text(text)
 
 
 @contextmanager

@@ -3,13 +3,14 @@
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from groupsae.config.instantiate import check_targets
+from groupsae.config.values import settle_texts
+from groupsae.runtime.commands import argument
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.secrets import secret_in
 
@@ -24,9 +25,11 @@ def check_own(cfg: DictConfig) -> None:
     a run folder shows what was used and asks nothing of whoever opens it.
 
     Raises:
-        UserError: it names a class that is not allowed, or holds a secret.
+        UserError: it names a class that is not allowed, holds a secret, or a number where a path
+            or name belongs.
     """
     _settle(cfg)
+    settle_texts(cfg)
     plain: Any = OmegaConf.to_container(cfg, resolve=False)
     check_targets(plain)
     secret = secret_in(plain)
@@ -63,7 +66,7 @@ def check_saved(saved: DictConfig, folder: Path, *, key: str, trusted: bool) -> 
         raise UserError(
             f"{key}={folder}: its model.load.{code} would run code of the language model's owner "
             f"({model.get('name')}) on this machine. If you trust it, allow it: "
-            f"{quote(f'{key}={folder}')} {option}=true"
+            f"{argument(key, folder)} {option}=true"
         )
 
 

@@ -3,6 +3,7 @@
 The defaults are in conf/. Arguments of a class (`sae`, `groups`, ...) are checked by the class.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,6 +88,38 @@ TRAINING = {
     "dry_run": SWITCH,
     "overwrite": SWITCH,
 }
+
+
+# paths and names: texts, also where one reads as a number (model.revision=143000)
+TEXTS = (
+    "output", "resume", "run", "saes", "name", "hub", "grouping", "only", "cache", "init",
+    "model.name", "model.revision", "model.blocks_path", "model.submodule",
+    "model.load.subfolder", "data.path", "data.text_column", "data.name", "data.config",
+    "data.split", "data.revision", "data.column", "data.cache", "logger.wandb.project",
+    "logger.wandb.entity",
+)  # fmt: skip
+LISTS = ("run", "only")  # those that may be lists of texts
+# what a run finds by its name or path and checks by its content, so that it may have moved
+PLACES = ("model.name", "data.path", "data.name")
+
+
+def settle_texts(cfg: DictConfig) -> None:
+    """Check `TEXTS` in a configuration that was just composed, and write out `~` in paths.
+
+    The command line's are texts already; here are those of a user's yaml files.
+
+    Raises:
+        UserError: one is a number, true or false.
+    """
+    for key in TEXTS:
+        value = OmegaConf.select(cfg, key)
+        if isinstance(value, str) and value.startswith("~"):
+            OmegaConf.update(cfg, key, os.path.expanduser(value))
+        if isinstance(value, bool | int | float):
+            raise UserError(
+                f"{key} is {value!r}, which is no text: put it in quotes in your yaml file, or "
+                f"give {key}=<value> on the command line."
+            )
 
 
 def check_values(cfg: DictConfig, allowed: Mapping[str, Allowed], where: str = "") -> None:

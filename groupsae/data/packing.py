@@ -16,13 +16,13 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 from jaxtyping import Int, Int64
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from groupsae.data.sources import Document, Source
 from groupsae.files.atomic import explain_write_errors, write_json
 from groupsae.files.locks import one_at_a_time
 from groupsae.runtime.errors import UserError
+from groupsae.runtime.output import screen
 from groupsae.runtime.progress import token_progress
 
 FORMAT = 1  # raise it when the layout of the files changes: text is then packed again
@@ -281,7 +281,7 @@ def pack(
                 shutil.rmtree(folder)
             partial.rename(folder)
         seconds = max(time.monotonic() - began, 1e-3)
-        Console(stderr=True).print(
+        screen(stderr=True).print(
             f"packed {writer.num_tokens:,} tokens of {writer.num_documents:,} documents into "
             f"{folder} ({(writer.num_tokens - before) / seconds:,.0f} tokens/s)",
             highlight=False,

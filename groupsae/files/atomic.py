@@ -66,6 +66,8 @@ def atomic_write(
     with explain_write_errors(path, hint):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            if "b" not in mode:
+                how = {"encoding": "utf-8", **how}  # whatever the locale
             with temporary.open(mode, **how) as handle:
                 yield handle
                 handle.flush()

@@ -10,10 +10,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
-from rich.console import Console
-
 from groupsae.files.atomic import explain_write_errors
 from groupsae.runtime.errors import UserError
+from groupsae.runtime.output import screen
 
 PAUSE = 1.0  # seconds between two tries
 
@@ -64,7 +63,7 @@ def one_at_a_time(
         while not _try(handle):
             if not reported:
                 sentence = f"another process is {what}: waiting for {path}"
-                Console(stderr=True).print(sentence, highlight=False, soft_wrap=True)
+                screen(stderr=True).print(sentence, highlight=False, soft_wrap=True)
             reported = True
             wait()
             time.sleep(PAUSE)

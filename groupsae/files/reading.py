@@ -5,12 +5,12 @@ import json
 import zipfile
 from contextlib import suppress
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import numpy as np
 import yaml  # type: ignore[import-untyped,unused-ignore]
 
+from groupsae.runtime.commands import command
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.retry import one_line
 
@@ -106,11 +106,11 @@ def _remedy(path: Path) -> str:
         return "restore it from a complete copy"
     inside = path.relative_to(run)
     if inside.parts[0] == "evaluation":
-        return f"python -m groupsae.evaluate {quote(f'run={run}')} writes it again"
+        return f"{command('evaluate', run=run)} writes it again"
     if inside.parts[0] == ".hydra":
         return "restore it from a copy, or give the command that started the run again"
     return (
         f"restore it from a copy of the run, or delete it and summary.json and give\n"
-        f"  python -m groupsae.train {quote(f'resume={run}')}\n"
+        f"  {command('train', resume=run)}\n"
         "which writes them again from the last checkpoint"
     )

@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from groupsae.lm import BUNDLED
 from groupsae.lm.blocks import find_blocks
 from groupsae.lm.context import within_positions
 from groupsae.lm.geometry import choose_stack, geometry_of, stacks_of
@@ -29,8 +30,6 @@ from groupsae.lm.hookpoints import paths_of
 from groupsae.lm.options import check_load_options, hub_options, recorded_options
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.retry import network_cause, one_line
-
-BUNDLED = {"tiny": Path(__file__).parent.parent / "models" / "tiny"}
 
 
 class FrozenLM:

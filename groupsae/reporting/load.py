@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import numpy as np
 
 from groupsae.files.reading import read_json, read_metrics, read_npz, read_yaml
 from groupsae.grouping.partition import Distances
+from groupsae.runtime.commands import command
 from groupsae.runtime.errors import UserError
 from groupsae.suite.groups_file import load_plan
 
@@ -172,7 +172,7 @@ def read_run(folder: Path) -> RunFiles:
     if evaluation and evaluation.get("format") != FORMAT:
         raise UserError(
             f"{results} has format {evaluation.get('format')}; this version reads {FORMAT}. "
-            f"Evaluate the run again: python -m groupsae.evaluate {quote(f'run={folder}')}"
+            f"Evaluate the run again: {command('evaluate', run=folder)}"
         )
     config, angles = folder / ".hydra" / "config.yaml", folder / "angles.npz"
     return RunFiles(

@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from shlex import quote
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -17,6 +16,7 @@ from groupsae.reporting.figures import Captioned, run_figures
 from groupsae.reporting.formatting import NONE, duration, number, percent, plural, spans
 from groupsae.reporting.load import RunFiles, read_run, value_of
 from groupsae.reporting.tables import Table
+from groupsae.runtime.commands import command
 from groupsae.runtime.errors import UserError
 
 
@@ -211,7 +211,7 @@ def _notes(run: RunFiles) -> list[str]:
     if run.summary and chosen is None:
         notes.append(
             "The effect of the SAEs on the language model was not measured yet: "
-            f"python -m groupsae.evaluate {quote(f'run={run.folder}')}"
+            + command("evaluate", run=run.folder)
         )
     if chosen is not None and value_of(run.evaluation["ce"]) is None:
         notes.append("The language model predicts no next token, so there is no cross-entropy.")
@@ -262,9 +262,7 @@ def provenance(run: RunFiles) -> dict[str, str]:
     facts = {
         "run folder": run.folder,
         "imported from": run.imported,
-        "command": None
-        if run.imported
-        else " ".join(["python -m groupsae.train", *run.overrides]),
+        "command": None if run.imported else command("train", *run.overrides),
         "model": run.model,
         "revision": measured.get("revision") or e.get("revision"),
         "weights": measured.get("weights"),

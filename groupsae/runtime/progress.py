@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from groupsae.runtime.output import screen
 from groupsae.runtime.units import format_seconds
 
 SILENCE = 30.0  # seconds between lines where no bar can move
@@ -55,11 +55,13 @@ def token_progress(
     `total` is None if unknown; `done` are the tokens of an earlier start.
     """
     rate = TextColumn("{task.fields[rate]}")
-    columns = (TextColumn(title), BarColumn(), rate, TimeRemainingColumn())
+    # the title is no format of `task`: it may hold braces
+    name = TextColumn("{task.description}", markup=False)
+    columns = (name, BarColumn(), rate, TimeRemainingColumn())
     lines = ProgressLines(title, total, done, sys.stderr if stderr else None)
-    console = Console(stderr=True) if stderr else None
+    console = screen(stderr=stderr)
     with Progress(*columns, console=console, transient=True, disable=not show) as progress:
-        task = progress.add_task("", total=total, completed=done, rate="")
+        task = progress.add_task(title, total=total, completed=done, rate="")
 
         def advance(tokens: int) -> None:
             progress.advance(task, tokens)

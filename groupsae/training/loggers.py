@@ -7,6 +7,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
@@ -127,5 +128,5 @@ def begin_records(
     for logger in loggers:
         logger.log_hyperparams(config)
         if isinstance(logger, WandB) and is_offline():
-            runs = f"{logger.save_dir}/wandb/offline-*"
+            runs = f"{quote(str(logger.save_dir))}/wandb/offline-*"
             show(f"W&B records offline. To upload it later: wandb sync {runs}")

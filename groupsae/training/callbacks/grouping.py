@@ -104,6 +104,7 @@ class GroupLayers(L.Callback):
         """
         stored = (read_json(self.groups_file) or {}).get("measured", {})
         today = provenance_of(data, self.tokens, self.centring)
+        del today["model"]  # its folder may have moved; `weights` identifies it
         changed = [name for name, value in today.items() if stored.get(name) != value]
         if changed:
             raise UserError(

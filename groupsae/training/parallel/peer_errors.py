@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from shlex import quote
 
 import torch
 
+from groupsae.runtime.commands import command
 from groupsae.runtime.errors import UserError
 from groupsae.training.parallel.collect import num_processes
 
@@ -33,7 +33,7 @@ def explain_lost_process(folder: Path) -> Iterator[None]:
         raise UserError(
             f"another process of this run was lost, or did not answer in time ({reason}). Its own "
             "error is above, or in its own log. Start all processes again; the run resumes from "
-            f"its last checkpoint:\n  python -m groupsae.train {quote(f'resume={folder}')}"
+            f"its last checkpoint:\n  {command('train', resume=folder)}"
         ) from error
 
 
