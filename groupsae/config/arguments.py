@@ -77,7 +77,7 @@ def read(arguments: Sequence[str], name: str) -> list[str]:
     of a sweep. `run=a,b` is a list.
 
     >>> read(["run=outputs/a,outputs/b (1)"], "report")
-    ['run=["outputs/a","outputs/b (1)"]']
+    ['run=[outputs/a,"outputs/b (1)"]']
     >>> read(["-m", "model.revision=step1000,143000", "tokens=1,2"], "train")
     ['-m', 'model.revision=step1000,"143000"', 'tokens=1,2']
     """

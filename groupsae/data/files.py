@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from shlex import quote
 from typing import NamedTuple
 
 from groupsae.data.formats import (
@@ -26,6 +25,7 @@ from groupsae.data.formats import (
     read,
 )
 from groupsae.data.sources import Document, legal_text
+from groupsae.runtime.commands import argument
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.ranks import is_leader
 from groupsae.runtime.units import format_bytes
@@ -160,7 +160,7 @@ def _named(path: str) -> tuple[Path, Iterable[Path]]:
         ):
             raise UserError(
                 f"data.path={path} was written by `save_to_disk` of datasets: use data=hf "
-                + quote(f"data.name={path}")
+                + argument("data.name", path)
             )
         return place, _walk(place)
     if not glob.has_magic(path):

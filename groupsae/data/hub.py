@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from shlex import quote
 from typing import Any, cast
 
 from tenacity import RetryCallState
@@ -18,6 +17,7 @@ from groupsae.data.sources import (
     pick_column,
     row_document,
 )
+from groupsae.runtime.commands import argument
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.retry import is_transient, network_cause, one_line, retrying
 
@@ -69,7 +69,7 @@ class HubSource:
         if folder.is_dir():
             return folder
         if folder.is_file():
-            advice = quote(f"data.path={self.name}")
+            advice = argument("data.path", self.name)
             raise UserError(f"data.name={self.name} is a file: use data=files {advice}")
         if folder.is_absolute() or self.name.startswith((".", "~")):
             raise UserError(
