@@ -3,7 +3,7 @@
 import io
 import os
 import sys
-from typing import IO
+from typing import IO, Any
 
 from rich.console import Console
 
@@ -16,7 +16,7 @@ def screen(*, stderr: bool = False, quiet: bool = False, file: IO[str] | None = 
 class _Forgiving(io.FileIO):
     """A file descriptor that drops what it cannot write: a closed pipe, a full disk."""
 
-    def write(self, data: bytes | bytearray | memoryview, /) -> int:  # type: ignore[override]
+    def write(self, data: Any, /) -> int:
         """Write bytes, or drop them."""
         try:
             return super().write(data)
