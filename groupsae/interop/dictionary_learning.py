@@ -207,7 +207,8 @@ def _place(folder: Path, config: dict[str, Any], names: Sequence[str]) -> tuple[
     name = trainer.get("submodule_name") or None
     of_config = None if name is None else parse_name(str(name), layer)
     named = {f"submodule_name in {CONFIG}": of_config}
-    named |= {f"folder's name {each}": parse_name(each) for each in names}
+    below = names[:-1] or names  # names[-1] is the folder that was searched
+    named |= {f"folder's name {each}": parse_name(each) for each in below}
     named |= {f"layer in {CONFIG}": None if layer is None else Place(layer)}
     place = our_place(config, folder / CONFIG) or agreed_place(folder, named)
     unnamed = place is not None and place.hookpoint is place.module is None

@@ -19,7 +19,7 @@ from torch import Tensor
 from groupsae import __version__
 from groupsae.files.reading import damaged, missing
 from groupsae.files.tensors import take
-from groupsae.lm.hookpoints import hookpoint_of
+from groupsae.lm.hookpoints import HALVES, hookpoint_of
 from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE
 from groupsae.sae.batchtopk import BatchTopK
@@ -405,7 +405,9 @@ def our_place(config: Mapping[str, Any], file: Path) -> Place | None:
             f"{file} has metadata of groupsae in format {ours['format']!r}, and this version "
             f"reads format {METADATA_FORMAT}: use the version of groupsae that wrote it."
         )
-    return Place(int(ours["layer"]), ours["hookpoint"], ours.get("stack"), str(ours["model"]))
+    place = Place(int(ours["layer"]), ours["hookpoint"], ours.get("stack"), str(ours["model"]))
+    half = place.hookpoint in HALVES  # (the input of a block is another block's output)
+    return place._replace(module=ours.get("module")) if half else place
 
 
 def unknown_place(folder: Path, name: object, advice: str) -> UserError:

@@ -149,15 +149,15 @@ def read(folder: Path, names: Sequence[str]) -> ImportedSAE:
     """
     file, weights = folder / CONFIG, folder / WEIGHTS
     config = _flat(require_json(file), file)
-    known = our_place(config, file)
+    ours = our_place(config, file)
     architecture = _architecture(config, file)
-    for key, ours in PLAIN.items():
-        if config.get(key) not in ours:
+    for key, values in PLAIN.items():
+        if config.get(key) not in values:
             raise UserError(
                 f"{file} has {key} = {config[key]!r}, which our SAEs do not do: only those with "
-                f"{key} = {json.dumps(ours[0])} can be read.{FOLD.get(config[key], '')}"
+                f"{key} = {json.dumps(values[0])} can be read.{FOLD.get(config[key], '')}"
             )
-    place = _place(folder, config, names[0])
+    place = ours or _place(folder, config, names[0])._replace(model=config.get("model_name"))
     stored = read_tensors(weights)
     factor = stored.pop("scaling_factor", stored.pop("finetuning_scaling_factor", None))
     tensors = our_tensors(stored, {n: n for n in TENSORS[architecture]}, TRANSPOSED, weights)
@@ -173,10 +173,10 @@ def read(folder: Path, names: Sequence[str]) -> ImportedSAE:
     return imported_sae(
         READS[architecture],
         tensors,
-        place._replace(stack=known and known.stack, model=config.get("model_name")),
+        place,
         {"k": _k(config)} if architecture == "topk" else {},
         by_norm=bool(config.get("rescale_acts_by_decoder_norm", False)),
-        notes=[] if known else _differences(config),
+        notes=[] if ours else _differences(config),
     )
 
 

@@ -15,11 +15,23 @@ from groupsae.interop.dictionary_learning import parse_name
 from groupsae.interop.formats import FORMATS
 from groupsae.interop.library import parse_module_path, same_output
 from groupsae.runtime.errors import UserError
+from groupsae.suite.exporting import export_suite
 from groupsae.suite.importing import ReadAt, read_folder
+from groupsae.suite.suite import load_suite
 from tests.helpers.families import config_of
 from tests.helpers.foreign import dictionary, saelens, sparsify
 from tests.helpers.lms import frozen
-from tests.helpers.shelf import D_MODEL, D_SAE, K, dense, edit, facts_of, rows, tensors_of
+from tests.helpers.shelf import (
+    D_MODEL,
+    D_SAE,
+    K,
+    dense,
+    edit,
+    facts_of,
+    rows,
+    run_folder,
+    tensors_of,
+)
 
 n, d = D_SAE, D_MODEL
 HOOK = "blocks.2.hook_resid_post"
@@ -315,6 +327,16 @@ def test_without_k_it_is_the_default_of_the_library(tmp_path):
     assert (found.format, found.arguments["k"]) == ("group-sae", 32)
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_export_of_ours_keeps_its_module(tmp_path, form):
+    suite = load_suite(run_folder(tmp_path / "run", "topk", hookpoint="mlp_out"))
+    export_suite(suite, FORMATS[form], tmp_path / "out", overwrite=False)
+    assert len(read_folder(tmp_path / "out", at("mlp_out"))) == 3
+    normed = [f"layers.{layer}.post_feedforward_layernorm" for layer in range(4)]
+    with pytest.raises(UserError, match="model.hookpoint=mlp_out model.submodule=mlp.dense_4h"):
+        read_folder(tmp_path / "out", at("mlp_out", normed))
+
+
 def relu_state():
     t = tensors_of("relu")
     weights = {"encoder.weight": t["W_enc"], "encoder.bias": t["b_enc"], "bias": t["b_dec"]}
@@ -367,10 +389,11 @@ def test_the_configuration_decides_and_contradictions_are_named(tmp_path):
     folder = dictionary(
         above / "run" / "trainer_0", "AutoEncoder", relu_state(), submodule_name="mlp_out_layer_4"
     )
-    (found,) = read_folder(above / "run", ReadAt(12, d, "mlp_out", "decoder"))
-    assert found.layers == [4]
+    for path in (above, above / "run"):
+        (found,) = read_folder(path, ReadAt(12, d, "mlp_out", "decoder"))
+        assert found.layers == [4]
     with pytest.raises(UserError, match=r"for layer 4 \(mlp_out\), and its folder's name resid"):
-        read_folder(above, ReadAt(12, d, "mlp_out", "decoder"))
+        read_folder(tmp_path, ReadAt(12, d, "mlp_out", "decoder"))
     config = {"dict_class": "AutoEncoder", "submodule_name": "mlp_out_layer_4", "layer": 5}
     edit(folder / "config.json", trainer=config)
     with pytest.raises(UserError, match=r"\(mlp_out\), and its layer in config.json for layer 5"):
