@@ -6,14 +6,49 @@ Hooks exist within the `with` block only, also if it ends in an exception. Neste
 order of the model's layers, and on one layer in the order in which they were entered: there a
 `capture` within a `splice` sees the reconstruction, one around it the raw activations.
 
+>>> import torch
+>>> from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+>>> model = GPTNeoXForCausalLM(GPTNeoXConfig(
+...     num_hidden_layers=2, hidden_size=8, intermediate_size=16, num_attention_heads=2,
+...     vocab_size=100,
+... )).eval()
+>>> config = {"layers": [0, 1], "norm_factors": {"0": 0.5, "1": 0.25}}
+>>> sae = groupsae.TopK(d_model=8, d_sae=32, k=4)
+>>> suite = groupsae.Suite({"all": sae}, {"all": config})
+>>> tokens = torch.tensor([[1, 2, 3]])
+
+>>> with suite.capture(model, layers=[0, 1]) as cache:
+...     clean = model(tokens).logits
+>>> cache[1]
+Captured(layer=1, acts=[1, 3, 8], latents=[1, 3, 32])
+>>> list(cache[1].top(2).columns)
+['latent', 'value', 'batch', 'position', 'token']
+
+A latent's value is as the SAE has it; a scale of 1 adds W_dec[latent] / norm_factor:
+
+>>> with suite.steer(model, layer=1, latent=7, scale=1.0), suite.capture(model, 1) as steered:
+...     changed = model(tokens).logits
+>>> added = steered[1].acts - cache[1].acts
+>>> torch.allclose(added, suite[1].W_dec[7] / 0.25, atol=1e-5)
+True
+
+>>> with suite.splice(model, layers=[1]), suite.capture(model, 1) as within:
+...     changed = model(tokens).logits
+>>> torch.equal(within[1].acts, suite[1](cache[1].acts))
+True
+>>> with suite.splice(model, error=True):
+...     torch.equal(model(tokens).logits, clean)
+True
+
 Positions count what the model has read since its KV cache was empty, padding included, from 0. To
 change only what is generated after prompts of n tokens: `positions=slice(n, None)`.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from operator import index
+from typing import Any, SupportsFloat, SupportsIndex
 
 import torch
 from jaxtyping import Float
@@ -26,6 +61,15 @@ from groupsae.suite.layer import LayerSAE
 
 Number = int | float
 Positions = slice | None
+# layers or latents, and what to multiply them with: also arrays and tensors
+Indices = SupportsIndex | Iterable[SupportsIndex]
+Scales = SupportsFloat | Iterable[SupportsFloat]
+
+
+def listed(values: Any) -> list[Any]:
+    """Return the numbers of a number, a list, an array, a tensor or a column of a table."""
+    found = values.tolist() if hasattr(values, "tolist") else values
+    return list(found) if isinstance(found, Iterable) else [found]
 
 
 @contextmanager
@@ -76,18 +120,18 @@ def splice(
 def steer(
     model: nn.Module,
     sae: LayerSAE,
-    latent: int | Sequence[int] | None = None,
-    scale: Number | Sequence[Number] = 1.0,
+    latent: Indices | None = None,
+    scale: Scales = 1.0,
     *,
     set: Mapping[int, Number] | None = None,
     multiply: Mapping[int, Number] | None = None,
     clamp: Mapping[int, tuple[Number | None, Number | None]] | None = None,
-    ablate: Iterable[int] = (),
+    ablate: Indices = (),
     positions: Positions = None,
 ) -> Iterator[None]:
     """Change latents of one layer: see `Suite.steer`."""
     _check_positions(positions)
-    edits = _Edits(sae, latent, scale, set or {}, multiply or {}, clamp or {}, tuple(ablate))
+    edits = _Edits(sae, latent, scale, set or {}, multiply or {}, clamp or {}, ablate)
 
     def visit(_layer: int, acts: Tensor, reading: Reading | None) -> Tensor | None:
         return _only_at(positions, reading, acts, edits(acts))
@@ -106,15 +150,17 @@ class _Edits:
     def __init__(
         self,
         sae: LayerSAE,
-        latent: int | Sequence[int] | None,
-        scale: Number | Sequence[Number],
+        latent: Indices | None,
+        scale: Scales,
         fixed: Mapping[int, Number],
         multiply: Mapping[int, Number],
         clamp: Mapping[int, tuple[Number | None, Number | None]],
-        ablate: tuple[int, ...],
+        ablate: Indices,
     ) -> None:
-        added = [] if latent is None else [latent] if isinstance(latent, int) else list(latent)
-        scales = [scale] * len(added) if isinstance(scale, int | float) else list(scale)
+        added = [] if latent is None else [index(each) for each in listed(latent)]
+        scales = [float(each) for each in listed(scale)]
+        if len(scales) == 1:
+            scales *= len(added)
         if len(scales) != len(added):
             raise UserError(
                 f"steer has {len(added)} latents and {len(scales)} scales: give one scale for "
@@ -122,12 +168,13 @@ class _Edits:
             )
         inf = math.inf
         changes = [
-            *((j, (0.0, 0.0, -inf, inf)) for j in ablate),
+            *((j, (0.0, 0.0, -inf, inf)) for j in listed(ablate)),
             *((j, (0.0, float(value), -inf, inf)) for j, value in fixed.items()),
             *((j, (float(factor), 0.0, -inf, inf)) for j, factor in multiply.items()),
             *((j, (1.0, 0.0, *_bounds(j, bounds))) for j, bounds in clamp.items()),
         ]
-        latents = [*added, *(j for j, _ in changes)]
+        changed = [index(j) for j, _ in changes]
+        latents = added + changed
         twice = next((j for j in latents if latents.count(j) > 1), None)
         if twice is not None:
             raise UserError(f"steer changes latent {twice} twice: give it one change.")
@@ -137,11 +184,13 @@ class _Edits:
                 "ablate=."
             )
         self._sae = sae
-        weights = torch.tensor(scales, dtype=sae.dtype, device=sae.device)
+        weights = torch.tensor(
+            [float(each) for each in scales], dtype=sae.dtype, device=sae.device
+        )
         self._added = None
         if added:
             self._added = (weights.unsqueeze(1) * sae.direction(added)).sum(0)
-        self._latents = [j for j, _ in changes]
+        self._latents = changed
         self._changes = torch.tensor([c for _, c in changes], dtype=sae.dtype, device=sae.device)
         if changes:
             self._directions = sae.direction(self._latents)

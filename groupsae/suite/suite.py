@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from operator import index
 from pathlib import Path
@@ -26,8 +26,6 @@ from groupsae.suite.hub import download, repository
 from groupsae.suite.layer import Acts, Dense, LayerSAE
 
 FORMAT = 2
-
-Layers = int | Iterable[int] | None
 
 
 class Suite:
@@ -155,7 +153,7 @@ class Suite:
     # ---- in a language model --------------------------------------------------------------
 
     def capture(
-        self, model: nn.Module, layers: Layers = None, tokenizer: Any = None
+        self, model: nn.Module, layers: interventions.Indices | None = None, tokenizer: Any = None
     ) -> AbstractContextManager[Cache]:
         """Collect raw activations and latents of layers in all forwards of a `with` block.
 
@@ -182,7 +180,7 @@ class Suite:
     def splice(
         self,
         model: nn.Module,
-        layers: Layers = None,
+        layers: interventions.Indices | None = None,
         error: bool = False,
         positions: slice | None = None,
     ) -> AbstractContextManager[None]:
@@ -200,8 +198,9 @@ class Suite:
             layers: layers to replace; None: all of the suite.
             error: add the SAE's error back. The forward is then unchanged, bit for bit; gradients
                 flow through the reconstruction only.
-            positions: replace only at these positions, such as `slice(1, None)` for all but the
-                first; None: at all. They count from where the KV cache was empty, with padding.
+            positions: replace only there, such as `slice(1, None)` for all but the first; None:
+                everywhere. They count all that the model has read since its KV cache was empty,
+                padding included.
 
         Raises:
             UserError: see `capture`.
@@ -212,13 +211,13 @@ class Suite:
         self,
         model: nn.Module,
         layer: int,
-        latent: int | Sequence[int] | None = None,
-        scale: float | Sequence[float] = 1.0,
+        latent: interventions.Indices | None = None,
+        scale: interventions.Scales = 1.0,
         *,
         set: Mapping[int, float] | None = None,
         multiply: Mapping[int, float] | None = None,
         clamp: Mapping[int, tuple[float | None, float | None]] | None = None,
-        ablate: Iterable[int] = (),
+        ablate: interventions.Indices = (),
         positions: slice | None = None,
     ) -> AbstractContextManager[None]:
         """Change latents of a layer in all forwards of a `with` block.
@@ -253,9 +252,9 @@ class Suite:
             set=set, multiply=multiply, clamp=clamp, ablate=ablate, positions=positions,
         )  # fmt: skip
 
-    def _views_of(self, layers: Layers) -> dict[int, LayerSAE]:
+    def _views_of(self, layers: interventions.Indices | None) -> dict[int, LayerSAE]:
         chosen = self.layers if layers is None else layers
-        views = [self[layer] for layer in ([chosen] if isinstance(chosen, int) else chosen)]
+        views = [self[layer] for layer in interventions.listed(chosen)]
         if not views:
             raise UserError(f"layers is empty: give some of {self.layers}, or None for all.")
         return {view.layer: view for view in sorted(views, key=lambda view: view.layer)}

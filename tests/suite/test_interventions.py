@@ -4,6 +4,8 @@ import copy
 import functools
 from contextlib import ExitStack, nullcontext
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -466,6 +468,14 @@ def test_one_scale_for_several_latents_or_one_each(llama):
     torch.testing.assert_close(same, acts + 2 * (row(3) + row(5)))
     each = changed_at(model, suite, inputs, latent=[3, 5], scale=[2.0, -1.0])
     torch.testing.assert_close(each, acts + 2 * row(3) - row(5))
+    for latents in (np.array([3, 5]), torch.tensor([3, 5]), pd.Series([3, 5], index=[8, 9])):
+        again = changed_at(model, suite, inputs, latent=latents, scale=torch.tensor([2.0, -1.0]))
+        assert torch.equal(again, each)
+    table = pd.DataFrame({"latent": [3]})
+    single = changed_at(model, suite, inputs, latent=table.latent[0], scale=np.float32(2))
+    assert torch.equal(single, changed_at(model, suite, inputs, latent=3, scale=2))
+    ablated = changed_at(model, suite, inputs, ablate=torch.tensor(3))
+    assert torch.equal(ablated, changed_at(model, suite, inputs, set={3: 0}))
     one = changed_at(model, suite, inputs, latent=3, scale=2.0, positions=slice(2, 9, 3))
     moved = (one != acts).any(-1).any(0)
     assert moved.nonzero().flatten().tolist() == [2, 5, 8]
@@ -668,7 +678,7 @@ def test_what_cannot_be_done_is_refused_in_one_sentence(llama):
         (lambda: suite.steer(model, 1, ablate=[-1]), "latent -1 is out of range"),
         (lambda: suite.steer(model, 1), "changes nothing: give latent="),
         (lambda: suite.steer(model, 1, 7, set={7: 1.0}), "changes latent 7 twice"),
-        (lambda: suite.steer(model, 1, [7, 8], [1.0]), "2 latents and 1 scales"),
+        (lambda: suite.steer(model, 1, [7, 8], [1, 2, 3]), "2 latents and 3 scales"),
         (lambda: suite.steer(model, 1, clamp={7: (2, 1)}), "clamp of latent 7 is 2 to 1"),
         (lambda: suite.steer(model, 1, 7, positions=slice(-1, None)), "count from the first"),
         (lambda: suite.splice(model, positions=slice(None, -2)), "count from the first"),
