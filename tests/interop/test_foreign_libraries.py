@@ -11,6 +11,7 @@ import warnings
 import pytest
 import torch
 
+from groupsae.interop.dictionary_learning import CLASSES
 from groupsae.interop.formats import FORMATS
 from groupsae.suite.exporting import export_suite
 from groupsae.suite.suite import load_suite
@@ -120,17 +121,47 @@ def test_saelens_reads_old_keys_as_we_do(tmp_path, name):
     torch.testing.assert_close(ours.decode(ours.encode(x)), theirs(x), rtol=1e-4, atol=1e-5)
 
 
-def test_folders_that_dictionary_learning_wrote_are_read(tmp_path):
-    library("dictionary_learning.utils")
-    trainer = library("dictionary_learning.dictionary")
-    theirs = trainer.GatedAutoEncoder(16, 48)
+def shaken(module):
+    """Return a module of theirs with all of its parameters moved at random."""
+    torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in theirs.parameters():
+        for parameter in module.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+    return module
+
+
+@pytest.mark.parametrize("name", [*CLASSES.values(), "AutoEncoderNew"])
+def test_folders_that_dictionary_learning_wrote_are_read(tmp_path, name):
+    utils = library("dictionary_learning.utils")
+    more = {"k": 5} if "TopK" in name else {}
+    sizes = {"group_sizes": [12, 12, 24]} if "Matryoshka" in name else {}
+    theirs = shaken(getattr(utils, name)(16, 48, **more, **sizes))
+    if "Batch" in name:
+        theirs.threshold.fill_(0.3)
     torch.save(theirs.state_dict(), tmp_path / "ae.pt")
-    config = {"trainer": {"dict_class": "GatedAutoEncoder", "layer": 2}, "buffer": {}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    trainer = {"dict_class": name, "submodule_name": "mlp_out_layer2", "layer": 2, **more}
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {}}))
     found = FORMATS["dictionary_learning"].read(tmp_path)
+    assert found.place[:2] == (2, "mlp_out")
     x = rows()
     again = found.sae.decode(found.sae.encode(x))
-    torch.testing.assert_close(again, theirs(x), rtol=1e-4, atol=1e-5)
+    loaded, _ = utils.load_dictionary(str(tmp_path), device="cpu")
+    torch.testing.assert_close(again, loaded(x), rtol=1e-4, atol=1e-5)
+    active = dense(found.sae, x) > 0
+    assert active.any()
+    assert torch.equal(active, loaded.encode(x) > 0)
+
+
+def test_folders_that_sparsify_wrote_are_read(tmp_path):
+    sparsify = library("sparsify")
+    theirs = shaken(sparsify.SparseCoder(16, sparsify.SparseCoderConfig(num_latents=48, k=5)))
+    folder = tmp_path / "layers.2.mlp.dense_4h_to_h"
+    theirs.save_to_disk(folder)
+    found = FORMATS["sparsify"].read(folder)
+    assert found.place[:2] == (2, "mlp_out")
+    x = rows()
+    acts, indices, _ = theirs.encode(x)
+    latents = torch.zeros(len(x), 48).scatter(1, indices, acts)
+    torch.testing.assert_close(dense(found.sae, x), latents, rtol=1e-4, atol=1e-5)
+    again = found.sae.decode(found.sae.encode(x))
+    torch.testing.assert_close(again, theirs.decode(acts, indices), rtol=1e-4, atol=1e-5)
