@@ -11,9 +11,9 @@ from groupsae.files.atomic import check_free
 from groupsae.interop.formats import format_named
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.output import screen
-from groupsae.suite.card import card, figures_of_run, files_of_run, is_upload
+from groupsae.suite.card import figures_of_run, files_of_run, publish
 from groupsae.suite.exporting import Written, export_suite, holds_only
-from groupsae.suite.hub import check_name, repository, upload
+from groupsae.suite.hub import check_name, repository
 from groupsae.suite.suite import load_suite
 
 
@@ -42,15 +42,17 @@ def export(cfg: DictConfig, run: Path) -> None:
     if cfg.hub is None:
         return
     files |= files_of_run(run) if library is None else figures_of_run(run)
-    folders = [each.folder for each in written]
-    page = card(cfg.hub, run, suite, grouping=cfg.grouping, library=library, folders=folders)
     try:
-        address = upload(
+        address = publish(
             cfg.hub,
-            {**files, "README.md": page.encode()},
-            message=f"SAEs of {len(suite.layers)} layers, by groupsae",
+            suite,
+            files,
+            run=run,
             private=cfg.private,
-            replaced=is_upload if cfg.overwrite else None,
+            overwrite=cfg.overwrite,
+            grouping=cfg.grouping,
+            library=library,
+            folders=[each.folder for each in written],
         )
     except UserError as error:
         again = f" The folders are in {target}: to do all of it again, add overwrite=true."

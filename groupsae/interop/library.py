@@ -244,6 +244,20 @@ def build(kind: str, tensors: Tensors, **arguments: Any) -> tuple[SAE, dict[str,
     return sae.eval(), arguments
 
 
+def as_config(sae: SAE) -> dict[str, Any]:
+    """Return `architecture` and `arguments` of a `cfg.json`, without what only training needs."""
+    architecture = type(sae)
+    arguments: dict[str, Any] = {"d_model": sae.d_model, "d_sae": sae.d_sae}
+    if isinstance(sae, TopK):
+        arguments["k"] = sae.k
+    if isinstance(sae, Matryoshka):
+        arguments["prefixes"] = [size / sae.d_sae for size in sae.sizes]
+    if isinstance(sae, JumpReLU):
+        arguments["target_l0"] = sae.target_l0
+    path = f"{architecture.__module__}.{architecture.__qualname__}"
+    return {"architecture": path, "arguments": arguments}
+
+
 def portable_tensors(sae: SAE) -> Tensors:
     """Return an SAE's tensors in float32 on the CPU; `log_threshold` becomes `threshold`."""
     tensors = {name: tensor.detach().float().cpu() for name, tensor in sae.state_dict().items()}

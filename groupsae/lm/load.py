@@ -15,8 +15,10 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -119,26 +121,44 @@ class FrozenLM:
         """Return the model with its head (an encoder has none), frozen, on the device."""
         if self.stack == "encoder":
             return self.load(device)
+        return self._load(self._with_head(), device)
+
+    def load_plain(self, device: torch.device) -> PreTrainedModel:
+        """Return the complete model as transformers has it, frozen, on the device.
+
+        With the head for the next token, or for masked ones, if the weights have one.
+        """
+        return self._weights(self._with_head(), device)
+
+    def _with_head(self) -> Any:
+        """Return the auto class that loads the complete model with its head."""
         if len(stacks_of(self.config)) > 1:
-            return self._load(AutoModelForSeq2SeqLM, device)
+            return AutoModelForSeq2SeqLM
+        if self.stack == "encoder":
+            saved_as = self.config.architectures or []
+            masked = any(name.endswith("ForMaskedLM") for name in saved_as)
+            return AutoModelForMaskedLM if masked else AutoModel
         known = self.config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         remote = "AutoModelForCausalLM" in (getattr(self.config, "auto_map", None) or {})
-        auto = AutoModelForCausalLM if known or remote else AutoModelForImageTextToText
-        return self._load(auto, device)
+        return AutoModelForCausalLM if known or remote else AutoModelForImageTextToText
 
     def _load(self, auto: Any, device: torch.device) -> HookedLM:
+        hooked = self._hook(self._weights(auto, device), predicts=auto is not AutoModel)
+        if self.compile:
+            _compile(hooked)
+        return hooked
+
+    def _weights(self, auto: Any, device: torch.device) -> PreTrainedModel:
         options = dict(self.load_options)
         quantised = "quantization_config" in options or hasattr(self.config, "quantization_config")
         if quantised:  # such a model cannot be moved afterwards
             options.setdefault("device_map", {"": str(device)})
-        model = self._pretrained(auto, dtype=self.dtype, **options)
+        model: Any = self._pretrained(auto, dtype=self.dtype, **options)
         model = model.eval().requires_grad_(False)
         if "device_map" not in options:
             model = model.to(device)
-        hooked = self._hook(model, predicts=auto is not AutoModel)
-        if self.compile:
-            _compile(hooked)
-        return hooked
+        loaded: PreTrainedModel = model
+        return loaded
 
     def _hook(self, model: Any, predicts: bool) -> HookedLM:
         stack: nn.Module = model

@@ -10,10 +10,11 @@ from typing import Any
 import yaml  # type: ignore[import-untyped,unused-ignore]
 
 from groupsae.files.reading import read_json, read_yaml
-from groupsae.interop.library import IN_A_BLOCK, Library, kind_of
+from groupsae.interop.library import IN_A_BLOCK, Library
 from groupsae.lm.hookpoints import HOOKPOINTS
-from groupsae.suite.hub import looks_like_name
-from groupsae.suite.suite import Suite
+from groupsae.suite.hub import check_name, looks_like_name, upload
+from groupsae.suite.suite import EVALUATION, RESULTS, SUMMARY, Suite
+from groupsae.suite.table import HEADINGS, UNKNOWN, as_text, value_of
 
 _PATH = re.compile(r"""(?<![\w/:.~-])/(?:[^\s/,'"]+/)+([^\s/,'"]*)""")
 _FOLDER = re.compile(rf"({'|'.join(HOOKPOINTS)})_layer_\d+$")  # of dictionary_learning
@@ -21,24 +22,56 @@ BINARY = (".safetensors", ".png")
 
 LOAD = """import groupsae
 
-suite = groupsae.load_suite("hf:{repo}"{grouping})
-latents = suite.encode(acts, layer={layer})  # acts: {hookpoint} of block {layer}, [..., d_model]
-x_hat = suite.decode(latents, layer={layer})"""
+suite = groupsae.Suite.from_pretrained("{repo}"{grouping})
+model, tokenizer = suite.load_model()
+sae = suite[{layer}]
+latents = sae.encode(acts)  # acts: {hookpoint} of block {layer}, [..., d_model]
+x_hat = sae.decode(latents)"""
 # files of a run that go to the Hub
 OF_RUN = (
     "saes/*/*",
     "groups.json",
-    "summary.json",
-    "ledger.json",
-    "evaluation/evaluation.json",
-    "evaluation/*.csv",
-    "figures/*.png",
+    *RESULTS,
 )
 OF_SAE = ("cfg.json", "config.json", "sae_weights.safetensors", "sae.safetensors", "ae.pt")
 FOLDED = """
 Every folder holds the SAE of one layer's group with that layer's norm factor folded into the
 biases, so it takes raw activations. Its free metadata names group, layers and factor.
 """
+
+
+def publish(
+    repo: str,
+    suite: Suite,
+    files: Mapping[str, Path | bytes],
+    *,
+    run: Path,
+    private: bool,
+    overwrite: bool,
+    grouping: str | None = None,
+    library: Library | None = None,
+    folders: Sequence[str] = (),
+    message: str | None = None,
+    revision: str | None = None,
+) -> str:
+    """Upload files of a suite and the page about them; return the repository's address.
+
+    The arguments are those of `card` and `upload`. With `overwrite`, files of an earlier upload
+    that are not among the new ones are removed.
+
+    Raises:
+        UserError: the name is none, or the Hub refuses the upload or cannot be reached.
+    """
+    check_name(repo, repo)
+    page = card(repo, run, suite, grouping=grouping, library=library, folders=folders)
+    return upload(
+        repo,
+        {**files, "README.md": page.encode()},
+        message=message or f"SAEs of {len(suite)} layers, by groupsae",
+        private=private,
+        replaced=is_upload if overwrite else None,
+        revision=revision,
+    )
 
 
 def card(
@@ -53,9 +86,9 @@ def card(
     """Return the README.md of a repository of a run's SAEs.
 
     `library` None: they are in our own format, and `folders` is empty. `grouping` None: the one
-    that load_suite takes by default.
+    that is loaded by default.
     """
-    config = next(iter(suite.configs.values()))
+    config = suite.cfg
     model, hookpoint = str(config.get("model", "unknown")), config.get("hookpoint", "resid_post")
     head: dict[str, Any] = {
         "library_name": library.name if library else "groupsae",
@@ -140,26 +173,19 @@ def _origin(config: Mapping[str, Any]) -> str:
 
 
 def _groups(suite: Suite, run: Path) -> str:
-    summary = read_json(run / "summary.json") or {}
-    rows = ["| SAE | layers | kind | latents | FVU | L0 |", "|---|---|---|---|---|---|"]
-    for name, sae in suite.saes.items():
-        layers = suite.configs[name]["layers"]
-        span = str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
-        metrics = (summary.get("groups") or {}).get(name) or {}
-        k = getattr(sae, "k", None)
-        kind = kind_of(sae) + (f", k = {k}" if k is not None else "")
-        rows.append(
-            f"| {name} | {span} | {kind} | {sae.d_sae:,} | {_number(metrics.get('fvu'))} | "
-            f"{_number(metrics.get('l0'), 1)} |"
-        )
-    if summary.get("amad") is not None:
-        amad = f"AMAD {_number(summary['amad'])} (mean over groups of the largest angle, "
+    table = suite.table()
+    rows = [f"| {' | '.join(row)} |" for row in as_text(table).itertuples(index=False)]
+    head = [f"| {' | '.join(HEADINGS[name] for name in table)} |", "|---" * table.shape[1] + "|"]
+    rows = [*head, *rows]
+    amad = (read_json(run / SUMMARY) or {}).get("amad")
+    if amad is not None:
+        amad = f"AMAD {_number(amad)} (mean over groups of the largest angle, "
         rows += ["", amad + "fractions of pi)."]
     return "\n".join(["## Groups", "", *rows])
 
 
 def _evaluation(run: Path, suite: Suite) -> str:
-    evaluation = read_json(run / "evaluation" / "evaluation.json")
+    evaluation = read_json(run / EVALUATION)
     if evaluation is None:
         return ""
     names = {"fvu": "FVU", "l0": "L0", "delta_ce": "CE added, nats", "ce_score": "CE recovered"}
@@ -174,5 +200,5 @@ def _evaluation(run: Path, suite: Suite) -> str:
 
 def _number(stored: Any, digits: int = 4) -> str:
     """Return a number, stored alone or as the value of an estimate, as text."""
-    value = stored.get("value") if isinstance(stored, Mapping) else stored
-    return "-" if value is None else f"{value:.{digits}f}"
+    value = value_of(stored)
+    return UNKNOWN if value is None else f"{value:.{digits}f}"

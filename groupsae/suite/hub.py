@@ -51,6 +51,36 @@ def looks_like_name(text: str) -> bool:
     return bool(_NAME.match(text)) and text[0] not in "./" and not Path(text).exists()
 
 
+def local_folder(path: str | Path, revision: str | None, patterns: Sequence[str]) -> Path:
+    """Return the folder that a path names: on this machine, or a local copy of a repository.
+
+    Args:
+        path: a folder, or `owner/name`, `owner/name@revision`, with `hf:` before it or not. A
+            folder of this name wins over a repository, unless `hf:` stands before it.
+        revision: branch, tag or commit of the repository.
+        patterns: the files of the repository that are needed.
+
+    Raises:
+        UserError: there is no such folder or repository, or the Hub cannot be reached.
+    """
+    text = str(path)
+    repo = repository(text)
+    guessed = repo is None and looks_like_name(text.partition("@")[0])
+    if guessed and not Path(text).exists():
+        repo = repository(PREFIX + text)
+    if repo is None:
+        if revision is not None:
+            raise UserError(f"{path} is no repository of the Hub: leave out revision={revision}.")
+        return Path(path)
+    if revision is not None and repo.revision is not None:
+        raise UserError(f"{path} names a revision already: leave out revision={revision}.")
+    try:
+        return download(repo._replace(revision=revision or repo.revision), patterns)
+    except UserError as error:
+        here = f"there is no folder {path} here, and " if guessed else ""
+        raise UserError(f"{here}{error}") from error
+
+
 def download(repo: Repository, patterns: Sequence[str]) -> Path:
     """Return a local folder with the files of a repository that match; kept in the Hub's cache.
 
@@ -73,13 +103,15 @@ def upload(
     message: str,
     private: bool,
     replaced: Callable[[str], bool] | None,
+    revision: str | None = None,
 ) -> str:
     """Commit files to a repository, which is created if necessary; return its address.
 
     The token is that of `hf auth login` or HF_TOKEN; it is neither printed nor stored.
     `files` are the content or the files by their paths in the repository, `name` is owner/name.
     In a repository that holds files, those that are not among the new ones are removed where
-    `replaced` says so; without `replaced` such a repository is left alone.
+    `replaced` says so; without `replaced` such a repository is left alone. `revision` is the
+    branch to commit to, made from the main one if necessary; None: the main one.
 
     Raises:
         UserError: the repository holds files and may not be changed, no token is found or it may
@@ -89,18 +121,20 @@ def upload(
 
     if get_token() is None:
         raise UserError(
-            f"no token for hub={name}: log in with `hf auth login`, or set HF_TOKEN to a token "
-            "that may write."
+            f"no token to write hf:{name}: log in with `hf auth login`, or set HF_TOKEN to a "
+            "token that may write."
         )
-    with _explained(name, None):
+    with _explained(name, revision):
         api = HfApi()
         address = api.create_repo(name, private=private, exist_ok=True)
-        present = [path for path in api.list_repo_files(name) if path != ".gitattributes"]
+        if revision is not None:
+            api.create_branch(name, branch=revision, exist_ok=True)
+        there = api.list_repo_files(name, revision=revision)
+        present = [path for path in there if path != ".gitattributes"]
         if present and replaced is None:
             raise UserError(
                 f"hf:{name} already contains {len(present)} files, such as {min(present)}: "
-                "overwrite=true replaces its SAEs and its page, hub=<owner/name> uploads "
-                "elsewhere."
+                "overwrite=true replaces its SAEs and its page, another name uploads elsewhere."
             )
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             CommitOperationAdd(
@@ -113,7 +147,7 @@ def upload(
             for path in present
             if replaced is not None and replaced(path) and path not in files
         ]
-        api.create_commit(name, operations=operations, commit_message=message)
+        api.create_commit(name, operations=operations, commit_message=message, revision=revision)
     return str(address)
 
 

@@ -2,10 +2,14 @@
 
 import importlib
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
+from html import escape
 from operator import index
 from pathlib import Path
+from shlex import quote
+from tempfile import TemporaryDirectory
 from typing import Any, SupportsIndex
 
 import torch
@@ -13,19 +17,23 @@ from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from groupsae.files.atomic import atomic_write, write_json
+from groupsae.files.atomic import atomic_folder, atomic_write, write_json
 from groupsae.files.reading import damaged
 from groupsae.files.tensors import read_tensors, take
 from groupsae.grouping.groupings import by_name
+from groupsae.interop.library import as_config
 from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE, SparseLatents
 from groupsae.suite import interventions
 from groupsae.suite.capture import Cache
 from groupsae.suite.groups_file import load_plan
-from groupsae.suite.hub import download, repository
+from groupsae.suite.hub import PREFIX, local_folder
 from groupsae.suite.layer import Acts, Dense, LayerSAE
 
 FORMAT = 2
+SUMMARY, EVALUATION = "summary.json", "evaluation/evaluation.json"
+# of a run folder: what was found out about its SAEs
+RESULTS = (SUMMARY, "ledger.json", EVALUATION, "evaluation/*.csv", "figures/*.png")
 
 
 class Suite:
@@ -35,22 +43,41 @@ class Suite:
     model has them. The layer's norm factor is applied before encoding and undone after decoding.
 
     Args:
-        saes: name -> SAE.
-        configs: name -> its `cfg.json`.
+        saes: name of a group -> its SAE, which is frozen and set to evaluation mode.
+        configs: name -> its `cfg.json`: at least `layers`, and `norm_factors` (layer -> factor).
+        run: the run folder, whose results are shown and saved with the SAEs; None: there is none.
 
     Raises:
         UserError: two SAEs serve one layer.
+
+    >>> from groupsae import TopK
+    >>> saes = {"layers.3-4": TopK(d_model=8, d_sae=32, k=4)}
+    >>> configs = {"layers.3-4": {"layers": [3, 4], "norm_factors": {"3": 0.5, "4": 0.25}}}
+    >>> suite = Suite(saes, configs)
+    >>> suite
+    Suite of 1 SAE for 2 layers of an unknown model (resid_post, d_model 8)
+           SAE layers        kind latents tokens FVU L0
+    layers.3-4    3-4 topk, k = 4      32      -   -  -
+    >>> suite[4].encode(torch.ones(2, 10, 8)).shape
+    torch.Size([2, 10, 32])
+    >>> 4 in suite, len(suite), [sae.layer for sae in suite]
+    (True, 2, [3, 4])
     """
 
-    def __init__(self, saes: dict[str, SAE], configs: dict[str, dict[str, Any]]) -> None:
-        self.saes, self.configs = saes, configs
+    def __init__(
+        self,
+        saes: dict[str, SAE],
+        configs: dict[str, dict[str, Any]],
+        run: Path | None = None,
+    ) -> None:
+        self.saes, self.configs, self.run = saes, configs, run
         self._owner: dict[int, str] = {}
         for name, config in configs.items():
             for layer in config["layers"]:
                 if layer in self._owner:
                     raise UserError(
                         f"layer {layer} has two SAEs, {self._owner[layer]} and {name}: a suite "
-                        "has one for each layer. Choose with load_suite(path, grouping=...)."
+                        "has one for each layer. Choose with from_pretrained(path, grouping=...)."
                     )
                 self._owner[layer] = name
         for sae in saes.values():
@@ -60,10 +87,178 @@ class Suite:
             for layer, name in self._owner.items()
         }
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        grouping: str | None = None,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+    ) -> "Suite":
+        """Return the SAEs of a run, from this machine or from the Hub.
+
+        Args:
+            path: a run folder (or its `saes` folder, or one that `save` wrote), or a repository
+                of the Hub: `owner/name`, `owner/name@revision`. A local folder wins over a
+                repository of the same name; `hf:owner/name` is always the repository.
+            grouping: for a run with groups=all: name of the grouping, such as `complete-3`,
+                `per_layer` or `smaller-2`; None is the one that AMAD chose.
+            device: where to put the SAEs; None: the CPU.
+            revision: branch, tag or commit of the repository, instead of `@revision`.
+
+        Raises:
+            UserError: no SAEs are found, one is damaged, the run is not finished or has no such
+                grouping, or the Hub refuses the files or cannot be reached.
+        """
+        folder = local_folder(path, revision, ("saes/*", "groups.json", SUMMARY, EVALUATION))
+        saes = folder / "saes" if (folder / "saes").is_dir() else folder
+        run = saes.parent
+        names = sorted(file.parent.name for file in saes.glob("*/cfg.json"))
+        plan = load_plan(run)
+        if not names or (plan and not (run / SUMMARY).exists() and len(names) < len(plan.members)):
+            raise _no_saes(path, folder)
+        if plan is not None:
+            known = by_name(plan)
+            chosen = next(iter(known)) if grouping is None else grouping
+            if chosen not in known:
+                raise UserError(f"no grouping '{chosen}' in {path}; it has {', '.join(known)}.")
+            names = list(dict.fromkeys(known[chosen].sae_of_layer.values()))
+        elif grouping is not None:
+            raise UserError(
+                f"{path} has no groups.json, so its SAEs form one grouping: leave out "
+                f"grouping={grouping}."
+            )
+        suite = load_saes(saes, names)
+        return suite if device is None else suite.to(device)
+
+    def load_model(
+        self,
+        device: torch.device | str | None = None,
+        *,
+        name: str | None = None,
+        revision: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        trust_remote_code: bool = False,
+        **load: Any,
+    ) -> tuple[Any, Any]:
+        """Return the language model that the SAEs were trained on, and its tokenizer.
+
+        The model is transformers' own object with its head, as it was loaded for training (id,
+        revision, dtype, quantisation), frozen and in evaluation mode. This imports transformers,
+        which nothing else of a suite needs. A warning says if the weights have changed.
+
+        Args:
+            device: None: that of the SAEs.
+            name: another folder or id on the Hub, if the model is not where it was.
+            revision: another one than the recorded one.
+            dtype: another one than the recorded one, such as `torch.bfloat16`.
+            trust_remote_code: run the code of the model's author, if the model needs that.
+            **load: more arguments of transformers' from_pretrained, such as `device_map`.
+
+        Raises:
+            UserError: the suite names no model, or it cannot be loaded.
+        """
+        from groupsae.suite.model import load_model
+
+        return load_model(
+            self.cfg,
+            torch.device(self.device if device is None else device),
+            name=name,
+            revision=revision,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            **load,
+        )
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a folder that `from_pretrained` reads; return it.
+
+        It holds the SAEs, in float32, `groups.json` if these are all SAEs of the run, and the
+        run's results: summary, ledger, evaluation and figures.
+
+        Args:
+            folder: the folder to write.
+            overwrite: replace an earlier one. A run folder is never replaced.
+
+        Raises:
+            UserError: the folder exists, or cannot be written.
+        """
+        folder = Path(folder)
+        if folder.exists() and not overwrite:
+            raise UserError(f"{folder} exists: save(..., overwrite=True) replaces it.")
+        with atomic_folder(folder, overwrite=overwrite, ours=_is_saved, source=self.run) as made:
+            for name, sae in self.saes.items():
+                save_sae(made / "saes" / name, sae, {**as_config(sae), **self.configs[name]})
+            for name, file in self._files_of_run().items():
+                (made / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, made / name)
+        return folder
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        private: bool = True,
+        commit_message: str | None = None,
+        revision: str | None = None,
+        overwrite: bool = False,
+    ) -> str:
+        """Upload the SAEs, the run's results and a page about them; return the address.
+
+        The token is that of `hf auth login` or HF_TOKEN. Paths of this machine are left out.
+
+        Args:
+            repo: owner/name; made if necessary.
+            private: whether a new repository is visible to its owner only.
+            commit_message: of the commit; None: how many layers it serves.
+            revision: branch to commit to, made if necessary; None: the main one.
+            overwrite: replace the SAEs and the page of a repository that has files.
+
+        Raises:
+            UserError: the name is none, the repository has files, or the Hub refuses the upload
+                or cannot be reached.
+        """
+        from groupsae.suite.card import files_of_run, publish
+
+        with TemporaryDirectory() as parent:
+            folder = self.save(Path(parent, "suite"))
+            return publish(
+                repo.removeprefix(PREFIX),
+                self,
+                files_of_run(folder),
+                run=self.run or folder,
+                private=private,
+                overwrite=overwrite,
+                message=commit_message,
+                revision=revision,
+            )
+
+    def _files_of_run(self) -> dict[str, Path]:
+        """Return the run's files that describe these SAEs, by their paths in its folder."""
+        if self.run is None:
+            return {}
+        plan = load_plan(self.run)
+        complete = plan is not None and {p.name for p in plan.members} <= self.saes.keys()
+        patterns = ("groups.json", *RESULTS) if complete else RESULTS
+        files = [file for pattern in patterns for file in sorted(self.run.glob(pattern))]
+        return {str(file.relative_to(self.run)): file for file in files if file.is_file()}
+
+    # ---- what it is ---------------------------------------------------------------------
+
+    @property
+    def cfg(self) -> dict[str, Any]:
+        """Return the first SAE's `cfg.json`: model, hookpoint and text are those of all."""
+        return next(iter(self.configs.values()))
+
     @property
     def d_model(self) -> int:
         """Return the width of the activations."""
         return next(iter(self.saes.values())).d_model
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the SAEs are; where the first is, if they are in several places."""
+        return next(iter(self.saes.values())).W_dec.device
 
     @property
     def layers(self) -> list[int]:
@@ -75,9 +270,39 @@ class Suite:
         """Return the layers of each group, by its name."""
         return {name: list(config["layers"]) for name, config in self.configs.items()}
 
+    def table(self) -> Any:
+        """Return a pandas DataFrame with a row for each SAE.
+
+        Columns: sae (its name), layers, kind, d_sae (latents), tokens (that it was trained on),
+        fvu and l0 (of the run's summary or evaluation). None where a value is unknown.
+        """
+        from groupsae.suite.table import table_of
+
+        return table_of(self.saes, self.configs, self.run)
+
+    def _heading(self) -> str:
+        config, count = self.cfg, len(self.saes)
+        return (
+            f"Suite of {count} SAE{'s' * (count != 1)} for {len(self)} "
+            f"layer{'s' * (len(self) != 1)} of {config.get('model') or 'an unknown model'} "
+            f"({config.get('hookpoint', 'resid_post')}, d_model {self.d_model})"
+        )
+
+    def _shown(self) -> Any:
+        from groupsae.suite.table import HEADINGS, as_text
+
+        return as_text(self.table()).rename(columns=HEADINGS)
+
     def __repr__(self) -> str:
-        """Return the groups and their widths."""
-        return f"Suite({', '.join(f'{n}: {s.d_sae} latents' for n, s in self.saes.items())})"
+        """Return the table as text."""
+        return f"{self._heading()}\n{self._shown().to_string(index=False)}"
+
+    def _repr_html_(self) -> str:
+        """Return the table as a notebook shows it."""
+        table = self._shown().to_html(index=False, border=0)
+        return f"<p>{escape(self._heading())}</p>\n{table}"
+
+    # ---- the SAEs of its layers -------------------------------------------------------------
 
     def __getitem__(self, layer: SupportsIndex) -> LayerSAE:
         """Return the SAE of a layer: its group's weights with this layer's norm factor.
@@ -261,39 +486,30 @@ class Suite:
 
 
 def load_suite(path: str | Path, grouping: str | None = None) -> Suite:
-    """Return the SAEs of a run folder (or of its `saes` folder), on this machine or on the Hub.
+    """Return the SAEs of a run: `Suite.from_pretrained`, where arguments and errors are."""
+    return Suite.from_pretrained(path, grouping)
 
-    Args:
-        path: the run folder, or `hf:owner/name`, or `hf:owner/name@revision`.
-        grouping: for a run with groups=all: name of the grouping, such as `complete-3`,
-            `per_layer` or `smaller-2`; None is the one that AMAD chose.
 
-    Raises:
-        UserError: no SAEs are found, one is damaged, the run has no such grouping, or the Hub
-            refuses the files.
-    """
-    repo = repository(path)
-    folder = Path(path) if repo is None else download(repo, ("saes/*", "groups.json"))
-    folder = folder / "saes" if (folder / "saes").is_dir() else folder
-    names = sorted(file.parent.name for file in folder.glob("*/cfg.json"))
-    if not names:
-        raise UserError(
-            f"no SAEs under {path}: expected saes/<group>/cfg.json, as a finished run has them. "
-            "To finish a run, give python -m groupsae.train resume=<run folder>."
+def _no_saes(path: str | Path, folder: Path) -> UserError:
+    """Return the error about a folder without SAEs, or without all of its plan."""
+    if not folder.is_dir():
+        return UserError(
+            f"no SAEs under {path}: there is no such folder. Name a run folder, or a repository "
+            "of the Hub as owner/name."
         )
-    plan = load_plan(folder.parent)
-    if plan is not None:
-        known = by_name(plan)
-        chosen = next(iter(known)) if grouping is None else grouping
-        if chosen not in known:
-            raise UserError(f"no grouping '{chosen}' in {path}; it has {', '.join(known)}.")
-        names = list(dict.fromkeys(known[chosen].sae_of_layer.values()))
-    elif grouping is not None:
-        raise UserError(
-            f"{path} has no groups.json, so its SAEs form one grouping: leave out "
-            f"grouping={grouping}."
+    if (folder / "groups.json").exists() or (folder / ".hydra").is_dir():
+        return UserError(
+            f"the run in {path} is not finished, and has no SAEs yet: give\n"
+            f"  python -m groupsae.train {quote(f'resume={folder}')}"
         )
-    return load_saes(folder, names)
+    return UserError(
+        f"no SAEs under {path}: expected saes/<group>/cfg.json, as a finished run has them."
+    )
+
+
+def _is_saved(folder: Path) -> bool:
+    """Return whether `save` may have written a folder: SAEs, but no run that can be resumed."""
+    return (folder / "saes").is_dir() and not (folder / ".hydra").exists()
 
 
 def load_saes(folder: Path, names: Iterable[str]) -> Suite:
@@ -306,6 +522,7 @@ def load_saes(folder: Path, names: Iterable[str]) -> Suite:
     return Suite(
         {name: sae for name, (sae, _) in loaded.items()},
         {name: config for name, (_, config) in loaded.items()},
+        run=folder.parent,
     )
 
 

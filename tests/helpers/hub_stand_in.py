@@ -26,22 +26,26 @@ class Hub:
         self.private: set[str] = set()
         self.objects: dict[str, bytes] = {}
         self.tags: dict[str, str] = {}
+        self.branches: dict[tuple[str, str], list[tuple[str, dict[str, bytes]]]] = {}
         self.calls: list[str] = []
         self.url = ""
 
     def files(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
         """Return the commit and files of a revision."""
-        commits = self.repos[repo]
-        if revision == "main":
-            return commits[-1]
+        branches = {name: of for (owner, name), of in self.branches.items() if owner == repo}
+        branches["main"] = self.repos[repo]
+        if revision in branches:
+            return branches[revision][-1]
         wanted = self.tags.get(revision, revision)
-        return next((each for each in commits if each[0] == wanted), None)
+        every = (each for commits in branches.values() for each in commits)
+        return next((each for each in every if each[0] == wanted), None)
 
-    def commit(self, repo: str, files: dict[str, bytes]) -> str:
+    def commit(self, repo: str, files: dict[str, bytes], branch: str = "main") -> str:
         """Add a commit; return its id."""
-        number = str(len(self.repos[repo])) + repo
+        commits = self.repos[repo] if branch == "main" else self.branches[repo, branch]
+        number = f"{len(commits)}{repo}{branch if branch != 'main' else ''}"
         oid = hashlib.sha1(number.encode()).hexdigest()
-        self.repos[repo].append((oid, files))
+        commits.append((oid, files))
         return oid
 
 
@@ -118,8 +122,13 @@ class Handler(BaseHTTPRequestHandler):
             self._json({"files": modes})
         elif path.endswith(".git/info/lfs/objects/batch"):
             self._batch(json.loads(body))
-        elif found := re.fullmatch(r"/api/models/(.+)/commit/\w+", path):
-            self._commit(found[1], body)
+        elif found := re.fullmatch(r"/api/models/(.+)/branch/(\w+)", path):
+            known = (found[1], found[2]) in self.hub.branches
+            if not known:
+                self.hub.branches[found[1], found[2]] = list(self.hub.repos[found[1]])
+            self._json({}, 409 if known else 200)
+        elif found := re.fullmatch(r"/api/models/(.+)/commit/(\w+)", path):
+            self._commit(found[1], found[2], body)
         else:
             self._refuse(404, "NotFound")
 
@@ -147,8 +156,9 @@ class Handler(BaseHTTPRequestHandler):
             }
         )
 
-    def _commit(self, repo: str, body: bytes) -> None:
-        files = dict(self.hub.repos[repo][-1][1]) if self.hub.repos[repo] else {}
+    def _commit(self, repo: str, branch: str, body: bytes) -> None:
+        before = self.hub.files(repo, branch) if self.hub.repos[repo] else None
+        files = dict(before[1]) if before else {}
         for line in body.splitlines():
             entry = json.loads(line)
             value = entry["value"]
@@ -158,7 +168,7 @@ class Handler(BaseHTTPRequestHandler):
                 del files[value["path"]]
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = self.hub.objects[value["oid"]]
-        oid = self.hub.commit(repo, files)
+        oid = self.hub.commit(repo, files, branch)
         self._json({"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{repo}"})
 
     def do_GET(self) -> None:

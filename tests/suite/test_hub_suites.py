@@ -16,6 +16,7 @@ from groupsae.files.atomic import write_json
 from groupsae.runtime.errors import UserError
 from groupsae.suite.hub import Repository, looks_like_name, repository
 from groupsae.suite.importing import ReadAt, read_folder
+from groupsae.suite.suite import Suite
 from tests.helpers.hub_stand_in import READER, WRITER, serving
 from tests.helpers.shelf import rows, run_folder
 
@@ -98,8 +99,8 @@ def test_a_run_goes_to_the_hub_and_is_loaded_from_there(hub, run, capsys):
     for layer in here.layers:
         assert torch.equal(there.encode(x, layer), here.encode(x, layer))
     got = [call for call in hub.calls if call.startswith("GET") and "/resolve/" in call]
-    assert got
-    assert all("/saes/" in call for call in got)  # and neither figures nor evaluation
+    results = ("summary.json", "evaluation.json")  # of what repr(suite) shows
+    assert all("/saes/" in call or call.endswith(results) for call in got)  # and no figures
 
 
 def test_the_page_names_model_data_groups_metrics_figures_and_use(hub, run):
@@ -109,13 +110,13 @@ def test_the_page_names_model_data_groups_metrics_figures_and_use(hub, run):
     assert {"sparse-autoencoder", "group-sae"} <= set(head["tags"])
     assert head["base_model"] == "EleutherAI/pythia-14m"
     assert head["datasets"] == ["NeelNanda/pile"]
-    assert "| layers.0-1 | 0-1 | topk, k = 5 | 48 | - | - |" in body
-    assert "| layers.3 | 3 | topk, k = 5 | 48 | 0.1250 | 5.0 |" in body
+    assert "| layers.0-1 | 0-1 | topk, k = 5 | 48 | 1,000 | - | - |" in body
+    assert "| layers.3 | 3 | topk, k = 5 | 48 | 1,000 | 0.1250 | 5.0 |" in body
     assert "| 3 | layers.3 | 0.2500 | 5.0 | - | - |" in body
     assert "layers.2-3" not in body
     assert "AMAD 0.1875" in body
     assert "![amad](figures/amad.png)" in body
-    assert 'groupsae.load_suite("hf:me/saes")' in body
+    assert 'groupsae.Suite.from_pretrained("me/saes")' in body
     assert "step1000" in body
 
 
@@ -131,10 +132,11 @@ def test_which_files_of_a_repository_an_upload_may_have_left():
 
 def test_the_page_of_one_grouping_loads_that_grouping(run):
     from groupsae.suite.card import card
-    from groupsae.suite.suite import load_suite
 
-    page = card("me/x", run, load_suite(run), grouping="complete-3", library=None, folders=[])
-    assert 'load_suite("hf:me/x", grouping="complete-3")' in page
+    page = card(
+        "me/x", run, groupsae.load_suite(run), grouping="complete-3", library=None, folders=[]
+    )
+    assert 'from_pretrained("me/x", grouping="complete-3")' in page
     assert "# acts: resid_post of block 0" in page
 
 
@@ -221,6 +223,64 @@ def test_a_run_on_the_hub_is_exported_from_there(hub, run, tmp_path):
         export("hf:me/saes", "hub=me/other")
 
 
+def test_a_suite_is_pushed_from_a_notebook_as_the_command_exports_it(hub, run):
+    export(run, "hub=me/exported")
+    suite = Suite.from_pretrained(run)
+    assert suite.push_to_hub("me/pushed", private=False) == f"{hub.url}/me/pushed"
+    exported, pushed = (hub.files(f"me/{name}", "main")[1] for name in ("exported", "pushed"))
+    assert sorted(pushed) == sorted(exported)
+    page, cfg = "README.md", "saes/layers.3/cfg.json"
+    assert json.loads(pushed[cfg]) == json.loads(exported[cfg])
+    assert pushed[page] == exported[page].replace(b"exported", b"pushed")
+    others = sorted(pushed.keys() - {page, cfg, "saes/layers.0-1/cfg.json"})
+    assert [pushed[name] for name in others] == [exported[name] for name in others]
+    assert hub.private == {"me/exported"}
+    with pytest.raises(UserError, match="already contains 9 files"):
+        suite.push_to_hub("me/pushed")
+    suite.push_to_hub("hf:me/pushed", overwrite=True)
+
+
+def test_what_is_pushed_is_the_suite_in_memory(hub, run):
+    suite = Suite.from_pretrained(run)
+    suite[3].W_dec[7] = 0.0
+    suite.push_to_hub("me/edited", commit_message="without latent 7")
+    assert not Suite.from_pretrained("me/edited")[3].W_dec[7].any()
+    assert Suite.from_pretrained(run)[3].W_dec[7].any()
+
+
+def test_a_branch_is_made_and_loaded(hub, run):
+    suite = Suite.from_pretrained(run)
+    suite.push_to_hub("me/saes")
+    suite[3].W_dec[7] = 0.0
+    suite.push_to_hub("me/saes", revision="edited", overwrite=True)
+    assert Suite.from_pretrained("me/saes")[3].W_dec[7].any()
+    for there in (
+        Suite.from_pretrained("me/saes@edited"),
+        Suite.from_pretrained("hf:me/saes", revision="edited"),
+    ):
+        assert not there[3].W_dec[7].any()
+    with pytest.raises(UserError, match="names a revision already: leave out revision=x"):
+        Suite.from_pretrained("me/saes@edited", revision="x")
+
+
+def test_a_local_folder_wins_over_a_repository_of_the_same_name(hub, run, tmp_path, monkeypatch):
+    Suite.from_pretrained(run).push_to_hub("me/saes")
+    monkeypatch.chdir(tmp_path)
+    assert Suite.from_pretrained("me/saes").run != tmp_path / "me" / "saes"
+    run_folder(tmp_path / "me" / "saes", "relu")
+    assert "relu" in repr(Suite.from_pretrained("me/saes"))
+    assert "topk" in repr(Suite.from_pretrained("hf:me/saes"))
+    with pytest.raises(UserError, match="no repository of the Hub: leave out revision=v1"):
+        Suite.from_pretrained("me/saes", revision="v1")
+    with pytest.raises(UserError, match="there is no folder me/none here, and the Hub refused"):
+        Suite.from_pretrained("me/none")
+
+
+def test_a_suite_of_the_hub_shows_the_results_of_its_run(hub, run):
+    Suite.from_pretrained(run).push_to_hub("me/saes")
+    assert repr(Suite.from_pretrained("me/saes")) == repr(Suite.from_pretrained(run))
+
+
 def test_what_the_hub_refuses_is_one_sentence(hub, run, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", READER)
     with pytest.raises(UserError, match=r"refused hf:me/saes \(status 403") as refused:
@@ -230,7 +290,7 @@ def test_what_the_hub_refuses_is_one_sentence(hub, run, monkeypatch):
     with pytest.raises(UserError, match="status 401"):
         export(run, "hub=me/saes")
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(UserError, match="no token for hub=me/saes: log in with"):
+    with pytest.raises(UserError, match="no token to write hf:me/saes: log in with"):
         export(run, "hub=me/saes")
     with pytest.raises(UserError, match="refused hf:me/none .*hf auth login"):
         groupsae.load_suite("hf:me/none")
