@@ -1,5 +1,6 @@
 """dictionary_learning's folder: `config.json` and `ae.pt` (as 0.1.0 reads and writes them)."""
 
+import importlib
 import json
 import re
 from collections.abc import Sequence
@@ -229,11 +230,25 @@ def _place(folder: Path, config: dict[str, Any], names: Sequence[str]) -> tuple[
     return place._replace(model=trainer.get("lm_name")), notes
 
 
+def load(folder: Path) -> Any:
+    """Return dictionary_learning's own object, such as an `AutoEncoderTopK`."""
+    utils = importlib.import_module("dictionary_learning.utils")
+    return utils.load_dictionary(str(folder), device="cpu")[0]
+
+
 SNIPPET = """from dictionary_learning.utils import load_dictionary
 from huggingface_hub import snapshot_download
 
 path = snapshot_download("{repo}", allow_patterns="{folder}/*")
 sae, config = load_dictionary(path + "/{folder}", device="cpu")"""
 DICTIONARY_LEARNING = Library(
-    "dictionary_learning", CLASSES, folder_name, write, recognises, read, SNIPPET
+    "dictionary_learning",
+    CLASSES,
+    folder_name,
+    write,
+    recognises,
+    read,
+    SNIPPET,
+    "dictionary-learning",
+    load,
 )

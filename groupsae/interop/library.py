@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -206,12 +207,31 @@ class Library:
     # the SAE in such a folder; the names of the folder and of those around it may name its place
     read_named: Callable[[Path, Sequence[str]], ImportedSAE]
     snippet: str  # Python that loads an SAE from the Hub, with {repo} and {folder}
+    package: str  # on PyPI
+    load: Callable[[Path], Any]  # the library's own object from such a folder, on the CPU
 
     def read(self, folder: Path, root: Path | None = None) -> ImportedSAE:
         """Return the SAE in a folder that was found below `root`; no name above it counts."""
         around = [each.absolute() for each in (folder, *folder.parents)]
         end = around.index((root or folder).absolute()) + 1
         return self.read_named(folder, [each.name for each in around[:end]])
+
+    def own_object(self, sae: SAE, origin: Origin, asked: str) -> Any:
+        """Return an SAE that takes raw activations as the library's own object, on the CPU.
+
+        It is written in this format, and the library loads it. `asked` names the call in messages.
+
+        Raises:
+            UserError: the library is not installed.
+        """
+        with TemporaryDirectory() as folder:
+            self.write(Path(folder), sae, origin)
+            try:
+                return self.load(Path(folder))
+            except ImportError as error:
+                raise UserError(
+                    f"{asked} needs {self.name} ({error}): pip install {self.package}"
+                ) from error
 
 
 # ---- our SAEs <-> tensors -------------------------------------------------------------------

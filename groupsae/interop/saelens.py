@@ -1,5 +1,6 @@
 """SAELens' folder: `cfg.json` and `sae_weights.safetensors` (read and written as 6.54 does)."""
 
+import importlib
 import json
 import re
 from collections.abc import Sequence
@@ -272,7 +273,14 @@ def _differences(config: dict[str, Any]) -> list[str]:
     ]
 
 
+def load(folder: Path) -> Any:
+    """Return SAELens' own object, a `sae_lens.SAE`."""
+    return importlib.import_module("sae_lens").SAE.load_from_disk(str(folder))
+
+
 SNIPPET = """from sae_lens import SAE
 
 sae = SAE.from_pretrained(release="{repo}", sae_id="{folder}")"""
-SAELENS = Library("saelens", ARCHITECTURES, lens_hook, write, recognises, read, SNIPPET)
+SAELENS = Library(
+    "saelens", ARCHITECTURES, lens_hook, write, recognises, read, SNIPPET, "sae-lens", load
+)

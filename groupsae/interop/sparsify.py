@@ -1,5 +1,6 @@
 """sparsify's folder: `cfg.json` and `sae.safetensors` (as 1.3.3 reads and writes them)."""
 
+import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,7 +114,22 @@ def read_weights(folder: Path, *more: str) -> Tensors:
     return our_tensors(read_tensors(weights), names, (), weights)
 
 
+def load(folder: Path) -> Any:
+    """Return sparsify's own object, a `SparseCoder`."""
+    return importlib.import_module("sparsify").SparseCoder.load_from_disk(folder)
+
+
 SNIPPET = """from sparsify import SparseCoder
 
 sae = SparseCoder.load_from_hub("{repo}", hookpoint="{folder}")"""
-SPARSIFY = Library("sparsify", {"topk": "topk"}, folder_name, write, recognises, read, SNIPPET)
+SPARSIFY = Library(
+    "sparsify",
+    {"topk": "topk"},
+    folder_name,
+    write,
+    recognises,
+    read,
+    SNIPPET,
+    "eai-sparsify",
+    load,
+)

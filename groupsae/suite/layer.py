@@ -8,6 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from groupsae.interop.dictionary_learning import DICTIONARY_LEARNING
+from groupsae.interop.formats import check_holds
+from groupsae.interop.library import Library, Origin, fold_norm_factor
+from groupsae.interop.saelens import SAELENS
+from groupsae.interop.sparsify import SPARSIFY
 from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE, SparseLatents
 from groupsae.sae.gated import Gated
@@ -186,6 +191,41 @@ class LayerSAE(nn.Module):
                 f"{self.d_sae} latents, 0 to {self.d_sae - 1}."
             )
         return self.unscaled(self.W_dec[index])
+
+    # ---- objects of other libraries -----------------------------------------------------------
+
+    def to_saelens(self) -> Any:
+        """Return this SAE as SAELens' own object, a `sae_lens.SAE`, on the same device.
+
+        The norm factor s is folded into its biases: it takes raw activations, its latents are
+        those of `encode` divided by s, and its reconstructions are equal.
+
+        Raises:
+            UserError: sae-lens is not installed.
+        """
+        return self._as(SAELENS, "to_saelens()")
+
+    def to_sparsify(self) -> Any:
+        """Return this SAE as sparsify's own object, a `SparseCoder`, as `to_saelens` does.
+
+        Raises:
+            UserError: it is no topk SAE, or eai-sparsify is not installed.
+        """
+        return self._as(SPARSIFY, "to_sparsify()")
+
+    def to_dictionary_learning(self) -> Any:
+        """Return this SAE as dictionary_learning's own object, as `to_saelens` does.
+
+        Raises:
+            UserError: dictionary-learning is not installed.
+        """
+        return self._as(DICTIONARY_LEARNING, "to_dictionary_learning()")
+
+    def _as(self, library: Library, asked: str) -> Any:
+        check_holds(library, self.sae, self.group)
+        folded = fold_norm_factor(self.sae, self.norm_factor)
+        origin = Origin.of(self.group, self.layer, dict(self.cfg))
+        return library.own_object(folded, origin, asked).to(self.device)
 
     def _ours(self, values: Tensor | np.ndarray, width: int, what: str) -> Tensor:
         """Return values as a tensor in the SAE's dtype, after a check of width and device."""

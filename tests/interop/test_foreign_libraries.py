@@ -94,6 +94,28 @@ def test_dictionary_learning_loads_its_folders(tmp_path, kind, record_property):
         check(suite, layer, sae.encode, sae.decode, record_property)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_becomes_the_librarys_own_object(tmp_path, kind, record_property):
+    """With the norm factor folded in: it takes raw activations."""
+    sae_lens = library("sae_lens")
+    library("dictionary_learning.utils")
+    suite = load_suite(run_folder(tmp_path / "run", kind))
+    for layer in suite.layers:
+        theirs = suite[layer].to_saelens()
+        assert isinstance(theirs, sae_lens.SAE)
+        check(suite, layer, theirs.encode, theirs.decode, record_property)
+        theirs = suite[layer].to_dictionary_learning()
+        check(suite, layer, theirs.encode, theirs.decode, record_property)
+
+
+def test_a_layer_becomes_sparsifys_own_object(tmp_path):
+    sparsify = library("sparsify")
+    sae = load_suite(run_folder(tmp_path / "run", "topk"))[3]
+    theirs, x = sae.to_sparsify(), rows(200)
+    assert isinstance(theirs, sparsify.SparseCoder)
+    torch.testing.assert_close(theirs(x).sae_out, sae(x), rtol=1e-5, atol=1e-5)
+
+
 def test_folders_that_saelens_wrote_are_read(tmp_path):
     """What the library itself saves, with its own initialisation (decoder norm 0.1)."""
     sae_lens = library("sae_lens")

@@ -1,6 +1,7 @@
 """One layer's SAE of a suite, of every kind: raw activations in, latents, raw activations out."""
 
 import doctest
+import sys
 
 import numpy as np
 import pytest
@@ -168,6 +169,22 @@ def test_layers_of_a_group_move_together(tmp_path):
     assert suite[3].dtype == torch.float32
     assert suite[1].encode(rows()).dtype == torch.float64
     assert suite.to(torch.bfloat16)[3].encode(rows()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["sae_lens", "sparsify", "dictionary_learning"])
+def test_a_library_that_is_not_installed_is_named_with_its_command(topk, name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, f"{name}.utils", None)
+    method = {"sae_lens": "to_saelens"}.get(name, f"to_{name}")
+    package = {"sparsify": "eai-sparsify"}.get(name, name.replace("_", "-"))
+    with pytest.raises(UserError, match=rf"{method}\(\) needs .*: pip install {package}"):
+        getattr(topk[3], method)()
+
+
+def test_sparsify_holds_topk_only(suite, kind):
+    if kind != "topk":
+        with pytest.raises(UserError, match=f"can hold topk only, and layers.3 is a {kind} SAE"):
+            suite[3].to_sparsify()
 
 
 def test_the_examples_run():
