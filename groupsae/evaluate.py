@@ -6,6 +6,7 @@ import sys
 from omegaconf import DictConfig, OmegaConf
 
 from groupsae.app.run_folder import finished_run, one_folder, register_resolver
+from groupsae.app.stream import check_source
 from groupsae.config.arguments import start
 from groupsae.config.values import PLACES
 from groupsae.files.locks import lock_folder
@@ -19,6 +20,7 @@ def evaluate(cfg: DictConfig) -> None:
     trained = finished_run(folder, trusted=cfg.trust_remote_code, moved=moved)
     if cfg.get("logger") is not None:
         trained.logger = cfg.logger
+    check_source(trained.data)
     from groupsae.app.evaluate import evaluate  # slow imports only after the cheap checks
 
     with lock_folder(folder):

@@ -56,7 +56,9 @@ def test_a_run_with_relative_paths_is_resumed_and_evaluated_from_anywhere(
 
     there = tmp_path / "there"
     here.rename(there)
-    with pytest.raises(UserError, match="cannot load model|does not exist"):
+    with pytest.raises(
+        UserError, match="data.path=.*corpus does not exist"
+    ):  # before slow imports
         evaluate(there / folder)
     places = [f"model.name={there}/models/lm", "data.path=../there/corpus"]
     assert evaluate(there / folder, *QUICK, *places)["ce"] == evaluation["ce"]
