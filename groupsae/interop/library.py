@@ -446,7 +446,6 @@ def our_place(config: Mapping[str, Any], file: Path) -> Place | None:
 
 def unknown_place(folder: Path, name: object, advice: str) -> UserError:
     """Return the error about an SAE of unknown layer or hookpoint, with the way out."""
-    return UserError(
-        f"{folder} does not name the SAE's layer and hookpoint in the language model, or by an "
-        f"unknown name (the name found is {name!r}): {advice}."
-    )
+    known = f"names the SAE's place in the language model as {name!r}, which is not known"
+    unknown = "does not name the SAE's layer and hookpoint in the language model"
+    return UserError(f"{folder} {unknown if name is None else known}: {advice}.")

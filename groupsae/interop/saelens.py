@@ -211,7 +211,7 @@ def _architecture(config: dict[str, Any], file: Path) -> str:
         old = config.get("activation_fn_kwargs") or {}
         if name in (None, "standard") and function == "topk" and old.get("k") is not None:
             name = "topk"
-        if name is None and "k" not in config:
+        if name is None and (function is not None or "k" not in {*config, *old}):
             name = "standard"
     if name not in READS:
         raise UserError(

@@ -301,7 +301,7 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(tmp_path):
         ({"normalize_activations": "layer_norm"}, "normalize_activations = 'layer_norm'"),
         (
             {"metadata": {"hook_name": "blocks.1.attn.hook_z"}},
-            "does not name the SAE.s layer.*hook_name must be blocks",
+            "as 'blocks.1.attn.hook_z', which is not known: its hook_name must be blocks",
         ),
         ({"architecture": "topk", "k": 99}, "/s: sae.k is 99.*up to the 48 latents"),
         ({"metadata": [1]}, "/s is damaged"),

@@ -128,6 +128,7 @@ def test_other_old_keys_are_read_as_saelens_does(tmp_path, keys):
         ({"sae_lens_version": "6.0.0-rc.1", "architecture": "standard", "activation_fn": "topk"},
          "activation_fn = 'topk'"),
         ({"k": 8}, "the architecture None"),
+        (TOPK, "the architecture None"),
         ({"sae_lens_version": "6.1.0"}, "the architecture None"),
         ({"architecture": "batchtopk"}, "the architecture 'batchtopk'"),
         ({"normalize_activations": True}, "normalize_activations = True.* = \"none\" can be read"),
@@ -136,8 +137,8 @@ def test_other_old_keys_are_read_as_saelens_does(tmp_path, keys):
         ({"reshape_activations": "hook_z"}, "reshape_activations = 'hook_z'"),
         ({"hook_point_head_index": 3}, "hook_head_index = 3.* = null can be read"),
         ({"hook_point_layer": 3}, "hook_name in cfg.json is for layer 2 .* its hook_layer in"),
-        ({"hook_point": "blocks.2.attn.hook_z"}, "name found is 'blocks.2.attn.hook_z'"),
-        ({"hook_point": None}, "name found is None.*or the path of a module"),
+        ({"hook_point": "blocks.2.attn.hook_z"}, "as 'blocks.2.attn.hook_z', which is not known"),
+        ({"hook_point": None}, "does not name the SAE's layer .*or the path of a module"),
     ],
 )  # fmt: skip
 def test_what_saelens_would_read_as_another_kind_is_refused(tmp_path, keys, message):
@@ -374,7 +375,7 @@ def test_places_of_dictionary_learning(tmp_path, name, layer, place):
 @pytest.mark.parametrize("name", ["embed", "resid_mid_layer_3", "pre_mlp_layer_3", "unknown", "3"])
 def test_an_unknown_place_is_not_guessed(tmp_path, name):
     folder = dictionary(tmp_path / "sae", "AutoEncoder", relu_state(), submodule_name=name)
-    with pytest.raises(UserError, match=f"name found is '{name}'.*correct submodule_name in conf"):
+    with pytest.raises(UserError, match=f"as '{name}', which is not known: correct submod"):
         FORMATS["dictionary_learning"].read(folder)
     folder = folder.rename(tmp_path / "mlp_out_layer_4")  # the way out
     found = FORMATS["dictionary_learning"].read(folder)
