@@ -159,9 +159,9 @@ def _same_stream(
 ) -> ActivationDataModule:
     """Return the activations of the model and the text that the SAEs were trained on."""
     lm = make(cfg.model)
-    data = make_stream(cfg, lm, screen().print)
+    data = make_stream(cfg, lm, screen().print, trained)
     weights = lm.fingerprint()
-    if trained["weights"] not in (None, weights):
+    if trained["weights"] not in (None, weights, lm.earlier_fingerprint()):
         raise UserError(
             f"the SAEs in {folder} were trained on other weights of {trained['model']} "
             f"({trained['weights'][:8]}) than {lm.name} has now ({weights[:8]}): restore "

@@ -35,7 +35,7 @@ from groupsae.data.sources import Source
 from groupsae.data.store.fill import Filler, size_of
 from groupsae.data.store.read import RowReader, StoredLoader, read_ahead
 from groupsae.data.store.shard import Layout
-from groupsae.data.store.store import ActivationStore, Gap, dtype_of, open_store
+from groupsae.data.store.store import ActivationStore, Gap, dtype_of, open_store, store_folder
 from groupsae.lm.hooked import HookedLM, read_after
 from groupsae.lm.load import FrozenLM
 from groupsae.runtime.errors import UserError
@@ -78,6 +78,8 @@ class ActivationDataModule(L.LightningDataModule):
         heldout_tokens: tokens of one validation.
         num_workers: loader processes.
         seed: seed of shuffle and layer draws.
+        earlier_text: key of the text of a run by an earlier version, which kept copies of
+            documents; None for all others. See `load_token_blocks`.
 
     Attributes:
         slots: the sets of layers that training batches draw from, one row per token each.
@@ -108,6 +110,7 @@ class ActivationDataModule(L.LightningDataModule):
         heldout_tokens: int,
         num_workers: int,
         seed: int,
+        earlier_text: str | None = None,
     ) -> None:
         super().__init__()
         most = lm.geometry.context
@@ -134,6 +137,7 @@ class ActivationDataModule(L.LightningDataModule):
         self.skip_positions, self.max_norm_ratio = skip_positions, max_norm_ratio
         self.blocks_per_step, self.blocks_per_forward = blocks_per_step, blocks_per_forward
         self.heldout_tokens, self.num_workers, self.seed = heldout_tokens, num_workers, seed
+        self.earlier_text = earlier_text
         self.tokens_per_step = blocks_per_step * context
         self.num_steps = tokens // self.tokens_per_step
         self.travelling = torch.float32
@@ -212,7 +216,14 @@ class ActivationDataModule(L.LightningDataModule):
             self.packing,
             self.cache / "tokens",
             vocab_size=self.lm.geometry.vocab_size,
+            earlier_key=self.earlier_text,
         )
+
+    @property
+    def copies(self) -> int | None:
+        """Return how many copies of documents the text lacks; None if it still has them."""
+        copies: int | None = self.blocks.manifest.get("copies")
+        return copies
 
     def tokens(self, split: Split, blocks: list[int]) -> Int64[Tensor, "block pos"]:
         """Return the tokens of some blocks of a split."""
@@ -231,10 +242,12 @@ class ActivationDataModule(L.LightningDataModule):
         num_blocks = len(self.blocks.blocks[split])
         available = num_blocks // self.blocks_per_step
         if not available:
+            total = sum(map(len, self.blocks.blocks.values())) * self.packing.context
+            raised = self.packing.larger_fraction(split, total, self.tokens_per_step)
             raise UserError(
                 f"the {split} split has {num_blocks} blocks, less than one step of "
-                f"{self.blocks_per_step}: give more text, or lower stream.blocks_per_step"
-                + (f" or raise stream.{split}_fraction." if split != "train" else ".")
+                f"{self.blocks_per_step}: {raised}lower stream.blocks_per_step to at most "
+                f"{num_blocks}, or give more text."
             )
         wanted = available if tokens is None else max(1, tokens // self.tokens_per_step)
         return min(available, wanted)
@@ -563,12 +576,18 @@ class StoredReader:
         content = {key: described[key] for key in read}
         content |= {"weights": lm.fingerprint(), "text": blocks.key}
         assert self.stored_dtype is not None
-        return open_store(
-            self.folder,
-            content,
-            Layout(self.data.packing.context, lm.geometry.d_model, dtype_of(self.stored_dtype)),
-            {split: len(tokens) for split, tokens in blocks.blocks.items()},
+        layout = Layout(
+            self.data.packing.context, lm.geometry.d_model, dtype_of(self.stored_dtype)
         )
+        # of a version that did not know the Hub's commit
+        before = store_folder(
+            self.folder, {**content, "weights": lm.earlier_fingerprint()}, layout
+        )
+        manifest = before / "manifest.json"
+        if manifest.exists() and not lm.moved_since(manifest):
+            return ActivationStore(before)
+        sizes = {split: len(tokens) for split, tokens in blocks.blocks.items()}
+        return open_store(self.folder, content, layout, sizes)
 
     def training(self) -> StoredLoader:
         """Return the training batches from `blocks_seen` on, read ahead with their rows."""

@@ -1,15 +1,18 @@
 """Documents to blocks of tokens: split, packed, and cached in a folder that is keyed by content.
 
-Packing is resumable, and safe when two processes want the same text.
+Packing is resumable, and safe when two processes want the same text. A document whose content was
+packed before is left out: a copy must not put a held-out text into the training set.
 """
 
+import functools
 import hashlib
 import json
-import os
+import math
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +21,7 @@ import xxhash
 from jaxtyping import Int, Int64
 from transformers import PreTrainedTokenizerBase
 
+from groupsae.data.copies import Contents, content_of, write_at
 from groupsae.data.sources import Document, Source
 from groupsae.files.atomic import explain_write_errors, write_json
 from groupsae.files.locks import one_at_a_time
@@ -26,12 +30,14 @@ from groupsae.runtime.output import screen
 from groupsae.runtime.progress import token_progress
 
 FORMAT = 1  # raise it when the layout of the files changes: text is then packed again
+WITHOUT_COPIES = "without copies"  # part of the key of a text that had some
 FLUSH_TOKENS = 2_000_000  # most tokens that a kill while packing can lose, and that memory holds
 BATCH_DOCUMENTS = 64  # tokenised in one call, over all cores unless TOKENIZERS_PARALLELISM=false
 BATCH_SIZE = 1_000_000  # characters (or tokens) read ahead at most, not counting the last document
 
 Split = Literal["train", "calibration", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "calibration", "heldout")
+NO_SHARE = 1e-9  # of the documents: below it, a split has none
 
 
 # ---- splits -----------------------------------------------------------------------------------
@@ -50,12 +56,49 @@ def split_of(name: str, heldout_fraction: float, calibration_fraction: float) ->
     >>> split_of("json/decoder.py", heldout_fraction=1.0, calibration_fraction=0.0)
     'heldout'
     """
-    u = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    u = _place_of(name)
     if u < heldout_fraction:
         return "heldout"
     if u < heldout_fraction + calibration_fraction:
         return "calibration"
     return "train"
+
+
+def _place_of(name: str) -> float:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
+def moved_documents(
+    names: Sequence[str], heldout_fraction: float, calibration_fraction: float
+) -> dict[str, Split]:
+    """Return the documents that change sides so that no split with a share is empty, in few texts.
+
+    They are the nearest ones by the number of `split_of`, and none if no split is empty or there
+    are fewer documents than splits.
+
+    >>> moved_documents(["a", "b", "c"], heldout_fraction=0.02, calibration_fraction=0.02)
+    {'c': 'heldout', 'b': 'calibration'}
+    """
+    fractions = heldout_fraction, calibration_fraction
+    wanted = {s for s, share in _shares(*fractions).items() if share >= NO_SHARE}
+    order = sorted(names, key=_place_of)  # held-out documents first, then calibration, then train
+    before = [split_of(name, *fractions) for name in order]
+    sides = list(before)
+    if len(order) < len(wanted):
+        return {}
+    if "heldout" in wanted and "heldout" not in sides:
+        sides[0] = "heldout"
+    if "train" in wanted and "train" not in sides:
+        sides[-1] = "train"
+    if "calibration" in wanted and "calibration" not in sides:
+        first = sides.count("heldout")  # of the training documents; one at least stays
+        sides[first if sides.count("train") > 1 else first - 1] = "calibration"
+    return {n: new for n, old, new in zip(order, before, sides, strict=True) if new != old}
+
+
+def _shares(heldout_fraction: float, calibration_fraction: float) -> dict[Split, float]:
+    train = 1 - heldout_fraction - calibration_fraction
+    return {"heldout": heldout_fraction, "calibration": calibration_fraction, "train": train}
 
 
 def document_numbers(
@@ -106,6 +149,26 @@ class Packing:
                 f"stream.max_tokens={self.max_tokens} must be at least 1, or null to derive it "
                 "from tokens"
             )
+
+    @property
+    def shares(self) -> dict[Split, float]:
+        """Return the share of the documents that each split gets."""
+        return _shares(self.heldout_fraction, self.calibration_fraction)
+
+    def larger_fraction(self, split: Split, tokens: int, wanted: int) -> str:
+        """Return the advice to raise a split's fraction; empty if no fraction would do.
+
+        Args:
+            split: held-out or calibration.
+            tokens: those of the complete text.
+            wanted: those that the split must have. It is advised twice that, because documents
+                differ in length.
+        """
+        share, digits = 2 * wanted / max(tokens, 1), 100
+        share = math.ceil(max(share, 1.5 * self.shares[split]) * digits) / digits
+        if split == "train" or share > 0.4:
+            return ""
+        return f"raise stream.{split}_fraction (now {self.shares[split]:g}) to {share:g}, "
 
 
 class TokenBlocks:
@@ -159,15 +222,45 @@ def checksum(folder: Path, split: Split) -> str:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a key over the vocabulary and the tokenizer's rules."""
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, prepend_bos: bool = False) -> str:
+    """Return a key over all that decides the token ids.
+
+    That is the vocabulary, the tokenizer's rules, the token that closes a document, and the one
+    that begins a block if there is one. If both are the tokenizer's first special token, as those
+    of the bundled model, Pythia and GPT-2 are, the rules imply them: so the key is that of earlier
+    versions.
+    """
+    rules = _rules(tokenizer)
+    ends = [end_of_text(tokenizer), *([_begin_of_text(tokenizer)] if prepend_bos else [])]
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = (
-        backend.to_str()
-        if backend is not None
-        else json.dumps(sorted(tokenizer.get_vocab().items()))
-    )
-    return hashlib.sha256(rules.encode()).hexdigest()
+    if backend is None:
+        # rules of a tokenizer in Python are its class and the arguments; files have other names
+        options = {k: str(v) for k, v in tokenizer.init_kwargs.items() if not k.endswith("_file")}
+        for key in ("name_or_path", "is_local", "local_files_only"):
+            options.pop(key, None)
+        return _digest([rules, type(tokenizer).__name__, options, ends])
+    added = backend.get_added_tokens_decoder().items()
+    first = min((number for number, token in added if token.special), default=None)
+    plain = backend.encode_special_tokens  # special tokens in the text are text
+    if plain or any(end != first for end in ends):
+        return _digest([rules, ends, plain])
+    return _digest_of(rules)
+
+
+def _rules(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return json.dumps(sorted(tokenizer.get_vocab().items()))
+    rules: str = backend.to_str()
+    return rules
+
+
+def _digest_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digest(parts: object) -> str:
+    return _digest_of(json.dumps(parts))
 
 
 def load_token_blocks(
@@ -176,6 +269,7 @@ def load_token_blocks(
     packing: Packing,
     cache: Path,
     vocab_size: int | None = None,
+    earlier_key: str | None = None,
 ) -> TokenBlocks:
     """Return the packed corpus, packing it first if this content was never packed.
 
@@ -187,23 +281,56 @@ def load_token_blocks(
     (Pythia's embedding, 50,304, is padded beyond its tokenizer's 50,277). It is not part of the
     key: it decides whether the blocks can be used, not their content.
 
+    Earlier versions kept copies, and their key ignored the end-of-text token. A run of such a
+    version gives the key that it recorded as `earlier_key`, and gets the same text again.
+
     Raises:
-        UserError: the source is empty or cannot be read, a split that is asked for has no
-            complete block, a token id is outside the vocabulary, or the cache is damaged or
-            cannot be written.
+        UserError: the source is empty or cannot be read, the tokenizer makes no tokens of its
+            text, a split that is asked for has no complete block, a token id is outside the
+            vocabulary, or the cache is damaged or cannot be written.
     """
     vocab_size = len(tokenizer) if vocab_size is None else vocab_size
-    parts = [FORMAT, source.fingerprint(), tokenizer_fingerprint(tokenizer), vars(packing)]
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-    folder = cache / key
-    if not (folder / "manifest.json").exists():
-        pack(source, tokenizer, packing, folder, key, vocab_size)
+    content = source.fingerprint()
+
+    def key_with(rules: str) -> str:
+        return _digest([FORMAT, content, rules, vars(packing)])[:16]
+
+    kept = earlier_key is not None and earlier_key == key_with(_digest_of(_rules(tokenizer)))
+    key = key_with(tokenizer_fingerprint(tokenizer, packing.prepend_bos))
+    key = str(earlier_key) if kept else key
+    folder = _packed(cache, key, kept)
+    if folder is None:
+        folder = pack(source, tokenizer, packing, cache, key, vocab_size, keep_copies=kept)
     blocks = TokenBlocks(folder)
     highest = blocks.manifest.get("max_token_id", -1)
     if highest >= vocab_size:
         raise _wrong_tokenizer(f"the packed corpus {folder}", highest, vocab_size)
     _check_filled(blocks, packing)
     return blocks
+
+
+def _packed(cache: Path, key: str, keep_copies: bool) -> Path | None:
+    """Return the folder of a packed text, if there is one.
+
+    Its name is the key where the text had no copies; where it had, the key of the text without
+    them. Earlier versions kept copies and did not count them.
+    """
+    folder, other = cache / key, cache / _without_copies(key)
+    manifest = folder / "manifest.json"
+    if manifest.exists() and (keep_copies or not _may_have_copies(manifest)):
+        return folder
+    return other if not keep_copies and (other / "manifest.json").exists() else None
+
+
+def _may_have_copies(manifest: Path) -> bool:
+    try:
+        return "copies" not in json.loads(manifest.read_text())
+    except ValueError:  # it is read again, and refused
+        return False
+
+
+def _without_copies(key: str) -> str:
+    return _digest([key, WITHOUT_COPIES])[:16]
 
 
 def _check_filled(blocks: TokenBlocks, packing: Packing) -> None:
@@ -213,30 +340,62 @@ def _check_filled(blocks: TokenBlocks, packing: Packing) -> None:
         raise UserError(
             "the text source is empty: it has no document. Give another file, folder or split"
         )
-    shares = {"heldout": packing.heldout_fraction, "calibration": packing.calibration_fraction}
-    shares["train"] = 1 - sum(shares.values())
+    shares = packing.shares
     for split in SPLITS:
-        if shares[split] < 1e-9 or len(blocks.blocks[split]):
+        if shares[split] < NO_SHARE or len(blocks.blocks[split]):
             continue
         tokens, documents = manifest["split_tokens"], manifest["split_documents"]
-        way_out = f"Raise stream.{split}_fraction (now {shares[split]}), "
-        if split == "train":
-            way_out = "Lower stream.heldout_fraction and stream.calibration_fraction, "
-        if packing.max_tokens is not None:
-            way_out += f"raise stream.max_tokens (now {packing.max_tokens:,}), "
+        total, needed = sum(tokens.values()), sum(share >= NO_SHARE for share in shares.values())
+        if manifest["documents"] < needed:
+            way_out = f"Give at least {needed} documents: one for each split"
+        else:
+            way_out = packing.larger_fraction(split, total, packing.context)
+            if split == "train":
+                way_out = "lower stream.heldout_fraction and stream.calibration_fraction, "
+            if packing.max_tokens is not None and total >= packing.max_tokens:
+                way_out += f"raise stream.max_tokens (now {packing.max_tokens:,}), "
+            way_out = (way_out + "lower stream.context or give more text").capitalize()
         raise UserError(
             f"the {split} split has no complete block of {packing.context} tokens: of "
-            f"{manifest['documents']:,} document(s) with {sum(tokens.values()):,} tokens it got "
-            f"{documents[split]:,} with {tokens[split]:,}. {way_out}lower stream.context or give "
-            "more text."
+            f"{manifest['documents']:,} document(s) with {total:,} tokens it got "
+            f"{documents[split]:,} with {tokens[split]:,}. {way_out}."
         )
 
 
-def _wrong_tokenizer(what: str, token_id: int, vocab_size: int) -> UserError:
+def _wrong_tokenizer(
+    what: str, token_id: int, vocab_size: int, *, ours: bool = False
+) -> UserError:
+    """Return the error about an id that the model has not; `ours`: its own tokenizer made it."""
+    how = "it was tokenised with another tokenizer. Use the model that it was made for, or a data "
+    how += "set (or column) with text"
+    if ours:
+        how = (
+            "the tokenizer in the model's folder belongs to another model, or it got tokens that "
+        )
+        how += "the model has no embeddings for. Put the model's own tokenizer files there"
     return UserError(
         f"{what} holds the token id {token_id}, while the model's vocabulary ends at "
-        f"{vocab_size - 1}: it was tokenised with another tokenizer. Use the model that it was "
-        "made for, or a data set (or column) with text"
+        f"{vocab_size - 1}: {how}."
+    )
+
+
+def _check_makes_tokens(
+    texts: Sequence[str], ids: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise UserError if nearly all text becomes nothing, or one and the same token.
+
+    Transformers gives a model without tokenizer files such a tokenizer, without a warning.
+    """
+    characters = {c for text in texts for c in text if not c.isspace()}
+    found = {token for each in ids for token in each} - set(tokenizer.all_special_ids)
+    if not characters or len(found) > (len(characters) >= 10):
+        return
+    raise UserError(
+        f"the model's tokenizer cannot read this text: its {len(characters)} different characters "
+        f"become {len(found)} different token(s). The tokenizer ({tokenizer.name_or_path}) has "
+        f"{len(tokenizer):,} tokens; its files are missing, or it is made for other text. Copy "
+        "tokenizer.json and tokenizer_config.json of the model that this one comes from into its "
+        "folder, or give text that is tokenised already (a column with lists of token ids)."
     )
 
 
@@ -247,46 +406,75 @@ def pack(
     source: Source,
     tokenizer: PreTrainedTokenizerBase,
     packing: Packing,
-    folder: Path,
+    cache: Path,
     key: str,
     vocab_size: int,
-) -> None:
-    """Write the blocks of a corpus into `folder`, unless another process just did.
+    *,
+    keep_copies: bool = False,
+) -> Path:
+    """Write the blocks of a corpus into a folder of the cache, unless another process just did.
 
     Everything goes into `<folder>.partial`, which is renamed only when it is complete.
 
+    Args:
+        source: source of the text.
+        tokenizer: makes tokens of it.
+        packing: how.
+        cache: folder of all packed texts.
+        key: names the folder, if the text has no copies.
+        vocab_size: of the language model.
+        keep_copies: as earlier versions did.
+
+    Returns:
+        The folder.
+
     Raises:
-        UserError: the folder cannot be written, a token id is outside the vocabulary, or the
-            source cannot be read further; what was packed until then is kept.
+        UserError: the folder cannot be written, a token id is outside the vocabulary, the
+            tokenizer makes no tokens, or the source cannot be read further; what was packed until
+            then is kept.
     """
-    with one_at_a_time(folder.with_suffix(".lock"), "packing this text"):
-        if (folder / "manifest.json").exists():
-            return
-        partial = folder.with_suffix(".partial")
+    working = cache / (key if keep_copies else _without_copies(key))
+    with one_at_a_time(working.with_suffix(".lock"), "packing this text"):
+        if (folder := _packed(cache, key, keep_copies)) is not None:
+            return folder
+        partial = working.with_suffix(".partial")
         bos = _begin_of_text(tokenizer) if packing.prepend_bos else None
-        writer = BlockWriter(partial, packing.context, bos, vocab_size)
+        writer = BlockWriter(partial, packing.context, bos, vocab_size, keep_copies=keep_copies)
         before, began = writer.num_tokens, time.monotonic()
         try:
             _fill(writer, source, tokenizer, packing)
+            if moved := _moved(writer, source, packing):
+                writer.begin_again(moved)
+                before = 0
+                _fill(writer, source, tokenizer, packing)
         except UserError:
             writer.flush()
             raise
         writer.flush()
+        folder = working if writer.num_copies else cache / key
         with explain_write_errors(partial):
-            manifest = {"key": key, "packing": vars(packing), **writer.summary()}
+            manifest = {"key": folder.name, "packing": vars(packing), **writer.summary()}
             manifest["checksums"] = {split: checksum(partial, split) for split in SPLITS}
             write_json(partial / "manifest.json", manifest)
             writer.note.unlink()
-            if folder.exists():  # without a manifest: not ours, and of no use to anybody
+            writer.contents.file.unlink()
+            if folder.exists():  # without a manifest, or by an earlier version: the same text
                 shutil.rmtree(folder)
             partial.rename(folder)
         seconds = max(time.monotonic() - began, 1e-3)
-        screen(stderr=True).print(
+        number = writer.num_copies
+        copies = f", {number:,} {'copy' if number == 1 else 'copies'} dropped" if number else ""
+        say = functools.partial(screen(stderr=True).print, highlight=False, soft_wrap=True)
+        say(
             f"packed {writer.num_tokens:,} tokens of {writer.num_documents:,} documents into "
-            f"{folder} ({(writer.num_tokens - before) / seconds:,.0f} tokens/s)",
-            highlight=False,
-            soft_wrap=True,
+            f"{folder} ({(writer.num_tokens - before) / seconds:,.0f} tokens/s){copies}"
         )
+        if end_of_text(tokenizer) is None:
+            say(
+                "The tokenizer has no end-of-text token (EOS or SEP): nothing marks where a "
+                "document ends, and intervals take every block for a document."
+            )
+        return folder
 
 
 class BlockWriter:
@@ -294,46 +482,78 @@ class BlockWriter:
 
     At every flush the files are brought to disk first, then a note of how much of them counts;
     a writer that opens the folder later continues there and overwrites the data after that. Tokens
-    that do not fill a block are kept in the note.
+    that do not fill a block are kept in the note. With `keep_copies`, copies are not looked for.
     """
 
-    def __init__(self, folder: Path, context: int, bos: int | None, vocab_size: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        context: int,
+        bos: int | None,
+        vocab_size: int,
+        *,
+        keep_copies: bool = False,
+    ) -> None:
         self.folder, self.context, self.bos, self.vocab_size = folder, context, bos, vocab_size
+        self.keep_copies = keep_copies
         self.note = folder / "progress.json"
         with explain_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self.state = self._opened()
+            self._start(self._noted())
+
+    def begin_again(self, moved: Mapping[str, Split]) -> None:
+        """Drop everything; the documents of these names will go to these splits."""
+        with explain_write_errors(self.folder):
+            self._start(None)
+            self.state["moved"] = dict(moved)
+            write_json(self.note, self.state)
+
+    def _file(self, split: Split) -> Path:
+        return self.folder / f"{split}.bin"
+
+    def _start(self, noted: dict[str, Any] | None) -> None:
+        """Continue from a note; from the beginning without one."""
+        if noted is None:
+            shutil.rmtree(self.folder)
+            self.folder.mkdir()
+            for split in SPLITS:
+                self._file(split).touch()
+            self._contents_file.touch()
+        self.state = noted or self._empty()
+        self.contents = Contents(self._contents_file, self.state["contents"])
         self.pending: dict[Split, list[np.ndarray]] = {
             split: [np.asarray(self.state["rest"][split], dtype=np.int32)] for split in SPLITS
         }
         self.waiting = 0
 
-    def _file(self, split: Split) -> Path:
-        return self.folder / f"{split}.bin"
+    @property
+    def _contents_file(self) -> Path:
+        return self.folder / "contents.bin"
 
-    def _opened(self) -> dict[str, Any]:
-        """Return the note, if the files contain at least as much as it counts; or begin again."""
-        empty: dict[str, Any] = {
+    def _empty(self) -> dict[str, Any]:
+        return {
             "documents": dict.fromkeys(SPLITS, 0),
             "tokens": dict.fromkeys(SPLITS, 0),
             "written": dict.fromkeys(SPLITS, 0),
             "rest": {split: [] for split in SPLITS},
             "max_token_id": -1,
+            "copies": 0,
+            "contents": 0,
+            "moved": {},
         }
+
+    def _noted(self) -> dict[str, Any] | None:
+        """Return the note, if the files contain at least as much as it counts."""
         try:
             state: dict[str, Any] = json.loads(self.note.read_text())
+            if state.keys() != self._empty().keys():
+                return None
             sizes = {split: self._file(split).stat().st_size for split in SPLITS}
-            if state.keys() == empty.keys() and all(
-                sizes[split] >= 4 * state["written"][split] for split in SPLITS
-            ):
-                return state
+            complete = all(sizes[split] >= 4 * state["written"][split] for split in SPLITS)
+            complete &= self._contents_file.stat().st_size >= 8 * state["contents"]
+            return state if complete else None
         except (FileNotFoundError, ValueError):
-            pass
-        shutil.rmtree(self.folder)
-        self.folder.mkdir()
-        for split in SPLITS:
-            self._file(split).touch()
-        return empty
+            return None
 
     @property
     def num_documents(self) -> int:
@@ -341,24 +561,44 @@ class BlockWriter:
         return sum(self.state["documents"].values())
 
     @property
+    def num_copies(self) -> int:
+        """Return how many documents were dropped, because they were copies."""
+        return int(self.state["copies"])
+
+    @property
+    def num_read(self) -> int:
+        """Return how many documents of the source were added or dropped."""
+        return self.num_documents + self.num_copies
+
+    def is_copy(self, document: Document) -> bool:
+        """Return whether a document's content was there before; then it is counted as dropped."""
+        content = None if self.keep_copies else content_of(document)
+        if content is None or self.contents.add(content):
+            return False
+        self.state["copies"] += 1
+        return True
+
+    @property
     def num_tokens(self) -> int:
         """Return how many tokens were added, without BOS."""
         return sum(self.state["tokens"].values())
 
-    def add(self, split: Split, name: str, token_ids: list[int]) -> None:
-        """Append one document.
+    def add(self, split: Split, document: Document, token_ids: list[int]) -> None:
+        """Append the tokens of one document.
 
         Raises:
             UserError: a token id is outside the vocabulary.
         """
-        ids = np.asarray(token_ids, dtype=np.int64)
-        if ids.size:
-            low, high = int(ids.min()), int(ids.max())
+        if token_ids:
+            low, high = min(token_ids), max(token_ids)
             if low < 0 or high >= self.vocab_size:
                 bad = high if low >= 0 else low
-                raise _wrong_tokenizer(f"document {name!r}", bad, self.vocab_size)
+                ours = document.token_ids is None
+                what = f"document {document.name!r}"
+                raise _wrong_tokenizer(what, bad, self.vocab_size, ours=ours)
             self.state["max_token_id"] = max(self.state["max_token_id"], high)
-        self.pending[split].append(ids.astype(np.int32))
+        ids = np.asarray(token_ids, dtype=np.int32)
+        self.pending[split].append(ids)
         self.state["documents"][split] += 1
         self.state["tokens"][split] += ids.size
         self.waiting += ids.size
@@ -375,16 +615,12 @@ class BlockWriter:
                 blocks = tokens[:complete].reshape(-1, body)
                 if self.bos is not None:
                     blocks = np.insert(blocks, 0, self.bos, axis=1)
-                with self._file(split).open("r+b") as handle:
-                    # Not simply at the end: a flush that broke off (disk full) left something.
-                    handle.seek(4 * self.state["written"][split])
-                    handle.truncate()
-                    handle.write(blocks.tobytes())
-                    handle.flush()
-                    os.fsync(handle.fileno())
+                write_at(self._file(split), 4 * self.state["written"][split], blocks)
                 self.pending[split] = [tokens[complete:]]
                 self.state["written"][split] += blocks.size
                 self.state["rest"][split] = tokens[complete:].tolist()
+            self.contents.flush()
+            self.state["contents"] = self.contents.count
             write_json(self.note, self.state)
         self.waiting = 0
 
@@ -396,6 +632,8 @@ class BlockWriter:
             "split_documents": self.state["documents"],
             "split_tokens": self.state["tokens"],
             "max_token_id": self.state["max_token_id"],
+            "moved": self.state["moved"],
+            **({} if self.keep_copies else {"copies": self.num_copies}),
         }
 
 
@@ -418,21 +656,44 @@ def _fill(
     writer: BlockWriter, source: Source, tokenizer: PreTrainedTokenizerBase, packing: Packing
 ) -> None:
     """Add documents from the first that is not in the writer, until the source or budget ends."""
-    budget = packing.max_tokens
+    budget, moved, checked = packing.max_tokens, writer.state["moved"], False
     if budget is not None and writer.num_tokens >= budget:
         return
     with token_progress("packing", budget, done=writer.num_tokens, stderr=True) as advance:
-        for batch in batches(source.documents(writer.num_documents)):
-            before = writer.num_tokens
-            for document, ids in zip(batch, token_ids(batch, tokenizer), strict=True):
-                split = split_of(
+        for batch in batches(source.documents(writer.num_read)):
+            before, encoded = writer.num_tokens, list(token_ids(batch, tokenizer))
+            texts = [d.text or "" for d in batch if d.token_ids is None]
+            if texts and not checked:
+                _check_makes_tokens(texts, encoded, tokenizer)
+                checked = True
+            for document, ids in zip(batch, encoded, strict=True):
+                if writer.is_copy(document):
+                    continue
+                split = moved.get(document.name) or split_of(
                     document.name, packing.heldout_fraction, packing.calibration_fraction
                 )
                 left = None if budget is None else budget - writer.num_tokens
-                writer.add(split, document.name, ids[:left])
+                writer.add(split, document, ids[:left])
                 if budget is not None and writer.num_tokens >= budget:
                     return
             advance(writer.num_tokens - before)
+
+
+def _moved(writer: BlockWriter, source: Source, packing: Packing) -> dict[str, Split]:
+    """Return the documents that must change sides, once all are packed: see `moved_documents`."""
+    empty = [s for s, tokens in writer.state["tokens"].items() if not tokens]
+    if (
+        writer.keep_copies
+        or writer.state["moved"]
+        or all(packing.shares[s] < NO_SHARE for s in empty)
+    ):
+        return {}
+    first_of: dict[int, str] = {}
+    for document in islice(source.documents(), writer.num_read):
+        if (content := content_of(document)) is not None:
+            first_of.setdefault(content, document.name)
+    names = list(first_of.values())
+    return moved_documents(names, packing.heldout_fraction, packing.calibration_fraction)
 
 
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

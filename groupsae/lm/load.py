@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -30,6 +31,8 @@ from groupsae.lm.geometry import choose_stack, geometry_of, stacks_of
 from groupsae.lm.hooked import HookedLM
 from groupsae.lm.hookpoints import paths_of
 from groupsae.lm.options import check_load_options, hub_options, recorded_options
+from groupsae.lm.tokenizer import FILES as TOKENIZER_FILES
+from groupsae.lm.tokenizer import makes_tokens, only_ends
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.retry import network_cause, one_line
 
@@ -50,6 +53,10 @@ class FrozenLM:
         compile: compile the blocks with torch.compile (for attn_out and mlp_out, their parts).
         load: more arguments of transformers' from_pretrained, such as `device_map`,
             `quantization_config`, `attn_implementation` or `trust_remote_code`.
+
+    Attributes:
+        snapshot: folder of the Hub's cache with the commit that is used, named by it: all parts
+            come from there, even if the branch moves. None for a folder.
 
     Raises:
         UserError: the model cannot be found, lacks the stack or the hookpoint, or an option is
@@ -79,19 +86,23 @@ class FrozenLM:
         self.blocks_path, self.submodule = blocks_path, submodule
         self.compile, self.load_options = compile, load
         self.path = str(BUNDLED.get(name, name))
+        self.snapshot: Path | None = None
         self.config = self._pretrained(AutoConfig, **hub_options(load))
+        self.snapshot = self._cached_snapshot()
         self.stack = choose_stack(self.config, stack, name)
         self.geometry = geometry_of(self.config, self.stack, name)
         self.config_json: str = self.config.to_json_string()
         self.modules: list[str] | None = None  # known once the structure is
         self._check_structure()
 
-    def _pretrained(self, auto: Any, **kwargs: Any) -> Any:
+    def _pretrained(self, auto: Any, what: str = "model", **kwargs: Any) -> Any:
+        revision = (self.revision or "main") if self.snapshot is None else self.snapshot.name
         try:
-            return auto.from_pretrained(self.path, revision=self.revision or "main", **kwargs)
+            return auto.from_pretrained(self.path, revision=revision, **kwargs)
         except Exception as error:
             lost = network_cause(error)
             known = (OSError, ValueError, RuntimeError, ImportError, SafetensorError)
+            known += (TypeError,) if auto is AutoTokenizer else ()  # of a missing vocabulary
             if lost is None and not isinstance(error, known):
                 raise
             reason = (str(error).strip().splitlines() or [repr(error)])[0]
@@ -101,17 +112,62 @@ class FrozenLM:
                     "retries; downloaded parts are kept, and the same command continues."
                 )
             raise UserError(
-                f"cannot load model '{self.name}' (revision {self.revision or 'main'}): {reason} "
+                f"cannot load {what} '{self.name}' (revision {self.revision or 'main'}): {reason} "
                 "Name a folder with a Hugging Face model, or an id on the Hub that this machine "
                 "can reach or has cached; model=tiny needs no network."
             ) from error
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Return the model's own tokenizer."""
-        tokenizer: PreTrainedTokenizerBase = self._pretrained(
-            AutoTokenizer, **hub_options(self.load_options)
+        """Return the model's own tokenizer.
+
+        Of a model without tokenizer files it is one that reads no text, for text that is
+        tokenised already.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
+        tokenizer: PreTrainedTokenizerBase
+        try:
+            options = hub_options(self.load_options)
+            tokenizer = self._pretrained(AutoTokenizer, "the tokenizer of model", **options)
+            if makes_tokens(tokenizer):
+                return tokenizer
+        except UserError:
+            if self._has_file(*TOKENIZER_FILES):
+                raise
+        else:
+            if self._has_file(*TOKENIZER_FILES):
+                return tokenizer
+        return only_ends(self.config.get_text_config(), self.geometry.vocab_size, self.name)
+
+    def _folder(self) -> Path | None:
+        """Return the model's folder; None of a model on the Hub."""
+        folder = Path(self.path, str(self.load_options.get("subfolder", "")))
+        return folder if folder.is_dir() else None
+
+    def _has_file(self, *names: str) -> bool:
+        """Return whether the model has one of these files, also if the Hub does not answer."""
+        folder = self._folder()
+        if folder is not None:
+            return any((folder / name).exists() for name in names)
+        try:
+            files = HfApi().list_repo_files(self.name, revision=self.revision)
+        except (OSError, ValueError):  # no connection, offline mode, no such repository
+            return True
+        return any(Path(file).name in names for file in files)
+
+    def _cached_snapshot(self) -> Path | None:
+        """Return the folder of the Hub's local cache that the config came from."""
+        if self._folder() is not None:
+            return None
+        file = Path(str(self.load_options.get("subfolder", "")), "config.json")
+        found = try_to_load_from_cache(
+            self.name,
+            file.as_posix(),
+            cache_dir=self.load_options.get("cache_dir"),
+            revision=self.revision or "main",
         )
-        return tokenizer
+        return Path(found).parents[len(file.parts) - 1] if isinstance(found, str) else None
 
     def load(self, device: torch.device) -> HookedLM:
         """Return the model without its head, frozen, on the device."""
@@ -235,14 +291,34 @@ class FrozenLM:
 
     def fingerprint(self) -> str:
         """Return a key of config and weights: content for a folder, commit for a Hub model."""
+        return self._fingerprint(self.revision if self.snapshot is None else self.snapshot.name)
+
+    def earlier_fingerprint(self) -> str | None:
+        """Return the key of a Hub model that earlier versions gave; None for a folder.
+
+        It has the name of the revision instead of the commit, so a branch that moved does not
+        change it: see `moved_since`.
+        """
+        return self._fingerprint(self.revision) if self._folder() is None else None
+
+    def moved_since(self, file: Path) -> bool:
+        """Return whether the revision may mean another commit than when a file was made.
+
+        The Hub's cache writes a revision's commit when it changes.
+        """
+        if self.snapshot is None:
+            return False
+        noted = self.snapshot.parents[1] / "refs" / (self.revision or "main")
+        return noted.exists() and noted.stat().st_mtime > file.stat().st_mtime
+
+    def _fingerprint(self, commit: str | None) -> str:
         digest = hashlib.sha256(self.config_json.encode())
-        folder = Path(self.path, str(self.load_options.get("subfolder", "")))
-        if folder.is_dir():
+        folder = self._folder()
+        if folder is not None:
             for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")):
                 with file.open("rb") as handle:
                     digest.update(hashlib.file_digest(handle, "sha256").digest())
         else:
-            commit = getattr(self.config, "_commit_hash", None) or self.revision
             digest.update(str(commit).encode())
             digest.update(self.name.encode())
         digest.update(str(self.dtype).encode())

@@ -5,7 +5,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from groupsae.files.locks import one_at_a_time
 from groupsae.files.reading import damaged, read_npz
 from groupsae.grouping.angles import AngularDistance
 from groupsae.grouping.moments import LayerMoments
+from groupsae.lm.load import FrozenLM
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.progress import token_progress
 
@@ -134,17 +135,31 @@ def measure(
     several processes each takes its share and all get the same sums.
     """
     provenance = provenance_of(data, tokens, centring)
-    content = json.dumps({**provenance, "format": FORMAT}, sort_keys=True)
-    key = hashlib.sha256(content.encode()).hexdigest()[:16]
-    path = cache / "angles" / f"{key}.npz"
+    path = _path_in(cache, provenance)
     with _one_run_at_a_time(path, trainer):
         # all processes use the measurement that the first one read
-        found = trainer.strategy.broadcast(cached(path) if trainer.is_global_zero else None)
+        found = _found(cache, provenance, data.lm) if trainer.is_global_zero else None
+        found = trainer.strategy.broadcast(found)
         if found is None:
             found = _measure(data, trainer, tokens, provenance)
             if trainer.is_global_zero:
                 found.save(path)
     return found
+
+
+def _found(cache: Path, provenance: dict[str, Any], lm: FrozenLM) -> Measurement | None:
+    """Return an earlier measurement; also one of a version that did not know the Hub's commit."""
+    before = _path_in(cache, {**provenance, "weights": lm.earlier_fingerprint()})
+    found = cached(_path_in(cache, provenance))
+    if found is None and before.exists() and not lm.moved_since(before):
+        found = cached(before)
+    return None if found is None else replace(found, provenance=provenance)
+
+
+def _path_in(cache: Path, provenance: dict[str, Any]) -> Path:
+    content = json.dumps({**provenance, "format": FORMAT}, sort_keys=True)
+    key = hashlib.sha256(content.encode()).hexdigest()[:16]
+    return cache / "angles" / f"{key}.npz"
 
 
 @contextmanager

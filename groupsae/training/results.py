@@ -49,6 +49,7 @@ def save_suite(
                 **data.described(),
                 "weights": measurement.provenance["weights"],
                 "text": measurement.provenance["text"],
+                "copies": data.copies,
                 "tokens": int(member.tokens_per_layer.sum()),
                 "groupsae": __version__,
             },

@@ -1,8 +1,10 @@
 """The token cache: the right blocks, complete or not at all, also after a kill."""
 
+import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import time
 
@@ -10,8 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from groupsae.data import packing as packing_module
+from groupsae.data.copies import Contents
 from groupsae.data.packing import (
     SPLITS,
     Packing,
@@ -62,9 +67,12 @@ TEXTS = [Document(f"file {i}", f"number = {i}\n" * (i % 7 + 1)) for i in range(6
 
 
 def naive_blocks(documents, tokenizer, packing):
-    """Tokenise one by one, join, cut: what the cache has to hold."""
-    streams, total = {split: [] for split in SPLITS}, 0
+    """Tokenise one by one, without copies, join, cut: what the cache has to hold."""
+    streams, total, seen = {split: [] for split in SPLITS}, 0, []
     for name, text, ids in documents:
+        if (text, ids) in seen:
+            continue
+        seen.append((text, ids))
         if ids is None:
             ids = tokenizer.backend_tokenizer.encode(text).ids + [tokenizer.eos_token_id]
         if packing.max_tokens is not None:
@@ -193,7 +201,7 @@ def test_nothing_but_the_corpus_is_left_in_the_cache(tokenizer, tmp_path):
 
 
 def test_the_key_is_the_one_that_existing_caches_were_made_with(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("groupsae.data.packing.tokenizer_fingerprint", lambda _: "rules")
+    monkeypatch.setattr("groupsae.data.packing.tokenizer_fingerprint", lambda *_: "rules")
     blocks = load_token_blocks(ListSource(TEXTS), tokenizer, make_packing(), tmp_path)
     assert blocks.key == "1dcd712a4696cbf3"
 
@@ -352,7 +360,8 @@ def test_a_cache_of_older_code_is_still_read(tokenizer, tmp_path):
     old = {key: manifest[key] for key in ("key", "packing", "documents", "num_blocks")}
     (folder / "manifest.json").write_text(json.dumps(old))
     assert TokenBlocks(folder).blocks["train"].dtype == np.int32
-    load_token_blocks(ListSource(TEXTS), tokenizer, make_packing(), tmp_path)
+    silent, key = ListSource([]), old["key"]
+    load_token_blocks(silent, tokenizer, make_packing(), tmp_path, earlier_key=key)
 
 
 def test_a_cache_that_cannot_be_written_is_refused(tokenizer, tmp_path):
@@ -369,7 +378,7 @@ def test_an_empty_source_is_refused(tokenizer, tmp_path):
 def test_a_split_without_a_block_is_refused_with_the_figures(tokenizer, tmp_path):
     source = ListSource(TEXTS[:1])
     for _ in range(2):  # from packing, and from the cache
-        with pytest.raises(UserError, match=r"of 1 document.s. .* got 0 with 0.*_fraction"):
+        with pytest.raises(UserError, match=r"of 1 document.s. .* got 0 with 0.*at least 3 doc"):
             load_token_blocks(source, tokenizer, make_packing(), tmp_path)
 
 
@@ -421,3 +430,244 @@ def test_the_tokenizers_fingerprint_follows_its_vocabulary(tokenizer):
     same = train_tokenizer([TEXT], vocab_size=290, context=8)
     assert tokenizer_fingerprint(same) == tokenizer_fingerprint(tokenizer)
     assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer)
+
+
+# ---- the key ----------------------------------------------------------------------------------
+
+
+def with_ends(tokenizer, **special):
+    """Return a tokenizer with the same rules, which know two ends, and other special tokens."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.add_special_tokens(["<|im_end|>"])
+    return type(tokenizer)(tokenizer_object=backend, **special)
+
+
+def test_tokenizers_that_differ_only_in_their_end_of_text_share_no_text(tokenizer, tmp_path):
+    base = with_ends(tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+    instruct = with_ends(tokenizer, eos_token="<|im_end|>", bos_token="<|endoftext|>")
+    assert base.backend_tokenizer.to_str() == instruct.backend_tokenizer.to_str()
+    first, second = (
+        load_token_blocks(ListSource(TEXTS), each, make_packing(), tmp_path)
+        for each in (base, instruct)
+    )
+    assert first.key != second.key
+    for blocks, end, other in ((first, 0, 290), (second, 290, 0)):
+        assert (blocks.blocks["train"] == end).any()
+        assert not (blocks.blocks["train"] == other).any()
+
+
+def test_what_begins_a_block_is_in_the_key_where_there_is_one(tokenizer):
+    base = with_ends(tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+    other = with_ends(tokenizer, eos_token="<|endoftext|>", bos_token="<|im_end|>")
+    assert tokenizer_fingerprint(base, False) == tokenizer_fingerprint(other, False)
+    assert tokenizer_fingerprint(base, True) == tokenizer_fingerprint(base, False)
+    assert tokenizer_fingerprint(base, True) != tokenizer_fingerprint(other, True)
+
+
+def test_special_tokens_that_are_read_as_text_are_in_the_key(tokenizer):
+    plain = with_ends(tokenizer, eos_token="<|endoftext|>", split_special_tokens=True)
+    usual = with_ends(tokenizer, eos_token="<|endoftext|>")
+    assert tokenizer_fingerprint(plain) != tokenizer_fingerprint(usual)
+
+
+def test_the_options_of_a_tokenizer_without_backend_are_in_the_key(tokenizer, monkeypatch):
+    monkeypatch.setattr(packing_module, "getattr", lambda *_: None, raising=False)
+    other = with_ends(tokenizer, eos_token="<|im_end|>")
+    same = with_ends(tokenizer, eos_token="<|im_end|>", name_or_path="moved")
+    lower = with_ends(tokenizer, eos_token="<|im_end|>", do_lower_case=True)
+    assert tokenizer_fingerprint(other) == tokenizer_fingerprint(same)
+    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(lower)
+
+
+# ---- copies -----------------------------------------------------------------------------------
+
+# every text again under another name, and the first ones a third time
+COPIED = [
+    *TEXTS,
+    *(document._replace(name=f"copy of {document.name}") for document in TEXTS),
+    *(document._replace(name=f"again {document.name}") for document in TEXTS[:5]),
+]
+
+
+def test_copies_are_dropped_and_counted(tokenizer, tmp_path, capfd):
+    blocks = load_token_blocks(ListSource(COPIED), tokenizer, make_packing(), tmp_path)
+    assert as_lists(blocks) == naive_blocks(TEXTS, tokenizer, make_packing())
+    assert blocks.manifest["documents"] == len(TEXTS)
+    assert blocks.manifest["copies"] == len(COPIED) - len(TEXTS)
+    assert f"{len(COPIED) - len(TEXTS)} copies dropped" in capfd.readouterr().err
+    again = load_token_blocks(ListSource([]), tokenizer, make_packing(), tmp_path)
+    assert again.folder == blocks.folder
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_copies_are_dropped_alike_after_every_interruption(tokenizer, tmp_path):
+    packing, cache = make_packing(), tmp_path / "cache"
+    for number in (0, 9, 30, 61, 70, 121):
+        interrupted = ListSource(COPIED, {number: lose_connection})
+        with pytest.raises(UserError, match="connection lost"):
+            load_token_blocks(interrupted, tokenizer, packing, cache)
+    blocks = load_token_blocks(ListSource(COPIED), tokenizer, packing, cache)
+    straight = load_token_blocks(ListSource(COPIED), tokenizer, packing, tmp_path / "straight")
+    assert files(blocks.folder) == files(straight.folder)
+
+
+def test_tokenised_copies_are_dropped_and_empty_documents_are_none(tokenizer, tmp_path):
+    rows = [[1, 2, 3, 4, 5, 6, 7, 8], [], [8] * 8, [1, 2, 3, 4, 5, 6, 7, 8], []]
+    source = ListSource([Document(str(i), token_ids=ids) for i, ids in enumerate(rows)])
+    packing = make_packing(heldout_fraction=0.0, calibration_fraction=0.0)
+    blocks = load_token_blocks(source, tokenizer, packing, tmp_path)
+    assert blocks.blocks["train"].tolist() == [rows[0], rows[2]]
+    assert (blocks.manifest["documents"], blocks.manifest["copies"]) == (4, 1)
+
+
+def test_a_run_of_an_earlier_version_keeps_the_copies_that_it_was_trained_on(tokenizer, tmp_path):
+    """Its key ignored the end-of-text token too."""
+    instruct, packing = with_ends(tokenizer, eos_token="<|im_end|>"), make_packing()
+    rules = hashlib.sha256(instruct.backend_tokenizer.to_str().encode()).hexdigest()
+    parts = json.dumps([1, "list", rules, vars(packing)])
+    key = hashlib.sha256(parts.encode()).hexdigest()[:16]
+    source, cache = ListSource(COPIED), tmp_path / "cache"
+    new = load_token_blocks(source, instruct, packing, cache)
+    old = load_token_blocks(source, instruct, packing, cache, earlier_key=key)
+    assert old.key == key != new.key
+    assert old.manifest["documents"] == len(COPIED)
+    assert "copies" not in old.manifest
+    assert load_token_blocks(ListSource([]), instruct, packing, cache).folder == new.folder
+    other = load_token_blocks(source, instruct, packing, cache, earlier_key="another")
+    assert other.key == new.key
+
+
+def test_a_text_without_copies_keeps_its_key_and_one_with_copies_gets_another(tokenizer, tmp_path):
+    packing = make_packing()
+    distinct = load_token_blocks(ListSource(TEXTS), tokenizer, packing, tmp_path / "a")
+    key = distinct.key
+    copied = load_token_blocks(ListSource(COPIED), tokenizer, packing, tmp_path / "b")
+    assert copied.key != key
+    # as an earlier version left it: nobody knows whether it has copies
+    manifest = json.loads((distinct.folder / "manifest.json").read_text())
+    del manifest["copies"]
+    (distinct.folder / "manifest.json").write_text(json.dumps(manifest))
+    again = load_token_blocks(ListSource(TEXTS), tokenizer, packing, tmp_path / "a")
+    assert again.key == key
+    assert again.manifest["copies"] == 0
+
+
+@given(st.lists(st.lists(st.integers(0, 2**64 - 1), max_size=9), max_size=9))
+def test_contents_are_new_once_also_in_another_process(tmp_path_factory, portions):
+    file = tmp_path_factory.mktemp("contents") / "contents.bin"
+    file.touch()
+    known, contents = set(), Contents(file, 0)
+    for portion in portions:
+        for content in portion:
+            assert contents.add(content) == (content not in known)
+            known.add(content)
+        contents.flush()
+        contents = Contents(file, contents.count)
+    assert contents.count == len(known)
+
+
+# ---- few documents ----------------------------------------------------------------------------
+
+
+def few(count, seed=0):
+    return [Document(f"{seed}.{i}", f"text = {i}\n" * 9) for i in range(count)]
+
+
+@pytest.mark.parametrize("count", [3, 4, 9])
+def test_three_documents_fill_three_splits(tokenizer, tmp_path, count):
+    packing = make_packing(heldout_fraction=0.02, calibration_fraction=0.02)
+    blocks = load_token_blocks(ListSource(few(count)), tokenizer, packing, tmp_path)
+    documents = blocks.manifest["split_documents"]
+    assert documents == {"train": count - 2, "calibration": 1, "heldout": 1}
+    sides = dict.fromkeys((d.name for d in few(count)), "train") | blocks.manifest["moved"]
+    for split in SPLITS:
+        texts = [d.text for d in few(count) if sides[d.name] == split]
+        joined = [t for text in texts for t in [*tokenizer(text)["input_ids"], 0]]
+        assert blocks.blocks[split].flatten().tolist() == joined[: len(joined) // 8 * 8]
+
+
+def test_copies_do_not_count_as_documents_that_fill_a_split(tokenizer, tmp_path):
+    packing = make_packing(heldout_fraction=0.02, calibration_fraction=0.02)
+    copies = [Document(str(i), "text = 1\n" * 9) for i in range(5)]
+    with pytest.raises(UserError, match=r"of 1 document.*Give at least 3 documents"):
+        load_token_blocks(ListSource(copies), tokenizer, packing, tmp_path)
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_documents_that_move_do_so_alike_after_every_interruption(tokenizer, tmp_path):
+    packing = make_packing(heldout_fraction=1e-6, calibration_fraction=0.2)
+    cache, calls = tmp_path / "cache", []
+
+    def fail_at(*numbers):
+        """Fail the n-th time that document 50 is reached."""
+        calls.append(None)
+        if len(calls) in numbers:
+            lose_connection()
+
+    source = ListSource(TEXTS, {50: lambda: fail_at(1, 3, 4)})  # packing, looking, packing again
+    for _ in range(3):
+        with pytest.raises(UserError, match="connection lost"):
+            load_token_blocks(source, tokenizer, packing, cache)
+    blocks = load_token_blocks(source, tokenizer, packing, cache)
+    assert len(blocks.manifest["moved"]) == 1
+    assert files(blocks.folder) == undisturbed(tokenizer, packing, tmp_path)
+
+
+def test_a_split_with_too_short_documents_is_refused_with_a_fraction_that_would_do(
+    tokenizer, tmp_path
+):
+    packing = make_packing(heldout_fraction=0.001, calibration_fraction=0.2, context=100)
+    with pytest.raises(UserError, match=r"got 1 with .*Raise stream.heldout_fraction") as refused:
+        load_token_blocks(ListSource(TEXTS), tokenizer, packing, tmp_path)
+    found = re.search(r"\(now 0.001\) to ([\d.]+), lower stream.context", str(refused.value))
+    enough = make_packing(heldout_fraction=float(found[1]), calibration_fraction=0.2, context=100)
+    load_token_blocks(ListSource(TEXTS), tokenizer, enough, tmp_path)
+
+
+# ---- a tokenizer that is none -----------------------------------------------------------------
+
+
+def unknown_only():
+    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "[EOS]": 1}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="[UNK]", eos_token="[EOS]", name_or_path="some/folder"
+    )
+
+
+def empty():
+    backend = Tokenizer(models.BPE({"<|endoftext|>": 0}, []))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+
+
+@pytest.mark.parametrize("make", [unknown_only, empty])
+def test_text_is_refused_where_the_tokenizer_makes_nothing_of_it(tmp_path, make):
+    with pytest.raises(UserError, match=r"cannot read this text.*Copy tokenizer.json and"):
+        load_token_blocks(ListSource(TEXTS), make(), make_packing(), tmp_path, vocab_size=300)
+
+
+@pytest.mark.parametrize("make", [unknown_only, empty])
+def test_tokens_need_no_tokenizer(tmp_path, make):
+    tokens = [Document(str(i), token_ids=[*range(i, i + 9), 1]) for i in range(90)]
+    blocks = load_token_blocks(ListSource(tokens), make(), make_packing(), tmp_path, 300)
+    assert blocks.manifest["documents"] == 90
+
+
+def test_text_of_few_characters_is_read_by_a_tokenizer_that_knows_them(tmp_path):
+    letters = {"A": 0, "C": 1, "G": 2, "T": 3, "[EOS]": 4}
+    backend = Tokenizer(models.BPE(letters, []))
+    genes = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[EOS]")
+    texts = [Document(str(i), f"{'A' * 9}{'ACGT'[i % 4] * i}") for i in range(90)]
+    load_token_blocks(ListSource(texts), genes, make_packing(), tmp_path)
+
+
+def test_a_tokenizer_of_another_model_is_named(tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"'file 0' holds .*tokenizer in the model's folder bel"):
+        load_token_blocks(ListSource(TEXTS), tokenizer, make_packing(), tmp_path, vocab_size=20)
+
+
+def test_text_without_an_end_is_packed_with_a_note(tokenizer, tmp_path, capfd):
+    endless = with_ends(tokenizer)
+    blocks = load_token_blocks(ListSource(TEXTS), endless, make_packing(), tmp_path)
+    assert "no end-of-text token" in capfd.readouterr().err
+    assert not (blocks.blocks["train"] == 0).any()

@@ -12,8 +12,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
+
+import pytest
 
 WRITER, READER = "hf_may_write", "hf_may_read"
 
@@ -174,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Tell of repositories and send files."""
         path, _, token = self._begin()
-        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path)
+        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(/.+)?)?", path)
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         match = found or file
         repo = match[1] if match else ""
@@ -184,6 +187,8 @@ class Handler(BaseHTTPRequestHandler):
         at = self.hub.files(repo, ((found[3] if found else file[2]) if match else "") or "main")
         if at is None:
             self._refuse(404, "RevisionNotFound")
+        elif found and found[4]:  # a folder: there are none
+            self._refuse(404, "EntryNotFound")
         elif found and found[2] == "tree":
             self._json([self._entry(name, content) for name, content in at[1].items()])
         elif found:
@@ -202,6 +207,25 @@ class Handler(BaseHTTPRequestHandler):
     def _entry(name: str, content: bytes) -> dict[str, Any]:
         oid = hashlib.sha1(content).hexdigest()
         return {"type": "file", "path": name, "size": len(content), "oid": oid}
+
+
+def ask(hub: Hub, patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let huggingface_hub ask this Hub, with a cache of its own in a folder."""
+    from huggingface_hub import constants
+
+    patch.setattr(constants, "ENDPOINT", hub.url)
+    # made once a process, for the endpoint of that moment
+    patch.setattr("transformers.utils.hub._hf_api", None, raising=False)
+    patch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    patch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+    patch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
+    patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    patch.setenv("HF_TOKEN", WRITER)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """A frozen language model from a folder, the bundled one, and what pretraining starts from."""
 
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -8,11 +9,15 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from groupsae.data.packing import split_of
 from groupsae.data.sources import PythonSource
 from groupsae.lm.build import build_gpt_neox, stack_layers, train_tokenizer
 from groupsae.runtime.errors import UserError
+from tests.helpers.hub_stand_in import ask, serving
 from tests.helpers.lms import frozen
 
 CPU = torch.device("cpu")
@@ -93,6 +98,92 @@ def test_the_fingerprint_follows_weights_and_dtype_and_not_the_folders_name(tiny
     weights[name][0, 0] += 1
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert frozen(folder).fingerprint() != before
+
+
+# ---- the tokenizer ----------------------------------------------------------------------------
+
+
+def without_tokenizer(folder, target):
+    return shutil.copytree(folder, target, ignore=shutil.ignore_patterns("tokenizer*"))
+
+
+def test_a_model_without_tokenizer_files_gets_one_that_reads_no_text(tiny_lm, tmp_path):
+    """Transformers makes one up, which turns every text into nothing."""
+    tokenizer = frozen(without_tokenizer(tiny_lm, tmp_path / "lm")).tokenizer()
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 0)  # of the config
+    assert tokenizer("some text")["input_ids"] == []
+
+
+def test_so_does_a_model_for_which_transformers_makes_up_none(tmp_path):
+    config = LlamaConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=20, bos_token_id=1, eos_token_id=[2, 3],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    tokenizer = frozen(tmp_path).tokenizer()
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, None)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="cannot load the tokenizer of model"):
+        frozen(tmp_path).tokenizer()
+
+
+def test_a_tokenizer_that_knows_no_english_is_kept(tiny_lm, tmp_path):
+    genes = Tokenizer(BPE({"A": 0, "C": 1, "G": 2, "T": 3}, []))
+    folder = without_tokenizer(tiny_lm, tmp_path / "lm")
+    PreTrainedTokenizerFast(tokenizer_object=genes).save_pretrained(folder)
+    assert frozen(folder).tokenizer()("GA", add_special_tokens=False)["input_ids"] == [2, 0]
+
+
+# ---- models on the Hub ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with serving() as running:
+        ask(running, monkeypatch, tmp_path)
+        running.repos["me/lm"] = []
+        yield running
+
+
+def files_of(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_the_fingerprint_of_a_hub_model_follows_its_commit(hub, tiny_lm, tmp_path):
+    first = hub.commit("me/lm", files_of(tiny_lm))
+    before, made = frozen("me/lm"), tmp_path / "made with it"
+    made.write_text("")
+    keys = before.fingerprint(), before.earlier_fingerprint()
+    os.utime(made, (made.stat().st_atime, made.stat().st_mtime - 1))
+    assert before.moved_since(made)  # made before the commit was known
+    os.utime(made, (made.stat().st_atime, made.stat().st_mtime + 2))
+    assert frozen("me/lm").fingerprint() == keys[0]
+    assert not frozen("me/lm").moved_since(made)
+    hub.commit("me/lm", {**files_of(tiny_lm), "README.md": b"moved"})
+    after = frozen("me/lm")
+    assert after.fingerprint() != keys[0]
+    assert after.earlier_fingerprint() == keys[1]
+    at_first = frozen("me/lm", revision=first)
+    assert at_first.fingerprint() == at_first.earlier_fingerprint() == keys[0]
+    hub.tags["v1"] = first
+    assert frozen("me/lm", revision="v1").fingerprint() == keys[0]
+    os.utime(made, (0, 0))
+    assert not at_first.moved_since(made)
+
+
+def test_a_hub_model_in_a_subfolder_and_another_cache_has_its_commit_too(hub, tiny_lm, tmp_path):
+    hub.commit("me/lm", {f"deep/{name}": content for name, content in files_of(tiny_lm).items()})
+    load = {"subfolder": "deep", "cache_dir": str(tmp_path / "other")}
+    lm = frozen("me/lm", load=load)
+    assert lm.fingerprint() != lm.earlier_fingerprint()
+
+
+def test_a_hub_model_without_tokenizer_reads_no_text(hub, tiny_lm):
+    files = {n: c for n, c in files_of(tiny_lm).items() if not n.startswith("tokenizer")}
+    hub.commit("me/lm", files)
+    assert frozen("me/lm").tokenizer()("some text")["input_ids"] == []
+    hub.commit("me/lm", files_of(tiny_lm))
+    assert len(frozen("me/lm").tokenizer()) > 300
 
 
 def small(num_layers, seed):

@@ -17,7 +17,7 @@ from groupsae.runtime.errors import UserError
 from groupsae.suite.hub import Repository, looks_like_name, repository
 from groupsae.suite.importing import ReadAt, read_folder
 from groupsae.suite.suite import Suite
-from tests.helpers.hub_stand_in import READER, WRITER, serving
+from tests.helpers.hub_stand_in import READER, WRITER, ask, serving
 from tests.helpers.shelf import rows, run_folder
 
 # of the library that carries huggingface_hub's uploads
@@ -26,20 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    from huggingface_hub import constants
-
     with serving() as running:
-        monkeypatch.setattr(constants, "ENDPOINT", running.url)
-        monkeypatch.setattr(
-            constants,
-            "HUGGINGFACE_CO_URL_TEMPLATE",
-            running.url + "/{repo_id}/resolve/{revision}/{filename}",
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("HF_TOKEN", WRITER)
+        ask(running, monkeypatch, tmp_path)
         yield running
 
 

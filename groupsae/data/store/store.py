@@ -187,29 +187,38 @@ def shard_path(chunk: Path, layer: int) -> Path:
     return chunk / f"layer.{layer:02}.safetensors"
 
 
+def store_folder(cache: Path, made_from: dict[str, Any], layout: Layout) -> Path:
+    """Return the folder of the store of this content, whether or not it exists.
+
+    `made_from` is what decides the activations, as plain values: it is the key.
+    """
+    content = json.dumps(_content(made_from, layout), sort_keys=True)
+    return cache / hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
 def open_store(
     cache: Path, made_from: dict[str, Any], layout: Layout, num_blocks: dict[Split, int]
 ) -> ActivationStore:
     """Return the store of this content, an empty one if none exists.
 
-    `made_from` is what decides the activations, as plain values: it is the key.
-
     Raises:
         UserError: the folder cannot be written.
     """
-    content = {
+    folder = store_folder(cache, made_from, layout)
+    try:
+        return ActivationStore(folder)
+    except UserError:  # none yet, or a damaged manifest, which holds nothing new
+        manifest = folder / "manifest.json"
+        with atomic_write(manifest, "w", shared=True, hint="data.cache=<folder>") as handle:
+            json.dump({**_content(made_from, layout), "num_blocks": num_blocks}, handle, indent=1)
+    return ActivationStore(folder)
+
+
+def _content(made_from: dict[str, Any], layout: Layout) -> dict[str, Any]:
+    return {
         "format": FORMAT,
         "dtype": str(layout.dtype).removeprefix("torch."),
         "context": layout.context,
         "d_model": layout.d_model,
         "made_from": made_from,
     }
-    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache / key
-    try:
-        return ActivationStore(folder)
-    except UserError:  # none yet, or a damaged manifest, which holds nothing new
-        manifest = folder / "manifest.json"
-        with atomic_write(manifest, "w", shared=True, hint="data.cache=<folder>") as handle:
-            json.dump({**content, "num_blocks": num_blocks}, handle, indent=1)
-    return ActivationStore(folder)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 
@@ -84,7 +85,7 @@ class GroupLayers(L.Callback):
             self.show(sentence)
         self.count_cost(suite, data)
         if trainer.is_global_zero:
-            self.write()
+            self.write(data)
 
     # ---- steps of setup -------------------------------------------------------------------
 
@@ -105,6 +106,8 @@ class GroupLayers(L.Callback):
         stored = (read_json(self.groups_file) or {}).get("measured", {})
         today = provenance_of(data, self.tokens, self.centring)
         del today["model"]  # its folder may have moved; `weights` identifies it
+        if stored and stored["weights"] == data.lm.earlier_fingerprint():
+            today["weights"] = stored["weights"]
         changed = [name for name, value in today.items() if stored.get(name) != value]
         if changed:
             raise UserError(
@@ -149,7 +152,7 @@ class GroupLayers(L.Callback):
             distances=needs_distances(self.plan.partition.rule),
         )
 
-    def write(self) -> None:
+    def write(self, data: ActivationDataModule) -> None:
         """Write `groups.json` and `angles.npz`."""
         self.measurement.save(self.angles_file)
         values = {
@@ -157,8 +160,15 @@ class GroupLayers(L.Callback):
             "hash": self.plan.hash,
             "saes": {planned.name: planned.layers for planned in self.plan.members},
             "measured": self.measurement.provenance,
+            "copies": data.copies,
         }
         write_json(self.groups_file, values)
+
+
+def recorded_text(folder: Path) -> dict[str, Any]:
+    """Return `text` and `copies` of a run folder's `groups.json`; None before it is there."""
+    stored = read_json(folder / "groups.json") or {}
+    return {"text": stored.get("measured", {}).get("text"), "copies": stored.get("copies")}
 
 
 def _refuse(trainer: L.Trainer, needed: int, num_saes: int) -> None:
