@@ -102,8 +102,8 @@ class FrozenLM:
         except Exception as error:
             lost = network_cause(error)
             known = (OSError, ValueError, RuntimeError, ImportError, SafetensorError)
-            known += (TypeError,) if auto is AutoTokenizer else ()  # of a missing vocabulary
-            if lost is None and not isinstance(error, known):
+            no_vocabulary = auto is AutoTokenizer and isinstance(error, TypeError)
+            if lost is None and not (isinstance(error, known) or no_vocabulary):
                 raise
             reason = (str(error).strip().splitlines() or [repr(error)])[0]
             if lost is not None:
