@@ -4,7 +4,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -113,9 +113,11 @@ class AttachedLM:
 
     def _see(self, visit: Visit, layer: int, acts: Tensor) -> Tensor | None:
         self._ran, reading = True, self._reading
-        shape = tuple(acts.shape[:2]) if reading is None else reading.shape
+        batch, pos = acts.shape[:2] if reading is None or acts.ndim > 2 else reading.shape
+        if reading is not None and reading.shape != (batch, pos):  # the model adds positions
+            reading = self._reading = replace(reading, shape=(batch, pos), tokens=None, mask=None)
         where = f"{self.hookpoint} of block {layer} of {self.name}"
-        replaced = visit(layer, with_positions(acts, shape, self.d_model, where), reading)
+        replaced = visit(layer, with_positions(acts, (batch, pos), self.d_model, where), reading)
         return None if replaced is None else replaced.reshape(acts.shape)
 
     def _read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -49,8 +49,8 @@ class Captured:
             self._parts = [self._joined.without_last(self._end - past)]
         tokens, mask = (None, None) if reading is None else (reading.tokens, reading.mask)
         if mask is None:
-            mask = torch.ones(acts.shape[:2], dtype=torch.bool, device=acts.device)
-        self._parts.append(_Part(acts, mask, tokens))
+            mask = torch.ones(acts.shape[:2], dtype=torch.bool)
+        self._parts.append(_Part(acts, mask.to(acts.device), tokens))
         self._end = past + acts.shape[1]
         self._sparse = None
 

@@ -389,7 +389,9 @@ class Suite:
             cache[5].top(10)  # a DataFrame: latent, value, batch, position, token
 
         `Captured` describes what a layer has, `Cache` how several forwards are kept. Padding is
-        captured as any position is; `top` and `active` leave it out.
+        captured as any position is; `top` and `active` leave it out. Activations stay on the
+        model's device as long as the cache exists; within `torch.no_grad()`, or with a model from
+        `load_model`, no graph is kept for gradients.
 
         Args:
             model: any Hugging Face model with the depth and width of the one trained on.

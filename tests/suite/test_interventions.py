@@ -297,7 +297,10 @@ def test_stacks_of_one_depth_are_told_apart_also_while_generating(
             config[key] = LAYERS
     torch.manual_seed(0)
     config = type(families.config_of(family)).from_dict(config)
-    families.auto_class(family).from_config(config).save_pretrained(tmp_path)
+    random = families.auto_class(family).from_config(config).requires_grad_(False)
+    for parameter in random.parameters():
+        parameter.add_(0.2 * torch.randn(parameter.shape))
+    random.save_pretrained(tmp_path)
     model = families.auto_class(family).from_pretrained(tmp_path).eval()
     suite, tokens = suite_for(frozen(tmp_path, stack=stack)), draw_tokens(2, 8)
     with suite.capture(model, 1) as cache:
@@ -310,6 +313,18 @@ def test_stacks_of_one_depth_are_told_apart_also_while_generating(
         )  # fmt: skip
     wanted = output[f"{stack}_hidden_states"][2]
     torch.testing.assert_close(cache[1].acts, wanted, rtol=1e-3, atol=1e-3)
+    with strong(suite, model):
+        steered, again = (
+            generate(model, tokens, decoder_start_token_id=0, use_cache=use_cache)
+            for use_cache in (True, False)
+        )
+    assert torch.equal(steered, again)
+    assert not torch.equal(steered, written)
+    if stack == "encoder":
+        alone = model.get_encoder()
+        with suite.capture(alone, 1) as cache, torch.no_grad():
+            alone(tokens)
+        torch.testing.assert_close(cache[1].acts, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_a_cache_that_does_not_know_its_length_is_followed(tmp_path):
@@ -615,6 +630,27 @@ def test_recorded_places_of_another_version_or_none_are_searched_by_structure(
         with suite.capture(model, 1) as cache, torch.no_grad():
             model(**inputs)
         assert torch.equal(cache[1].acts, raw)
+
+
+def test_positions_that_a_model_adds_have_no_token(llama):
+    """Prompt tuning puts learned embeddings before those of the text."""
+    model, suite, inputs = llama
+
+    class Tuned(Wrapper):
+        def forward(self, input_ids, attention_mask=None):
+            model = self.base_model.model
+            embedded = model.get_input_embeddings()(input_ids)
+            return model(inputs_embeds=torch.cat([embedded[:, :3], embedded], dim=1))
+
+    with suite.capture(Tuned(model), 1) as cache, torch.no_grad():
+        Tuned(model)(inputs["input_ids"])  # another wrapper of the same model
+    assert cache[1].acts.shape == (2, 15, WIDTH)
+    tuned = Tuned(model)
+    with suite.capture(tuned, 1) as cache, torch.no_grad():
+        tuned(**inputs)
+    assert cache[1].acts.shape == (2, 15, WIDTH)
+    assert cache[1].tokens is None
+    assert cache[1].mask.all()
 
 
 def test_a_module_named_by_hand_is_the_one_that_is_hooked(folder_of, model_of):
