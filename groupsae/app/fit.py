@@ -21,7 +21,7 @@ from groupsae.app.stream import make_stream
 from groupsae.config.instantiate import make
 from groupsae.data.activations import ActivationDataModule
 from groupsae.files.atomic import write_json
-from groupsae.files.reading import read_metrics
+from groupsae.files.reading import read_metrics, read_yaml
 from groupsae.reporting.figures import training_curves
 from groupsae.runtime.commands import command
 from groupsae.runtime.compat import disable_signal_handling
@@ -205,8 +205,11 @@ def announce(run: Run, cfg: DictConfig, console: Console) -> None:
 
 
 def _show_groups(grouping: GroupLayers, data: ActivationDataModule, console: Console) -> None:
-    """Print the groups, and a note if the text is too small."""
+    """Print the groups, and notes if the activations mislead or the text is too small."""
     print_plan(console, grouping.plan, grouping.cost)
+    overrides = read_yaml(grouping.folder / ".hydra" / "overrides.yaml") or []
+    if advice := grouping.advice(overrides):
+        console.print(f"warning: {advice}", soft_wrap=True, markup=False, highlight=False)
     epochs = data.epochs()
     if epochs > 1:
         console.print(

@@ -111,12 +111,24 @@ def _group_figures(run: RunFiles) -> Iterator[Captioned]:
     )
     rule = rule if rule in RULES else "complete"
     threshold = "" if run.theta is None else ", the first below θ"
+    centred, other = run.measured.get("centring") == "mean", run.other_distances
     yield Captioned(
         "amad",
         "groups",
-        amad_curve(curve(grouped, rule), build_partition(grouped, run.groups, rule), run.theta),
+        amad_curve(
+            curve(grouped, rule),
+            build_partition(grouped, run.groups, rule),
+            run.theta,
+            None if other is None else (not centred, curve(other[:n, :n], rule)),
+        ),
         "AMAD, the mean over groups of their largest angle, against the number of groups. Ringed: "
-        f"this run{threshold}. More groups are closer, and cost more.",
+        f"this run{threshold}. More groups are closer, and cost more."
+        + (
+            ""
+            if other is None
+            else f" Dash-dotted: with distances that are {'un' * centred}centred, which means with"
+            f"{'out' * centred} each layer's mean activation subtracted."
+        ),
     )
 
 
@@ -178,10 +190,24 @@ def linkage_tree(distances: Distances, groups: Sequence[Sequence[int]]) -> Figur
     return figure
 
 
-def amad_curve(curve: Sequence[Partition], chosen: Partition, theta: float | None) -> Figure:
-    """Return AMAD and the largest diameter of the rule's partitions, for every G from 1."""
+def amad_curve(
+    curve: Sequence[Partition],
+    chosen: Partition,
+    theta: float | None,
+    other: tuple[bool, Sequence[Partition]] | None = None,
+) -> Figure:
+    """Return AMAD and the largest diameter of the rule's partitions, for every G from 1.
+
+    `other`: whether the other distances are centred, and the partitions that they give.
+    """
     figure, axes = new_axes(5.6, 4.0)
     counts = [p.num_groups for p in curve]
+    if other is not None:
+        centred, partitions = other
+        label = f"AMAD, {'un' * (not centred)}centred"
+        axes.plot(
+            counts, [p.amad for p in partitions], "-.", color=COLOURS[3], lw=1.5, label=label
+        )
     for values, look, colour, width, label in (
         ([p.amad for p in curve], "o-", 0, 1.5, "AMAD"),
         ([p.max_diameter for p in curve], "--", 4, 1, "largest diameter"),

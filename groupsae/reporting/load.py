@@ -10,6 +10,7 @@ import numpy as np
 
 from groupsae.files.reading import read_json, read_metrics, read_npz, read_yaml
 from groupsae.grouping.partition import Distances
+from groupsae.grouping.shares import Shares, advice
 from groupsae.runtime.commands import command
 from groupsae.runtime.errors import UserError
 from groupsae.suite.groups_file import load_plan
@@ -42,6 +43,9 @@ class RunFiles:
     plan: Values = field(default_factory=dict)  # of `groups.json`
     measured: Values = field(default_factory=dict)  # provenance of the distances
     distances: Distances | None = None  # fractions of pi, [L, L]
+    other_distances: Distances | None = None  # with the other centring
+    shares: Shares | None = None  # what the layers' squared norms consist of
+    other: Values = field(default_factory=dict)  # the groups that the other centring gives
     metrics: Sequence[tuple[int, str, float]] = ()  # step, metric, value
     summary: Values = field(default_factory=dict)  # empty while the run is unfinished
     evaluation: Values = field(default_factory=dict)
@@ -89,6 +93,19 @@ class RunFiles:
     def groups(self) -> list[list[int]]:
         """The groups of layers, without a last layer that has its own SAE."""
         return [list(group) for group in self.plan.get("groups", [])]
+
+    @property
+    def advice(self) -> str | None:
+        """What dominates the activations, and the command to use instead; None if nothing does."""
+        if self.shares is None:
+            return None
+        return advice(
+            self.shares,
+            centring=self.measured["centring"],
+            filtered=self.measured.get("max_norm_ratio") is not None,
+            groups=(self.groups, self.other["groups"]) if self.other else None,
+            overrides=self.overrides,
+        )
 
     @property
     def saes(self) -> dict[str, list[int]]:
@@ -174,15 +191,20 @@ def read_run(folder: Path) -> RunFiles:
             f"{results} has format {evaluation.get('format')}; this version reads {FORMAT}. "
             f"Evaluate the run again: {command('evaluate', run=folder)}"
         )
-    config, angles = folder / ".hydra" / "config.yaml", folder / "angles.npz"
+    config, groups = folder / ".hydra" / "config.yaml", read_json(folder / "groups.json") or {}
+    path = folder / "angles.npz"
+    angles = read_npz(path) if path.exists() else {}
     return RunFiles(
         folder=folder,
         config=read_yaml(config) or {},
         config_text=config.read_text(encoding="utf-8") if config.exists() else "",
         overrides=[str(value) for value in read_yaml(config.with_name("overrides.yaml")) or []],
         plan=plan.to_json(),
-        measured=(read_json(folder / "groups.json") or {}).get("measured", {}),
-        distances=read_npz(angles)["distances"].astype(np.float64) if angles.exists() else None,
+        measured=groups.get("measured", {}),
+        distances=angles.get("distances"),
+        other_distances=angles.get("other_distances"),
+        shares=Shares.read(angles),
+        other=groups.get("other") or {},
         metrics=read_metrics(folder / "metrics.csv"),
         summary=read_json(folder / "summary.json") or {},
         evaluation=evaluation,

@@ -142,7 +142,10 @@ def run_sections(run: RunFiles) -> list[Section]:
     """Return the sections of one run that have something in them."""
     figures = list(run_figures(run))
     contents: dict[str, tuple[str, list[Table | None]]] = {
-        "groups": ("Layers and groups", [tables.groups_table(run, others=not run.evaluation)]),
+        "groups": (
+            "Layers and groups",
+            [tables.groups_table(run, others=not run.evaluation), tables.shares_table(run)],
+        ),
         "quality": ("What sharing costs", [build(run) for build in tables.QUALITY_TABLES]),
         "layers": ("Layer by layer", [build(run) for build in tables.LAYER_TABLES]),
         "latents": ("Latents", [tables.latents_table(run)]),
@@ -232,6 +235,8 @@ def _notes(run: RunFiles) -> list[str]:
 def _caveats(run: RunFiles) -> list[str]:
     """Return the caveats about the numbers."""
     caveats, e = [], run.evaluation
+    if misled := run.advice:
+        caveats.append(misled)
     if e:
         caveats.append(
             f"Measured on {e['tokens']:,} held-out tokens, {plural(e['sequences'], 'sequence')} "

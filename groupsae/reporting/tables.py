@@ -50,22 +50,25 @@ HEADINGS = {  # of the columns that are shown
     "planned_flops": "FLOPs planned", "measured_flops": "FLOPs measured", "seconds": "time",
     "saved": "saved", "groupings": "groupings", "seconds_separately": "one run each",
     "factor": "factor", "bound_seconds": "bound",
+    "mean_share": "its mean", "dimension_share": "its largest dimension", "dimension": "which",
+    "token_cosine": "cosine of two tokens",
     "flops_saved": "FLOPs saved", "tokens": "tokens", "measured_on": "evaluated on",
 }
 DIGITS = {  # after the decimal point; others have 4
     "l0": 1, "mse": 2, "rms_norm": 2, "factor": 2, "mean_effective_layers": 2, "amad": 3,
-    "mmcs": 3, "mmco": 3, "delta_ce_percent": 2, "delta_ce_percent_lost": 2,
+    "mmcs": 3, "mmco": 3, "token_cosine": 3, "delta_ce_percent": 2, "delta_ce_percent_lost": 2,
     "delta_ce_percent_together": 2,
 }
 # fmt: on
-INTEGERS = ("num_groups", "d_sae", "tokens", "groupings", "seed")
+INTEGERS = ("num_groups", "d_sae", "dimension", "tokens", "groupings", "seed")
 WRITERS: dict[str, Callable[[Any], str]] = {  # of other numbers
     **dict.fromkeys(INTEGERS, "{:,}".format),
     **dict.fromkeys(("dead", "dense", "specific", "saved", "flops_saved"), percent),
+    **dict.fromkeys(("mean_share", "dimension_share"), percent),
     **dict.fromkeys(("flops", "seconds_share"), partial(percent, digits=0)),
     **dict.fromkeys(("planned_flops", "measured_flops"), flops),
     **dict.fromkeys(("seconds", "seconds_separately", "bound_seconds"), duration),
-    "seed": str,
+    **dict.fromkeys(("seed", "dimension"), str),
 }
 DIFFERENCES = (*METRICS, "delta_ce_percent")
 PARTS = {
@@ -200,6 +203,20 @@ def groups_table(run: RunFiles, *, others: bool = False) -> Table | None:
     caption = "The SAEs; FVU and L0 on held-out text; dead latents by the counters of training"
     return build(
         "groups", caption if trained else "The SAEs", rows, [len(rows) - 1] if trained else []
+    )
+
+
+def shares_table(run: RunFiles) -> Table | None:
+    """Return the share of the mean and of the largest dimension in each layer's squared norm."""
+    shares, shown = run.shares, ("mean_share", "dimension_share", "dimension", "token_cosine")
+    columns = {} if shares is None else {name: getattr(shares, name) for name in shown}
+    return build(
+        "shares",
+        "Shares in the squared norm of each layer's activations; mean cosine of two tokens",
+        [
+            {"layer": str(layer), **dict(zip(shown, values, strict=True))}
+            for layer, values in enumerate(zip(*columns.values(), strict=True))
+        ],
     )
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,9 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from groupsae.cost.stopwatch import Stopwatch
 from groupsae.data.activations import ActivationDataModule
@@ -19,11 +23,15 @@ from groupsae.files.locks import one_at_a_time
 from groupsae.files.reading import damaged, read_npz
 from groupsae.grouping.angles import AngularDistance
 from groupsae.grouping.moments import LayerMoments
+from groupsae.grouping.shares import Shares
 from groupsae.lm.load import FrozenLM
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.progress import token_progress
 
-FORMAT = 4  # of the cached file
+FORMAT = 5  # of the cached file
+# Tokens that the distances of the other centring are measured on. Angles of one pair of layers
+# differ between tokens by about 0.05, so those means are known to 0.001.
+SAMPLE = 4096
 
 # rule for norm factors -> factors of all layers
 SCALES: dict[str, Callable[["Measurement"], np.ndarray]] = {
@@ -45,6 +53,10 @@ class Measurement:
         d_model: width of the activations.
         provenance: model, text, tokens and options behind them.
         seconds: duration of the measurement, when it was made.
+        shares: what each layer's squared norm consists of; None in files that are older.
+        other_distances: as `distances` with the other centring, from `SAMPLE` tokens that are
+            evenly spread over the text; None in files that are older, or if the filters left out
+            all of these tokens.
     """
 
     distances: np.ndarray
@@ -53,6 +65,13 @@ class Measurement:
     d_model: int
     provenance: dict[str, Any]
     seconds: float
+    shares: Shares | None = None
+    other_distances: np.ndarray | None = None
+
+    @property
+    def other_centring(self) -> str:
+        """Return the centring of `other_distances`."""
+        return "none" if self.provenance["centring"] == "mean" else "mean"
 
     @property
     def tokens(self) -> int:
@@ -77,6 +96,8 @@ class Measurement:
     def save(self, path: Path) -> None:
         """Write everything into one npz, atomically."""
         values = {**vars(self), "provenance": np.array(json.dumps(self.provenance))}
+        values |= {} if self.shares is None else self.shares._asdict()
+        values = {name: x for name, x in values.items() if name != "shares" and x is not None}
         with atomic_write(path, shared=True) as handle:
             np.savez(handle, **values)
 
@@ -96,6 +117,8 @@ class Measurement:
                 int(stored["d_model"]),
                 json.loads(str(stored["provenance"])),
                 float(stored["seconds"]),
+                Shares.read(stored),
+                stored.get("other_distances"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise damaged(path) from error
@@ -184,28 +207,70 @@ def _one_run_at_a_time(path: Path, trainer: L.Trainer) -> Iterator[None]:
 def _measure(
     data: ActivationDataModule, trainer: L.Trainer, tokens: int, provenance: dict[str, Any]
 ) -> Measurement:
-    """Run the calibration tokens through the model, once or (centred) twice."""
+    """Run the calibration tokens through the model, once or (centred) twice.
+
+    The distances of the other centring come from a sample of the first pass, which waits for the
+    mean of all tokens.
+    """
     centring, device = provenance["centring"], trainer.strategy.root_device
     data.reader.fill_calibration(tokens)
     num_layers, d_model = data.lm.geometry.num_layers, data.lm.geometry.d_model
     moments = LayerMoments(num_layers=num_layers, d_model=d_model).to(device)
-    angles = AngularDistance(num_layers=num_layers, centring=centring).to(device)
+    angles, others = (
+        AngularDistance(num_layers=num_layers, centring=each).to(device)
+        for each in (centring, "none" if centring == "mean" else "mean")
+    )
     passes: list[list[Any]] = [[moments], [angles]] if centring == "mean" else [[moments, angles]]
     total, watch = provenance["tokens"] * len(passes), Stopwatch()
+    sample, seen = list[Tensor](), 0
     with watch, token_progress("measuring layers", total, trainer.is_global_zero) as advance:
         for number, metrics in enumerate(passes):
             if number == 1:
                 angles.set_mean(moments.moments().mean)
             for batch in data.calibration_batches(tokens):
+                counted = batch.everywhere()
                 for metric in metrics:
-                    metric.update(batch.acts, batch.everywhere())
+                    metric.update(batch.acts, counted)
+                if number == 0:
+                    chosen = _sampled(data, provenance["tokens"], seen, batch.acts.shape[1])
+                    chosen = chosen.to(device) if counted is None else chosen.to(device) & counted
+                    sample.append(batch.acts[:, chosen].cpu())
+                    seen += batch.acts.shape[1]
                 advance(batch.acts.shape[1] * trainer.world_size)
-    _, rms_norms, mean_norms = moments.moments()
+        found = moments.moments()
+        if centring == "none":
+            others.set_mean(found.mean)
+        for acts in sample:
+            others.update(acts.to(device))
+        try:
+            other_distances = others.distances().cpu().numpy()
+        except UserError:  # the filters left out all of these few tokens
+            other_distances = None
     return Measurement(
         angles.distances().cpu().numpy(),
-        rms_norms.cpu().numpy(),
-        mean_norms.cpu().numpy(),
+        found.rms_norm.cpu().numpy(),
+        found.mean_norm.cpu().numpy(),
         d_model,
         provenance,
         watch.seconds,
+        found.shares(),
+        other_distances,
     )
+
+
+def _sampled(
+    data: ActivationDataModule, tokens: int, first: int, count: int
+) -> Bool[Tensor, " token"]:
+    """Return which of this process's tokens first ... first + count - 1 are in the sample.
+
+    It is every n-th token of the text, whatever the number of processes. n has no divisor in
+    common with the context, so that all positions of a block occur equally often: the first ones
+    are unlike the others.
+    """
+    share = data.tokens_per_step // data.num_processes
+    own = torch.arange(first, first + count)
+    places = own // share * data.tokens_per_step + data.rank * share + own % share
+    step = -(-tokens // SAMPLE)
+    while math.gcd(step, data.packing.context) > 1:
+        step += 1
+    return places % step == 0

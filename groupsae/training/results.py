@@ -84,6 +84,7 @@ def summarise(
         "amad": part.amad,
         "max_diameter": part.max_diameter,
         "size_weighted_amad": part.size_weighted_amad,
+        **grouping.recorded(),
         "tokens": sum(suite.val_results[grouping.plan.names[0]]["tokens_per_layer"].values()),
         "steps": trainer.global_step,
         "tokens_per_second": throughput.overall(),

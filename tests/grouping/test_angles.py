@@ -180,11 +180,35 @@ def test_moments_equal_those_of_the_complete_batch_in_float64() -> None:
     for part, keep in zip(torch.split(acts, 20, dim=1), torch.split(mask, 20), strict=True):
         layers.update(part, keep)
     exact = acts[:, mask].double()
-    mean, rms_norm, mean_norm = layers.moments()
+    mean, rms_norm, mean_norm, mean_square, mean_direction = layers.moments()
     squares = exact.square().sum(dim=-1)
     assert_close(mean, exact.mean(dim=1), rtol=1e-14, atol=1e-12)
     assert_close(rms_norm, squares.mean(dim=1).sqrt(), rtol=1e-14, atol=0)
     assert_close(mean_norm, squares.sqrt().mean(dim=1), rtol=1e-14, atol=0)
+    assert_close(mean_square, exact.square().mean(dim=1), rtol=1e-14, atol=0)
+    directions = exact / squares.sqrt().unsqueeze(-1)
+    assert_close(mean_direction, directions.mean(dim=1), rtol=1e-13, atol=1e-15)
+
+
+def test_moments_over_ranks_equal_one_rank() -> None:
+    ranks = [LayerMoments(num_layers=L, d_model=D) for _ in range(3)]
+    for rank, part in zip(ranks, torch.split(residual_stream(), [10, 40], dim=1), strict=False):
+        rank.update(part)
+        ranks[2].update(part)
+    ranks[0].merge_state(ranks[1])
+    for merged, alone in zip(ranks[0].moments(), ranks[2].moments(), strict=True):
+        assert_close(merged, alone, rtol=1e-14, atol=1e-15)
+
+
+def test_norms_are_bit_for_bit_those_of_plain_sums() -> None:
+    acts = residual_stream(tokens=300)
+    layers = LayerMoments(num_layers=L, d_model=D)
+    layers.update(acts)
+    of_tokens = acts.double().square().sum(dim=2)
+    mean, rms_norm, mean_norm, *_ = layers.moments()
+    assert torch.equal(mean, acts.double().sum(dim=1) / 300)
+    assert torch.equal(rms_norm, (of_tokens.sum(dim=1) / 300).sqrt())
+    assert torch.equal(mean_norm, of_tokens.sqrt().sum(dim=1) / 300)
 
 
 def test_activations_divided_by_the_rms_norm_have_mean_squared_norm_one() -> None:
@@ -200,4 +224,7 @@ def test_a_model_of_one_layer_keeps_its_shapes() -> None:
     layers.update(torch.ones(1, 3, 1))
     assert layers.moments().mean.shape == (1, 1)
     assert layers.moments().rms_norm.shape == (1,)
-    assert measured(residual_stream(layers=1)) == 0
+    assert layers.moments().shares().mean_share.tolist() == [1.0]
+    metric = AngularDistance(num_layers=1)
+    metric.update(residual_stream(layers=1))
+    assert metric.distances().tolist() == [[0.0]]

@@ -141,7 +141,7 @@ def test_scale_rules_do_what_they_say() -> None:
     moments = LayerMoments(num_layers=2, d_model=9)
     moments.update(acts)
     measured = Measurement(
-        np.zeros((2, 2)), *(norms.numpy() for norms in moments.moments()[1:]), 9, {}, 0.0
+        np.zeros((2, 2)), *(norms.numpy() for norms in moments.moments()[1:3]), 9, {}, 0.0
     )
 
     def scaled(scale: str, layer: int) -> Tensor:

@@ -42,9 +42,12 @@ class Dashboard(L.Callback):
         if plan.num_layers > 1:
             figures["distances"] = distance_heatmap(distances, plan.saes)
         if part.num_layers > 1:
-            points = curve(grouped, part.rule if part.rule in RULES else "complete")
+            rule = part.rule if part.rule in RULES else "complete"
             theta = getattr(grouping.choice, "theta", None)
-            figures["amad"] = amad_curve(points, part, theta)
+            others, n = grouping.measurement.other_distances, part.num_layers
+            centred = grouping.measurement.other_centring == "mean"
+            other = None if others is None else (centred, curve(others[:n, :n], rule))
+            figures["amad"] = amad_curve(curve(grouped, rule), part, theta, other)
             figures["dendrogram"] = linkage_tree(grouped, part.groups)
         save_figures(self.folder / "figures", figures, trainer.loggers)
         facts = {

@@ -1,6 +1,6 @@
 """Before fitting: measure the layers, choose the groups, give them to the suite."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from groupsae.data.exchange import all_to_all
 from groupsae.files.atomic import write_json
 from groupsae.files.reading import read_json
 from groupsae.grouping.choices import Choice
+from groupsae.grouping.partition import Partition
 from groupsae.grouping.plan import GroupPlan
 from groupsae.grouping.rules import needs_distances
+from groupsae.grouping.shares import advice
 from groupsae.runtime.errors import UserError, check_choice
 from groupsae.suite.groups_file import load_plan
 from groupsae.training.estimate import bytes_free, bytes_needed, forecast, refuse
@@ -35,6 +37,7 @@ class GroupLayers(L.Callback):
         measurement: the measurement that they were chosen by.
         work: model, text and budget of the run, for the cost model.
         cost: FLOPs of the run.
+        other: the groups that the other centring would have given; None if it was not measured.
         step_seconds: width of an SAE -> one step, in a run of all groupings; None for others.
     """
 
@@ -42,6 +45,7 @@ class GroupLayers(L.Callback):
     measurement: Measurement
     work: Workload
     cost: RunCost
+    other: Partition | None = None
     step_seconds: dict[float, float] | None = None
 
     def __init__(
@@ -76,6 +80,8 @@ class GroupLayers(L.Callback):
             _refuse(trainer, bytes_needed(suite, data, [1.0], trainer.world_size), 1)
             self.measurement = measure(data, trainer, self.tokens, self.centring, self.cache)
             self.plan = self.choice.plan(self.measurement.distances)
+        if self.measurement.other_distances is not None:
+            self.other = self.choice.plan(self.measurement.other_distances).partition
         data.set_slots(self.plan.slots)
         self.place(trainer, suite, data)
         data.reader.fill_training()
@@ -152,6 +158,28 @@ class GroupLayers(L.Callback):
             distances=needs_distances(self.plan.partition.rule),
         )
 
+    def recorded(self) -> dict[str, Any]:
+        """Return what else was measured: shares of the norm, and the other centring's groups."""
+        shares, other = self.measurement.shares, self.other
+        centring = self.measurement.other_centring
+        return {
+            "shares": None if shares is None else shares.to_json(),
+            "other": None if other is None else {"centring": centring, **other.to_json()},
+        }
+
+    def advice(self, overrides: Sequence[str]) -> str | None:
+        """Return the advice of `shares.advice` on the command with these arguments."""
+        measured, other = self.measurement, self.other
+        if measured.shares is None:
+            return None
+        return advice(
+            measured.shares,
+            centring=self.centring,
+            filtered=measured.provenance["max_norm_ratio"] is not None,
+            groups=None if other is None else (self.plan.partition.groups, other.groups),
+            overrides=overrides,
+        )
+
     def write(self, data: ActivationDataModule) -> None:
         """Write `groups.json` and `angles.npz`."""
         self.measurement.save(self.angles_file)
@@ -161,6 +189,7 @@ class GroupLayers(L.Callback):
             "saes": {planned.name: planned.layers for planned in self.plan.members},
             "measured": self.measurement.provenance,
             "copies": data.copies,
+            **self.recorded(),
         }
         write_json(self.groups_file, values)
 
