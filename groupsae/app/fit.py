@@ -209,7 +209,7 @@ def _show_groups(grouping: GroupLayers, data: ActivationDataModule, console: Con
     print_plan(console, grouping.plan, grouping.cost)
     overrides = read_yaml(grouping.folder / ".hydra" / "overrides.yaml") or []
     if advice := grouping.advice(overrides):
-        console.print(f"warning: {advice}", soft_wrap=True, markup=False, highlight=False)
+        console.print(f"warning: {advice}", soft_wrap=True, highlight=False)
     epochs = data.epochs()
     if epochs > 1:
         console.print(
