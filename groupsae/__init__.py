@@ -16,7 +16,7 @@ except PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+checkout"
 
 if TYPE_CHECKING:
-    from groupsae.app.notebook import TrainedRun, train
+    from groupsae.app.notebook import TrainedRun, angular_distances, evaluate, train
     from groupsae.grouping import Partition, amad, choose, partition
     from groupsae.runtime.errors import UserError
     from groupsae.sae.batchtopk import BatchTopK
@@ -42,7 +42,9 @@ _HOMES = {
     "TrainedRun": "groupsae.app.notebook",
     "UserError": "groupsae.runtime.errors",
     "amad": "groupsae.grouping",
+    "angular_distances": "groupsae.app.notebook",
     "choose": "groupsae.grouping",
+    "evaluate": "groupsae.app.notebook",
     "load_suite": "groupsae.suite.suite",
     "partition": "groupsae.grouping",
     "train": "groupsae.app.notebook",
@@ -62,7 +64,9 @@ __all__ = [
     "UserError",
     "__version__",
     "amad",
+    "angular_distances",
     "choose",
+    "evaluate",
     "load_suite",
     "partition",
     "train",

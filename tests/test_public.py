@@ -5,6 +5,7 @@ import importlib
 import inspect
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -18,13 +19,26 @@ WITH_EXAMPLES = sorted(
 )
 
 
+@pytest.fixture(scope="module")
+def at_hand() -> dict[str, Any]:
+    """Return what examples may use without making it: SAEs of the bundled model, and the model."""
+    configs = {
+        name: {"layers": layers, "norm_factors": {str(x): 0.1 for x in layers}, "model": "tiny"}
+        for name, layers in (("layers.0-10", list(range(11))), ("layers.11", [11]))
+    }
+    saes = {name: groupsae.TopK(d_model=128, d_sae=512, k=8) for name in configs}
+    suite = groupsae.Suite(saes, configs)
+    model, tokenizer = suite.load_model()
+    return {"groupsae": groupsae, "suite": suite, "model": model, "tokenizer": tokenizer}
+
+
 @pytest.mark.parametrize("name", WITH_EXAMPLES)
 def test_every_example_gives_what_it_shows(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, at_hand: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = importlib.import_module(name)
     monkeypatch.chdir(tmp_path)
-    failed, tried = doctest.testmod(module, extraglobs={"groupsae": groupsae})
+    failed, tried = doctest.testmod(module, extraglobs=at_hand)
     assert tried > 0
     assert failed == 0
 

@@ -1,21 +1,32 @@
-"""The commands as Python functions, for a notebook or a script: `groupsae.train`."""
+"""The commands as functions, for a notebook or a script: `groupsae.train`, `groupsae.evaluate`."""
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from groupsae.app.run_folder import open_run, register_resolver
+from groupsae.app.run_folder import finished_run, open_run, register_resolver
 from groupsae.config.arguments import arguments_of, composed
-from groupsae.files.reading import require_json
+from groupsae.files.locks import lock_folder
+from groupsae.files.reading import read_json, require_json
 from groupsae.runtime.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd  # type: ignore[import-untyped,unused-ignore]
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from groupsae.lm.geometry import Geometry
+    from groupsae.lm.hooked import HookedLM
     from groupsae.suite.suite import Suite
+
+CONTEXT = 1024  # tokens in a block, as in conf/train.yaml, if the model reads as many
 
 
 class TrainedRun:
@@ -55,6 +66,18 @@ class TrainedRun:
         """
         return require_json(self.folder / "summary.json")
 
+    @property
+    def evaluation(self) -> "pd.DataFrame":
+        """The figures of the last evaluation, as `evaluate` returns them.
+
+        Raises:
+            UserError: the run was not evaluated.
+        """
+        found = read_json(self.folder / "evaluation" / "evaluation.json")
+        if found is None:
+            raise UserError(f"{self.folder} was not evaluated: give the run to groupsae.evaluate.")
+        return _frame(found)
+
     def __repr__(self) -> str:
         """Return the folder, the number of SAEs and their FVU."""
         if not (self.folder / "summary.json").exists():
@@ -67,7 +90,7 @@ class TrainedRun:
 
     def _repr_html_(self) -> str:
         """Return the table of the SAEs that the command prints."""
-        import pandas as pd  # type: ignore[import-untyped,unused-ignore]
+        import pandas as pd
 
         from groupsae.reporting.load import RunFiles
         from groupsae.reporting.tables import groups_table
@@ -134,3 +157,299 @@ def train(config: Sequence[str] | Mapping[str, Any] | DictConfig = ()) -> Traine
         if fit(run):
             raise KeyboardInterrupt("a signal stopped the run; the same call resumes it")
     return TrainedRun(run.folder)
+
+
+def evaluate(
+    suite: "Suite | TrainedRun | str | Path",
+    model: "PreTrainedModel | None" = None,
+    texts: Iterable[str] | None = None,
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    tokens: int | None = None,
+    context: int | None = None,
+    mean_texts: Iterable[str] | None = None,
+    together: bool = False,
+    batch_size: int = 8,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> "pd.DataFrame":
+    """Return what the SAEs lose, and how that affects the language model.
+
+    A suite is evaluated on a model and texts in hand; a run, or its folder, as
+    `python -m groupsae.evaluate` does it: on the held-out text of the run, with the files, tables
+    and default values of the command. No other argument is needed then.
+
+    Every SAE is measured on each of its layers, and spliced into the model there, one layer at a
+    time. Which tokens count (special tokens, first positions, extreme norms) is as in training,
+    and so is the context, unless one is given.
+
+    Args:
+        suite: the SAEs, or a run.
+        model: the language model that they were trained on, with its head.
+        texts: one document each, not among those of the training. The intervals resample them.
+        tokenizer: of the model; None loads the one from where the model is from.
+        tokens: at most so many; None reads all texts.
+        context: tokens in a block; None: as in training.
+        mean_texts: texts for the mean of each layer, which `ce_score_mean` compares with; None
+            takes `texts`, where the command takes its calibration split.
+        together: also splice all layers at once: `frame.attrs["groupings"]`.
+        batch_size: blocks in one forward of the model.
+        resamples: bootstrap resamples of the documents.
+        level: confidence level of the intervals.
+        seed: seed of the resamples.
+
+    Returns:
+        A row for each SAE and layer. Columns: `sae`, `layer`, and every metric of the command's
+        `results.csv` with the ends of its interval (`fvu`, `fvu_low`, `fvu_high`); `mse` is in
+        squared units of the raw activations, `ce`, `delta_ce` and `kl` are nats per token,
+        `delta_ce_percent` is per cent, the rest are shares or counts. `frame.attrs` holds the
+        rest of the command's `evaluation.json`, such as `attrs["ce"]`, the model's own loss.
+
+    Raises:
+        UserError: the model has another width or depth than the SAEs' own, or is on another
+            device; the texts fill no block; the run is not finished.
+
+    >>> text = "def area(width, height):\\n    return width * height\\n" * 200
+    >>> found = groupsae.evaluate(suite, model, [text, text], tokenizer=tokenizer)
+    >>> found.loc[0, "sae"], found.shape[0] == len(suite.layers)
+    ('layers.0-10', True)
+    """
+    if isinstance(suite, TrainedRun | str | Path):
+        if model is not None or texts is not None:
+            raise UserError(
+                "a run is evaluated with its own model and text: give only the run, or run.suite "
+                "with a model and texts."
+            )
+        return _evaluate_run(suite if isinstance(suite, TrainedRun) else TrainedRun(suite))
+    if model is None or texts is None:
+        raise UserError(
+            "a suite is evaluated on a model and texts: evaluate(suite, model, texts)."
+        )
+    import torch
+
+    from groupsae.data.filters import TokenFilter
+    from groupsae.evaluation.given import evaluate_suite, layer_means
+    from groupsae.evaluation.intervals import Bootstrap
+
+    trained = next(iter(suite.configs.values()))
+    recorded = {key: trained.get(key) for key in ("stack", "blocks_path", "submodule")}
+    tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
+    with _hooked(model, hookpoint=trained.get("hookpoint", "resid_post"), **recorded) as (
+        lm,
+        size,
+    ):
+        _check_fits(suite, size, model)
+        pack = partial(
+            _packed,
+            model=model,
+            tokenizer=tokenizer,
+            size=size,
+            context=trained.get("context") if context is None else context,
+            prepend_bos=trained.get("prepend_bos", False),
+        )
+        blocks, documents = pack(texts, tokens=tokens)
+        averaged = blocks if mean_texts is None else pack(mean_texts, tokens=None)[0]
+        special = None
+        if trained.get("exclude_special_tokens"):
+            start = [] if lm.start_token is None else [lm.start_token]
+            special = torch.tensor([*tokenizer.all_special_ids, *start])
+        filters = TokenFilter(
+            special, trained.get("skip_positions") or 0, trained.get("max_norm_ratio")
+        )
+        found = evaluate_suite(
+            suite,
+            lm,
+            blocks,
+            layer_means(lm, averaged, suite.layers, filters, batch_size),
+            filters,
+            Bootstrap(documents, resamples, level, seed),
+            batch_size=batch_size,
+            together=together,
+        )
+    return _frame(found)
+
+
+def angular_distances(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: Iterable[str],
+    *,
+    hookpoint: str = "resid_post",
+    stack: str | None = None,
+    blocks_path: str | None = None,
+    submodule: str | None = None,
+    tokens: int | None = None,
+    context: int | None = None,
+    prepend_bos: bool = False,
+    centring: str = "none",
+    batch_size: int = 8,
+) -> "np.ndarray":
+    """Return the mean angle between the activations of each pair of layers, in fractions of pi.
+
+    d(i, j) = mean over tokens of arccos(cos(x_i, x_j)) / pi (arXiv 2410.21508, 3.1): what training
+    measures before it groups the layers, for any Hugging Face model. `choose` takes the result.
+
+    Args:
+        model: the language model, with or without its head; it runs where it is.
+        tokenizer: of the model.
+        texts: one document each, packed into blocks without padding.
+        hookpoint: activations to compare: resid_post, resid_pre, mlp_out or attn_out.
+        stack: `encoder` or `decoder` of a model that has both.
+        blocks_path: path of the list of blocks; None searches for it.
+        submodule: path within a block of attn_out's or mlp_out's module; None searches for it.
+        tokens: at most so many; None reads all texts.
+        context: tokens in a block; None: 1,024, or what the model reads if that is less.
+        prepend_bos: start every block with BOS.
+        centring: `none` (the paper's formula), or `mean`: the mean over the texts is subtracted
+            from each layer first, in two passes.
+        batch_size: blocks in one forward of the model.
+
+    Returns:
+        Float64 [L, L], symmetric, with a zero diagonal.
+
+    Raises:
+        UserError: the model lacks the stack, blocks or hookpoint, an activation is not finite, or
+            the texts fill no block.
+
+    >>> text = "def area(width, height):\\n    return width * height\\n" * 200
+    >>> distances = groupsae.angular_distances(model, tokenizer, [text])
+    >>> distances.shape, groupsae.choose(distances[:-1, :-1], theta=0.2).num_groups
+    ((12, 12), 2)
+    """
+    import torch
+
+    from groupsae.grouping.angles import AngularDistance
+    from groupsae.grouping.moments import LayerMoments
+    from groupsae.runtime.progress import token_progress
+
+    place = {"stack": stack, "blocks_path": blocks_path, "submodule": submodule}
+    with _hooked(model, hookpoint=hookpoint, **place) as (lm, size):
+        blocks, _ = _packed(
+            texts,
+            model=model,
+            tokenizer=tokenizer,
+            size=size,
+            context=context,
+            prepend_bos=prepend_bos,
+            tokens=tokens,
+        )
+        layers = range(size.num_layers)
+        angles = AngularDistance(num_layers=size.num_layers, centring=centring).to(blocks.device)
+        metrics: list[LayerMoments | AngularDistance] = [angles]
+        if centring == "mean":
+            moments = LayerMoments(num_layers=size.num_layers, d_model=size.d_model)
+            metrics.insert(0, moments.to(blocks.device))
+        with (
+            torch.no_grad(),
+            token_progress("measuring layers", len(metrics) * blocks.numel()) as advance,
+        ):
+            for metric in metrics:
+                if centring == "mean" and metric is angles:
+                    angles.set_mean(moments.moments().mean)
+                for part in blocks.split(batch_size):
+                    found = lm.acts(part, layers)
+                    rows = [found[layer].flatten(0, 1).to(blocks.device) for layer in layers]
+                    metric.update(torch.stack(rows))
+                    advance(part.numel())
+    return angles.compute().reshape(size.num_layers, size.num_layers).cpu().numpy()
+
+
+# ---- a model and texts in hand --------------------------------------------------------------
+
+
+@contextmanager
+def _hooked(model: "PreTrainedModel", **place: Any) -> "Iterator[tuple[HookedLM, Geometry]]":
+    """Hook a model while inside, with everything in it out of training mode (dropout)."""
+    from groupsae.lm.load import hook_model
+
+    hooked = hook_model(model, **place)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield hooked
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _packed(
+    texts: Iterable[str],
+    *,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    size: "Geometry",
+    context: int | None,
+    prepend_bos: bool,
+    tokens: int | None,
+) -> "tuple[Tensor, np.ndarray]":
+    """Return the blocks on the device of the model, and the document that each begins in."""
+    import torch
+
+    from groupsae.data.packing import pack_texts
+
+    most = size.context
+    if context is not None and most is not None and context > most:
+        raise UserError(f"context is {context}, but this model reads at most {most} tokens.")
+    blocks, documents = pack_texts(
+        texts,
+        tokenizer,
+        context=min(CONTEXT, most or CONTEXT) if context is None else context,
+        vocab_size=size.vocab_size,
+        prepend_bos=prepend_bos,
+        tokens=tokens,
+    )
+    return torch.from_numpy(blocks).to(model.device), documents
+
+
+def _tokenizer_of(model: "PreTrainedModel") -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model.name_or_path)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(
+            "no tokenizer is found where the model is from: give tokenizer=, such as the second "
+            "result of suite.load_model()."
+        ) from error
+
+
+def _check_fits(suite: "Suite", size: "Geometry", model: "PreTrainedModel") -> None:
+    """Raise UserError if the model cannot be the one that the SAEs were trained on."""
+    trained = next(iter(suite.configs.values()))
+    depth = len(trained.get("modules") or ()) or max(suite.layers[-1] + 1, size.num_layers)
+    if (depth, suite.d_model) != (size.num_layers, size.d_model):
+        raise UserError(
+            f"the SAEs were trained on {trained.get('model', 'a model')} with {depth} layers of "
+            f"width {suite.d_model}, but this model has {size.num_layers} of width "
+            f"{size.d_model}: give the model that they were trained on."
+        )
+    place = next(iter(suite.saes.values())).W_dec.device
+    if place != model.device:
+        raise UserError(
+            f"the SAEs are on {place} and the model is on {model.device}: move one of them, such "
+            f"as suite.to('{model.device}')."
+        )
+
+
+# ---- runs -----------------------------------------------------------------------------------
+
+
+def _evaluate_run(run: TrainedRun) -> "pd.DataFrame":
+    cfg = composed([f"run={run.folder}"], "evaluate")
+    trained = finished_run(run.folder, trusted=cfg.trust_remote_code)
+    from groupsae.app.evaluate import evaluate
+
+    with lock_folder(run.folder), warnings.catch_warnings():
+        return _frame(evaluate(run.folder, trained, cfg.evaluation, cfg.device))
+
+
+def _frame(evaluation: Mapping[str, Any]) -> "pd.DataFrame":
+    """Return the results of an evaluation as a table, the rest as its `attrs`."""
+    import pandas as pd
+
+    from groupsae.evaluation.files import flat
+
+    frame = pd.DataFrame([flat(row) for row in evaluation["results"]])
+    frame.attrs = {key: value for key, value in evaluation.items() if key != "results"}
+    return frame

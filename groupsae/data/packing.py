@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -397,6 +397,66 @@ def _check_makes_tokens(
         "tokenizer.json and tokenizer_config.json of the model that this one comes from into its "
         "folder, or give text that is tokenised already (a column with lists of token ids)."
     )
+
+
+def pack_texts(
+    texts: Iterable[object],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context: int,
+    vocab_size: int,
+    prepend_bos: bool = False,
+    tokens: int | None = None,
+) -> tuple[Int64[np.ndarray, "block pos"], Int64[np.ndarray, " block"]]:
+    """Return texts as complete blocks of tokens, packed in memory as a run packs its documents.
+
+    Args:
+        texts: one document each.
+        tokenizer: of the language model.
+        context: tokens in a block.
+        vocab_size: of the language model.
+        prepend_bos: start every block with BOS.
+        tokens: at most so many; None packs all texts.
+
+    Returns:
+        The blocks, and a number of the document that each begins in.
+
+    Raises:
+        UserError: the texts are not strings, fill no block, or hold a token that the language
+            model does not have.
+    """
+    if isinstance(texts, str):
+        raise UserError("texts is one text: give a list of texts.")
+    body = context - prepend_bos
+    most = None if tokens is None else tokens // context * body
+    found, count = [], 0
+    for batch in batches(Document(str(n), _text(text, n)) for n, text in enumerate(texts)):
+        found += list(token_ids(batch, tokenizer))
+        count += sum(map(len, found[-len(batch) :]))
+        if most is not None and count >= most:
+            break
+    stream = np.fromiter(chain.from_iterable(found), np.int64, count)[:most]
+    if len(stream) < body:
+        raise UserError(
+            f"{len(found)} texts with {len(stream):,} tokens fill no block of {context}: give "
+            "more text, or a smaller context."
+        )
+    blocks = stream[: len(stream) // body * body].reshape(-1, body)
+    if blocks.max() >= vocab_size:
+        raise _wrong_tokenizer("the text", int(blocks.max()), vocab_size)
+    documents = document_numbers(blocks, end_of_text(tokenizer))
+    if prepend_bos:
+        blocks = np.insert(blocks, 0, _begin_of_text(tokenizer), axis=1)
+    return blocks, documents
+
+
+def _text(text: object, number: int) -> str:
+    if not isinstance(text, str):
+        raise UserError(
+            f"text {number} is of type {type(text).__name__}: give texts as strings, such as the "
+            "column of a data set."
+        )
+    return text
 
 
 # ---- packing ----------------------------------------------------------------------------------

@@ -41,9 +41,9 @@ def save_evaluation(
             )
     with atomic_write(folder / "sequences.npz") as handle:
         np.savez_compressed(handle, **_sequences(results))  # type: ignore[arg-type]
-    _write_csv(folder / "results.csv", [_flat(row) for row in figures["results"]])
+    _write_csv(folder / "results.csv", [flat(row) for row in figures["results"]])
     clean = {"ce_clean": figures["ce"]}
-    _write_csv(folder / "layers.csv", [_flat({**row, **clean}) for row in figures["layers"]])
+    _write_csv(folder / "layers.csv", [flat({**row, **clean}) for row in figures["layers"]])
     _write_csv(folder / "saes.csv", [_sae_row(row) for row in figures["saes"]])
     _write_csv(folder / "groupings.csv", [_grouping_row(row) for row in figures["groupings"]])
     evaluation = {"format": FORMAT, **head, **figures}
@@ -53,19 +53,19 @@ def save_evaluation(
 
 def _sae_row(sae: Mapping[str, Any]) -> dict[str, Any]:
     profile = {name: sae["profile"][name] for name in PROFILE}
-    plain = _flat({name: value for name, value in sae.items() if name not in NESTED})
+    plain = flat({name: value for name, value in sae.items() if name not in NESTED})
     return {**plain, "layers": " ".join(map(str, sae["layers"])), **profile}
 
 
 def _grouping_row(grouping: Mapping[str, Any]) -> dict[str, Any]:
     row = {k: grouping[k] for k in ("name", "kind", "num_groups", "amad", "max_diameter")}
     row |= {f"cost_{k}": v for k, v in (grouping["cost"] or {}).items()}
-    row |= _flat(grouping["grouped_layers"])
-    row |= _flat(grouping["against_per_layer"] or {}, "against_")
-    return row | _flat(grouping["spliced_together"] or {}, "together_")
+    row |= flat(grouping["grouped_layers"])
+    row |= flat(grouping["against_per_layer"] or {}, "against_")
+    return row | flat(grouping["spliced_together"] or {}, "together_")
 
 
-def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return a row with three columns for each interval: fvu, fvu_low, fvu_high."""
     flat: dict[str, Any] = {}
     for name, value in row.items():

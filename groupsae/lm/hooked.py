@@ -125,6 +125,14 @@ class HookedLM:
             for handle in handles:
                 handle.remove()
 
+    def acts(
+        self, tokens: Int[Tensor, "block pos"], layers: Iterable[int]
+    ) -> dict[int, Float[Tensor, "block pos d_model"]]:
+        """Return the activations of `layers`, in the model's dtype; nothing after them is run."""
+        found: dict[int, Tensor] = {}
+        self.run(self.inputs(tokens), layers, copy_into(found), stop=True)
+        return found
+
     def shaped(
         self, layer: int, acts: Tensor, shape: torch.Size
     ) -> Float[Tensor, "block pos d_model"]:
@@ -135,6 +143,15 @@ class HookedLM:
         """
         where = f"{self.hookpoint} of block {layer} of {type(self.model).__name__}"
         return with_positions(acts, shape, self.d_model, where)
+
+
+def copy_into(acts: dict[int, Tensor]) -> Callable[[int, Tensor], None]:
+    """Return a visitor that copies activations; the model may write into them later."""
+
+    def visit(layer: int, found: Tensor) -> None:
+        acts[layer] = found.clone()
+
+    return visit
 
 
 def read_after(

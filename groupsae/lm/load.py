@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -27,7 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from groupsae.lm import BUNDLED
 from groupsae.lm.blocks import find_blocks
 from groupsae.lm.context import within_positions
-from groupsae.lm.geometry import choose_stack, geometry_of, stacks_of
+from groupsae.lm.geometry import Geometry, choose_stack, geometry_of, stacks_of
 from groupsae.lm.hooked import HookedLM
 from groupsae.lm.hookpoints import paths_of
 from groupsae.lm.options import check_load_options, hub_options, recorded_options
@@ -217,16 +218,15 @@ class FrozenLM:
         return loaded
 
     def _hook(self, model: Any, predicts: bool) -> HookedLM:
-        stack: nn.Module = model
-        if len(stacks_of(self.config)) > 1:
-            stack = model.get_encoder() if self.stack == "encoder" else model.get_decoder()
-        hooked = HookedLM(
-            stack if self.stack == "encoder" else model,
-            find_blocks(stack, self.geometry.num_layers, self.blocks_path),
+        hooked = _hook(
+            model,
+            self.config,
+            self.stack,
+            self.geometry,
+            name=self.name,
             hookpoint=self.hookpoint,
+            blocks_path=self.blocks_path,
             submodule=self.submodule,
-            d_model=self.geometry.d_model,
-            start_token=self.start_token,
             predicts=predicts,
         )
         self.modules = paths_of(model, hooked.sites)
@@ -239,18 +239,7 @@ class FrozenLM:
         Raises:
             UserError: the config does not name it.
         """
-        if len(stacks_of(self.config)) < 2 or self.stack != "decoder":
-            return None
-        text = self.config.get_text_config(decoder=True)
-        names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
-        for name in names:
-            for config in (self.config, text):
-                if isinstance(token := getattr(config, name, None), int):
-                    return token
-        raise UserError(
-            f"{self.name}: the config does not name the decoder's first token; it has no "
-            f"{' and no '.join(names)}. Add one to its config.json."
-        )
+        return _start_token(self.config, self.stack, self.name)
 
     def _check_structure(self) -> None:
         """Find blocks and hookpoint in an empty model, before text is packed or weights are read.
@@ -326,6 +315,85 @@ class FrozenLM:
         if loaded:
             digest.update(json.dumps(loaded, sort_keys=True).encode())
         return digest.hexdigest()
+
+
+def hook_model(
+    model: Any,
+    *,
+    hookpoint: str = "resid_post",
+    stack: str | None = None,
+    blocks_path: str | None = None,
+    submodule: str | None = None,
+) -> tuple[HookedLM, Geometry]:
+    """Return a Hugging Face model that the user loaded, as the commands run it, and its sizes.
+
+    The arguments are those of `FrozenLM`. If torch.compile wrapped the model, the original runs.
+
+    Raises:
+        UserError: the model lacks the stack, the blocks or the hookpoint.
+    """
+    model = getattr(model, "_orig_mod", model)
+    config, name = getattr(model, "config", None), type(model).__name__
+    if not isinstance(config, PreTrainedConfig):
+        raise UserError(
+            f"the model is {name}, without a config of transformers: give a Hugging Face model, "
+            "such as the first result of suite.load_model()."
+        )
+    chosen = choose_stack(config, stack, name)
+    hooked = _hook(
+        model,
+        config,
+        chosen,
+        geometry := geometry_of(config, chosen, name),
+        name=name,
+        hookpoint=hookpoint,
+        blocks_path=blocks_path,
+        submodule=submodule,
+        predicts=chosen == "decoder" and model.get_output_embeddings() is not None,
+    )
+    context = within_positions(geometry.context, hooked.model, hooked.blocks)
+    return hooked, replace(geometry, context=context)
+
+
+def _hook(
+    model: Any,
+    config: PreTrainedConfig,
+    stack: str,
+    geometry: Geometry,
+    *,
+    name: str,
+    hookpoint: str,
+    blocks_path: str | None,
+    submodule: str | None,
+    predicts: bool,
+) -> HookedLM:
+    module: nn.Module = model
+    if len(stacks_of(config)) > 1:
+        module = model.get_encoder() if stack == "encoder" else model.get_decoder()
+    return HookedLM(
+        module if stack == "encoder" else model,
+        find_blocks(module, geometry.num_layers, blocks_path),
+        hookpoint=hookpoint,
+        submodule=submodule,
+        d_model=geometry.d_model,
+        start_token=_start_token(config, stack, name),
+        predicts=predicts,
+    )
+
+
+def _start_token(config: PreTrainedConfig, stack: str, name: str) -> int | None:
+    if len(stacks_of(config)) < 2 or stack != "decoder":
+        return None
+    text = config.get_text_config(decoder=True)
+    names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+    for key in names:
+        for each in (config, text):
+            if isinstance(token := getattr(each, key, None), int):
+                return token
+    raise UserError(
+        f"{name}: the config does not name the decoder's first token; it has no "
+        f"{' and no '.join(names)}. Add one to its config.json."
+    )
 
 
 def _compile(lm: HookedLM) -> None:

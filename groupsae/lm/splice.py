@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from groupsae.lm.hooked import HookedLM
+from groupsae.lm.hooked import HookedLM, copy_into
 from groupsae.runtime.errors import UserError
 
 
@@ -60,9 +60,8 @@ class Splicer:
         """
         wanted = sorted(set(layers))
         if not self.lm.predicts:
-            acts: dict[int, Tensor] = {}
-            self.lm.run(self.lm.inputs(tokens), wanted, _copy_into(acts), stop=True)
-            return None, {layer: found.to(tokens.device) for layer, found in acts.items()}
+            found = self.lm.acts(tokens, wanted)
+            return None, {layer: acts.to(tokens.device) for layer, acts in found.items()}
         if not self._checked.issuperset(wanted):
             self._check(tokens[:1], wanted)
         return self._clean(tokens, wanted)
@@ -119,7 +118,7 @@ class Splicer:
         inputs = self.lm.inputs(tokens)
         handles = [block.register_forward_hook(keep) for block in self.lm.blocks]
         try:
-            logits = self.lm.run(inputs, layers, _copy_into(acts), stop=False).logits
+            logits = self.lm.run(inputs, layers, copy_into(acts), stop=False).logits
         finally:
             for handle in handles:
                 handle.remove()
@@ -178,12 +177,3 @@ class Splicer:
                     "than the residual stream, so the effect of its SAEs cannot be measured."
                 )
             self._checked.add(layer)
-
-
-def _copy_into(acts: dict[int, Tensor]) -> Callable[[int, Tensor], None]:
-    """Return a visitor that copies activations; the model may write into them later."""
-
-    def visit(layer: int, found: Tensor) -> None:
-        acts[layer] = found.clone()
-
-    return visit

@@ -488,7 +488,12 @@ class Suite:
 
 
 def load_suite(path: str | Path, grouping: str | None = None) -> Suite:
-    """Return the SAEs of a run: `Suite.from_pretrained`, where arguments and errors are."""
+    """Return the SAEs of a run: `Suite.from_pretrained`, where arguments and errors are.
+
+    >>> folder = suite.save("saes-of-tiny")
+    >>> load_suite("saes-of-tiny").layers == suite.layers
+    True
+    """
     return Suite.from_pretrained(path, grouping)
 
 

@@ -3,22 +3,43 @@
 import asyncio
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.version import VersionBase
 from omegaconf import OmegaConf
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import groupsae
 from groupsae.config.arguments import arguments_of
 from groupsae.config.instantiate import CONF
+from groupsae.data.packing import pack_texts, split_of
+from groupsae.training.measure import Measurement
 from tests.helpers.runs import composed, overrides, run, saved, stopped
 from tests.test_architecture import loaded_by
 
 GROUPS = ("groups=count", "groups.num_groups=2")
+EVERYTHING = (
+    "tokens=1024",
+    "stream.heldout_fraction=0.03",
+    "stream.calibration_fraction=0.03",
+    "stream.heldout_tokens=1000000",
+    "evaluate=true",
+    "evaluation.together=true",
+)
+
+
+class Evaluated(NamedTuple):
+    """A run, its language model with a head, and its texts by split."""
+
+    trained: groupsae.TrainedRun
+    model: Any
+    texts: dict[str, list[str]]
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +108,145 @@ def test_an_interrupted_call_leaves_a_checkpoint_and_resumes(command: Any, tmp_p
     resumed = saved(groupsae.train(again).folder)
     for name, tensor in saved(folder).items():
         assert torch.equal(tensor, resumed[name])
+
+
+# ---- evaluation -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def evaluated(
+    tiny_lm: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Evaluated:
+    """Return a run that the command evaluated on all of its held-out text, and its texts."""
+    texts: dict[str, list[str]] = {"train": [], "calibration": [], "heldout": []}
+    for file in sorted(tiny_text.glob("*.txt")):
+        texts[split_of(file.name, 0.03, 0.03)].append(file.read_text(encoding="utf-8"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
+    count = len(pack_texts(texts["heldout"], tokenizer, context=64, vocab_size=512)[0])
+    whole = max(each for each in range(1, 9) if count % each == 0)  # else some blocks are left out
+    output = tmp_path_factory.mktemp("evaluated")
+    arguments = [*GROUPS, *EVERYTHING, f"stream.blocks_per_step={whole}"]
+    status, folder = run(overrides(tiny_lm, tiny_text, output, *arguments))
+    assert status == 0
+    model = AutoModelForCausalLM.from_pretrained(tiny_lm)
+    return Evaluated(groupsae.TrainedRun(folder), model, texts)
+
+
+def test_the_figures_are_those_of_the_command_on_the_same_text(evaluated: Evaluated) -> None:
+    trained, model, texts = evaluated
+    theirs = trained.evaluation
+    model.train()
+    ours = groupsae.evaluate(
+        trained.suite, model, texts["heldout"], mean_texts=texts["calibration"], together=True
+    )
+    assert model.training
+    assert model.gpt_neox.layers[0].training
+    assert list(ours.columns) == list(theirs.columns)
+    assert {"sae", "layer", "fvu", "fvu_low", "fvu_high", "delta_ce"} <= set(ours.columns)
+    # its variance is that of the blocks in one forward, which are others here
+    mixed = [name for name in ours if name.startswith("explained_variance_legacy")]
+    pd.testing.assert_frame_equal(ours.drop(columns=mixed), theirs.drop(columns=mixed), rtol=1e-4)
+    for key in ("tokens", "predictions", "documents"):
+        assert ours.attrs[key] == theirs.attrs[key]
+    assert ours.attrs["ce"] == pytest.approx(theirs.attrs["ce"], rel=1e-5)
+    mine, other = (each.attrs["groupings"][0]["spliced_together"] for each in (ours, theirs))
+    assert mine["ce"] == pytest.approx(other["ce"], rel=1e-5)
+
+    fewer = groupsae.evaluate(trained.suite, model, iter(texts["heldout"]), tokens=130)
+    assert fewer.attrs["tokens"] == 128
+
+
+def test_filters_and_bos_are_those_of_the_training(evaluated: Evaluated) -> None:
+    trained, model, texts = evaluated
+    suite = groupsae.load_suite(trained.folder)
+    for config in suite.configs.values():
+        config |= {"prepend_bos": True, "exclude_special_tokens": True, "skip_positions": 3}
+    found = groupsae.evaluate(suite, model, texts["heldout"], tokens=640, context=32)
+    assert found.attrs["tokens"] <= 640 * 29 // 32
+    assert found.attrs["sequences"] == 20
+
+
+def test_a_model_without_a_head_gives_the_reconstruction_only(
+    evaluated: Evaluated, tiny_lm: Path
+) -> None:
+    trained, _, texts = evaluated
+    model = AutoModel.from_pretrained(tiny_lm)
+    found = groupsae.evaluate(trained.suite, model, texts["heldout"], tokens=640)
+    assert found["fvu"].notna().all()
+    assert found["delta_ce"].isna().all()
+
+
+def test_a_run_is_evaluated_as_the_command_does(evaluated: Evaluated) -> None:
+    before = evaluated.trained.evaluation
+    for named in (evaluated.trained, evaluated.trained.folder, str(evaluated.trained.folder)):
+        found = groupsae.evaluate(named)
+    pd.testing.assert_frame_equal(found, before)
+
+
+def test_what_does_not_fit_is_one_sentence(
+    evaluated: Evaluated, tiny_lm: Path, tmp_path: Path
+) -> None:
+    (suite, texts), model = (evaluated.trained.suite, evaluated.texts["heldout"]), evaluated.model
+    config = AutoConfig.from_pretrained(tiny_lm)
+
+    def other(**changes: int) -> Any:
+        return AutoModelForCausalLM.from_config(type(config)(**{**config.to_dict(), **changes}))
+
+    for arguments, sentence in (
+        ((suite, model), "on a model and texts"),
+        ((evaluated.trained, model, texts), "only the run"),
+        ((tmp_path,), "no run there"),
+        ((suite, other(hidden_size=16), texts), "4 layers of width 32, but this model has 4 of"),
+        ((suite, other(num_hidden_layers=5), texts), "but this model has 5 of width 32"),
+        ((suite, torch.nn.Linear(2, 2), texts), "give a Hugging Face model"),
+        ((suite, model, "a text"), "give a list of texts"),
+        ((suite, model, ["a", 1]), "text 1 is of type int"),
+        ((suite, model, ["a"]), "fill no block of 64"),
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
+        with pytest.raises(groupsae.UserError, match=sentence):
+            groupsae.evaluate(*arguments, tokenizer=tokenizer)
+    with pytest.raises(groupsae.UserError, match="reads at most 64"):
+        groupsae.evaluate(suite, model, texts, context=65)
+    nameless = other()
+    nameless.name_or_path = ""
+    with pytest.raises(groupsae.UserError, match="give tokenizer="):
+        groupsae.evaluate(suite, nameless, texts)
+    with pytest.raises(groupsae.UserError, match="was not evaluated"):
+        groupsae.TrainedRun(tmp_path).evaluation  # noqa: B018
+
+
+# ---- distances --------------------------------------------------------------------------------
+
+
+def test_distances_are_the_mean_angles_of_the_hidden_states(evaluated: Evaluated) -> None:
+    _, model, texts = evaluated
+    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+    found = groupsae.angular_distances(model, tokenizer, texts["heldout"], hookpoint="resid_pre")
+    ids = [token for text in texts["heldout"] for token in [*tokenizer(text).input_ids, 0]]
+    tokens = torch.tensor(ids[: len(ids) // 64 * 64]).view(-1, 64)
+    with torch.no_grad():
+        states = model.eval()(tokens, output_hidden_states=True).hidden_states
+    x = torch.stack(states[:4]).double().flatten(1, 2)  # the input of each block
+    cosines = torch.nn.functional.cosine_similarity(x[:, None], x[None], dim=-1)
+    naive = cosines.clamp(-1, 1).arccos().mean(-1) / torch.pi
+    np.testing.assert_allclose(found, naive.fill_diagonal_(0), atol=1e-6)
+    assert groupsae.choose(found, theta=0.9).num_groups == 1
+
+
+def test_distances_are_those_of_the_run(evaluated: Evaluated) -> None:
+    trained, model, texts = evaluated
+    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+    stored = Measurement.load(trained.folder / "angles.npz")
+    for centring in ("none", "mean"):
+        found = groupsae.angular_distances(
+            model, tokenizer, texts["calibration"], tokens=stored.tokens, centring=centring
+        )
+        same = np.allclose(found, stored.distances, atol=1e-6)
+        assert same == (centring == "none")
+
+
+# ---- what both share --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
