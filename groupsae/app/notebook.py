@@ -174,7 +174,7 @@ def evaluate(
     level: float = 0.95,
     seed: int = 0,
 ) -> "pd.DataFrame":
-    """Return what the SAEs lose, and how that affects the language model.
+    r"""Return what the SAEs lose, and how that affects the language model.
 
     A suite is evaluated on a model and texts in hand; a run, or its folder, as
     `python -m groupsae.evaluate` does it: on the held-out text of the run, with the files, tables
@@ -210,8 +210,8 @@ def evaluate(
         UserError: the model has another width or depth than the SAEs' own, or is on another
             device; the texts fill no block; the run is not finished.
 
-    >>> text = "def area(width, height):\\n    return width * height\\n" * 200
-    >>> found = groupsae.evaluate(suite, model, [text, text], tokenizer=tokenizer)
+    >>> text = "def area(width, height):\n    return width * height\n" * 40
+    >>> found = groupsae.evaluate(suite, model, [text], tokenizer=tokenizer)
     >>> found.loc[0, "sae"], found.shape[0] == len(suite.layers)
     ('layers.0-10', True)
     """
@@ -285,7 +285,7 @@ def angular_distances(
     centring: str = "none",
     batch_size: int = 8,
 ) -> "np.ndarray":
-    """Return the mean angle between the activations of each pair of layers, in fractions of pi.
+    r"""Return the mean angle between the activations of each pair of layers, in fractions of pi.
 
     d(i, j) = mean over tokens of arccos(cos(x_i, x_j)) / pi (arXiv 2410.21508, 3.1): what training
     measures before it groups the layers, for any Hugging Face model. `choose` takes the result.
@@ -312,7 +312,7 @@ def angular_distances(
         UserError: the model lacks the stack, blocks or hookpoint, an activation is not finite, or
             the texts fill no block.
 
-    >>> text = "def area(width, height):\\n    return width * height\\n" * 200
+    >>> text = "def area(width, height):\n    return width * height\n" * 40
     >>> distances = groupsae.angular_distances(model, tokenizer, [text])
     >>> distances.shape, groupsae.choose(distances[:-1, :-1], theta=0.2).num_groups
     ((12, 12), 2)
@@ -342,7 +342,9 @@ def angular_distances(
             metrics.insert(0, moments.to(blocks.device))
         with (
             torch.no_grad(),
-            token_progress("measuring layers", len(metrics) * blocks.numel()) as advance,
+            token_progress(
+                "measuring layers", len(metrics) * blocks.numel(), stderr=True
+            ) as advance,
         ):
             for metric in metrics:
                 if centring == "mean" and metric is angles:

@@ -45,7 +45,9 @@ def evaluate_suite(
     owner = {layer: suite.group_of(layer) for layer in suite.layers}
     grouping = Grouping("suite", "groups", len(alone), None, owner, suite.layers)
     sums = HeldoutSums(alone, [grouping], together and lm.predicts, similarity_tokens=0)
-    with token_progress(f"evaluating {len(sums.pairs)} pairs", blocks.numel()) as advance:
+    with token_progress(
+        f"evaluating {len(sums.pairs)} pairs", blocks.numel(), stderr=True
+    ) as advance:
         run_heldout(sums, iter(blocks.split(batch_size)), lm, means, filters, advance)
     return {
         "tokens": sums.tokens,
@@ -70,7 +72,7 @@ def layer_means(
     """
     total = torch.zeros(layers[-1] + 1, lm.d_model, dtype=torch.float64)
     count = 0
-    with token_progress("averaging layers", blocks.numel()) as advance:
+    with token_progress("averaging layers", blocks.numel(), stderr=True) as advance:
         for tokens in blocks.split(batch_size):
             acts = {
                 layer: x.to(tokens.device).float() for layer, x in lm.acts(tokens, layers).items()
