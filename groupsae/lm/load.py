@@ -96,8 +96,13 @@ class FrozenLM:
         self.modules: list[str] | None = None  # known once the structure is
         self._check_structure()
 
+    @property
+    def commit(self) -> str | None:
+        """Return the commit of a Hub model that is used; None for a folder."""
+        return None if self.snapshot is None else self.snapshot.name
+
     def _pretrained(self, auto: Any, what: str = "model", **kwargs: Any) -> Any:
-        revision = (self.revision or "main") if self.snapshot is None else self.snapshot.name
+        revision = self.commit or self.revision or "main"
         try:
             return auto.from_pretrained(self.path, revision=revision, **kwargs)
         except Exception as error:
@@ -280,7 +285,7 @@ class FrozenLM:
 
     def fingerprint(self) -> str:
         """Return a key of config and weights: content for a folder, commit for a Hub model."""
-        return self._fingerprint(self.revision if self.snapshot is None else self.snapshot.name)
+        return self._fingerprint(self.commit or self.revision)
 
     def earlier_fingerprint(self) -> str | None:
         """Return the key of a Hub model that earlier versions gave; None for a folder.

@@ -63,7 +63,8 @@ class LayerSAE(nn.Module):
     def __init__(self, sae: SAE, layer: int, group: str, cfg: Mapping[str, Any]) -> None:
         super().__init__()
         self.sae, self.layer, self.group, self.cfg = sae, layer, group, cfg
-        self.norm_factor = float(cfg["norm_factors"][str(layer)])
+        by_layer = {str(key): float(factor) for key, factor in cfg["norm_factors"].items()}
+        self.norm_factor = by_layer[str(layer)]  # (JSON has text as keys, a dict may have layers)
 
     # ---- what it is ---------------------------------------------------------------------
 

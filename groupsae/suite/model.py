@@ -36,7 +36,8 @@ def load_model(
     found = name or cfg.get("model")
     if not found:
         raise UserError("the suite does not name its language model: give load_model(name=...).")
-    options = {**(cfg.get("load") or {}), **load}
+    recorded = cfg.get("load") or {}
+    options = {**recorded, **load}
     if options.pop("trust_remote_code", False) and not trust_remote_code:
         raise UserError(
             f"{found} was loaded with trust_remote_code, which runs its author's code: if you "
@@ -47,7 +48,7 @@ def load_model(
     try:
         lm = FrozenLM(
             name=found,
-            revision=revision if name or revision else cfg.get("revision"),
+            revision=revision or (None if name else cfg.get("commit") or cfg.get("revision")),
             dtype=str(dtype or cfg.get("dtype") or "float32").removeprefix("torch."),
             load=options,
             **{key: cfg[key] for key in WHERE if cfg.get(key) is not None},
@@ -56,8 +57,9 @@ def load_model(
     except UserError as error:
         hint = "" if name else " If it is elsewhere, give load_model(name=<folder or id>)."
         raise UserError(f"{error}{hint}") from error
-    as_recorded = not (name or revision or dtype or load)
-    if as_recorded and cfg.get("weights") not in (None, lm.fingerprint()):
+    as_recorded = not (name or revision or dtype) and options == recorded
+    known = (None, lm.fingerprint(), lm.earlier_fingerprint()) if as_recorded else ()
+    if as_recorded and cfg.get("weights") not in known:
         warnings.warn(
             f"{found} has other weights now than when the SAEs were trained: give the revision of "
             "that time, load_model(revision=...).",

@@ -144,7 +144,7 @@ class Suite:
         """Return the language model that the SAEs were trained on, and its tokenizer.
 
         The model is transformers' own object with its head, as it was loaded for training (id,
-        revision, dtype, quantisation), frozen and in evaluation mode. This imports transformers,
+        commit, dtype, quantisation), frozen and in evaluation mode. This imports transformers,
         which nothing else of a suite needs. A warning says if the weights have changed.
 
         Args:
@@ -510,7 +510,8 @@ def _no_saes(path: str | Path, folder: Path) -> UserError:
             f"  python -m groupsae.train {quote(f'resume={folder}')}"
         )
     return UserError(
-        f"no SAEs under {path}: expected saes/<group>/cfg.json, as a finished run has them."
+        f"no SAEs under {path}: expected saes/<group>/cfg.json, as a finished run has them. SAEs "
+        "in the format of another library become a run by python -m groupsae.import_saes."
     )
 
 

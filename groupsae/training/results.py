@@ -47,6 +47,7 @@ def save_suite(
                 "layers": member.layers,
                 "norm_factors": {x: float(member.norm_factors[x]) for x in member.layers},
                 **data.described(),
+                "commit": data.lm.commit,
                 "weights": measurement.provenance["weights"],
                 "text": measurement.provenance["text"],
                 "copies": data.copies,

@@ -1,6 +1,7 @@
 """A suite in a notebook: load, show, save, and the language model that it belongs to."""
 
 import doctest
+import json
 import subprocess
 import sys
 import warnings
@@ -15,6 +16,7 @@ from groupsae.runtime.errors import UserError
 from groupsae.suite import hub, table
 from groupsae.suite import suite as module
 from tests.helpers import families
+from tests.helpers.hub_stand_in import ask, serving
 from tests.helpers.lms import frozen
 from tests.helpers.shelf import edit, rows, run_folder
 
@@ -27,9 +29,13 @@ def run(tmp_path):
 def trained_on(run, folder, **options):
     """Let the SAEs of a run be those of a model in a folder; return the suite."""
     lm = frozen(folder, **options)
-    for file in run.glob("saes/*/cfg.json"):
-        edit(file, **lm.described(), weights=lm.fingerprint())
+    edit_all(run, **lm.described(), weights=lm.fingerprint())
     return Suite.from_pretrained(run)
+
+
+def edit_all(run, **changes):
+    for file in run.glob("saes/*/cfg.json"):
+        edit(file, **changes)
 
 
 # ---- load ---------------------------------------------------------------------------------------
@@ -119,6 +125,29 @@ def test_a_model_that_moved_is_named_again(run, tiny_lm):
         del config["model"]
     with pytest.raises(UserError, match="does not name its language model"):
         suite.load_model()
+
+
+def test_a_model_on_the_hub_is_loaded_at_the_commit_of_its_training(
+    run, tiny_lm, tmp_path, monkeypatch
+):
+    """Also after its branch has moved; of a suite that names no commit, the user is warned."""
+    files = {file.name: file.read_bytes() for file in tiny_lm.iterdir()}
+    other = {**json.loads(files["config.json"]), "initializer_range": 0.5}
+    with serving() as hub:
+        ask(hub, monkeypatch, tmp_path)
+        hub.repos["me/lm"] = []
+        hub.commit("me/lm", files)
+        lm = frozen("me/lm")
+        edit_all(run, **lm.described(), commit=lm.commit, weights=lm.fingerprint())
+        hub.commit("me/lm", {**files, "config.json": json.dumps(other).encode()})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model, _ = Suite.from_pretrained(run).load_model()
+        assert model.config.initializer_range != 0.5
+        edit_all(run, commit=None)
+        with pytest.warns(UserWarning, match="has other weights now"):
+            model, _ = Suite.from_pretrained(run).load_model()
+        assert model.config.initializer_range == 0.5
 
 
 def test_other_weights_than_in_training_are_noticed(run, tiny_lm):
@@ -215,7 +244,7 @@ def load_saes_of(run, names):
 def test_a_suite_of_ones_own_saes_is_saved(tmp_path, kind):
     """Made in a notebook: its configuration names only layers and factors."""
     sae = Suite.from_pretrained(run_folder(tmp_path / "run", kind))[3].sae
-    config = {"layers": [3], "norm_factors": {"3": 2.0}}
+    config = {"layers": [3], "norm_factors": {3: 2.0}}
     mine = Suite({"mine": sae}, {"mine": config})
     again = Suite.from_pretrained(mine.save(tmp_path / "mine"))
     assert torch.equal(again[3](rows()), mine[3](rows()))
@@ -255,8 +284,7 @@ def test_imported_saes_show_the_mean_over_their_layers_of_the_evaluation(run):
 
 
 def test_html_of_a_stranger_is_escaped(run):
-    for file in run.glob("saes/*/cfg.json"):
-        edit(file, model="<script>alert(1)</script>")
+    edit_all(run, model="<script>alert(1)</script>")
     evil = run / "saes" / "<b>x"
     (run / "saes" / "layers.3").rename(evil)
     html = Suite.from_pretrained(run)._repr_html_()
