@@ -4,6 +4,7 @@
 `groupsae.evaluate` and `groupsae.report` take.
 """
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from groupsae.app.run_folder import register_resolver
@@ -25,7 +26,8 @@ def import_saes(cfg: DictConfig) -> None:
     check_own(cfg)
     from groupsae.app.import_saes import import_saes  # slow imports only after the cheap checks
 
-    folder = import_saes(cfg)
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    folder = import_saes(cfg, list(overrides))
     print(f"Language model: {cfg.model.name}\nRun folder: {folder}")
     print(f"Next: {command('evaluate', run=folder)}")
 

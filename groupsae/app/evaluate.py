@@ -167,7 +167,14 @@ def _same_stream(
             f"({trained['weights'][:8]}) than {lm.name} has now ({weights[:8]}): restore "
             "them, or train on these in another output=<folder>."
         )
-    if trained["text"] not in (None, data.blocks.key):
+    imported = trained.get("adopted") is not None
+    if imported and trained["text"] == data.blocks.key:
+        screen().print("The text is the one that the imported SAEs were trained on, split alike.")
+    elif imported:
+        screen().print(
+            "The text of the evaluation may be part of the training text of the imported SAEs."
+        )
+    elif trained["text"] not in (None, data.blocks.key):
         raise UserError(
             f"the SAEs in {folder} were trained on packed text {trained['text']}, but data now "
             f"gives {data.blocks.key}: files have changed, and held-out text might be text they "

@@ -1,5 +1,6 @@
 """Makes a run folder from SAEs that others trained."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ from omegaconf import DictConfig, OmegaConf
 from groupsae.app.run_folder import last_part, locate, save_config
 from groupsae.config.identity import without
 from groupsae.config.instantiate import make
+from groupsae.config.values import TRAINING, check_values
 from groupsae.files.atomic import atomic_folder, check_free
 from groupsae.interop.group_sae import FACTORS
+from groupsae.interop.library import ImportedSAE
 from groupsae.runtime.errors import UserError
 from groupsae.suite.card import OF_SAE
 from groupsae.suite.hub import Repository, download, repository
@@ -32,8 +35,11 @@ STREAM = ("context", "prepend_bos", "exclude_special_tokens", "skip_positions", 
 FILES = (*OF_SAE, FACTORS)
 
 
-def import_saes(cfg: DictConfig) -> Path:
+def import_saes(cfg: DictConfig, overrides: Sequence[str] = ()) -> Path:
     """Read the SAEs and write the run folder; return it.
+
+    Options of `stream` that no override gives are those of the run that trained the SAEs, where
+    their folders name them.
 
     Raises:
         UserError: no SAEs that can be read are found, they do not fit the model, or the run
@@ -62,6 +68,7 @@ def import_saes(cfg: DictConfig) -> Path:
         only=only,
         num_groups=cfg.num_groups,
     )
+    taken = take_split(cfg, saes, overrides)
     with atomic_folder(
         target, overwrite=cfg.overwrite, ours=is_imported, source=source
     ) as temporary:
@@ -88,8 +95,36 @@ def import_saes(cfg: DictConfig) -> Path:
     other = other_model(saes, model)
     if other is not None:
         print(f"note: the folders name the model {other}, but model is {model}.")
-    print("note: the training text of these SAEs is not known: held-out text may be part of it.")
+    if taken:
+        print(f"note: {' '.join(taken)}: these are the values of the run that trained the SAEs.")
+    if any(sae.trained_on.get("text") is None for sae in saes):
+        print("note: the training text of SAEs is not known: held-out text may be part of it.")
+    elif taken:
+        print("note: with the data of that run (data=...) the held-out text is the same as there.")
     return target
+
+
+def take_split(
+    cfg: DictConfig, saes: Sequence[ImportedSAE], overrides: Sequence[str]
+) -> list[str]:
+    """Set the options of `stream` to those that all SAEs were trained with; return what was set.
+
+    Raises:
+        UserError: a folder names a value that is not allowed.
+    """
+    every = [sae.trained_on.get("stream") for sae in saes]
+    theirs = every[0] if all(each == every[0] for each in every) else None
+    given = {override.split("=")[0].lstrip("+~") for override in overrides}
+    if "tokens" in given:
+        given.add("stream.max_tokens")  # derived from it
+    taken = []
+    for key, value in (theirs if isinstance(theirs, dict) else {}).items():
+        known = key in cfg.stream and isinstance(value, bool | int | float | None)
+        if known and f"stream.{key}" not in given and cfg.stream[key] != value:
+            cfg.stream[key] = value
+            taken.append(f"stream.{key}={'null' if value is None else str(value).lower()}")
+    check_values(cfg, {k: allowed for k, allowed in TRAINING.items() if k.startswith("stream.")})
+    return taken
 
 
 def download_saes(repo: Repository, only: list[str] | None) -> Path:

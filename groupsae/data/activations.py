@@ -192,6 +192,17 @@ class ActivationDataModule(L.LightningDataModule):
             **({"stored": self.reader.stored_dtype} if self.is_stored else {}),
         }
 
+    def split_described(self) -> dict[str, Any]:
+        """Return the options of `stream` that decide which text is trained and evaluated on."""
+        return {
+            **vars(self.packing),
+            "exclude_special_tokens": self.exclude_special_tokens,
+            "skip_positions": self.skip_positions,
+            "max_norm_ratio": self.max_norm_ratio,
+            "blocks_per_step": self.blocks_per_step,
+            "heldout_tokens": self.heldout_tokens,
+        }
+
     # ---- tokens -------------------------------------------------------------------------
 
     def prepare_data(self) -> None:

@@ -7,7 +7,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from groupsae import __version__
-from groupsae.files.reading import damaged, missing
+from groupsae.files.reading import damaged, missing, read_json
 from groupsae.files.tensors import take
 from groupsae.lm.hookpoints import HALVES, hookpoint_of
 from groupsae.runtime.errors import UserError
@@ -30,6 +30,7 @@ from groupsae.sae.matryoshka import Matryoshka
 from groupsae.sae.relu import ReLU
 from groupsae.sae.topk import TopK
 
+TRAINED_ON = ("text", "copies", "stream")  # keys of our metadata about the training text
 METADATA_FORMAT = 1  # version of our entry in other formats' free metadata
 ARCHITECTURES: tuple[type[SAE], ...] = (TopK, BatchTopK, Matryoshka, JumpReLU, ReLU, Gated)
 KINDS = {architecture.__name__.lower(): architecture for architecture in ARCHITECTURES}
@@ -46,6 +47,8 @@ class Origin:
         layer: the layer that this copy serves; `norm_factor` was folded into its biases.
         module: path in the bare Hugging Face model of the module with this output; None for the
             input of the first block, and where the run does not name its modules.
+        text, copies, stream: key of the text that it was trained on, the copies of documents
+            left out there, and the options that split it; None where the run does not name them.
     """
 
     group: str
@@ -60,6 +63,9 @@ class Origin:
     prepend_bos: bool
     stack: str | None
     module: str | None
+    text: str | None = None
+    copies: int | None = None
+    stream: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, group: str, layer: int, config: dict[str, Any]) -> "Origin":
@@ -77,6 +83,7 @@ class Origin:
             prepend_bos=bool(config.get("prepend_bos", False)),
             module=None if modules is None or index < 0 else modules[index],
             **{key: config.get(key) for key in ("revision", "dtype", "context", "stack")},
+            **{key: config.get(key) for key in TRAINED_ON},
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -167,6 +174,7 @@ class ImportedSAE:
     notes: list[str]  # sentences for the user
     folder: Path = Path()  # where it was read; `read_folder` sets this and the next
     format: str = ""  # that it was read as
+    trained_on: dict[str, Any] = field(default_factory=dict)  # what an export of ours has of it
 
     @property
     def layers(self) -> list[int]:
@@ -442,6 +450,17 @@ def our_place(config: Mapping[str, Any], file: Path) -> Place | None:
     place = Place(int(ours["layer"]), ours["hookpoint"], ours.get("stack"), str(ours["model"]))
     half = place.hookpoint in HALVES  # (the input of a block is another block's output)
     return place._replace(module=ours.get("module")) if half else place
+
+
+def our_training_text(folder: Path) -> dict[str, Any]:
+    """Return what an export of ours has about its training text: keys of `TRAINED_ON`."""
+    for name in ("cfg.json", "config.json"):
+        config = read_json(folder / name) or {}
+        for holder in (config, config.get("metadata")):
+            ours = holder.get("groupsae") if isinstance(holder, dict) else None
+            if isinstance(ours, dict):
+                return {key: ours[key] for key in TRAINED_ON if ours.get(key) is not None}
+    return {}
 
 
 def unknown_place(folder: Path, name: object, advice: str) -> UserError:

@@ -119,8 +119,9 @@ def not_alike(runs: Sequence[RunFiles]) -> str:
     what = "; ".join(f"{key}: {' and '.join(values)}" for key, values in differing(runs).items())
     return what and (
         f"The runs were not evaluated alike ({what}): differences between them may come from "
-        "that, not from the SAEs. Evaluate them with the same evaluation options; where the text "
-        "differs, import or train one again with the other's data, tokens and stream options."
+        "that, not from the SAEs. Evaluate them with the same evaluation options. Where the text "
+        "differs, train or import one again with the other's data and stream options; an import "
+        "of SAEs that groupsae exported takes the stream options by itself."
     )
 
 

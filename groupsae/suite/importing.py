@@ -13,7 +13,7 @@ from groupsae.grouping.partition import Partition
 from groupsae.grouping.plan import GroupPlan, name_of
 from groupsae.interop import group_sae
 from groupsae.interop.formats import FORMATS
-from groupsae.interop.library import ImportedSAE, same_output
+from groupsae.interop.library import TRAINED_ON, ImportedSAE, our_training_text, same_output
 from groupsae.interop.saelens import lens_model
 from groupsae.runtime.errors import UserError
 from groupsae.suite.hub import looks_like_name
@@ -101,7 +101,8 @@ def write_run(
 ) -> None:
     """Write `saes/`, `groups.json` and `summary.json` of a run whose SAEs others trained.
 
-    Nobody knows what they were trained on, so their `cfg.json` names neither text nor weights.
+    Their `cfg.json` names the text that they were trained on if an export of ours does, and no
+    weights.
     `facts` of the language model and the text go into each; `final_path` is the path that the
     folder `run` will get, and `source` the folder or repository that the SAEs come from.
     """
@@ -116,7 +117,8 @@ def write_run(
             "norm_factors": sae.norm_factors,
             **facts,
             "weights": None,
-            "text": None,
+            **dict.fromkeys(TRAINED_ON),
+            **sae.trained_on,
             "tokens": None,
             "adopted": {  # the key of earlier versions, which called an import so
                 "source": source,
@@ -219,7 +221,7 @@ def _read(folder: Path, name: str, root: Path, num_layers: int) -> ImportedSAE:
     for tensor_name, tensor in sae.sae.state_dict().items():
         if not tensor.isfinite().all():
             raise damaged(folder, f"{tensor_name} contains NaN or infinite values")
-    return replace(sae, folder=folder, format=name)
+    return replace(sae, folder=folder, format=name, trained_on=our_training_text(folder))
 
 
 def _check(saes: Sequence[ImportedSAE], path: Path, at: ReadAt) -> None:

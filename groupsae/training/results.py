@@ -51,6 +51,7 @@ def save_suite(
                 "weights": measurement.provenance["weights"],
                 "text": measurement.provenance["text"],
                 "copies": data.copies,
+                "stream": data.split_described(),
                 "tokens": int(member.tokens_per_layer.sum()),
                 "groupsae": __version__,
             },

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from groupsae.app.import_saes import import_saes
+from groupsae.app.import_saes import import_saes, take_split
 from groupsae.app.run_folder import register_resolver
 from groupsae.config.instantiate import CONF
 from groupsae.export import export
@@ -42,7 +42,7 @@ def read(path: Path, **changes):
 def imported(saes: Path | str, *arguments: str) -> Path:
     register_resolver()
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        return import_saes(compose("import_saes", [f"saes={saes}", *arguments]))
+        return import_saes(compose("import_saes", [f"saes={saes}", *arguments]), arguments)
 
 
 def refused(saes: Path | str, *arguments: str) -> str:
@@ -409,6 +409,10 @@ def on(tiny_lm, tiny_text, output, *more):
     ]  # fmt: skip
 
 
+# what the export itself names
+SPLIT = ("tokens=", "stream.context", "stream.blocks_per_step", "stream.heldout", "stream.calib")
+
+
 def fvu_of(evaluation):
     return {row["layer"]: row["fvu"]["value"] for row in evaluation["results"]}
 
@@ -425,10 +429,14 @@ def test_out_and_in_again_is_evaluated_to_the_same_figures(
 ):
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         export(compose("export", [f"run={ours}", f"format={form}", f"output={tmp_path / 'out'}"]))
-    theirs = imported(tmp_path / "out", *on(tiny_lm, tiny_text, tmp_path / "runs"))
+    at = [a for a in on(tiny_lm, tiny_text, tmp_path / "runs") if not a.startswith(SPLIT)]
+    theirs = imported(tmp_path / "out", *at)
+    assert "stream.blocks_per_step=8" in capsys.readouterr().out
     assert theirs == tmp_path / "runs" / tiny_lm.name / "imported" / "out"
     before = json.loads((ours / "evaluation" / "evaluation.json").read_text())
     after = evaluate(theirs)
+    assert "were trained on, split alike" in capsys.readouterr().out
+    assert (after["text"], after["tokens"]) == (before["text"], before["tokens"])
     expected, found = fvu_of(before), fvu_of(after)
     assert found.keys() == expected.keys()
     np.testing.assert_allclose([*found.values()], [expected[x] for x in found], rtol=1e-4)
@@ -542,3 +550,42 @@ def test_neighbouring_layers_only(tmp_path):
 
 def test_an_import_does_not_evaluate(tmp_path):
     assert "evaluate=true is for training" in refused(tmp_path, "evaluate=true")
+
+
+# ---- the split of an import -------------------------------------------------------------------
+
+
+def split_taken(saes, *overrides):
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        cfg = compose("import_saes", ["saes=x", *overrides])
+    return cfg.stream, take_split(cfg, saes, overrides)
+
+
+def exported(tmp_path, stream):
+    """Return an SAE of an export whose run had these options."""
+    folder = sparsify(tmp_path / "layers.1", tensors_of("topk"))
+    edit(folder / "cfg.json", groupsae={**PLACE, "text": "abc", "copies": 0, "stream": stream})
+    return read(folder)
+
+
+def test_an_import_takes_the_split_that_an_export_names(tmp_path):
+    theirs = {"heldout_fraction": 0.03, "max_tokens": 5000, "max_norm_ratio": None, "new": 1}
+    saes = exported(tmp_path, theirs)
+    assert saes[0].trained_on == {"text": "abc", "copies": 0, "stream": theirs}
+    stream, taken = split_taken(saes)
+    assert (stream.heldout_fraction, stream.max_tokens) == (0.03, 5000)
+    assert taken == ["stream.heldout_fraction=0.03", "stream.max_tokens=5000"]
+    stream, taken = split_taken(saes, "stream.heldout_fraction=0.2", "tokens=4096")
+    assert (stream.heldout_fraction, stream.max_tokens, taken) == (0.2, None, [])
+
+
+def test_a_split_that_only_some_saes_name_is_not_taken(tmp_path):
+    saes = exported(tmp_path / "a", {"heldout_fraction": 0.03})
+    assert (
+        split_taken([*saes, *read(sparsify(tmp_path / "layers.2", tensors_of("topk")))])[1] == []
+    )
+
+
+def test_a_split_that_is_not_allowed_is_refused(tmp_path):
+    with pytest.raises(UserError, match="stream.heldout_fraction is 7"):
+        split_taken(exported(tmp_path, {"heldout_fraction": 7}))
