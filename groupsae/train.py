@@ -1,5 +1,6 @@
 """Train Group-SAEs: `python -m groupsae.train model=pythia-1b groups=amad`."""
 
+import signal
 import sys
 from typing import Any
 
@@ -27,6 +28,8 @@ def command(cfg: DictConfig) -> dict[str, Any] | None:
         register_resolver()  # in a launcher's process
         return run_point(cfg, overrides, train)
     status = train(cfg, overrides)
+    # only the end of Python is left, which a signal would make look like a failure
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if status:
         sys.exit(status)
     return None

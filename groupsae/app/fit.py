@@ -29,7 +29,7 @@ from groupsae.runtime.errors import UserError
 from groupsae.runtime.output import screen
 from groupsae.runtime.quiet import quiet
 from groupsae.runtime.ranks import is_leader, share_cores
-from groupsae.runtime.signals import Stopped, stopped_by_signals
+from groupsae.runtime.signals import Stopped, first_signal, stopped_by_signals
 from groupsae.training.allocator import keep_freed_memory
 from groupsae.training.callbacks.dashboard import save_figures
 from groupsae.training.callbacks.grouping import GroupLayers, recorded_text
@@ -90,6 +90,8 @@ def fit(opened: OpenRun) -> int:
                 evaluate(folder, cfg, cfg.evaluation, str(trainer.strategy.root_device))
         return 0
     except Stopped as stopped:
+        if (folder / "summary.json").exists():
+            return _stopped_when_complete(stopped, cfg, folder, console)
         step = trainer.global_step
         where = f"at step {step} of {data.num_steps}" if step else "before training"
         console.print(
@@ -99,7 +101,20 @@ def fit(opened: OpenRun) -> int:
         return 128 + stopped.number
     finally:
         if ours and wandb.run is not None:  # or the next point of a sweep would log into this run
-            wandb.finish()
+            with first_signal(lambda _: None):  # nothing is left to stop; a second one ends it
+                wandb.finish()
+
+
+def _stopped_when_complete(
+    stopped: Stopped, cfg: DictConfig, folder: Path, console: Console
+) -> int:
+    """Print that the run is complete; return the exit status."""
+    console.print(f"The run is complete: {folder}", soft_wrap=True)
+    if not cfg.evaluate or (folder / "evaluation" / "evaluation.json").exists():
+        return 0
+    again = command("evaluate", run=folder)
+    console.print(f"Its evaluation was stopped; to evaluate it:\n  {again}", soft_wrap=True)
+    return 128 + stopped.number
 
 
 def build(cfg: DictConfig, folder: Path, console: Console, checkpoint: Path | None = None) -> Run:

@@ -86,8 +86,8 @@ def import_saes(cfg: DictConfig, overrides: Sequence[str] = ()) -> Path:
         )
     noted: dict[str, list[str]] = {}
     for sae in saes:
-        layers = ", ".join(map(str, sae.layers))
-        print(f"{sae.folder}: {sae.format}, layers {layers}, {sae.sae.d_sae:,} latents")
+        layers = f"layer{'s' * (len(sae.layers) > 1)} {', '.join(map(str, sae.layers))}"
+        print(f"{sae.folder}: {sae.format}, {layers}, {sae.sae.d_sae:,} latents")
         for note in sae.notes:
             noted.setdefault(note, []).append(str(sae.folder))
     for note, folders in noted.items():

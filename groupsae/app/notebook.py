@@ -44,7 +44,7 @@ class TrainedRun:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
 
     @cached_property
     def suite(self) -> "Suite":

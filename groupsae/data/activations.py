@@ -122,7 +122,8 @@ class ActivationDataModule(L.LightningDataModule):
         if tokens < blocks_per_step * context:
             raise UserError(
                 f"tokens={tokens:,} is less than one step of stream.blocks_per_step="
-                f"{blocks_per_step} blocks of {context} tokens: raise it, or lower the step."
+                f"{blocks_per_step} blocks of {context} tokens: give at least "
+                f"{blocks_per_step * context:,}, or lower the step."
             )
         check_skip_positions(skip_positions, context)
         self.lm, self.source, self.cache = lm, source, Path(cache)

@@ -163,19 +163,23 @@ def _named(path: str) -> tuple[Path, Iterable[Path]]:
                 + argument("data.name", path)
             )
         return place, _walk(place)
-    if not glob.has_magic(path):
+    # a folder whose name has brackets is that folder: only what follows is a pattern
+    parts = place.parts
+    fixed = next(n for n in range(len(parts), -1, -1) if Path(*parts[:n]).exists())
+    root, pattern = Path(*parts[:fixed]), str(Path(*parts[fixed:]))
+    if not glob.has_magic(pattern):
         raise UserError(
             f"data.path={path} does not exist (looked for {place.absolute()}): give a file, a "
             "folder or a glob; a data set of the Hub is data=hf data.name=<id>"
         )
-    fixed = [i for i, part in enumerate(place.parts) if glob.has_magic(part)][0]
-    files = [Path(p) for p in glob.glob(str(place), recursive=True) if Path(p).is_file()]
+    found = glob.iglob(pattern, root_dir=root, recursive=True)
+    files = [root / name for name in found if (root / name).is_file()]
     if not files:
         raise UserError(
             f"data.path={path} matches no file (read from {Path.cwd()}): correct the pattern; "
             "'**' goes through sub-folders, and the shell must not expand it, so quote it"
         )
-    return Path(*place.parts[:fixed]), files
+    return root, files
 
 
 def _walk(root: Path) -> Iterator[Path]:

@@ -19,7 +19,7 @@ from groupsae.data.sources import (
 )
 from groupsae.runtime.commands import argument
 from groupsae.runtime.errors import UserError
-from groupsae.runtime.retry import is_transient, network_cause, one_line, retrying
+from groupsae.runtime.retry import hub_is_unknown, is_transient, network_cause, one_line, retrying
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,8 @@ class HubSource:
         if self.revision is not None and len(self.revision) == 40:
             return self.revision
         try:
-            return HfApi().dataset_info(self.name, revision=self.revision, timeout=20).sha
+            if not hub_is_unknown():
+                return HfApi().dataset_info(self.name, revision=self.revision, timeout=20).sha
         except Exception as error:
             # Streaming meets the error again and reports it; a packed corpus does not need it.
             log.debug("commit of %s unknown: %s", self.name, error)
@@ -148,6 +149,12 @@ class HubSource:
                 state.upcoming_sleep,
             )
 
+        if self._folder is None and hub_is_unknown():
+            raise UserError(
+                f"data set {self.name}: there is no network, the Hub's name cannot be looked up. "
+                "Packed text is kept: with network the same command resumes there. Without, give "
+                "files, data=files data.path=<...>, or a local copy, data.name=<folder>."
+            )
         try:
             for attempt in retrying(self.retries, self._may_pass, report):
                 with attempt, _few_retries_of_their_own(self.retries):

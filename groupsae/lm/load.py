@@ -35,7 +35,7 @@ from groupsae.lm.options import check_load_options, hub_options, recorded_option
 from groupsae.lm.tokenizer import FILES as TOKENIZER_FILES
 from groupsae.lm.tokenizer import makes_tokens, only_ends
 from groupsae.runtime.errors import UserError
-from groupsae.runtime.retry import network_cause, one_line
+from groupsae.runtime.retry import hub_is_unknown, network_cause, one_line
 
 
 class FrozenLM:
@@ -104,6 +104,8 @@ class FrozenLM:
     def _pretrained(self, auto: Any, what: str = "model", **kwargs: Any) -> Any:
         revision = self.commit or self.revision or "main"
         try:
+            if not Path(self.path).is_dir() and hub_is_unknown():
+                kwargs["local_files_only"] = True  # the Hub's cache, without waiting for it
             return auto.from_pretrained(self.path, revision=revision, **kwargs)
         except Exception as error:
             lost = network_cause(error)

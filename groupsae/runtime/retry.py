@@ -1,8 +1,11 @@
 """Network errors: which are temporary, and how long to wait before the next try."""
 
 import errno
+import socket
 import time
 from collections.abc import Callable, Iterator
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from tenacity import (
     RetryCallState,
@@ -59,6 +62,28 @@ def is_transient(error: BaseException) -> bool:
 def is_network_error(error: BaseException) -> bool:
     """Return whether a library that carries HTTP requests raised the error."""
     return any(kind.__module__.split(".")[0] in _LIBRARIES for kind in type(error).__mro__)
+
+
+def hub_is_unknown() -> bool:
+    """Return whether the Hub's name cannot be looked up, twice within a second.
+
+    Then there is no network, and the pauses between tries would be waited for in vain. Behind a
+    proxy, which looks names up itself, this is never so.
+    """
+    from huggingface_hub import constants
+
+    address = urlsplit(constants.ENDPOINT)
+    proxies = getproxies()
+    if address.scheme in proxies or "all" in proxies:
+        return False
+    for pause in (1.0, 0.0):
+        try:
+            socket.getaddrinfo(address.hostname, None)
+        except socket.gaierror:
+            time.sleep(pause)
+        else:
+            return False
+    return True
 
 
 def network_cause(error: BaseException) -> BaseException | None:

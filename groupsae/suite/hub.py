@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from groupsae.runtime.errors import UserError
-from groupsae.runtime.retry import is_network_error
+from groupsae.runtime.retry import hub_is_unknown, is_network_error
 
 PREFIX = "hf:"
 _NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -71,7 +71,7 @@ def local_folder(path: str | Path, revision: str | None, patterns: Sequence[str]
     if repo is None:
         if revision is not None:
             raise UserError(f"{path} is no repository of the Hub: leave out revision={revision}.")
-        return Path(path)
+        return Path(path).expanduser()
     if revision is not None and repo.revision is not None:
         raise UserError(f"{path} names a revision already: leave out revision={revision}.")
     try:
@@ -92,7 +92,12 @@ def download(repo: Repository, patterns: Sequence[str]) -> Path:
 
     with _explained(repo.name, repo.revision):
         return Path(
-            snapshot_download(repo.name, revision=repo.revision, allow_patterns=list(patterns))
+            snapshot_download(
+                repo.name,
+                revision=repo.revision,
+                allow_patterns=list(patterns),
+                local_files_only=hub_is_unknown(),
+            )
         )
 
 

@@ -38,6 +38,7 @@ WIDE = 3  # pre-activations, their gradient and a temporary, of one SAE at a tim
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 LEAST, MOST = 3, 50  # measured steps of a trial
 SECONDS = 5.0  # that a dry run measures, between LEAST and MOST steps
+SHARE = 20  # at most a twentieth of the run's steps: a trial is shorter than the run
 
 MakeBatch = Callable[[], ActivationBatch]
 
@@ -102,8 +103,11 @@ def refuse(needed: int, free: int, num_saes: int, device: object) -> None:
 class Trial(L.Callback):
     """Times the training step of a few SAEs of a plan, and their memory."""
 
-    def __init__(self, seconds: float, heldout: Callable[[], Iterable[ActivationBatch]]) -> None:
+    def __init__(
+        self, seconds: float, heldout: Callable[[], Iterable[ActivationBatch]], num_steps: int
+    ) -> None:
         self.seconds, self.heldout = seconds, heldout
+        self.most = max(LEAST, min(MOST, num_steps // SHARE))
         self.steps = -1  # measured ones; the first one warms up
         self.step_seconds = self.heldout_seconds = 0.0  # of training, of validating one batch
         self.sae_seconds = 0.0  # the part of a step after the batch has arrived
@@ -128,7 +132,7 @@ class Trial(L.Callback):
             return
         self.sae_seconds += ended - self._arrived
         passed = ended - self._began
-        if self.steps < LEAST or (passed < self.seconds and self.steps < MOST):
+        if self.steps < LEAST or (passed < self.seconds and self.steps < self.most):
             return
         self.step_seconds, self.sae_seconds = passed / self.steps, self.sae_seconds / self.steps
         pl_module.on_validation_epoch_start()
@@ -178,7 +182,7 @@ def run_trial(
     copy = GroupSAESuite(sae=suite.make_sae, **suite.make_group.keywords)
     ones = dict.fromkeys(range(plan.num_layers), 1.0)
     copy.set_plan(plan, getattr(suite, "norm_factors", ones), own)
-    trial, cuda = Trial(seconds, heldout), device.type == "cuda"
+    trial, cuda = Trial(seconds, heldout, num_steps), device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     with isolate_rng():

@@ -105,18 +105,20 @@ def is_offline() -> bool:
 def make_wandb(*, project: str, folder: str, tags: list[str]) -> WandB:
     """Return a W&B logger: online with an account, offline without one, never a prompt.
 
-    WANDB_MODE, if set, wins. A resumed run keeps its id, which comes from its folder.
+    W&B's own variables of the environment win: WANDB_MODE, WANDB_NAME, WANDB_DIR and the rest
+    (WANDB_PROJECT is in conf/logger/wandb.yaml). A resumed run keeps its id, which comes from its
+    folder.
     """
     os.environ.setdefault("WANDB_MODE", "online" if has_wandb_account() else "offline")
     os.environ.setdefault("WANDB_SILENT", "true")
     name = "-".join(Path(folder).parts[-2:])
     return WandB(
         project=project,
-        save_dir=folder,
-        name=name,
-        id=name[-64:],
+        save_dir=os.environ.get("WANDB_DIR", folder),
+        name=os.environ.get("WANDB_NAME", name),
+        id=os.environ.get("WANDB_RUN_ID", name[-64:]),
         resume="allow",
-        tags=list(tags),
+        tags=list(tags) or None,  # None: WANDB_TAGS
         offline=is_offline(),
     )
 

@@ -40,6 +40,11 @@ def test_nothing_is_packed_measured_or_written(
     assert not folder.exists()
 
 
+def test_a_trial_has_a_twentieth_of_the_steps_of_a_run() -> None:
+    for num_steps, most in [(6, 3), (100, 5), (400, 20), (10**6, 50)]:
+        assert estimate.Trial(5.0, tuple, num_steps).most == most
+
+
 def test_a_run_that_exists_is_left_alone_and_its_groups_are_known(
     tiny_lm: Path, tiny_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

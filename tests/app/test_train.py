@@ -132,6 +132,27 @@ def test_three_steps_a_stop_and_three_more_equal_six_bit_for_bit(
     assert steps == [str(s) for s in range(6)]
 
 
+def test_a_signal_after_the_summary_leaves_a_complete_run_and_says_so(
+    tiny_lm: Path,
+    tiny_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(
+        "groupsae.app.fit.print_ledger", lambda *_: signal.raise_signal(signal.SIGTERM)
+    )
+    arguments = overrides(tiny_lm, tiny_text, tmp_path / "my runs", "evaluate=true")
+    status, folder = run(arguments)
+    assert status == 143
+    printed = capsys.readouterr().out
+    assert f"The run is complete: {folder}" in printed
+    assert f"to evaluate it:\n  python -m groupsae.evaluate 'run={folder}'" in printed
+    (folder / "summary.json").unlink()
+    assert run(arguments[:-1]) == (0, folder)
+    assert f"The run is complete: {folder}" in capsys.readouterr().out
+
+
 def test_sigkill_loses_nothing_before_the_last_checkpoint(
     finished: Path, tiny_lm: Path, tiny_text: Path, tmp_path: Path
 ) -> None:

@@ -87,7 +87,11 @@ def test_any_key_is_accepted_with_a_folder_of_the_users_own_yaml_files() -> None
         (["stream.max_norm_ratio=true"], "stream.max_norm_ratio is True"),
         (["tokens=0"], "tokens is 0"),
         (["tokens=lots"], "tokens is 'lots'"),
-        (["tokens=100"], "less than one step"),
+        (
+            ["tokens=100"],
+            "less than one step of stream.blocks_per_step=8 blocks of 64 tokens: "
+            "give at least 512",
+        ),
         (["stream.heldout_fraction=0.9"], "stream.heldout_fraction is 0.9"),
         (["stream.context=4096"], "reads at most 64"),
         (["calibration.centring=median"], "none"),

@@ -5,6 +5,7 @@ import time
 import datasets
 import pyarrow as pa
 import pytest
+from huggingface_hub import constants
 from pyarrow import parquet
 
 from groupsae.data.hub import HubSource
@@ -16,6 +17,11 @@ TEXTS = [f"text {i}" for i in range(7)]
 def source(name, **changes):
     values = {"config": None, "split": "train", "revision": None, "column": None, "retries": 2}
     return HubSource(name=str(name), **(values | changes))
+
+
+@pytest.fixture(autouse=True)
+def hub_with_a_known_name(monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
 
 
 @pytest.fixture(params=["saved", "saved with splits", "parquet files", "jsonl.zst"])

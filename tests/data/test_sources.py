@@ -119,6 +119,16 @@ def test_a_glob_takes_what_it_matches(tmp_path):
     assert list(documents(f"{tmp_path}/x/**/*.txt")) == ["a.txt", "y/b.txt"]
 
 
+def test_brackets_in_the_names_of_folders_are_no_pattern(tmp_path, monkeypatch):
+    write(tmp_path / "exp[v2]" / "[old]", a_txt="1", sub__b_txt="2")
+    assert documents(tmp_path / "exp[v2]" / "[old]") == {"a.txt": "1", "sub/b.txt": "2"}
+    assert documents(f"{tmp_path}/exp[v2]/[old]/*.txt") == {"a.txt": "1"}
+    monkeypatch.chdir(tmp_path / "exp[v2]")
+    assert documents("[old]/**/*.txt") == {"a.txt": "1", "sub/b.txt": "2"}
+    with pytest.raises(UserError, match="does not exist"):
+        documents(f"{tmp_path}/exp[v2]/no.txt")
+
+
 def test_a_long_file_is_cut_at_line_ends_and_nothing_is_lost(tmp_path):
     text = "".join(f"line {i} é\n" for i in range(30_000))
     write(tmp_path, long_txt=text)

@@ -1,6 +1,7 @@
 """Network errors: which are worth another try, and how long to wait before it."""
 
 import errno
+import socket
 import time
 
 import httpx
@@ -8,7 +9,16 @@ import httpx2
 import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-from groupsae.runtime.retry import is_network_error, is_transient, network_cause, retrying
+from groupsae.data.hub import HubSource
+from groupsae.runtime.errors import UserError
+from groupsae.runtime.retry import (
+    hub_is_unknown,
+    is_network_error,
+    is_transient,
+    network_cause,
+    retrying,
+)
+from tests.helpers.lms import frozen
 
 
 @pytest.fixture
@@ -88,3 +98,49 @@ def test_a_network_error_is_found_behind_other_errors():
 )
 def test_only_errors_that_may_pass_are_transient(error, transient):
     assert is_transient(error) is transient
+
+
+# ---- no network at all ------------------------------------------------------------------------
+
+
+def look_up(monkeypatch, *answers):
+    """Answer the look-ups of names in this order, the last one for ever: an error is raised."""
+    left = list(answers)
+
+    def getaddrinfo(*_, **__):
+        if (answer := left.pop(0) if len(left) > 1 else left[0]) is not None:
+            raise answer
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+LOST = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+
+def test_the_hub_is_unknown_if_its_name_is_not_found_twice(monkeypatch, pauses):
+    look_up(monkeypatch, LOST, LOST)
+    assert hub_is_unknown()
+    assert sum(pauses) == 1
+    look_up(monkeypatch, LOST, None)  # a glitch
+    assert not hub_is_unknown()
+    look_up(monkeypatch, None)
+    assert not hub_is_unknown()
+
+
+def test_a_proxy_looks_names_up_itself(monkeypatch, pauses):
+    look_up(monkeypatch, LOST)
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
+    assert not hub_is_unknown()
+
+
+def test_without_network_a_model_and_a_data_set_are_refused_at_once(monkeypatch, pauses):
+    look_up(monkeypatch, LOST)
+    with pytest.raises(UserError, match="cannot load model 'no-one/no-model'"):
+        frozen("no-one/no-model")
+    with pytest.raises(UserError, match="no-one/no-data: there is no network"):
+        next(HubSource(name="no-one/no-data").documents())
+    assert pauses == [1, 0] * 2  # no other library waits

@@ -7,8 +7,11 @@ import warnings
 import pytest
 import wandb
 
+from groupsae.config.instantiate import make as make_object
+from groupsae.config.security import check_own
 from groupsae.files.reading import read_metrics
 from groupsae.training.loggers import MetricsCSV, has_wandb_account, make_wandb
+from tests.helpers.runs import composed
 from tests.helpers.wandb_files import recorded, values
 
 
@@ -124,6 +127,26 @@ def test_a_resumed_run_keeps_the_name_of_its_folder(no_account):
     assert first.version == again.version
     assert first._name == "amad-0.2-1M-k16"
     assert make(no_account / "amad-0.2" / "1M-k32").version != first.version
+
+
+def test_the_variables_of_wandb_win_over_our_defaults(no_account, monkeypatch):
+    for name, value in {
+        "PROJECT": "theirs", "NAME": "a name", "RUN_ID": "an-id", "TAGS": "x,y", "DIR": "here",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    cfg = composed(["logger=wandb", f"output={no_account}"])
+    logger = make_object(cfg.logger.wandb)
+    assert (logger._name, logger.version, logger.save_dir) == ("a name", "an-id", "here")
+    assert logger._wandb_init["project"] == "theirs"
+    assert logger._wandb_init["tags"] is None  # so W&B takes WANDB_TAGS
+    check_own(cfg)
+    assert cfg.logger.wandb.project == "theirs"  # in the run folder: what was used
+    explicit = composed(["logger=wandb", "logger.wandb.project=ours", "logger.wandb.tags=[a]"])
+    logger = make_object(explicit.logger.wandb)
+    assert logger._wandb_init["project"] == "ours"
+    assert logger._wandb_init["tags"] == ["a"]
+    monkeypatch.delenv("WANDB_PROJECT")
+    assert composed(["logger=wandb"]).logger.wandb.project == "groupsae"
 
 
 @pytest.mark.slow
