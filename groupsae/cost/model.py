@@ -112,7 +112,10 @@ class Workload:
 
     @property
     def distances(self) -> int:
-        """Return the FLOPs of the angular distances, which only groups need."""
+        """Return the FLOPs of the angular distances, which only groups need.
+
+        Those of the other centring, on a small sample, are not counted.
+        """
         return self.calibration_tokens * distance_flops(self.num_layers, self.d_model)
 
     def saes(self, d_saes: Sequence[int]) -> int:

@@ -240,13 +240,13 @@ def test_a_sweep_over_group_counts_measures_the_layers_once(
     import groupsae.training.measure as measure
 
     passes = []
-    original = measure.AngularDistance
+    original = measure.LayerMoments
 
     def counted(**kwargs):  # noqa: ANN003, ANN202
         passes.append(1)
         return original(**kwargs)
 
-    monkeypatch.setattr(measure, "AngularDistance", counted)
+    monkeypatch.setattr(measure, "LayerMoments", counted)
     folders = set()
     for count in (1, 2):
         status, folder = run(
