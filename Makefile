@@ -9,7 +9,7 @@ WORKERS ?= 2
 # WORKERS processes; the tests of a file run in one process, as they share fixtures
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help train evaluate report export import-saes test check format sweep replicate pretrain chaos bench bench-smallest bench-rivals \
+.PHONY: help train evaluate interpret report export import-saes test check format sweep replicate pretrain chaos bench bench-smallest bench-rivals \
 	docs fingerprint clean
 
 help:  ## Show this list
@@ -25,6 +25,9 @@ train: $(READY)  ## Train Group-SAEs: the bundled model and text, minutes on a C
 
 evaluate: $(READY)  ## Measure what a run costs the model: make evaluate ARGS="run=<run folder>"
 	@$(BIN)/python -m groupsae.evaluate $(ARGS)
+
+interpret: $(READY)  ## Show what single latents do, on one page: ARGS="run=<run folder>"
+	@$(BIN)/python -m groupsae.interpret $(ARGS)
 
 report: $(READY)  ## Write the report page of one or more runs: ARGS="run=<folder>[,<folder>]"
 	@$(BIN)/python -m groupsae.report $(ARGS)

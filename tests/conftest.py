@@ -23,8 +23,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side: each has one 
 # jaxtyping's own pytest plugin this would have to be `beartype.beartype` with its defaults, which
 # takes no int for a float.)
 CHECKED = (
-    "cost", "data", "evaluation", "grouping", "interop", "lm", "reporting", "sae", "suite",
-    "training",
+    "cost", "data", "evaluation", "grouping", "interop", "interpretation", "lm", "reporting",
+    "sae", "suite", "training",
 )  # fmt: skip
 install_import_hook(
     [f"groupsae.{room}" for room in CHECKED],

@@ -142,3 +142,22 @@ def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
             columns="baseline metric difference distinguishable",
             halves="difference",
         )
+
+
+def print_explanations(console: Console, explained: Mapping[str, Any]) -> None:
+    """Print for every SAE how well rules explain its latents, and how many fell out."""
+    screen = Screen(
+        title="Latents explained by rules, on held-out text", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    screen.add_column("SAE", no_wrap=True)
+    columns = {
+        "f1": "F1", "null_f1": "null", "adjusted_f1": "adj.", "precision": "prec.",
+        "recall": "recall", "auprc": "AUPRC", "unigram_auprc": "token",
+    }  # fmt: skip
+    for heading in ("latents", "rare", *columns.values()):
+        screen.add_column(heading, justify="right")
+    for name, sae in explained.items():
+        mean = sae["mean"]
+        values = [number(mean[key], 3) if mean else "" for key in columns]
+        screen.add_row(name, str(len(sae["latents"])), str(sae["rare"]), *values)
+    console.print(screen)

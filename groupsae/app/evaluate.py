@@ -53,7 +53,7 @@ def evaluate(folder: Path, cfg: DictConfig, options: DictConfig, device: str) ->
     quiet()
     # the W&B run of the training, if it is still open, is logged to
     warnings.filterwarnings("ignore", ".*wandb run already in progress.*")
-    place = _device(device)
+    place = device_named(device)
     check_values(options, EVALUATION, "evaluation.")
     summary = require_json(folder / "summary.json")
     # the training cost of imported SAEs is unknown
@@ -63,7 +63,7 @@ def evaluate(folder: Path, cfg: DictConfig, options: DictConfig, device: str) ->
         raise UserError(f"{folder} has no groups.json: it is not a run folder.")
     names = [planned.name for planned in plan.members]
     saes = {name: load_saes(folder / "saes", [name]).to(place) for name in names}
-    data = _same_stream(folder, cfg, saes[names[0]].configs[names[0]], place)
+    data = same_stream(folder, cfg, saes[names[0]].configs[names[0]], place)
     steps = steps_to_evaluate(data, options.tokens)
     if options.exclude_special_tokens is not None:
         data.exclude_special_tokens = options.exclude_special_tokens
@@ -142,7 +142,12 @@ def _log(folder: Path, evaluation: dict[str, Any], configs: Any, step: int) -> N
             wandb.finish()
 
 
-def _device(name: object) -> torch.device:
+def device_named(name: object) -> torch.device:
+    """Return the device of a command's `device`.
+
+    Raises:
+        UserError: it is not available.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", str(name)):
@@ -154,10 +159,14 @@ def _device(name: object) -> torch.device:
     return device
 
 
-def _same_stream(
+def same_stream(
     folder: Path, cfg: DictConfig, trained: Mapping[str, Any], device: torch.device
 ) -> ActivationDataModule:
-    """Return the activations of the model and the text that the SAEs were trained on."""
+    """Return the activations of the model and the text that the SAEs were trained on.
+
+    Raises:
+        UserError: the model or the text is another one now.
+    """
     lm = make(cfg.model)
     data = make_stream(cfg, lm, screen().print, trained)
     weights = lm.fingerprint()

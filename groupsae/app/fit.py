@@ -15,6 +15,7 @@ from rich.console import Console
 
 from groupsae.app.console import print_ledger, print_plan, print_result
 from groupsae.app.evaluate import evaluate, steps_to_evaluate
+from groupsae.app.interpret import interpret
 from groupsae.app.needs import print_needs, too_small
 from groupsae.app.run_folder import OpenRun
 from groupsae.app.stream import make_stream
@@ -88,6 +89,8 @@ def fit(opened: OpenRun) -> int:
             save(run, cfg, folder, console)
             if cfg.evaluate and trainer.is_global_zero:
                 evaluate(folder, cfg, cfg.evaluation, str(trainer.strategy.root_device))
+            if cfg.interpret and trainer.is_global_zero:
+                interpret(folder, cfg, cfg.interpretation, str(trainer.strategy.root_device))
         return 0
     except Stopped as stopped:
         if (folder / "summary.json").exists():

@@ -16,6 +16,8 @@ RUNTIME = (
     "resume",
     "overwrite",
     "dry_run",
+    "interpret",
+    "interpretation",
     "log_every",
     "checkpoint_every",
     "evaluate",

@@ -58,6 +58,15 @@ EVALUATION = {
     "bootstrap.level": between(0, 1),
     "bootstrap.seed": at_least(0),
 }
+INTERPRETATION = {
+    "explain_tokens": COUNT.or_null("as many as score_tokens"),
+    "score_tokens": COUNT.or_null("all held-out tokens, up to a million"),
+    "top": COUNT,
+    "sample": at_least(10),
+    "across": COUNT,
+    "latents": COUNT,
+    "seed": at_least(0),
+}
 TRAINING = {
     "tokens": COUNT,
     "dead_after": COUNT,
@@ -85,6 +94,7 @@ TRAINING = {
     ),
     "data.cache_dtype": one_of("bfloat16", "float16", "float32"),
     "evaluate": SWITCH,
+    "interpret": SWITCH,
     "dry_run": SWITCH,
     "overwrite": SWITCH,
 }
@@ -149,6 +159,8 @@ def check_training(cfg: DictConfig) -> None:
     check_values(cfg, TRAINING)
     if cfg.evaluate:
         check_values(cfg.evaluation, EVALUATION, "evaluation.")
+    if cfg.interpret:
+        check_values(cfg.interpretation, INTERPRETATION, "interpretation.")
     precision = cfg.trainer.get("precision", "32-true")
     if precision != "32-true":
         raise UserError(

@@ -26,6 +26,13 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
+def mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """Return 64 bits that look random for each integer: the finaliser of SplitMix64."""
+    x = (x ^ _shift_right(x, 30)) * MIX_1
+    x = (x ^ _shift_right(x, 27)) * MIX_2
+    return x ^ _shift_right(x, 31)
+
+
 def stream_key(seed: int, layers: list[int]) -> int:
     """Return the signed 64-bit key of one group's stream of draws."""
     digest = hashlib.sha256(f"{seed}:{layers}".encode()).digest()
@@ -43,10 +50,7 @@ def draw_layers(
     """
     if len(layers) == 1:
         return torch.full_like(positions, layers[0])
-    x = positions * GAMMA + stream_key(seed, layers)
-    x = (x ^ _shift_right(x, 30)) * MIX_1
-    x = (x ^ _shift_right(x, 27)) * MIX_2
-    x = x ^ _shift_right(x, 31)
+    x = mix(positions * GAMMA + stream_key(seed, layers))
     choice = _shift_right(x, 33) % len(layers)  # 31 bits: the bias is below size / 2^31
     return torch.tensor(layers, device=positions.device)[choice]
 

@@ -1,0 +1,259 @@
+"""Look into the latents of a finished run: collect, explain, score, and write pages."""
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import Progress
+from transformers import PreTrainedTokenizerBase
+
+from groupsae import __version__
+from groupsae.app.console import print_explanations
+from groupsae.app.evaluate import device_named, same_stream
+from groupsae.config.values import INTERPRETATION, check_values
+from groupsae.data.activations import ActivationDataModule
+from groupsae.data.packing import end_of_text
+from groupsae.files.atomic import write_json
+from groupsae.files.reading import read_json
+from groupsae.grouping.groupings import by_name
+from groupsae.grouping.plan import GroupPlan
+from groupsae.interpretation.collect import Kept
+from groupsae.interpretation.directions import directions_of
+from groupsae.interpretation.explain import Explainer, choose
+from groupsae.interpretation.files import COLLECTED, FORMAT, Interpretation, save_collected
+from groupsae.interpretation.page import labels_of, write_page
+from groupsae.interpretation.run import Pass, Process
+from groupsae.interpretation.text import Text
+from groupsae.runtime.errors import UserError
+from groupsae.runtime.progress import token_progress
+from groupsae.runtime.quiet import quiet
+from groupsae.runtime.ranks import is_leader
+from groupsae.runtime.signals import first_signal
+from groupsae.runtime.units import format_bytes, format_seconds
+from groupsae.suite.groups_file import load_plan
+from groupsae.suite.suite import Suite, load_saes
+
+MOST_SCORED = 1_000_000  # held-out tokens, if not asked for more
+
+
+def interpret(
+    folder: Path,
+    cfg: DictConfig,
+    options: DictConfig,
+    device: str,
+    *,
+    dry_run: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Collect what the latents of a finished run do, explain some, and write their page.
+
+    With `dry_run` only the needs are printed; with `overwrite` nothing collected before is used.
+
+    Raises:
+        Stopped: a signal arrived; the same command resumes.
+        UserError: an option is not allowed, a file of the run is missing or damaged, the SAEs
+            belong to another model or text, or the text is too short.
+    """
+    console = Console()
+    quiet()
+    check_values(options, INTERPRETATION, "interpretation.")
+    place = device_named(device)
+    plan = load_plan(folder)
+    if plan is None:
+        raise UserError(f"{folder} has no groups.json: it is not a run folder.")
+    names = _chosen(plan, options.groupings)
+    saes = {name: load_saes(folder / "saes", [name]).to(place) for name in names}
+    data = same_stream(folder, cfg, saes[names[0]].configs[names[0]], place)
+    target = folder / "interpretation"
+    collect(target, data, saes, options, console, dry_run=dry_run, overwrite=overwrite)
+    if dry_run or not is_leader():
+        return
+    found = Interpretation(target)
+    explained = explain(found, options, console)
+    print_explanations(console, explained)
+    title = f"{data.lm.name}: {', '.join(names) if len(names) < 5 else f'{len(names)} SAEs'}"
+    page = write_page(found, labels_of(explained), title)
+    console.print(f"Latents: {page}", soft_wrap=True)
+
+
+def explain(found: Interpretation, options: DictConfig, console: Console) -> dict[str, Any]:
+    """Return explanations and scores of every SAE; SAEs that are done already are not repeated."""
+    file = found.folder / "explanations.json"
+    key = [found.head["key"], options.latents]
+    stored = read_json(file) or {}
+    done = stored.get("saes", {}) if stored.get("key") == key else {}
+    left = [sae for name, sae in found.saes.items() if name not in done]
+    if left:
+        explainer = Explainer(found, options.seed)
+        total = sum(len(choose(sae, options.latents).latents) for sae in left)
+        with Progress(transient=True, console=console) as progress:
+            task = progress.add_task("explaining latents", total=total)
+            for sae in left:
+                done[sae.name] = explainer.explain(
+                    sae, options.latents, lambda n: progress.advance(task, n)
+                )
+                write_json(file, {"format": FORMAT, "key": key, "judge": "rules", "saes": done})
+    return {name: done[name] for name in found.saes}
+
+
+def collect(
+    folder: Path,
+    data: ActivationDataModule,
+    saes: Mapping[str, Suite],
+    options: DictConfig,
+    console: Console,
+    *,
+    dry_run: bool,
+    overwrite: bool,
+) -> None:
+    """Collect what the latents do, unless it was collected before.
+
+    Raises:
+        Stopped: a signal arrived; the same command resumes.
+        UserError: the text is too short, or a file cannot be written.
+    """
+    score = MOST_SCORED if options.score_tokens is None else options.score_tokens
+    score = min(score, data.blocks.blocks["heldout"].size)
+    explain = score if options.explain_tokens is None else options.explain_tokens
+    text = Text(data, explain, score)
+    kept = Kept(**{k: options[k] for k in ("top", "sample", "across", "latents", "seed")})
+    head = {
+        "groupsae": __version__,
+        **data.described(),
+        "weights": data.lm.fingerprint(),
+        "text": data.blocks.key,
+        "end_token": end_of_text(data.lm.tokenizer()),
+        "num_tokens": text.tokens,
+        "kept": vars(kept),
+    }
+    parts = [FORMAT, head, {name: _digest(suite, name) for name, suite in saes.items()}]
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    done = read_json(folder / COLLECTED / "collected.json") or {}
+    if done.get("key") == key and not overwrite:
+        console.print(f"Contexts: {folder / COLLECTED} (collected before)", soft_wrap=True)
+        return
+
+    def new(at: Path, process: Process) -> Pass:
+        return Pass(at, key, data, text, saes, kept, process)
+
+    _announce(new, data, text, saes, kept, console)
+    if dry_run:
+        return
+    process = Process(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    found = new(folder / "collecting", process)
+    received: list[int] = []
+    if found.resume():
+        console.print(f"resuming at part {found.next_part} of {text.num_parts}")
+    done_tokens = found.next_part * text.size * text.context
+    total = sum(text.tokens)
+    with (
+        first_signal(received.append),
+        token_progress("collecting", total, show=process.rank == 0, done=done_tokens) as advance,
+    ):
+        found.run(
+            lambda tokens: advance(tokens * process.count),
+            lambda: received[0] if received else None,
+        )
+    _wait_for_all(process)
+    if process.rank == 0:
+        found.join()
+        directions = {
+            name: directions_of(suite.saes[name].directions(), data.hooked)
+            for name, suite in saes.items()
+        }
+        shown = set(text.read().flatten().tolist())
+        for each in directions.values():
+            shown |= {*each.promoted.flatten().tolist(), *each.suppressed.flatten().tolist()}
+        save_collected(
+            folder,
+            {"key": key, "context": text.context, **head},
+            found,
+            directions,
+            token_strings(data.lm.tokenizer(), shown),
+        )
+        console.print(f"Contexts: {folder / COLLECTED}", soft_wrap=True)
+
+
+def _announce(
+    new: Callable[[Path, Process], Pass],
+    data: ActivationDataModule,
+    text: Text,
+    saes: Mapping[str, Suite],
+    kept: Kept,
+    console: Console,
+) -> None:
+    """Print the memory, disk and time that the pass needs, from a trial of two forwards."""
+    memory = sum(
+        kept.bytes_for(suite.saes[name].d_sae, len(suite.layers)) for name, suite in saes.items()
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        trial = new(Path(temporary), Process())
+        trial.resume()
+        part = next(text.parts())
+        part = part._replace(tokens=part.tokens[: data.blocks_per_forward])
+        trial.update(part)  # the first forward is slower than those that follow
+        began = time.perf_counter()
+        trial.update(part)
+        seconds, tokens = time.perf_counter() - began, part.tokens.numel()
+        records = sum(f.stat().st_size for f in Path(temporary).rglob("*.bin")) / 2
+    total = sum(text.tokens)
+    console.print(
+        f"{len(saes)} SAEs on {total:,} tokens ({text.tokens[0]:,} to explain, {text.tokens[1]:,} "
+        f"held-out): {format_bytes(memory)} of memory for contexts and counts, "
+        f"{format_bytes(memory + round(records * total / tokens))} on disk, about "
+        f"{format_seconds(seconds * total / tokens)}",
+        soft_wrap=True,
+    )
+
+
+def _chosen(plan: GroupPlan, wanted: Any) -> list[str]:
+    """Return the names of the SAEs of some groupings.
+
+    Raises:
+        UserError: a grouping is unknown.
+    """
+    known = by_name(plan)
+    first = next(iter(known))
+    names = [first, *(["per_layer"] if "per_layer" in known else [])] if wanted is None else wanted
+    names = list(known) if names == "all" else names
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"interpretation.groupings names {name}; this run has {', '.join(known)}."
+            )
+    return list(dict.fromkeys(sae for n in names for sae in known[n].sae_of_layer.values()))
+
+
+def _digest(suite: Suite, name: str) -> str:
+    """Return a hash of an SAE's weights."""
+    digest = hashlib.sha256()
+    for tensor in suite.saes[name].state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def token_strings(tokenizer: PreTrainedTokenizerBase, tokens: set[int]) -> dict[int, str]:
+    """Return the text of each token; bytes that are no text on their own as `<0xE2>`."""
+    found = {}
+    for token in sorted(tokens):
+        text = str(tokenizer.decode([token]))
+        if "\ufffd" in text or not text:
+            text = str(tokenizer.convert_ids_to_tokens(token))
+        found[token] = text
+    return found
+
+
+def _wait_for_all(process: Process) -> None:
+    """Wait until every process has saved what it found."""
+    if process.count > 1:
+        torch.distributed.init_process_group("gloo", rank=process.rank, world_size=process.count)
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

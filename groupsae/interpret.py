@@ -1,0 +1,41 @@
+"""Look into the latents of a run: `python -m groupsae.interpret run=<run folder>`."""
+
+import sys
+
+from omegaconf import DictConfig
+
+from groupsae.app.run_folder import finished_run, one_folder, register_resolver
+from groupsae.config.arguments import start
+from groupsae.files.locks import lock_folder
+from groupsae.runtime.signals import Stopped
+
+
+def interpret(cfg: DictConfig) -> None:
+    """Interpret the latents of one run."""
+    folder = one_folder(cfg)
+    trained = finished_run(folder, trusted=cfg.trust_remote_code)
+    from groupsae.app.interpret import interpret  # slow imports only after the cheap checks
+
+    with lock_folder(folder):
+        interpret(
+            folder,
+            trained,
+            cfg.interpretation,
+            cfg.device,
+            dry_run=cfg.dry_run,
+            overwrite=cfg.overwrite,
+        )
+
+
+def main() -> None:
+    """Start `groupsae-interpret`, which is `python -m groupsae.interpret`."""
+    register_resolver()
+    try:
+        start("interpret", interpret)
+    except Stopped as stopped:
+        print("stopped; the same command resumes where it was", file=sys.stderr)
+        sys.exit(128 + stopped.number)
+
+
+if __name__ == "__main__":
+    main()

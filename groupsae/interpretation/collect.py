@@ -1,0 +1,202 @@
+"""One pass over text: what every latent does on every layer it serves."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from groupsae.data.draws import mix
+from groupsae.interpretation.contexts import (
+    Contexts,
+    Excerpt,
+    drawn,
+    highest_first,
+)
+from groupsae.interpretation.firings import (
+    WINDOW,
+    Firings,
+    Peaks,
+    peaks_of,
+    windows_in,
+)
+from groupsae.interpretation.records import Records
+from groupsae.interpretation.statistics import Statistics
+from groupsae.interpretation.text import TEXTS, Part
+from groupsae.suite.suite import Suite
+
+LEAST_BEFORE, MOST_BEFORE = 8, 27  # tokens before the peak of a context
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """How much is kept of each latent.
+
+    Attributes:
+        top: contexts with the highest activations, for each layer.
+        sample: contexts drawn at random among those where it fires, for each layer and text.
+        across: contexts with the highest activations on any layer, seen at every layer.
+        latents: latents of each SAE to explain.
+        seed: seed of all draws.
+    """
+
+    top: int = 20
+    sample: int = 40
+    across: int = 5
+    latents: int = 256
+    seed: int = 0
+
+    def bytes_for(self, d_sae: int, layers: int) -> int:
+        """Return the memory that one SAE needs, whatever the number of tokens."""
+        contexts = self.top + len(TEXTS) * self.sample
+        each = Statistics.bytes_for_each(len(TEXTS)) + contexts * Contexts.bytes_for_each(1)
+        return d_sae * (layers * each + self.across * Contexts.bytes_for_each(layers))
+
+
+class LayerCollector:
+    """What the latents of an SAE do on one layer."""
+
+    def __init__(self, d_sae: int, kept: Kept, stream: int, device: torch.device) -> None:
+        self.stream = stream
+        self.statistics = Statistics(d_sae, len(TEXTS), device)
+        self.top = Contexts(d_sae, kept.top, 1, device)
+        self.samples = [Contexts(d_sae, kept.sample, 1, device) for _ in TEXTS]
+
+
+class SAECollector:
+    """What the latents of one SAE do on all layers that it serves.
+
+    Args:
+        name: name of the SAE.
+        suite: the SAE alone.
+        kept: how much to keep.
+        records: where the complete firings of the latents to explain go.
+    """
+
+    def __init__(
+        self, name: str, suite: Suite, kept: Kept, records: Records, device: torch.device
+    ) -> None:
+        self.name, self.suite, self.records = name, suite, records
+        d_sae = suite.saes[name].d_sae
+        self.layers = {
+            layer: LayerCollector(d_sae, kept, stream_of(kept.seed, name, layer), device)
+            for layer in suite.layers
+        }
+        self.across = Contexts(d_sae, kept.across, len(self.layers), device)
+
+    def update(
+        self,
+        part: Part,
+        found: Mapping[int, Firings],
+        bounds: tuple[Int[Tensor, "token"], Int[Tensor, "token"]],
+    ) -> None:
+        """Add a part: all firings in it by layer, and where its documents begin and end."""
+        context = part.tokens.shape[1]
+        first_window = part.first // context * windows_in(context)
+        candidates: list[Peaks] = []
+        for layer, collector in self.layers.items():
+            firings = found[layer]
+            peaks = peaks_of(firings, context)
+            collector.statistics.update(firings, peaks, part.text)
+            self.records.add(layer, firings, part.first)
+            keys = highest_first(peaks.values, peaks.places + part.first)
+            offers = (
+                (collector.top, keys),
+                (collector.samples[part.text], drawn(collector.stream, peaks, first_window)),
+            )
+            for contexts, key in offers:
+                _offer(contexts, key, peaks, part.first, [firings], bounds)
+            candidates.append(peaks.where(self.across.could_take(peaks.latents, keys)))
+        best = _best_layer(candidates)
+        keys = highest_first(best.values, best.places + part.first)
+        every = [found[layer] for layer in self.layers]
+        _offer(self.across, keys, best, part.first, every, bounds)
+
+    def merge(self, other: "SAECollector") -> None:
+        """Add what another process found in other parts; the records stay apart."""
+        for layer, collector in self.layers.items():
+            theirs = other.layers[layer]
+            collector.statistics.merge(theirs.statistics)
+            collector.top.merge(theirs.top)
+            for ours, sample in zip(collector.samples, theirs.samples, strict=True):
+                ours.merge(sample)
+        self.across.merge(other.across)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all tensors by name, such as `top/layer.3/acts`."""
+        return {
+            f"{place}/{name}": tensor
+            for place, piece in self._pieces().items()
+            for name, tensor in piece.state().items()
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` returned."""
+        for place, piece in self._pieces().items():
+            start = f"{place}/"
+            inside = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+            piece.load(inside)
+
+    def _pieces(self) -> dict[str, Statistics | Contexts]:
+        pieces: dict[str, Statistics | Contexts] = {"across": self.across}
+        for layer, collector in self.layers.items():
+            pieces[f"statistics/layer.{layer}"] = collector.statistics
+            pieces[f"top/layer.{layer}"] = collector.top
+            for split, sample in zip(TEXTS, collector.samples, strict=True):
+                pieces[f"{split}/layer.{layer}"] = sample
+        return pieces
+
+
+def stream_of(seed: int, name: str, layer: int | None = None) -> int:
+    """Return the signed 64-bit number that begins the draws of an SAE, or of one of its layers."""
+    digest = hashlib.sha256(f"interpretation:{seed}:{name}:{layer}".encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
+def candidates(kept: Kept, name: str, d_sae: int) -> Int[Tensor, "latent"]:
+    """Return the latents of an SAE to record, in the order in which they are chosen from.
+
+    Twice as many as will be explained, because some fire too rarely for that.
+    """
+    order = mix(torch.arange(d_sae) + stream_of(kept.seed, name))
+    return order.argsort()[: 2 * kept.latents]
+
+
+def _best_layer(candidates: list[Peaks]) -> Peaks:
+    """Return the highest peak over layers of each latent in each window."""
+    every = Peaks(*(torch.cat(each) for each in zip(*candidates, strict=True)))
+    # by latent, window, highest activation, earliest token: the first of each window counts
+    order = highest_first(every.values, every.places).argsort()
+    for keys in (every.windows, every.latents):
+        order = order[keys[order].argsort(stable=True)]
+    every = every.where(order)
+    new = torch.ones_like(every.latents, dtype=torch.bool)
+    new[1:] = (every.latents[1:] != every.latents[:-1]) | (every.windows[1:] != every.windows[:-1])
+    return every.where(new)
+
+
+def _offer(
+    contexts: Contexts,
+    keys: Int[Tensor, "peak"],
+    peaks: Peaks,
+    first: int,
+    found: list[Firings],
+    bounds: tuple[Int[Tensor, "token"], Int[Tensor, "token"]],
+) -> None:
+    """Offer the peaks of a part, with the activations around them at the given layers."""
+    starts, ends = bounds
+
+    def excerpts(taken: Tensor) -> Excerpt:
+        latents, places = peaks.latents[taken], peaks.places[taken]
+        span = MOST_BEFORE - LEAST_BEFORE + 1
+        before = LEAST_BEFORE + mix(places + first) % span
+        # inside the document, and as long as it allows
+        begin = torch.minimum(places - before, ends[places] - WINDOW)
+        begin = torch.maximum(begin, starts[places])
+        lengths = (ends[places] - begin).clamp(max=WINDOW)
+        acts = [firings.at(latents, begin, lengths) for firings in found]
+        return Excerpt((places - begin).byte(), lengths.byte(), torch.stack(acts, 1))
+
+    contexts.offer(peaks.latents, keys, peaks.places + first, excerpts)

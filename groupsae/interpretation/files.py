@@ -1,0 +1,224 @@
+"""The files of an interpretation: what was collected, for every later stage and for users."""
+
+import shutil
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from safetensors.torch import save
+from torch import Tensor
+
+from groupsae.files.atomic import explain_write_errors, write_json
+from groupsae.files.reading import damaged, missing, require_json
+from groupsae.files.tensors import read_tensors
+from groupsae.interpretation.collect import SAECollector, candidates
+from groupsae.interpretation.contexts import EMPTY, value_of
+from groupsae.interpretation.directions import Directions
+from groupsae.interpretation.records import FIRING
+from groupsae.interpretation.run import Pass
+from groupsae.interpretation.statistics import UNIT
+from groupsae.interpretation.text import TEXTS, document_bounds
+
+FORMAT = 1
+COLLECTED = "collected"
+
+
+class LatentContexts(NamedTuple):
+    """The contexts that were kept of the latents of an SAE; -1 as position where there are fewer.
+
+    Attributes:
+        peaks: position of the highest activation; block * context + token.
+        values: that activation, in the SAE's units.
+        starts: position of the first token.
+        lengths: number of tokens.
+        acts: activations of all tokens, 0 after the end, for each of `layers`.
+    """
+
+    peaks: Int[np.ndarray, "d_sae size"]
+    values: Float[np.ndarray, "d_sae size"]
+    starts: Int[np.ndarray, "d_sae size"]
+    lengths: UInt8[np.ndarray, "d_sae size"]
+    acts: Float[np.ndarray, "d_sae size layer window"]
+
+
+class CollectedSAE:
+    """What was collected of one SAE.
+
+    Attributes:
+        name: name of the SAE.
+        layers: layers that it serves.
+        d_sae: number of latents.
+        latents: latents that were recorded, in the order in which they are chosen from.
+    """
+
+    def __init__(self, folder: Path, head: Mapping[str, Any]) -> None:
+        self.folder, self.name = folder, str(head["name"])
+        self.layers: list[int] = head["layers"]
+        self.d_sae: int = head["d_sae"]
+        self.latents = np.array(head["latents"], np.int64)
+
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        return read_tensors(self.folder / f"{self.name}.safetensors")
+
+    def fired(self, layer: int) -> Int[np.ndarray, "text d_sae"]:
+        """Return the tokens on which each latent fired on a layer, by text."""
+        return self._statistic(layer, "fired")
+
+    def windows(self, layer: int) -> Int[np.ndarray, "text d_sae"]:
+        """Return the windows in which each latent fired on a layer, by text."""
+        return self._statistic(layer, "windows")
+
+    def mass(self, layer: int) -> Float[np.ndarray, "text d_sae"]:
+        """Return the sum of each latent's activations on a layer, by text."""
+        return self._statistic(layer, "mass") * UNIT
+
+    def histogram(self, layer: int) -> tuple[Int[np.ndarray, "d_sae bins"], np.ndarray]:
+        """Return each latent's histogram of activations on a layer, and where it ends."""
+        ends = np.ldexp(1.0, self._statistic(layer, "exponent"))
+        return self._statistic(layer, "histogram"), ends
+
+    def contexts(self, kind: str, layer: int | None = None) -> LatentContexts:
+        """Return contexts: `top`, `train` or `heldout` of one layer, or `across` of all."""
+        place = kind if layer is None else f"{kind}/layer.{layer}"
+        keys, peaks, before, lengths, acts = (
+            self._tensors[f"{place}/{name}"]
+            for name in ("keys", "peaks", "before", "lengths", "acts")
+        )
+        if kind in TEXTS:  # their keys are random numbers
+            places = before.long()[..., None, None].expand(*acts.shape[:-1], 1)
+            values = acts.gather(-1, places)[..., 0, 0].float()
+        else:
+            values = value_of(keys)
+        return LatentContexts(
+            peaks.numpy(),
+            torch.where(keys == EMPTY, 0.0, values).numpy(),
+            torch.where(keys == EMPTY, -1, peaks - before).numpy(),
+            lengths.numpy(),
+            acts.numpy(),
+        )
+
+    def records(self, layer: int) -> np.ndarray:
+        """Return every firing of the recorded latents on a layer, by latent and position.
+
+        A structured array with the fields `latent`, `position` and `act`.
+        """
+        file = self.folder / self.name / f"layer.{layer}.npy"
+        try:
+            return np.load(file, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError:
+            raise missing(file) from None
+        except (OSError, ValueError) as error:
+            raise damaged(file, error) from error
+
+    @cached_property
+    def directions(self) -> Directions:
+        """Return each latent's neighbours in the decoder and its effect on the logits."""
+        with np.load(self.folder / f"{self.name}.npz", allow_pickle=False) as stored:
+            return Directions(*(stored[name] for name in Directions._fields))
+
+    def _statistic(self, layer: int, name: str) -> np.ndarray:
+        found: np.ndarray = self._tensors[f"statistics/layer.{layer}/{name}"].numpy()
+        return found
+
+
+class Interpretation:
+    """What was collected about the latents of a run, read from its folder.
+
+    Attributes:
+        folder: `interpretation` in the run folder.
+        head: what was collected on what: model, text, options, tokens of each text.
+        saes: by name.
+
+    Raises:
+        UserError: nothing was collected, or a file is missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.head: dict[str, Any] = require_json(folder / COLLECTED / "collected.json")
+        self.saes = {s["name"]: CollectedSAE(folder / COLLECTED, s) for s in self.head["saes"]}
+        self.context: int = self.head["context"]
+        self.num_tokens: list[int] = self.head["num_tokens"]
+
+    @cached_property
+    def tokens(self) -> Int[np.ndarray, " position"]:
+        """Return the token at every position of both texts, as the model read it."""
+        file = self.folder / COLLECTED / "tokens.npy"
+        try:
+            found: np.ndarray = np.load(file, allow_pickle=False).reshape(-1)
+        except FileNotFoundError:
+            raise missing(file) from None
+        except (OSError, ValueError) as error:
+            raise damaged(file, error) from error
+        return found
+
+    @cached_property
+    def documents(self) -> Int[np.ndarray, " position"]:
+        """Return a number of the document at every position; each block begins a new one."""
+        tokens = torch.from_numpy(self.tokens.reshape(-1, self.context))
+        starts, _ = document_bounds(tokens, self.head["end_token"])
+        found: np.ndarray = np.unique(starts.numpy(), return_inverse=True)[1]
+        return found
+
+    @cached_property
+    def strings(self) -> dict[int, str]:
+        """Return the text of every token id that occurs."""
+        stored = require_json(self.folder / COLLECTED / "strings.json")
+        return {int(token): text for token, text in stored.items()}
+
+    def text(self, start: int, length: int) -> list[str]:
+        """Return the text of some tokens, one string each."""
+        return [self.strings[int(token)] for token in self.tokens[start : start + length]]
+
+
+def save_collected(
+    folder: Path,
+    head: Mapping[str, Any],
+    found: Pass,
+    directions: Mapping[str, Directions],
+    strings: Mapping[int, str],
+) -> None:
+    """Write what a finished pass has collected, and remove its unfinished state.
+
+    The other processes' shares have been joined before.
+    """
+    target = folder / COLLECTED
+    with explain_write_errors(target, "interpret a copy of the run"):
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        for name, collector in found.collectors.items():
+            for layer in collector.layers:
+                rows = np.concatenate(
+                    [
+                        np.fromfile(collector.records.file(layer, str(rank)), FIRING)
+                        for rank in range(found.process.count)
+                    ]
+                )
+                rows = rows[np.lexsort((rows["position"], rows["latent"]))]
+                (target / name).mkdir(exist_ok=True)
+                np.save(target / name / f"layer.{layer}.npy", rows)
+            tensors = {k: v.contiguous().cpu() for k, v in collector.state().items()}
+            (target / f"{name}.safetensors").write_bytes(save(tensors))
+            np.savez_compressed(target / f"{name}.npz", **directions[name]._asdict())
+        np.save(target / "tokens.npy", found.text.read())
+    write_json(target / "strings.json", {str(token): text for token, text in strings.items()})
+    saes = [_sae_head(collector, found) for collector in found.collectors.values()]
+    written = {"format": FORMAT, **head, "saes": saes}
+    write_json(target / "collected.json", written)  # last: it marks the rest as complete
+    shutil.rmtree(found.folder, ignore_errors=True)
+
+
+def _sae_head(collector: SAECollector, found: Pass) -> dict[str, Any]:
+    d_sae = collector.across.keys.shape[0]
+    latents = candidates(found.kept, collector.name, d_sae)
+    return {
+        "name": collector.name,
+        "layers": list(collector.layers),
+        "d_sae": d_sae,
+        "latents": latents.tolist(),
+    }

@@ -1,0 +1,264 @@
+"""Writes the latents' dashboards: an HTML page that needs no server and no network."""
+
+import base64
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from groupsae.files.atomic import atomic_write, explain_write_errors
+from groupsae.interpretation.files import CollectedSAE, Interpretation, LatentContexts
+from groupsae.interpretation.firings import WINDOW
+from groupsae.interpretation.sharing import badge_of
+from groupsae.interpretation.text import TEXTS
+
+CHUNK = 64  # latents in a piece of data that is read when one of them is opened
+MOST_INLINE = 50_000_000  # bytes of a page; more goes into files next to it
+BANDS = 5  # of equal numbers of firing windows, from weak to strong
+
+
+class Shown(NamedTuple):
+    """How many contexts of each kind a page shows of a latent."""
+
+    across: int
+    top: int
+    each_band: int
+
+    @classmethod
+    def for_layers(cls, layers: int) -> "Shown":
+        """Return more for an SAE of one layer, whose page has only that one."""
+        return cls(0, 10, 2) if layers == 1 else cls(4, 4, 1)
+
+
+class Label(NamedTuple):
+    """A latent's explanation, its score (None: not scored), and a badge for its drift."""
+
+    text: str
+    score: float | None = None
+    badge: str = ""
+
+
+Labels = Mapping[tuple[str, int], Label]
+
+
+def labels_of(explained: Mapping[str, Any]) -> dict[tuple[str, int], Label]:
+    """Return the labels of all explained latents, by SAE and number."""
+    return {
+        (name, row["latent"]): Label(
+            row["all"]["text"],
+            row["all"]["scores"]["f1"],
+            badge_of([pair["kind"] for pair in row["sharing"]["pairs"]]),
+        )
+        for name, sae in explained.items()
+        for row in sae["latents"]
+    }
+
+
+def write_page(found: Interpretation, labels: Labels, title: str) -> Path:
+    """Write `index.html`; return its path.
+
+    A page of more than 50 MB gets its data from `data/*.js` next to it, read when needed.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    index, pieces = _index(found, labels, title), list(_pieces(found))
+    inline = sum(len(text) for _, text in pieces) < MOST_INLINE
+    index["inline"] = inline
+    page = found.folder / "index.html"
+    with explain_write_errors(page, "interpret a copy of the run"):
+        for old in (found.folder / "data").glob("*.js"):
+            old.unlink()
+        if not inline:
+            (found.folder / "data").mkdir(exist_ok=True)
+            for name, text in pieces:
+                (found.folder / "data" / f"{name}.js").write_text(f"piece({_js(name)},{text})")
+    html = render(index, pieces if inline else [])
+    with atomic_write(page, "w", encoding="utf-8") as handle:
+        handle.write(html)
+    return page
+
+
+def one_latent(found: Interpretation, labels: Labels, name: str, latent: int) -> str:
+    """Return the page of one latent alone, as HTML."""
+    sae = found.saes[name]
+    index = _index(found, labels, f"{name}, latent {latent}")
+    index["only"] = [name, latent]
+    index["inline"] = True
+    first = latent // CHUNK * CHUNK
+    piece = _piece(found, sae, range(first, min(first + CHUNK, sae.d_sae)), only=latent)
+    return render(index, [(f"{name}.{first // CHUNK}", _js(piece))])
+
+
+def render(index: Mapping[str, Any], pieces: Sequence[tuple[str, str]]) -> str:
+    """Return the page with its data."""
+    environment = Environment(
+        loader=PackageLoader("groupsae.interpretation"), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template("index.html.jinja").render(
+        title=index["title"],
+        index=Markup(_js(index)),
+        pieces=[(name, Markup(text)) for name, text in pieces],
+        script=Markup(_asset(environment, "page.js")),
+        style=Markup(_asset(environment, "page.css")),
+    )
+
+
+def _index(found: Interpretation, labels: Labels, title: str) -> dict[str, Any]:
+    """Return all that the list of latents needs."""
+    head = found.head
+    return {
+        "title": title,
+        "model": head["model"],
+        "hookpoint": head["hookpoint"],
+        "tokens": found.num_tokens,
+        "context": found.context,
+        "window": WINDOW,
+        "chunk": CHUNK,
+        "wide": max(found.strings) > 65535,
+        "strings": {str(token): text for token, text in found.strings.items()},
+        "saes": [_sae_index(found, sae, labels) for sae in found.saes.values()],
+    }
+
+
+def _sae_index(found: Interpretation, sae: CollectedSAE, labels: Labels) -> dict[str, Any]:
+    total = sum(found.num_tokens)
+    rates = np.stack([sae.fired(layer).sum(0) / total for layer in sae.layers])
+    highest = np.stack([sae.contexts("top", layer).values[:, 0] for layer in sae.layers])
+    named = [labels.get((sae.name, latent)) for latent in range(sae.d_sae)]
+    return {
+        "name": sae.name,
+        "layers": sae.layers,
+        "d_sae": sae.d_sae,
+        "shown": list(Shown.for_layers(len(sae.layers))),
+        "rate": [_short(row) for row in rates],
+        "max": [_short(row) for row in highest],
+        "peaks": _peak_tokens(found, sae).tolist(),
+        "label": [None if each is None else each.text for each in named],
+        "score": [None if each is None else each.score for each in named],
+        "badge": ["" if each is None else each.badge for each in named],
+    }
+
+
+def _peak_tokens(found: Interpretation, sae: CollectedSAE, most: int = 3) -> np.ndarray:
+    """Return the commonest tokens at the peaks of each latent's contexts, -1 where fewer."""
+    peaks = np.concatenate(
+        [sae.contexts(kind, layer).peaks for kind in TEXTS for layer in sae.layers], axis=1
+    )
+    tokens = np.where(peaks >= 0, found.tokens[peaks.clip(0)], -1)
+    common = np.full((sae.d_sae, most), -1)
+    for latent, row in enumerate(tokens):
+        values, counts = np.unique(row[row >= 0], return_counts=True)
+        order = np.lexsort((values, -counts))[:most]
+        common[latent, : len(order)] = values[order]
+    return common
+
+
+def _pieces(found: Interpretation) -> Iterator[tuple[str, str]]:
+    for sae in found.saes.values():
+        for number, first in enumerate(range(0, sae.d_sae, CHUNK)):
+            piece = _piece(found, sae, range(first, min(first + CHUNK, sae.d_sae)))
+            yield f"{sae.name}.{number}", _js(piece)
+
+
+def _piece(
+    found: Interpretation, sae: CollectedSAE, latents: range, only: int | None = None
+) -> list[Any]:
+    """Return what the pages of some latents need beyond the index; null where not `only`."""
+    rows = slice(latents.start, latents.stop)
+    shown = Shown.for_layers(len(sae.layers))
+    lists = [_taken(sae.contexts("across"), rows, shown.across)]
+    for layer in sae.layers:
+        lists.append(_taken(sae.contexts("top", layer), rows, shown.top))
+        lists.append(_bands([sae.contexts(kind, layer) for kind in TEXTS], rows, shown.each_band))
+    histograms = [sae.histogram(layer) for layer in sae.layers]
+    about = sae.directions
+    pieces: list[Any] = []
+    for row, latent in enumerate(latents):
+        if only not in (None, latent):
+            pieces.append(None)
+            continue
+        highest = max(max(float(c.values[row].max(initial=0.0)) for c in lists), 1e-9)
+        blob = b"".join(_packed(found, contexts, row, highest) for contexts in lists)
+        pieces.append(
+            {
+                "near": _pairs(about.nearest[latent], about.cosines[latent]),
+                "up": _pairs(about.promoted[latent], about.promoted_by[latent]),
+                "down": _pairs(about.suppressed[latent], about.suppressed_by[latent]),
+                "max": _short([highest])[0],
+                "hist": [counts[latent].tolist() for counts, _ in histograms],
+                "end": _short([ends[latent] for _, ends in histograms]),
+                "contexts": base64.b64encode(blob).decode(),
+            }
+        )
+    return pieces
+
+
+def _taken(contexts: LatentContexts, rows: slice, count: int) -> LatentContexts:
+    return LatentContexts(*(each[rows, :count] for each in contexts))
+
+
+def _bands(samples: Sequence[LatentContexts], rows: slice, each: int) -> LatentContexts:
+    """Return contexts from `BANDS` equal parts of the sampled firings, strongest first.
+
+    The bands are quantiles of the activations at the peaks of windows where the latent fires: a
+    band of equal width would hold almost nothing at the top.
+    """
+    both = [np.concatenate([c[i][rows] for c in samples], axis=1) for i in range(5)]
+    order = np.argsort(-both[1], axis=1, kind="stable")  # empty ones have 0 and come last
+    counts = (both[0] >= 0).sum(1, keepdims=True)
+    wanted = BANDS * each
+    # the middle of each of `wanted` equal parts; each context once where there are fewer
+    places = ((np.arange(wanted) + 0.5) * counts / wanted).astype(np.int64)
+    few = np.minimum(np.arange(wanted), np.maximum(counts - 1, 0))
+    places = np.where(counts < wanted, few, places)
+    chosen = np.take_along_axis(order, places, axis=1)
+    row = np.arange(len(chosen))[:, None]
+    found = LatentContexts(*(b[row, chosen] for b in both))
+    empty = np.arange(wanted) >= counts
+    found.peaks[empty] = -1
+    return found
+
+
+def _packed(found: Interpretation, contexts: LatentContexts, row: int, highest: float) -> bytes:
+    """Return one latent's contexts as bytes, in the order that page.js reads.
+
+    Number of contexts; for each: position of its first token (uint32), tokens before the peak,
+    number of tokens, activations of each layer and token as shares of the latent's highest one
+    (1 to 255, 0: silent), and the token ids (uint16, uint32 for large vocabularies).
+    """
+    kept = [i for i, peak in enumerate(contexts.peaks[row]) if peak >= 0]
+    blob = bytearray([len(kept)])
+    wide = "<u4" if max(found.strings) > 65535 else "<u2"
+    for i in kept:
+        start, length = int(contexts.starts[row, i]), int(contexts.lengths[row, i])
+        acts = contexts.acts[row, i, :, :length].astype(np.float32)
+        shares = np.where(acts > 0, np.clip(np.rint(acts / highest * 255), 1, 255), 0)
+        blob += np.array([start], "<u4").tobytes()
+        blob += bytes([int(contexts.peaks[row, i]) - start, length])
+        blob += shares.astype(np.uint8).tobytes()
+        blob += found.tokens[start : start + length].astype(wide).tobytes()
+    return bytes(blob)
+
+
+def _pairs(ids: np.ndarray, values: np.ndarray) -> list[list[float]]:
+    return [[int(i), v] for i, v in zip(ids, _short(values), strict=True)]
+
+
+def _short(values: Iterable[float]) -> list[float]:
+    """Return numbers with four significant digits: enough to show, and half the size."""
+    return [float(f"{value:.4g}") for value in values]
+
+
+def _js(value: Any) -> str:
+    """Return a value as JSON that may stand inside a script element."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
+
+
+def _asset(environment: Environment, name: str) -> str:
+    assert environment.loader is not None
+    return environment.loader.get_source(environment, name)[0]

@@ -1,0 +1,182 @@
+"""How the layers of a group share a latent: who fires, when together, and on what.
+
+Notation: p_l is the share of tokens on which the latent fires at layer l, n the number of layers;
+all layers see the same tokens.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+COVERED, GAP = 0.9, 0.1
+PERMUTATIONS = 199
+SAME, DIFFERENT, APART = 0.8, 0.5, 0.25  # tau, tau, bits
+
+
+def shares(rates: Float[np.ndarray, " layer"]) -> dict[str, Any]:
+    """Return where a latent lives among the layers of its group.
+
+    - shares = p_l / sum p; effective_layers = exp(entropy of the shares), 1 to n;
+    - range: first and last layer of the shortest run with 90 % of the shares, as places;
+    - gap: a layer inside that run has less than a tenth of 1 / n.
+    """
+    total = rates.sum()
+    if total <= 0:
+        return {
+            "shares": [0.0] * len(rates),
+            "effective_layers": None,
+            "range": None,
+            "gap": False,
+        }
+    share = rates / total
+    entropy = -(share * np.log(np.where(share > 0, share, 1.0))).sum()
+    runs = [
+        (last - first, first, last)
+        for first in range(len(share))
+        for last in range(first, len(share))
+        if share[first : last + 1].sum() >= COVERED - 1e-12
+    ]
+    _, first, last = min(runs)
+    return {
+        "shares": share.tolist(),
+        "effective_layers": float(np.exp(entropy)),
+        "range": [first, last],
+        "gap": bool((share[first : last + 1] < GAP / len(share)).any()),
+    }
+
+
+def persistence(positions: Sequence[Int[np.ndarray, " firing"]], tokens: int) -> dict[str, float]:
+    """Return how many layers fire together.
+
+    - persistence = mean over tokens on which any layer fires of (layers firing) / n;
+    - independent = the same if layers fired independently: sum p / (n (1 - prod (1 - p)));
+    """
+    counts = np.array([len(p) for p in positions])
+    anywhere = len(np.unique(np.concatenate(positions)))
+    rates, n = counts / tokens, len(counts)
+    expected = n * (1 - np.prod(1 - rates))
+    return {
+        "persistence": float(counts.sum() / max(n * anywhere, 1)),
+        "independent": float(rates.sum() / expected) if expected > 0 else 0.0,
+    }
+
+
+def cofiring(
+    positions: Sequence[Int[np.ndarray, " firing"]],
+) -> tuple[Float[np.ndarray, "layer layer"], Float[np.ndarray, "layer layer"]]:
+    """Return Jaccard |A and B| / |A or B|, and containment |A and B| / |A|, for pairs (a, b)."""
+    n = len(positions)
+    both = np.array(
+        [[len(np.intersect1d(a, b, assume_unique=True)) for b in positions] for a in positions]
+    ).reshape(n, n)
+    sizes = np.array([len(p) for p in positions])
+    either = sizes[:, None] + sizes[None, :] - both
+    return both / np.maximum(either, 1), both / np.maximum(sizes[:, None], 1)
+
+
+def divergence(a: Int[np.ndarray, " token"], b: Int[np.ndarray, " token"], size: int) -> float:
+    """Return the Jensen-Shannon divergence of two samples of tokens, in bits, 0 to 1."""
+    p, q = (np.bincount(x, minlength=size) / max(len(x), 1) for x in (a, b))
+    middle = (p + q) / 2
+
+    def kl(x: np.ndarray) -> float:
+        held = x > 0
+        return float((x[held] * np.log2(x[held] / middle[held])).sum())
+
+    return (kl(p) + kl(q)) / 2
+
+
+def drift(
+    a: tuple[np.ndarray, np.ndarray, np.ndarray],
+    b: tuple[np.ndarray, np.ndarray, np.ndarray],
+    draws: np.random.Generator,
+) -> tuple[float, float | None]:
+    """Return how far the tokens that a latent fires on at two layers differ, and its p-value.
+
+    Each side is (tokens, activations, documents) of its firings, of which the m strongest count, m
+    being the smaller number. The divergence of their tokens, less the mean divergence of halves
+    within a side: two samples of one distribution differ as well. p is the share of divergences
+    at least as large when the layers of firings are swapped at random within documents; None where
+    the drift is below 0.25 bit, which is not worth testing.
+    """
+    m = min(len(a[0]), len(b[0]))
+    (ta, da), (tb, db) = (
+        (x[0][k], x[2][k]) for x in (a, b) for k in [np.argsort(-x[1], kind="stable")[:m]]
+    )
+    names, both = np.unique(np.concatenate([ta, tb]), return_inverse=True)
+    found = divergence(both[:m], both[m:], len(names))
+    within = [_halves(side, len(names), draws) for side in (both[:m], both[m:])]
+    excess = found - float(np.mean(within))
+    if excess <= APART:
+        return excess, None
+    documents = np.concatenate([da, db])
+    order = np.argsort(documents, kind="stable")
+    side = (np.arange(2 * m) >= m)[order]
+    larger = 0
+    for _ in range(PERMUTATIONS):
+        # a random order within each document, with the same number of each side in it
+        shuffled = side[np.lexsort((draws.random(2 * m), documents[order]))]
+        tokens = both[order]
+        larger += divergence(tokens[~shuffled], tokens[shuffled], len(names)) >= found
+    return excess, (larger + 1) / (PERMUTATIONS + 1)
+
+
+def _halves(tokens: np.ndarray, size: int, draws: np.random.Generator) -> float:
+    shuffled = draws.permutation(tokens)
+    middle = len(tokens) // 2
+    return divergence(shuffled[:middle], shuffled[middle:], size) if middle else 0.0
+
+
+def benjamini_hochberg(p: Float[np.ndarray, " test"]) -> Float[np.ndarray, " test"]:
+    """Return q-values: the smallest false discovery rate at which each test is rejected."""
+    order = np.argsort(p)[::-1]
+    ranks = len(p) - np.arange(len(p))
+    q = np.empty(len(p))
+    q[order] = np.minimum.accumulate(p[order] * len(p) / ranks)
+    return q.clip(max=1.0)
+
+
+def kind_of(
+    tau: tuple[float, float],
+    contained: tuple[float, float],
+    rates: tuple[float, float],
+    drifted: float,
+    q: float | None,
+) -> str:
+    """Return how a latent at layer b relates to itself at layer a.
+
+    - `narrower` (at b): four fifths of its firings at b are firings at a, and it fires at most two
+      thirds as often; `broader`: the other way round;
+    - `same`: explanations carry over both ways, tau >= 0.8;
+    - `different`: it drifts by more than 0.25 bit, q < 0.05, and tau < 0.5 both ways;
+    - `unclear`: none of these.
+
+    Args:
+        tau: (a -> b, b -> a); not a number counts as neither high nor low.
+        contained: shares of the firings at a that are firings at b, and of those at b.
+        rates: firing rates at a and b.
+        drifted: drift in bits.
+        q: its q-value; None: not tested.
+    """
+    a, b = rates
+    if contained[1] >= SAME and b <= a * 2 / 3:
+        return "narrower"
+    if contained[0] >= SAME and a <= b * 2 / 3:
+        return "broader"
+    if min(tau) >= SAME:
+        return "same"
+    if drifted > APART and q is not None and q < 0.05 and max(tau) < DIFFERENT:
+        return "different"
+    return "unclear"
+
+
+def badge_of(kinds: Sequence[str]) -> str:
+    """Return the words that a latent's page shows for the kinds of its pairs of layers."""
+    found = set(kinds)
+    if "different" in found:
+        return "means different things"
+    if found & {"narrower", "broader"}:
+        return "narrows across layers"
+    return "same at all layers" if found == {"same"} else ""
