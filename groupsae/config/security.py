@@ -13,6 +13,7 @@ from groupsae.config.values import settle_texts
 from groupsae.runtime.commands import argument
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.secrets import secret_in
+from groupsae.runtime.trust import runs_code
 
 # interpolations that ask nothing but the configuration itself: other keys, and our one resolver
 _INNER = re.compile(r"\$\{(?:run_folder:|[^${}:]*)\}")
@@ -60,7 +61,7 @@ def check_saved(saved: DictConfig, folder: Path, *, key: str, trusted: bool) -> 
             "secret here. Write the plain value into its .hydra/config.yaml instead."
         )
     model = plain.get("model") or {}
-    code = _runs_code(model.get("load") or {})
+    code = runs_code(model.get("load") or {})
     if code is not None and not trusted:
         option = "+model.load.trust_remote_code" if key == "resume" else "trust_remote_code"
         raise UserError(
@@ -79,17 +80,6 @@ def asks_outside(text: str) -> bool:
     while (shorter := _INNER.sub("", text)) != text:
         text = shorter
     return "${" in text
-
-
-def _runs_code(load: Mapping[str, Any]) -> str | None:
-    """Return the option that lets code of the model's owner run here, if it is set."""
-    if load.get("trust_remote_code"):
-        return "trust_remote_code"
-    if load.get("use_kernels"):
-        return "use_kernels"
-    # a kernel that is fetched from the Hub
-    kernels = (n for n in load if n.endswith("_implementation") and "/" in str(load[n]))
-    return next(kernels, None)
 
 
 def _settle(node: DictConfig | ListConfig) -> None:

@@ -1,7 +1,7 @@
 """One layer's view of a suite: the SAE of its group, on raw activations of the layer."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ Dense = Float[Tensor, "*batch d_sae"] | Float[np.ndarray, "*batch d_sae"]
 
 
 class LayerSAE(nn.Module):
-    """The SAE of one layer: the weights of its group, and the norm factor of this layer.
+    """The SAE of one layer, `suite[5]`: the weights of its group, the norm factor of this layer.
 
     Activations are raw, as the language model has them; latents are as the SAE has them. With s
     the layer's norm factor and SAE(x) the SAE of the group,
@@ -65,6 +65,7 @@ class LayerSAE(nn.Module):
         self.sae, self.layer, self.group, self.cfg = sae, layer, group, cfg
         by_layer = {str(key): float(factor) for key, factor in cfg["norm_factors"].items()}
         self.norm_factor = by_layer[str(layer)]  # (JSON has text as keys, a dict may have layers)
+        self.eval().requires_grad_(False)
 
     # ---- what it is ---------------------------------------------------------------------
 
@@ -177,14 +178,15 @@ class LayerSAE(nn.Module):
         return self.decode(self.encode_sparse(acts))
 
     def direction(
-        self, latents: int | Sequence[int] | Int[Tensor, "*latent"]
+        self, latents: SupportsIndex | Sequence[int] | np.ndarray | Int[Tensor, "*latent"]
     ) -> Float[Tensor, "*latent d_model"]:
         """Return what a value of 1 of a latent adds to the raw residual stream: W_dec[latent] / s.
 
         Raises:
             UserError: the SAE has no such latent.
         """
-        index = torch.as_tensor(latents, device=self.device)
+        found = latents if isinstance(latents, Tensor) else np.asarray(latents)
+        index = torch.as_tensor(found, device=self.device)
         outside = index[(index < 0) | (index >= self.d_sae)]
         if len(outside.flatten()):
             raise UserError(

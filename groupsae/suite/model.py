@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from groupsae.lm.load import FrozenLM
 from groupsae.runtime.errors import UserError
+from groupsae.runtime.trust import runs_code
 
 WHERE = ("hookpoint", "stack", "blocks_path", "submodule")  # of `cfg.json` and of FrozenLM
 
@@ -37,14 +38,13 @@ def load_model(
     if not found:
         raise UserError("the suite does not name its language model: give load_model(name=...).")
     recorded = cfg.get("load") or {}
-    options = {**recorded, **load}
-    if options.pop("trust_remote_code", False) and not trust_remote_code:
+    code = runs_code({key: value for key, value in recorded.items() if key not in load})
+    if code is not None and not trust_remote_code:
         raise UserError(
-            f"{found} was loaded with trust_remote_code, which runs its author's code: if you "
-            "trust it, give load_model(trust_remote_code=True)."
+            f"{found} was loaded with {code}, which runs code of its owner on this machine: if "
+            "you trust it, give load_model(trust_remote_code=True)."
         )
-    if trust_remote_code:
-        options["trust_remote_code"] = True
+    options = {**recorded, **load, **({"trust_remote_code": True} if trust_remote_code else {})}
     try:
         lm = FrozenLM(
             name=found,

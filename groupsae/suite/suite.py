@@ -43,7 +43,7 @@ class Suite:
     model has them. The layer's norm factor is applied before encoding and undone after decoding.
 
     Args:
-        saes: name of a group -> its SAE, which is frozen and set to evaluation mode.
+        saes: name of a group -> its SAE, which is frozen.
         configs: name -> its `cfg.json`: at least `layers`, and `norm_factors` (layer -> factor).
         run: the run folder, whose results are shown and saved with the SAEs; None: there is none.
 
@@ -80,8 +80,6 @@ class Suite:
                         "has one for each layer. Choose with from_pretrained(path, grouping=...)."
                     )
                 self._owner[layer] = name
-        for sae in saes.values():
-            sae.eval().requires_grad_(False)
         self._views = {
             layer: LayerSAE(saes[name], layer, name, configs[name])
             for layer, name in self._owner.items()
@@ -152,7 +150,7 @@ class Suite:
             name: another folder or id on the Hub, if the model is not where it was.
             revision: another one than the recorded one.
             dtype: another one than the recorded one, such as `torch.bfloat16`.
-            trust_remote_code: run the code of the model's author, if the model needs that.
+            trust_remote_code: run code of the model's owner, if it was loaded so or needs it.
             **load: more arguments of transformers' from_pretrained, such as `device_map`.
 
         Raises:

@@ -1,6 +1,5 @@
 """One layer's SAE of a suite, of every kind: raw activations in, latents, raw activations out."""
 
-import doctest
 import sys
 
 import numpy as np
@@ -9,7 +8,6 @@ import torch
 
 import groupsae
 from groupsae.runtime.errors import UserError
-from groupsae.suite import layer as module
 from tests.helpers.shelf import D_MODEL, D_SAE, FACTORS, KINDS, naive, rows, run_folder, tensors_of
 
 
@@ -130,6 +128,7 @@ def test_a_direction_is_what_a_latent_adds_to_the_raw_residual_stream(suite):
         torch.testing.assert_close(sae.decode(one) - sae.decode(nothing), sae.direction(latent))
     assert torch.equal(sae.direction(17), sae.W_dec[17] / FACTORS[1])
     assert torch.equal(sae.direction([3, 17])[1], sae.direction(17))
+    assert torch.equal(sae.direction(np.array([3, 17]))[1], sae.direction(np.int64(17)))
     assert sae.direction(torch.tensor([[1, 2, 3]])).shape == (1, 3, D_MODEL)
 
 
@@ -159,6 +158,7 @@ def test_gradients_reach_the_activations_and_never_the_weights(suite):
         (gradient,) = torch.autograd.grad(out.sum(), x)
         assert gradient.abs().sum() > 0
     assert not any(weight.requires_grad for weight in sae.parameters())
+    assert not any(module.training for module in sae.modules())
     assert not suite.encode(x, 3).requires_grad
 
 
@@ -185,7 +185,3 @@ def test_sparsify_holds_topk_only(suite, kind):
     if kind != "topk":
         with pytest.raises(UserError, match=f"can hold topk only, and layers.3 is a {kind} SAE"):
             suite[3].to_sparsify()
-
-
-def test_the_examples_run():
-    assert doctest.testmod(module).failed == 0

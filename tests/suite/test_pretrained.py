@@ -1,6 +1,5 @@
 """A suite in a notebook: load, show, save, and the language model that it belongs to."""
 
-import doctest
 import json
 import subprocess
 import sys
@@ -13,8 +12,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from groupsae import Suite, load_suite
 from groupsae.files.atomic import write_json
 from groupsae.runtime.errors import UserError
-from groupsae.suite import hub, table
-from groupsae.suite import suite as module
 from tests.helpers import families
 from tests.helpers.hub_stand_in import ask, serving
 from tests.helpers.lms import frozen
@@ -157,13 +154,22 @@ def test_other_weights_than_in_training_are_noticed(run, tiny_lm):
         suite.load_model()
 
 
-def test_code_of_the_models_author_runs_only_when_asked(run, tiny_lm):
-    suite = trained_on(run, tiny_lm, load={"trust_remote_code": True})
-    with pytest.raises(UserError, match="runs its author's code: if you trust it"):
+@pytest.mark.parametrize("load", [{"trust_remote_code": True}, {"use_kernels": True},
+                                  {"attn_implementation": "stranger/kernel"}])  # fmt: skip
+def test_code_of_the_models_owner_runs_only_when_asked(run, tiny_lm, load):
+    suite = trained_on(run, tiny_lm)
+    suite.cfg["load"] = load
+    with pytest.raises(UserError, match=f"loaded with {next(iter(load))}, which runs code of its"):
         suite.load_model()
+
+
+def test_code_of_the_models_owner_runs_when_asked(run, tiny_lm):
+    suite = trained_on(run, tiny_lm, load={"trust_remote_code": True})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         suite.load_model(trust_remote_code=True)
+    suite.cfg["load"] = {"attn_implementation": "stranger/kernel"}
+    suite.load_model(attn_implementation="eager")
 
 
 def test_only_the_language_model_needs_transformers(run):
@@ -291,11 +297,6 @@ def test_html_of_a_stranger_is_escaped(run):
     assert "<script>" not in html
     assert "&lt;script&gt;" in html
     assert "<b>" not in html
-
-
-@pytest.mark.parametrize("file", [module, hub, table])
-def test_the_examples_run(file):
-    assert doctest.testmod(file).failed == 0
 
 
 def test_what_an_sae_prints():
