@@ -354,7 +354,7 @@ def angular_distances(
                     rows = [found[layer].flatten(0, 1).to(blocks.device) for layer in layers]
                     metric.update(torch.stack(rows))
                     advance(part.numel())
-    return angles.compute().reshape(size.num_layers, size.num_layers).cpu().numpy()
+    return angles.distances().cpu().numpy()
 
 
 # ---- a model and texts in hand --------------------------------------------------------------
