@@ -107,7 +107,7 @@ class Captured:
         """
         values, indices, _ = self.sparse
         dense = values.new_zeros(*values.shape[:-1], self._sae.d_sae)
-        return dense.scatter(-1, indices, values)
+        return dense.scatter_(-1, indices, values)
 
     def active(self) -> pd.DataFrame:
         """Return all active latents at all positions but padding, a row each, strongest first.
