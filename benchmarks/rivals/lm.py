@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from groupsae.lm.load import BUNDLED
+from groupsae.lm import BUNDLED
 
 VOCAB, CONTEXT, BLOCKS = 50_304, 256, 800
 

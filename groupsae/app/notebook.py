@@ -438,7 +438,7 @@ def _check_fits(suite: "Suite", size: "Geometry", model: "PreTrainedModel") -> N
 
 
 def _evaluate_run(run: TrainedRun) -> "pd.DataFrame":
-    cfg = composed([f"run={run.folder}"], "evaluate")
+    cfg = composed(list(arguments_of({"run": run.folder})), "evaluate")
     trained = finished_run(run.folder, trusted=cfg.trust_remote_code)
     from groupsae.app.evaluate import evaluate
 

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, suppress
 from html import escape
 from operator import index
 from pathlib import Path
-from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import Any, SupportsIndex
 
@@ -22,6 +21,7 @@ from groupsae.files.reading import damaged
 from groupsae.files.tensors import read_tensors, take
 from groupsae.grouping.groupings import by_name
 from groupsae.interop.library import as_config
+from groupsae.runtime.commands import command
 from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE, SparseLatents
 from groupsae.suite import interventions
@@ -505,7 +505,7 @@ def _no_saes(path: str | Path, folder: Path) -> UserError:
     if (folder / "groups.json").exists() or (folder / ".hydra").is_dir():
         return UserError(
             f"the run in {path} is not finished, and has no SAEs yet: give\n"
-            f"  python -m groupsae.train {quote(f'resume={folder}')}"
+            f"  {command('train', resume=folder)}"
         )
     return UserError(
         f"no SAEs under {path}: expected saes/<group>/cfg.json, as a finished run has them. SAEs "

@@ -204,7 +204,7 @@ def test_a_signal_leaves_jobs_elsewhere_alone(number, tmp_path, monkeypatch, cap
     assert not recorder.stop.exists()  # jobs that have not begun yet read this
     status, shown = recorder.table()
     assert status == 1
-    sweep.Console().print(shown)
+    sweep.screen().print(shown)
     printed = capfd.readouterr().out
     assert rows(printed) == {0: "done", 1: "unknown"}
     assert "still running" in table(printed)

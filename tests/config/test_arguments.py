@@ -1,6 +1,7 @@
 """Paths and names on the command line are texts, whatever they look like."""
 
 import os
+import re
 import shlex
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Sweep
 from omegaconf import OmegaConf
 
+import groupsae
 from groupsae.config.arguments import read
 from groupsae.config.security import check_own
 from groupsae.runtime.commands import argument, command
@@ -43,6 +45,14 @@ def test_a_printed_command_names_the_folder_that_it_was_made_for(
     (value,) = values_of(*pasted[3:], name=of)
     assert OmegaConf.create({"value": value}).value == name
     assert shlex.split(argument(key, name)) == pasted[3:]
+
+
+def test_every_command_with_a_value_is_made_in_one_place() -> None:
+    """The others are examples such as `run=<run folder>`."""
+    by_hand = re.compile(r"python -m groupsae\.\w+[^\n]*\{|quote\(f")
+    files = Path(groupsae.__file__).parent.rglob("*.py")
+    found = {file.name: by_hand.findall(file.read_text(encoding="utf-8")) for file in files}
+    assert [name for name, lines in found.items() if lines] == ["commands.py"]
 
 
 @pytest.mark.parametrize(

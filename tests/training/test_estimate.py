@@ -125,7 +125,7 @@ def test_a_step_needs_about_the_estimate(
     """With dead latents, for which there is a second reconstruction; less without any."""
     suite = make_suite(smaller)
     needed = bytes_needed(suite, stream(TOKENS), widths_of(suite), 1)
-    callbacks = [Trial(0.0, tuple)] if dead else []  # its last step is one with dead latents
+    callbacks = [Trial(0.0, tuple, 3)] if dead else []  # its last step is one with dead latents
     assert least < needed / bytes_taken(suite, *callbacks) < most
 
 
