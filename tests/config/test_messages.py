@@ -15,7 +15,7 @@ from groupsae.config.instantiate import CONF
 PACKAGE = Path(groupsae.__file__).parent
 SAYING = ("UserError", "warn", "show", "say", "log", "print")
 # `key=value` of an explanation, an argument in Python, a file's name
-NO_KEYS = {"key", "layer", "step", "truncation"}
+NO_KEYS = {"key", "layer", "step", "truncation", "max_length"}
 # what notebooks call: messages name arguments of functions, too
 IN_PYTHON = ("suite/", "app/notebook.py", "lm/attached.py")
 GIVEN = re.compile(r"(?<![\w.+/-])\+*([a-z_]+(?:\.[a-z_0-9]+)*)=(?=[\w<\[{'\"\u2026/])")
