@@ -43,7 +43,7 @@ def test_every_example_gives_what_it_shows(
     assert failed == 0
 
 
-WITHOUT = {"__version__", "load_suite"}
+WITHOUT = {"__version__"}
 
 
 @pytest.mark.parametrize("name", sorted(set(groupsae.__all__) - WITHOUT))
