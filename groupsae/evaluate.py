@@ -3,21 +3,23 @@
 import signal
 import sys
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from groupsae.app.run_folder import finished_run, one_folder, register_resolver
+from groupsae.app.run_folder import (
+    finished_run,
+    moved_places,
+    one_folder,
+    register_resolver,
+)
 from groupsae.app.stream import check_source
 from groupsae.config.arguments import start
-from groupsae.config.values import PLACES
 from groupsae.files.locks import lock_folder
 
 
 def evaluate(cfg: DictConfig) -> None:
     """Evaluate one run."""
     folder = one_folder(cfg)
-    given = {key: OmegaConf.select(cfg, key) for key in PLACES}
-    moved = {key: place for key, place in given.items() if place is not None}
-    trained = finished_run(folder, trusted=cfg.trust_remote_code, moved=moved)
+    trained = finished_run(folder, trusted=cfg.trust_remote_code, moved=moved_places(cfg))
     if cfg.get("logger") is not None:
         trained.logger = cfg.logger
     check_source(trained.data)

@@ -4,7 +4,12 @@ import sys
 
 from omegaconf import DictConfig
 
-from groupsae.app.run_folder import finished_run, one_folder, register_resolver
+from groupsae.app.run_folder import (
+    finished_run,
+    moved_places,
+    one_folder,
+    register_resolver,
+)
 from groupsae.config.arguments import start
 from groupsae.files.locks import lock_folder
 from groupsae.runtime.signals import Stopped
@@ -13,7 +18,7 @@ from groupsae.runtime.signals import Stopped
 def interpret(cfg: DictConfig) -> None:
     """Interpret the latents of one run."""
     folder = one_folder(cfg)
-    trained = finished_run(folder, trusted=cfg.trust_remote_code)
+    trained = finished_run(folder, trusted=cfg.trust_remote_code, moved=moved_places(cfg))
     from groupsae.app.interpret import interpret  # slow imports only after the cheap checks
 
     with lock_folder(folder):

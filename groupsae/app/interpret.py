@@ -33,6 +33,7 @@ from groupsae.interpretation.page import labels_of, write_page
 from groupsae.interpretation.run import Pass, Process
 from groupsae.interpretation.text import Text
 from groupsae.runtime.errors import UserError
+from groupsae.runtime.output import screen
 from groupsae.runtime.progress import token_progress
 from groupsae.runtime.quiet import quiet
 from groupsae.runtime.ranks import is_leader
@@ -62,7 +63,7 @@ def interpret(
         UserError: an option is not allowed, a file of the run is missing or damaged, the SAEs
             belong to another model or text, or the text is too short.
     """
-    console = Console()
+    console = screen()
     quiet()
     check_values(options, INTERPRETATION, "interpretation.")
     place = device_named(device)

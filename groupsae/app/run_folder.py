@@ -153,6 +153,12 @@ def one_folder(cfg: DictConfig) -> Path:
     return Path(str(folders[0]))
 
 
+def moved_places(cfg: DictConfig) -> dict[str, str]:
+    """Return the new places of a run's model and text that a command names, by key."""
+    given = {key: OmegaConf.select(cfg, key) for key in PLACES}
+    return {key: str(place) for key, place in given.items() if place is not None}
+
+
 def finished_run(
     folder: Path, *, trusted: bool, moved: Mapping[str, str] | None = None
 ) -> DictConfig:
