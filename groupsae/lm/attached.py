@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -83,7 +84,8 @@ class AttachedLM:
     def hooked(self, layers: Iterable[int], visit: Visit) -> Iterator[None]:
         """Call `visit(layer, acts, reading)` in every forward while inside.
 
-        The activations are in the model's dtype; a tensor that it returns replaces them. Hooks of
+        The activations are in the model's dtype; a tensor that it returns replaces them. The
+        reading is None where a block is called outside of a forward of the model. Hooks of
         several blocks act in the order in which the blocks were entered.
 
         Raises:
@@ -108,7 +110,7 @@ class AttachedLM:
             warnings.warn(
                 f"the hooked layers of this {self.name} did not run inside the block, so nothing "
                 "was seen or changed: run the model that was given to it.",
-                stacklevel=4,
+                stacklevel=5,  # of the user's `with`
             )
 
     def _see(self, visit: Visit, layer: int, acts: Tensor) -> Tensor | None:
@@ -117,7 +119,9 @@ class AttachedLM:
         if reading is not None and reading.shape != (batch, pos):  # the model adds positions
             reading = self._reading = replace(reading, shape=(batch, pos), tokens=None, mask=None)
         where = f"{self.hookpoint} of block {layer} of {self.name}"
-        replaced = visit(layer, with_positions(acts, (batch, pos), self.d_model, where), reading)
+        found = with_positions(acts, (batch, pos), self.d_model, where)
+        with torch.autocast(acts.device.type, enabled=False):  # SAEs compute in their own dtype
+            replaced = visit(layer, found, reading)
         return None if replaced is None else replaced.reshape(acts.shape)
 
     def _read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -95,8 +95,10 @@ class Captured:
         if these carry them and gradients are enabled then.
         """
         if self._sparse is None:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.acts.requires_grad):
-                self._sparse = self._sae.encode_sparse(self.acts.to(self._sae.device))
+            acts = self.acts.to(self._sae.device)
+            tracked = torch.is_grad_enabled() and acts.requires_grad
+            with torch.set_grad_enabled(tracked), torch.autocast(acts.device.type, enabled=False):
+                self._sparse = self._sae.encode_sparse(acts)
         return self._sparse
 
     @property
@@ -170,7 +172,12 @@ class Cache(Mapping[int, Captured]):
     def append(
         self, layer: int, acts: Float[Tensor, "batch pos d_model"], reading: Reading | None
     ) -> None:
-        """Add one layer's activations in one forward."""
+        """Add one layer's activations in one forward.
+
+        Blocks that run again in a backward pass (gradient checkpointing) add nothing.
+        """
+        if reading is None and self._last is not None:
+            return
         first = reading is None or reading is not self._last  # layer of its forward
         if not self.batches or (first and not (reading is not None and reading.continues)):
             self.batches.append({})

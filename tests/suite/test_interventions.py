@@ -430,6 +430,36 @@ def test_with_its_error_the_forward_is_the_same_and_gradients_go_through_the_sae
     assert not torch.allclose(found, upstream)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+def test_modules_that_run_again_for_their_gradients_are_captured_once(folder_of):
+    suite, inputs = suite_for(frozen(folder_of("llama"), hookpoint="mlp_out")), inputs_of("llama")
+    model = families.auto_class("llama").from_pretrained(folder_of("llama"))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    with suite.capture(model, 1) as cache, suite.splice(model, 1):
+        model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+    assert len(cache.batches) == 1
+    assert cache[1].acts.shape == (2, 12, WIDTH)
+
+
+def test_the_sae_keeps_its_precision_under_autocast(llama):
+    model, suite, inputs = llama
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), ExitStack() as blocks:
+        before = blocks.enter_context(suite.capture(model, 1))
+        blocks.enter_context(suite.splice(model, 1))
+        spliced = blocks.enter_context(suite.capture(model, 1))
+        blocks.enter_context(suite.steer(model, 1, ablate=[3], set={5: 1.0}))
+        after = blocks.enter_context(suite.capture(model, 1))
+        model(**inputs)
+        latents = before[1].latents
+    acts = before[1].acts
+    assert torch.equal(latents, suite.encode(acts, 1))
+    assert torch.equal(spliced[1].acts, suite[1](acts).to(acts))
+    z = suite.encode(spliced[1].acts, 1)[..., [3, 5]]
+    edits = (torch.tensor([0.0, 1.0]) - z) @ suite[1].direction([3, 5])
+    assert torch.equal(after[1].acts, (spliced[1].acts + edits).to(acts))
+
+
 # ---- latents that are changed ---------------------------------------------------------------
 
 
@@ -568,8 +598,9 @@ def test_a_later_layer_sees_what_an_earlier_one_leaves_whichever_block_is_entere
 def test_a_block_in_which_the_model_does_not_run_warns(llama):
     model, suite, _ = llama
     unused = pytest.warns(UserWarning, match="LlamaForCausalLM did not run inside the block")
-    with unused, suite.steer(model, 1, 7):
+    with unused as found, suite.steer(model, 1, 7):
         pass
+    assert found[0].filename == __file__
     with pytest.warns(UserWarning, match="did not run"), suite.capture(model, 1) as cache:
         pass
     with pytest.raises(UserError, match="layer 1 has shown nothing: run the model"):
