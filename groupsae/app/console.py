@@ -151,13 +151,17 @@ def print_explanations(console: Console, explained: Mapping[str, Any]) -> None:
     )
     screen.add_column("SAE", no_wrap=True)
     columns = {
-        "f1": "F1", "null_f1": "null", "adjusted_f1": "adj.", "precision": "prec.",
-        "recall": "recall", "auprc": "AUPRC", "unigram_auprc": "token",
-    }  # fmt: skip
+        "f1": "F1",
+        "null_f1": "null",
+        "adjusted_f1": "adjusted",
+        "precision": "precision",
+        "recall": "recall",
+        "unigram_auprc": "token",
+    }
     for heading in ("latents", "rare", *columns.values()):
-        screen.add_column(heading, justify="right")
+        screen.add_column(heading, justify="right", no_wrap=True)
     for name, sae in explained.items():
         mean = sae["mean"]
-        values = [number(mean[key], 3) if mean else "" for key in columns]
+        values = [number(mean[key], 2) if mean else "" for key in columns]
         screen.add_row(name, str(len(sae["latents"])), str(sae["rare"]), *values)
     console.print(screen)

@@ -5,7 +5,10 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,13 @@ from groupsae.grouping.groupings import by_name
 from groupsae.grouping.plan import GroupPlan
 from groupsae.interpretation.collect import Kept
 from groupsae.interpretation.directions import directions_of
-from groupsae.interpretation.explain import Explainer, choose
+from groupsae.interpretation.explain import (
+    PART,
+    choose,
+    explain_part,
+    explain_sae,
+    start_worker,
+)
 from groupsae.interpretation.files import COLLECTED, FORMAT, Interpretation, save_collected
 from groupsae.interpretation.page import labels_of, write_page
 from groupsae.interpretation.run import Pass, Process
@@ -92,16 +101,29 @@ def explain(found: Interpretation, options: DictConfig, console: Console) -> dic
     stored = read_json(file) or {}
     done = stored.get("saes", {}) if stored.get("key") == key else {}
     left = [sae for name, sae in found.saes.items() if name not in done]
-    if left:
-        explainer = Explainer(found, options.seed)
-        total = sum(len(choose(sae, options.latents).latents) for sae in left)
-        with Progress(transient=True, console=console) as progress:
-            task = progress.add_task("explaining latents", total=total)
-            for sae in left:
-                done[sae.name] = explainer.explain(
-                    sae, options.latents, lambda n: progress.advance(task, n)
-                )
-                write_json(file, {"format": FORMAT, "key": key, "judge": "rules", "saes": done})
+    if not left:
+        return {name: done[name] for name in found.saes}
+    total = sum(len(choose(sae, options.latents).latents) for sae in left)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with (
+        ProcessPoolExecutor(
+            max(1, min(cores or 1, total // PART)),
+            get_context("spawn"),  # a fork would copy torch's threads
+            initializer=start_worker,
+            initargs=(found.folder, options.seed),
+        ) as pool,
+        Progress(transient=True, console=console) as progress,
+    ):
+        task = progress.add_task("explaining latents", total=total)
+
+        def run(name: str, parts: list[list[int]]) -> Iterator[list[dict[str, Any]]]:
+            for rows in pool.map(partial(explain_part, name), parts):
+                progress.advance(task, len(rows))
+                yield rows
+
+        for sae in left:
+            done[sae.name] = explain_sae(found, sae.name, options.latents, partial(run, sae.name))
+            write_json(file, {"format": FORMAT, "key": key, "judge": "rules", "saes": done})
     return {name: done[name] for name in found.saes}
 
 

@@ -1,6 +1,7 @@
 """Explains latents by rules, scores them on other text, and carries them from layer to layer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from groupsae.interpretation.scores import (
     Lookup,
     Truth,
     adjusted,
+    average_precision,
     entropy_of_tokens,
     f1,
     mean_of,
@@ -30,6 +32,7 @@ from groupsae.interpretation.sharing import (
 from groupsae.interpretation.text import EXPLAIN
 
 LEAST_WINDOWS = 20  # in which a latent must fire, in each text
+PART = 16  # latents that are explained together
 GROW = 0.8  # share of the documents that rules are grown on
 
 
@@ -68,6 +71,7 @@ class Firing(NamedTuple):
 Place = int | str  # a layer, or "all" of a group together
 Firings = dict[Place, Firing]
 Predicted = dict[Place, np.ndarray]  # where each explanation holds in the score text
+Rows = Iterable[list[dict[str, Any]]]
 
 
 class Explainer:
@@ -75,7 +79,7 @@ class Explainer:
 
     Args:
         found: what was collected.
-        documents: number of the document of every position.
+        seed: seed of the draws of evidence.
     """
 
     def __init__(self, found: Interpretation, seed: int = 0) -> None:
@@ -90,59 +94,36 @@ class Explainer:
             self.text.tokens, self.explain_tokens, self.text.offset, self.text.vocabulary.size
         )
 
-    def explain(
-        self, sae: CollectedSAE, count: int, advance: Callable[[int], object]
-    ) -> dict[str, Any]:
-        """Return explanations and scores of an SAE's chosen latents, as plain values.
+    def explain(self, name: str, latents: Sequence[int]) -> list[dict[str, Any]]:
+        """Return explanations and scores of some latents of an SAE, as plain values.
 
-        `advance` is called with 1 after each latent.
+        Each is compared with the one before it, so those next to each other should fire about as
+        often: a score is worth something where another latent's explanation scores less.
         """
-        chosen = choose(sae, count)
-        records = [sae.records(layer) for layer in sae.layers]
-        windows = [sae.windows(layer) for layer in sae.layers]
-        rates = np.sum([sae.fired(layer).sum(0) for layer in sae.layers], axis=0)
-        # neighbours in this order have like density: each is the other's null
-        order = sorted(chosen.latents, key=lambda latent: (rates[latent], latent))
-        rows: list[dict[str, Any]] = []
-        previous: Predicted = {}
-        waiting: tuple[dict[str, Any], Firings] | None = None
-        for latent in order:
-            firings: Firings = {
-                layer: self._firing(records[i], windows[i], latent)
-                for i, layer in enumerate(sae.layers)
-            }
-            firings["all"] = _pooled(list(firings.values()))
-            row, predicted = self._one(latent, firings)
-            row["sharing"] = self._sharing(sae, latent, firings)
-            if previous:
-                _compare(row, firings, previous)
-            if waiting is not None:
-                _compare(*waiting, predicted)
-            waiting = None if previous else (row, firings)
-            previous = predicted
-            rows.append(row)
-            advance(1)
-        if waiting is not None:  # a single latent has no null
-            _compare(*waiting, {})
-        rows.sort(key=lambda row: row["latent"])
-        _judge_pairs(rows, sae.layers)
-        return {
-            "name": sae.name,
-            "layers": sae.layers,
-            "drawn": chosen.drawn,
-            "rare": chosen.rare,
-            "latents": rows,
-            "mean": mean_of([row["all"]["scores"] for row in rows]),
-        }
+        sae = self.found.saes[name]
+        firings = self._firings(sae, latents)
+        found = [self._one(sae, *each) for each in zip(latents, firings, strict=True)]
+        for i, (row, _) in enumerate(found):
+            other = found[i - 1 if i else min(1, len(found) - 1)][1] if len(found) > 1 else {}
+            _compare(row, firings[i], other)
+        return [row for row, _ in found]
 
-    def _firing(self, records: np.ndarray, windows: np.ndarray, latent: int) -> Firing:
-        low, high = np.searchsorted(records["latent"], [latent, latent + 1])
-        positions = records["position"][low:high].astype(np.int64)
-        acts = records["act"][low:high].astype(np.float32)
-        split = int(np.searchsorted(positions, self.explain_tokens))
-        truth = Truth(positions[split:] - self.explain_tokens, acts[split:])
-        enough = bool((windows[:, latent] >= LEAST_WINDOWS).all())
-        return Firing(positions[:split], acts[:split], truth, enough)
+    def _firings(self, sae: CollectedSAE, latents: Sequence[int]) -> list[Firings]:
+        found: list[Firings] = [{} for _ in latents]
+        for layer in sae.layers:
+            records, windows = sae.records(layer), sae.windows(layer)
+            wanted = np.stack([np.array(latents), np.array(latents) + 1], axis=1)
+            bounds = np.searchsorted(records["latent"], wanted)
+            for firings, latent, (low, high) in zip(found, latents, bounds, strict=True):
+                positions = records["position"][low:high].astype(np.int64)
+                acts = records["act"][low:high].astype(np.float32)
+                split = int(np.searchsorted(positions, self.explain_tokens))
+                truth = Truth(positions[split:] - self.explain_tokens, acts[split:])
+                enough = bool((windows[:, latent] >= LEAST_WINDOWS).all())
+                firings[layer] = Firing(positions[:split], acts[:split], truth, enough)
+        for firings in found:
+            firings["all"] = _pooled(list(firings.values()))
+        return found
 
     def _sharing(self, sae: CollectedSAE, latent: int, firings: Firings) -> dict[str, Any]:
         """Return how the layers share a latent, and for each pair of them how it drifts."""
@@ -169,12 +150,19 @@ class Explainer:
             "pairs": pairs,
         }
 
-    def _one(self, latent: int, firings: Firings) -> tuple[dict[str, Any], Predicted]:
+    def _one(
+        self, sae: CollectedSAE, latent: int, firings: Firings
+    ) -> tuple[dict[str, Any], Predicted]:
         """Return one latent's row without its nulls, and its predictions as 0 and 1."""
         predicted: Predicted = {}
         row: dict[str, Any] = {"latent": latent, "layers": {}}
         for place, firing in firings.items():
             if not firing.enough:
+                continue
+            if place == "all" and len(predicted) == len(sae.layers) == 1:
+                (only,) = predicted
+                predicted[place], row["all"] = predicted[only], row["layers"][only]
+                self._baselines(row["all"], firing)
                 continue
             explanation = learn(self.background, firing.positions, firing.acts, latent)
             values = explanation.holds(self.text, self.score)
@@ -185,11 +173,8 @@ class Explainer:
                 "scores": scores(values, firing.truth),
             }
             if place == "all":
-                for name, longest in (("unigram", 1), ("lookup", 3)):
-                    guess = self.lookup.predict(firing.positions, firing.acts, longest)
-                    entry["scores"][f"{name}_auprc"] = scores(guess, firing.truth)["auprc"]
-                entry["entropy"] = entropy_of_tokens(self.text.tokens[firing.positions])
                 row["all"] = entry
+                self._baselines(entry, firing)
             else:
                 row["layers"][place] = entry
         # F1 of the explanation of one layer (or of all) at another
@@ -197,7 +182,63 @@ class Explainer:
             str(a): {str(b): f1(predicted[a], firings[b].truth) for b in firings if b in predicted}
             for a in predicted
         }
+        row["sharing"] = self._sharing(sae, latent, firings)
         return row, predicted
+
+    def _baselines(self, entry: dict[str, Any], firing: Firing) -> None:
+        """Add what the last tokens alone predict, and how many different tokens fire."""
+        for name, longest in (("unigram", 1), ("lookup", 3)):
+            guess = self.lookup.predict(firing.positions, firing.acts, longest)
+            entry["scores"][f"{name}_auprc"] = average_precision(guess, firing.truth)
+        entry["entropy"] = entropy_of_tokens(self.text.tokens[firing.positions])
+
+
+def explain_sae(
+    found: Interpretation, name: str, count: int, run: Callable[[list[list[int]]], Rows]
+) -> dict[str, Any]:
+    """Return the explanations of an SAE's chosen latents, and their means.
+
+    `run` explains lists of latents, in the order of how often they fire, in this process or in
+    several.
+    """
+    sae = found.saes[name]
+    chosen = choose(sae, count)
+    rates = np.sum([sae.fired(layer).sum(0) for layer in sae.layers], axis=0)
+    order = sorted(chosen.latents, key=lambda latent: (rates[latent], latent))
+    rows = [row for part in run(_split(order)) for row in part]
+    rows.sort(key=lambda row: row["latent"])
+    _judge_pairs(rows, sae.layers)
+    return {
+        "name": name,
+        "layers": sae.layers,
+        "drawn": chosen.drawn,
+        "rare": chosen.rare,
+        "latents": rows,
+        "mean": mean_of([row["all"]["scores"] for row in rows]),
+    }
+
+
+def _split(latents: list[int]) -> list[list[int]]:
+    """Return parts of `PART` latents, none of them alone if there are several."""
+    starts = list(range(0, max(len(latents) - 1, 1), PART))
+    return [latents[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)]
+
+
+# ---- in several processes ------------------------------------------------------------------
+
+_explainer: Explainer | None = None
+
+
+def start_worker(folder: Path, seed: int) -> None:
+    """Prepare a process that explains latents."""
+    global _explainer
+    _explainer = Explainer(Interpretation(folder), seed)
+
+
+def explain_part(name: str, latents: list[int]) -> list[dict[str, Any]]:
+    """Return what `Explainer.explain` returns, in a process that `start_worker` prepared."""
+    assert _explainer is not None
+    return _explainer.explain(name, latents)
 
 
 def _everywhere(firing: Firing, explain_tokens: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ score means that no local rule was found, not that the latent cannot be interpre
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -18,7 +18,8 @@ MOST_RULES = 8
 EVIDENCE = 5000  # firings, and silent places with the same tokens, at most
 BACKGROUND = 50_000  # places drawn once for all latents
 COMMON = 10  # tokens whose silent places are drawn on purpose
-BEST, PARTNERS, RULES = 200, 30, 300  # atoms to try, atoms to pair them with, rules to choose from
+LIKELY, BEST = 800, 200  # atoms to count in the background, and to try
+PARTNERS, RULES = 30, 300  # atoms to pair them with, rules to choose from
 LEAST_FIRINGS = 3  # that an atom must hold at
 LEAST_GAIN = 0.005  # of F1 on the pruning documents
 
@@ -88,33 +89,75 @@ class Background:
         return np.concatenate([self.by_token[ends[t] - counts[t] : ends[t]] for t in tokens])
 
 
-class _Evidence(NamedTuple):
-    """Rows of places: the latent's own ones, firings first, and then the background.
+class _Weights(NamedTuple):
+    """How many places of the text each row of evidence stands for; 0 for rows that do not count.
 
     Attributes:
-        own: atoms of the latent's own rows.
-        shared: atoms of the background.
-        fires: which rows are firings.
-        weight: places of the text that each row stands for; 0 if other rows stand for it.
-        acts: activations.
-        grow: which rows rules are grown on.
+        fires: of the latent's firings.
+        silent: of silent places with its commonest tokens.
+        shared: of the background.
     """
 
-    own: sparse.csc_matrix
-    shared: sparse.csc_matrix
-    fires: Bool[np.ndarray, " row"]
-    weight: Float[np.ndarray, " row"]
-    acts: Float[np.ndarray, " row"]
-    grow: Bool[np.ndarray, " row"]
+    fires: Float[np.ndarray, " firing"]
+    silent: Float[np.ndarray, " silent"]
+    shared: Float[np.ndarray, " place"]
 
-    def columns(self, atoms: np.ndarray) -> sparse.csc_matrix:
+
+class _Table(NamedTuple):
+    """At which rows of evidence each of some atoms, or rules, holds: 0 and 1."""
+
+    fires: Float[np.ndarray, "firing rule"]
+    silent: Float[np.ndarray, "silent rule"]
+    shared: sparse.csc_matrix  # [place, rule]; almost all of it is 0
+
+    def both(self, left: np.ndarray, right: np.ndarray) -> "_Table":
+        """Return where both of two columns hold, for pairs of columns."""
+        return _Table(
+            self.fires[:, left] * self.fires[:, right],
+            self.silent[:, left] * self.silent[:, right],
+            self.shared[:, left].multiply(self.shared[:, right]).tocsc(),
+        )
+
+    def counts(self, weights: _Weights) -> tuple[np.ndarray, np.ndarray]:
+        """Return the weight of the firings and of the silent places at which each holds."""
+        hits = weights.fires @ self.fires
+        return hits, weights.silent @ self.silent + self.shared.T @ weights.shared
+
+    def pairs(self, weights: _Weights, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the same for all pairs with the first `count` columns, [rule, count]."""
+        few = self.shared[:, :count]
+        few = sparse.csc_matrix(
+            (few.data * weights.shared[few.indices], few.indices, few.indptr), few.shape
+        )
+        hits = (self.fires * weights.fires[:, None]).T @ self.fires[:, :count]
+        misses = (self.silent * weights.silent[:, None]).T @ self.silent[:, :count]
+        return hits, misses + (self.shared.T @ few).toarray()
+
+    def uncovered(self, rule: int, weights: _Weights) -> _Weights:
+        """Return the weights without the rows at which a rule holds."""
+        shared = weights.shared.copy()
+        shared[self.shared.indices[slice(*self.shared.indptr[rule : rule + 2])]] = 0.0
+        return _Weights(
+            weights.fires * (1 - self.fires[:, rule]),
+            weights.silent * (1 - self.silent[:, rule]),
+            shared,
+        )
+
+
+class _Evidence(NamedTuple):
+    """What is known about a latent, split into documents that rules grow on and prune on."""
+
+    own: sparse.csc_matrix  # atoms of its firings and then of its silent places
+    shared: sparse.csc_matrix  # atoms of the background
+    acts: Float[np.ndarray, " firing"]
+    weights: _Weights
+    grow: _Weights
+    prune: _Weights
+
+    def table(self, atoms: np.ndarray) -> _Table:
         """Return some atoms of all rows."""
-        return sparse.vstack([self.own[:, atoms], self.shared[:, atoms]], format="csc")
-
-    def counts(self, weight: np.ndarray) -> np.ndarray:
-        """Return the sum of the weights of the rows at which each atom holds."""
-        own = self.own.shape[0]
-        return self.own.T @ weight[:own] + self.shared.T @ weight[own:]
+        own, count = self.own[:, atoms].toarray(), len(self.acts)
+        return _Table(own[:count], own[count:], self.shared[:, atoms])
 
 
 def learn(
@@ -139,22 +182,20 @@ def learn(
     if len(positions) < LEAST_FIRINGS:
         return Explanation(())
     evidence = _evidence(background, positions, acts, number)
-    grow = np.where(evidence.grow, evidence.weight, 0.0)
-    prune = np.where(evidence.grow, 0.0, evidence.weight)
-    if not (evidence.fires & ~evidence.grow).any():
-        prune = grow  # all its firings are in documents of one kind
-    rules, table = _candidates(evidence, grow)
+    rules, table = _candidates(evidence)
     if not rules:
         return Explanation(())
-    chosen = _greedy(table, evidence.fires, grow, prune)
-    found = []
-    for i in chosen:
-        at = np.flatnonzero(table[:, [i]].toarray().ravel())
-        total = evidence.weight[at].sum()
-        value = float((evidence.weight[at] * evidence.acts[at]).sum() / total)
-        atoms = tuple(background.text.vocabulary.atom(number) for number in rules[i])
-        found.append(Rule(atoms, value))
-    return Explanation(tuple(found))
+    hits, misses = table.counts(evidence.weights)
+    sums = (evidence.acts * evidence.weights.fires) @ table.fires
+    return Explanation(
+        tuple(
+            Rule(
+                tuple(background.text.vocabulary.atom(number) for number in rules[i]),
+                float(sums[i] / (hits[i] + misses[i])),
+            )
+            for i in _greedy(table, evidence.grow, evidence.prune)
+        )
+    )
 
 
 def _evidence(
@@ -169,104 +210,97 @@ def _evidence(
     outside = ~np.isin(text.tokens[background.positions], common)
     outside &= ~np.isin(background.positions, positions, assume_unique=True)
     rest = len(background.population) - len(positions) - len(alike)
-    rows = np.concatenate([positions[firing], silent])
-    weight = np.concatenate(
-        [
-            np.full(len(firing), len(positions) / len(firing)),
-            np.full(len(silent), len(alike) / max(len(silent), 1)),
-            np.where(outside, rest / max(outside.sum(), 1), 0.0),
-        ]
+    fires = positions[firing]
+    weights = _Weights(
+        np.full(len(firing), len(positions) / len(firing), np.float32),
+        np.full(len(silent), len(alike) / max(len(silent), 1), np.float32),
+        outside.astype(np.float32) * np.float32(rest / max(outside.sum(), 1)),
     )
-    every = np.concatenate([rows, background.positions])
-    known = np.zeros(len(every))
-    known[: len(firing)] = acts[firing]
-    return _Evidence(
-        text.atoms(rows).tocsc(),
-        background.atoms,
-        np.arange(len(every)) < len(firing),
-        weight,
-        known,
-        background.grow[every],
-    )
+    grows = [background.grow[rows] for rows in (fires, silent, background.positions)]
+    grow = _Weights(*(w * g for w, g in zip(weights, grows, strict=True)))
+    prune = _Weights(*(w * ~g for w, g in zip(weights, grows, strict=True)))
+    if not grows[0].any():  # all its firings are in documents of one kind
+        grow = prune
+    elif grows[0].all():
+        prune = grow
+    own = text.atoms(np.concatenate([fires, silent])).tocsc()
+    return _Evidence(own, background.atoms, acts[firing], weights, grow, prune)
 
 
-def _candidates(
-    evidence: _Evidence, weight: np.ndarray
-) -> tuple[list[tuple[int, ...]], sparse.csc_matrix]:
-    """Return the best rules by themselves, and at which rows each holds."""
-    fires, silent = np.where(evidence.fires, weight, 0.0), np.where(evidence.fires, 0.0, weight)
-    once = evidence.fires.astype(float)
-    support = evidence.counts(once)
-    f1 = _f1(evidence.counts(fires), evidence.counts(silent), fires.sum())
-    f1[support < LEAST_FIRINGS] = 0.0
-    best = np.lexsort((np.arange(len(f1)), -f1))[:BEST]
-    best = best[f1[best] > 0]
-    if not len(best):
-        return [], sparse.csc_matrix((len(weight), 0))
-    table = evidence.columns(best)
-    partners = table[:, :PARTNERS]
+def _drawn(draws: np.random.Generator, count: int) -> np.ndarray:
+    if count <= EVIDENCE:
+        return np.arange(count)
+    return np.sort(draws.choice(count, EVIDENCE, replace=False))
 
-    def together(weights: np.ndarray) -> np.ndarray:
-        return np.asarray((table.T @ partners.multiply(weights[:, None]).tocsc()).todense())
 
-    first, second = np.meshgrid(np.arange(len(best)), np.arange(partners.shape[1]), indexing="ij")
-    pairs = (second < first) & (together(once) >= LEAST_FIRINGS)
-    both = _f1(together(fires), together(silent), fires.sum())
+def _candidates(evidence: _Evidence) -> tuple[list[tuple[int, ...]], _Table]:
+    """Return the best rules by themselves, best first, and where each holds."""
+    weights, count = evidence.grow, len(evidence.acts)
+    total = float(weights.fires.sum())
+    once = np.zeros(evidence.own.shape[0], np.float32)
+    once[:count] = 1.0
+    support = evidence.own.T @ once
+    hits = evidence.own.T @ np.concatenate([weights.fires, 0 * weights.silent])
+    known = evidence.own.T @ np.concatenate([0 * weights.fires, weights.silent])
+    # an upper bound of F1, without the background, leaves few atoms to count there
+    bound = np.where(support >= LEAST_FIRINGS, _f1(hits, known, total), 0.0)
+    likely = np.lexsort((np.arange(len(bound)), -bound))[:LIKELY]
+    likely = likely[bound[likely] > 0]
+    if not len(likely):
+        return [], evidence.table(likely)
+    f1 = _f1(*evidence.table(likely).counts(weights), total)
+    order = np.lexsort((likely, -f1))[:BEST]
+    best, f1 = likely[order], f1[order]
+    table, partners = evidence.table(best), min(PARTNERS, len(best))
+    together = table.fires.T @ table.fires[:, :partners]
+    both = _f1(*table.pairs(weights, partners), total)
     # a pair earns its place only if it beats both of its atoms
-    pairs &= both > np.maximum(f1[best][first], f1[best][second]) + 1e-12
-    one, other = first[pairs], second[pairs]
-    scores = np.concatenate([f1[best], both[pairs]])
-    atoms = np.concatenate([np.ones(len(best)), np.full(len(one), 2)])
-    left = np.concatenate([best, np.minimum(best[one], best[other])])
-    right = np.concatenate([best, np.maximum(best[one], best[other])])
-    order = np.lexsort((right, left, atoms, -scores))[:RULES]
+    better = both > np.maximum(f1[:, None], f1[None, :partners]) + 1e-6
+    one, other = np.nonzero(np.tri(len(best), partners, -1) * better * (together >= LEAST_FIRINGS))
     single = np.arange(len(best))
-    left_column = np.concatenate([single, one])[order]
-    right_column = np.concatenate([single, other])[order]
-    held = table[:, left_column].multiply(table[:, right_column]).tocsc()
+    first, second = np.concatenate([single, one]), np.concatenate([single, other])
+    low, high = np.minimum(best[first], best[second]), np.maximum(best[first], best[second])
+    scores = np.concatenate([f1, both[one, other]])
+    order = np.lexsort((high, low, low != high, -scores))[:RULES]
     rules: list[tuple[int, ...]] = [
         (int(a),) if a == b else (int(a), int(b))
-        for a, b in zip(left[order], right[order], strict=True)
+        for a, b in zip(low[order], high[order], strict=True)
     ]
-    return rules, held
+    return rules, table.both(first[order], second[order])
 
 
-def _greedy(
-    table: sparse.csc_matrix, fires: np.ndarray, grow: np.ndarray, prune: np.ndarray
-) -> list[int]:
+def _greedy(table: _Table, grow: _Weights, prune: _Weights) -> list[int]:
     """Return the rules whose union has the best F1, added one by one and then thinned out."""
-    by_rule = table.T.tocsr()
 
-    def gains(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return by_rule @ np.where(fires, weight, 0.0), by_rule @ np.where(fires, 0.0, weight)
-
-    def score(rules: Sequence[int], weight: np.ndarray) -> float:
-        covered = np.asarray(table[:, list(rules)].sum(1)).ravel() > 0
-        hit = weight[covered & fires].sum()
-        miss = weight[covered & ~fires].sum()
-        return float(_f1(hit, miss, weight[fires].sum()))
+    def score(rules: Sequence[int]) -> float:
+        left = prune
+        for rule in rules:
+            left = table.uncovered(rule, left)
+        hits = prune.fires.sum() - left.fires.sum()
+        before, after = (w.silent.sum() + w.shared.sum() for w in (prune, left))
+        return float(_f1(hits, before - after, float(prune.fires.sum())))
 
     chosen: list[int] = []
-    left, hits, misses, total = grow.copy(), 0.0, 0.0, grow[fires].sum()
+    left, hits, misses, total = grow, 0.0, 0.0, float(grow.fires.sum())
     reached = 0.0
     while len(chosen) < MOST_RULES:
-        more_hits, more_misses = gains(left)
+        more_hits, more_misses = table.counts(left)
         union = _f1(hits + more_hits, misses + more_misses, total)
         rule = int(union.argmax())  # of equal ones the first: fewer atoms, smaller numbers
-        pruned = score([*chosen, rule], prune)
+        pruned = score([*chosen, rule])
         if rule in chosen or (chosen and pruned < reached + LEAST_GAIN):
             break
         chosen.append(rule)
         hits, misses, reached = hits + more_hits[rule], misses + more_misses[rule], pruned
-        left[table.indices[table.indptr[rule] : table.indptr[rule + 1]]] = 0.0
+        left = table.uncovered(rule, left)
     for rule in list(reversed(chosen)):
         rest = [other for other in chosen if other != rule]
-        if rest and score(rest, prune) >= reached:
-            chosen, reached = rest, score(rest, prune)
+        if rest and (without := score(rest)) >= reached:
+            chosen, reached = rest, without
     return chosen
 
 
-def _f1(hits: np.ndarray, misses: np.ndarray, total: float) -> np.ndarray:
+def _f1(hits: Any, misses: Any, total: float) -> Any:
     """Return F1 = 2 TP / (2 TP + FP + FN) = 2 TP / (TP + FP + P)."""
     return 2 * hits / np.maximum(hits + misses + total, 1e-12)
 
@@ -324,9 +358,3 @@ def _words(atom: Atom, strings: Mapping[int, str]) -> str:
         return form.format(PLACES[atom.value][2])
     text = strings.get(atom.value, "?")
     return form.format(text.replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍"))
-
-
-def _drawn(draws: np.random.Generator, count: int) -> np.ndarray:
-    if count <= EVIDENCE:
-        return np.arange(count)
-    return np.sort(draws.choice(count, EVIDENCE, replace=False))

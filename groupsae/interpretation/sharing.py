@@ -47,7 +47,7 @@ def shares(rates: Float[np.ndarray, " layer"]) -> dict[str, Any]:
     }
 
 
-def persistence(positions: Sequence[Int[np.ndarray, " firing"]], tokens: int) -> dict[str, float]:
+def persistence(positions: Sequence[Int[np.ndarray, " _"]], tokens: int) -> dict[str, float]:
     """Return how many layers fire together.
 
     - persistence = mean over tokens on which any layer fires of (layers firing) / n;
@@ -64,7 +64,7 @@ def persistence(positions: Sequence[Int[np.ndarray, " firing"]], tokens: int) ->
 
 
 def cofiring(
-    positions: Sequence[Int[np.ndarray, " firing"]],
+    positions: Sequence[Int[np.ndarray, " _"]],
 ) -> tuple[Float[np.ndarray, "layer layer"], Float[np.ndarray, "layer layer"]]:
     """Return Jaccard |A and B| / |A or B|, and containment |A and B| / |A|, for pairs (a, b)."""
     n = len(positions)
@@ -76,7 +76,7 @@ def cofiring(
     return both / np.maximum(either, 1), both / np.maximum(sizes[:, None], 1)
 
 
-def divergence(a: Int[np.ndarray, " token"], b: Int[np.ndarray, " token"], size: int) -> float:
+def divergence(a: Int[np.ndarray, " a"], b: Int[np.ndarray, " b"], size: int) -> float:
     """Return the Jensen-Shannon divergence of two samples of tokens, in bits, 0 to 1."""
     p, q = (np.bincount(x, minlength=size) / max(len(x), 1) for x in (a, b))
     middle = (p + q) / 2

@@ -1,0 +1,96 @@
+"""Scores against definitions and against scikit-learn's formulas; nulls and baselines."""
+
+import numpy as np
+import pytest
+
+from groupsae.interpretation.scores import Lookup, Truth, adjusted, entropy_of_tokens, f1, scores
+
+
+@pytest.fixture(scope="module")
+def case() -> tuple[np.ndarray, np.ndarray]:
+    draws = np.random.default_rng(0)
+    z = np.where(draws.random(4000) < 0.05, draws.random(4000), 0.0)
+    guess = np.where(draws.random(4000) < 0.04, draws.integers(1, 4, 4000) / 2, 0.0)
+    guess[z > 0.3] = 1.5
+    return guess.astype(np.float32), z.astype(np.float32)
+
+
+def truth_of(z: np.ndarray) -> Truth:
+    places = np.flatnonzero(z)
+    return Truth(places, z[places])
+
+
+def test_scores_are_their_definitions(case):
+    guess, z = case
+    found = scores(guess, truth_of(z))
+    hit, says, fires = ((guess > 0) & (z > 0)).sum(), (guess > 0).sum(), (z > 0).sum()
+    assert found["precision"] == pytest.approx(hit / says)
+    assert found["recall"] == pytest.approx(hit / fires)
+    assert found["f1"] == pytest.approx(2 / (says / hit + fires / hit))
+    assert found["f1"] == pytest.approx(f1(guess > 0, truth_of(z)))
+    assert found["iou"] == pytest.approx(hit / ((guess > 0) | (z > 0)).sum())
+    assert found["pearson"] == pytest.approx(np.corrcoef(guess, z)[0, 1], rel=1e-4)
+    assert found["mass_recall"] == pytest.approx(z[guess > 0].sum() / z.sum(), rel=1e-5)
+
+
+def test_average_precision_is_that_of_every_threshold(case):
+    guess, z = case
+    area, before = 0.0, 0.0
+    for threshold in sorted(set(guess.tolist()), reverse=True):
+        says = guess >= threshold
+        recall = (says & (z > 0)).sum() / (z > 0).sum()
+        area += (recall - before) * (says & (z > 0)).sum() / says.sum()
+        before = recall
+    assert scores(guess, truth_of(z))["auprc"] == pytest.approx(area)
+
+
+def test_more_false_alarms_lower_precision_at_the_natural_rate(case):
+    guess, z = case
+    silent = np.flatnonzero((guess == 0) & (z == 0))
+    wider = guess.copy()
+    wider[silent[: (guess > 0).sum()]] = 1.0  # twice as many predictions, none of them right
+    before, after = scores(guess, truth_of(z)), scores(wider, truth_of(z))
+    assert after["f1"] < 0.75 * before["f1"]
+
+    def balanced(g):
+        return ((g > 0)[z > 0].mean() + (g == 0)[z == 0].mean()) / 2
+
+    assert balanced(wider) > 0.95 * balanced(guess)
+
+
+def test_silent_latents_and_empty_predictions():
+    nothing = Truth(np.zeros(0, np.int64), np.zeros(0, np.float32))
+    assert scores(np.zeros(10, np.float32), nothing)["f1"] == 0
+    assert scores(np.ones(10, np.float32), nothing)["auprc"] == 0
+    assert adjusted(0.6, 0.2) == pytest.approx(0.5)
+    assert adjusted(1.0, 1.0) == 0.0
+
+
+def test_lookup_is_the_mean_after_the_longest_known_tokens():
+    draws = np.random.default_rng(1)
+    context, explain = 20, 2000
+    tokens = draws.integers(0, 5, explain + 600)
+    offset = np.arange(len(tokens)) % context
+    z = draws.random(len(tokens)) * (draws.random(len(tokens)) < 0.3)
+    places = np.flatnonzero(z[:explain])
+    found = Lookup(tokens, explain, offset, 5, least=3).predict(places, z[places])
+    alone = Lookup(tokens, explain, offset, 5, least=3).predict(places, z[places], longest=1)
+    for p in range(explain, len(tokens)):
+        for length in (3, 2, 1):
+            if offset[p] < length - 1:
+                continue
+            same = [
+                q for q in range(explain)
+                if offset[q] >= length - 1
+                and (tokens[q - length + 1 : q + 1] == tokens[p - length + 1 : p + 1]).all()
+            ]  # fmt: skip
+            if len(same) >= 3:
+                assert found[p - explain] == pytest.approx(z[same].mean())
+                break
+        same = [q for q in range(explain) if tokens[q] == tokens[p]]
+        assert alone[p - explain] == pytest.approx(z[same].mean())
+
+
+def test_entropy_of_tokens():
+    assert entropy_of_tokens(np.array([3, 3, 3])) == 0
+    assert entropy_of_tokens(np.array([1, 2, 3, 4])) == pytest.approx(2)
