@@ -10,7 +10,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: help train evaluate interpret report export import-saes test check format sweep replicate pretrain chaos bench bench-smallest bench-rivals \
-	docs fingerprint clean
+	docs notebook fingerprint clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -89,6 +89,14 @@ fingerprint: $(READY)  ## Did a change alter a number? ARGS="--write <file>", la
 
 docs: .venv/.docs  ## Build the documentation into site/: open site/index.html
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/mkdocs/mkdocs.yml
+
+.venv/.notebook: $(READY)
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt \
+		--editable '.[notebook]'
+	@touch $@
+
+notebook: .venv/.notebook  ## Run docs/notebook.py in a kernel and write docs/notebook.md (a minute)
+	@$(BIN)/python docs/mkdocs/notebook.py $(ARGS)
 
 clean:  ## Remove caches and build products; .venv and outputs stay
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

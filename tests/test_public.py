@@ -3,6 +3,11 @@
 import doctest
 import importlib
 import inspect
+import os
+import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -51,3 +56,33 @@ def test_every_public_name_has_an_example(name: str) -> None:
     found = getattr(groupsae, name)
     assert not isinstance(found, ModuleType)
     assert ">>>" in (inspect.getdoc(found) or ""), f"groupsae.{name} shows no example"
+
+
+def test_mypy_understands_a_script_of_a_user(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("user_script.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--config-file=",
+         "--warn-unused-ignores", f"--cache-dir={tmp_path}", str(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "MYPYPATH": str(PACKAGE.parent)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "Success: no issues found in 1 source file\n")
+    assert (PACKAGE / "py.typed").exists()
+
+
+def test_every_file_names_the_same_version() -> None:
+    root = PACKAGE.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    cited = re.search(r"^version: (.+)$", (root / "CITATION.cff").read_text("utf-8"), re.M)
+    newest = re.search(r"^## (.+)$", (root / "CHANGELOG.md").read_text("utf-8"), re.M)
+    assert cited is not None
+    assert newest is not None
+    assert cited[1] == newest[1] == project["version"]
+
+
+def test_the_page_of_the_python_api_has_every_public_name() -> None:
+    page = (PACKAGE.parent / "docs" / "python.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"`groupsae\.(\w+)", page))
+    assert shown >= set(groupsae.__all__) - {"__version__"}

@@ -126,11 +126,31 @@ def api_pages(package: Path) -> dict[str, str]:
         lines.append(f"| [`{room.name}`]({room.name}.md) | {_first_line(modules[0])} |")
     pages[f"api/{ENTRY_POINTS}.md"] = _room(ENTRY_POINTS, _public(package, "*.py"), package)
     lines.append(f"| [`{ENTRY_POINTS}`]({ENTRY_POINTS}.md) | The commands and what they share. |")
-    index = "# API reference\n\nFrom the docstrings, room by room. What most users need is\n"
-    index += "[`groupsae.load_suite`][groupsae.suite.suite.load_suite] and the\n"
-    index += "[`Suite`][groupsae.suite.suite.Suite] that it returns.\n\n"
+    index = (
+        "# API reference\n\nFrom the docstrings, room by room. What `import groupsae` gives:\n\n"
+    )
+    index += _public_names(package) + "\n\n"
     pages["api/index.md"] = index + "| room | what is in it |\n| --- | --- |\n" + "\n".join(lines)
     return pages
+
+
+def _public_names(package: Path) -> str:
+    """Return a list of the names in `groupsae/__init__.py`, with links to what they are."""
+    tree = ast.parse((package / "__init__.py").read_text(encoding="utf-8"))
+    homes = next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_HOMES"
+    )
+    found = []
+    for name, home in homes.items():
+        path = package.parent / home.replace(".", "/")
+        if path.is_dir():  # a room hands on what one of its modules has
+            room = ast.parse((path / "__init__.py").read_text(encoding="utf-8"))
+            imports = [node for node in room.body if isinstance(node, ast.ImportFrom)]
+            home = next(n.module for n in imports if name in {alias.name for alias in n.names})
+        found.append(f"- [`groupsae.{name}`][{home}.{name}]")
+    return "\n".join(found)
 
 
 def _public(folder: Path, pattern: str) -> list[Path]:

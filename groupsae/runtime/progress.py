@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import IO
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -60,7 +61,10 @@ def token_progress(
     columns = (name, BarColumn(), rate, TimeRemainingColumn())
     lines = ProgressLines(title, total, done, sys.stderr if stderr else None)
     console = screen(stderr=stderr)
-    with Progress(*columns, console=console, transient=True, disable=not show) as progress:
+    still = console.is_jupyter and find_spec("ipywidgets") is None  # no bar can move
+    with Progress(
+        *columns, console=console, transient=True, disable=still or not show
+    ) as progress:
         task = progress.add_task(title, total=total, completed=done, rate="")
 
         def advance(tokens: int) -> None:
