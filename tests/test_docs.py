@@ -22,7 +22,8 @@ from groupsae.app.run_folder import register_resolver
 
 ROOT = Path(__file__).parent.parent
 CONF, DOCS = ROOT / "conf", ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "groupsae/models/tiny/README.md", *sorted(DOCS.glob("*.md"))]
+BORROWED = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "groupsae/models/tiny/README.md")
+PAGES = [*(ROOT / name for name in BORROWED), *sorted(DOCS.glob("*.md"))]
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
 # files that the pages tell the reader to write
 OWN = {("model", "mine"), ("experiment", "gpt2")}

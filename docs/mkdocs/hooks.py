@@ -12,7 +12,12 @@ from pages import anchor, api_pages, options_page
 
 MARKER = "<!-- every option -->"  # in docs/configuration.md
 # Files outside docs/ that are pages of the site as well: the same text on both.
-BORROWED = {"README.md": "index.md", "groupsae/models/tiny/README.md": "bundled-model.md"}
+BORROWED = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "groupsae/models/tiny/README.md": "bundled-model.md",
+}
 LINK = re.compile(r"(\]\(|src=\")(?!\w+:|#)([^)\"\s]+)(\)|\")")
 BAR = 'stretchy="false" lspace="0" rspace="0"'
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
