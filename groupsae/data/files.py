@@ -24,13 +24,13 @@ from groupsae.data.formats import (
     open_bytes,
     read,
 )
-from groupsae.data.sources import Document, legal_text
+from groupsae.data.sources import USUAL_COLUMNS, Document, legal_text
 from groupsae.runtime.commands import argument
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.ranks import is_leader
 from groupsae.runtime.units import format_bytes
 
-TEXT = (".txt", ".text", ".md", ".rst", ".py")  # in a folder too, these must be readable
+TEXT = (".txt", ".text", ".md", ".rst")  # in a folder too, these must be readable
 # Every other table was once read as plain text: these keep the keys of texts packed then.
 ALWAYS_TABLES = (".parquet", ".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 NAMED = 5  # files that are left out, by name
@@ -56,8 +56,9 @@ class FileSource:
 
     Args:
         path: a file, a folder or a glob. A folder is read with all its sub-folders, links to
-            folders included; hidden files and `__pycache__` are not looked at, and files of other
-            kinds that are not text are left out. Whatever a glob matches must be text.
+            folders included; hidden files and `__pycache__` are not looked at. Files that are not
+            text are left out, and without `text_column` tables that have no usual column, too.
+            Whatever a glob matches must be readable.
         text_column: column of a table that holds text or lists of token ids; None takes the first
             of `text`, `content`, `tokens`, `input_ids`.
     """
@@ -80,24 +81,36 @@ class FileSource:
         in_folder = Path(self.path).expanduser().is_dir()
         files: list[_File] = []
         seen: set[str] = set()
-        left_out: list[Path] = []
-        refused: list[UnreadableError] = []
+        no_text: list[Path] = []
+        no_column: dict[Path, UserError] = {}
+        refused: list[UserError] = []
         for name, path in sorted((_name(path, root), path) for path in paths):
             try:
                 file = self._checked(name, path)
-            except UnreadableError as error:
-                if in_folder and endings(path)[0] not in (*TEXT, *TABLES):
-                    left_out.append(path)
+            except UserError as error:
+                unreadable = isinstance(error, UnreadableError)
+                if in_folder and unreadable and endings(path)[0] not in (*TEXT, *TABLES):
+                    no_text.append(path)
+                elif in_folder and not unreadable and self.text_column is None:
+                    no_column[path] = error
                 else:
                     refused.append(error)
                 continue
             if file.digest not in seen:
                 files.append(file)
                 seen.add(file.digest)
+        if not files:
+            refused += no_column.values()
         if refused:
             more = f" {len(refused) - 1} more files cannot be read." if refused[1:] else ""
             raise UserError(f"{refused[0]}{more}")
-        notice = f"data.path={self.path}: {_describe(left_out, root)}" if left_out else ""
+        parts = []
+        if no_text:
+            parts.append(_describe("not text", no_text, root))
+        if no_column:
+            what = f"no table with {' or '.join(USUAL_COLUMNS)} (name its column with {KEY}=...)"
+            parts.append(_describe(what, list(no_column), root))
+        notice = f"data.path={self.path}: left out {'; '.join(parts)}" if parts else ""
         if not files:
             raise UserError(
                 f"no text in {root}. {notice or 'It has no files'}. Give another folder or a glob "
@@ -214,12 +227,12 @@ def _name(path: Path, root: Path) -> str:
     return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
-def _describe(files: list[Path], root: Path) -> str:
+def _describe(what: str, files: list[Path], root: Path) -> str:
     """Return which files are left out, in one line."""
-    size = sum(path.stat().st_size for path in files if path.is_file())
+    size = format_bytes(sum(path.stat().st_size for path in files if path.is_file()))
     names = [_name(path, root) for path in files[:NAMED]] + ["..."] * (len(files) > NAMED)
     plural = "file that is" if len(files) == 1 else "files that are"
-    return f"left out {len(files):,} {plural} not text ({format_bytes(size)}): {', '.join(names)}"
+    return f"{len(files):,} {plural} {what}, {size}: {', '.join(names)}"
 
 
 def _text_digest(path: Path) -> str:

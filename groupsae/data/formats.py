@@ -273,7 +273,7 @@ def _parquet(name: str, path: Path, wanted: str | None) -> Iterator[Document]:
 
     with _open_anywhere(path) as source:
         table = parquet.ParquetFile(source)
-        column = _pick_arrow_column(table.schema_arrow, wanted, path)
+        column = pick_column(table.schema_arrow.names, wanted, str(path), KEY)
         batches = table.iter_batches(batch_size=256, columns=[column])
         arrays = (batch.column(0) for batch in batches)
         yield from _arrow_documents(name, path, column, arrays)
@@ -289,27 +289,10 @@ def _arrow(name: str, path: Path, wanted: str | None) -> Iterator[Document]:
             batches = (table.get_batch(i) for i in range(table.num_record_batches))
         else:
             batches = table = pa.ipc.open_stream(source)
-        column = _pick_arrow_column(table.schema, wanted, path)
+        column = pick_column(table.schema.names, wanted, str(path), KEY)
         yield from _arrow_documents(
             name, path, column, (batch.column(column) for batch in batches)
         )
-
-
-def _pick_arrow_column(schema: pa.Schema, wanted: str | None, path: Path) -> str:
-    """Return the column to read, having checked its type."""
-    column = pick_column(schema.names, wanted, str(path), KEY)
-    is_, kind = pa.types, schema.field(column).type
-    values = kind.value_type if is_.is_dictionary(kind) else kind
-    text = is_.is_string(values) or is_.is_large_string(values) or is_.is_string_view(values)
-    of_fixed_size = is_.is_fixed_size_list(kind)
-    views = is_.is_list_view(kind) or is_.is_large_list_view(kind)
-    lists = is_.is_list(kind) or is_.is_large_list(kind) or of_fixed_size or views
-    if not text and not (lists and is_.is_integer(kind.value_type)):
-        raise UserError(
-            f"{path}: column {column!r} is of type {kind}, while text or a list of token ids is "
-            f"needed. It has: {', '.join(schema.names)}. Choose one with {KEY}=..."
-        )
-    return column
 
 
 def _arrow_documents(

@@ -62,12 +62,25 @@ def test_files_of_a_folder_that_are_not_text_are_left_out_and_named(tmp_path):
     write(tmp_path, late=late, pack_tar_gz=gzip.compress(b"\0" * 99), half_gz=b"\x1f\x8b\x08")
     (tmp_path / "lost").symlink_to("nowhere")
     sentence = (
-        r"left out 5 files that are not text \(2.1 MB\): half.gz, late, lost, pack.tar.gz, pic"
+        "left out 5 files that are not text, 2.1 MB: half.gz, late, lost, pack.tar.gz, pictures"
     )
     with pytest.warns(UserWarning, match=sentence):
         assert list(documents(tmp_path)) == ["a.txt"]
     refused(tmp_path / "late", match=f"late is not text: invalid UTF-8 at byte {2 * CHUNK + 3}")
     refused(tmp_path / "l*", match=f"late is not text: invalid UTF-8 at byte {2 * CHUNK + 3}")
+
+
+def test_tables_without_a_usual_column_are_left_out_of_a_folder_and_named(tmp_path):
+    write(tmp_path, main_py="x", data_csv="id,x\n1,2\n", rows_json='[{"a": 1}, {"a": 2}]')
+    write(tmp_path, lists_jsonl="[1]\n[2]\n", package_json='{"name": "x"}', late_py=b"# caf\xe9")
+    (tmp_path / "vectors.parquet").write_bytes(parquet_of([{"text": 0.5}]))
+    tables = r"data.csv, lists.jsonl, rows.json, vectors.parquet"
+    sentence = rf"1 file that is not text, 6 B: late.py; 4 files .*data.text_column=.*: {tables}$"
+    with pytest.warns(UserWarning, match=sentence):
+        assert list(documents(tmp_path)) == ["main.py", "package.json"]
+    refused(tmp_path, "a", match="data.csv has no column named 'a'.* 3 more files")
+    refused(tmp_path / "data.csv", match="It has: 'id', 'x'")
+    refused(f"{tmp_path}/*.json*", match="lists.jsonl:1 holds list")
 
 
 def test_a_long_list_of_files_that_are_left_out_is_shortened(tmp_path):
@@ -405,7 +418,7 @@ def test_a_missing_column_is_refused_with_those_that_there_are(tmp_path):
 
 def test_a_column_of_something_else_is_refused(tmp_path):
     parquet.write_table(pa.table({"text": [0.5]}), tmp_path / "a.parquet")
-    refused(tmp_path, match="column 'text' is of type double")
+    refused(tmp_path, match="column 'text' holds float")
     for value in ({"a": 1}, 5, True, [[1]], [True], [1.0], [1, None], [2**63]):
         (tmp_path / "b.jsonl").write_bytes(json_lines([{"text": value}]))
         with pytest.raises(UserError, match="b.jsonl:1: column 'text' holds"):
