@@ -36,6 +36,8 @@ assert_type(groupsae.choose(distances), groupsae.Partition)
 assert_type(groupsae.partition(np.zeros((3, 3)), num_groups=2).groups, list[list[int]])
 assert_type(groupsae.amad(distances, [[0, 1], [2]]), float)
 groupsae.TopK(d_model=768, d_sae=12288, k=64).to("cpu")
+groupsae.Matryoshka(d_model=768, expansion=16, k=64, prefixes=[0.5, 1])
+groupsae.ReLU(d_modle=768, d_sae=12288)  # type: ignore[call-arg]
 groupsae.TopK(d_model=768, d_sae=12288)  # type: ignore[call-arg]
 print(groupsae.nothing)  # type: ignore[attr-defined]
 

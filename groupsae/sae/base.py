@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Required, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,16 @@ class SAEOutput(NamedTuple):
     reconstruction: Float[Tensor, "batch d_model"]  # of the scaled activations
     latents: SparseLatents | Float[Tensor, "batch d_sae"]  # dense if they are dense in training
     losses: dict[str, Float[Tensor, ""]]  # named terms
+
+
+class Size(TypedDict, total=False):
+    """The arguments of `SAE`, which every kind passes on: so that editors know them."""
+
+    d_model: Required[int]
+    expansion: float | None
+    d_sae: int | None
+    tied: bool
+    generator: torch.Generator | None
 
 
 class SAE(nn.Module, ABC):

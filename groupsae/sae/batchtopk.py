@@ -1,6 +1,6 @@
 """BatchTopK sparse autoencoder (Bussmann, Leask, Nanda, arXiv 2412.06410)."""
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from jaxtyping import Float, Int
@@ -9,7 +9,13 @@ from torch import Tensor
 from groupsae.sae.base import GlobalBatch, SAEOutput, SparseLatents, active_latents
 from groupsae.sae.checks import check_share
 from groupsae.sae.kernels.dispatch import top_k
-from groupsae.sae.topk import TopK
+from groupsae.sae.topk import TopK, TopKArguments
+
+
+class BatchTopKArguments(TopKArguments, total=False):
+    """The arguments of `BatchTopK`, for kinds that pass them on."""
+
+    threshold_momentum: float
 
 
 class BatchTopK(TopK):
@@ -32,7 +38,9 @@ class BatchTopK(TopK):
 
     threshold: Tensor
 
-    def __init__(self, *, threshold_momentum: float = 0.95, **arguments: Any) -> None:
+    def __init__(
+        self, *, threshold_momentum: float = 0.95, **arguments: Unpack[TopKArguments]
+    ) -> None:
         super().__init__(**arguments)
         check_share("threshold_momentum", threshold_momentum)
         self.threshold_momentum = threshold_momentum

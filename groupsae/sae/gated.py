@@ -1,13 +1,21 @@
 """Gated sparse autoencoder (Rajamanoharan et al., arXiv 2404.16014)."""
 
-from typing import Any
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from groupsae.sae.base import SAE, GlobalBatch, SAEOutput, SparseLatents, active_latents, ramp
+from groupsae.sae.base import (
+    SAE,
+    GlobalBatch,
+    SAEOutput,
+    Size,
+    SparseLatents,
+    active_latents,
+    ramp,
+)
 from groupsae.sae.checks import check_positive, check_share
 
 
@@ -31,7 +39,7 @@ class Gated(SAE):
     kept_wide = 4.5
 
     def __init__(
-        self, *, l1_coefficient: float = 0.1, sparsity_warmup: float = 0.1, **size: Any
+        self, *, l1_coefficient: float = 0.1, sparsity_warmup: float = 0.1, **size: Unpack[Size]
     ) -> None:
         super().__init__(**size)
         check_positive(l1_coefficient=l1_coefficient)

@@ -1,14 +1,22 @@
 """JumpReLU sparse autoencoder (Rajamanoharan et al., arXiv 2407.14435)."""
 
 import math
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from groupsae.runtime.errors import UserError
-from groupsae.sae.base import SAE, GlobalBatch, SAEOutput, SparseLatents, active_latents, ramp
+from groupsae.sae.base import (
+    SAE,
+    GlobalBatch,
+    SAEOutput,
+    Size,
+    SparseLatents,
+    active_latents,
+    ramp,
+)
 from groupsae.sae.checks import check_positive, check_share
 
 
@@ -46,7 +54,7 @@ class JumpReLU(SAE):
         sparsity_warmup: float = 0.1,
         threshold: float = 0.03,
         bandwidth: float = 0.03,
-        **size: Any,
+        **size: Unpack[Size],
     ) -> None:
         super().__init__(**size)
         check_positive(

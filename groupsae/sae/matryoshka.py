@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from groupsae.runtime.errors import UserError
-from groupsae.sae.batchtopk import BatchTopK
+from groupsae.sae.batchtopk import BatchTopK, BatchTopKArguments
 from groupsae.sae.checks import check_share
 from groupsae.sae.kernels.dense import rows_of
 from groupsae.sae.sparse import Decode, Entries
@@ -39,7 +39,9 @@ class Matryoshka(BatchTopK):
     terms = ("fvu", "nested", "auxk")
     begins: Tensor  # first latent of each ring: what a prefix adds to the one before
 
-    def __init__(self, *, prefixes: Sequence[float] = PREFIXES, **arguments: Any) -> None:
+    def __init__(
+        self, *, prefixes: Sequence[float] = PREFIXES, **arguments: Unpack[BatchTopKArguments]
+    ) -> None:
         super().__init__(**arguments)
         for share in prefixes:
             check_share("prefixes", share)

@@ -1,12 +1,20 @@
 """ReLU sparse autoencoder with an L1 penalty (Bricken et al. 2023; Conerly et al. 2024)."""
 
-from typing import Any
+from typing import Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from groupsae.sae.base import SAE, GlobalBatch, SAEOutput, SparseLatents, active_latents, ramp
+from groupsae.sae.base import (
+    SAE,
+    GlobalBatch,
+    SAEOutput,
+    Size,
+    SparseLatents,
+    active_latents,
+    ramp,
+)
 from groupsae.sae.checks import check_positive, check_share
 
 
@@ -32,7 +40,7 @@ class ReLU(SAE):
     kept_wide = 1.2
 
     def __init__(
-        self, *, l1_coefficient: float = 0.1, sparsity_warmup: float = 0.1, **size: Any
+        self, *, l1_coefficient: float = 0.1, sparsity_warmup: float = 0.1, **size: Unpack[Size]
     ) -> None:
         super().__init__(**size)
         check_positive(l1_coefficient=l1_coefficient)

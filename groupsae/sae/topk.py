@@ -1,6 +1,6 @@
 """TopK sparse autoencoder with AuxK (Gao et al., arXiv 2406.04093; paper appendix A and B)."""
 
-from typing import Any, ClassVar
+from typing import ClassVar, Required, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -8,13 +8,24 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from groupsae.runtime.errors import UserError
-from groupsae.sae.base import SAE, GlobalBatch, SAEOutput, SparseLatents, ramp
+from groupsae.sae.base import SAE, GlobalBatch, SAEOutput, Size, SparseLatents, ramp
 from groupsae.sae.checks import check_count, check_positive, check_share, is_number
 from groupsae.sae.kernels.dispatch import DENSE_SHARE, affine, top_k
 from groupsae.sae.sparse import Decode, Encode, Entries
 
 SELECTIONS = ("float32", "bfloat16")
 CANDIDATES = 2  # for each active latent, where those are found in bfloat16
+
+
+class TopKArguments(Size, total=False):
+    """The arguments of `TopK`, for kinds that pass them on."""
+
+    k: Required[int]
+    k_start: int | None
+    sparsity_warmup: float
+    auxk_alpha: float
+    auxk_share: float
+    selection: str
 
 
 class TopK(SAE):
@@ -56,7 +67,7 @@ class TopK(SAE):
         auxk_alpha: float = 1 / 32,
         auxk_share: float = 0.5,
         selection: str = "float32",
-        **size: Any,
+        **size: Unpack[Size],
     ) -> None:
         super().__init__(**size)
         check_share("sparsity_warmup", sparsity_warmup)
