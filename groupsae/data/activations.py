@@ -255,11 +255,11 @@ class ActivationDataModule(L.LightningDataModule):
         available = num_blocks // self.blocks_per_step
         if not available:
             total = sum(map(len, self.blocks.blocks.values())) * self.packing.context
-            raised = self.packing.larger_fraction(split, total, self.tokens_per_step)
+            lower = f"lower stream.blocks_per_step to at most {num_blocks}"
             raise UserError(
                 f"the {split} split has {num_blocks} blocks, less than one step of "
-                f"{self.blocks_per_step}: {raised}lower stream.blocks_per_step to at most "
-                f"{num_blocks}, or give more text."
+                f"{self.blocks_per_step}: "
+                f"{self.packing.way_out(split, total, self.tokens_per_step, lower)}."
             )
         wanted = available if tokens is None else max(1, tokens // self.tokens_per_step)
         return min(available, wanted)

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from groupsae.data.formats import (
     BINARY,
-    CHUNK,
     KEY,
     TABLES,
     UnreadableError,
@@ -24,7 +23,7 @@ from groupsae.data.formats import (
     open_bytes,
     read,
 )
-from groupsae.data.sources import USUAL_COLUMNS, Document, legal_text
+from groupsae.data.sources import Document, legal_text
 from groupsae.runtime.commands import argument
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.ranks import is_leader
@@ -34,6 +33,7 @@ TEXT = (".txt", ".text", ".md", ".rst")  # in a folder too, these must be readab
 # Every other table was once read as plain text: these keep the keys of texts packed then.
 ALWAYS_TABLES = (".parquet", ".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 NAMED = 5  # files that are left out, by name
+CHUNK = 1 << 20  # bytes in one read
 
 
 class _File(NamedTuple):
@@ -106,11 +106,12 @@ class FileSource:
             raise UserError(f"{refused[0]}{more}")
         parts = []
         if no_text:
-            parts.append(_describe("not text", no_text, root))
+            plural = "file that is" if len(no_text) == 1 else "files that are"
+            parts.append(_describe(f"{plural} not text", no_text, root))
         if no_column:
-            what = f"no table with {' or '.join(USUAL_COLUMNS)} (name its column with {KEY}=...)"
-            parts.append(_describe(what, list(no_column), root))
-        notice = f"data.path={self.path}: left out {'; '.join(parts)}" if parts else ""
+            plural = "table that needs" if len(no_column) == 1 else "tables that need"
+            parts.append(_describe(f"{plural} {KEY}=<column>", list(no_column), root))
+        notice = f"data.path={self.path}: left out {', and '.join(parts)}" if parts else ""
         if not files:
             raise UserError(
                 f"no text in {root}. {notice or 'It has no files'}. Give another folder or a glob "
@@ -228,11 +229,10 @@ def _name(path: Path, root: Path) -> str:
 
 
 def _describe(what: str, files: list[Path], root: Path) -> str:
-    """Return which files are left out, in one line."""
+    """Return what is left out, in one line."""
     size = format_bytes(sum(path.stat().st_size for path in files if path.is_file()))
     names = [_name(path, root) for path in files[:NAMED]] + ["..."] * (len(files) > NAMED)
-    plural = "file that is" if len(files) == 1 else "files that are"
-    return f"{len(files):,} {plural} {what}, {size}: {', '.join(names)}"
+    return f"{len(files):,} {what} ({size}): {', '.join(names)}"
 
 
 def _text_digest(path: Path) -> str:

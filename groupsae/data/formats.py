@@ -28,7 +28,6 @@ from groupsae.runtime.errors import UserError
 Reader = Callable[[str, Path, str | None], Iterator[Document]]
 
 PIECE = 64 * 1024  # characters: one long file still gives training and held-out documents
-CHUNK = 1 << 20  # bytes or characters in one read
 KEY = "data.text_column"
 ROW = 'a row must be an object such as {"text": "..."}'
 
@@ -207,29 +206,14 @@ def _is_array(path: Path) -> bool:
 
 
 def _array_elements(path: Path) -> Iterator[tuple[int, str, Any]]:
-    """Yield (row, where, element) of a JSON array, of which only a part is in memory."""
-    parse, separators = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
-    with _open_characters(path) as handle:
-        text = handle.read(CHUNK).lstrip().removeprefix("[")
-        place, row = 0, 0
-        while True:
-            where = f"{path}, row {row}"
-            place = cast(re.Match[str], separators.match(text, place)).end()
-            if text.startswith("]", place):
-                if text[place + 1 :].strip() or handle.read(CHUNK).strip():
-                    raise UserError(f"{path} has more after the end of its array: {ROW}")
-                return
-            try:
-                value, place = parse(text, place)
-            except (ValueError, RecursionError) as error:
-                more = handle.read(max(CHUNK, len(text)))
-                if not more:
-                    reason = getattr(error, "msg", error)  # without the place in this part
-                    raise UserError(f"{where} is not JSON ({reason}): {ROW}") from None
-                text, place = text[place:] + more, 0
-                continue
-            yield row, where, value
-            row += 1
+    """Yield (row, where, element) of a JSON array, which is read to memory."""
+    with open_bytes(path) as handle:
+        try:
+            elements = json.loads(handle.read())
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is not JSON ({error}): {ROW}, in one array") from None
+    for row, element in enumerate(elements):
+        yield row, f"{path}, row {row}", element
 
 
 # ---- csv --------------------------------------------------------------------------------------

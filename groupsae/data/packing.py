@@ -155,20 +155,21 @@ class Packing:
         """Return the share of the documents that each split gets."""
         return _shares(self.heldout_fraction, self.calibration_fraction)
 
-    def larger_fraction(self, split: Split, tokens: int, wanted: int) -> str:
-        """Return the advice to raise a split's fraction; empty if no fraction would do.
+    def way_out(self, split: Split, tokens: int, wanted: int, otherwise: str) -> str:
+        """Return what gives a split the tokens that it must have; `otherwise` is one more way.
 
-        Args:
-            split: held-out or calibration.
-            tokens: those of the complete text.
-            wanted: those that the split must have. It is advised twice that, because documents
-                differ in length.
+        Of `tokens` in all splits, `wanted` must be in this one. It is advised to have twice that,
+        because documents differ in length.
         """
-        share, digits = 2 * wanted / max(tokens, 1), 100
-        share = math.ceil(max(share, 1.5 * self.shares[split]) * digits) / digits
-        if split == "train" or share > 0.4:
-            return ""
-        return f"raise stream.{split}_fraction (now {self.shares[split]:g}) to {share:g}, "
+        ways, now = [], self.shares[split]
+        share = math.ceil(100 * max(2 * wanted / max(tokens, 1), 1.5 * now)) / 100
+        if split != "train" and share <= 0.4:
+            ways.append(f"raise stream.{split}_fraction (now {now:g}) to {share:g}")
+        elif split == "train" and now < 0.5:
+            ways.append("lower stream.heldout_fraction and stream.calibration_fraction")
+        if self.max_tokens is not None and tokens >= self.max_tokens:
+            ways.append(f"raise stream.max_tokens (now {self.max_tokens:,})")
+        return ", ".join([*ways, otherwise]) + " or give more text"
 
 
 class TokenBlocks:
@@ -347,18 +348,13 @@ def _check_filled(blocks: TokenBlocks, packing: Packing) -> None:
         tokens, documents = manifest["split_tokens"], manifest["split_documents"]
         total, needed = sum(tokens.values()), sum(share >= NO_SHARE for share in shares.values())
         if manifest["documents"] < needed:
-            way_out = f"Give at least {needed} documents: one for each split"
+            way_out = f"give at least {needed} documents: one for each split"
         else:
-            way_out = packing.larger_fraction(split, total, packing.context)
-            if split == "train":
-                way_out = "lower stream.heldout_fraction and stream.calibration_fraction, "
-            if packing.max_tokens is not None and total >= packing.max_tokens:
-                way_out += f"raise stream.max_tokens (now {packing.max_tokens:,}), "
-            way_out = (way_out + "lower stream.context or give more text").capitalize()
+            way_out = packing.way_out(split, total, packing.context, "lower stream.context")
         raise UserError(
             f"the {split} split has no complete block of {packing.context} tokens: of "
             f"{manifest['documents']:,} document(s) with {total:,} tokens it got "
-            f"{documents[split]:,} with {tokens[split]:,}. {way_out}."
+            f"{documents[split]:,} with {tokens[split]:,}: {way_out}."
         )
 
 

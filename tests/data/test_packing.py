@@ -589,7 +589,7 @@ def test_three_documents_fill_three_splits(tokenizer, tmp_path, count):
 def test_copies_do_not_count_as_documents_that_fill_a_split(tokenizer, tmp_path):
     packing = make_packing(heldout_fraction=0.02, calibration_fraction=0.02)
     copies = [Document(str(i), "text = 1\n" * 9) for i in range(5)]
-    with pytest.raises(UserError, match=r"of 1 document.*Give at least 3 documents"):
+    with pytest.raises(UserError, match=r"of 1 document.*give at least 3 documents"):
         load_token_blocks(ListSource(copies), tokenizer, packing, tmp_path)
 
 
@@ -617,7 +617,7 @@ def test_a_split_with_too_short_documents_is_refused_with_a_fraction_that_would_
     tokenizer, tmp_path
 ):
     packing = make_packing(heldout_fraction=0.001, calibration_fraction=0.2, context=100)
-    with pytest.raises(UserError, match=r"got 1 with .*Raise stream.heldout_fraction") as refused:
+    with pytest.raises(UserError, match=r"got 1 with .*raise stream.heldout_fraction") as refused:
         load_token_blocks(ListSource(TEXTS), tokenizer, packing, tmp_path)
     found = re.search(r"\(now 0.001\) to ([\d.]+), lower stream.context", str(refused.value))
     enough = make_packing(heldout_fraction=float(found[1]), calibration_fraction=0.2, context=100)
