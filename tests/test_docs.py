@@ -27,7 +27,7 @@ PAGES = [*(ROOT / name for name in BORROWED), *sorted(DOCS.glob("*.md"))]
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
 # files that the pages tell the reader to write
 OWN = {("model", "mine"), ("experiment", "gpt2")}
-FILE = r"\.(?:json|safetensors|npz|md|py|yaml)\b"
+FILE = r"\.(?:jsonl?|safetensors|npz|md|py|yaml)\b"
 
 
 def named(path: Path) -> str:

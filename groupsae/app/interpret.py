@@ -269,7 +269,8 @@ def token_strings(tokenizer: PreTrainedTokenizerBase, tokens: set[int]) -> dict[
     for token in sorted(tokens):
         text = str(tokenizer.decode([token]))
         if "\ufffd" in text or not text:
-            text = str(tokenizer.convert_ids_to_tokens(token))
+            # (models have more tokens than their tokenizers, whose text is empty)
+            text = str(tokenizer.convert_ids_to_tokens(token) or f"<{token}>")
         found[token] = text
     return found
 

@@ -106,7 +106,8 @@ TEXTS = (
     "model.name", "model.revision", "model.blocks_path", "model.submodule",
     "model.load.subfolder", "data.path", "data.text_column", "data.name", "data.config",
     "data.split", "data.revision", "data.column", "data.cache", "logger.wandb.project",
-    "logger.wandb.entity",
+    "logger.wandb.entity", "neuronpedia.model", "neuronpedia.set", "neuronpedia.release",
+    "neuronpedia.creator_id", "neuronpedia.creator_name",
 )  # fmt: skip
 LISTS = ("run", "only")  # those that may be lists of texts
 # what a run finds by its name or path and checks by its content, so that it may have moved

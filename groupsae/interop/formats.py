@@ -1,4 +1,4 @@
-"""The libraries that an export can write and an import can read, by the value of `format=`."""
+"""The libraries whose SAEs an export writes and an import reads, by the value of `format=`."""
 
 from groupsae.interop.dictionary_learning import DICTIONARY_LEARNING
 from groupsae.interop.library import Library, kind_of
@@ -8,13 +8,6 @@ from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE
 
 FORMATS = {library.name: library for library in (SAELENS, SPARSIFY, DICTIONARY_LEARNING)}
-
-
-def format_named(name: str) -> Library:
-    """Return the library with this name; raise UserError if there is none."""
-    if name not in FORMATS:
-        raise UserError(f"format is {name!r}; use {', '.join(FORMATS)}.")
-    return FORMATS[name]
 
 
 def check_holds(library: Library, sae: SAE, group: str) -> None:

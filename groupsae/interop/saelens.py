@@ -100,17 +100,11 @@ def lens_model(name: str) -> str:
     return last if short or local else name
 
 
-def write(folder: Path, sae: SAE, origin: Origin) -> None:
-    """Write an SAE that takes raw activations; weights as [d_in, d_sae] and [d_sae, d_in].
-
-    BatchTopK and Matryoshka become `jumprelu` with one threshold for all latents, as SAELens
-    itself saves them for inference.
-    """
-    kind, tensors = kind_of(sae), portable_tensors(sae)
-    if "threshold" in tensors:
-        tensors["threshold"] = tensors["threshold"].expand(sae.d_sae)
+def config_of(sae: SAE, origin: Origin) -> dict[str, Any]:
+    """Return the `cfg.json` of an SAE that takes raw activations."""
+    kind = kind_of(sae)
     topk = {"k": sae.k, "rescale_acts_by_decoder_norm": False} if kind == "topk" else {}
-    config = {
+    return {
         "architecture": ARCHITECTURES[kind],
         "d_in": sae.d_model,
         "d_sae": sae.d_sae,
@@ -131,7 +125,18 @@ def write(folder: Path, sae: SAE, origin: Origin) -> None:
             "groupsae": origin.to_json(),
         },
     }
-    names = {name: name for name in TENSORS[ARCHITECTURES[kind]]}
+
+
+def write(folder: Path, sae: SAE, origin: Origin) -> None:
+    """Write an SAE that takes raw activations; weights as [d_in, d_sae] and [d_sae, d_in].
+
+    BatchTopK and Matryoshka become `jumprelu` with one threshold for all latents, as SAELens
+    itself saves them for inference.
+    """
+    tensors, config = portable_tensors(sae), config_of(sae, origin)
+    if "threshold" in tensors:
+        tensors["threshold"] = tensors["threshold"].expand(sae.d_sae)
+    names = {name: name for name in TENSORS[config["architecture"]]}
     write_tensors(folder / WEIGHTS, their_tensors(tensors, names, TRANSPOSED))
     (folder / CONFIG).write_text(json.dumps(config, indent=1))
 

@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from groupsae.files.atomic import explain_write_errors, write_json
-from groupsae.files.reading import damaged, missing, require_json
+from groupsae.files.reading import damaged, missing, read_json, require_json
 from groupsae.files.tensors import read_tensors
 from groupsae.interpretation.collect import SAECollector, candidates
 from groupsae.interpretation.contexts import EMPTY, value_of
@@ -170,6 +170,12 @@ class Interpretation:
         """Return the text of every token id that occurs."""
         stored = require_json(self.folder / COLLECTED / "strings.json")
         return {int(token): text for token, text in stored.items()}
+
+    @cached_property
+    def explanations(self) -> dict[str, Any]:
+        """Return the explained latents of each SAE; empty if these contexts were not explained."""
+        stored = read_json(self.folder / "explanations.json") or {}
+        return stored["saes"] if stored.get("key", [None])[0] == self.head["key"] else {}
 
     def text(self, start: int, length: int) -> list[str]:
         """Return the text of some tokens, one string each."""

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from groupsae.files.atomic import atomic_write, explain_write_errors
+from groupsae.interpretation.bands import bands_of
 from groupsae.interpretation.files import CollectedSAE, Interpretation, LatentContexts
 from groupsae.interpretation.firings import WINDOW
 from groupsae.interpretation.sharing import badge_of
@@ -18,7 +19,6 @@ from groupsae.interpretation.text import TEXTS
 
 CHUNK = 64  # latents in a piece of data that is read when one of them is opened
 MOST_INLINE = 50_000_000  # bytes of a page; more goes into files next to it
-BANDS = 5  # of equal numbers of firing windows, from weak to strong
 
 
 class Shown(NamedTuple):
@@ -174,7 +174,8 @@ def _piece(
     lists = [_taken(sae.contexts("across"), rows, shown.across)]
     for layer in sae.layers:
         lists.append(_taken(sae.contexts("top", layer), rows, shown.top))
-        lists.append(_bands([sae.contexts(kind, layer) for kind in TEXTS], rows, shown.each_band))
+        samples = [_taken(sae.contexts(kind, layer), rows) for kind in TEXTS]
+        lists.append(bands_of(samples, shown.each_band).contexts)
     histograms = [sae.histogram(layer) for layer in sae.layers]
     about = sae.directions
     pieces: list[Any] = []
@@ -198,30 +199,8 @@ def _piece(
     return pieces
 
 
-def _taken(contexts: LatentContexts, rows: slice, count: int) -> LatentContexts:
+def _taken(contexts: LatentContexts, rows: slice, count: int | None = None) -> LatentContexts:
     return LatentContexts(*(each[rows, :count] for each in contexts))
-
-
-def _bands(samples: Sequence[LatentContexts], rows: slice, each: int) -> LatentContexts:
-    """Return contexts from `BANDS` equal parts of the sampled firings, strongest first.
-
-    The bands are quantiles of the activations at the peaks of windows where the latent fires: a
-    band of equal width would hold almost nothing at the top.
-    """
-    both = [np.concatenate([c[i][rows] for c in samples], axis=1) for i in range(5)]
-    order = np.argsort(-both[1], axis=1, kind="stable")  # empty ones have 0 and come last
-    counts = (both[0] >= 0).sum(1, keepdims=True)
-    wanted = BANDS * each
-    # the middle of each of `wanted` equal parts; each context once where there are fewer
-    places = ((np.arange(wanted) + 0.5) * counts / wanted).astype(np.int64)
-    few = np.minimum(np.arange(wanted), np.maximum(counts - 1, 0))
-    places = np.where(counts < wanted, few, places)
-    chosen = np.take_along_axis(order, places, axis=1)
-    row = np.arange(len(chosen))[:, None]
-    found = LatentContexts(*(b[row, chosen] for b in both))
-    empty = np.arange(wanted) >= counts
-    found.peaks[empty] = -1
-    return found
 
 
 def _packed(found: Interpretation, contexts: LatentContexts, row: int, highest: float) -> bytes:

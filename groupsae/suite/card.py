@@ -96,10 +96,8 @@ def card(
     }
     if looks_like_name(model):
         head["base_model"] = model
-    settings = read_yaml(run / ".hydra" / "config.yaml")
-    data = settings.get("data") if isinstance(settings, dict) else None
-    dataset = data.get("name") if isinstance(data, dict) else None
-    if isinstance(dataset, str) and looks_like_name(dataset):
+    dataset = dataset_of(run)
+    if dataset is not None and looks_like_name(dataset):
         head["datasets"] = [dataset]
     shown = Path(model).name if Path(model).is_absolute() else model
     revision = f", revision {config['revision']}" if config.get("revision") else ""
@@ -123,6 +121,16 @@ def card(
         f"## Figures\n\n{figures}" if figures else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def dataset_of(run: Path) -> str | None:
+    """Return the name of a run's text: of a dataset, or the last part of a path."""
+    settings = read_yaml(run / ".hydra" / "config.yaml")
+    data = settings.get("data") if isinstance(settings, dict) else None
+    if not isinstance(data, dict):
+        return None
+    name = data.get("name") or data.get("path")
+    return str(_reduced(name)) if isinstance(name, str) else None
 
 
 def files_of_run(run: Path) -> dict[str, Path | bytes]:

@@ -50,7 +50,9 @@ def export_suite(
     origins = [Origin.of(name, layer, suite.configs[name]) for layer, name in groups.items()]
     names = [library.folder_name(origin) for origin in origins]  # may raise: before any writing
     written = []
-    with atomic_folder(target, overwrite=overwrite, ours=holds_only(library)) as temporary:
+    with atomic_folder(
+        target, overwrite=overwrite, ours=holds_only(library.recognises)
+    ) as temporary:
         for origin, name in zip(origins, names, strict=True):
             folder, sae = temporary / name, suite.saes[origin.group]
             folder.mkdir(parents=True)
@@ -67,9 +69,9 @@ def export_suite(
     return written
 
 
-def holds_only(library: Library) -> Callable[[Path], bool]:
-    """Return the test whether a folder holds SAEs of one format and nothing else."""
-    return lambda folder: all(library.recognises(child) for child in folder.iterdir())
+def holds_only(recognises: Callable[[Path], bool]) -> Callable[[Path], bool]:
+    """Return the test whether every folder in a folder is recognised."""
+    return lambda folder: all(recognises(child) for child in folder.iterdir())
 
 
 @torch.no_grad()
