@@ -165,3 +165,55 @@ def print_explanations(console: Console, explained: Mapping[str, Any]) -> None:
         values = [number(mean[key], 2) if mean else "" for key in columns]
         screen.add_row(name, str(len(sae["latents"])), str(sae["rare"]), *values)
     console.print(screen)
+
+
+def print_judged(console: Console, judged: Mapping[str, Any]) -> None:
+    """Print how well a judge's explanations tell where latents fire, next to those of rules."""
+    qualified, judge = judged["qualification"]["qualified"], judged["judge"]
+    title = f"Latents explained by {judge['name']}{'' if qualified else ' (not qualified)'}"
+    screen = Screen(
+        title=f"{title}, and by rules on the same windows", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for heading in ("SAE", "by", "task"):
+        screen.add_column(heading, no_wrap=True)
+    for heading in ("F1", "null", "adj.", "acc.", "failed"):
+        screen.add_column(heading, justify="right")
+    notes = []
+    for name, sae in judged["saes"].items():
+        first = f"{name} ({len(sae['latents'])})"
+        for by, who in (("judge", judge["kind"]), ("rules", "rules")):
+            for task, found in sae["mean"][by].items():
+                f1, accuracy = found["f1"], found["balanced_accuracy"]["mean"]
+                values = [f1["mean"], f1["null"], f1.get("adjusted"), accuracy]
+                cells = [
+                    "-" if by == "judge" and not qualified else _score(value) for value in values
+                ]
+                failed = f"{found['failed']:,}" if by == "judge" else ""
+                screen.add_row(first, who, task, *cells, failed)
+                first = ""
+        notes.append(
+            f"{name}: intruders found by TF-IDF {_score(sae['intruder']['tfidf'])}, "
+            + (
+                f"by the judge {_score(sae['intruder']['judge'])} (chance 0.2); discrimination "
+                f"{_score(sae['discrimination'])}; "
+                if qualified
+                else ""
+            )
+            + f"left out: {sae['few_windows']} with few windows, {sae['not_explained']} without "
+            "an explanation"
+            + (
+                f"; windows both explained and scored on: {sae['overlap']:.0%}"
+                * (sae["overlap"] > 0)
+            )
+        )
+    console.print(screen)
+    console.print(
+        "F1 at the natural rate and balanced accuracy (acc.), means over latents; null: by the "
+        "explanation of another latent."
+    )
+    for note in notes:
+        console.print(note, soft_wrap=True)
+
+
+def _score(value: float | None) -> str:
+    return "-" if value is None else number(value, 3)

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from groupsae import __version__
 from groupsae.app.console import print_explanations
 from groupsae.app.evaluate import device_named, same_stream
+from groupsae.app.judge import ask, judge_of, print_needs
 from groupsae.config.values import INTERPRETATION, check_values
 from groupsae.data.activations import ActivationDataModule
 from groupsae.data.packing import end_of_text
@@ -38,6 +39,7 @@ from groupsae.interpretation.explain import (
     start_worker,
 )
 from groupsae.interpretation.files import COLLECTED, FORMAT, Interpretation, save_collected
+from groupsae.interpretation.judged import read_judged
 from groupsae.interpretation.page import labels_of, write_page
 from groupsae.interpretation.run import Pass, Process
 from groupsae.interpretation.text import Text
@@ -83,15 +85,27 @@ def interpret(
     saes = {name: load_saes(folder / "saes", [name]).to(place) for name in names}
     data = same_stream(folder, cfg, saes[names[0]].configs[names[0]], place)
     target = folder / "interpretation"
+    judge = judge_of(target, options, console, place) if is_leader() else None
     collect(target, data, saes, options, console, dry_run=dry_run, overwrite=overwrite)
-    if dry_run or not is_leader():
+    if not is_leader():
+        return
+    if dry_run:
+        if judge is not None:
+            print_needs(target, options, console)
         return
     found = Interpretation(target)
     explained = explain(found, options, console)
     print_explanations(console, explained)
     title = f"{data.lm.name}: {', '.join(names) if len(names) < 5 else f'{len(names)} SAEs'}"
-    page = write_page(found, labels_of(explained), title)
-    console.print(f"Latents: {page}", soft_wrap=True)
+
+    def page() -> None:
+        written = write_page(found, labels_of(explained, read_judged(found)), title)
+        console.print(f"Latents: {written}", soft_wrap=True)
+
+    page()
+    if judge is not None:
+        ask(found, explained, judge, options, console)
+        page()
 
 
 def explain(found: Interpretation, options: DictConfig, console: Console) -> dict[str, Any]:

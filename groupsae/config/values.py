@@ -66,6 +66,15 @@ INTERPRETATION = {
     "across": COUNT,
     "latents": COUNT,
     "seed": at_least(0),
+    "judge": one_of("rules", "endpoint", "hf"),
+    "judged_latents": COUNT,
+    "delphi_compat": SWITCH,
+    "endpoint.parallel": COUNT,
+    "endpoint.timeout": POSITIVE,
+    "endpoint.retries": at_least(0),
+    "endpoint.answer_tokens": COUNT,
+    "endpoint.most_tokens": COUNT,
+    "endpoint.most_cost": POSITIVE.or_null("no limit"),
 }
 TRAINING = {
     "tokens": COUNT,

@@ -164,6 +164,29 @@ def candidates(kept: Kept, name: str, d_sae: int) -> Int[Tensor, "latent"]:
     return order.argsort()[: 2 * kept.latents]
 
 
+def excerpt_around(
+    places: Int[Tensor, "peak"],
+    starts: Int[Tensor, "token"],
+    ends: Int[Tensor, "token"],
+    first: int = 0,
+) -> tuple[Int[Tensor, "peak"], Int[Tensor, "peak"]]:
+    """Return where the contexts around some places begin, and their numbers of tokens.
+
+    The place of the peak in its context is drawn, as a function of its position: it must not
+    betray the peak. A context lies inside its document, and is as long as that allows.
+
+    Args:
+        places: places of the peaks, counted from position `first` of the text.
+        starts: where the document of each token begins, counted in the same way.
+        ends: where it ends.
+        first: position of place 0.
+    """
+    before = LEAST_BEFORE + mix(places + first) % (MOST_BEFORE - LEAST_BEFORE + 1)
+    begin = torch.minimum(places - before, ends[places] - WINDOW)
+    begin = torch.maximum(begin, starts[places])
+    return begin, (ends[places] - begin).clamp(max=WINDOW)
+
+
 def _best_layer(candidates: list[Peaks]) -> Peaks:
     """Return the highest peak over layers of each latent in each window."""
     every = Peaks(*(torch.cat(each) for each in zip(*candidates, strict=True)))
@@ -190,12 +213,7 @@ def _offer(
 
     def excerpts(taken: Tensor) -> Excerpt:
         latents, places = peaks.latents[taken], peaks.places[taken]
-        span = MOST_BEFORE - LEAST_BEFORE + 1
-        before = LEAST_BEFORE + mix(places + first) % span
-        # inside the document, and as long as it allows
-        begin = torch.minimum(places - before, ends[places] - WINDOW)
-        begin = torch.maximum(begin, starts[places])
-        lengths = (ends[places] - begin).clamp(max=WINDOW)
+        begin, lengths = excerpt_around(places, starts, ends, first)
         acts = [firings.at(latents, begin, lengths) for firings in found]
         return Excerpt((places - begin).byte(), lengths.byte(), torch.stack(acts, 1))
 

@@ -271,11 +271,12 @@ def _judge_pairs(rows: Sequence[dict[str, Any]], layers: Sequence[int]) -> None:
 
 def _pooled(firings: Sequence[Firing]) -> Firing:
     """Return where a latent fires on any layer, with its highest activation there."""
-    positions, acts = _highest([(f.positions, f.acts) for f in firings])
-    return Firing(positions, acts, Truth(*_highest([f.truth for f in firings])), True)
+    positions, acts = highest([(f.positions, f.acts) for f in firings])
+    return Firing(positions, acts, Truth(*highest([f.truth for f in firings])), True)
 
 
-def _highest(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+def highest(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return all places of several (places, activations), and the highest activation at each."""
     places, owner = np.unique(np.concatenate([p for p, _ in parts]), return_inverse=True)
     acts = np.zeros(len(places), np.float32)
     np.maximum.at(acts, owner, np.concatenate([a for _, a in parts]))

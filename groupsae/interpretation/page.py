@@ -35,27 +35,62 @@ class Shown(NamedTuple):
 
 
 class Label(NamedTuple):
-    """A latent's explanation, its score (None: not scored), and a badge for its drift."""
+    """A latent's explanation.
+
+    Attributes:
+        text: by rules.
+        score: its F1; None: not scored.
+        badge: for its drift.
+        judged: who else explained it, the explanation, and its scores in words.
+    """
 
     text: str
     score: float | None = None
     badge: str = ""
+    judged: tuple[tuple[str, str, str], ...] = ()
 
 
 Labels = Mapping[tuple[str, int], Label]
 
 
-def labels_of(explained: Mapping[str, Any]) -> dict[tuple[str, int], Label]:
-    """Return the labels of all explained latents, by SAE and number."""
+def labels_of(
+    explained: Mapping[str, Any], judged: Sequence[Mapping[str, Any]] = ()
+) -> dict[tuple[str, int], Label]:
+    """Return the labels of all explained latents, by SAE and number.
+
+    Args:
+        explained: explanations by rules.
+        judged: what each language model has found.
+    """
+    more: dict[tuple[str, int], list[tuple[str, str, str]]] = {}
+    for one in judged:
+        for name, sae in one["saes"].items():
+            for row in sae["latents"]:
+                words = _scores_in_words(row["judge"], one["qualification"]["qualified"])
+                entry = (str(one["judge"]["name"]), str(row["explanation"]), words)
+                more.setdefault((name, row["latent"]), []).append(entry)
     return {
         (name, row["latent"]): Label(
             row["all"]["text"],
             row["all"]["scores"]["f1"],
             badge_of([pair["kind"] for pair in row["sharing"]["pairs"]]),
+            tuple(more.get((name, row["latent"]), ())),
         )
         for name, sae in explained.items()
         for row in sae["latents"]
     }
+
+
+def _scores_in_words(scores: Mapping[str, Any], qualified: bool) -> str:
+    """Return F1 at the natural rate of each task; no numbers of a judge that is not qualified."""
+    if not qualified:
+        return "no scores: the judge is not qualified"
+    parts = []
+    for task, found in scores.items():
+        own, null = (found[side]["f1"] for side in ("own", "null"))
+        if own is not None and null is not None:
+            parts.append(f"{task} F1 {own:.2f} (null {null:.2f})")
+    return ", ".join(parts) or "no scores: no answer could be read"
 
 
 def write_page(found: Interpretation, labels: Labels, title: str) -> Path:
@@ -141,6 +176,7 @@ def _sae_index(found: Interpretation, sae: CollectedSAE, labels: Labels) -> dict
         "label": [None if each is None else each.text for each in named],
         "score": [None if each is None else each.score for each in named],
         "badge": ["" if each is None else each.badge for each in named],
+        "judged": {str(i): each.judged for i, each in enumerate(named) if each and each.judged},
     }
 
 

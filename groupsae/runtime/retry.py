@@ -30,6 +30,7 @@ def retrying(
     retries: int,
     may_pass: Callable[[BaseException], bool],
     report: Callable[[RetryCallState], None],
+    sleep: Callable[[float], None] = lambda seconds: time.sleep(seconds),  # tests replace it
 ) -> Retrying:
     """Return tenacity's loop over tries.
 
@@ -41,7 +42,7 @@ def retrying(
         wait=_pause,
         retry=retry_if_exception(lambda e: isinstance(e, Exception) and may_pass(e)),
         before_sleep=report,
-        sleep=lambda seconds: time.sleep(seconds),  # looked up late: tests replace it
+        sleep=sleep,
         reraise=True,
     )
 

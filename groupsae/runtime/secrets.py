@@ -15,6 +15,7 @@ VARIABLES = (
     "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
 )  # fmt: skip
+_hidden: set[str] = set()  # values of other variables, which a configuration has named
 _SHORTEST = 12  # characters of a secret: a shorter text may be there by chance
 _PATTERNS = (  # pattern, replacement, name of the secret
     (re.compile(r"(\w+://)[^/\s@]+@"), r"\1***@", "an address with a password"),
@@ -31,8 +32,16 @@ _PATTERNS = (  # pattern, replacement, name of the secret
 _AUTHORIZATION = re.compile(r"(?i)\b((?:bearer|basic)\s+)[\w.~+/=-]{8,}")
 
 
+def hide(value: str) -> None:
+    """Let `redacted` remove a secret from now on, unless it is too short to be one."""
+    if len(value) >= _SHORTEST:
+        _hidden.add(value)
+
+
 def redacted(text: str) -> str:
-    """Return a text without secrets: passwords in addresses, tokens, values of `VARIABLES`.
+    """Return a text without secrets: passwords in addresses, tokens, known values.
+
+    Known are the values of `VARIABLES`, and what `hide` was given.
 
     >>> redacted("cannot reach https://me:pass@hub.org/x?token=abc&b=1")
     'cannot reach https://***@hub.org/x?token=***&b=1'
@@ -40,7 +49,7 @@ def redacted(text: str) -> str:
     for pattern, instead, _ in _PATTERNS:
         text = pattern.sub(instead, text)
     text = _AUTHORIZATION.sub(r"\1***", text)
-    for value in _secret_variables().values():
+    for value in (*_secret_variables().values(), *_hidden):
         text = text.replace(value, "***")
     return text
 

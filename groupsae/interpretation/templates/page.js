@@ -51,7 +51,7 @@ function matching() {
   const found = rows.filter((row) => {
     const { sae, latent } = row;
     if (state.sae && sae.name !== state.sae) return false;
-    if (text && !(`${sae.name} ${latent} ${sae.label[latent] ?? ""} ${sae.badge[latent]}`.toLowerCase().includes(text))) return false;
+    if (text && !(`${sae.name} ${latent} ${sae.label[latent] ?? ""} ${(sae.judged[latent] ?? []).map((j) => j[1])} ${sae.badge[latent]}`.toLowerCase().includes(text))) return false;
     if (state.token && !sae.peaks[latent].some((t) => t >= 0 && (index.strings[t] ?? "").trim() === state.token.trim())) return false;
     if (rate !== null && row.rate < rate / 100) return false;
     if (score !== null && !(row.score >= score)) return false;
@@ -233,7 +233,9 @@ async function latentPage(sae, latent, layer) {
   const several = sae.layers.length > 1, here = found.layers[at];
   const explanation = sae.label[latent] === null ? null : make("div", {},
     make("p", { class: "label" }, sae.label[latent], " ", sae.badge[latent] ? make("span", { class: "badge" }, sae.badge[latent]) : null),
-    sae.score[latent] === null ? null : make("p", { class: "note" }, `score ${sae.score[latent].toFixed(3)}`));
+    sae.score[latent] === null ? null : make("p", { class: "note" }, `score ${sae.score[latent].toFixed(3)}`),
+    (sae.judged[latent] ?? []).map(([judge, text, scores]) => [
+      make("p", { class: "label" }, text), make("p", { class: "note" }, `${judge}: ${scores}`)]).flat());
   main.replaceChildren(
     index.only ? "" : make("div", { class: "bar" },
       make("a", { href: "#" }, "← all latents"), make("span", { class: "spring" }),

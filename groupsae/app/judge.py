@@ -1,0 +1,105 @@
+"""Lets a language model explain and score latents: `interpretation.judge=endpoint` or `hf`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import Progress
+
+from groupsae.app.console import print_judged
+from groupsae.interpretation.files import COLLECTED, Interpretation
+from groupsae.interpretation.judged import judge_run, ledger_of, planned
+from groupsae.interpretation.judges import Endpoint, Judge, Local
+from groupsae.interpretation.windows import DELPHI, Protocol
+from groupsae.lm.load import FrozenLM
+from groupsae.runtime.errors import UserError
+from groupsae.runtime.signals import stopped_by_signals
+
+
+def judge_of(
+    folder: Path, options: DictConfig, console: Console, device: torch.device
+) -> Judge | None:
+    """Return the judge that the options name; None for rules.
+
+    Raises:
+        UserError: an option is missing or wrong, or a local model cannot be loaded.
+    """
+    if options.judge == "rules":
+        return None
+    ledger = ledger_of(folder)
+    if options.judge == "endpoint":
+        given: Any = OmegaConf.to_container(options.endpoint)
+
+        def report(line: str) -> None:
+            console.print(line, soft_wrap=True, markup=False)
+
+        return Endpoint(ledger, report, seed=options.seed, **given)
+    if not options.hf.name:
+        raise UserError(
+            "interpretation.hf.name has no default: give a folder with a causal language model, "
+            "or an id on the Hub."
+        )
+    hf = options.hf
+    lm = FrozenLM(name=str(hf.name), revision=hf.revision, dtype=str(hf.dtype))
+    return Local(ledger, lm, device, options.seed)
+
+
+def ask(
+    found: Interpretation,
+    explained: Mapping[str, Any],
+    judge: Judge,
+    options: DictConfig,
+    console: Console,
+) -> None:
+    """Let the judge explain and score latents, and print how it did.
+
+    Raises:
+        Stopped: a signal arrived; the same command resumes.
+        UserError: the judge cannot be reached, or its answers cannot be read; what it answered
+            before is kept.
+    """
+    total = planned(found, protocol_of(options), options.judged_latents, options.seed).questions
+    with stopped_by_signals(), Progress(transient=True, console=console) as progress:
+        task = progress.add_task(f"asking {judge.name}", total=total)
+        judge.advance = lambda count: progress.advance(task, count)
+        judged = judge_run(
+            found,
+            explained,
+            judge,
+            protocol_of(options),
+            options.judged_latents,
+            options.seed,
+            lambda line: console.print(line, soft_wrap=True, markup=False),
+        )
+    print_judged(console, judged)
+
+
+def print_needs(folder: Path, options: DictConfig, console: Console) -> None:
+    """Print how many requests and tokens a judge needs."""
+    if not (folder / COLLECTED / "collected.json").exists():
+        console.print(
+            "The judge's requests are counted once the contexts are collected: give the command "
+            "with interpretation.judge=rules, then again with dry_run=true.",
+            soft_wrap=True,
+        )
+        return
+    found = Interpretation(folder)
+    needs = planned(found, protocol_of(options), options.judged_latents, options.seed)
+    price = options.endpoint.price
+    cost = ""
+    if options.judge == "endpoint" and any(price):
+        cost = f", a cost of {(needs.read * price[0] + needs.written * price[1]) / 1e6:,.2f}"
+    console.print(
+        f"Judge: {needs.questions:,} requests for {needs.latents:,} latents, about "
+        f"{needs.read:,} tokens to read and {needs.written:,} to write{cost}; where a server "
+        "gives no probabilities, five texts share a request.",
+        soft_wrap=True,
+    )
+
+
+def protocol_of(options: DictConfig) -> Protocol:
+    """Return which windows a judge sees."""
+    return DELPHI if options.delphi_compat else Protocol()
