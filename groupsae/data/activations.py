@@ -257,7 +257,7 @@ class ActivationDataModule(L.LightningDataModule):
             total = sum(map(len, self.blocks.blocks.values())) * self.packing.context
             lower = f"lower stream.blocks_per_step to at most {num_blocks}"
             raise UserError(
-                f"the {split} split has {num_blocks} blocks, less than one step of "
+                f"the {split} split has {num_blocks} block(s), less than one step of "
                 f"{self.blocks_per_step}: "
                 f"{self.packing.way_out(split, total, self.tokens_per_step, lower)}."
             )

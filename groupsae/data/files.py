@@ -109,9 +109,11 @@ class FileSource:
             plural = "file that is" if len(no_text) == 1 else "files that are"
             parts.append(_describe(f"{plural} not text", no_text, root))
         if no_column:
-            plural = "table that needs" if len(no_column) == 1 else "tables that need"
-            parts.append(_describe(f"{plural} {KEY}=<column>", list(no_column), root))
-        notice = f"data.path={self.path}: left out {', and '.join(parts)}" if parts else ""
+            plural = "table" if len(no_column) == 1 else "tables"
+            what = f"{plural} without a usual column of text"
+            parts.append(_describe(what, list(no_column), root))
+            parts.append(f"{KEY}=<column> names another")
+        notice = f"data.path={self.path}: left out {'; '.join(parts)}" if parts else ""
         if not files:
             raise UserError(
                 f"no text in {root}. {notice or 'It has no files'}. Give another folder or a glob "
