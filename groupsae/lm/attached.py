@@ -73,7 +73,7 @@ class AttachedLM:
             for module in self._around(self.blocks)
             if not isinstance(module, nn.ModuleList)
         }
-        self.context = _context(stack, self.blocks, config)
+        self.context = within_positions(context_of(config), stack, self.blocks)
         self._reading: Reading | None = None
         self._reader: nn.Module | None = None  # the outermost module in this forward
         self._cache: Any = None  # of the last forward
@@ -263,21 +263,6 @@ def _sites(
         ]
     except (AttributeError, ValueError):  # not recorded, or of another version of transformers
         return find_sites(blocks, hookpoint, submodule)
-
-
-def _context(stack: nn.Module, blocks: nn.ModuleList, config: Any) -> int | None:
-    """Return the most positions that a model reads; None if it has no limit, or a stretched one.
-
-    (Where rotary angles are scaled, some configs have the limit before it, others after it.)
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {
-        each.get("rope_type", "default")
-        for each in (rope, *rope.values())
-        if isinstance(each, Mapping)
-    }
-    stretched = bool(kinds - {"default"})
-    return within_positions(None if stretched else context_of(config), stack, blocks)
 
 
 @contextmanager

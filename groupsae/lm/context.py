@@ -1,7 +1,7 @@
 """How many tokens a language model reads at once, from its config and its modules."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -21,13 +21,20 @@ RELATIVE = ("alibi", "relative_attention", "relative_attention_num_buckets")
 
 
 def context_of(text: Any) -> int | None:
-    """Return the most tokens of an input by a model's config; None if there is no limit."""
+    """Return the most tokens of an input by a model's config; None if there is no limit.
+
+    Scaled rotary angles have none: some configs name the limit before the scaling, others after.
+    """
     relative = (
         any(getattr(text, key, None) for key in RELATIVE)
         or getattr(text, "model_type", None) == "bloom"
     )
+    rope = getattr(text, "rope_parameters", None) or {}  # for each type of layer, or for all
+    kinds = {r.get("rope_type") for r in (rope, *rope.values()) if isinstance(r, Mapping)}
+    if relative or kinds - {"default", None}:
+        return None
     spelled = (getattr(text, key, None) for key in CONTEXTS)
-    return None if relative else next((n for n in spelled if isinstance(n, int) and n > 0), None)
+    return next((n for n in spelled if isinstance(n, int) and n > 0), None)
 
 
 def within_positions(context: int | None, model: nn.Module, blocks: nn.Module) -> int | None:

@@ -201,7 +201,7 @@ def runs(lm, context):
 
 
 CONTEXTS = {  # of the families, by their configs; the others have the one of `CONTEXT`
-    **dict.fromkeys(["bloom", "t5"]),  # ALiBi and relative positions: no limit
+    **dict.fromkeys(["bloom", "t5", "gpt_oss"]),  # ALiBi, relative positions, scaled angles
     "falcon": 2048,
 }
 HARD = ("gpt2", "opt", "mpt", "bert", "roberta", "bart")  # one more token is an error of the model
@@ -220,6 +220,7 @@ def test_a_model_reads_its_context_and_what_has_a_limit_reads_no_more(folder_of,
 
 GPT = {**NAMES, "n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": 48, "rotary_dim": 4}
 DEBERTA = {**GATED, "relative_attention": True}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": CONTEXT}
 OTHERS = [
     (GPTJConfig(**GPT), None, 48),
     (CodeGenConfig(**GPT, n_ctx=99), None, 48),
@@ -233,6 +234,7 @@ OTHERS = [
     (LED, "encoder", 40),
     (LED, "decoder", 24),
     (LlamaConfig(**SHARED, n_ctx=8), None, CONTEXT),
+    (LlamaConfig(**SHARED, rope_parameters={**YARN, "rope_theta": 10_000.0}), None, None),
 ]
 
 
