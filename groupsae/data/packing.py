@@ -626,33 +626,26 @@ class BlockWriter:
         """Return how many documents of the source were added or dropped."""
         return self.num_documents + self.num_copies
 
-    def is_copy(self, document: Document) -> bool:
-        """Return whether a document's content was there before; then it is counted as dropped."""
-        content = None if self.keep_copies else content_of(document)
-        if content is None or self.contents.add(content):
-            return False
-        self.state["copies"] += 1
-        return True
-
     @property
     def num_tokens(self) -> int:
         """Return how many tokens were added, without BOS."""
         return sum(self.state["tokens"].values())
 
     def add(self, split: Split, document: Document, token_ids: list[int]) -> None:
-        """Append the tokens of one document.
+        """Append the tokens of one document, or count it as a copy of one before.
 
         Raises:
             UserError: a token id is outside the vocabulary.
         """
-        if token_ids:
-            low, high = min(token_ids), max(token_ids)
-            if low < 0 or high >= self.vocab_size:
-                bad = high if low >= 0 else low
-                ours = document.token_ids is None
-                what = f"document {document.name!r}"
-                raise _wrong_tokenizer(what, bad, self.vocab_size, ours=ours)
-            self.state["max_token_id"] = max(self.state["max_token_id"], high)
+        low, high = min(token_ids, default=0), max(token_ids, default=-1)
+        if low < 0 or high >= self.vocab_size:
+            bad, ours = high if low >= 0 else low, document.token_ids is None
+            raise _wrong_tokenizer(f"document {document.name!r}", bad, self.vocab_size, ours=ours)
+        content = None if self.keep_copies else content_of(document)
+        if content is not None and not self.contents.add(content):
+            self.state["copies"] += 1
+            return
+        self.state["max_token_id"] = max(self.state["max_token_id"], high)
         ids = np.asarray(token_ids, dtype=np.int32)
         self.pending[split].append(ids)
         self.state["documents"][split] += 1
@@ -723,8 +716,6 @@ def _fill(
                 _check_makes_tokens(texts, encoded, tokenizer)
                 checked = True
             for document, ids in zip(batch, encoded, strict=True):
-                if writer.is_copy(document):
-                    continue
                 split = moved.get(document.name) or split_of(
                     document.name, packing.heldout_fraction, packing.calibration_fraction
                 )

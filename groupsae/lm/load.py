@@ -138,13 +138,11 @@ class FrozenLM:
         try:
             options = hub_options(self.load_options)
             tokenizer = self._pretrained(AutoTokenizer, "the tokenizer of model", **options)
-            if makes_tokens(tokenizer):
-                return tokenizer
         except UserError:
             if self._has_file(*TOKENIZER_FILES):
                 raise
         else:
-            if self._has_file(*TOKENIZER_FILES):
+            if makes_tokens(tokenizer) or self._has_file(*TOKENIZER_FILES):
                 return tokenizer
         return only_ends(self.config.get_text_config(), self.geometry.vocab_size, self.name)
 
