@@ -175,7 +175,8 @@ class LayerFeatures:
 
     def _strings(self, tokens: Int[np.ndarray, " token"]) -> list[str]:
         # an empty text is refused, and could not be seen
-        return [self.found.strings[int(t)] or f"<{int(t)}>" for t in tokens]
+        strings = self.found.strings
+        return [strings[token] or f"<{token}>" for token in tokens.tolist()]
 
     def _trimmed(self, latent: int) -> tuple[np.ndarray, np.ndarray]:
         """Return counts and upper ends of the histogram's bins up to the highest activation."""

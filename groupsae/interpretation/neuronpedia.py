@@ -18,7 +18,7 @@ from typing import Any
 from groupsae.interop.saelens import config_of
 from groupsae.interpretation.features import LayerFeatures, PageFormat
 
-LONGEST = 512  # characters of an explanation
+LONGEST = 512  # UTF-16 units of an explanation
 SHARED = (  # columns that are called as in SAEDashboard
     "neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1",
     "correlated_neurons_indices", "correlated_neurons_pearson", "correlated_neurons_l1",
@@ -155,11 +155,10 @@ def _explanations(layer: LayerFeatures, latent: int) -> Iterator[Row]:
     here = explained["layers"].get(str(layer.origin.layer))
     found, made = (explained["all"], "all layers of its group") if here is None else (here, "here")
     scores = found["scores"]
-    text = found["text"] if len(found["text"]) <= LONGEST else found["text"][: LONGEST - 1] + "…"
     yield {
         "id": _id(layer, str(latent), "explanation", 0),
         **_place(layer, latent),
-        "description": text,
+        "description": _shortened(found["text"]),
         "authorId": layer.names.creator_id,
         # names of a method and of a model must be known there, and scores cannot be imported
         "typeName": None,
@@ -168,6 +167,13 @@ def _explanations(layer: LayerFeatures, latent: int) -> Iterator[Row]:
         f"tokens: F1 {scores['f1']:.2f} (of another latent's rules {scores['null_f1']:.2f}), "
         f"precision {scores['precision']:.2f}, recall {scores['recall']:.2f}.",
     }
+
+
+def _shortened(text: str) -> str:
+    units = text.encode("utf-16-le")
+    if len(units) <= 2 * LONGEST:
+        return text
+    return units[: 2 * LONGEST - 2].decode("utf-16-le", "ignore") + "…"
 
 
 def _id(layer: LayerFeatures, *parts: object) -> str:

@@ -129,8 +129,10 @@ def dataset_of(run: Path) -> str | None:
     data = settings.get("data") if isinstance(settings, dict) else None
     if not isinstance(data, dict):
         return None
-    name = data.get("name") or data.get("path")
-    return str(_reduced(name)) if isinstance(name, str) else None
+    name, path = data.get("name"), data.get("path")
+    if isinstance(name, str):
+        return str(_reduced(name))
+    return Path(path).name if isinstance(path, str) else None
 
 
 def files_of_run(run: Path) -> dict[str, Path | bytes]:

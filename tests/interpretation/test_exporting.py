@@ -35,7 +35,7 @@ from tests.helpers.shelf import D_SAE, FACTORS
 
 ROOT = Path(__file__).parents[2]
 FORMATS = ("saedashboard", "neuronpedia")
-LONG = "`def` after " + "x" * 600
+LONG = "`def` after " + "𝒳" * 600  # characters that count twice in JavaScript
 EXPLAINED = {3: "</script> and \0 and " + r"\u0000 and \\u0000", 5: LONG}
 
 
@@ -243,7 +243,7 @@ def test_text_arrives_as_it_was_but_for_nul(imported):
     assert "all layers of its group" in texts["0", "3"]["notes"]
     assert texts["1", "3"]["description"] == f"1: {arrived}"
     assert "F1 0.50 (of another latent's rules 0.10)" in texts["1", "3"]["notes"]
-    assert texts["0", "5"]["description"] == LONG[:511] + "…"
+    assert texts["0", "5"]["description"] == LONG[: 12 + 249] + "…"
 
 
 def test_a_second_export_is_the_same_byte_for_byte(interpreted, tmp_path):
@@ -292,7 +292,7 @@ def test_the_client_uploads_a_source_as_the_docs_show(interpreted, imported, mon
         exec(compile(example, "docs/formats.md", "exec"), {})
     features = {each["index"]: each for body in received for each in body["features"]}
     assert {(body["modelId"], body["source"]) for body in received} == {
-        ("pythia-14m", "1-groupsae-res-48__layers-0-1")
+        ("pythia-160m", "4-my-group-saes")
     }
     active = {
         int(row["index"]) for row in imported.activations.values() if row["layer"] == folder.name
