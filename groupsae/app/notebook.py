@@ -232,7 +232,7 @@ def evaluate(
     from groupsae.evaluation.given import evaluate_suite, layer_means
     from groupsae.evaluation.intervals import Bootstrap
 
-    trained = next(iter(suite.configs.values()))
+    trained = suite.cfg
     recorded = {key: trained.get(key) for key in ("stack", "blocks_path", "submodule")}
     tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
     with _hooked(model, hookpoint=trained.get("hookpoint", "resid_post"), **recorded) as (
@@ -418,7 +418,7 @@ def _tokenizer_of(model: "PreTrainedModel") -> "PreTrainedTokenizerBase":
 
 def _check_fits(suite: "Suite", size: "Geometry", model: "PreTrainedModel") -> None:
     """Raise UserError if the model cannot be the one that the SAEs were trained on."""
-    trained = next(iter(suite.configs.values()))
+    trained = suite.cfg
     depth = len(trained.get("modules") or ()) or max(suite.layers[-1] + 1, size.num_layers)
     if (depth, suite.d_model) != (size.num_layers, size.d_model):
         raise UserError(
@@ -426,11 +426,10 @@ def _check_fits(suite: "Suite", size: "Geometry", model: "PreTrainedModel") -> N
             f"width {suite.d_model}, but this model has {size.num_layers} of width "
             f"{size.d_model}: give the model that they were trained on."
         )
-    place = next(iter(suite.saes.values())).W_dec.device
-    if place != model.device:
+    if suite.device != model.device:
         raise UserError(
-            f"the SAEs are on {place} and the model is on {model.device}: move one of them, such "
-            f"as suite.to('{model.device}')."
+            f"the SAEs are on {suite.device} and the model is on {model.device}: move one of "
+            f"them, such as suite.to('{model.device}')."
         )
 
 

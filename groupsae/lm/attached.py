@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +18,8 @@ from groupsae.lm.context import context_of, within_positions
 from groupsae.lm.hookpoints import Site, find_sites, with_positions
 from groupsae.runtime.compat import compiles_hooks
 from groupsae.runtime.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ class AttachedLM:
         self._ran = False
 
     @contextmanager
-    def hooked(self, layers: Iterable[int], visit: Visit) -> Iterator[None]:
-        """Call `visit(layer, acts, reading)` in every forward while inside.
+    def hooked(self, layers: Iterable[int], visit: Visit, given: T) -> Iterator[T]:
+        """Call `visit(layer, acts, reading)` in every forward while inside; yield what is given.
 
         The activations are in the model's dtype; a tensor that it returns replaces them. The
         reading is None where a block is called outside of a forward of the model. Hooks of
@@ -102,7 +104,7 @@ class AttachedLM:
             for layer in wanted:
                 handles.append(self.sites[layer].watch(partial(self._see, visit, layer)))
             with _generating_uncompiled(self._callers):
-                yield
+                yield given
         finally:
             for handle in handles:
                 handle.remove()
@@ -110,7 +112,7 @@ class AttachedLM:
             warnings.warn(
                 f"the hooked layers of this {self.name} did not run inside the block, so nothing "
                 "was seen or changed: run the model that was given to it.",
-                stacklevel=5,  # of the user's `with`
+                stacklevel=3,  # of the user's `with`
             )
 
     def _see(self, visit: Visit, layer: int, acts: Tensor) -> Tensor | None:
@@ -170,7 +172,8 @@ class AttachedLM:
             past = 0 if cache is None else int(cache.get_seq_length())
         except (AttributeError, ValueError):  # Mamba's does not know
             past = self._held if same else 0
-        return past, past > 0 and (same or before is None)
+        # without a cache before, it is the one that the last forward made
+        return past, past > 0 and (same or (before is None and past == self._held))
 
     def _forget(self, module: nn.Module, *_: Any) -> None:
         if module is self._reader and self._reading is not None:
@@ -222,10 +225,11 @@ def _find(
             f"this suite was trained on {trained} of width {d_model}, but {name} has width "
             f"{width}: give the model that it was trained on."
         )
-    if not isinstance(depth, int):
+    # a model of TransformerLens has no config, and may have changed the residual stream
+    if config is None or not isinstance(depth, int):
         raise UserError(
-            f"the suite records no modules and {name} has no config with num_hidden_layers, so "
-            "its blocks cannot be found: give a Hugging Face model."
+            f"{name} has no config with num_hidden_layers, as models of transformers have: give "
+            "a Hugging Face model, such as the first result of suite.load_model()."
         )
     # other versions of transformers may have other paths, and a vision tower the same
     for path in dict.fromkeys((place, recorded.get("blocks_path"), None)):

@@ -117,7 +117,15 @@ class Captured:
         Columns: `latent`, `value`, `batch` and `position` (indices of `acts`, padding counted)
         and, where known, `token`: its text with a tokenizer, its id without.
         """
-        found = self._active()
+        values, indices, _ = self.sparse
+        where = (values > 0) & self.mask.to(values.device).unsqueeze(-1)
+        batch, position, _ = where.nonzero(as_tuple=True)
+        columns = {
+            "latent": indices[where], "value": values.detach()[where].float(),
+            "batch": batch, "position": position,
+        }  # fmt: skip
+        found = pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
+        found = found.sort_values("value", ascending=False, kind="stable", ignore_index=True)
         if (tokens := self.tokens) is not None:
             ids = tokens.cpu().numpy()[found["batch"], found["position"]]
             found["token"] = ids
@@ -133,17 +141,6 @@ class Captured:
         `cache[5].active().query("token == ' self'").head(10)`.
         """
         return self.active().drop_duplicates("latent").head(n).reset_index(drop=True)
-
-    def _active(self) -> pd.DataFrame:
-        values, indices, _ = self.sparse
-        where = (values > 0) & self.mask.to(values.device).unsqueeze(-1)
-        batch, position, _ = where.nonzero(as_tuple=True)
-        columns = {
-            "latent": indices[where], "value": values.detach()[where],
-            "batch": batch, "position": position,
-        }  # fmt: skip
-        frame = pd.DataFrame({name: found.cpu().numpy() for name, found in columns.items()})
-        return frame.sort_values("value", ascending=False, kind="stable", ignore_index=True)
 
     def __repr__(self) -> str:
         """Return the layer and the shapes."""
@@ -199,6 +196,10 @@ class Cache(Mapping[int, Captured]):
                 "within the block."
             )
         return self.batches[-1][layer]
+
+    def __contains__(self, layer: object) -> bool:
+        """Return whether a layer is captured."""
+        return layer in self._saes
 
     def __iter__(self) -> Iterator[int]:
         """Return the captured layers."""

@@ -45,8 +45,9 @@ change only what is generated after prompts of n tokens: `positions=slice(n, Non
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from operator import index
 from typing import Any, SupportsFloat, SupportsIndex
 
@@ -67,15 +68,28 @@ Scales = SupportsFloat | Iterable[SupportsFloat]
 
 
 def listed(values: Any) -> list[Any]:
-    """Return the numbers of a number, a list, an array, a tensor or a column of a table."""
+    """Return the items of a list, an array, a tensor or a column of a table, or of one number."""
     found = values.tolist() if hasattr(values, "tolist") else values
-    return list(found) if isinstance(found, Iterable) else [found]
+    many = isinstance(found, Iterable) and not isinstance(found, str | Mapping)
+    return list(found) if many else [found]
 
 
-@contextmanager
+def indices(values: Any, what: str) -> list[int]:
+    """Return the numbers of layers or latents, of whatever `listed` takes.
+
+    Raises:
+        UserError: one is no integer.
+    """
+    found = listed(values)
+    for each in found:
+        if isinstance(each, bool) or not isinstance(each, SupportsIndex):
+            raise UserError(f"{what} is {each!r}: give its number, an integer, or a list of them.")
+    return [index(each) for each in found]
+
+
 def capture(
     model: nn.Module, saes: Mapping[int, LayerSAE], tokenizer: Any = None
-) -> Iterator[Cache]:
+) -> AbstractContextManager[Cache]:
     """Collect the layers' activations in all forwards; their latents are computed when asked for.
 
     The activations are those of plain hooks, bit for bit. The forwards are unchanged.
@@ -86,17 +100,15 @@ def capture(
         cache.append(layer, acts, reading)
         return acts.clone()  # the model may write into what it continues with
 
-    with _attached(model, saes).hooked(saes, visit):
-        yield cache
+    return _attached(model, saes).hooked(saes, visit, cache)
 
 
-@contextmanager
 def splice(
     model: nn.Module,
     saes: Mapping[int, LayerSAE],
     error: bool = False,
     positions: Positions = None,
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Replace the activations of layers by their reconstructions, or by the same plus the error.
 
     With `error` the forwards are unchanged, bit for bit. Then gradients flow through the
@@ -112,35 +124,23 @@ def splice(
             x_hat = acts.detach() + (x_hat - x_hat.detach())
         return _only_at(positions, reading, acts, x_hat)
 
-    with _attached(model, saes).hooked(saes, visit):
-        yield
+    return _attached(model, saes).hooked(saes, visit, None)
 
 
-@contextmanager
 def steer(
-    model: nn.Module,
-    sae: LayerSAE,
-    latent: Indices | None = None,
-    scale: Scales = 1.0,
-    *,
-    set: Mapping[int, Number] | None = None,
-    multiply: Mapping[int, Number] | None = None,
-    clamp: Mapping[int, tuple[Number | None, Number | None]] | None = None,
-    ablate: Indices = (),
-    positions: Positions = None,
-) -> Iterator[None]:
-    """Change latents of one layer: see `Suite.steer`."""
+    model: nn.Module, edits: "Edits", positions: Positions = None
+) -> AbstractContextManager[None]:
+    """Change latents of one layer."""
     _check_positions(positions)
-    edits = _Edits(sae, latent, scale, set or {}, multiply or {}, clamp or {}, ablate)
+    saes = {edits.sae.layer: edits.sae}
 
     def visit(_layer: int, acts: Tensor, reading: Reading | None) -> Tensor | None:
         return _only_at(positions, reading, acts, edits(acts))
 
-    with _attached(model, {sae.layer: sae}).hooked([sae.layer], visit):
-        yield
+    return _attached(model, saes).hooked(saes, visit, None)
 
 
-class _Edits:
+class Edits:
     """Changes of some latents of a layer, as what they add to its raw activations.
 
     Latents that are added to need no encoding. All others become clamp(factor z + shift, low,
@@ -150,14 +150,15 @@ class _Edits:
     def __init__(
         self,
         sae: LayerSAE,
-        latent: Indices | None,
-        scale: Scales,
-        fixed: Mapping[int, Number],
-        multiply: Mapping[int, Number],
-        clamp: Mapping[int, tuple[Number | None, Number | None]],
-        ablate: Indices,
+        latent: Indices | None = None,
+        scale: Scales = 1.0,
+        *,
+        set: Mapping[int, Number] | None = None,
+        multiply: Mapping[int, Number] | None = None,
+        clamp: Mapping[int, tuple[Number | None, Number | None]] | None = None,
+        ablate: Indices = (),
     ) -> None:
-        added = [] if latent is None else [index(each) for each in listed(latent)]
+        added = [] if latent is None else indices(latent, "latent")
         scales = [float(each) for each in listed(scale)]
         if len(scales) == 1:
             scales *= len(added)
@@ -169,39 +170,35 @@ class _Edits:
         inf = math.inf
         changes = [
             *((j, (0.0, 0.0, -inf, inf)) for j in listed(ablate)),
-            *((j, (0.0, float(value), -inf, inf)) for j, value in fixed.items()),
-            *((j, (float(factor), 0.0, -inf, inf)) for j, factor in multiply.items()),
-            *((j, (1.0, 0.0, *_bounds(j, bounds))) for j, bounds in clamp.items()),
+            *((j, (0.0, float(value), -inf, inf)) for j, value in _items("set", set)),
+            *((j, (float(factor), 0.0, -inf, inf)) for j, factor in _items("multiply", multiply)),
+            *((j, (1.0, 0.0, *_bounds(j, bounds))) for j, bounds in _items("clamp", clamp)),
         ]
-        changed = [index(j) for j, _ in changes]
-        latents = added + changed
-        twice = next((j for j in latents if latents.count(j) > 1), None)
-        if twice is not None:
-            raise UserError(f"steer changes latent {twice} twice: give it one change.")
-        if not latents:
+        changed = indices([j for j, _ in changes], "latent")
+        twice = [j for j, count in Counter(added + changed).items() if count > 1]
+        if twice:
+            raise UserError(f"steer changes latent {twice[0]} twice: give it one change.")
+        if not added and not changes:
             raise UserError(
                 "steer changes nothing: give latent= and scale=, or set=, multiply=, clamp= or "
                 "ablate=."
             )
-        self._sae = sae
-        weights = torch.tensor(
-            [float(each) for each in scales], dtype=sae.dtype, device=sae.device
-        )
+        self.sae = sae
         self._added = None
         if added:
+            weights = torch.tensor(scales, dtype=sae.dtype, device=sae.device)
             self._added = (weights.unsqueeze(1) * sae.direction(added)).sum(0)
-        self._latents = changed
+        self._latents = torch.tensor(changed, dtype=torch.int64, device=sae.device)
         self._changes = torch.tensor([c for _, c in changes], dtype=sae.dtype, device=sae.device)
-        if changes:
-            self._directions = sae.direction(self._latents)
+        self._directions = sae.direction(self._latents)
 
     def __call__(
         self, acts: Float[Tensor, "batch pos d_model"]
     ) -> Float[Tensor, "batch pos d_model"]:
         """Return the changed activations, rounded once to their dtype."""
         change = self._added
-        if self._latents:
-            z = self._sae.encode(acts.to(self._sae.device))[..., self._latents]
+        if len(self._latents):
+            z = self.sae.encode(acts.to(self.sae.device))[..., self._latents]
             factor, shift, low, high = self._changes.T
             edited = (factor * z + shift).clamp(low, high)
             by_edits = (edited - z) @ self._directions
@@ -210,7 +207,18 @@ class _Edits:
         return (acts + change.to(acts.device)).to(acts.dtype)
 
 
-def _bounds(latent: int, bounds: tuple[Number | None, Number | None]) -> tuple[float, float]:
+def _items(name: str, given: Any) -> Iterable[tuple[Any, Any]]:
+    if given is not None and not isinstance(given, Mapping):
+        raise UserError(f"{name} is {given!r}: give a dict, latent -> value, such as {{17: 4.0}}.")
+    return (given or {}).items()
+
+
+def _bounds(latent: int, bounds: Any) -> tuple[float, float]:
+    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
+        raise UserError(
+            f"clamp of latent {latent} is {bounds!r}: give the lowest and the highest value, such "
+            "as (0.0, 4.0), None for no bound."
+        )
     low = -math.inf if bounds[0] is None else float(bounds[0])
     high = math.inf if bounds[1] is None else float(bounds[1])
     if low > high:
@@ -225,11 +233,14 @@ def _reconstruct(sae: LayerSAE, acts: Tensor) -> Tensor:
 def _check_positions(positions: Positions) -> None:
     if positions is None:
         return
-    ends = (positions.start or 0, positions.stop or 0, positions.step or 1)
-    if min(ends[:2]) < 0 or ends[2] < 1:
+    if (
+        not isinstance(positions, slice)
+        or min(positions.start or 0, positions.stop or 0) < 0
+        or (positions.step or 1) < 1
+    ):
         raise UserError(
-            f"positions is {positions}: count from the first position that the model reads, such "
-            "as slice(8, None); the end is not known while it generates."
+            f"positions is {positions!r}: give a slice that counts from the first position that "
+            "the model reads, such as slice(8, None); the end is not known while it generates."
         )
 
 
@@ -252,9 +263,14 @@ def _attached(model: nn.Module, saes: Mapping[int, LayerSAE]) -> AttachedLM:
     """Return the model with the hookpoint of the suite.
 
     Raises:
-        UserError: they do not fit, or are on different devices. (Where accelerate spreads a model
-            over devices, activations travel to the SAE and back.)
+        UserError: it is no model, they do not fit, or they are on different devices. (Where
+            accelerate spreads a model over devices, activations travel to the SAE and back.)
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"the model is {type(model).__name__}: give a Hugging Face model, such as the first "
+            "result of suite.load_model()."
+        )
     sae = next(iter(saes.values()))
     on = {parameter.device for parameter in model.parameters()}
     if len(on) == 1 and not hasattr(model, "hf_device_map") and sae.device not in on:

@@ -55,7 +55,8 @@ def load_model(
         )
         model, tokenizer = lm.load_plain(device), lm.tokenizer()
     except UserError as error:
-        hint = "" if name else " If it is elsewhere, give load_model(name=<folder or id>)."
+        moved = not name and str(error).startswith("cannot load")
+        hint = " If it is elsewhere, give load_model(name=<folder or id>)." if moved else ""
         raise UserError(f"{error}{hint}") from error
     as_recorded = not (name or revision or dtype) and options == recorded
     known = (None, lm.fingerprint(), lm.earlier_fingerprint()) if as_recorded else ()

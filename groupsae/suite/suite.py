@@ -308,6 +308,8 @@ class Suite:
         Raises:
             UserError: the layer has no SAE.
         """
+        if not isinstance(layer, SupportsIndex):
+            raise UserError(f"suite[{layer!r}]: give the number of one layer, such as suite[5].")
         self.group_of(index(layer))
         return self._views[index(layer)]
 
@@ -416,7 +418,8 @@ class Suite:
 
         Several layers are replaced together: a later one reconstructs what the earlier ones
         leave. The reconstruction is computed in the SAE's dtype and rounded to the model's, as
-        `evaluate` does.
+        `evaluate` does. `evaluate` leaves alone what the training left out (special tokens, first
+        positions, extreme norms), if it did; here `positions` chooses.
 
         Args:
             model: see `capture`.
@@ -472,14 +475,14 @@ class Suite:
         Raises:
             UserError: a latent does not exist or is changed twice; see `capture`.
         """
-        return interventions.steer(
-            model, self[layer], latent, scale,
-            set=set, multiply=multiply, clamp=clamp, ablate=ablate, positions=positions,
-        )  # fmt: skip
+        edits = interventions.Edits(
+            self[layer], latent, scale, set=set, multiply=multiply, clamp=clamp, ablate=ablate
+        )
+        return interventions.steer(model, edits, positions)
 
     def _views_of(self, layers: interventions.Indices | None) -> dict[int, LayerSAE]:
         chosen = self.layers if layers is None else layers
-        views = [self[layer] for layer in interventions.listed(chosen)]
+        views = [self[layer] for layer in interventions.indices(chosen, "layer")]
         if not views:
             raise UserError(f"layers is empty: give some of {self.layers}, or None for all.")
         return {view.layer: view for view in sorted(views, key=lambda view: view.layer)}

@@ -4,6 +4,7 @@ import copy
 import functools
 from contextlib import ExitStack, nullcontext
 
+import jaxtyping
 import numpy as np
 import pandas as pd
 import pytest
@@ -372,6 +373,24 @@ def test_two_continuations_of_one_prefix_are_two_batches(llama):
     torch.testing.assert_close(cache[1].acts, full[1].acts[:, 6:], rtol=1e-4, atol=1e-4)
 
 
+def test_a_cache_that_was_filled_before_the_block_is_a_batch_of_its_own(llama):
+    model, suite, inputs = llama
+    cache = model(inputs["input_ids"][:, :3], use_cache=True).past_key_values
+    with suite.capture(model, 1) as captured:
+        model(inputs["input_ids"])
+        model(inputs["input_ids"][:, 3:4], past_key_values=cache)
+    first, second = captured.batches
+    assert torch.equal(first[1].tokens, inputs["input_ids"])
+    assert torch.equal(second[1].tokens, inputs["input_ids"][:, 3:4])
+
+
+def test_the_table_of_a_suite_in_bfloat16(folder_of, model_of):
+    suite = suite_for(frozen(folder_of("llama"))).to(torch.bfloat16)
+    with suite.capture(model_of("llama"), 1) as cache:
+        model_of("llama")(**inputs_of("llama"))
+    assert len(cache[1].active())
+
+
 def test_top_has_each_latent_once_where_it_is_strongest(llama):
     model, suite, inputs = llama
 
@@ -726,7 +745,6 @@ def test_a_model_of_another_size_is_refused_before_it_runs(folder_of, tiny_lm):
         UserError, match="with 3 blocks, but LlamaForCausalLM has 5: give the model"
     ):
         logits_in(suite.splice(deeper), deeper, inputs)
-    suite.configs["all"]["modules"] = None
     with pytest.raises(UserError, match="no config with num_hidden_layers"):
         logits_in(suite.splice(nn.Linear(2, 2)), other, inputs)
 
@@ -747,8 +765,8 @@ def test_what_cannot_be_done_is_refused_in_one_sentence(llama):
         (lambda: suite.steer(model, 1, 7, set={7: 1.0}), "changes latent 7 twice"),
         (lambda: suite.steer(model, 1, [7, 8], [1, 2, 3]), "2 latents and 3 scales"),
         (lambda: suite.steer(model, 1, clamp={7: (2, 1)}), "clamp of latent 7 is 2 to 1"),
-        (lambda: suite.steer(model, 1, 7, positions=slice(-1, None)), "count from the first"),
-        (lambda: suite.splice(model, positions=slice(None, -2)), "count from the first"),
+        (lambda: suite.steer(model, 1, 7, positions=slice(-1, None)), "counts from the first"),
+        (lambda: suite.splice(model, positions=slice(None, -2)), "counts from the first"),
         (lambda: on_meta.splice(model), r"suite is on meta and the model on cpu: suite.to\('cpu'"),
     ):
         with pytest.raises(UserError, match=sentence):
@@ -757,3 +775,30 @@ def test_what_cannot_be_done_is_refused_in_one_sentence(llama):
         model(**inputs)
     with pytest.raises(UserError, match=r"layer 0 is not captured; captured are \[1\]"):
         cache[0]
+    assert 1 in cache
+    assert 0 not in cache
+
+
+def test_arguments_of_another_type_are_refused_in_one_sentence(llama):
+    model, suite, _ = llama
+    wrong = (
+        (lambda: suite.steer(model, 1, {7: 4.0}), "latent is {7: 4.0}: give its number"),
+        (lambda: suite.steer(model, 1, 1.5), "latent is 1.5: give its number"),
+        (
+            lambda: suite.steer(model, 1, ablate=torch.ones(D_SAE, dtype=torch.bool)),
+            "latent is True: give its number",
+        ),
+        (lambda: suite.steer(model, 1, set=[7]), r"set is \[7\]: give a dict"),
+        (lambda: suite.steer(model, 1, clamp={7: 2.0}), "clamp of latent 7 is 2.0: give the low"),
+        (lambda: suite.steer(model, 1, 7, positions=3), "positions is 3: give a slice"),
+        (lambda: suite.steer(model, [1, 2], 7), r"suite\[\[1, 2\]\]: give the number of one"),
+        (lambda: suite.splice(model, "1"), "layer is '1': give its number"),
+        (lambda: suite.capture("gpt2"), "the model is str: give a Hugging Face model"),
+    )
+    jaxtyping.config.update("jaxtyping_disable", True)  # users have no checks of types
+    try:
+        for block, sentence in wrong:
+            with pytest.raises(UserError, match=sentence):
+                block()
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
