@@ -217,3 +217,13 @@ def print_judged(console: Console, judged: Mapping[str, Any]) -> None:
 
 def _score(value: float | None) -> str:
     return "-" if value is None else number(value, 3)
+
+
+def print_groupings(console: Console, run: RunFiles) -> None:
+    """Print how well the latents of several groupings are explained, and how layers share them."""
+    halves = "f1 one_label_f1 f1_difference labels"
+    ends = "(± half of the 95 % interval over latents)"
+    explained = "grouping f1 one_label_f1 lexicality f1_difference"
+    show(console, tables.explained_table(run), f"by grouping {ends}", explained, halves)
+    meaning = "grouping labels tau_1 tau_4 same narrows different"
+    show(console, tables.meaning_table(run), f"shared latents {ends}", meaning, halves)

@@ -19,7 +19,7 @@ from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from groupsae import __version__
-from groupsae.app.console import print_explanations
+from groupsae.app.console import print_explanations, print_groupings
 from groupsae.app.evaluate import device_named, same_stream
 from groupsae.app.judge import ask, judge_of, print_needs
 from groupsae.config.values import INTERPRETATION, check_values
@@ -27,9 +27,10 @@ from groupsae.data.activations import ActivationDataModule
 from groupsae.data.packing import end_of_text
 from groupsae.files.atomic import write_json
 from groupsae.files.reading import read_json
-from groupsae.grouping.groupings import by_name
+from groupsae.grouping.groupings import by_name, groupings
 from groupsae.grouping.plan import GroupPlan
 from groupsae.interpretation.collect import Kept
+from groupsae.interpretation.comparison import write_frames
 from groupsae.interpretation.directions import directions_of
 from groupsae.interpretation.explain import (
     PART,
@@ -43,6 +44,7 @@ from groupsae.interpretation.judged import read_judged
 from groupsae.interpretation.page import labels_of, write_page
 from groupsae.interpretation.run import Pass, Process
 from groupsae.interpretation.text import Text
+from groupsae.reporting.load import RunFiles, read_explained
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.output import screen
 from groupsae.runtime.progress import token_progress
@@ -96,6 +98,9 @@ def interpret(
     found = Interpretation(target)
     explained = explain(found, options, console)
     print_explanations(console, explained)
+    directions = {name: suite.saes[name].directions() for name, suite in saes.items()}
+    write_frames(target, explained, groupings(plan), directions, options.seed)
+    print_groupings(console, RunFiles(explained=read_explained(folder)))
     title = f"{data.lm.name}: {', '.join(names) if len(names) < 5 else f'{len(names)} SAEs'}"
 
     def page() -> None:

@@ -22,6 +22,7 @@ from groupsae.interpretation.scores import (
     scores,
 )
 from groupsae.interpretation.sharing import (
+    SAME,
     benjamini_hochberg,
     cofiring,
     drift,
@@ -68,7 +69,7 @@ class Firing(NamedTuple):
     enough: bool  # windows on both sides
 
 
-Place = int | str  # a layer, or "all" of a group together
+Place = str  # a layer, or "all" of a group together
 Firings = dict[Place, Firing]
 Predicted = dict[Place, np.ndarray]  # where each explanation holds in the score text
 Rows = Iterable[list[dict[str, Any]]]
@@ -120,7 +121,7 @@ class Explainer:
                 split = int(np.searchsorted(positions, self.explain_tokens))
                 truth = Truth(positions[split:] - self.explain_tokens, acts[split:])
                 enough = bool((windows[:, latent] >= LEAST_WINDOWS).all())
-                firings[layer] = Firing(positions[:split], acts[:split], truth, enough)
+                firings[str(layer)] = Firing(positions[:split], acts[:split], truth, enough)
         for firings in found:
             firings["all"] = _pooled(list(firings.values()))
         return found
@@ -129,7 +130,8 @@ class Explainer:
         """Return how the layers share a latent, and for each pair of them how it drifts."""
         tokens = sum(self.found.num_tokens)
         rates = np.array([sae.fired(layer)[:, latent].sum() / tokens for layer in sae.layers])
-        places = [_everywhere(firings[layer], self.explain_tokens) for layer in sae.layers]
+        fired = [firings[str(layer)] for layer in sae.layers]
+        places = [_everywhere(firing, self.explain_tokens) for firing in fired]
         positions = [p for p, _ in places]
         jaccard, contained = cofiring(positions)
         draws = np.random.default_rng([self.background.seed, 2, latent])
@@ -137,7 +139,7 @@ class Explainer:
         pairs = []
         for i, a in enumerate(sae.layers):
             for j, b in enumerate(sae.layers):
-                if i < j and firings[a].enough and firings[b].enough:
+                if i < j and fired[i].enough and fired[j].enough:
                     drifted, p = drift(sides[i], sides[j], draws)
                     pairs.append({"layers": [a, b], "drift": drifted, "p": p})
         return {
@@ -179,7 +181,7 @@ class Explainer:
                 row["layers"][place] = entry
         # F1 of the explanation of one layer (or of all) at another
         row["transfer"] = {
-            str(a): {str(b): f1(predicted[a], firings[b].truth) for b in firings if b in predicted}
+            a: {b: f1(predicted[a], firings[b].truth) for b in firings if b in predicted}
             for a in predicted
         }
         row["sharing"] = self._sharing(sae, latent, firings)
@@ -301,31 +303,66 @@ def grows(documents: np.ndarray) -> np.ndarray:
 
 
 def transfer(
-    row: dict[str, Any], layers: Sequence[int], least: float = 0.1
-) -> Float[np.ndarray, "layer layer"]:
+    row: dict[str, Any],
+    layers: Sequence[int],
+    sources: Sequence[Place | int] | None = None,
+    least: float = 0.1,
+) -> Float[np.ndarray, "source layer"]:
     """Return tau(a -> b) = (S(a -> b) - S0(b)) / (S(b -> b) - S0(b)) of one latent.
 
     S is F1 on the score text of the explanation made from layer a, at layer b; S0 that of another
     latent's explanation. 1: the explanation holds at b as well as b's own. Not a number where b's
     own explanation is less than `least` above S0, or a layer has too few firings.
+
+    Args:
+        row: of `explanations.json`.
+        layers: the layers of the group, b.
+        sources: where explanations are made, a: layers, or "all"; None: `layers`.
+        least: what b's own explanation must be above S0.
     """
-    tau = np.full((len(layers), len(layers)), np.nan)
-    for j, b in enumerate(layers):
+    places, made = list(map(str, layers)), list(map(str, layers if sources is None else sources))
+    tau = np.full((len(made), len(places)), np.nan)
+    for j, b in enumerate(places):
         if b not in row["layers"]:
             continue
         null = row["layers"][b]["scores"]["null_f1"]
-        own = row["transfer"][str(b)][str(b)] - null
-        for i, a in enumerate(layers):
-            if own >= least and a in row["layers"]:
-                tau[i, j] = (row["transfer"][str(a)][str(b)] - null) / own
+        own = row["transfer"][b][b] - null
+        for i, a in enumerate(made):
+            if own >= least and a in row["transfer"]:
+                tau[i, j] = (row["transfer"][a][b] - null) / own
     return tau
 
 
 def cost_of_one_label(row: dict[str, Any], layers: Sequence[int]) -> float | None:
     """Return the mean over layers of S(all -> b) - S(b -> b); None where no layer has its own."""
-    own = [b for b in layers if b in row["layers"]]
-    lost = [row["transfer"]["all"][str(b)] - row["transfer"][str(b)][str(b)] for b in own]
+    own = [str(b) for b in layers if str(b) in row["layers"]]
+    lost = [row["transfer"]["all"][b] - row["transfer"][b][b] for b in own]
     return float(np.mean(lost)) if lost else None
+
+
+def labels_needed(row: dict[str, Any], layers: Sequence[int]) -> int | None:
+    """Return how many explanations a latent needs, so that one carries over to every layer.
+
+    The explanations are those made from each layer and from all layers together; one carries over
+    to layer b if tau(a -> b) >= 0.8. None if no layer's own explanation is above its null: then
+    there is nothing to carry over.
+    """
+    tau = transfer(row, layers, [*layers, "all"])
+    held = tau[:, np.isfinite(tau).any(0)] >= SAME
+    if not held.shape[1]:
+        return None
+    # sets of covered layers, of ever more explanations; one of them must cover the first gap
+    reached, count = {frozenset[int]()}, 0
+    while frozenset(range(held.shape[1])) not in reached:
+        gaps = {done: min(set(range(held.shape[1])) - done) for done in reached}
+        reached = {
+            done | frozenset(np.flatnonzero(covers).tolist())
+            for done, gap in gaps.items()
+            for covers in held
+            if covers[gap]
+        }
+        count += 1
+    return count
 
 
 def _plain(explanation: Explanation) -> list[dict[str, Any]]:

@@ -264,7 +264,7 @@ def _pairs(ids: np.ndarray, values: np.ndarray) -> list[list[float]]:
     return [[int(i), v] for i, v in zip(ids, _short(values), strict=True)]
 
 
-def _short(values: Iterable[float]) -> list[float]:
+def _short(values: Iterable[float] | np.ndarray) -> list[float]:
     """Return numbers with four significant digits: enough to show, and half the size."""
     return [float(f"{value:.4g}") for value in values]
 

@@ -172,11 +172,30 @@ def kind_of(
     return "unclear"
 
 
+KINDS = ("same", "narrows", "different", "unclear", "one_layer")  # of a latent of several layers
+BADGES = {
+    "different": "means different things",
+    "narrows": "narrows across layers",
+    "same": "same at all layers",
+}
+
+
+def kind_of_latent(kinds: Sequence[str]) -> str:
+    """Return one of `KINDS` for the kinds of a latent's pairs of layers.
+
+    `different` if a pair is, else `narrows` if a pair is narrower or broader, `same` if all are,
+    `one_layer` if there is none: the latent fires often enough on one layer at most.
+    """
+    found = set(kinds)
+    if not found:
+        return "one_layer"
+    if "different" in found:
+        return "different"
+    if found & {"narrower", "broader"}:
+        return "narrows"
+    return "same" if found == {"same"} else "unclear"
+
+
 def badge_of(kinds: Sequence[str]) -> str:
     """Return the words that a latent's page shows for the kinds of its pairs of layers."""
-    found = set(kinds)
-    if "different" in found:
-        return "means different things"
-    if found & {"narrower", "broader"}:
-        return "narrows across layers"
-    return "same at all layers" if found == {"same"} else ""
+    return BADGES.get(kind_of_latent(kinds), "")

@@ -8,6 +8,7 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
+import pandas as pd  # type: ignore[import-untyped,unused-ignore]
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
@@ -21,7 +22,7 @@ from scipy.spatial.distance import squareform
 from groupsae.evaluation.latents import layer_profile
 from groupsae.grouping.partition import Distances, Partition, build_partition
 from groupsae.grouping.rules import RULES, curve
-from groupsae.reporting.formatting import METRICS, RULE_NAMES
+from groupsae.reporting.formatting import METRICS, RULE_NAMES, number
 from groupsae.reporting.load import RunFiles, value_of
 from groupsae.reporting.style import (
     COLOURS,
@@ -48,7 +49,7 @@ class Captioned:
     """A figure of the page."""
 
     name: str  # of its PNG, without the ending
-    section: str  # of the page: groups, quality, layers, latents, training or runs
+    section: str  # of the page: groups, quality, layers, latents, inside, training or runs
     figure: Figure
     caption: str
 
@@ -75,12 +76,18 @@ def run_figures(run: RunFiles) -> Iterator[Captioned]:
     """Yield every figure that the files of a run allow, in the order of the page."""
     yield from _group_figures(run)
     yield from _evaluation_figures(run)
+    yield from _explained_figures(run)
     yield from _training_figures(run)
 
 
 def evaluation_figures(run: RunFiles) -> dict[str, Figure]:
     """Return name -> figure of all that an evaluation adds to a run; none without one."""
     return {each.name: each.figure for each in _evaluation_figures(run)}
+
+
+def explained_figures(run: RunFiles) -> dict[str, Figure]:
+    """Return name -> figure of all that an interpretation adds to a run; none without one."""
+    return {each.name: each.figure for each in _explained_figures(run)}
 
 
 # ---- layers and groups --------------------------------------------------------------------------
@@ -325,22 +332,7 @@ def quality(run: RunFiles, metric: str, kind: str) -> Figure:
     frame, column = table.frame, metric + "_lost" * lost
     if lost:
         axes.axhline(0, color=PER_LAYER, lw=1, ls="--", label="one SAE per layer")
-    rules = dict.fromkeys(r for g in run.groupings if g["kind"] == "groups" for r in g["rules"])
-    for position, rule in enumerate(rules):
-        members = frame[[rule in grouping["rules"] for grouping in run.groupings]]
-        line = points(members, where, column)
-        if len(line[0]):
-            colour = COLOURS[RULE_COLOURS.get(rule, position % len(COLOURS))]
-            marker, name = MARKERS.get(rule, "o"), RULE_NAMES.get(rule, rule)
-            line_with_band(axes, *line, colour=colour, marker=marker, label=name)
-    for level in () if lost else points(frame[frame["kind"] == "per_layer"], where, column)[1]:
-        axes.axhline(level, color=PER_LAYER, lw=1, ls="--", label="one SAE per layer")
-    x, y, low, high = points(frame[frame["kind"] == "smaller"], where, column)
-    if len(x):
-        axes.errorbar(
-            x, y, bars(y, low, high), fmt="D", ms=6, color=SMALLER, ecolor=SMALLER, mec="black",
-            mew=0.7, capsize=3, label="smaller SAEs",
-        )  # fmt: skip
+    _draw_groupings(axes, frame, [g["rules"] for g in run.groupings], where, column)
     chosen = "AMAD's choice" if run.groupings[0]["chosen_by"] else "this run"
     for x, y, *_ in zip(*points(frame[:1], where, column), strict=True):
         _ring(axes, x, y, chosen)
@@ -359,6 +351,33 @@ def quality(run: RunFiles, metric: str, kind: str) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend_below(figure)
     return figure
+
+
+def _draw_groupings(
+    axes: Axes, frame: pd.DataFrame, rules: Sequence[Sequence[str]], where: str, column: str
+) -> None:
+    """Draw one line per rule, a level for one SAE per layer, and marks for smaller SAEs.
+
+    `rules` are those that gave the grouping of each row of the frame.
+    """
+    kinds = zip(frame["kind"], rules, strict=True)
+    for position, rule in enumerate(
+        dict.fromkeys(r for k, rs in kinds if k == "groups" for r in rs)
+    ):
+        line = points(frame[[rule in each for each in rules]], where, column)
+        if len(line[0]):
+            colour = COLOURS[RULE_COLOURS.get(rule, position % len(COLOURS))]
+            marker, name = MARKERS.get(rule, "o"), RULE_NAMES.get(rule, rule)
+            line_with_band(axes, *line, colour=colour, marker=marker, label=name)
+    lost = column.endswith("_lost")
+    for level in () if lost else points(frame[frame["kind"] == "per_layer"], where, column)[1]:
+        axes.axhline(level, color=PER_LAYER, lw=1, ls="--", label="one SAE per layer")
+    x, y, low, high = points(frame[frame["kind"] == "smaller"], where, column)
+    if len(x):
+        axes.errorbar(
+            x, y, bars(y, low, high), fmt="D", ms=6, color=SMALLER, ecolor=SMALLER, mec="black",
+            mew=0.7, capsize=3, label="smaller SAEs",
+        )  # fmt: skip
 
 
 # ---- layer by layer -----------------------------------------------------------------------------
@@ -465,12 +484,7 @@ def layer_profiles(run: RunFiles) -> Figure | None:
     panels = [(name, *profile) for name in run.saes if (profile := _profile(run, name))]
     if not panels:
         return None
-    columns = min(PANELS, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(
-        figsize=(max(4.2, 2.35 * columns + 0.9), 3.2 * rows), layout="constrained", dpi=150
-    )
-    grid = figure.subplots(rows, columns, squeeze=False)
+    figure, grid = _panels(len(panels))
     image = None
     for axes, (name, layers, shares) in zip(grid.flat, panels, strict=False):
         image = axes.imshow(
@@ -485,8 +499,6 @@ def layer_profiles(run: RunFiles) -> Figure | None:
         axes.set(title=_label(name), xlabel="layer")
         axes.title.set_fontsize(10)
         axes.locator_params(axis="y", nbins=5)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_visible(False)
     for axes in grid[:, 0]:
         axes.set_ylabel("latent, by mean layer")
     assert image is not None
@@ -539,6 +551,104 @@ def density(run: RunFiles) -> Figure | None:
     axes.xaxis.set_major_locator(MultipleLocator(1))
     legend_below(figure)
     return figure
+
+
+# ---- inside the latents -------------------------------------------------------------------------
+
+
+def _explained_figures(run: RunFiles) -> Iterator[Captioned]:
+    if (frame := run.explained.get("groupings")) is not None and len(frame) > 1:
+        yield Captioned(
+            "explained_groups",
+            "inside",
+            explained_curves(run),
+            "How well rules explain the latents, against the number of groups, and the FVU of the "
+            "same groupings. Left: with an explanation of its own for each layer; next to it: "
+            "with one for all layers of the group. Higher is better explained. Bands: intervals "
+            "over latents (F1) and over text (FVU).",
+        )
+    if figure := transfer_maps(run):
+        yield Captioned(
+            "transfer",
+            "inside",
+            figure,
+            "Transfer τ of explanations: how well one that is made at a layer (row) holds at "
+            "another (column), in units of the latter's own, which has 1; 0: as well as the "
+            "explanation of another latent. Mean over latents; last row: made from all layers.",
+        )
+
+
+def explained_curves(run: RunFiles) -> Figure:
+    """Return the F1 of explanations, and FVU where the run was evaluated, against G."""
+    explained, evaluated = run.explained["groupings"], groupings_table(run)
+    rules = [str(names).split(",") for names in explained["rules"].fillna("")]
+    panels = [
+        (explained, rules, "f1", "F1, an explanation for each layer"),
+        (explained, rules, "one_label_f1", "F1, one explanation for all layers"),
+    ]
+    if evaluated is not None:
+        rows = [grouping["rules"] for grouping in run.groupings]
+        panels.append((evaluated.frame, rows, "fvu", UNITS["fvu"]))
+    figure = Figure(figsize=(4.0 * len(panels), 3.6), layout="constrained", dpi=150)
+    for axes, (frame, made_by, column, label) in zip(
+        figure.subplots(1, len(panels)), panels, strict=True
+    ):
+        _draw_groupings(axes, frame, made_by, "num_groups", column)
+        axes.set(xlabel="number of groups G", ylabel=label)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.axes[1].sharey(figure.axes[0])
+    legend_below(figure)
+    return figure
+
+
+def transfer_maps(run: RunFiles) -> Figure | None:
+    """Return an image per shared SAE of the run: mean tau(a -> b); None where no SAE is shared."""
+    frame = run.explained.get("transfer")
+    panels = (
+        []
+        if frame is None
+        else [
+            (name, table) for name, table in frame.groupby("sae", sort=False) if name in run.saes
+        ]
+    )
+    if not panels:
+        return None
+    figure, grid = _panels(len(panels))
+    image = None
+    for axes, (name, table) in zip(grid.flat, panels, strict=False):
+        square = table.pivot(index="made_at", columns="layer", values="tau")
+        layers = [int(layer) for layer in square.columns]
+        values = square.loc[[*map(str, layers), "all"]].to_numpy(float)
+        image = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+        ticks = [layers.index(layer) for layer in layer_ticks(layers)]
+        axes.set_xticks(ticks, [str(layers[i]) for i in ticks])
+        axes.set_yticks([*ticks, len(layers)], [*(str(layers[i]) for i in ticks), "all"])
+        if len(layers) <= 8:
+            for (i, j), value in np.ndenumerate(values):
+                text = "" if np.isnan(value) else number(value, 2).replace("0.", ".")
+                colour = "white" if value < 0.6 else "black"
+                axes.text(j, i, text, ha="center", va="center", fontsize=6, color=colour)
+        axes.set(title=_label(name), xlabel="holds at layer")
+        axes.title.set_fontsize(10)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("made at layer")
+    assert image is not None
+    figure.colorbar(image, ax=grid, label="mean transfer τ", shrink=0.8, extend="both")
+    return figure
+
+
+def _panels(count: int) -> tuple[Figure, np.ndarray]:
+    """Return a figure with a grid of at least so many axes; the rest of them are hidden."""
+    columns = min(PANELS, count)
+    rows = -(-count // columns)
+    figure = Figure(
+        figsize=(max(4.2, 2.35 * columns + 0.9), 3.2 * rows), layout="constrained", dpi=150
+    )
+    grid: np.ndarray = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[count:]:
+        axes.set_visible(False)
+    return figure, grid
 
 
 # ---- training -----------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd  # type: ignore[import-untyped,unused-ignore]
 
-from groupsae.files.reading import read_json, read_metrics, read_npz, read_yaml
+from groupsae.files.reading import damaged, read_json, read_metrics, read_npz, read_yaml
 from groupsae.grouping.partition import Distances
 from groupsae.grouping.shares import Shares, advice
 from groupsae.runtime.commands import command
@@ -50,6 +51,7 @@ class RunFiles:
     summary: Values = field(default_factory=dict)  # empty while the run is unfinished
     evaluation: Values = field(default_factory=dict)
     ledger: Values = field(default_factory=dict)
+    explained: Mapping[str, pd.DataFrame] = field(default_factory=dict)  # of `interpretation/`
 
     def setting(self, key: str) -> Any:
         """Return a value of the configuration by its dotted key; None if it is missing."""
@@ -209,4 +211,23 @@ def read_run(folder: Path) -> RunFiles:
         summary=read_json(folder / "summary.json") or {},
         evaluation=evaluation,
         ledger=read_json(folder / "ledger.json") or {},
+        explained=read_explained(folder),
     )
+
+
+def read_explained(folder: Path) -> dict[str, pd.DataFrame]:
+    """Return the tables of a run's interpretation by name; empty if it was not interpreted.
+
+    Raises:
+        UserError: one is damaged.
+    """
+    found = {}
+    for name in ("groupings", "latents", "transfer"):
+        file = folder / "interpretation" / f"{name}.csv"
+        if not file.exists():
+            return {}
+        try:  # (a latent may be explained by the token NA)
+            found[name] = pd.read_csv(file, keep_default_na=False, na_values=[""])
+        except (ValueError, OSError) as error:
+            raise damaged(file, error) from error
+    return found

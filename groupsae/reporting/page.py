@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -66,10 +67,11 @@ def write_report(
             raise UserError(f"run={runs[i].folder} is named twice: name each run once.")
     names, comparison = [runs[0].name], None
     place = output or resolved[0] / "report"
-    sections = [run_sections(run) for run in runs]
     if len(runs) > 1:
         key = hashlib.sha256("\n".join(map(str, resolved)).encode()).hexdigest()[:8]
         place = output or resolved[0].parent / f"report-{key}"
+    sections = [run_sections(run, place) for run in runs]
+    if len(runs) > 1:
         common = os.path.commonpath(resolved)
         names = [os.path.relpath(folder, common) for folder in resolved]
         comparison = compare(runs, names)
@@ -138,9 +140,11 @@ def compare(runs: Sequence[RunFiles], names: Sequence[str]) -> Section:
     )
 
 
-def run_sections(run: RunFiles) -> list[Section]:
-    """Return the sections of one run that have something in them."""
-    figures = list(run_figures(run))
+def run_sections(run: RunFiles, place: Path) -> list[Section]:
+    """Return the sections of one run that have something in them; `place` is the page's folder."""
+    figures, latents = list(run_figures(run)), run.folder / "interpretation" / "index.html"
+    page = quote(os.path.relpath(latents.resolve(), place.resolve()))
+    extreme = [tables.extreme_latents_table(run, page, best=best) for best in (True, False)]
     contents: dict[str, tuple[str, list[Table | None]]] = {
         "groups": (
             "Layers and groups",
@@ -149,6 +153,10 @@ def run_sections(run: RunFiles) -> list[Section]:
         "quality": ("What sharing costs", [build(run) for build in tables.QUALITY_TABLES]),
         "layers": ("Layer by layer", [build(run) for build in tables.LAYER_TABLES]),
         "latents": ("Latents", [tables.latents_table(run)]),
+        "inside": (
+            "Inside the latents",
+            [*(build(run) for build in tables.EXPLAINED_TABLES), *extreme],
+        ),
         "training": ("Training", []),
         "cost": ("Cost ledger", [build(run) for build in tables.COST_TABLES]),
     }
@@ -183,7 +191,7 @@ def summary(run: RunFiles) -> Section:
         row = len(table.frame) - 1  # the mean over layers
     for name in ("fvu", "fvu_lost", "delta_ce", "delta_ce_lost"):
         if table is not None and name in table.columns and table.cell(row, name).value != NONE:
-            value, note, _ = table.cell(row, name)
+            value, note, *_ = table.cell(row, name)
             label = tables.HEADINGS[name] + " against one SAE per layer" * name.endswith("_lost")
             tiles.append(Tile(label, value, note))
             if name == "fvu_lost":

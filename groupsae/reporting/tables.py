@@ -1,12 +1,14 @@
 """The tables of a run: each is built once, as a DataFrame, for the screen, the page and csv.
 
-A value with an interval takes three columns, such as `fvu`, `fvu_low` and `fvu_high`.
+A value with an interval takes three columns, such as `fvu`, `fvu_low` and `fvu_high`; one with a
+link two, such as `latent` and `latent_link`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped,unused-ignore]
@@ -53,14 +55,37 @@ HEADINGS = {  # of the columns that are shown
     "mean_share": "its mean", "dimension_share": "its largest dimension", "dimension": "which",
     "token_cosine": "cosine of two tokens",
     "flops_saved": "FLOPs saved", "tokens": "tokens", "measured_on": "evaluated on",
+    "explained": "latents", "f1": "F1", "adjusted_f1": "F1, adjusted",
+    "one_label_f1": "one label", "lexicality": "by token",
+    "f1_difference": "F1 − per layer", "one_label_f1_difference": "one label − per layer",
+    "matched": "matched", "matched_cosine": "cosine", "matched_difference": "F1 − match",
+    "random_difference": "F1 − random", "labels": "labels", "label_cost": "one label costs",
+    **{f"tau_{apart}": f"τ at {apart}" for apart in (1, 2, 4, 8)},
+    "same": "same", "narrows": "narrows", "different": "different", "unclear": "unclear",
+    "one_layer": "one layer", "latent": "latent", "explanation": "explanation", "kind_of": "kind",
+    "labels_of": "labels",
 }
 DIGITS = {  # after the decimal point; others have 4
     "l0": 1, "mse": 2, "rms_norm": 2, "factor": 2, "mean_effective_layers": 2, "amad": 3,
     "mmcs": 3, "mmco": 3, "token_cosine": 3, "delta_ce_percent": 2, "delta_ce_percent_lost": 2,
-    "delta_ce_percent_together": 2,
+    "delta_ce_percent_together": 2, "labels": 2,
+    **dict.fromkeys(("f1", "adjusted_f1", "one_label_f1", "lexicality", "label_cost"), 3),
+    **dict.fromkeys(("f1_difference", "one_label_f1_difference", "matched_difference"), 3),
+    **dict.fromkeys(("random_difference", "matched_cosine"), 3),
+    **{f"tau_{apart}": 2 for apart in (1, 2, 4, 8)},
 }
 # fmt: on
-INTEGERS = ("num_groups", "d_sae", "dimension", "tokens", "groupings", "seed")
+INTEGERS = (
+    "num_groups",
+    "d_sae",
+    "dimension",
+    "tokens",
+    "groupings",
+    "seed",
+    "explained",
+    "matched",
+    "latent",
+)  # fmt: skip
 WRITERS: dict[str, Callable[[Any], str]] = {  # of other numbers
     **dict.fromkeys(INTEGERS, "{:,}".format),
     **dict.fromkeys(("dead", "dense", "specific", "saved", "flops_saved"), percent),
@@ -68,7 +93,8 @@ WRITERS: dict[str, Callable[[Any], str]] = {  # of other numbers
     **dict.fromkeys(("flops", "seconds_share"), partial(percent, digits=0)),
     **dict.fromkeys(("planned_flops", "measured_flops"), flops),
     **dict.fromkeys(("seconds", "seconds_separately", "bound_seconds"), duration),
-    **dict.fromkeys(("seed", "dimension"), str),
+    **dict.fromkeys(("seed", "dimension", "latent"), str),
+    **dict.fromkeys(("same", "narrows", "different", "unclear", "one_layer"), percent),
 }
 DIFFERENCES = (*METRICS, "delta_ce_percent")
 PARTS = {
@@ -77,6 +103,7 @@ PARTS = {
     "saes": "SAEs",
     "store": "filling the store",
 }
+EXTREME = 10  # latents in the tables of the best and the worst explained
 BASELINES = {  # by the kind of grouping
     "per_layer": "one SAE per layer",
     "groups": "as many groups, evenly spaced",
@@ -92,11 +119,12 @@ def write(column: str, value: Any) -> str:
 
 
 class Cell(NamedTuple):
-    """A value and its interval as text, and whether the column is aligned to the left."""
+    """A value and its interval as text, whether the column is aligned to the left, and a link."""
 
     value: str
     note: str
     is_text: bool
+    link: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,7 +152,7 @@ class Table:
         value, low, high = (record.get(f"{column}{end}") for end in ("", "_low", "_high"))
         text, is_text = write(column, value), self.heading(column).is_text
         if low is None:
-            return Cell(text, "", is_text)
+            return Cell(text, "", is_text, record.get(f"{column}_link") or "")
         if half:
             return Cell(f"{text} ±{write(column, (high - low) / 2)}", "", is_text)
         return Cell(text, f"{write(column, low)} to {write(column, high)}", is_text)
@@ -433,7 +461,93 @@ def baselines_table(run: RunFiles) -> Table | None:
     )
 
 
-# the tables of three sections of the page
+# ---- an interpretation --------------------------------------------------------------------------
+
+
+def explained_table(run: RunFiles) -> Table | None:
+    """Return how well the latents of each grouping are explained, against one SAE per layer."""
+    return _interpreted(
+        run,
+        "explained",
+        "How well rules explain latents on held-out text, means over grouped layers and latents: "
+        "F1 of an explanation for each layer, and of one label for all layers of a group; "
+        "by token: what a table of tokens predicts",
+        "f1",
+        "grouping", "num_groups", "explained", "f1", "adjusted_f1", "one_label_f1", "lexicality",
+        "f1_difference", "one_label_f1_difference",
+    )  # fmt: skip
+
+
+def matched_table(run: RunFiles) -> Table | None:
+    """Return how latents of shared SAEs compare with the nearest of the layers' own SAEs."""
+    return _interpreted(
+        run,
+        "matched",
+        "Latents of shared SAEs and those of the layer's own SAE with the most similar direction, "
+        "or random ones",
+        "matched_difference",
+        "grouping", "matched", "matched_cosine", "matched_difference", "random_difference",
+    )  # fmt: skip
+
+
+def meaning_table(run: RunFiles) -> Table | None:
+    """Return whether the latents of each grouping mean the same at all their layers."""
+    return _interpreted(
+        run,
+        "meaning",
+        "Does a shared latent mean the same at all its layers? Labels that it needs, transfer τ "
+        "between layers at a distance of 1, 2, 4 and 8, and shares of the kinds of latents",
+        "one_layer",
+        "grouping", "labels", "label_cost", "tau_1", "tau_2", "tau_4", "tau_8", "same", "narrows",
+        "different", "unclear", "one_layer",
+    )  # fmt: skip
+
+
+def _interpreted(
+    run: RunFiles, name: str, caption: str, needed: str, *columns: str
+) -> Table | None:
+    """Return columns of `interpretation/groupings.csv`, for groupings that have the needed one."""
+    frame = run.explained.get("groupings", pd.DataFrame())
+    if needed not in frame:
+        return None
+    wanted = [f"{column}{end}" for column in columns for end in ("", "_low", "_high")]
+    rows = frame.loc[frame[needed].notna(), [column for column in wanted if column in frame]]
+    return build(name, caption, rows.to_dict("records"))
+
+
+def extreme_latents_table(run: RunFiles, page: str, *, best: bool) -> Table | None:
+    """Return the ten latents of the run's SAEs with the highest or lowest adjusted F1.
+
+    `page` is the address of the latents' page.
+    """
+    frame = run.explained.get(
+        "latents", pd.DataFrame(columns=["sae", "latent", "all_adjusted_f1"])
+    )
+    frame = frame[frame["sae"].isin(run.saes)].drop_duplicates(["sae", "latent"])
+    ordered = frame.sort_values("all_adjusted_f1", ascending=False, kind="stable")
+    extreme = ordered[:EXTREME] if best else ordered[EXTREME:][-EXTREME:][::-1]
+    return build(
+        "best_latents" if best else "worst_latents",
+        f"The {EXTREME} {'best' if best else 'worst'} explained latents, by adjusted F1 of one "
+        "explanation for all layers",
+        [
+            {
+                "sae": row["sae"],
+                "latent": row["latent"],
+                "latent_link": f"{page}#{quote(row['sae'])}/{row['latent']}",
+                "adjusted_f1": row["all_adjusted_f1"],
+                "lexicality": row["lexicality"],
+                "labels_of": row["labels"],
+                "kind_of": row["kind"],
+                "explanation": row["explanation"],
+            }
+            for row in extreme.to_dict("records")
+        ],
+    )
+
+
+# the tables of four sections of the page
 QUALITY_TABLES = baselines_table, groupings_table
 LAYER_TABLES = layers_table, scale_table, variants_table, similarity_table
 COST_TABLES = parts_table, saved_table, sharing_table
+EXPLAINED_TABLES = explained_table, meaning_table, matched_table

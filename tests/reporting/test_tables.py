@@ -188,14 +188,14 @@ def test_a_model_without_next_tokens_has_no_cross_entropy(tmp_path: Path) -> Non
 def test_cells_have_fixed_digits_and_the_interval_as_a_note(every: Path):
     table = tables.layers_table(read_run(every))
     assert table is not None
-    assert table.cell(0, "layer") == ("0", "", True)
-    assert table.cell(0, "fvu") == ("0.1300", "0.1260 to 0.1340", False)
-    assert table.cell(0, "fvu", half=True) == ("0.1300 ±0.0040", "", False)
-    assert table.cell(0, "l0") == ("16.0", "", False)
+    assert table.cell(0, "layer")[:3] == ("0", "", True)
+    assert table.cell(0, "fvu")[:3] == ("0.1300", "0.1260 to 0.1340", False)
+    assert table.cell(0, "fvu", half=True)[:3] == ("0.1300 ±0.0040", "", False)
+    assert table.cell(0, "l0")[:3] == ("16.0", "", False)
     assert len(table.rows) == 12 + 2 + 2  # layers, shared SAEs, and the grouped and all layers
     assert list(table.marked) == [12, 13, 14, 15]
     assert table.cell(14, "sae").value == "grouped layers"
-    assert table.cell(14, "fvu") == ("0.1729", "0.1689 to 0.1769", False)
+    assert table.cell(14, "fvu")[:3] == ("0.1729", "0.1689 to 0.1769", False)
 
 
 def test_the_scale_of_the_ce_score(every: Path):
