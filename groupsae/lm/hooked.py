@@ -105,7 +105,8 @@ class HookedLM:
         shape = inputs["input_ids" if self.start_token is None else "decoder_input_ids"].shape
 
         def see(layer: int, acts: Tensor) -> Tensor | None:
-            replaced = visit(layer, self.shaped(layer, acts, shape))
+            where = f"{self.hookpoint} of block {layer} of {type(self.model).__name__}"
+            replaced = visit(layer, with_positions(acts, shape, self.d_model, where))
             if stop and layer == wanted[-1]:
                 raise _StopForward
             if replaced is None:
@@ -132,17 +133,6 @@ class HookedLM:
         found: dict[int, Tensor] = {}
         self.run(self.inputs(tokens), layers, copy_into(found), stop=True)
         return found
-
-    def shaped(
-        self, layer: int, acts: Tensor, shape: torch.Size
-    ) -> Float[Tensor, "block pos d_model"]:
-        """Return activations as [block, pos, d_model], also where a module joins block and pos.
-
-        Raises:
-            UserError: they have another shape.
-        """
-        where = f"{self.hookpoint} of block {layer} of {type(self.model).__name__}"
-        return with_positions(acts, shape, self.d_model, where)
 
 
 def copy_into(acts: dict[int, Tensor]) -> Callable[[int, Tensor], None]:
