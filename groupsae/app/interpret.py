@@ -289,9 +289,25 @@ def token_strings(tokenizer: PreTrainedTokenizerBase, tokens: set[int]) -> dict[
         text = str(tokenizer.decode([token]))
         if "\ufffd" in text or not text:
             # (models have more tokens than their tokenizers, whose text is empty)
-            text = str(tokenizer.convert_ids_to_tokens(token) or f"<{token}>")
+            text = _bytes_shown(str(tokenizer.convert_ids_to_tokens(token) or f"<{token}>"))
         found[token] = text
     return found
+
+
+def _bytes_shown(token: str) -> str:
+    """Return a token of byte-level BPE with its bytes as text where they are; others unchanged.
+
+    Byte-level BPE writes printable Latin-1 as itself, and the other bytes as the characters from
+    256 on (GPT-2's `bytes_to_unicode`).
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable}
+    byte_of |= {chr(256 + i): byte for i, byte in enumerate(others)}
+    if not set(token) <= set(byte_of):
+        return token
+    text = bytes(byte_of[character] for character in token).decode("utf-8", "surrogateescape")
+    return "".join(f"<0x{ord(c) - 0xDC00:02X}>" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in text)
 
 
 def _wait_for_all(process: Process) -> None:

@@ -40,7 +40,7 @@ _SHAPES = (
     ("a line end with indentation", r"\s*\n[^\S\n]+"),
     ("a line end", r"\s*\n\s*"),
     ("white space", r"\s+"),
-    ("bytes that are no text", r"<0x[0-9A-Fa-f]{2}>|[^\x00-\x7f\w]*\ufffd.*"),
+    ("bytes that are no text", r"\s*(?:<0x[0-9A-Fa-f]{2}>)+|[^\x00-\x7f\w]*\ufffd.*"),
     ("a number", r"\s*\d+\s*"),
     ("a Python keyword", r"\s*(?:" + "|".join(keyword.kwlist) + r")\s*"),
     ("an opening bracket", r"\s*[(\[{]+\s*"),

@@ -10,7 +10,9 @@ from groupsae.files.atomic import atomic_folder
 from groupsae.interop.library import Origin
 from groupsae.interpretation.features import LayerFeatures, Names, PageFormat
 from groupsae.interpretation.files import COLLECTED, Interpretation
+from groupsae.interpretation.judged import read_judged
 from groupsae.interpretation.neuronpedia import NEURONPEDIA
+from groupsae.interpretation.page import labels_of
 from groupsae.interpretation.saedashboard import SAEDASHBOARD
 from groupsae.runtime.commands import command
 from groupsae.runtime.errors import UserError
@@ -82,13 +84,16 @@ def export_pages(
         UserError: the target cannot be written, or a file of the interpretation is damaged.
     """
     written = []
+    labels = labels_of(found.explanations, read_judged(found))
     with atomic_folder(target, overwrite=overwrite, ours=holds_only(form.recognises)) as temporary:
         for layer in suite.layers:
             group = suite.group_of(layer)
             config = suite.configs[group]
             origin = Origin.of(group, layer, config)
             num_layers = len(config.get("modules") or range(max(suite.layers) + 1))
-            about = LayerFeatures(found, suite.saes[group], origin, num_layers, names, dataset)
+            about = LayerFeatures(
+                found, suite.saes[group], origin, num_layers, names, dataset, labels
+            )
             folder = temporary / form.folder_name(about)
             folder.mkdir(parents=True)
             form.write(folder, about)

@@ -16,6 +16,7 @@ from groupsae.interop.library import Origin
 from groupsae.interop.saelens import lens_hook, lens_model
 from groupsae.interpretation.bands import BANDS, bands_of
 from groupsae.interpretation.files import CollectedSAE, Interpretation, LatentContexts
+from groupsae.interpretation.page import Labels
 from groupsae.interpretation.text import TEXTS
 from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SAE
@@ -68,6 +69,7 @@ class LayerFeatures:
         num_layers: layers of the language model.
         names: what its pages are called.
         dataset: name of the text.
+        labels: explanations of latents, by SAE and number.
 
     Attributes:
         active: latents that fire on the layer.
@@ -83,6 +85,7 @@ class LayerFeatures:
         num_layers: int,
         names: Names,
         dataset: str,
+        labels: Labels,
     ) -> None:
         self.found, self.sae, self.origin = found, sae, origin
         self.num_layers, self.names, self.dataset = num_layers, names, dataset
@@ -94,6 +97,7 @@ class LayerFeatures:
         self.silent: list[int] = np.flatnonzero(self.fired == 0).tolist()
         rows = found.explanations.get(origin.group, {}).get("latents", [])
         self.explained: dict[int, Any] = {row["latent"]: row for row in rows}
+        self.labels = labels
         layer = origin.layer
         self._top = self.collected.contexts("top", layer)
         self._highest = self._top.values[:, 0].astype(np.float64)

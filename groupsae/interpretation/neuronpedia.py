@@ -148,25 +148,36 @@ def _activations(layer: LayerFeatures, feature: Row) -> Iterator[Row]:
 
 
 def _explanations(layer: LayerFeatures, latent: int) -> Iterator[Row]:
-    """Yield the explanation from this layer; that of the group where it fires too rarely here."""
+    """Yield a latent's explanations by rules and by language models, with their scores.
+
+    The rules are those made at this layer, or those of the group where it fires too rarely here;
+    language models explain the group's.
+    """
     explained = layer.explained.get(latent)
     if explained is None:
         return
     here = explained["layers"].get(str(layer.origin.layer))
     found, made = (explained["all"], "all layers of its group") if here is None else (here, "here")
     scores = found["scores"]
-    yield {
-        "id": _id(layer, str(latent), "explanation", 0),
-        **_place(layer, latent),
-        "description": _shortened(found["text"]),
-        "authorId": layer.names.creator_id,
-        # names of a method and of a model must be known there, and scores cannot be imported
-        "typeName": None,
-        "explanationModelName": None,
-        "notes": f"Rules (groupsae), made from {made}; on {layer.found.num_tokens[1]:,} held-out "
+    by_rules = (
+        f"Rules (groupsae), made from {made}; on {layer.found.num_tokens[1]:,} held-out "
         f"tokens: F1 {scores['f1']:.2f} (of another latent's rules {scores['null_f1']:.2f}), "
-        f"precision {scores['precision']:.2f}, recall {scores['recall']:.2f}.",
-    }
+        f"precision {scores['precision']:.2f}, recall {scores['recall']:.2f}."
+    )
+    rows = [(found["text"], by_rules)]
+    for name, text, words in layer.labels[layer.origin.group, latent].judged:
+        rows.append((text, f"{name} (groupsae), made from all layers of its group; {words}."))
+    for number, (text, notes) in enumerate(rows):
+        yield {
+            "id": _id(layer, str(latent), "explanation", number),
+            **_place(layer, latent),
+            "description": _shortened(text),
+            "authorId": layer.names.creator_id,
+            # names of a method and of a model must be known there; scores cannot be imported
+            "typeName": None,
+            "explanationModelName": None,
+            "notes": notes,
+        }
 
 
 def _shortened(text: str) -> str:

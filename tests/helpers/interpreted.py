@@ -100,11 +100,15 @@ def _directions(decoder: Tensor) -> Directions:
 
 
 def explain(run: Path, latents: dict[int, str], layers: list[int]) -> None:
-    """Write explanations of some latents of `layers.0-1`, made at `layers` and from all."""
+    """Write explanations of some latents of `layers.0-1`, made at `layers` and from all.
+
+    Of latent 3 there is one by a language model as well.
+    """
     scores = {"f1": 0.5, "precision": 0.6, "recall": 0.4, "null_f1": 0.1}
     rows = [
         {
             "latent": latent,
+            "sharing": {"pairs": []},
             "all": {"text": text, "scores": scores},
             "layers": {
                 str(layer): {"text": f"{layer}: {text}", "scores": scores} for layer in layers
@@ -114,3 +118,17 @@ def explain(run: Path, latents: dict[int, str], layers: list[int]) -> None:
     ]
     stored = {"format": 1, "key": ["k", 4], "saes": {"layers.0-1": {"latents": rows}}}
     (run / "interpretation" / "explanations.json").write_text(json.dumps(stored))
+    judged = {
+        "collected": "k",
+        "judge": {"name": "some-llm"},
+        "qualification": {"qualified": True},
+        "saes": {"layers.0-1": {"latents": [
+            {
+                "latent": 3,
+                "explanation": "closing tags",
+                "judge": {"detection": {"own": {"f1": 0.7}, "null": {"f1": 0.2}}},
+            }
+        ]}},
+    }  # fmt: skip
+    (run / "interpretation" / "judged").mkdir()
+    (run / "interpretation" / "judged" / "endpoint-1.json").write_text(json.dumps(judged))

@@ -236,13 +236,19 @@ def test_text_arrives_as_it_was_but_for_nul(imported):
     seen = {token for row in imported.activations.values() for token in row["tokens"]}
     assert seen >= {text.replace("\0", " ") for text in STRINGS if text} | {"<4>"}
     assert "" not in seen
-    texts = {(row["layer"][0], row["index"]): row for row in imported.explanations.values()}
+    rows = [row for row in imported.explanations.values() if "Rules" in row["notes"]]
+    texts = {(row["layer"][0], row["index"]): row for row in rows}
     assert sorted(texts) == [("0", "3"), ("0", "5"), ("1", "3"), ("1", "5")]
     arrived = EXPLAINED[3].replace("\0", " ")
     assert texts["0", "3"]["description"] == arrived  # that of all layers
     assert "all layers of its group" in texts["0", "3"]["notes"]
     assert texts["1", "3"]["description"] == f"1: {arrived}"
     assert "F1 0.50 (of another latent's rules 0.10)" in texts["1", "3"]["notes"]
+    others = [row for row in imported.explanations.values() if row not in rows]
+    assert [(row["layer"][0], row["index"]) for row in others] == [("0", "3"), ("1", "3")]
+    assert {row["description"] for row in others} == {"closing tags"}
+    assert "some-llm (groupsae)" in others[0]["notes"]
+    assert "detection F1 0.70 (null 0.20)" in others[0]["notes"]
     assert texts["0", "5"]["description"] == LONG[: 12 + 249] + "…"
 
 
@@ -299,11 +305,33 @@ def test_the_client_uploads_a_source_as_the_docs_show(interpreted, imported, mon
     }
     assert set(features) == active
     assert features[3]["explanations"][0]["text"].startswith("1: </script>")
+    assert features[3]["explanations"][1]["text"] == "closing tags"
     z = exported_acts(interpreted, 1)
     for latent, feature in features.items():
         assert feature["density"] == pytest.approx((z[:, latent] > 0).mean())
         peaks = [max(each["values"]) for each in feature["activations"]]
         assert max(peaks) == pytest.approx(z[:, latent].max(), rel=1e-5)
+
+
+def test_bytes_that_are_no_text_are_shown_as_bytes():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from groupsae.app.interpret import token_strings
+
+    merges = [("â", "Ģ"), ("Ġ", "â"), ("â", "Ĥ"), ("âĤ", "¬")]
+    every = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(m) for m in merges)]
+    inner = Tokenizer(models.BPE({token: i for i, token in enumerate(every)}, merges))
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
+    numbers = {token: i for i, token in enumerate(every)}
+    found = token_strings(tokenizer, {*range(len(every)), 9999})
+    assert found[numbers["âĢ"]] == "<0xE2><0x80>"
+    assert found[numbers["Ġâ"]] == " <0xE2>"
+    assert found[numbers["âĤ¬"]] == "€"
+    assert found[numbers["A"]] == "A"
+    assert found[numbers["Ã"]] == "<0xC3>"
+    assert found[9999] == "<9999>"
 
 
 # ---- what cannot be done ------------------------------------------------------------------------
