@@ -103,7 +103,8 @@ class FileSource:
             refused += no_column.values()
         if refused:
             more = f" {len(refused) - 1} more files cannot be read." if refused[1:] else ""
-            raise UserError(f"{refused[0]}{more}")
+            others = " (A glob such as data.path='<folder>/**/*.jsonl' leaves out others.)"
+            raise UserError(f"{refused[0]}{more}{others * in_folder}")
         parts = []
         if no_text:
             plural = "file that is" if len(no_text) == 1 else "files that are"

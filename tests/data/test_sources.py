@@ -76,7 +76,7 @@ def test_tables_without_a_usual_column_are_left_out_of_a_folder_and_named(tmp_pa
     sentence = rf"1 file that is not text \(6 B\): late.py; 4 tables .*: {tables}; data.text_col"
     with pytest.warns(UserWarning, match=sentence):
         assert list(documents(tmp_path)) == ["main.py", "package.json"]
-    refused(tmp_path, "a", match="data.csv has no column named 'a'.* 3 more files")
+    refused(tmp_path, "a", match="data.csv has no column named 'a'.* 3 more files.*A glob")
     refused(tmp_path / "data.csv", match="It has: 'id', 'x'")
     refused(f"{tmp_path}/*.json*", match="lists.jsonl:1 holds list")
 
