@@ -153,8 +153,8 @@ def print_explanations(console: Console, explained: Mapping[str, Any]) -> None:
     columns = {
         "f1": "F1",
         "null_f1": "null",
-        "adjusted_f1": "adjusted",
-        "precision": "precision",
+        "adjusted_f1": "adj.",
+        "precision": "prec.",
         "recall": "recall",
         "unigram_auprc": "token",
     }

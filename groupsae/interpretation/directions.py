@@ -79,7 +79,7 @@ def effect_on_logits(
 def final_norm(lm: HookedLM) -> nn.Module | None:
     """Return the norm between the last block and the unembedding; None if there is none.
 
-    It is found by what it does: the first module after the last block that weights d_model values.
+    It is the first module after the last block that is called a norm or weights d_model values.
     """
     if not lm.predicts:
         return None
@@ -98,7 +98,10 @@ def final_norm(lm: HookedLM) -> nn.Module | None:
             handle.remove()
     after = called[called.index(lm.blocks[-1]) + 1 :]
     for module in after:
-        if getattr(module, "weight", None) is not None and module.weight.shape == (lm.d_model,):
+        weight = getattr(module, "weight", None)
+        if "norm" in type(module).__name__.lower() or (
+            weight is not None and weight.shape == (lm.d_model,)
+        ):
             return module
     return None
 
