@@ -177,46 +177,49 @@ def print_judged(console: Console, judged: Mapping[str, Any]) -> None:
     for heading in ("SAE", "by", "task"):
         screen.add_column(heading, no_wrap=True)
     for heading in ("F1", "null", "adj.", "acc.", "failed"):
-        screen.add_column(heading, justify="right")
+        screen.add_column(heading, justify="right", no_wrap=True)
     notes = []
     for name, sae in judged["saes"].items():
         first = f"{name} ({len(sae['latents'])})"
         for by, who in (("judge", judge["kind"]), ("rules", "rules")):
             for task, found in sae["mean"][by].items():
                 f1, accuracy = found["f1"], found["balanced_accuracy"]["mean"]
-                values = [f1["mean"], f1["null"], f1.get("adjusted"), accuracy]
-                cells = [
-                    "-" if by == "judge" and not qualified else _score(value) for value in values
-                ]
+                cells = [_with_half(f1), *map(_two, (f1["null"], f1.get("adjusted"), accuracy))]
+                cells = cells if qualified or by == "rules" else ["-"] * len(cells)
                 failed = f"{found['failed']:,}" if by == "judge" else ""
                 screen.add_row(first, who, task, *cells, failed)
                 first = ""
+        asked = sae["mean"]["judge"]
+        weighted = [f"{task} {_two(found['f1']['by_firings'])}" for task, found in asked.items()]
         notes.append(
-            f"{name}: intruders found by TF-IDF {_score(sae['intruder']['tfidf'])}, "
-            + (
-                f"by the judge {_score(sae['intruder']['judge'])} (chance 0.2); discrimination "
-                f"{_score(sae['discrimination'])}; "
-                if qualified
-                else ""
-            )
-            + f"left out: {sae['few_windows']} with few windows, {sae['not_explained']} without "
-            "an explanation"
-            + (
-                f"; windows both explained and scored on: {sae['overlap']:.0%}"
-                * (sae["overlap"] > 0)
-            )
+            f"{name}: "
+            + f"F1 weighted by firings: {', '.join(weighted)}; intruders found by the judge "
+            f"{_two(sae['intruder']['judge'])} (chance 0.2); discrimination "
+            f"{_two(sae['discrimination'])} (chance 0.5); "
+            * qualified
+            + f"intruders found by TF-IDF {_two(sae['intruder']['tfidf'])}; left out: "
+            f"{sae['few_windows']} latents with few windows, {sae['not_explained']} without an "
+            "explanation"
+            + f"; {sae['overlap']:.0%} of the windows to score on were explained"
+            * bool(sae["overlap"])
         )
     console.print(screen)
     console.print(
-        "F1 at the natural rate and balanced accuracy (acc.), means over latents; null: by the "
-        "explanation of another latent."
+        "F1 at the natural rate, with half of its 95 % interval, and balanced accuracy (acc.): "
+        "means over latents; null: by the explanation of another latent.",
+        soft_wrap=True,
     )
     for note in notes:
         console.print(note, soft_wrap=True)
 
 
-def _score(value: float | None) -> str:
-    return "-" if value is None else number(value, 3)
+def _with_half(entry: Mapping[str, Any]) -> str:
+    low, high = (entry["interval"][end] for end in ("low", "high"))
+    return _two(entry["mean"]) + (f" ±{(high - low) / 2:.2f}" if low is not None else "")
+
+
+def _two(value: float | None) -> str:
+    return number(value, 2)
 
 
 def print_groupings(console: Console, run: RunFiles) -> None:

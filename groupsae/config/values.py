@@ -4,7 +4,7 @@ The defaults are in conf/. Arguments of a class (`sae`, `groups`, ...) are check
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +47,7 @@ def one_of(*names: str) -> Allowed:
 
 
 COUNT, POSITIVE = at_least(1), Allowed("a number above 0", between(0, float("inf")).holds)
+TEXT = Allowed("a text", lambda v: isinstance(v, str))
 SWITCH = Allowed("true or false", lambda v: isinstance(v, bool))
 
 EVALUATION = {
@@ -69,6 +70,17 @@ INTERPRETATION = {
     "judge": one_of("rules", "endpoint", "hf"),
     "judged_latents": COUNT,
     "delphi_compat": SWITCH,
+    "endpoint.url": TEXT,
+    "endpoint.key_variable": TEXT.or_null("no key"),
+    "endpoint.price": Allowed(
+        "two numbers, such as [0.15, 0.6]",
+        lambda v: (
+            isinstance(v, Sequence)
+            and len(v) == 2
+            and all(isinstance(x, int | float) and x >= 0 for x in v)
+        ),
+    ),
+    "endpoint.body": Allowed("a table, such as {top_p: 1}", lambda v: isinstance(v, Mapping)),
     "endpoint.parallel": COUNT,
     "endpoint.timeout": POSITIVE,
     "endpoint.retries": at_least(0),

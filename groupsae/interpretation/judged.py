@@ -182,8 +182,9 @@ class Judging:
         if windows and not found:
             raise UserError(
                 f"no explanation could be read from the answers of {self.judge.name} about "
-                f"{len(windows)} latents: an answer has a line that begins with EXPLANATION:. "
-                "A model that reasons first needs more interpretation.endpoint.answer_tokens."
+                f"{len(windows)} latents: none has a line that begins with EXPLANATION:. Use a "
+                "model that follows instructions; one that reasons first needs more "
+                "interpretation.endpoint.answer_tokens. All answers are kept."
             )
         return found
 

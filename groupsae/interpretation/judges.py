@@ -15,6 +15,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -162,16 +163,23 @@ class Endpoint:
                 "interpretation.endpoint.model has no default: give the name of a model that "
                 f"{url} serves."
             )
+        if not url.startswith(("http://", "https://")):
+            raise UserError(
+                f"interpretation.endpoint.url is {url!r}: give an address such as "
+                "http://localhost:8000/v1."
+            )
+        if most_cost is not None and not any(price):
+            raise UserError(
+                "interpretation.endpoint.most_cost needs the price of a million tokens read and "
+                "written: interpretation.endpoint.price=[<read>,<written>]."
+            )
         self.ledger, self.report = ledger, report
         self.advance: Callable[[int], object] = int
         self.url, self.model, self.key_variable = url.rstrip("/"), model, key_variable
         self.name = f"endpoint {model}"
         self.seed, self.parallel, self.retries = seed, parallel, retries
-        self.answer_tokens, self.most_tokens, self.most_cost = (
-            answer_tokens,
-            most_tokens,
-            most_cost,
-        )
+        self.answer_tokens, self.most_tokens = answer_tokens, most_tokens
+        self.most_cost = most_cost
         self.price, self.body = list(price), dict(body or {})
         self.identity: dict[str, Any] = {
             "kind": "endpoint",
@@ -472,14 +480,24 @@ class Local:
             "model": lm.name,
             "weights": lm.fingerprint(),
         }
-        self.tokenizer = lm.tokenizer()
-        self.model: Any = lm.load_plain(device)
-        if lm.stack != "decoder" or not self.model.can_generate():
-            raise UserError(
-                f"interpretation.hf.name is {lm.name!r}, which does not continue text: use a "
-                "causal language model."
-            )
-        self.device, self.most = device, context_of(lm.config.get_text_config())
+        if lm.stack != "decoder":
+            raise self._not_causal()
+        self.lm, self.device, self.tokenizer = lm, device, lm.tokenizer()
+        self.most = context_of(lm.config.get_text_config())
+
+    @cached_property
+    def model(self) -> Any:
+        """Return the model; it is loaded when the first question has no known answer."""
+        model = self.lm.load_plain(self.device)
+        if not model.can_generate():
+            raise self._not_causal()
+        return model
+
+    def _not_causal(self) -> UserError:
+        return UserError(
+            f"interpretation.hf.name is {self.identity['model']!r}, which does not continue text: "
+            "use a causal language model."
+        )
 
     def fits(self, prompt: str) -> bool:
         """Return whether the model can read a prompt and write an explanation."""
@@ -545,7 +563,9 @@ class Local:
                 do_sample=attempt > 0,
                 pad_token_id=self.tokenizer.eos_token_id or 0,
             )
-        return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+        text = str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+        # without a chat's turns it continues the prompt's last line
+        return text if self.tokenizer.chat_template else prompt.splitlines()[-1] + text.lstrip()
 
     @torch.no_grad()
     def _next(self, prompts: Sequence[list[int]]) -> Iterator[torch.Tensor | None]:

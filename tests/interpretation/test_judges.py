@@ -134,6 +134,10 @@ def test_bad_options_are_one_sentence(tmp_path, monkeypatch):
     assert KEY not in str(error.value)
     with pytest.raises(UserError, match="model has no default"):
         make(model=None)
+    with pytest.raises(UserError, match="url is 'localhost:80': give an address"):
+        make(url="localhost:80")
+    with pytest.raises(UserError, match="most_cost needs the price"):
+        make(most_cost=1.0)
 
 
 def test_a_server_that_is_down_is_one_sentence_and_answers_are_kept(tmp_path):
@@ -201,5 +205,6 @@ def test_a_local_model_gives_the_shares_of_its_logits(tmp_path):
     again = Local(Ledger(tmp_path / "answers.jsonl"), lm, torch.device("cpu"))
     again.model = None  # all answers are known
     assert again.answer(questions).tolist() == found.tolist()
+    assert judge.write(["def f(x):\nSay EXPLANATION:"])[0].startswith("Say EXPLANATION:")
     too_long = Question("Is it?", "word " * 300)
     assert np.isnan(judge.answer([too_long])).all()
