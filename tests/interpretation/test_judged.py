@@ -295,9 +295,9 @@ def test_a_judge_that_remembers_the_windows_to_explain_scores_the_null(fresh, by
         spans = {" ".join(clean[i : i + 8]) for i in range(len(clean))}
         return "yes" if spans & remembered[name] else "no"
 
-    ours, _, _ = judged_by(remembers, fresh, by_rules)
+    ours, _, _ = judged_by(remembers, fresh, by_rules, count=4)
     remembered.clear()
-    delphi, _, _ = judged_by(remembers, fresh, by_rules, DELPHI, model="n")
+    delphi, _, _ = judged_by(remembers, fresh, by_rules, DELPHI, 4, model="n")
     for task in ("detection", "fuzzing"):
         mean = ours["saes"]["g"]["mean"]["judge"][task]["balanced_accuracy"]
         assert mean["mean"] == pytest.approx(mean["null"], abs=0.02)
@@ -372,19 +372,19 @@ def test_a_killed_judge_continues_and_pays_for_nothing_twice(fresh, by_rules):
             warnings.simplefilter("ignore", DeprecationWarning)  # fork with the server's threads
             child = os.fork()
         if child == 0:
-            judge_run(fresh, by_rules, endpoint(server, fresh, parallel=2), OURS, 4, 0, print)
+            judge_run(fresh, by_rules, endpoint(server, fresh, parallel=2), OURS, 2, 0, print)
             os._exit(0)
-        while len(server.bodies) < 300:
+        while len(server.bodies) < 200:
             time.sleep(0.01)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         paid = len(server.bodies)
         judge = endpoint(server, fresh, parallel=2)
-        result = judge_run(fresh, by_rules, judge, OURS, 4, 0, print)
+        result = judge_run(fresh, by_rules, judge, OURS, 2, 0, print)
         assert server.repeated <= 4  # requests that were on their way
-        assert len(server.bodies) - paid > 300
+        assert len(server.bodies) - paid > 200
     untouched = plant(Path(fresh.folder.parent) / "other" / "interpretation")
-    again, _, _ = judged_by(knows, untouched, by_rules, count=4)
+    again, _, _ = judged_by(knows, untouched, by_rules, count=2)
     assert json.dumps(result["saes"]) == json.dumps(again["saes"])
 
 
