@@ -18,6 +18,7 @@ except PackageNotFoundError:  # a checkout that was never installed
 if TYPE_CHECKING:
     from groupsae.app.notebook import TrainedRun, angular_distances, evaluate, train
     from groupsae.grouping import Partition, amad, choose, partition
+    from groupsae.interpretation.notebook import dashboard
     from groupsae.runtime.errors import UserError
     from groupsae.sae.batchtopk import BatchTopK
     from groupsae.sae.gated import Gated
@@ -44,6 +45,7 @@ _HOMES = {
     "amad": "groupsae.grouping",
     "angular_distances": "groupsae.app.notebook",
     "choose": "groupsae.grouping",
+    "dashboard": "groupsae.interpretation.notebook",
     "evaluate": "groupsae.app.notebook",
     "load_suite": "groupsae.suite.suite",
     "partition": "groupsae.grouping",
@@ -66,6 +68,7 @@ __all__ = [
     "amad",
     "angular_distances",
     "choose",
+    "dashboard",
     "evaluate",
     "load_suite",
     "partition",

@@ -1,6 +1,6 @@
 """Explains latents by rules, scores them on other text, and carries them from layer to layer."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -303,7 +303,7 @@ def grows(documents: np.ndarray) -> np.ndarray:
 
 
 def transfer(
-    row: dict[str, Any],
+    row: Mapping[str, Any],
     layers: Sequence[int],
     sources: Sequence[Place | int] | None = None,
     least: float = 0.1,
@@ -333,14 +333,14 @@ def transfer(
     return tau
 
 
-def cost_of_one_label(row: dict[str, Any], layers: Sequence[int]) -> float | None:
+def cost_of_one_label(row: Mapping[str, Any], layers: Sequence[int]) -> float | None:
     """Return the mean over layers of S(all -> b) - S(b -> b); None where no layer has its own."""
     own = [str(b) for b in layers if str(b) in row["layers"]]
     lost = [row["transfer"]["all"][b] - row["transfer"][b][b] for b in own]
     return float(np.mean(lost)) if lost else None
 
 
-def labels_needed(row: dict[str, Any], layers: Sequence[int]) -> int | None:
+def labels_needed(row: Mapping[str, Any], layers: Sequence[int]) -> int | None:
     """Return how many explanations a latent needs, so that one carries over to every layer.
 
     The explanations are those made from each layer and from all layers together; one carries over

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from groupsae.files.atomic import atomic_write, explain_write_errors
 from groupsae.interpretation.bands import bands_of
+from groupsae.interpretation.explain import labels_needed, transfer
 from groupsae.interpretation.files import CollectedSAE, Interpretation, LatentContexts
 from groupsae.interpretation.firings import WINDOW
 from groupsae.interpretation.sharing import badge_of
@@ -42,12 +43,14 @@ class Label(NamedTuple):
         score: its F1; None: not scored.
         badge: for its drift.
         judged: who else explained it, the explanation, and its scores in words.
+        detail: what its page shows of the rules and of how layers share it.
     """
 
     text: str
     score: float | None = None
     badge: str = ""
     judged: tuple[tuple[str, str, str], ...] = ()
+    detail: Mapping[str, Any] | None = None
 
 
 Labels = Mapping[tuple[str, int], Label]
@@ -75,10 +78,37 @@ def labels_of(
             row["all"]["scores"]["f1"],
             badge_of([pair["kind"] for pair in row["sharing"]["pairs"]]),
             tuple(more.get((name, row["latent"]), ())),
+            _detail(row, sae["layers"]),
         )
         for name, sae in explained.items()
         for row in sae["latents"]
     }
+
+
+def _detail(row: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
+    """Return a latent's rules by where they were made, transfers, and kinds of pairs of layers."""
+    several = len(layers) > 1
+    made = {"all": row["all"]} if several else {}
+    made |= row["layers"]
+    tau = transfer(row, layers, [*layers, "all"])
+    return {
+        "made": [
+            [place, each["text"], *_short(each["scores"][k] for k in ("f1", "null_f1"))]
+            for place, each in made.items()
+        ],
+        "token": _short(row["all"]["scores"][f"{name}_auprc"] for name in ("unigram", "lookup")),
+        "tau": [[_or_none(value) for value in line] for line in tau] if several else [],
+        "labels": labels_needed(row, layers) if several else None,
+        "pairs": [
+            [*pair["layers"], pair["kind"], *_short([pair["drift"]]), _or_none(pair.get("q"))]
+            for pair in row["sharing"]["pairs"]
+        ],
+    }
+
+
+def _or_none(value: float | None) -> float | None:
+    """Return a number with three digits; None where there is none."""
+    return None if value is None or not np.isfinite(value) else float(f"{value:.3g}")
 
 
 def _scores_in_words(scores: Mapping[str, Any], qualified: bool) -> str:
@@ -101,7 +131,8 @@ def write_page(found: Interpretation, labels: Labels, title: str) -> Path:
     Raises:
         UserError: it cannot be written.
     """
-    index, pieces = _index(found, labels, title), list(_pieces(found))
+    saes = [_sae_index(found, sae, labels) for sae in found.saes.values()]
+    index, pieces = _index(found, title, saes, found.strings), list(_pieces(found, labels))
     inline = sum(len(text) for _, text in pieces) < MOST_INLINE
     index["inline"] = inline
     page = found.folder / "index.html"
@@ -111,22 +142,34 @@ def write_page(found: Interpretation, labels: Labels, title: str) -> Path:
         if not inline:
             (found.folder / "data").mkdir(exist_ok=True)
             for name, text in pieces:
-                (found.folder / "data" / f"{name}.js").write_text(f"piece({_js(name)},{text})")
+                file = found.folder / "data" / f"{name}.js"
+                file.write_text(f"piece({_js(name)},{text})", encoding="utf-8")
     html = render(index, pieces if inline else [])
     with atomic_write(page, "w", encoding="utf-8") as handle:
         handle.write(html)
     return page
 
 
-def one_latent(found: Interpretation, labels: Labels, name: str, latent: int) -> str:
-    """Return the page of one latent alone, as HTML."""
-    sae = found.saes[name]
-    index = _index(found, labels, f"{name}, latent {latent}")
-    index["only"] = [name, latent]
-    index["inline"] = True
-    first = latent // CHUNK * CHUNK
-    piece = _piece(found, sae, range(first, min(first + CHUNK, sae.d_sae)), only=latent)
-    return render(index, [(f"{name}.{first // CHUNK}", _js(piece))])
+def one_latent(
+    found: Interpretation, labels: Labels, name: str, latent: int, layer: int | None = None
+) -> str:
+    """Return the page of one latent alone, as HTML, opened at a layer (None: its main one)."""
+    sae, place = found.saes[name], latent // CHUNK
+    piece = _piece(found, sae, _kept(sae), range(latent, latent + 1), labels)
+    tokens, needed = set[int](), {latent, *(int(other) for other, _ in piece[0]["near"])}
+    entry = _sae_index(found, sae, labels)
+    for key in ("peaks", "label", "score", "badge"):
+        entry[key] = {str(other): entry[key][other] for other in needed}
+    for key in ("rate", "max"):
+        entry[key] = [{str(latent): values[latent]} for values in entry[key]]
+    for contexts in _kept(sae):
+        for start, length in zip(contexts.starts[latent], contexts.lengths[latent], strict=True):
+            tokens |= set(found.tokens[start : start + length].tolist()) if start >= 0 else set()
+    tokens |= {token for peaks in entry["peaks"].values() for token in peaks if token >= 0}
+    tokens |= {int(token) for token, _ in piece[0]["up"] + piece[0]["down"]}
+    index = _index(found, f"{name}, latent {latent}", [entry], tokens)
+    index |= {"only": [name, latent, layer], "inline": True}
+    return render(index, [(f"{name}.{place}", _js([None] * (latent % CHUNK) + piece))])
 
 
 def render(index: Mapping[str, Any], pieces: Sequence[tuple[str, str]]) -> str:
@@ -143,8 +186,10 @@ def render(index: Mapping[str, Any], pieces: Sequence[tuple[str, str]]) -> str:
     )
 
 
-def _index(found: Interpretation, labels: Labels, title: str) -> dict[str, Any]:
-    """Return all that the list of latents needs."""
+def _index(
+    found: Interpretation, title: str, saes: Sequence[Mapping[str, Any]], tokens: Iterable[int]
+) -> dict[str, Any]:
+    """Return all that the list of latents needs, with the text of some tokens."""
     head = found.head
     return {
         "title": title,
@@ -155,8 +200,8 @@ def _index(found: Interpretation, labels: Labels, title: str) -> dict[str, Any]:
         "window": WINDOW,
         "chunk": CHUNK,
         "wide": max(found.strings) > 65535,
-        "strings": {str(token): text for token, text in found.strings.items()},
-        "saes": [_sae_index(found, sae, labels) for sae in found.saes.values()],
+        "strings": {str(token): found.strings[token] for token in tokens},
+        "saes": saes,
     }
 
 
@@ -194,33 +239,43 @@ def _peak_tokens(found: Interpretation, sae: CollectedSAE, most: int = 3) -> np.
     return common
 
 
-def _pieces(found: Interpretation) -> Iterator[tuple[str, str]]:
+def _pieces(found: Interpretation, labels: Labels) -> Iterator[tuple[str, str]]:
     for sae in found.saes.values():
+        kept = _kept(sae)
         for number, first in enumerate(range(0, sae.d_sae, CHUNK)):
-            piece = _piece(found, sae, range(first, min(first + CHUNK, sae.d_sae)))
-            yield f"{sae.name}.{number}", _js(piece)
+            latents = range(first, min(first + CHUNK, sae.d_sae))
+            yield f"{sae.name}.{number}", _js(_piece(found, sae, kept, latents, labels))
+
+
+def _kept(sae: CollectedSAE) -> list[LatentContexts]:
+    """Return all contexts: across layers, and of each layer the top and two samples."""
+    kinds = ("top", *TEXTS)
+    of_layers = [sae.contexts(kind, layer) for layer in sae.layers for kind in kinds]
+    return [sae.contexts("across"), *of_layers]
 
 
 def _piece(
-    found: Interpretation, sae: CollectedSAE, latents: range, only: int | None = None
+    found: Interpretation,
+    sae: CollectedSAE,
+    kept: Sequence[LatentContexts],
+    latents: range,
+    labels: Labels,
 ) -> list[Any]:
-    """Return what the pages of some latents need beyond the index; null where not `only`."""
+    """Return what the pages of some latents need beyond the index."""
     rows = slice(latents.start, latents.stop)
     shown = Shown.for_layers(len(sae.layers))
-    lists = [_taken(sae.contexts("across"), rows, shown.across)]
-    for layer in sae.layers:
-        lists.append(_taken(sae.contexts("top", layer), rows, shown.top))
-        samples = [_taken(sae.contexts(kind, layer), rows) for kind in TEXTS]
-        lists.append(bands_of(samples, shown.each_band).contexts)
+    lists = [_taken(kept[0], rows, shown.across)]
+    for top, *samples in zip(kept[1::3], kept[2::3], kept[3::3], strict=True):
+        lists.append(_taken(top, rows, shown.top))
+        found_here = [_taken(sample, rows) for sample in samples]
+        lists.append(bands_of(found_here, shown.each_band).contexts)
     histograms = [sae.histogram(layer) for layer in sae.layers]
     about = sae.directions
     pieces: list[Any] = []
     for row, latent in enumerate(latents):
-        if only not in (None, latent):
-            pieces.append(None)
-            continue
         highest = max(max(float(c.values[row].max(initial=0.0)) for c in lists), 1e-9)
         blob = b"".join(_packed(found, contexts, row, highest) for contexts in lists)
+        label = labels.get((sae.name, latent))
         pieces.append(
             {
                 "near": _pairs(about.nearest[latent], about.cosines[latent]),
@@ -230,6 +285,7 @@ def _piece(
                 "hist": [counts[latent].tolist() for counts, _ in histograms],
                 "end": _short([ends[latent] for _, ends in histograms]),
                 "contexts": base64.b64encode(blob).decode(),
+                "explained": None if label is None else label.detail,
             }
         )
     return pieces

@@ -480,6 +480,21 @@ class Suite:
         )
         return interventions.steer(model, edits, positions)
 
+    def dashboard(
+        self,
+        layer: SupportsIndex,
+        latent: SupportsIndex,
+        interpretation: str | Path | None = None,
+    ) -> Any:
+        """Return a latent's page, which a notebook shows inline: `groupsae.dashboard`.
+
+        Raises:
+            UserError: the layer has no SAE, it has no such latent, or the run was not interpreted.
+        """
+        import groupsae  # the package's public name: rooms above are not imported here
+
+        return groupsae.dashboard(self, layer, latent, interpretation)
+
     def _views_of(self, layers: interventions.Indices | None) -> dict[int, LayerSAE]:
         chosen = self.layers if layers is None else layers
         views = [self[layer] for layer in interventions.indices(chosen, "layer")]

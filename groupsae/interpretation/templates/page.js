@@ -30,7 +30,7 @@ const link = (sae, latent) => `#${encodeURIComponent(sae.name)}/${latent}`;
 // ---- the list ----------------------------------------------------------------------------
 
 const rows = [];
-for (const sae of saes) {
+for (const sae of index.only ? [] : saes) { // the page of one latent has no list
   for (let latent = 0; latent < sae.d_sae; latent++) {
     let rate = 0, most = 0, max = 0;
     sae.layers.forEach((layer, i) => {
@@ -42,7 +42,7 @@ for (const sae of saes) {
   }
 }
 const scored = rows.some((row) => row.score !== null);
-const labelled = saes.some((sae) => sae.label.some((label) => label !== null));
+const labelled = !index.only && saes.some((sae) => sae.label.some((label) => label !== null));
 
 function matching() {
   const text = state.text.toLowerCase(), number = (v) => v === "" ? null : Number(v);
@@ -66,6 +66,17 @@ function matching() {
   return found.sort((a, b) => (state.down ? key(b) - key(a) : key(a) - key(b)) || a.latent - b.latent);
 }
 
+// the search is in the address: it can be bookmarked, and "back" finds it again
+const DEFAULTS = { ...state };
+const changed = () => Object.entries(state).filter(([name, value]) => name !== "page" && value !== DEFAULTS[name]);
+const listed = () => "#" + (changed().length ? `?${new URLSearchParams(changed())}` : "");
+function restore(query) {
+  const given = new URLSearchParams(query);
+  Object.assign(state, DEFAULTS, Object.fromEntries([...given].filter(([name]) => name in DEFAULTS)));
+  state.down = String(state.down) === "true";
+  state.page = 0;
+}
+
 function list() {
   document.title = `${index.title}: latents`;
   const field = (name, title, attributes, wide) => make("label", { class: wide ? "find" : null }, title,
@@ -85,6 +96,7 @@ function list() {
     heading("max", "highest", true), scored ? heading("score", "score") : null,
     labelled ? make("th", {}, "explanation") : null, make("th", {}, "peaks on"))), body);
   function fill() {
+    if (location.hash.replace(/^#$/, "") !== listed().replace(/^#$/, "")) history.replaceState(null, "", listed());
     const found = matching(), last = Math.max(0, Math.ceil(found.length / ROWS) - 1);
     state.page = Math.min(state.page, last);
     const shown = found.slice(state.page * ROWS, (state.page + 1) * ROWS);
@@ -213,6 +225,41 @@ function logits(title, pairs, kind) {
     make("tr", {}, make("td", {}, chip(token)), make("td", { class: `number ${kind}` }, format(value)))))));
 }
 
+// A small table of numbers or signs, one cell a pair of layers; `cell` gives text, strength, title.
+function matrix(caption, rows, columns, cell) {
+  return make("div", {}, make("h3", {}, caption), make("div", { class: "scroll" }, make("table", { class: "matrix" },
+    make("thead", {}, make("tr", {}, make("th", {}), columns.map((b) => make("th", {}, String(b))))),
+    make("tbody", {}, rows.map((a, i) => make("tr", {}, make("th", {}, String(a)), columns.map((b, j) => {
+      const [text, strength, title] = cell(i, j, a, b);
+      return make("td", { title, style: `background:rgba(var(--cool),${(.7 * Math.min(Math.max(strength, 0), 1)).toFixed(3)})` }, text);
+    })))))));
+}
+const SIGNS = { same: "=", narrower: "⊂", broader: "⊃", different: "≠", unclear: "·" };
+function explanations(sae, detail) {
+  const { layers } = sae, several = layers.length > 1;
+  const pairs = new Map(detail.pairs.map((pair) => [`${pair[0]} ${pair[1]}`, pair]));
+  return make("section", {}, make("h2", {}, "Rules, and where they hold"),
+    make("div", { class: "scroll" }, make("table", { class: "rules" }, make("thead", {}, make("tr", {},
+      several ? make("th", {}, "made at") : null, make("th", {}, "rules"), make("th", { class: "number" }, "F1"), make("th", { class: "number" }, "null"))),
+      make("tbody", {}, detail.made.map(([place, text, f1, none]) => make("tr", {},
+        several ? make("td", {}, place === "all" ? "all layers" : `layer ${place}`) : null,
+        make("td", {}, text),
+        make("td", { class: "number" }, f1.toFixed(3)), make("td", { class: "number" }, none.toFixed(3))))))),
+    make("p", { class: "note" }, `F1 over all held-out tokens; null: F1 of another latent's rules. The token alone: AUPRC ${detail.token[0].toFixed(3)}, the last three tokens: ${detail.token[1].toFixed(3)}.`),
+    several ? make("div", { class: "columns" },
+      matrix("Transfer τ: rules made at a row's layer, at a column's layer", [...layers, "all"], layers, (i, j, a, b) => {
+        const tau = detail.tau[i][j];
+        return tau === null ? ["", 0, "not defined: too few firings, or no rule of its own"] : [tau.toFixed(2), tau, `made at ${a === "all" ? "all layers" : `layer ${a}`}, at layer ${b}: ${tau}`];
+      }),
+      detail.pairs.length ? matrix("The latent at a column's layer, against a row's", layers.slice(0, -1), layers.slice(1), (i, j, a, b) => {
+        const pair = pairs.get(`${a} ${b}`);
+        return pair ? [SIGNS[pair[2]], pair[2] === "same" ? .15 : pair[2] === "unclear" ? 0 : .6,
+          `layers ${a} and ${b}: ${pair[2]}, drift ${pair[3].toFixed(2)} bit${pair[4] === null ? "" : `, q ${pair[4]}`}`] : ["", 0, null];
+      }) : null) : "",
+    several ? make("p", { class: "note" }, (detail.labels === null ? "" : `It needs ${detail.labels} label${detail.labels > 1 ? "s" : ""}. `) +
+      "= same, ⊂ narrower, ⊃ broader, ≠ different, · unclear") : "");
+}
+
 async function latentPage(sae, latent, layer) {
   let data;
   try {
@@ -226,7 +273,9 @@ async function latentPage(sae, latent, layer) {
   const rates = sae.layers.map((_, i) => sae.rate[i][latent]), total = rates.reduce((a, b) => a + b, 0);
   let at = sae.layers.indexOf(layer);
   if (at < 0) at = rates.indexOf(Math.max(...rates));
-  const go = (i) => { location.replace(`${link(sae, latent)}/${sae.layers[i]}`); };
+  const go = (i) => { // (the page of one latent may be part of another page, whose address is not its own)
+    if (index.only) latentPage(sae, latent, sae.layers[i]); else location.replace(`${link(sae, latent)}/${sae.layers[i]}`);
+  };
   const place = order.findIndex((row) => row.sae === sae && row.latent === latent);
   const step = (by) => { const row = order[place + by]; if (row) location.hash = link(row.sae, row.latent); };
   keys = { j: () => step(1), k: () => step(-1), l: () => go((at + 1) % sae.layers.length) };
@@ -238,7 +287,7 @@ async function latentPage(sae, latent, layer) {
       make("p", { class: "label" }, text), make("p", { class: "note" }, `${judge}: ${scores}`)]).flat());
   main.replaceChildren(
     index.only ? "" : make("div", { class: "bar" },
-      make("a", { href: "#" }, "← all latents"), make("span", { class: "spring" }),
+      make("a", { href: listed() }, "← all latents"), make("span", { class: "spring" }),
       make("button", { type: "button", disabled: place < 1, onclick: () => step(-1) }, "previous"),
       make("button", { type: "button", disabled: place < 0 || place + 1 >= order.length, onclick: () => step(1) }, "next")),
     make("h2", {}, `${sae.name}, latent ${latent}`), explanation ?? "",
@@ -260,6 +309,7 @@ async function latentPage(sae, latent, layer) {
       found.across.map((context) => make("div", { class: "context" },
         make("div", { class: "value" }, format(Math.max(...context.acts.map((a) => a[context.peak])) / 255 * max)),
         make("div", { class: "rows" }, sae.layers.flatMap((number, i) => [make("b", {}, String(number)), coloured(context, context.acts[i], max, false)]))))) : "",
+    data.explained ? explanations(sae, data.explained) : "",
     make("section", {}, make("h2", {}, `Highest activations at layer ${sae.layers[at]}`),
       here.top.length ? here.top.map((context) => shown(context, max)) : make("p", { class: "note" }, "It never fired here.")),
     here.bands.length ? make("section", {}, make("h2", {}, `A sample of its firings at layer ${sae.layers[at]}, strongest first`),
@@ -271,9 +321,10 @@ async function latentPage(sae, latent, layer) {
 
 let keys = {};
 function route() {
+  if (index.only) return latentPage(saes[0], index.only[1], index.only[2]);
+  if (!location.hash || location.hash.startsWith("#?")) { restore(location.hash.slice(2)); keys = {}; list(); return; }
   const [name, latent, layer] = location.hash.slice(1).split("/").map(decodeURIComponent);
   const sae = saes.find((each) => each.name === name);
-  if (index.only) return latentPage(saes.find((s) => s.name === index.only[0]), index.only[1], Number(location.hash ? layer : NaN));
   if (!sae || !(Number(latent) < sae.d_sae)) { keys = {}; list(); return; }
   latentPage(sae, Number(latent), layer === undefined ? -1 : Number(layer));
   window.scrollTo(0, 0);
@@ -281,9 +332,10 @@ function route() {
 window.addEventListener("hashchange", route);
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.key === "Escape") { if (location.hash) location.hash = ""; else document.activeElement.blur(); return; }
+  const onList = !location.hash || location.hash.startsWith("#?");
+  if (event.key === "Escape" && !index.only) { if (!onList) location.hash = listed(); else document.activeElement.blur(); return; }
   if (/^(INPUT|SELECT|TEXTAREA)$/.test(document.activeElement.tagName)) return;
-  if (event.key === "/" && !location.hash) { event.preventDefault(); document.getElementById("find-text").focus(); return; }
+  if (event.key === "/" && onList && !index.only) { event.preventDefault(); document.getElementById("find-text").focus(); return; }
   if (keys[event.key]) { event.preventDefault(); keys[event.key](); }
 });
 document.getElementById("subtitle").textContent =
