@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from groupsae.app.run_folder import finished_run, open_run, register_resolver
 from groupsae.config.arguments import arguments_of, composed
+from groupsae.config.values import COUNT, at_least, between
 from groupsae.files.locks import lock_folder
 from groupsae.files.reading import read_json, require_json
 from groupsae.runtime.errors import UserError
@@ -27,6 +28,14 @@ if TYPE_CHECKING:
     from groupsae.suite.suite import Suite
 
 CONTEXT = 1024  # tokens in a block, as in conf/train.yaml, if the model reads as many
+NUMBERS = {  # what the arguments may be where they are not None
+    "tokens": COUNT,
+    "context": at_least(2),
+    "batch_size": COUNT,
+    "resamples": COUNT,
+    "level": between(0, 1),
+    "seed": at_least(0),
+}
 
 
 class TrainedRun:
@@ -208,7 +217,7 @@ def evaluate(
 
     Raises:
         UserError: the model has another width or depth than the SAEs' own, or is on another
-            device; the texts fill no block; the run is not finished.
+            device; the texts fill no block; a number is not allowed; the run is not finished.
 
     >>> text = "def area(width, height):\n    return width * height\n" * 40
     >>> found = groupsae.evaluate(suite, model, [text], tokenizer=tokenizer)
@@ -226,6 +235,10 @@ def evaluate(
         raise UserError(
             "a suite is evaluated on a model and texts: evaluate(suite, model, texts)."
         )
+    _check_numbers(
+        tokens=tokens, context=context, batch_size=batch_size, resamples=resamples, level=level,
+        seed=seed,
+    )  # fmt: skip
     import torch
 
     from groupsae.data.filters import TokenFilter
@@ -309,14 +322,15 @@ def angular_distances(
         Float64 [L, L], symmetric, with a zero diagonal.
 
     Raises:
-        UserError: the model lacks the stack, blocks or hookpoint, an activation is not finite, or
-            the texts fill no block.
+        UserError: the model lacks the stack, blocks or hookpoint, an activation is not finite,
+            the texts fill no block, or a number is not allowed.
 
     >>> text = "def area(width, height):\n    return width * height\n" * 40
     >>> distances = groupsae.angular_distances(model, tokenizer, [text])
     >>> distances.shape, groupsae.choose(distances[:-1, :-1], theta=0.2).num_groups
     ((12, 12), 2)
     """
+    _check_numbers(tokens=tokens, context=context, batch_size=batch_size)
     import torch
 
     from groupsae.grouping.angles import AngularDistance
@@ -358,6 +372,13 @@ def angular_distances(
 
 
 # ---- a model and texts in hand --------------------------------------------------------------
+
+
+def _check_numbers(**given: Any) -> None:
+    for name, value in given.items():
+        plain = value.item() if hasattr(value, "item") else value  # of numpy
+        if value is not None and not NUMBERS[name].holds(plain):
+            raise UserError(f"{name} is {value!r}; it must be {NUMBERS[name].words}.")
 
 
 @contextmanager

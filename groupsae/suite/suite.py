@@ -48,7 +48,7 @@ class Suite:
         run: the run folder, whose results are shown and saved with the SAEs; None: there is none.
 
     Raises:
-        UserError: two SAEs serve one layer.
+        UserError: there is no SAE, or two serve one layer.
 
     >>> from groupsae import TopK
     >>> saes = {"layers.3-4": TopK(d_model=8, d_sae=32, k=4)}
@@ -70,6 +70,8 @@ class Suite:
         configs: dict[str, dict[str, Any]],
         run: Path | None = None,
     ) -> None:
+        if not saes:
+            raise UserError("a suite has at least one SAE: give saes and configs, by name.")
         self.saes, self.configs, self.run = saes, configs, run
         self._owner: dict[int, str] = {}
         for name, config in configs.items():
@@ -143,7 +145,9 @@ class Suite:
 
         The model is transformers' own object with its head, as it was loaded for training (id,
         commit, dtype, quantisation), frozen and in evaluation mode. This imports transformers,
-        which nothing else of a suite needs. A warning says if the weights have changed.
+        which nothing else of a suite needs. A warning says if the weights have changed. The
+        tokenizer is as the model has it: where `suite.cfg["prepend_bos"]` holds, training began
+        each block with BOS, and so should a text of yours, which not every tokenizer does.
 
         Args:
             device: None: that of the SAEs.

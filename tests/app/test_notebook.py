@@ -208,6 +208,12 @@ def test_what_does_not_fit_is_one_sentence(
             groupsae.evaluate(*arguments, tokenizer=tokenizer)
     with pytest.raises(groupsae.UserError, match="reads at most 64"):
         groupsae.evaluate(suite, model, texts, context=65)
+    wrong: dict[str, Any] = {"tokens": -5, "batch_size": 0, "resamples": 0, "level": 95}
+    for name, value in wrong.items():
+        with pytest.raises(groupsae.UserError, match=f"{name} is {value}; it must be a"):
+            groupsae.evaluate(suite, model, texts, **{name: value})
+    with pytest.raises(groupsae.UserError, match="context is 1; it must be an integer of at"):
+        groupsae.angular_distances(model, tokenizer, texts, context=1)
     nameless = other()
     nameless.name_or_path = ""
     with pytest.raises(groupsae.UserError, match="give tokenizer="):

@@ -16,7 +16,7 @@ from groupsae.grouping.groupings import groupings
 from groupsae.runtime.errors import UserError
 from groupsae.sae.topk import TopK
 from groupsae.suite.groups_file import load_plan
-from groupsae.suite.suite import load_saes, save_sae
+from groupsae.suite.suite import Suite, load_saes, save_sae
 from groupsae.training.group import GroupSAE
 from groupsae.training.optim import Adam
 
@@ -336,6 +336,8 @@ def test_saes_without_their_plan_belong_to_one_grouping(all_folder):
 
 
 def test_saes_that_share_a_layer_are_no_suite(all_folder):
+    with pytest.raises(UserError, match="has at least one SAE"):
+        Suite({}, {})
     assert load_saes(all_folder / "saes", ["layers.0-2", "layers.3"]).layers == [0, 1, 2, 3]
     with pytest.raises(UserError, match=r"layer 1 has two SAEs, layers\.0-2 and layers\.1:"):
         load_saes(all_folder / "saes", ["layers.0-2", "layers.1"])
