@@ -119,7 +119,8 @@ def splice(
     def visit(layer: int, acts: Tensor, reading: Reading | None) -> Tensor | None:
         if error and not (torch.is_grad_enabled() and acts.requires_grad):
             return None
-        x_hat = _reconstruct(saes[layer], acts)
+        sae = saes[layer]
+        x_hat = sae(acts.to(sae.device)).to(acts)
         if error:  # adds exactly zero
             x_hat = acts.detach() + (x_hat - x_hat.detach())
         return _only_at(positions, reading, acts, x_hat)
@@ -224,10 +225,6 @@ def _bounds(latent: int, bounds: Any) -> tuple[float, float]:
     if low > high:
         raise UserError(f"clamp of latent {latent} is {low:g} to {high:g}: give the lower first.")
     return low, high
-
-
-def _reconstruct(sae: LayerSAE, acts: Tensor) -> Tensor:
-    return sae(acts.to(sae.device)).to(acts)
 
 
 def _check_positions(positions: Positions) -> None:

@@ -73,19 +73,16 @@ class Suite:
         if not saes:
             raise UserError("a suite has at least one SAE: give saes and configs, by name.")
         self.saes, self.configs, self.run = saes, configs, run
-        self._owner: dict[int, str] = {}
+        self._views: dict[int, LayerSAE] = {}
         for name, config in configs.items():
             for layer in config["layers"]:
-                if layer in self._owner:
+                if layer in self._views:
                     raise UserError(
-                        f"layer {layer} has two SAEs, {self._owner[layer]} and {name}: a suite "
-                        "has one for each layer. Choose with from_pretrained(path, grouping=...)."
+                        f"layer {layer} has two SAEs, {self._views[layer].group} and {name}: a "
+                        "suite has one for each layer. Choose with from_pretrained(path, "
+                        "grouping=...)."
                     )
-                self._owner[layer] = name
-        self._views = {
-            layer: LayerSAE(saes[name], layer, name, configs[name])
-            for layer, name in self._owner.items()
-        }
+                self._views[layer] = LayerSAE(saes[name], layer, name, config)
 
     @classmethod
     def from_pretrained(
@@ -265,7 +262,7 @@ class Suite:
     @property
     def layers(self) -> list[int]:
         """Return all layers that have an SAE."""
-        return sorted(self._owner)
+        return sorted(self._views)
 
     @property
     def groups(self) -> dict[str, list[int]]:
@@ -314,8 +311,10 @@ class Suite:
         """
         if not isinstance(layer, SupportsIndex):
             raise UserError(f"suite[{layer!r}]: give the number of one layer, such as suite[5].")
-        self.group_of(index(layer))
-        return self._views[index(layer)]
+        found = self._views.get(index(layer))
+        if found is None:
+            raise UserError(f"no SAE for layer {layer}; this suite covers layers {self.layers}.")
+        return found
 
     def __iter__(self) -> Iterator[LayerSAE]:
         """Return the SAEs of all layers, from the first layer to the last."""
@@ -323,11 +322,11 @@ class Suite:
 
     def __len__(self) -> int:
         """Return the number of layers that have an SAE."""
-        return len(self._owner)
+        return len(self._views)
 
     def __contains__(self, layer: object) -> bool:
         """Return whether a layer has an SAE."""
-        return layer in self._owner
+        return layer in self._views
 
     def to(self, device: torch.device | str | torch.dtype) -> "Suite":
         """Move every SAE to a device, or convert it to a dtype; returns the suite itself."""
@@ -341,9 +340,7 @@ class Suite:
         Raises:
             UserError: the layer has no SAE.
         """
-        if layer not in self._owner:
-            raise UserError(f"no SAE for layer {layer}; this suite covers layers {self.layers}.")
-        return self._owner[layer]
+        return self[layer].group
 
     def norm_factor(self, layer: int) -> float:
         """Return the factor that activations of a layer are multiplied by before encoding."""
