@@ -14,7 +14,7 @@ from groupsae.app.run_folder import finished_run, open_run, register_resolver
 from groupsae.config.arguments import arguments_of, composed
 from groupsae.config.values import COUNT, at_least, between
 from groupsae.files.locks import lock_folder
-from groupsae.files.reading import read_json, require_json
+from groupsae.files.reading import read_json
 from groupsae.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,7 +73,13 @@ class TrainedRun:
         Raises:
             UserError: the run is not finished.
         """
-        return require_json(self.folder / "summary.json")
+        found = read_json(self.folder / "summary.json")
+        if found is None:
+            raise UserError(
+                f"{self.folder} holds no finished run: groupsae.train with the values of a run "
+                "resumes it."
+            )
+        return found
 
     @property
     def evaluation(self) -> "pd.DataFrame":

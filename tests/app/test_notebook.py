@@ -220,6 +220,8 @@ def test_what_does_not_fit_is_one_sentence(
         groupsae.evaluate(suite, nameless, texts)
     with pytest.raises(groupsae.UserError, match="was not evaluated"):
         groupsae.TrainedRun(tmp_path).evaluation  # noqa: B018
+    with pytest.raises(groupsae.UserError, match="holds no finished run"):
+        groupsae.TrainedRun(tmp_path).summary  # noqa: B018
 
 
 # ---- distances --------------------------------------------------------------------------------
