@@ -214,8 +214,8 @@ def print_judged(console: Console, judged: Mapping[str, Any]) -> None:
 
 
 def _with_half(entry: Mapping[str, Any]) -> str:
-    low, high = (entry["interval"][end] for end in ("low", "high"))
-    return _two(entry["mean"]) + (f" ±{(high - low) / 2:.2f}" if low is not None else "")
+    low, high = (entry.get("interval", {}).get(end) for end in ("low", "high"))
+    return _two(entry["mean"]) + ("" if low is None else f" ±{(high - low) / 2:.2f}")
 
 
 def _two(value: float | None) -> str:

@@ -61,7 +61,7 @@ def ask(
         UserError: the judge cannot be reached, or its answers cannot be read; what it answered
             before is kept.
     """
-    total = planned(found, protocol_of(options), options.judged_latents, options.seed).questions
+    total = planned(found, protocol_of(options), count_of(options), options.seed).questions
     with stopped_by_signals(), Progress(transient=True, console=console) as progress:
         task = progress.add_task(f"asking {judge.name}", total=total)
         judge.advance = lambda count: progress.advance(task, count)
@@ -70,7 +70,7 @@ def ask(
             explained,
             judge,
             protocol_of(options),
-            options.judged_latents,
+            count_of(options),
             options.seed,
             lambda line: console.print(line, soft_wrap=True, markup=False),
         )
@@ -87,7 +87,7 @@ def print_needs(folder: Path, options: DictConfig, console: Console) -> None:
         )
         return
     found = Interpretation(folder)
-    needs = planned(found, protocol_of(options), options.judged_latents, options.seed)
+    needs = planned(found, protocol_of(options), count_of(options), options.seed)
     price = options.endpoint.price
     cost = ""
     if options.judge == "endpoint" and any(price):
@@ -98,6 +98,11 @@ def print_needs(folder: Path, options: DictConfig, console: Console) -> None:
         "gives no probabilities, five texts share a request.",
         soft_wrap=True,
     )
+
+
+def count_of(options: DictConfig) -> int:
+    """Return how many latents of each SAE a judge explains: not more than rules do."""
+    return int(min(options.judged_latents, options.latents))
 
 
 def protocol_of(options: DictConfig) -> Protocol:

@@ -22,7 +22,6 @@ from groupsae.interpretation.rules import Explanation, Rule
 from groupsae.interpretation.text import EXPLAIN
 from groupsae.interpretation.verdicts import (
     TRIALS,
-    Yes,
     auc,
     discriminates,
     found_by_grams,
@@ -58,6 +57,9 @@ FUZZ_TASK = 'A unit fires on: "{}"\nAre the tokens between « and » those on wh
 INTRUDER_TASK = """\
 In four of these five texts a unit of a language model fires on the tokens between « and »; in \
 one, tokens are marked at random. Which text does not belong?"""
+
+# by task and latent: probabilities of yes by its own explanation, and by another latent's
+Judgements = dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]
 
 
 class Judging:
@@ -100,20 +102,22 @@ class Judging:
 
         Args:
             sae: what was collected of it.
-            count: number of latents.
+            count: number of latents; as many as rules have explained, at most.
             rules: the row of each latent in the explanations by rules, scored on the same windows.
 
         Raises:
-            UserError: no latent has enough windows, or no explanation could be read.
+            UserError: no explanation could be read.
         """
         chooser = WindowChooser(self.found, sae, self.protocol, self.seed)
-        chosen = choose(sae, count).latents
+        chosen = choose(sae, min(count, len(rules))).latents
         every = {latent: chooser.of(latent) for latent in chosen}
         windows = {latent: each for latent, each in every.items() if each.enough}
         texts = self._explained(windows)
         # neighbours in this order have like density: each is the other's null
         order = sorted(texts, key=lambda latent: (windows[latent].fired, latent))
-        other = {a: order[i + 1 if i + 1 < len(order) else i - 1] for i, a in enumerate(order)}
+        other: dict[int, int] = {}  # a single latent has no null
+        if len(order) > 1:
+            other = {a: order[i + 1 if i + 1 < len(order) else i - 1] for i, a in enumerate(order)}
         answers = self._answers(windows, texts, order, other)
         by_rules = self._answers_of_rules(windows, rules, order, other)
         intruders = self._intruders(windows, order)
@@ -123,7 +127,7 @@ class Judging:
             row: dict[str, Any] = {
                 "latent": latent,
                 "explanation": texts[latent],
-                "null": other[latent],
+                "null": other.get(latent),
                 "rate": shown.rate,
                 "fired": shown.fired,
                 "overlap": shown.overlap,
@@ -166,7 +170,7 @@ class Judging:
                 name: _mean([row["intruder"][name] for row in rows]) for name in ("tfidf", "judge")
             },
             "discrimination": _mean([d for row in rows for d in row["discriminates"]]),
-            "overlap": _mean([row["overlap"] for row in rows]),
+            "overlap": _mean([row["overlap"] for row in rows]) or 0.0,
             "latents": rows,
         }
 
@@ -220,9 +224,9 @@ class Judging:
         texts: Mapping[int, str],
         order: Sequence[int],
         other: Mapping[int, int],
-    ) -> dict[str, dict[int, tuple[Yes, Yes]]]:
+    ) -> Judgements:
         """Return the answers for each latent: by its own explanation, and by another one's."""
-        found: dict[str, dict[int, tuple[Yes, Yes]]] = {}
+        found: Judgements = {}
         for task, form in zip(TASKS, (DETECT_TASK, FUZZ_TASK), strict=True):
             questions = [
                 Question(
@@ -230,13 +234,14 @@ class Judging:
                     text_of(self.found, window, marked=task == "fuzzing"),
                 )
                 for latent in order
-                for explained in (latent, other[latent])
+                for explained in (latent, other.get(latent))
+                if explained is not None
                 for window in windows[latent].score
             ]
             yes = iter(self._ask(questions))
             found[task] = {
                 latent: tuple(  # type: ignore[misc]
-                    np.array([next(yes) for _ in windows[latent].score]) for _ in range(2)
+                    np.array([next(yes, np.nan) for _ in windows[latent].score]) for _ in range(2)
                 )
                 for latent in order
             }
@@ -248,20 +253,23 @@ class Judging:
         rules: Mapping[int, Mapping[str, Any]],
         order: Sequence[int],
         other: Mapping[int, int],
-    ) -> dict[str, dict[int, tuple[Yes, Yes]]]:
+    ) -> Judgements:
         """Return what the rules predict for the same windows.
 
         They fire in a window if a rule holds in it; they agree with marks by the share of marked
         tokens at which one holds, and say yes from more than half of them.
         """
         predicted = {latent: self._predicted(rules[latent]) for latent in order}
-        found: dict[str, dict[int, tuple[Yes, Yes]]] = {task: {} for task in TASKS}
+        found: Judgements = {task: {} for task in TASKS}
         first = self._first
         for latent in order:
             shown = windows[latent].score
             for task in TASKS:
                 sides = []
-                for explained in (latent, other[latent]):
+                for explained in (latent, other.get(latent)):
+                    if explained is None:
+                        sides.append(np.full(len(shown), np.nan))
+                        continue
                     at = predicted[explained]
                     spans = [at[w.start - first : w.start - first + w.length] for w in shown]
                     if task == "detection":

@@ -133,7 +133,7 @@ def _balanced(tpr: float | None, fpr: float | None) -> float | None:
 
 def summary(
     rows: Sequence[Mapping[str, Any]],
-    answers: Sequence[tuple[Yes, Yes, Sequence[Window]]],
+    answers: Sequence[tuple[np.ndarray, np.ndarray, Sequence[Window]]],
     documents: np.ndarray,
     seed: int,
 ) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def _mean(values: np.ndarray, weights: np.ndarray | None = None) -> float | None
 
 def _resampled(
     rows: Sequence[Mapping[str, Any]],
-    answers: Sequence[tuple[Yes, Yes, Sequence[Window]]],
+    answers: Sequence[tuple[np.ndarray, np.ndarray, Sequence[Window]]],
     documents: np.ndarray,
     seed: int,
 ) -> dict[str, tuple[Bootstrap, np.ndarray, np.ndarray]]:
@@ -205,7 +205,7 @@ def _resampled(
     for side in (0, 1):
         each: dict[str, list[np.ndarray]] = {name: [] for name in means}
         for row, answer, end in zip(rows, answers, ends, strict=True):
-            yes: Yes = answer[:2][side]
+            yes = answer[:2][side]
             kinds = np.array([window.kind for window in answer[2]])
             weights = bootstrap.weights[:, end - len(yes) : end]
             tpr, fpr = (

@@ -388,6 +388,21 @@ def test_a_killed_judge_continues_and_pays_for_nothing_twice(fresh, by_rules):
     assert json.dumps(result["saes"]) == json.dumps(again["saes"])
 
 
+def test_a_single_latent_has_no_null_and_no_latent_no_scores(fresh, by_rules, tmp_path):
+    result, _, _ = judged_by(knows, fresh, by_rules, count=1)
+    mean = result["saes"]["g"]["mean"]["judge"]["detection"]["f1"]
+    assert (mean["mean"], mean["null"]) == (1.0, None)
+    assert "adjusted" not in mean
+    one = {"g": {"latents": by_rules["g"]["latents"][:1]}}  # rules explained fewer
+    assert len(judged_by(knows, fresh, one, model="n")[0]["saes"]["g"]["latents"]) == 1
+    small = plant(tmp_path / "small" / "interpretation", blocks=8)
+    found, _, _ = judged_by(knows, small, by_rules)
+    assert found["saes"]["g"]["latents"] == []
+    console = Console(width=80, record=True, file=io.StringIO())
+    print_judged(console, found)
+    assert re.search(r"g \(0\)\s+endpoint\s+detection\s+–", console.export_text())
+
+
 def test_needs_are_those_of_the_requests_that_follow(fresh, by_rules):
     needs = planned(fresh, OURS, 4, 0)
     _, _, server = judged_by(knows, fresh, by_rules, count=4)
