@@ -26,8 +26,14 @@ train: $(READY)  ## Train Group-SAEs: the bundled model and text, minutes on a C
 evaluate: $(READY)  ## Measure what a run costs the model: make evaluate ARGS="run=<run folder>"
 	@$(BIN)/python -m groupsae.evaluate $(ARGS)
 
-interpret: $(READY)  ## Show what single latents do, on one page: ARGS="run=<run folder>"
-	@$(BIN)/python -m groupsae.interpret $(ARGS)
+# without run= the newest finished run under outputs/
+interpret: $(READY)  ## Show what single latents do, on one page: the newest run, or ARGS="run=<run folder>"
+	@case " $(ARGS)" in *" run="*) ;; *) \
+		newest=$$(ls -t outputs/*/*/*/summary.json 2>/dev/null | head -n 1); \
+		if [ -z "$$newest" ]; then \
+			echo 'no finished run under outputs/: make train makes one' >&2; exit 1; fi; \
+		run="run=$${newest%/summary.json}"; echo "$$run" ;; esac; \
+	$(BIN)/python -m groupsae.interpret $${run:+"$$run"} $(ARGS)
 
 report: $(READY)  ## Write the report page of one or more runs: ARGS="run=<folder>[,<folder>]"
 	@$(BIN)/python -m groupsae.report $(ARGS)

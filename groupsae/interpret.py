@@ -19,6 +19,8 @@ def interpret(cfg: DictConfig) -> None:
     """Interpret the latents of one run."""
     folder = one_folder(cfg)
     trained = finished_run(folder, trusted=cfg.trust_remote_code, moved=moved_places(cfg))
+    if cfg.get("logger") is not None:
+        trained.logger = cfg.logger
     from groupsae.app.interpret import interpret  # slow imports only after the cheap checks
 
     with lock_folder(folder):

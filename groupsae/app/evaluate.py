@@ -2,13 +2,17 @@
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import pandas as pd  # type: ignore[import-untyped,unused-ignore]
 import torch
 import wandb
+from lightning.pytorch.loggers import WandbLogger
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -51,8 +55,6 @@ def evaluate(folder: Path, cfg: DictConfig, options: DictConfig, device: str) ->
     """
     console, watch = screen(), Stopwatch()
     quiet()
-    # the W&B run of the training, if it is still open, is logged to
-    warnings.filterwarnings("ignore", ".*wandb run already in progress.*")
     place = device_named(device)
     check_values(options, EVALUATION, "evaluation.")
     summary = require_json(folder / "summary.json")
@@ -129,14 +131,39 @@ def _log(folder: Path, evaluation: dict[str, Any], configs: Any, step: int) -> N
         name, together = grouping["name"], grouping["spliced_together"] or {}
         figures |= {f"{metric}/{name}": v for metric, v in grouping["all_layers"].items()}
         figures |= {f"{metric}_together/{name}": v for metric, v in together.items()}
-    numbers = {f"eval/{name}": value_of(stored) for name, stored in figures.items()}
-    numbers = {name: number for name, number in numbers.items() if number is not None}
+    numbers = {
+        f"eval/{name}": number
+        for name, stored in figures.items()
+        if (number := value_of(stored)) is not None
+    }
+    log_results(folder, configs, numbers, step, evaluation_figures(read_run(folder)))
+
+
+def log_results(
+    folder: Path,
+    configs: Mapping[str, Any],
+    numbers: Mapping[str, float],
+    step: int,
+    figures: Mapping[str, Figure],
+    tables: Mapping[str, pd.DataFrame] = MappingProxyType({}),
+    samples: Mapping[str, Sequence[float]] = MappingProxyType({}),
+) -> None:
+    """Send the results of a command to the loggers of a run, and write its figures.
+
+    W&B also gets the tables, and the samples as histograms.
+    """
+    # the W&B run of the training, if it is still open, is logged to
+    warnings.filterwarnings("ignore", ".*wandb run already in progress.*")
     ours = wandb.run is None
     try:
         loggers = [make(config) for config in configs.values()]
         for logger in loggers:
             logger.log_metrics(numbers, step=step)
-        save_figures(folder / "figures", evaluation_figures(read_run(folder)), loggers)
+        save_figures(folder / "figures", dict(figures), loggers)
+        for logger in (each for each in loggers if isinstance(each, WandbLogger)):
+            for name, frame in tables.items():
+                logger.log_table(name, dataframe=frame)
+            logger.experiment.log({k: wandb.Histogram(list(v)) for k, v in samples.items()})
     finally:
         if ours and wandb.run is not None:  # or the next point of a sweep would log into this run
             wandb.finish()

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from groupsae import __version__
 from groupsae.app.console import print_explanations, print_groupings
-from groupsae.app.evaluate import device_named, same_stream
+from groupsae.app.evaluate import device_named, log_results, same_stream
 from groupsae.app.judge import ask, judge_of, print_needs
 from groupsae.config.values import INTERPRETATION, check_values
 from groupsae.data.activations import ActivationDataModule
@@ -44,7 +44,8 @@ from groupsae.interpretation.judged import read_judged
 from groupsae.interpretation.page import labels_of, write_page
 from groupsae.interpretation.run import Pass, Process
 from groupsae.interpretation.text import Text
-from groupsae.reporting.load import RunFiles, read_explained
+from groupsae.reporting.figures import explained_figures
+from groupsae.reporting.load import RunFiles, read_run
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.output import screen
 from groupsae.runtime.progress import token_progress
@@ -100,7 +101,9 @@ def interpret(
     print_explanations(console, explained)
     directions = {name: suite.saes[name].directions() for name, suite in saes.items()}
     write_frames(target, explained, groupings(plan), directions, options.seed)
-    print_groupings(console, RunFiles(explained=read_explained(folder)))
+    run = read_run(folder)
+    print_groupings(console, run)
+    _log(run, cfg.logger or {})
     title = f"{data.lm.name}: {', '.join(names) if len(names) < 5 else f'{len(names)} SAEs'}"
 
     def page() -> None:
@@ -111,6 +114,25 @@ def interpret(
     if judge is not None:
         ask(found, explained, judge, options, console)
         page()
+
+
+def _log(run: RunFiles, configs: Any) -> None:
+    """Send the means over each grouping, and W&B the tables and the histograms of F1 by SAE."""
+    tables = run.explained
+    numbers = {
+        f"interpret/{metric}/{row['grouping']}": float(value)
+        for row in tables["groupings"].to_dict("records")
+        for metric, value in row.items()
+        if isinstance(value, int | float) and not metric.endswith(("_low", "_high"))
+        if metric != "num_groups" and value == value
+    }
+    samples = {
+        f"interpret/f1/{name}": frame["f1"].tolist()
+        for name, frame in tables["latents"].groupby("sae")
+    }
+    step = run.summary["steps"] + 1  # as an evaluation, one step later than training
+    frames = {f"interpret/{name}": frame for name, frame in tables.items()}
+    log_results(run.folder, configs, numbers, step, explained_figures(run), frames, samples)
 
 
 def explain(found: Interpretation, options: DictConfig, console: Console) -> dict[str, Any]:

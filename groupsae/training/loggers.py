@@ -18,6 +18,7 @@ from groupsae.files.atomic import atomic_write, explain_write_errors
 from groupsae.files.reading import read_metrics
 from groupsae.runtime.compat import make_wandb_offline
 
+AFTER_TRAINING = {"eval", "interpret"}  # stages of commands on a finished run
 COLUMNS = ("step", "metric", "value")
 
 
@@ -51,16 +52,24 @@ class MetricsCSV(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append one row for each metric."""
         if not self._started:
-            self._start(step or 0)
+            self._start(step or 0, {name.split("/")[0] for name in metrics})
         with explain_write_errors(self.path), self.path.open("a", newline="") as handle:
             csv.writer(handle).writerows(
                 (step or 0, name, value) for name, value in metrics.items() if name != "epoch"
             )
 
-    def _start(self, step: int) -> None:
-        """Write the header, or drop the rows of a killed run from this step on."""
+    def _start(self, step: int, stages: set[str]) -> None:
+        """Write the header, or drop the rows of a killed run from this step on.
+
+        A command on the finished run replaces its own rows, not those of the other commands.
+        """
         self._started = True
-        kept = [row for row in read_metrics(self.path) if row[0] < step]
+        others = AFTER_TRAINING - stages if stages <= AFTER_TRAINING else set()
+        kept = [
+            row
+            for row in read_metrics(self.path)
+            if row[0] < step or row[1].split("/")[0] in others
+        ]
         with atomic_write(self.path, "w", newline="") as handle:
             csv.writer(handle).writerows([COLUMNS, *kept])
 

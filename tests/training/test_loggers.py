@@ -35,6 +35,17 @@ def test_a_resumed_run_appends_and_repeats_no_step(tmp_path):
     assert read_metrics(tmp_path / "metrics.csv") == expected
 
 
+def test_commands_on_a_finished_run_replace_their_own_rows_only(tmp_path):
+    log(tmp_path, (9, {"train/a": 1.0}))
+    for value in (1.0, 2.0):
+        log(tmp_path, (11, {"eval/a": value}))
+        log(tmp_path, (11, {"interpret/a": value}))
+    expected = [(9, "train/a", 1.0), (11, "eval/a", 2.0), (11, "interpret/a", 2.0)]
+    assert read_metrics(tmp_path / "metrics.csv") == expected
+    log(tmp_path, (9, {"train/a": 3.0}))  # training from a checkpoint: what came after is void
+    assert read_metrics(tmp_path / "metrics.csv") == [(9, "train/a", 3.0)]
+
+
 def test_a_new_metric_in_the_middle_of_a_run_is_just_another_row(tmp_path):
     log(tmp_path, (0, {"a": 1.0}), (0, {"late": 2.0}), (1, {"a": 3.0}))
     assert [name for _, name, _ in read_metrics(tmp_path / "metrics.csv")] == ["a", "late", "a"]
