@@ -1,5 +1,6 @@
 """Look into the latents of a run: `python -m groupsae.interpret run=<run folder>`."""
 
+import signal
 import sys
 
 from omegaconf import DictConfig
@@ -39,9 +40,9 @@ def main() -> None:
     register_resolver()
     try:
         start("interpret", interpret)
-    except Stopped as stopped:
+    except (Stopped, KeyboardInterrupt) as stopped:
         print("stopped; the same command resumes where it was", file=sys.stderr)
-        sys.exit(128 + stopped.number)
+        sys.exit(128 + (stopped.number if isinstance(stopped, Stopped) else signal.SIGINT))
 
 
 if __name__ == "__main__":

@@ -192,6 +192,7 @@ def save_config(cfg: DictConfig, path: Path) -> None:
 
 
 def _saved_config(folder: Path, key: str, trusted: bool) -> DictConfig:
+    register_resolver()  # which the loggers' and callbacks' folders need
     path = folder / ".hydra" / "config.yaml"
     if not path.exists():
         raise UserError(

@@ -246,6 +246,11 @@ def _parsed(argument: str) -> Override:
     except HydraException:
         key, equals, value = argument.partition("=")
         example = f"\"{key}='{value}'\"" if equals else "tokens=1_000_000"
+        if not equals and os.path.exists(argument):
+            raise UserError(
+                f"{argument} is an argument without a key: a run folder is named by "
+                f"run={argument}, a text by data.path={argument}."
+            ) from None
         raise UserError(
             f"cannot read the argument {argument}: write key=value, and put a value with unusual "
             f"characters in quotes twice, such as {example}."

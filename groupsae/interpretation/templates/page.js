@@ -42,6 +42,7 @@ for (const sae of index.only ? [] : saes) { // the page of one latent has no lis
   }
 }
 const scored = rows.some((row) => row.score !== null);
+if (scored) state.sort = "score"; // or the explained ones would be lost among the others
 const labelled = !index.only && saes.some((sae) => sae.label.some((label) => label !== null));
 
 function matching() {
@@ -93,7 +94,7 @@ function list() {
       state.down = state.sort === name ? !state.down : true; state.sort = name; fill(); } }, title));
   const table = make("table", {}, make("thead", {}, make("tr", {},
     make("th", {}, "SAE"), heading("latent", "latent"), heading("rate", "fires on"), heading("layer", "mostly at layer", true),
-    heading("max", "highest", true), scored ? heading("score", "score") : null,
+    heading("max", "highest", true), scored ? heading("score", "F1") : null,
     labelled ? make("th", {}, "explanation") : null, make("th", {}, "peaks on"))), body);
   function fill() {
     if (location.hash.replace(/^#$/, "") !== listed().replace(/^#$/, "")) history.replaceState(null, "", listed());
@@ -110,7 +111,9 @@ function list() {
       labelled ? make("td", {}, row.sae.label[row.latent] ?? "", " ",
         row.sae.badge[row.latent] ? make("span", { class: "badge" }, row.sae.badge[row.latent]) : null) : null,
       make("td", {}, row.sae.peaks[row.latent].filter((t) => t >= 0).map(chip)))));
-    count.textContent = `${found.length.toLocaleString("en")} of ${rows.length.toLocaleString("en")} latents`;
+    const explained = rows.filter((row) => row.score !== null).length;
+    count.textContent = `${found.length.toLocaleString("en")} of ${rows.length.toLocaleString("en")} latents` +
+      (scored ? `, ${explained.toLocaleString("en")} of them drawn to be explained` : "");
     pages.replaceChildren(...(last ? [
       make("button", { type: "button", disabled: state.page === 0, onclick: () => { state.page--; fill(); } }, "← earlier"),
       make("span", {}, `page ${state.page + 1} of ${last + 1}`),
@@ -127,7 +130,7 @@ function list() {
     field("token", "peaks on token", { type: "search" }),
     choice, field("from", "from layer", { type: "number", min: 0 }), field("to", "to layer", { type: "number", min: 0 }),
     field("rate", "fires on at least, %", { type: "number", min: 0, step: "any" }),
-    scored ? field("score", "score at least", { type: "number", min: 0, max: 1, step: "any" }) : null),
+    scored ? field("score", "F1 at least", { type: "number", min: 0, max: 1, step: "any" }) : null),
     count, make("div", { class: "scroll" }, table), pages,
     make("p", { class: "note keys" }, make("kbd", {}, "/"), " search, ", make("kbd", {}, "j"), " and ", make("kbd", {}, "k"),
       " next and previous latent, ", make("kbd", {}, "l"), " next layer, ", make("kbd", {}, "Esc"), " back to the list"));
@@ -282,7 +285,7 @@ async function latentPage(sae, latent, layer) {
   const several = sae.layers.length > 1, here = found.layers[at];
   const explanation = sae.label[latent] === null ? null : make("div", {},
     make("p", { class: "label" }, sae.label[latent], " ", sae.badge[latent] ? make("span", { class: "badge" }, sae.badge[latent]) : null),
-    sae.score[latent] === null ? null : make("p", { class: "note" }, `score ${sae.score[latent].toFixed(3)}`),
+    sae.score[latent] === null ? null : make("p", { class: "note" }, `F1 ${sae.score[latent].toFixed(3)} on all held-out tokens; ";" separates rules, of which one must hold`),
     (sae.judged[latent] ?? []).map(([judge, text, scores]) => [
       make("p", { class: "label" }, text), make("p", { class: "note" }, `${judge}: ${scores}`)]).flat());
   main.replaceChildren(
@@ -292,6 +295,7 @@ async function latentPage(sae, latent, layer) {
       make("button", { type: "button", disabled: place < 0 || place + 1 >= order.length, onclick: () => step(1) }, "next")),
     make("h2", {}, `${sae.name}, latent ${latent}`), explanation ?? "",
     total ? "" : make("p", { class: "note" }, "This latent never fired on the text that was read."),
+    labelled && sae.label[latent] === null ? make("p", { class: "note" }, "It is not among the latents that were drawn to be explained.") : "",
     make("div", { class: "columns" },
       make("div", {}, make("h3", {}, several ? "At each layer of its group" : "How often it fires"),
         make("div", { class: "share" }, make("span", { class: "head" }, "layer"), make("span", { class: "head" }, "share of its firings"),
