@@ -105,10 +105,13 @@ def explain(run: Path, latents: dict[int, str], layers: list[int]) -> None:
     Of latent 3 there is one by a language model as well.
     """
     scores = {"f1": 0.5, "precision": 0.6, "recall": 0.4, "null_f1": 0.1}
+    scores |= {"unigram_auprc": 0.3, "lookup_auprc": 0.4}
+    made = [*map(str, layers), "all"]
     rows = [
         {
             "latent": latent,
             "sharing": {"pairs": []},
+            "transfer": {a: dict.fromkeys(made, 0.5) for a in made},
             "all": {"text": text, "scores": scores},
             "layers": {
                 str(layer): {"text": f"{layer}: {text}", "scores": scores} for layer in layers
@@ -116,7 +119,8 @@ def explain(run: Path, latents: dict[int, str], layers: list[int]) -> None:
         }
         for latent, text in latents.items()
     ]
-    stored = {"format": 1, "key": ["k", 4], "saes": {"layers.0-1": {"latents": rows}}}
+    explained = {"layers": [0, 1], "latents": rows}
+    stored = {"format": 1, "key": ["k", 4], "saes": {"layers.0-1": explained}}
     (run / "interpretation" / "explanations.json").write_text(json.dumps(stored))
     judged = {
         "collected": "k",
