@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -190,7 +191,6 @@ def collect(
     text = Text(data, explain, score)
     kept = Kept(**{k: options[k] for k in ("top", "sample", "across", "latents", "seed")})
     head = {
-        "groupsae": __version__,
         **data.described(),
         "weights": data.lm.fingerprint(),
         "text": data.blocks.key,
@@ -202,8 +202,11 @@ def collect(
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     done = read_json(folder / COLLECTED / "collected.json") or {}
     if done.get("key") == key and not overwrite:
+        shutil.rmtree(folder / "collecting", ignore_errors=True)  # of a stopped overwrite=true
         console.print(f"Contexts: {folder / COLLECTED} (collected before)", soft_wrap=True)
         return
+    if done and not overwrite:
+        console.print("The contexts there are of other options, SAEs or text: collecting again.")
 
     def new(at: Path, process: Process) -> Pass:
         return Pass(at, key, data, text, saes, kept, process)
@@ -238,7 +241,7 @@ def collect(
             shown |= {*each.promoted.flatten().tolist(), *each.suppressed.flatten().tolist()}
         save_collected(
             folder,
-            {"key": key, "context": text.context, **head},
+            {"key": key, "groupsae": __version__, "context": text.context, **head},
             found,
             directions,
             token_strings(data.lm.tokenizer(), shown),
