@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -146,20 +148,14 @@ def explain(found: Interpretation, options: DictConfig, console: Console) -> dic
     if not left:
         return {name: done[name] for name in found.saes}
     total = sum(len(choose(sae, options.latents).latents) for sae in left)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with (
-        ProcessPoolExecutor(
-            max(1, min(cores or 1, total // PART)),
-            get_context("spawn"),  # a fork would copy torch's threads
-            initializer=start_worker,
-            initargs=(found.folder, options.seed),
-        ) as pool,
+        _workers(total // PART, found.folder, options.seed) as each,
         Progress(transient=True, console=console) as progress,
     ):
         task = progress.add_task("explaining latents", total=total)
 
         def run(name: str, parts: list[list[int]]) -> Iterator[list[dict[str, Any]]]:
-            for rows in pool.map(partial(explain_part, name), parts):
+            for rows in each(partial(explain_part, name), parts):
                 progress.advance(task, len(rows))
                 yield rows
 
@@ -167,6 +163,26 @@ def explain(found: Interpretation, options: DictConfig, console: Console) -> dic
             done[sae.name] = explain_sae(found, sae.name, options.latents, partial(run, sae.name))
             write_json(file, {"format": FORMAT, "key": key, "judge": "rules", "saes": done})
     return {name: done[name] for name in found.saes}
+
+
+@contextmanager
+def _workers(most: int, folder: Path, seed: int) -> Iterator[Callable[..., Iterable[Any]]]:
+    """Yield a `map` over processes that explain latents, one for each core.
+
+    A new process imports the main module again. If that is not a command of ours but a user's
+    script, which may lack a guard and would start over, this process does the work.
+    """
+    main = sys.modules["__main__"]
+    command = getattr(main.__spec__, "name", None) or Path(getattr(main, "__file__", "")).name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processes = min(cores or 1, most)
+    if processes < 2 or not str(command).startswith(("groupsae.", "groupsae-")):
+        start_worker(folder, seed)
+        yield map
+        return
+    context = get_context("spawn")  # a fork would copy torch's threads
+    with ProcessPoolExecutor(processes, context, start_worker, (folder, seed)) as pool:
+        yield pool.map
 
 
 def collect(
