@@ -218,7 +218,8 @@ def announce(run: Run, cfg: DictConfig, console: Console) -> None:
     console.print(
         f"{cfg.model.name}: {geometry.num_layers} layers, d_model {geometry.d_model}; "
         f"{tokens:,} tokens per SAE in {data.num_steps:,} steps of {data.tokens_per_step:,}"
-        + (f" (the full steps in the {cfg.tokens:,} asked for)" if tokens != cfg.tokens else "")
+        + (f" (the full steps in the {cfg.tokens:,} asked for)" if tokens != cfg.tokens else ""),
+        soft_wrap=True,
     )
 
 

@@ -118,8 +118,8 @@ def test_the_corpus_is_the_undisturbed_one_over_a_stop(serve, tmp_path, tiny_lm,
     )
 
     def packed(source, place):
-        pack(source, tokenizer, packing, place, "key", 512)
-        return {file.name: file.read_bytes() for file in sorted(place.iterdir())}
+        folder = pack(source, tokenizer, packing, place, "key", 512)
+        return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
 
     hub, source = serve(files_of(TEXTS, "parquet"), retries=1)
     whole = packed(source, tmp_path / "whole")
@@ -128,7 +128,7 @@ def test_the_corpus_is_the_undisturbed_one_over_a_stop(serve, tmp_path, tiny_lm,
     with pytest.raises(UserError, match=r"at row 250 .*1 retries.*Packed text is kept.*resumes"):
         packed(source, tmp_path / "broken")
     assert sum(pauses) < 200, "the user hears of it within minutes"
-    assert (tmp_path / "broken.partial").is_dir()
+    assert any((tmp_path / "broken").glob("*.partial"))
     hub.down, hub.troubles = set(), [status(500), None, short, cut]
     assert packed(source, tmp_path / "broken") == whole
 
