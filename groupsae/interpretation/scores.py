@@ -102,7 +102,7 @@ class Lookup:
         key, self.known = np.zeros(len(tokens), np.int64), []
         for back in range(3):
             shifted = np.concatenate([np.full(back, -1), tokens[: len(tokens) - back]])
-            # numbered anew at each length, so that three tokens fit into 64 bits
+            # numbered again at each length, so that three tokens fit into 64 bits
             key = np.unique(key * (size + 1) + shifted + 1, return_inverse=True)[1].astype(
                 np.int64
             )
