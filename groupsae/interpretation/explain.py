@@ -333,13 +333,6 @@ def transfer(
     return tau
 
 
-def cost_of_one_label(row: Mapping[str, Any], layers: Sequence[int]) -> float | None:
-    """Return the mean over layers of S(all -> b) - S(b -> b); None where no layer has its own."""
-    own = [str(b) for b in layers if str(b) in row["layers"]]
-    lost = [row["transfer"]["all"][b] - row["transfer"][b][b] for b in own]
-    return float(np.mean(lost)) if lost else None
-
-
 def labels_needed(row: Mapping[str, Any], layers: Sequence[int]) -> int | None:
     """Return how many explanations a latent needs, so that one carries over to every layer.
 
