@@ -53,7 +53,8 @@ class FrozenLM:
         submodule: path within a block of attn_out's or mlp_out's module; null searches for it.
         compile: compile the blocks with torch.compile (for attn_out and mlp_out, their parts).
         load: more arguments of transformers' from_pretrained, such as `device_map`,
-            `quantization_config`, `attn_implementation` or `trust_remote_code`.
+            `quantization_config`, `attn_implementation`, `trust_remote_code` or `gguf_file` (the
+            GGUF file in `name` that config, tokenizer and weights are read from, dequantised).
 
     Attributes:
         snapshot: folder of the Hub's cache with the commit that is used, named by it: all parts
@@ -88,6 +89,7 @@ class FrozenLM:
         self.compile, self.load_options = compile, load
         self.path = str(BUNDLED.get(name, name))
         self.snapshot: Path | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None  # large ones take seconds to read
         self.config = self._pretrained(AutoConfig, **hub_options(load))
         self.snapshot = self._cached_snapshot()
         self.stack = choose_stack(self.config, stack, name)
@@ -111,9 +113,17 @@ class FrozenLM:
             lost = network_cause(error)
             known = (OSError, ValueError, RuntimeError, ImportError, SafetensorError)
             no_vocabulary = auto is AutoTokenizer and isinstance(error, TypeError)
-            if lost is None and not (isinstance(error, known) or no_vocabulary):
+            gguf = self._gguf()
+            unread = gguf is not None and gguf.is_file()  # its reader raises almost anything
+            if lost is None and not (isinstance(error, known) or no_vocabulary or unread):
                 raise
             reason = (str(error).strip().splitlines() or [repr(error)])[0]
+            if lost is None and unread:
+                raise UserError(
+                    f"cannot read {what} from {gguf}: {reason.rstrip('.')}. The file is truncated "
+                    "or damaged (compare its SHA-256 with its publisher's), or its architecture "
+                    "is unknown to transformers."
+                ) from error
             if lost is not None:
                 reason += (
                     f" The connection failed ({one_line(lost)}), also in huggingface_hub's own "
@@ -134,12 +144,17 @@ class FrozenLM:
         Raises:
             UserError: it cannot be loaded.
         """
+        if self._tokenizer is None:
+            self._tokenizer = self._read_tokenizer()
+        return self._tokenizer
+
+    def _read_tokenizer(self) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase
         try:
             options = hub_options(self.load_options)
             tokenizer = self._pretrained(AutoTokenizer, "the tokenizer of model", **options)
         except UserError:
-            if self._has_file(*TOKENIZER_FILES):
+            if "gguf_file" in self.load_options or self._has_file(*TOKENIZER_FILES):
                 raise
         else:
             if makes_tokens(tokenizer) or self._has_file(*TOKENIZER_FILES):
@@ -150,6 +165,11 @@ class FrozenLM:
         """Return the model's folder; None of a model on the Hub."""
         folder = Path(self.path, str(self.load_options.get("subfolder", "")))
         return folder if folder.is_dir() else None
+
+    def _gguf(self) -> Path | None:
+        """Return the GGUF file in the model's folder; None if the model is not read from one."""
+        folder, file = self._folder(), self.load_options.get("gguf_file")
+        return None if folder is None or file is None else folder / str(file)
 
     def _has_file(self, *names: str) -> bool:
         """Return whether the model has one of these files, also if the Hub does not answer."""
@@ -166,7 +186,8 @@ class FrozenLM:
         """Return the folder of the Hub's local cache that the config came from."""
         if self._folder() is not None:
             return None
-        file = Path(str(self.load_options.get("subfolder", "")), "config.json")
+        config = str(self.load_options.get("gguf_file", "config.json"))
+        file = Path(str(self.load_options.get("subfolder", "")), config)
         found = try_to_load_from_cache(
             self.name,
             file.as_posix(),
@@ -309,7 +330,9 @@ class FrozenLM:
         digest = hashlib.sha256(self.config_json.encode())
         folder = self._folder()
         if folder is not None:
-            for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")):
+            plain = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
+            gguf = self._gguf()
+            for file in plain if gguf is None else [gguf]:
                 with file.open("rb") as handle:
                     digest.update(hashlib.file_digest(handle, "sha256").digest())
         else:

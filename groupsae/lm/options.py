@@ -18,7 +18,16 @@ OURS = {
 # would run code from the weights' files
 PICKLED = ("weights_only", "pickle_module")
 # config and tokenizer are found in the same place as the weights
-HUB = ("trust_remote_code", "code_revision", "cache_dir", "local_files_only", "subfolder")
+HUB = (
+    "trust_remote_code", "code_revision", "cache_dir", "local_files_only", "subfolder",
+    "gguf_file",
+)  # fmt: skip
+# packages that transformers needs for an option
+NEEDS = {
+    "device_map": ("accelerate",),
+    "quantization_config": ("accelerate",),
+    "gguf_file": ("accelerate", "gguf"),
+}
 # where weights are and how they get there changes no activation
 PLACE = (
     "device_map", "max_memory", "offload_folder", "offload_state_dict", "offload_buffers",
@@ -50,10 +59,11 @@ def check_load_options(load: object) -> None:
             )
         if name in OURS:
             raise UserError(f"model.load contains {name}: leave it out and use {OURS[name]}.")
-        if name in ("device_map", "quantization_config") and find_spec("accelerate") is None:
+        missing = [each for each in NEEDS.get(name, ()) if find_spec(each) is None]
+        if missing:
             raise UserError(
-                f"model.load.{name} needs the package accelerate, which is not installed: "
-                "pip install accelerate."
+                f"model.load.{name} needs the package{'s' * (len(missing) > 1)} "
+                f"{' and '.join(missing)}, not installed here: pip install {' '.join(missing)}."
             )
 
 

@@ -129,7 +129,8 @@ def test_filtered_positions_are_left_out_of_training_and_evaluation(
         ("stream.max_norm_ratio=1", "stream.max_norm_ratio is 1; .* above 1, such as 10, or null"),
         ("stream.max_norm_ratio=much", "stream.max_norm_ratio is 'much'"),
         ("+model.load.torch_dtype=float16", "use model.dtype"),
-        ("+model.load.device_map=auto", "accelerate"),
+        ("+model.load.device_map=auto", "needs the package accelerate, not installed"),
+        ("+model.load.gguf_file=m.gguf", "pip install accelerate gguf"),
     ],
 )
 def test_bad_values_are_named_before_training_starts(

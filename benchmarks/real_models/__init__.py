@@ -1,0 +1,1 @@
+"""The tool on real pretrained models: `python -m benchmarks.real_models`."""
