@@ -46,12 +46,12 @@ class Zoo(GroupSAESuite):
         """Build one member for each kind and group."""
         if self.groups is not None:
             return
-        made, slots = [], self.plan.slots
+        made = []
         for kind, factory in self.kinds.items():
             self.make_sae = factory
             for planned in self.plan.members:
                 named = planned._replace(name=f"{kind}/{planned.name}")
-                made.append(self.make_member(named, slots))
+                made.append(self.make_member(named))
         self.groups = nn.ModuleDict({str(i): member for i, member in enumerate(made)})
 
     def serving(self):

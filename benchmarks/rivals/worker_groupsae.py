@@ -55,7 +55,8 @@ class Stream(L.LightningDataModule):
     def __iter__(self) -> Iterator[ActivationBatch]:
         layers = torch.arange(len(self.made[0])) % len(LAYERS)
         for step in range(STEPS):
-            yield ActivationBatch(self.made[step % len(self.made)][None], layers[None], None)
+            acts = self.made[step % len(self.made)][None]
+            yield ActivationBatch([LAYERS], acts, layers[None], None)
 
 
 class AtGate(L.Callback):

@@ -218,6 +218,7 @@ def announce(run: Run, cfg: DictConfig, console: Console) -> None:
     console.print(
         f"{cfg.model.name}: {geometry.num_layers} layers, d_model {geometry.d_model}; "
         f"{tokens:,} tokens per SAE in {data.num_steps:,} steps of {data.tokens_per_step:,}"
+        + f", rows of up to {data.layers_per_token} layers from each" * (data.layers_per_token > 1)
         + (f" (the full steps in the {cfg.tokens:,} asked for)" if tokens != cfg.tokens else ""),
         soft_wrap=True,
     )
@@ -300,7 +301,7 @@ def _dry_run(run: Run, cfg: DictConfig, folder: Path, console: Console) -> None:
             plan,
             device,
             processes=processes,
-            own=busiest(run.suite, plan, processes) if spread else None,
+            own=busiest(run.suite, data, plan, processes) if spread else None,
             eval_every=cfg.eval_every,
             checkpoint_every=cfg.checkpoint_every,
             calibration_tokens=cfg.calibration.tokens,

@@ -27,6 +27,8 @@ RUNTIME = (
     "stream.num_workers",
     "stream.blocks_per_forward",
 )
+# what earlier versions lacked, with the value at which nothing differs: folders keep their names
+LATER = {("stream", "layers_per_token"): 1}
 PLACE = ("accelerator", "devices", "num_nodes", "strategy", "precision", "profiler")
 OURS = ("groupsae.", "lightning.pytorch.callbacks.ModelCheckpoint")  # callbacks of conf/callbacks
 
@@ -40,6 +42,9 @@ def content(values: Mapping[str, Any], ignored: tuple[str, ...] = ()) -> dict[st
     """
     stored = (values.get("data") or {}).get("cache") is not None
     kept = without(values, (*RUNTIME, *ignored, *(() if stored else ("data.cache_dtype",))))
+    for (node, key), off in LATER.items():
+        if (kept.get(node) or {}).get(key) == off:
+            del kept[node][key]
     trainer = {
         key: value
         for key, value in (values.get("trainer") or {}).items()

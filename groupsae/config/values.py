@@ -100,6 +100,7 @@ TRAINING = {
     "stream.context": COUNT,
     "stream.heldout_fraction": between(0, 0.5),
     "stream.calibration_fraction": between(0, 0.5),
+    "stream.layers_per_token": COUNT,
     "stream.blocks_per_step": COUNT,
     "stream.blocks_per_forward": COUNT,
     "stream.heldout_tokens": COUNT,

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 FORMAT = 2  # of ledger.json
 
@@ -80,6 +80,13 @@ def evaluation_flops(
     return total
 
 
+class Trained(NamedTuple):
+    """An SAE of a run, as far as its cost depends on it."""
+
+    d_sae: int
+    layers: int  # how many it serves
+
+
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """The model, the text and the budget, which all ways to train SAEs on one stream share."""
@@ -87,11 +94,12 @@ class Workload:
     num_layers: int
     layers_run: int  # by the truncated forward
     d_model: int
-    sae_flops: Mapping[int, int]  # d_sae -> true FLOPs per token of training such an SAE
+    sae_flops: Mapping[int, int]  # d_sae -> true FLOPs per row of training such an SAE
     context: int
     tokens: int  # the training budget, the same for every SAE
     calibration_tokens: int  # that the distances were measured on, in the cache or not
     calibration_passes: int  # forwards of the model over them; centring takes two
+    layers_per_token: int = 1  # most rows that a token gives to an SAE; not in older files
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> "Workload":
@@ -118,19 +126,25 @@ class Workload:
         """
         return self.calibration_tokens * distance_flops(self.num_layers, self.d_model)
 
-    def saes(self, d_saes: Sequence[int]) -> int:
-        """Return the FLOPs of all steps of SAEs with these numbers of latents."""
-        return self.tokens * sum(self.sae_flops[n] for n in d_saes)
+    def rows_per_token(self, layers: int) -> int:
+        """Return how many rows a token gives to an SAE of so many layers."""
+        return min(self.layers_per_token, layers)
 
-    def total(self, d_saes: Sequence[int], distances: bool) -> int:
+    def saes(self, saes: Sequence[Trained]) -> int:
+        """Return the FLOPs of all steps of some SAEs."""
+        rows = ((n, self.tokens * self.rows_per_token(layers)) for n, layers in saes)
+        return sum(self.sae_flops[n] * each for n, each in rows)
+
+    def total(self, saes: Sequence[Trained], distances: bool) -> int:
         """Return the true FLOPs of training these SAEs, with the language model's."""
         shared = self.tokens * self.activations + self.calibration
-        return shared + self.saes(d_saes) + (self.distances if distances else 0)
+        return shared + self.saes(saes) + (self.distances if distances else 0)
 
-    def paper_total(self, d_saes: Sequence[int]) -> int:
+    def paper_total(self, saes: Sequence[Trained]) -> int:
         """Return A + sum T per token, as the paper counts: dense SAEs, all layers run."""
         paper = activation_flops(self.num_layers, self.d_model, self.context)
-        return paper + sum(sae_flops(self.d_model, n) for n in d_saes)
+        each = (sae_flops(self.d_model, n) * self.rows_per_token(layers) for n, layers in saes)
+        return paper + sum(each)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +156,7 @@ class RunCost:
     paper_saving: float  # L SAEs against G without the last layer's
     paper_saving_both_sides: float  # the same with every SAE counted on both sides
     activations: int  # of the truncated forward, per token
-    sae: int  # per token
+    sae: int  # per row
     calibration: int  # of the forward over the calibration text
     distances: int  # 0 where the groups need none
     total: int
@@ -151,21 +165,23 @@ class RunCost:
 
 
 def run_cost(
-    work: Workload, *, num_groups: int, num_saes: int, d_sae: int, distances: bool
+    work: Workload, *, saes: Sequence[int], num_groups: int, d_sae: int, distances: bool
 ) -> RunCost:
     """Return the cost of serving the layers with groups, against one SAE for each of them.
 
-    `num_groups` is G, without the last layer's own SAE; `num_saes` counts it.
+    `saes` has the number of layers of each SAE, the last layer's own one after the `num_groups`
+    groups.
     """
     paper_a = activation_flops(work.num_layers, work.d_model, work.context)
     paper_t = sae_flops(work.d_model, d_sae)
-    total = work.total([d_sae] * num_saes, distances=distances)
-    total_per_layer = work.total([d_sae] * work.layers_run, distances=False)
+    rows = [work.rows_per_token(layers) for layers in saes]
+    total = work.total([Trained(d_sae, layers) for layers in saes], distances=distances)
+    total_per_layer = work.total([Trained(d_sae, 1)] * work.layers_run, distances=False)
     return RunCost(
         paper_activations=paper_a,
         paper_sae=paper_t,
-        paper_saving=paper_saving(paper_a, paper_t, num_groups, work.num_layers),
-        paper_saving_both_sides=paper_saving(paper_a, paper_t, num_saes, work.layers_run),
+        paper_saving=paper_saving(paper_a, paper_t, sum(rows[:num_groups]), work.num_layers),
+        paper_saving_both_sides=paper_saving(paper_a, paper_t, sum(rows), work.layers_run),
         activations=work.activations,
         sae=work.sae_flops[d_sae],
         calibration=work.calibration,

@@ -72,6 +72,8 @@ class ActivationDataModule(L.LightningDataModule):
         max_norm_ratio: also leave out rows whose norm is above N times their block's median.
         max_tokens: most text to read; None reads 1.25 times the training budget, at
             least 20 million tokens (so that small budgets share one packed corpus).
+        layers_per_token: rows that each token gives to each set of layers, of different layers
+            (all of a smaller set).
         blocks_per_step: blocks in an SAE step over all ranks.
         blocks_per_forward: blocks in one forward of the language model; bounds its memory.
         tokens: training budget, tokens per SAE.
@@ -82,7 +84,7 @@ class ActivationDataModule(L.LightningDataModule):
             documents; None for all others. See `load_token_blocks`.
 
     Attributes:
-        slots: the sets of layers that training batches draw from, one row per token each.
+        slots: the sets of layers that training batches draw from.
         exchanges: which process gets which rows, in training and in validation.
         travelling: dtype of rows that are sent to other processes.
         blocks_seen: position in the data, over all ranks.
@@ -110,6 +112,7 @@ class ActivationDataModule(L.LightningDataModule):
         heldout_tokens: int,
         num_workers: int,
         seed: int,
+        layers_per_token: int = 1,
         earlier_text: str | None = None,
     ) -> None:
         super().__init__()
@@ -138,7 +141,7 @@ class ActivationDataModule(L.LightningDataModule):
         self.skip_positions, self.max_norm_ratio = skip_positions, max_norm_ratio
         self.blocks_per_step, self.blocks_per_forward = blocks_per_step, blocks_per_forward
         self.heldout_tokens, self.num_workers, self.seed = heldout_tokens, num_workers, seed
-        self.earlier_text = earlier_text
+        self.layers_per_token, self.earlier_text = layers_per_token, earlier_text
         self.tokens_per_step = blocks_per_step * context
         self.num_steps = tokens // self.tokens_per_step
         self.travelling = torch.float32
@@ -341,9 +344,18 @@ class ActivationDataModule(L.LightningDataModule):
         return self.filters.tokens(read_after(self.lm.start_token, tokens))
 
     def set_slots(self, groups: list[list[int]]) -> None:
-        """Choose the sets of layers that training batches draw from, one row each."""
+        """Choose the sets of layers that training batches draw from."""
         self.slots = groups
-        self.exchanges = Exchange([groups]), Exchange([_each_layer(self.used_layers())])
+        validation = Exchange([_each_layer(self.used_layers())])
+        self.exchanges = Exchange([self.each_row(groups)]), validation
+
+    def rows_per_token(self, layers: Sequence[int]) -> int:
+        """Return how many rows each token gives to a set of layers."""
+        return min(self.layers_per_token, len(layers))
+
+    def each_row(self, slots: list[list[int]]) -> list[list[int]]:
+        """Return each set of layers as often as a token gives it a row."""
+        return [slot for slot in slots for _ in range(self.rows_per_token(slot))]
 
     def used_layers(self) -> list[int]:
         """Return every layer that some slot draws from, sorted."""
@@ -423,11 +435,11 @@ class ActivationDataModule(L.LightningDataModule):
     def activations(
         self, tokens: Int[Tensor, "block pos"], slots: list[list[int]], first_position: int = 0
     ) -> ActivationBatch:
-        """Return one row per slot and token, by the language model.
+        """Return the rows of tokens for sets of layers, by the language model.
 
         `first_position` is the place of the first token in the run; it decides the draws.
         """
-        drawn = self.drawn(tokens.cpu(), Exchange([slots]), first_position)
+        drawn = self.drawn(tokens.cpu(), Exchange([self.each_row(slots)]), first_position)
         return self.live.rows(drawn.to(self.device))
 
     def every_layer(
@@ -451,7 +463,7 @@ class ActivationDataModule(L.LightningDataModule):
         blocks = next(iter(self.steps("train", 1)))[:num_blocks]
 
         def rows() -> ActivationBatch:
-            drawn = self.drawn(self.tokens("train", blocks), Exchange([slots]))
+            drawn = self.drawn(self.tokens("train", blocks), Exchange([self.each_row(slots)]))
             return self.reader.rows(self.reader.read("train", blocks, drawn).to(self.device))
 
         return rows
@@ -541,7 +553,7 @@ class LiveReader:
             parts = rows_by_forward(
                 show, filters, drawn, lambda where: empty(where.stop - where.start, dtype)
             )
-        return drawn.shown.batch(*exchange.collect(parts))
+        return drawn.batch(*exchange.collect(parts))
 
     def travelling(self) -> torch.dtype:
         """Return the narrowest dtype that holds the used layers' rows, by running two tokens."""
@@ -645,7 +657,7 @@ class StoredReader:
     def rows(self, drawn: DrawnTokens) -> ActivationBatch:
         """Return the rows of tokens that are on the device, with their stored rows."""
         assert drawn.stored is not None
-        return drawn.shown.batch(*drawn.exchange.collect([drawn.stored]))
+        return drawn.batch(*drawn.exchange.collect([drawn.stored]))
 
     def travelling(self) -> torch.dtype:
         """Return the dtype of the store."""

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -10,24 +11,33 @@ class ActivationBatch(NamedTuple):
     """Activations of one batch of tokens, at the language model's hookpoint.
 
     Attributes:
-        acts: raw (unscaled), one row for each slot and token. A slot is a set of layers; each
-            token shows one of them.
+        slots: the set of layers that each row of `acts` shows one of; a set of which a token
+            shows several layers is there as often.
+        acts: raw (unscaled), one row for each slot and token.
         layers: the layer that each row comes from.
         keep: rows that count, False where the token filters leave one out; None if all count.
         kept: places of the tokens that count, where those are the same in every slot; None if
             all count, or if the norms of activations decide it (stream.max_norm_ratio).
     """
 
+    slots: list[list[int]]
     acts: Float[Tensor, "slot token d_model"]
     layers: Int[Tensor, "slot token"]
     keep: Bool[Tensor, "slot token"] | None
     kept: Int[Tensor, "row"] | None = None
 
-    def rows(self, slot: int) -> tuple[Float[Tensor, "row d_model"], Int[Tensor, "row"]]:
-        """Return the activations that count in one slot, and their layers.
+    def rows(self, layers: list[int]) -> tuple[Float[Tensor, "row d_model"], Int[Tensor, "row"]]:
+        """Return the activations that count of a set of layers, and the layer of each.
 
         Where norms decide which do, the host waits for the device to know how many; nowhere else.
         """
+        found = [self._rows(place) for place, slot in enumerate(self.slots) if slot == layers]
+        if len(found) == 1:
+            return found[0]
+        acts, shown = zip(*found, strict=True)
+        return torch.cat(acts), torch.cat(shown)
+
+    def _rows(self, slot: int) -> tuple[Float[Tensor, "row d_model"], Int[Tensor, "row"]]:
         acts, layers = self.acts[slot], self.layers[slot]
         if self.kept is not None:
             return acts.index_select(0, self.kept), layers.index_select(0, self.kept)

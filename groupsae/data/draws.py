@@ -1,10 +1,11 @@
-"""Which layer each token draws, decided on the host before the language model runs.
+"""Which layers each token draws, decided on the host before the language model runs.
 
-The layer is a pure function of seed, group and position in the run.
+The layers are a pure function of seed, group and position in the run.
 """
 
 import hashlib
 from collections.abc import Callable
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -40,19 +41,28 @@ def stream_key(seed: int, layers: list[int]) -> int:
 
 
 def draw_layers(
-    positions: Int[Tensor, "token"], layers: list[int], seed: int
-) -> Int[Tensor, "token"]:
-    """Return the layer that each position draws, uniform over `layers`.
+    positions: Int[Tensor, "token"], layers: list[int], seed: int, count: int = 1
+) -> Int[Tensor, "row token"]:
+    """Return `count` different layers for each position, uniform over all such sets of `layers`.
 
     A counter-based generator (SplitMix64 of the position) instead of a stateful one: the draw
     of a token depends on nothing but (seed, group, global position), so it is the same on one
-    process or many, after a resume, and whichever other groups are trained.
+    process or many, after a resume, and whichever other groups are trained. Several are drawn
+    without replacement by Floyd's algorithm (Bentley and Floyd 1987).
     """
-    if len(layers) == 1:
-        return torch.full_like(positions, layers[0])
+    members, size = torch.tensor(layers, device=positions.device), len(layers)
+    if count == size:
+        return members.unsqueeze(1).expand(-1, len(positions))
     x = mix(positions * GAMMA + stream_key(seed, layers))
-    choice = _shift_right(x, 33) % len(layers)  # 31 bits: the bias is below size / 2^31
-    return torch.tensor(layers, device=positions.device)[choice]
+    chosen: list[Tensor] = []
+    for last in range(size - count, size):
+        if chosen:
+            x = mix(x + GAMMA)
+        choice = _shift_right(x, 33) % (last + 1)  # 31 bits: the bias is below size / 2^31
+        for before in chosen:
+            choice = torch.where(choice == before, last, choice)
+        chosen.append(choice)
+    return members[torch.stack(chosen)]
 
 
 class Labels(NamedTuple):
@@ -66,20 +76,9 @@ class Labels(NamedTuple):
         """Return them with each tensor changed."""
         return Labels(*(None if each is None else change(each) for each in self))  # type: ignore[arg-type]
 
-    def batch(
-        self,
-        acts: Float[Tensor, "slot token d_model"],
-        keep: Bool[Tensor, "slot token"] | None,
-    ) -> ActivationBatch:
-        """Return rows with these labels; `keep` marks those that count, if norms decide it."""
-        if keep is not None:  # differs from slot to slot, and only the device knows the places
-            return ActivationBatch(acts, self.layers, keep)
-        keep = None if self.counted is None else self.counted.expand(len(acts), -1)
-        return ActivationBatch(acts, self.layers, keep, self.kept)
-
 
 class DrawnTokens(NamedTuple):
-    """A process's share of a batch of token blocks, and the layer that each token draws.
+    """A process's share of a batch of token blocks, and the layers that each token draws.
 
     Draws and token filters depend on ids and positions only. Decided on the host, before the
     tokens are sent to the device, every number of rows is known there: a device that is asked how
@@ -107,6 +106,18 @@ class DrawnTokens(NamedTuple):
     shares: list[list[dict[int, int]]]
     shown: Labels
     stored: Rows | None = None
+
+    def batch(
+        self,
+        acts: Float[Tensor, "slot token d_model"],
+        keep: Bool[Tensor, "slot token"] | None,
+    ) -> ActivationBatch:
+        """Return the rows that this process gets; `keep` marks those that count by their norms."""
+        slots, (layers, counted, kept) = self.exchange.own, self.shown
+        if keep is not None:  # differs from slot to slot, and only the device knows the places
+            return ActivationBatch(slots, acts, layers, keep)
+        keep = None if counted is None else counted.expand(len(acts), -1)
+        return ActivationBatch(slots, acts, layers, keep, kept)
 
     def to(self, device: torch.device) -> "DrawnTokens":
         """Return everything on the device; a GPU fetches it asynchronously if it is pinned.
@@ -152,20 +163,21 @@ def draw(
     slot must be one layer: then positions decide nothing.
     """
 
-    def labels(slots: list[list[int]], tokens: Tensor, first: int) -> Labels:
+    def labels(wanted: list[list[list[int]]], tokens: Tensor, first: int) -> Labels:
         positions = torch.arange(tokens.numel()) + first
-        rows = [draw_layers(positions, slot, seed) for slot in slots]
-        layers = torch.stack(rows) if rows else positions.new_empty(0, len(positions))
+        several = [(x, len(list(same))) for slots in wanted for x, same in groupby(slots)]
+        rows = [draw_layers(positions, slot, seed, count) for slot, count in several]
+        layers = torch.cat(rows) if rows else positions.new_empty(0, len(positions))
         mask = counted(tokens)
         flat = None if mask is None else mask.flatten()
         return Labels(layers, flat, None if flat is None else flat.nonzero().squeeze(1))
 
     shares = tokens.view(len(exchange.wanted), -1, tokens.shape[1])
     mine = shares[exchange.rank, part]
-    made = labels(exchange.sent, mine, first_position + exchange.rank * shares[0].numel())
+    made = labels(exchange.wanted, mine, first_position + exchange.rank * shares[0].numel())
     shown = made
     if exchange.travels:
-        shown = labels(exchange.own, shares[:, part].flatten(0, 1), first_position)
+        shown = labels([exchange.own], shares[:, part].flatten(0, 1), first_position)
     order, counts = _by_layer(made.layers, exchange.sent, blocks_per_forward * tokens.shape[1])
     return DrawnTokens(mine, exchange, blocks_per_forward, made, order, counts, shown)
 

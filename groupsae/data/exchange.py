@@ -29,7 +29,9 @@ def all_to_all(mesh: DeviceMesh) -> Swap:
 
 
 class Exchange:
-    """Which slots' rows each process needs. A slot is a set of layers.
+    """Which slots' rows each process needs. A slot is a set of layers, each token showing one.
+
+    A set of which a token shows several layers is there as often, one after the other.
 
     Without `swap` rows stay in the process that made them: it is the only one, or each process
     trains all SAEs on its own share of a batch. `Exchange([slots])` is that.

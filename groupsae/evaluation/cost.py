@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from groupsae.cost.model import FORMAT, Workload, activation_flops, evaluation_flops
+from groupsae.cost.model import FORMAT, Trained, Workload, activation_flops, evaluation_flops
 from groupsae.grouping.groupings import Grouping
 from groupsae.grouping.rules import needs_distances
 from groupsae.lm.geometry import Geometry
@@ -31,23 +31,24 @@ def relative_costs(
             f"{FORMAT}: evaluate the run with the version that trained it."
         )
     work = Workload.from_json(ledger["workload"])
-    widths = {name: suite.saes[name].d_sae for name, suite in saes.items()}
+    trained = {n: Trained(s.saes[n].d_sae, len(s.layers)) for n, s in saes.items()}
     parts = {part["part"]: part["seconds"] for part in ledger["parts"]}
     per_sae = {int(d_sae): seconds for d_sae, seconds in ledger["seconds_per_sae"].items()}
 
-    def seconds(d_saes: Sequence[int]) -> float:
-        return parts["activations"] + parts["distances"] + sum(per_sae[n] for n in d_saes)
+    def seconds(saes: Sequence[Trained]) -> float:
+        each = (per_sae[n] * work.rows_per_token(layers) for n, layers in saes)
+        return parts["activations"] + parts["distances"] + sum(each)
 
-    full = [max(widths.values())] * work.layers_run
+    full = [Trained(max(each.d_sae for each in trained.values()), 1)] * work.layers_run
     paper, flops, wall = work.paper_total(full), work.total(full, distances=False), seconds(full)
     costs: dict[str, dict[str, float | None]] = {}
     for grouping in groupings:
-        d_saes = [widths[name] for name in set(grouping.sae_of_layer.values())]
+        served = [trained[name] for name in set(grouping.sae_of_layer.values())]
         measured = grouping.kind == "groups" and all(map(needs_distances, grouping.rules))
         costs[grouping.name] = {
-            "paper": work.paper_total(d_saes) / paper,
-            "flops": work.total(d_saes, distances=measured) / flops,
-            "seconds": seconds(d_saes) / wall,
+            "paper": work.paper_total(served) / paper,
+            "flops": work.total(served, distances=measured) / flops,
+            "seconds": seconds(served) / wall,
         }
     return costs
 

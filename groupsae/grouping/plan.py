@@ -101,6 +101,11 @@ class GroupPlan:
         """Return the distinct sets of layers that the SAEs' rows are drawn from."""
         return [list(x) for x in dict.fromkeys(tuple(m.layers) for m in self.members)]
 
+    def slots_of(self, indices: Sequence[int]) -> list[list[int]]:
+        """Return those of some SAEs, which are given by their numbers in `members`."""
+        needed = [self.members[i].layers for i in indices]
+        return [slot for slot in self.slots if slot in needed]
+
     @property
     def hash(self) -> str:
         """Return SHA-256 in hex over last_layer and SAEs: equal plans train equal SAEs."""

@@ -30,6 +30,7 @@ from groupsae.reporting.load import RunFiles, Values, interval, value_of
 HEADINGS = {  # of the columns that are shown
     "run": "run", "configuration": "configuration", "part": "part", "count": "count",
     "layer": "layer", "sae": "SAE", "layers": "layers", "tokens_per_layer": "tokens per layer",
+    "rows": "rows",
     "grouping": "grouping", "rules": "made by", "groups": "groups", "against": "against",
     "baseline": "baseline", "metric": "metric", "architecture": "SAE type", "seed": "seed",
     "diameter": "largest angle, fractions of π", "num_groups": "G", "amad": "AMAD",
@@ -77,6 +78,7 @@ DIGITS = {  # after the decimal point; others have 4
 # fmt: on
 INTEGERS = (
     "num_groups",
+    "rows",
     "d_sae",
     "dimension",
     "tokens",
@@ -208,6 +210,7 @@ def groups_table(run: RunFiles, *, others: bool = False) -> Table | None:
     `others`: also the SAEs that are not of the chosen grouping.
     """
     trained, plan = run.summary.get("groups", {}), run.plan
+    several = run.summary.get("layers_per_token", 1) > 1  # else as many rows as tokens
     names = [*(run.saes or run.summary.get("chosen", ())), *(trained if others else ())]
     layers = {name: group["layers"] for name, group in trained.items()} | run.saes
     groups = map(str, plan.get("groups", ()))
@@ -223,6 +226,7 @@ def groups_table(run: RunFiles, *, others: bool = False) -> Table | None:
                 "layers": span(layers[name]),
                 "diameter": diameters.get(str(layers[name])) if shared else None,
                 "tokens_per_layer": " to ".join(f"{n:,}" for n in sorted(ends)) or None,
+                "rows": figures.get("rows") if several else None,
                 **plain(figures, "fvu", "l0", "dead"),
             }
         )

@@ -23,7 +23,7 @@ from groupsae.data.batch import ActivationBatch
 from groupsae.grouping.angles import AngularDistance
 from groupsae.grouping.choices import Choice
 from groupsae.grouping.moments import LayerMoments
-from groupsae.grouping.plan import GroupPlan
+from groupsae.grouping.plan import GroupPlan, PlannedSAE
 from groupsae.runtime.compat import disable_signal_handling
 from groupsae.runtime.errors import UserError
 from groupsae.suite.groups_file import load_plan
@@ -47,18 +47,20 @@ MakeBatch = Callable[[], ActivationBatch]
 
 
 def bytes_needed(
-    suite: GroupSAESuite, data: ActivationDataModule, widths: Sequence[float], world_size: int
+    suite: GroupSAESuite, data: ActivationDataModule, saes: Sequence[PlannedSAE], world_size: int
 ) -> int:
-    """Return the memory in bytes that one process needs to train SAEs of these widths.
+    """Return the memory in bytes that one process needs to train some SAEs.
 
     It counts weights with gradients and optimiser state, and the activations of one step. The
-    language model is not included: it is already loaded, so its memory is no longer free. Widths
-    are shares of the configured number of latents; `world_size` processes share a step's rows.
+    language model is not included: it is already loaded, so its memory is no longer free.
+    `world_size` processes share a step's rows.
     """
     sae = suite.size(1.0)
-    parameters = sae.parameters * sum(widths)
+    parameters = sae.parameters * sum(planned.width for planned in saes)
     tokens = data.tokens_per_step // world_size
-    rows = tokens * suite.d_model * len(widths) * ROWS
+    shown = [data.rows_per_token(planned.layers) for planned in saes]
+    rows = tokens * suite.d_model * sum(shown) * ROWS
+    widths = [planned.width * count for planned, count in zip(saes, shown, strict=True)]
     # the backward pass starts after all losses, so the tensors kept for it add up
     wide = tokens * sae.d_sae * (max(widths, default=0) * WIDE + sum(widths) * sae.kept_wide)
     return round(FLOAT * (parameters * STATE + rows + wide))
@@ -205,17 +207,21 @@ def run_trial(
     return trial
 
 
-def rows_of_owner(batch: ActivationBatch, slots: Sequence[int], processes: int) -> ActivationBatch:
+def rows_of_owner(
+    batch: ActivationBatch, slots: Sequence[list[int]], processes: int
+) -> ActivationBatch:
     """Return the rows of some slots as if every process had sent the rows of this one."""
-    if processes == 1 and len(slots) == len(batch.acts):
+    places = [place for place, slot in enumerate(batch.slots) if slot in slots]
+    if processes == 1 and len(places) == len(batch.slots):
         return batch
     kept, tokens = batch.kept, batch.acts.shape[1]
     if kept is not None:
         kept = torch.cat([kept + i * tokens for i in range(processes)])
     return ActivationBatch(
-        batch.acts[slots].repeat(1, processes, 1),
-        batch.layers[slots].repeat(1, processes),
-        None if batch.keep is None else batch.keep[slots].repeat(1, processes),
+        [batch.slots[place] for place in places],
+        batch.acts[places].repeat(1, processes, 1),
+        batch.layers[places].repeat(1, processes),
+        None if batch.keep is None else batch.keep[places].repeat(1, processes),
         kept,
     )
 
@@ -243,7 +249,8 @@ def forecast(
     """Return a sentence on what the suite's plan will need, and the seconds of a step by width.
 
     A small SAE takes longer than its FLOPs suggest, so each width is tried; the suite
-    stays as it is. Widths are shares of the configured number of latents.
+    stays as it is. Widths are shares of the configured number of latents. Seconds are those with
+    one row per token.
     """
     plan = suite.plan
     make = data.first_rows(plan.slots, data.blocks_per_step)
@@ -256,13 +263,13 @@ def forecast(
     steps = {}
     for index, planned in enumerate(plan.members):
         if planned.width not in steps:
-            slots = [plan.slots.index(planned.layers)]
-            rows = partial(rows_of_owner, batch, slots, processes)
+            rows = partial(rows_of_owner, batch, [planned.layers], processes)
             trial = run_trial(suite, plan, [index], rows, device, num_steps=data.num_steps)
-            steps[planned.width] = trial.sae_seconds
-    own = [plan.members[i].width for i in suite.own]
+            steps[planned.width] = trial.sae_seconds / data.rows_per_token(planned.layers)
+    own = [plan.members[i] for i in suite.own]
     memory = bytes_needed(suite, data, own, 1 if suite.spread else world_size)
-    seconds = activation_seconds + sum(steps[width] for width in own) * data.num_steps
+    step = sum(steps[planned.width] * data.rows_per_token(planned.layers) for planned in own)
+    seconds = activation_seconds + step * data.num_steps
     sentence = (
         f"{len(plan.members)} SAEs from one stream: about {memory / 1e9:.1f} GB of memory, and by "
         f"a trial of {LEAST} steps {timedelta(seconds=round(seconds))} of training "
@@ -327,13 +334,12 @@ def needs(
     numbers in the plan; None where each process holds all.
     """
     held = list(range(len(plan.members)) if own is None else own)
-    widths = [plan.members[i].width for i in held]
-    used = {tuple(plan.members[i].layers) for i in held}
-    slots = [i for i, slot in enumerate(plan.slots) if tuple(slot) in used]
+    saes, slots = [plan.members[i] for i in held], plan.slots_of(held)
+    rows = len(data.each_row(slots))  # of a token
     sharing, senders = (processes, 1) if own is None else (1, processes)
     free = bytes_free(device, processes if device.type == "cpu" else 1)
     trial, seconds, steps = None, {}, data.num_steps
-    if bytes_needed(suite, data, widths, sharing) <= free:
+    if bytes_needed(suite, data, saes, sharing) <= free:
         blocks = data.blocks_per_step // processes
         vocab, context = data.lm.geometry.vocab_size, data.packing.context
         draws = torch.Generator().manual_seed(0)
@@ -348,7 +354,7 @@ def needs(
             device,
             num_steps=steps,
             seconds=SECONDS,
-            heldout=partial(data.every_layer, part, sorted(set().union(*used))),
+            heldout=partial(data.every_layer, part, sorted(set().union(*slots))),
         )
         validations = steps // min(eval_every, steps) + 1  # one more at the end
         heldout = validations * data.heldout_tokens * trial.heldout_seconds / part.numel()
@@ -363,8 +369,8 @@ def needs(
     written = -(-steps // checkpoint_every)  # the last one after the last step
     return Needs(
         num_saes=len(plan.members),
-        parameters=round(sae.parameters * sum(widths)),
-        activations=FLOAT * (data.tokens_per_step // sharing) * suite.d_model * len(slots),
+        parameters=round(sae.parameters * sum(planned.width for planned in saes)),
+        activations=FLOAT * suite.d_model * (data.tokens_per_step // sharing) * rows,
         free=free,
         trial=trial,
         tokens=steps * data.tokens_per_step,

@@ -49,12 +49,11 @@ class GroupSAE(L.LightningModule):
         sae: factory of the SAE.
         d_model: width of the residual stream.
         optim: the optimiser's recipe.
-        dead_after: tokens without firing after which a latent counts as dead.
+        dead_after: rows without firing after which a latent counts as dead.
         b_dec_start: initial decoder bias, see `init_b_dec`.
         nonfinite: how to treat a step whose loss or gradient is not finite: `stop` ends the
             run, `skip` leaves the step out for the SAE that it concerns.
         seed: seed of the initial weights, together with the layers.
-        slot: the rows of a batch that belong to this group.
     """
 
     norm_factors: Tensor
@@ -77,11 +76,10 @@ class GroupSAE(L.LightningModule):
         b_dec_start: str,
         nonfinite: str,
         seed: int,
-        slot: int = 0,
     ) -> None:
         super().__init__()
         self.name, self.layers, self.optim, self.dead_after = name, layers, optim, dead_after
-        self.b_dec_start, self.nonfinite, self.slot = b_dec_start, nonfinite, slot
+        self.b_dec_start, self.nonfinite = b_dec_start, nonfinite
         generator = torch.Generator().manual_seed(stream_key(seed, layers) % 2**63)
         self.sae = sae(d_model=d_model, generator=generator)
         factors = torch.full((max(layers) + 1,), torch.nan)  # NaN: a foreign layer must not pass
@@ -104,7 +102,7 @@ class GroupSAE(L.LightningModule):
         self, batch: ActivationBatch
     ) -> tuple[Float[Tensor, "row d_model"], Int[Tensor, "row"]]:
         """Return the rows of a batch that belong to this group, scaled, and their layers."""
-        acts, layers = batch.rows(self.slot)
+        acts, layers = batch.rows(self.layers)
         return self.scaled(acts, layers), layers
 
     def scaled(
@@ -195,7 +193,7 @@ class GroupSAE(L.LightningModule):
     # ---- dead latents ---------------------------------------------------------------------
 
     def dead(self) -> Bool[Tensor, "d_sae"]:
-        """Return the mask of latents that have not fired for `dead_after` tokens."""
+        """Return the mask of latents that have not fired for `dead_after` rows."""
         return self.tokens_since_fired >= self.dead_after
 
     def dead_latents(self, count: int) -> Int[Tensor, "dead"]:
@@ -249,10 +247,10 @@ class GroupSAE(L.LightningModule):
             for layer in self.layers
         }
 
-    def validate(self, batch: ActivationBatch, layers: Sequence[int]) -> None:
-        """Reconstruct each of this group's layers; `layers` are those in the batch."""
+    def validate(self, batch: ActivationBatch) -> None:
+        """Reconstruct each of this group's layers, all of which a validation batch shows."""
         for layer, metric in self.val_metrics.items():
-            x, _ = batch.rows(layers.index(layer))
+            x, _ = batch.rows([layer])
             metric.update(x, *self.reconstruct(x, layer))
 
     def validated(self) -> dict[str, Any]:
@@ -296,7 +294,7 @@ class GroupSAE(L.LightningModule):
     def validation_step(self, batch: Iterable[ActivationBatch], batch_idx: int) -> None:
         """Reconstruct every layer."""
         for part in batch:
-            self.validate(part, self.layers)
+            self.validate(part)
 
     def on_validation_epoch_end(self) -> None:
         """Log fvu and l0."""

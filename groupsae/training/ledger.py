@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from groupsae.cost.counter import flop_counter
-from groupsae.cost.model import FORMAT, Workload
+from groupsae.cost.model import FORMAT, Trained, Workload
 from groupsae.data.activations import ActivationDataModule
 from groupsae.data.batch import ActivationBatch
 from groupsae.grouping.angles import AngularDistance
@@ -34,15 +34,17 @@ def ledger(
     measured them, if they came from the cache. Those of per-layer training at equal tokens are
     worked out: the language model's are the same, and each SAE takes as long as one of this run.
     SAEs of several widths are stepped together, so their seconds are divided among the widths in
-    proportion to the trial before the start.
+    proportion to the trial before the start, and to the rows that a token gives to each.
     """
     plan, work, cost = grouping.plan, grouping.work, grouping.cost
     activations, saes = seconds
     distances, validation = grouping.measurement.seconds, throughput.validation.seconds
     trial = grouping.step_seconds or {1.0: 1.0}
-    unit = saes / sum(trial[planned.width] for planned in plan.members)
-    d_saes = [suite.size(planned.width).d_sae for planned in plan.members]
-    seconds_of = {p.name: unit * trial[p.width] for p in plan.members}
+    rows = {p.name: data.rows_per_token(p.layers) for p in plan.members}
+    unit = saes / sum(trial[p.width] * rows[p.name] for p in plan.members)
+    trained = [Trained(suite.size(p.width).d_sae, len(p.layers)) for p in plan.members]
+    per_row = [unit * trial[planned.width] for planned in plan.members]
+    seconds_of = {name: rows[name] * each for name, each in zip(rows, per_row, strict=True)}
     groups, per_layer = (
         activations + distances + unit * trial[1.0] * n for n in (len(plan.saes), work.layers_run)
     )
@@ -50,7 +52,7 @@ def ledger(
     parts: dict[str, tuple[int | None, int | None, float]] = {
         "activations": (work.tokens * work.activations, lm_flops, activations),
         "distances": (work.calibration + work.distances, distance_flops, distances),
-        "saes": (work.saes(d_saes), sae_flops, saes),
+        "saes": (work.saes(trained), sae_flops, saes),
         "validation": (None, None, validation),
     }
     if data.is_stored:
@@ -62,9 +64,10 @@ def ledger(
         "device": str(data.device),
         "threads": torch.get_num_threads(),
         "tokens": work.tokens,
-        "num_saes": len(d_saes),
+        "num_saes": len(trained),
         "workload": asdict(work),
-        "seconds_per_sae": dict(zip(map(str, d_saes), seconds_of.values(), strict=True)),
+        # with one row per token
+        "seconds_per_sae": {str(x.d_sae): each for x, each in zip(trained, per_row, strict=True)},
         "parts": [
             {"part": part, **dict(zip(names, values, strict=True))}
             for part, values in parts.items()
@@ -146,7 +149,7 @@ def _measured_flops(
         if data.is_stored:  # values do not matter
             layers = torch.tensor(every, device=device)[:, None].expand(-1, num_tokens)
             acts = torch.ones(len(every), num_tokens, geometry.d_model, device=device)
-            parts = [ActivationBatch(acts, layers, None)]
+            parts = [ActivationBatch([[x] for x in every], acts, layers, None)]
         else:
             tokens = next(iter(data.loader("train", 1)))[:1]
             parts = list(data.every_layer(tokens, every))
@@ -156,8 +159,8 @@ def _measured_flops(
     sae_flops, held = 0.0, {member.name: member for member in suite.members()}
     for planned in suite.plan.members:
         # in place of one that another process holds, a fresh one: it costs the same
-        member = (held.get(planned.name) or suite.make_member(planned, data.slots)).cpu()
-        acts, layers = batch.rows(data.slots.index(planned.layers))
+        member = (held.get(planned.name) or suite.make_member(planned)).cpu()
+        acts, layers = batch.rows(planned.layers)
         few = slice(min(FEW, len(acts)))
         x = member.scaled(acts[few].cpu(), layers[few].cpu())
         frame = GlobalBatch(torch.ones(()), member.dead_latents(0))

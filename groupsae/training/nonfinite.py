@@ -105,7 +105,7 @@ def layers_not_finite(data: ActivationDataModule, step: int) -> list[int]:
     for first in range(0, len(layers), AT_ONCE):
         some = layers[first : first + AT_ONCE]
         for batch in data.every_layer(tokens, some):
-            finite = [batch.rows(slot)[0].isfinite().all() for slot in range(len(some))]
+            finite = [batch.rows([layer])[0].isfinite().all() for layer in some]
             found[first : first + AT_ONCE] += ~torch.stack(finite)
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(found)

@@ -52,7 +52,8 @@ def save_suite(
                 "text": measurement.provenance["text"],
                 "copies": data.copies,
                 "stream": data.split_described(),
-                "tokens": int(member.tokens_per_layer.sum()),
+                "tokens": int(member.tokens_per_layer.sum()) // data.rows_per_token(member.layers),
+                "rows": int(member.tokens_per_layer.sum()),
                 "groupsae": __version__,
             },
         )
@@ -72,11 +73,13 @@ def summarise(
         result = suite.val_results[planned.name]
         groups[planned.name] = {
             "layers": planned.layers,
+            "rows": sum(result["tokens_per_layer"].values()),
             **{key: result[key] for key in ("tokens_per_layer", "dead", "skipped")},
             **{key: values[f"val/{key}/{planned.name}"] for key in ("fvu", "l0", "unfired")},
             "fvu_per_layer": {x: found["fvu"] for x, found in result["per_layer"].items()},
         }
-    part = grouping.plan.partition
+    part, first = grouping.plan.partition, grouping.plan.members[0]
+    tokens = groups[first.name]["rows"] // grouping.work.rows_per_token(len(first.layers))
     return {
         "folder": str(folder),
         "groups": groups,
@@ -87,7 +90,8 @@ def summarise(
         "max_diameter": part.max_diameter,
         "size_weighted_amad": part.size_weighted_amad,
         **grouping.recorded(),
-        "tokens": sum(suite.val_results[grouping.plan.names[0]]["tokens_per_layer"].values()),
+        "tokens": tokens,
+        "layers_per_token": grouping.work.layers_per_token,
         "steps": trainer.global_step,
         "tokens_per_second": throughput.overall(),
         "seconds_training": throughput.total_seconds,

@@ -28,7 +28,7 @@ class Size(NamedTuple):
         d_sae: number of latents.
         parameters: numbers in all its weights.
         kept_wide: as in `SAE`.
-        flops: FLOPs of a training step, per token.
+        flops: FLOPs of a training step, per row.
     """
 
     d_sae: int
@@ -107,14 +107,9 @@ class GroupSAESuite(L.LightningModule):
         Their names in the state dict are their numbers in the plan, whoever holds them.
         """
         if self.groups is None:
-            slots, planned = self.slots_of(self.own), self.plan.members
-            groups = {i: self.make_member(planned[i], slots) for i in self.own}
-            self.groups = nn.ModuleDict({str(i): group for i, group in groups.items()})
-
-    def slots_of(self, indices: Sequence[int]) -> list[list[int]]:
-        """Return the sets of layers that some SAEs of the plan draw from, in the plan's order."""
-        needed = [self.plan.members[i].layers for i in indices]
-        return [slot for slot in self.plan.slots if slot in needed]
+            planned = self.plan.members
+            groups = {str(i): self.make_member(planned[i]) for i in self.own}
+            self.groups = nn.ModuleDict(groups)
 
     def size(self, width: float) -> Size:
         """Return the size of an SAE with a share of the configured number of latents."""
@@ -130,7 +125,7 @@ class GroupSAESuite(L.LightningModule):
             return self.make_sae
         return partial(self.make_sae, expansion=None, d_sae=round(self.d_sae * width))
 
-    def make_member(self, planned: PlannedSAE, slots: Sequence[list[int]]) -> GroupSAE:
+    def make_member(self, planned: PlannedSAE) -> GroupSAE:
         """Return a fresh group.
 
         Raises:
@@ -142,7 +137,6 @@ class GroupSAESuite(L.LightningModule):
                 layers=planned.layers,
                 norm_factors=self.norm_factors,
                 sae=self.factory(planned.width),
-                slot=slots.index(planned.layers),
             )
         except UserError as error:  # too few latents: full width was checked before
             raise UserError(
@@ -210,11 +204,9 @@ class GroupSAESuite(L.LightningModule):
 
     def validation_step(self, batch: Iterable[ActivationBatch], batch_idx: int) -> None:
         """Reconstruct every layer with each of its SAEs."""
-        groups = self.members()
-        layers = sorted({layer for group in groups for layer in group.layers})
         for part in batch:
-            for group in groups:
-                group.validate(part, layers)
+            for group in self.members():
+                group.validate(part)
 
     def on_validation_epoch_end(self) -> None:
         """Log fvu and l0 per layer and per SAE."""

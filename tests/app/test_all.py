@@ -145,6 +145,30 @@ def test_a_resumed_run_of_all_groupings_is_the_same_bit_for_bit(
     assert assert_same_saes(together, folder) == {m.name for m in plan_of(folder).members}
 
 
+def test_rows_of_several_layers_of_each_token(
+    tiny_lm: Path, tiny_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Resumed bit for bit; tokens stay those of the language model, and rows are counted too."""
+    one, two = (
+        overrides(tiny_lm, tiny_text, tmp_path / name, *EVERYTHING, "stream.layers_per_token=2")
+        for name in ("one", "two")
+    )
+    undisturbed = run(one)[1]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert stopped(two)[0] == 128 + signal.SIGTERM
+    resumed = run(two)[1]
+    assert_same_saes(undisturbed, resumed)
+    summary = json.loads((resumed / "summary.json").read_text())
+    assert (summary["tokens"], summary["steps"], summary["layers_per_token"]) == (3072, 6, 2)
+    assert "3,072 tokens per SAE (rows of up to 2 layers from each) at" in printed
+    for group in summary["groups"].values():
+        assert group["rows"] == sum(group["tokens_per_layer"].values())
+        assert group["rows"] == 3072 * min(2, len(group["layers"]))
+    for file in resumed.glob("saes/*/cfg.json"):
+        config = json.loads(file.read_text())
+        assert (config["tokens"], config["rows"]) == (3072, 3072 * min(2, len(config["layers"])))
+
+
 def test_a_run_of_all_groupings_loads_as_any_of_them(together: Path) -> None:
     import groupsae
     from groupsae.grouping.groupings import groupings

@@ -11,6 +11,7 @@ from transformers import AutoModel, GPTNeoXConfig
 
 from groupsae.cost.counter import flop_counter
 from groupsae.cost.model import (
+    Trained,
     Workload,
     activation_flops,
     distance_flops,
@@ -176,7 +177,7 @@ WORK = Workload(
 
 
 def test_the_true_cost_of_a_run_adds_up():
-    cost = run_cost(WORK, num_groups=2, num_saes=3, d_sae=128, distances=True)
+    cost = run_cost(WORK, saes=[3, 1, 1], num_groups=2, d_sae=128, distances=True)
     assert cost.activations == 24 * 5 * 32**2 + 4 * 5 * 64 * 32
     assert cost.sae == 2 * 32 * 128 + 8 * 32 * 8
     assert cost.calibration == 100 * activation_flops(6, 32, 64)
@@ -190,11 +191,24 @@ def test_the_true_cost_of_a_run_adds_up():
     assert cost.paper_saving_both_sides == both
 
 
+def test_more_rows_of_a_token_cost_more_steps_of_an_sae_but_no_more_forwards():
+    once, more = (
+        run_cost(work, saes=[4, 1], num_groups=1, d_sae=128, distances=True)
+        for work in (WORK, dataclasses.replace(WORK, layers_per_token=3))
+    )
+    assert more.total - once.total == 1000 * 2 * once.sae  # three rows, not one, of the first SAE
+    assert more.total_per_layer == once.total_per_layer
+    assert more.paper_saving == paper_saving(once.paper_activations, once.paper_sae, 3, 6)
+    assert more.paper_saving_both_sides == paper_saving(
+        once.paper_activations, once.paper_sae, 4, 5
+    )
+
+
 def test_groups_that_need_no_distances_pay_for_none():
-    cost = run_cost(WORK, num_groups=5, num_saes=5, d_sae=128, distances=False)
+    cost = run_cost(WORK, saes=[1] * 5, num_groups=5, d_sae=128, distances=False)
     assert cost.distances == 0
     assert cost.saving == 0
-    assert run_cost(WORK, num_groups=5, num_saes=5, d_sae=128, distances=True).saving < 0
+    assert run_cost(WORK, saes=[1] * 5, num_groups=5, d_sae=128, distances=True).saving < 0
 
 
 def test_centring_costs_a_second_forward_but_no_second_distances():
@@ -204,7 +218,7 @@ def test_centring_costs_a_second_forward_but_no_second_distances():
 
 
 def test_smaller_saes_cost_what_the_groups_they_stand_for_cost():
-    groups, smaller = [128] * 2, [128 * 2 // 4] * 4  # two groups of four layers
+    groups, smaller = [Trained(128, 2)] * 2, [Trained(128 * 2 // 4, 1)] * 4
     assert WORK.paper_total(groups) == WORK.paper_total(smaller)
     decoding = 8 * 32 * 8 * 1000  # k rows a token, whatever the width: the only difference
     assert WORK.saes(smaller) - WORK.saes(groups) == 2 * decoding

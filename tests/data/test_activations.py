@@ -71,6 +71,24 @@ def test_each_row_is_the_drawn_layers_residual_of_its_token(make_data, first_pos
         assert drawn == set(layers)
 
 
+@pytest.mark.parametrize("rows", [2, 9])
+def test_a_token_gives_a_group_rows_of_different_layers(make_data, rows):
+    data, tokens = make_data(blocks_per_forward=5, layers_per_token=rows), token_batch()
+    residuals, places = all_residuals(data, tokens), torch.arange(tokens.numel())
+    batch = data.activations(tokens, SLOTS, first_position=7)
+    for slot in SLOTS:
+        count = min(rows, len(slot))
+        acts, layers = batch.rows(slot)
+        assert acts.shape == (count * len(places), D_MODEL)
+        expected = torch.stack(residuals)[layers, places.repeat(count)]
+        assert torch.equal(acts, expected)
+        drawn = draw_layers(places + 7, slot, data.seed, count)
+        assert torch.equal(layers, drawn.flatten())
+        if count == len(slot):
+            found = layers.bincount().tolist()
+            assert found == [len(places) * (x in slot) for x in range(max(slot) + 1)]
+
+
 @pytest.mark.parametrize("part", [1, 2, 3, 9])
 def test_a_forward_in_parts_gives_the_rows_of_a_forward_in_one(make_data, part):
     tokens = token_batch()

@@ -74,7 +74,7 @@ def exchanged(make_data, wanted, take, **changes):
     layers = [[[x] for x in sorted({x for slot in each for x in slot})] for each in wanted]
     for rank, data in enumerate(ranks):
         data.exchange(
-            Exchange(wanted, rank, posts[0].swap(rank)),
+            Exchange(list(map(data.each_row, wanted)), rank, posts[0].swap(rank)),
             Exchange(layers, rank, posts[1].swap(rank)),
         )
     for data in ranks:
@@ -101,7 +101,7 @@ def trained(data):
 @pytest.mark.parametrize(
     "changes",
     [{}, {"exclude_special_tokens": False, "skip_positions": 0}, {"max_norm_ratio": 1.2},
-     {"blocks_per_forward": 5}],
+     {"blocks_per_forward": 5}, {"layers_per_token": 2}],
 )  # fmt: skip
 def test_an_owner_gets_the_rows_that_one_process_would_have(make_data, wanted, changes):
     whole = trained(make_data(**changes))
@@ -109,10 +109,11 @@ def test_an_owner_gets_the_rows_that_one_process_would_have(make_data, wanted, c
     assert len(whole) == 3
     for own, batches in zip(wanted, owners, strict=True):
         for alone, spread in zip(whole, batches, strict=True):
-            assert len(spread.acts) == len(own)
-            for place, slot in enumerate(own):
-                rows, layers = spread.rows(place)
-                expected, drawn = alone.rows(SLOTS.index(slot))
+            rows_of = [min(len(slot), changes.get("layers_per_token", 1)) for slot in own]
+            assert len(spread.acts) == sum(rows_of)
+            for slot in own:
+                rows, layers = spread.rows(slot)
+                expected, drawn = alone.rows(slot)
                 assert torch.equal(layers, drawn)
                 if "blocks_per_forward" in changes:  # other shapes, another order of sums
                     torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-4)
@@ -127,7 +128,7 @@ def test_validation_brings_the_layers_of_an_owners_saes(make_data, ratio):
         for tokens in islice(data.val_dataloader(), 2):
             drawn = [each.to(data.device) for each in data.on_before_batch_transfer(tokens, 0)]
             parts = list(data.on_after_batch_transfer(drawn, 0))
-            found.append([[part.rows(i)[0] for i in range(len(part.acts))] for part in parts])
+            found.append([[part.rows(slot)[0] for slot in part.slots] for part in parts])
         return found
 
     wanted = [[[0, 1], [3]], [[2]]]

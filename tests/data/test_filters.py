@@ -86,7 +86,7 @@ def test_each_row_is_judged_by_the_norms_of_the_layer_that_it_comes_from(make_da
         for row, layer in enumerate(batch.layers[slot].tolist()):
             expected = bool(counted.flatten()[row]) and bool(typical[layer][row])
             assert bool(batch.keep[slot, row]) is expected
-        acts, layers = batch.rows(slot)
+        acts, layers = batch.rows(SLOTS[slot])
         assert torch.equal(acts, batch.acts[slot][batch.keep[slot]])
         assert len(layers) == len(acts) < tokens.numel()
     assert not torch.equal(batch.keep[1], batch.keep[3])

@@ -35,7 +35,7 @@ def queue(data, tokens):
     drawn = data.on_before_batch_transfer(tokens, 0).to(data.device)
     with no_waiting():
         batch = data.on_after_batch_transfer(drawn, 0)
-        return batch, [batch.rows(slot) for slot in range(len(batch.acts))]
+        return batch, [batch.rows(slot) for slot in batch.slots]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_norm_filter_waits_for_the_number_of_rows(make_data):
     with no_waiting():
         batch = data.on_after_batch_transfer(drawn, 0)
         with pytest.raises(AssertionError, match="with a mask"):
-            batch.rows(0)
+            batch.rows([0, 1])
 
 
 @pytest.mark.parametrize("blocks_per_forward", [1, 2, 5, 9])
@@ -95,7 +95,7 @@ def test_places_of_each_layer_are_those_that_a_search_finds(blocks_per_forward, 
     assert len(drawn.order) == len(drawn.shares) == 2  # of the slots of several layers
     assert drawn.made.kept is None
     for row, slot in enumerate([0, 2]):
-        layers = draw_layers(torch.arange(tokens.numel()) + first_position, SLOTS[slot], 3)
+        (layers,) = draw_layers(torch.arange(tokens.numel()) + first_position, SLOTS[slot], 3)
         assert torch.equal(drawn.made.layers[slot], layers)
         size = blocks_per_forward * CONTEXT
         parts = zip(drawn.order[row].split(size), layers.split(size), strict=True)
@@ -162,7 +162,7 @@ def test_a_gpu_is_not_waited_for_and_gives_what_the_cpu_gives(make_data):
         torch.cuda.set_sync_debug_mode("error" if number else "default")  # the first warms up
         try:
             batch = gpu.on_after_batch_transfer(drawn.to(gpu.device), 0)
-            rows = [batch.rows(slot) for slot in range(len(SLOTS))]
+            rows = [batch.rows(slot) for slot in SLOTS]
         finally:
             torch.cuda.set_sync_debug_mode("default")
         _, expected = queue(cpu, tokens)

@@ -92,7 +92,8 @@ def training_batches(data):
 def same_batches(first, second):
     assert len(first) == len(second) > 0
     for mine, other in zip(first, second, strict=True):
-        for a, b in zip(mine, other, strict=True):
+        assert mine.slots == other.slots
+        for a, b in zip(mine[1:], other[1:], strict=True):
             assert (a is None and b is None) or torch.equal(a, b)
 
 
@@ -110,10 +111,11 @@ FILTERS = [
     {"exclude_special_tokens": True, "skip_positions": 2},
     {"max_norm_ratio": 1.05},
     {"exclude_special_tokens": True, "max_norm_ratio": 1.05, "num_workers": 3},
+    {"layers_per_token": 2, "skip_positions": 2},
 ]
 
 
-@pytest.mark.parametrize("filters", FILTERS, ids=["all", "tokens", "norms", "both"])
+@pytest.mark.parametrize("filters", FILTERS, ids=["all", "tokens", "norms", "both", "rows"])
 def test_batches_from_a_store_are_those_of_the_stream(make_data, filters):
     stored, streamed = make_data(**filters), make_data(None, **filters | {"num_workers": 0})
     stored.reader.fill_calibration(3 * STEP * CONTEXT)

@@ -26,7 +26,7 @@ def make_optim(**changes):
     return Adam(**({"base_lr": 1e-3, "base_d_sae": 32} | changes))
 
 
-def tiny_data(lm, text, cache, groups, steps=6):
+def tiny_data(lm, text, cache, groups, steps=6, **changes):
     """Return the stream of some sets of layers."""
     data = ActivationDataModule(
         lm=frozen(lm), cache=str(cache),
@@ -34,7 +34,7 @@ def tiny_data(lm, text, cache, groups, steps=6):
         heldout_fraction=0.1, calibration_fraction=0.1, prepend_bos=False,
         exclude_special_tokens=True, skip_positions=0, max_norm_ratio=None, max_tokens=None,
         blocks_per_step=4, blocks_per_forward=4,
-        tokens=steps * 4 * 32, heldout_tokens=256, num_workers=0, seed=0,
+        tokens=steps * 4 * 32, heldout_tokens=256, num_workers=0, seed=0, **changes,
     )  # fmt: skip
     data.set_slots(groups)
     return data

@@ -15,4 +15,6 @@ def make_data(
     from tests.helpers.fits import tiny_data
 
     cache = tmp_path_factory.mktemp("cache")
-    return lambda groups, steps=6: tiny_data(tiny_lm, tiny_text, cache, groups, steps)
+    return lambda groups, steps=6, **changes: tiny_data(
+        tiny_lm, tiny_text, cache, groups, steps, **changes
+    )

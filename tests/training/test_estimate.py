@@ -59,11 +59,6 @@ def make_suite(smaller: list[int], sae: SAEFactory = make_sae) -> GroupSAESuite:
     return suite
 
 
-def widths_of(suite: GroupSAESuite) -> list[float]:
-    assert suite.plan is not None
-    return [member.width for member in suite.plan.members]
-
-
 def stream(tokens: int) -> ActivationDataModule:
     """Return a data module whose steps have so many tokens; nothing is read."""
     data = unprepared(FrozenLM(name="tiny"), "text", "cache")
@@ -77,8 +72,8 @@ def bytes_taken(suite: GroupSAESuite, *callbacks: L.Callback) -> int:
     slots = suite.plan.slots
 
     def rows() -> ActivationBatch:
-        layers = torch.stack([draw_layers(torch.arange(TOKENS), slot, 0) for slot in slots])
-        return ActivationBatch(torch.randn(len(slots), TOKENS, D_MODEL), layers, None)
+        layers = torch.cat([draw_layers(torch.arange(TOKENS), slot, 0) for slot in slots])
+        return ActivationBatch(slots, torch.randn(len(slots), TOKENS, D_MODEL), layers, None)
 
     trainer = L.Trainer(
         accelerator="cpu", devices=1, max_steps=6, limit_val_batches=0, callbacks=[*callbacks],
@@ -101,7 +96,7 @@ def test_weights_gradients_and_moments_are_counted_to_the_byte(smaller: list[int
     held = [t for p in suite.parameters() for t in (p, p.grad, *optimizer.state[p].values())]
     counted = sum(t.numel() * t.element_size() for t in held)
     steps = 4 * len(list(suite.parameters()))  # Adam's counters of steps
-    needed = bytes_needed(suite, stream(0), widths_of(suite), 1)
+    needed = bytes_needed(suite, stream(0), suite.plan.members, 1)
     if not smaller:
         assert needed == counted - steps
     # of smaller SAEs the decoder's bias is not smaller, and latents are whole numbers
@@ -111,7 +106,7 @@ def test_weights_gradients_and_moments_are_counted_to_the_byte(smaller: list[int
 def test_a_second_process_takes_half_of_the_step() -> None:
     suite = make_suite([])
     nothing, one, two = (
-        bytes_needed(suite, stream(tokens), [1.0] * 5, processes)
+        bytes_needed(suite, stream(tokens), suite.plan.members[:5], processes)
         for tokens, processes in ((0, 1), (TOKENS, 1), (TOKENS, 2))
     )
     assert two - nothing == (one - nothing) // 2
@@ -124,7 +119,7 @@ def test_a_step_needs_about_the_estimate(
 ) -> None:
     """With dead latents, for which there is a second reconstruction; less without any."""
     suite = make_suite(smaller)
-    needed = bytes_needed(suite, stream(TOKENS), widths_of(suite), 1)
+    needed = bytes_needed(suite, stream(TOKENS), suite.plan.members, 1)
     callbacks = [Trial(0.0, tuple, 3)] if dead else []  # its last step is one with dead latents
     assert least < needed / bytes_taken(suite, *callbacks) < most
 
@@ -139,7 +134,7 @@ def test_a_step_of_dense_kinds_needs_about_the_estimate(kind: str) -> None:
         return architecture(d_model=d_model, generator=generator, **size)
 
     suite = make_suite([], dense)
-    needed = bytes_needed(suite, stream(TOKENS), widths_of(suite), 1)
+    needed = bytes_needed(suite, stream(TOKENS), suite.plan.members, 1)
     assert 0.9 < needed / bytes_taken(suite) < 1.5
 
 

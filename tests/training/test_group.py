@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from groupsae.data.batch import ActivationBatch
 from groupsae.data.draws import draw_layers
 from groupsae.runtime.errors import UserError
 from groupsae.sae.topk import TopK
@@ -289,9 +288,25 @@ def test_after_every_run_decoders_are_unit_and_every_kept_token_is_counted(
     for member in suite.members():
         norms = member.sae.W_dec.norm(dim=1)
         torch.testing.assert_close(norms, torch.ones_like(norms), rtol=0, atol=1e-6)
-        drawn = draw_layers(torch.arange(len(keep)), member.layers, seed=0)[keep]
+        drawn = draw_layers(torch.arange(len(keep)), member.layers, seed=0)[0, keep]
         expected = torch.bincount(drawn, minlength=len(member.tokens_per_layer))
         assert torch.equal(member.tokens_per_layer, expected)
+
+
+def test_rows_of_a_token_are_counted_for_their_layers_and_as_the_age_of_latents(make_data):
+    data = make_data([[0, 1], [2]], layers_per_token=2)
+    pair, single = tiny_group([0, 1]), tiny_group([2])
+    data.setup("fit")
+    tokens = next(iter(data.train_dataloader()))
+    batch = data.activations(tokens, data.slots)
+    counted = int((~torch.isin(tokens, data.special_ids)).sum())
+    for group in (pair, single):
+        x, layers = group.rows(batch)
+        group.step(x, layers, group.moments(x, layers))
+    assert pair.tokens_per_layer.tolist() == [counted] * 2  # every layer of every token
+    assert single.tokens_per_layer.tolist() == [0, 0, counted]
+    assert pair.tokens_since_fired.unique().tolist() == [2 * counted]
+    assert single.tokens_since_fired.unique().tolist() == [counted]
 
 
 def test_dead_latents_were_part_of_the_run_that_is_compared(trained_suite):
@@ -309,7 +324,7 @@ def test_validation_gives_every_layers_fvu_by_its_own_factor(trained_suite, make
     batch = data.activations(tokens, [[layer] for layer in range(4)])
     owner = {layer: m for m in suite.members() for layer in m.layers}
     for layer in range(4):
-        acts, _ = batch.rows(layer)
+        acts, _ = batch.rows([layer])
         x = acts.double()
         x_hat, latents = owner[layer].reconstruct(acts, layer)
         fvu = (x - x_hat.double()).square().sum() / (x - x.mean(0)).square().sum()
@@ -327,7 +342,7 @@ def test_a_nan_in_the_activations_ends_the_run_with_one_sentence(make_data):
     class Spoilt(GroupSAE):
         def training_step(self, batch, batch_idx):
             if batch_idx == 2:
-                batch = ActivationBatch(batch.acts * torch.nan, batch.layers, batch.keep)
+                batch = batch._replace(acts=batch.acts * torch.nan)
             return super().training_step(batch, batch_idx)
 
     group = tiny_group([0, 1])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from groupsae.cost.model import Workload
+from groupsae.cost.model import Trained, Workload
 from groupsae.grouping.groupings import groupings
 from groupsae.grouping.plan import GroupPlan
 from tests.helpers.runs import overrides, read_checkpoint, rewrite_checkpoint, run, stopped
@@ -104,6 +104,8 @@ def test_planned_flops_are_what_a_counter_sees_of_a_run(everything: Path) -> Non
         ["groups=even", "groups.num_groups=2", "groups.last_layer=skip"],
         ["groups=per_layer", "sae.k=1", "sae.auxk_alpha=0"],
         ["groups=all", "groups.last_layer=group", "stream.context=32"],
+        ["groups=even", "groups.num_groups=1", "stream.layers_per_token=2"],
+        [*ALL, "stream.layers_per_token=3"],
     ],
 )
 def test_planned_flops_are_the_counted_ones_of_other_runs_too(
@@ -156,9 +158,11 @@ def test_the_saving_in_seconds_follows_from_the_parts(everything: Path, ordinary
         per_layer = shared + each["64"] * 4
         assert ledger["per_layer"]["seconds"] == pytest.approx(per_layer)
         assert ledger["saving"]["seconds"] == pytest.approx(1 - groups / per_layer)
-        assert ledger["per_layer"]["planned_flops"] == work.total([64] * 4, distances=False)
+        single = [Trained(64, 1)] * 4
+        assert ledger["per_layer"]["planned_flops"] == work.total(single, distances=False)
         measured = folder == everything  # evenly spaced groups need no distances
-        total = work.total([64] * len(plan.saes), distances=measured)
+        trained = [Trained(64, len(layers)) for layers in plan.saes]
+        total = work.total(trained, distances=measured)
         assert ledger["saving"]["flops"] == pytest.approx(
             1 - total / ledger["per_layer"]["planned_flops"]
         )

@@ -23,7 +23,7 @@ CPUS = ["trainer.accelerator=cpu"]
 # what is different about a batch: rows left out by norm, an SAE that looks at all rows at once
 HARD = [
     "groups=count", "groups.num_groups=1", "sae=batchtopk", "stream.max_norm_ratio=1.5",
-    "stream.skip_positions=1", "b_dec_start=geometric_median",
+    "stream.skip_positions=1", "b_dec_start=geometric_median", "stream.layers_per_token=2",
 ]  # fmt: skip
 ALL = ["groups=all", "groups.rules=[complete,even]", "groups.smaller=[1,2]"]
 
@@ -169,11 +169,14 @@ def test_a_stopped_run_resumes_with_another_number_of_processes(
         assert torch.equal(tensor, theirs[name]), name
 
 
+@pytest.mark.parametrize("rows", [1, 2])
 def test_sharing_every_sae_out_gives_what_one_process_gives(
-    arguments: Any, alone: Path, tmp_path: Path
+    arguments: Any, alone: Path, tmp_path: Path, rows: int
 ) -> None:
     """DDP: float32 sums in another order, through six Adam steps of up to 1e-3 * 16 each."""
-    given = arguments()
+    given = arguments(f"stream.layers_per_token={rows}")
+    if rows > 1:
+        alone = run(arguments(f"stream.layers_per_token={rows}"))[1]
     ended = together(train, 2, tmp_path, [*given, "trainer=ddp", *CPUS, "trainer.devices=2"])
     fine(ended)
     compare(alone, folder_of(given), rtol=1e-3, atol=1e-4)

@@ -13,7 +13,7 @@ from groupsae.files.atomic import write_json
 from groupsae.files.reading import read_json
 from groupsae.grouping.choices import Choice
 from groupsae.grouping.partition import Partition
-from groupsae.grouping.plan import GroupPlan
+from groupsae.grouping.plan import GroupPlan, PlannedSAE, name_of
 from groupsae.grouping.rules import needs_distances
 from groupsae.grouping.shares import advice
 from groupsae.runtime.errors import UserError, check_choice
@@ -38,7 +38,8 @@ class GroupLayers(L.Callback):
         work: model, text and budget of the run, for the cost model.
         cost: FLOPs of the run.
         other: the groups that the other centring would have given; None if it was not measured.
-        step_seconds: width of an SAE -> one step, in a run of all groupings; None for others.
+        step_seconds: width of an SAE -> one step with one row per token, in a run of all
+            groupings; None for others.
     """
 
     plan: GroupPlan
@@ -77,7 +78,8 @@ class GroupLayers(L.Callback):
             self.read(data)
         else:
             # one SAE at least: before the long measurement
-            _refuse(trainer, bytes_needed(suite, data, [1.0], trainer.world_size), 1)
+            one = PlannedSAE(name_of([0]), [0], 1.0)
+            _refuse(trainer, bytes_needed(suite, data, [one], trainer.world_size), 1)
             self.measurement = measure(data, trainer, self.tokens, self.centring, self.cache)
             self.plan = self.choice.plan(self.measurement.distances)
         if self.measurement.other_distances is not None:
@@ -126,11 +128,11 @@ class GroupLayers(L.Callback):
         """Give the plan to the suite: all SAEs to each process, or to each its own."""
         factors = self.measurement.norm_factors(self.scale)
         if not isinstance(trainer.strategy, SAEParallel):
-            widths = [planned.width for planned in self.plan.members]
-            _refuse(trainer, bytes_needed(suite, data, widths, trainer.world_size), len(widths))
+            saes = self.plan.members
+            _refuse(trainer, bytes_needed(suite, data, saes, trainer.world_size), len(saes))
             suite.set_plan(self.plan, factors)
             return
-        owned = owners(suite, self.plan, trainer.world_size)
+        owned = owners(suite, data, self.plan, trainer.world_size)
         rank, swap = trainer.global_rank, all_to_all(trainer.strategy.mesh)
         suite.set_plan(self.plan, factors, owned[rank])
         shares = spread(suite, data, owned, rank, swap)
@@ -149,11 +151,12 @@ class GroupLayers(L.Callback):
             tokens=data.num_steps * data.tokens_per_step,
             calibration_tokens=self.measurement.tokens,
             calibration_passes=self.measurement.passes,
+            layers_per_token=data.layers_per_token,
         )
         self.cost = run_cost(
             self.work,
             num_groups=self.plan.partition.num_groups,
-            num_saes=len(self.plan.saes),
+            saes=[len(layers) for layers in self.plan.saes],
             d_sae=suite.d_sae,
             distances=needs_distances(self.plan.partition.rule),
         )

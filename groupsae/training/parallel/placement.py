@@ -58,20 +58,25 @@ def place(costs: Sequence[Cost], num_processes: int) -> list[list[int]]:
     return [sorted(indices) for indices in owned]
 
 
-def owners(suite: GroupSAESuite, plan: GroupPlan, num_processes: int) -> list[list[int]]:
+def owners(
+    suite: GroupSAESuite, data: ActivationDataModule, plan: GroupPlan, num_processes: int
+) -> list[list[int]]:
     """Return for each process the numbers in the plan of the SAEs that it holds."""
-    slots, sizes = plan.slots, [suite.size(planned.width) for planned in plan.members]
-    costs = [
-        Cost(size.flops, FLOAT * STATE * size.parameters, slots.index(planned.layers))
-        for size, planned in zip(sizes, plan.members, strict=True)
-    ]
+    costs = []
+    for planned in plan.members:
+        size, slot = suite.size(planned.width), plan.slots.index(planned.layers)
+        flops = size.flops * data.rows_per_token(planned.layers)
+        costs.append(Cost(flops, FLOAT * STATE * size.parameters, slot))
     return place(costs, num_processes)
 
 
-def busiest(suite: GroupSAESuite, plan: GroupPlan, num_processes: int) -> list[int]:
+def busiest(
+    suite: GroupSAESuite, data: ActivationDataModule, plan: GroupPlan, num_processes: int
+) -> list[int]:
     """Return the SAEs of the process whose SAEs have the most parameters."""
     sizes = [suite.size(planned.width).parameters for planned in plan.members]
-    return max(owners(suite, plan, num_processes), key=lambda own: sum(sizes[i] for i in own))
+    owned = owners(suite, data, plan, num_processes)
+    return max(owned, key=lambda own: sum(sizes[i] for i in own))
 
 
 def spread(
@@ -88,7 +93,7 @@ def spread(
     """
     plan = suite.plan
     used = [sorted({x for i in own for x in plan.members[i].layers}) for own in owned]
-    training = Exchange([suite.slots_of(own) for own in owned], rank, swap)
+    training = Exchange([data.each_row(plan.slots_of(own)) for own in owned], rank, swap)
     validation = Exchange([[[layer] for layer in layers] for layers in used], rank, swap)
     data.exchange(training, validation)
     tokens = data.tokens_per_step // len(owned)
@@ -98,12 +103,11 @@ def spread(
     shares = []
     for process, own in enumerate(owned):
         members = [plan.members[i] for i in own]
-        widths = [planned.width for planned in members]
-        state = FLOAT * STATE * sum(suite.size(width).parameters for width in widths)
+        state = FLOAT * STATE * sum(suite.size(planned.width).parameters for planned in members)
         slots = len(training.wanted[process])
         joined = FLOAT * suite.d_model * slots * data.tokens_per_step
         moving = tokens * row * (len(training.sent) + slots * len(owned)) + joined
-        memory = max(bytes_needed(suite, data, widths, 1), state + moving)
+        memory = max(bytes_needed(suite, data, members, 1), state + moving)
         names = [planned.name for planned in members]
         shares.append(Share(names, memory, tokens * sent[process], tokens * received[process]))
     return shares
