@@ -145,6 +145,7 @@ class Results:
             "amad": None if part is None else none_if_nan(part.amad),
             "size_weighted_amad": None if part is None else none_if_nan(part.size_weighted_amad),
             "max_diameter": None if part is None else none_if_nan(part.max_diameter),
+            "variance": None if part is None else none_if_nan(part.variance),
             "saes": list(dict.fromkeys(owner.values())),
             "sae_of_layer": {str(layer): name for layer, name in owner.items()},
             "all_layers": self._shown(self._over(grouping, list(owner))),

@@ -1,4 +1,4 @@
-"""Mean angular distance between the residual streams of all pairs of layers."""
+"""Mean angles and mean cosines between the residual streams of all pairs of layers."""
 
 import math
 
@@ -13,6 +13,8 @@ from groupsae.runtime.errors import UserError, check_choice
 
 class AngularDistance(Metric):
     """The mean angle between layers, in fractions of pi: 0 same direction, 0.5 orthogonal.
+
+    The same pass gives the mean cosines, `cosines`.
 
     d(i, j) = mean over tokens of arccos(cos(x_i, x_j)) / pi (arXiv 2410.21508, 3.1, after Gromov
     et al.). Cosines are float64: arccos loses half of the digits near 1, and in float32 equal
@@ -36,6 +38,7 @@ class AngularDistance(Metric):
     is_differentiable = False
     full_state_update = False
     sum: Tensor
+    sum_of_cosines: Tensor
     count: Tensor
     skipped: Tensor
     mean: Tensor | None
@@ -47,6 +50,7 @@ class AngularDistance(Metric):
         self.num_layers, self.centring = num_layers, centring
         square = torch.zeros(num_layers, num_layers, dtype=torch.float64)
         self.add_state("sum", square, dist_reduce_fx="sum")
+        self.add_state("sum_of_cosines", square.clone(), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("skipped", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.register_buffer("mean", None, persistent=False)
@@ -72,6 +76,7 @@ class AngularDistance(Metric):
         acts = acts if mask is None else acts[:, mask]
         finite = torch.ones(self.num_layers, dtype=torch.bool, device=acts.device)
         total = torch.zeros_like(self.upper[0], dtype=torch.float64)
+        total_cosines = torch.zeros_like(total)
         count = torch.zeros_like(self.count)
         tokens = tokens_per_chunk(acts)
         for first in range(0, acts.shape[1], tokens):
@@ -83,13 +88,15 @@ class AngularDistance(Metric):
             # Multiplying by 0 or 1 rather than indexing: no synchronisation with the device.
             kept = (norms > 0).all(dim=1).squeeze(-1).double()  # [token]
             unit = x / torch.where(norms > 0, norms, 1.0)
-            cosines = (unit @ unit.mT)[:, self.upper[0], self.upper[1]]  # [token, pair]
-            total += kept @ cosines.clamp(-1.0, 1.0).arccos()
+            cosines = (unit @ unit.mT)[:, self.upper[0], self.upper[1]].clamp(-1.0, 1.0)
+            total += kept @ cosines.arccos()  # [token] @ [token, pair]
+            total_cosines += cosines.mul_(kept[:, None]).sum(dim=0)
             count += kept.sum()
         check_finite(finite)
-        pairs = torch.zeros_like(self.sum)
-        pairs[self.upper[0], self.upper[1]] = total / math.pi
-        self.sum += pairs + pairs.T
+        for held, added in ((self.sum, total / math.pi), (self.sum_of_cosines, total_cosines)):
+            pairs = torch.zeros_like(held)
+            pairs[self.upper[0], self.upper[1]] = added
+            held += pairs + pairs.T
         self.count += count
         self.skipped += acts.shape[1] - count.long()
 
@@ -106,3 +113,17 @@ class AngularDistance(Metric):
     def distances(self) -> Float[Tensor, "layer layer"]:
         """Return d; of a model with one layer `compute` returns a scalar."""
         return self.compute().reshape(self.num_layers, self.num_layers)
+
+    def cosines(self) -> Float[Tensor, "layer layer"]:
+        """Return the mean cosine of every pair, float64, symmetric with a diagonal of ones.
+
+        Not the cosine of the mean angle: that is larger where the angle varies between tokens.
+
+        Raises:
+            UserError: no token was counted.
+        """
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn):  # as around `compute`
+            total, count = self.sum_of_cosines, self.count
+        if count == 0:
+            raise UserError(NO_TOKENS)
+        return total / count + torch.eye(self.num_layers).to(total)

@@ -6,13 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import numpy.typing as npt
 
 from groupsae.grouping.partition import (
+    Cosines,
     Distances,
     Partition,
     build_partition,
     check_groups,
+    mean_cosines,
     validate_distances,
 )
 from groupsae.grouping.plan import LAST_LAYERS, GroupPlan, check_smaller, num_groupable
@@ -56,27 +59,33 @@ class Choice(ABC):
         """
         self._check(num_groupable(num_layers, self.last_layer))
 
-    def plan(self, distances: npt.ArrayLike) -> GroupPlan:
+    def plan(self, distances: npt.ArrayLike, cosines: npt.ArrayLike | None = None) -> GroupPlan:
         """Return the plan for these [L, L] distances of all layers (fractions of pi).
 
+        Args:
+            distances: mean angles of all layers.
+            cosines: their mean cosines; None: those of the mean angles.
+
         Raises:
-            UserError: the distances are no distance matrix, or as `check`.
+            UserError: the distances are no distance matrix, the cosines do not fit them, or as
+                `check`.
         """
         square = validate_distances(distances)
         self.check(len(square))
         groupable = num_groupable(len(square), self.last_layer)
-        return self._plan(square[:groupable, :groupable], len(square))
+        kept = np.s_[:groupable, :groupable]
+        return self._plan(square[kept], mean_cosines(square, cosines)[kept], len(square))
 
-    def _plan(self, grouped: Distances, num_layers: int) -> GroupPlan:
+    def _plan(self, grouped: Distances, cosines: Cosines, num_layers: int) -> GroupPlan:
         """Return the plan from the distances of the layers that are grouped."""
         theta = getattr(self, "theta", None)
-        return GroupPlan(self._partition(grouped), self.last_layer, num_layers, theta)
+        return GroupPlan(self._partition(grouped, cosines), self.last_layer, num_layers, theta)
 
     @abstractmethod
     def _name(self) -> str: ...
 
     @abstractmethod
-    def _partition(self, distances: Distances) -> Partition: ...
+    def _partition(self, distances: Distances, cosines: Cosines) -> Partition: ...
 
     def _check(self, groupable: int) -> None:  # noqa: B027 - most choices fit any model
         pass
@@ -103,8 +112,8 @@ class ByAmad(Choice):
     def _name(self) -> str:
         return f"amad-{self.theta}{_unless_complete(self.rule)}"
 
-    def _partition(self, distances: Distances) -> Partition:
-        return choose(distances, self.theta, self.rule)
+    def _partition(self, distances: Distances, cosines: Cosines) -> Partition:
+        return choose(distances, self.theta, self.rule, cosines)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +154,8 @@ class ByCount(Choice):
     def _check(self, groupable: int) -> None:
         check_num_groups(self.num_groups, groupable)
 
-    def _partition(self, distances: Distances) -> Partition:
-        return partition(distances, self.num_groups, self.rule)
+    def _partition(self, distances: Distances, cosines: Cosines) -> Partition:
+        return partition(distances, self.num_groups, self.rule, cosines)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +179,9 @@ class PerLayer(Choice):
     def _name(self) -> str:
         return "per_layer"
 
-    def _partition(self, distances: Distances) -> Partition:
-        return build_partition(distances, [[x] for x in range(len(distances))], "per_layer")
+    def _partition(self, distances: Distances, cosines: Cosines) -> Partition:
+        singles = [[layer] for layer in range(len(distances))]
+        return build_partition(distances, singles, "per_layer", cosines)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,8 +213,8 @@ class Explicit(Choice):
             )
         check_groups(self.groups, groupable)
 
-    def _partition(self, distances: Distances) -> Partition:
-        return build_partition(distances, self.groups, "explicit")
+    def _partition(self, distances: Distances, cosines: Cosines) -> Partition:
+        return build_partition(distances, self.groups, "explicit", cosines)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,17 +257,17 @@ class All(Choice):
         if self.smaller != "chosen":
             check_smaller(self.smaller, groupable)
 
-    def _plan(self, grouped: Distances, num_layers: int) -> GroupPlan:
-        chosen = self._partition(grouped)
-        others = tuple(each for rule in self.rules for each in curve(grouped, rule))
+    def _plan(self, grouped: Distances, cosines: Cosines, num_layers: int) -> GroupPlan:
+        chosen = self._partition(grouped, cosines)
+        others = tuple(each for rule in self.rules for each in curve(grouped, rule, cosines))
         smaller = self.smaller
         if smaller == "chosen":
             smaller = [chosen.num_groups] if chosen.num_groups < len(grouped) else []
         sizes = tuple(sorted({int(count) for count in smaller}))
         return GroupPlan(chosen, self.last_layer, num_layers, self.theta, others, sizes)
 
-    def _partition(self, distances: Distances) -> Partition:
-        return choose(distances, self.theta, self.rules[0])
+    def _partition(self, distances: Distances, cosines: Cosines) -> Partition:
+        return choose(distances, self.theta, self.rules[0], cosines)
 
 
 def _unless_complete(rule: str) -> str:

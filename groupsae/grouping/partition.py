@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from operator import index
 from typing import Any
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from groupsae.runtime.errors import UserError
 
 Distances = npt.NDArray[np.float64]
+Cosines = npt.NDArray[np.float64]
 
 ROUNDING = 1e-9  # of sums over ranks in another order; far below any real angle
 
@@ -28,6 +29,8 @@ class Partition:
         diameters: largest distance within each group, in fractions of pi; 0 for one layer alone,
             NaN where the distances were never measured (null in JSON).
         rule: the rule that made the groups.
+        variances: angular variance V_g of each group (`angular_variance`); empty where it was
+            not measured, as in files of earlier versions.
 
     >>> distances = [[0.0, 0.1, 0.4], [0.1, 0.0, 0.3], [0.4, 0.3, 0.0]]
     >>> part = groupsae.partition(distances, num_groups=2)
@@ -38,6 +41,7 @@ class Partition:
     groups: list[list[int]]
     diameters: list[float]
     rule: str
+    variances: list[float] = field(default_factory=list)
 
     @property
     def num_groups(self) -> int:
@@ -61,27 +65,38 @@ class Partition:
         return sum(weighted) / self.num_layers
 
     @property
+    def variance(self) -> float:
+        """Return V = sum_g |g| V_g / n, the mean angular variance of a layer's group, or NaN."""
+        if not self.variances:
+            return math.nan
+        weighted = (len(g) * v for g, v in zip(self.groups, self.variances, strict=True))
+        return sum(weighted) / self.num_layers
+
+    @property
     def max_diameter(self) -> float:
         """Return the largest distance between two layers that share a group."""
         return float(np.max(self.diameters))
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values; `from_json` reads rule, groups and diameters only."""
+        """Return plain values; `from_json` reads rule, groups, diameters and variances only."""
         return {
             "rule": self.rule,
             "num_groups": self.num_groups,
             "groups": [list(group) for group in self.groups],
             "diameters": [none_if_nan(diameter) for diameter in self.diameters],
+            "variances": self.variances,
             "amad": none_if_nan(self.amad),
             "size_weighted_amad": none_if_nan(self.size_weighted_amad),
             "max_diameter": none_if_nan(self.max_diameter),
+            "variance": none_if_nan(self.variance),
         }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Partition":
         """Return the partition that `to_json` wrote; raises KeyError if a key is missing."""
         diameters = [math.nan if d is None else d for d in values["diameters"]]
-        return cls([list(group) for group in values["groups"]], diameters, values["rule"])
+        groups = [list(group) for group in values["groups"]]
+        return cls(groups, diameters, values["rule"], list(values.get("variances", ())))
 
 
 def none_if_nan(value: float) -> float | None:
@@ -106,17 +121,48 @@ def amad(distances: npt.ArrayLike, groups: Sequence[Sequence[int]]) -> float:
 
 
 def build_partition(
-    distances: npt.ArrayLike, groups: Sequence[Sequence[int]], rule: str
+    distances: npt.ArrayLike,
+    groups: Sequence[Sequence[int]],
+    rule: str,
+    cosines: npt.ArrayLike | None = None,
 ) -> Partition:
-    """Return the partition of these groups, sorted, with diameters taken from the distances.
+    """Return the partition of these groups, sorted, with its diameters and variances.
 
     Raises:
-        UserError: as `check_groups` and `validate_distances`.
+        UserError: as `check_groups`, `validate_distances` and `mean_cosines`.
     """
     square = validate_distances(distances)
     ordered = check_groups(groups, len(square))
     diameters = [float(square[np.ix_(group, group)].max()) for group in ordered]
-    return Partition(ordered, diameters, rule)
+    cosines = mean_cosines(square, cosines)
+    return Partition(ordered, diameters, rule, [angular_variance(cosines, g) for g in ordered])
+
+
+def angular_variance(cosines: Cosines, group: Sequence[int]) -> float:
+    """Return V_g = (1/2) mean_{i,j in g} (1 - cos(x_i, x_j)), i = j included.
+
+    Half of the variance of the layers' unit vectors around their mean, averaged over tokens:
+    (1 - |mean unit vector|^2) / 2. 0 for one layer, at most 1/2.
+    """
+    return float((1 - cosines[np.ix_(group, group)]).mean() / 2)
+
+
+def mean_cosines(distances: Distances, cosines: npt.ArrayLike | None) -> Cosines:
+    """Return the layers' mean cosines; where none were measured, the cosines of the mean angles.
+
+    Raises:
+        UserError: they are not as many as the distances, or not in [-1, 1].
+    """
+    if cosines is None:
+        return np.cos(np.pi * distances)
+    square = np.atleast_2d(np.asarray(cosines, dtype=np.float64))
+    if square.shape != distances.shape or not (np.abs(square) <= 1 + ROUNDING).all():
+        raise UserError(
+            f"The mean cosines have shape {list(square.shape)} and lie in [{square.min():g}, "
+            f"{square.max():g}]: they must lie in [-1, 1], one for each of the "
+            f"{list(distances.shape)} distances."
+        )
+    return square
 
 
 def check_groups(groups: object, num_layers: int | None = None) -> list[list[int]]:

@@ -12,9 +12,11 @@ from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import pdist, squareform
 
 from groupsae.grouping.partition import (
+    Cosines,
     Distances,
     Partition,
     build_partition,
+    mean_cosines,
     validate_distances,
 )
 from groupsae.runtime.errors import UserError, check_choice
@@ -22,7 +24,12 @@ from groupsae.runtime.errors import UserError, check_choice
 Groups = list[list[int]]
 
 
-def partition(distances: npt.ArrayLike, num_groups: int, rule: str = "complete") -> Partition:
+def partition(
+    distances: npt.ArrayLike,
+    num_groups: int,
+    rule: str = "complete",
+    cosines: npt.ArrayLike | None = None,
+) -> Partition:
     """Return the layers split into exactly num_groups contiguous groups.
 
     The rules:
@@ -32,6 +39,7 @@ def partition(distances: npt.ArrayLike, num_groups: int, rule: str = "complete")
     - even: sizes that differ by at most one, the larger groups first.
     - published: complete linkage on Euclidean distances between matrix rows, as in the reference
       code; only this one reproduces the published groups.
+    - variance: the smallest possible mean angular variance, sum_g |g| V_g (exact).
 
     AMAD itself is not among the criteria: its minimum is one giant group and singletons.
 
@@ -39,10 +47,12 @@ def partition(distances: npt.ArrayLike, num_groups: int, rule: str = "complete")
         distances: [n, n] mean angles between layers, in fractions of pi.
         num_groups: G, from 1 to n.
         rule: one of the names above.
+        cosines: [n, n] mean cosines between layers, for the rule variance and the figure V; None:
+            the cosines of the mean angles, which differ a little.
 
     Raises:
-        UserError: the distances are no distance matrix, num_groups is out of range, or the rule
-            is unknown.
+        UserError: the distances are no distance matrix, the cosines do not fit them, num_groups is
+            out of range, or the rule is unknown.
 
     >>> partition([[0.0, 0.1, 0.4], [0.1, 0.0, 0.3], [0.4, 0.3, 0.0]], num_groups=2).groups
     [[0, 1], [2]]
@@ -50,16 +60,26 @@ def partition(distances: npt.ArrayLike, num_groups: int, rule: str = "complete")
     square = validate_distances(distances)
     check_choice("rule", rule, RULES)
     check_num_groups(num_groups, len(square))
-    return build_partition(square, RULES[rule](square, num_groups), rule)
+    between = mean_cosines(square, cosines)
+    groups = RULES[rule](between if rule == "variance" else square, num_groups)
+    return build_partition(square, groups, rule, between)
 
 
-def curve(distances: npt.ArrayLike, rule: str) -> list[Partition]:
+def curve(
+    distances: npt.ArrayLike, rule: str, cosines: npt.ArrayLike | None = None
+) -> list[Partition]:
     """Return the partitions for G = 1..n; raises UserError as `partition`."""
     square = validate_distances(distances)
-    return [partition(square, num_groups, rule) for num_groups in range(1, len(square) + 1)]
+    counts = range(1, len(square) + 1)
+    return [partition(square, num_groups, rule, cosines) for num_groups in counts]
 
 
-def choose(distances: npt.ArrayLike, theta: float = 0.2, rule: str = "complete") -> Partition:
+def choose(
+    distances: npt.ArrayLike,
+    theta: float = 0.2,
+    rule: str = "complete",
+    cosines: npt.ArrayLike | None = None,
+) -> Partition:
     """Return the partition with the fewest groups whose AMAD is strictly below theta.
 
     min{G : AMAD(G) < theta} at full precision (arXiv 2410.21508, 3.2, where theta = 0.2). It
@@ -72,7 +92,7 @@ def choose(distances: npt.ArrayLike, theta: float = 0.2, rule: str = "complete")
     [[0, 1], [2]]
     """
     check_theta(theta)
-    return next(candidate for candidate in curve(distances, rule) if candidate.amad < theta)
+    return next(each for each in curve(distances, rule, cosines) if each.amad < theta)
 
 
 def check_theta(theta: object) -> None:
@@ -158,6 +178,20 @@ def _minmax(square: Distances, num_groups: int) -> Groups:
     return _best_runs(allowed, num_groups, np.add)[1]
 
 
+def _variance(cosines: Cosines, num_groups: int) -> Groups:
+    """Return the runs with the smallest sum_g |g| V_g, by one dynamic programme of O(G n^2).
+
+    Not degenerate as the minimum of AMAD is: a group counts with its size, and one far layer with
+    its distances to all others. |g| V_g is the sum over its pairs of (1 - cosine) / 2, over |g|.
+    """
+    n = len(cosines)
+    sums = np.zeros((n + 1, n + 1))  # of the rows and columns before
+    sums[1:, 1:] = ((1 - cosines) / 2).cumsum(0).cumsum(1)
+    start, stop = np.arange(n)[:, None], np.arange(n)[None, :] + 1
+    inside = sums[stop, stop] - sums[start, stop] - sums[stop, start] + sums[start, start]
+    return _best_runs(inside / np.maximum(stop - start, 1), num_groups, np.add)[1]
+
+
 def _best_runs(costs: Distances, num_groups: int, combine: np.ufunc) -> tuple[float, Groups]:
     """Return the lowest combined cost of num_groups runs that cover all layers, and the runs.
 
@@ -195,4 +229,5 @@ RULES: dict[str, Callable[[Distances, int], Groups]] = {
     "minmax": _minmax,
     "even": _even,
     "published": _published,
+    "variance": _variance,
 }

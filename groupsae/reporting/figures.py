@@ -20,7 +20,7 @@ from scipy.cluster.hierarchy import dendrogram, linkage
 from scipy.spatial.distance import squareform
 
 from groupsae.evaluation.latents import layer_profile
-from groupsae.grouping.partition import Distances, Partition, build_partition
+from groupsae.grouping.partition import Cosines, Distances, Partition, build_partition
 from groupsae.grouping.rules import RULES, curve
 from groupsae.reporting.formatting import METRICS, RULE_NAMES, number
 from groupsae.reporting.load import RunFiles, value_of
@@ -97,7 +97,7 @@ def _group_figures(run: RunFiles) -> Iterator[Captioned]:
     if run.distances is None or not run.groups or len(run.distances) == 1:
         return
     own = [[len(run.distances) - 1]] if run.plan["last_layer"] == "own" else []
-    n, rule = sum(map(len, run.groups)), run.plan["rule"]
+    n, rule, theta = sum(map(len, run.groups)), run.plan["rule"], run.theta
     grouped = run.distances[:n, :n]
     yield Captioned(
         "distances",
@@ -116,17 +116,16 @@ def _group_figures(run: RunFiles) -> Iterator[Captioned]:
         "merged group. The colours are the groups of this run, which come from "
         + ("this tree." if rule == "complete" else f"the rule {rule}."),
     )
-    rule = rule if rule in RULES else "complete"
-    threshold = "" if run.theta is None else ", the first below θ"
+    threshold = "" if theta is None else ", the first below θ"
     centred, other = run.measured.get("centring") == "mean", run.other_distances
     yield Captioned(
         "amad",
         "groups",
         amad_curve(
-            curve(grouped, rule),
+            curve_of(run.distances, run.cosines, n, rule),
             build_partition(grouped, run.groups, rule),
-            run.theta,
-            None if other is None else (not centred, curve(other[:n, :n], rule)),
+            theta,
+            None if other is None else (not centred, curve_of(other, run.other_cosines, n, rule)),
         ),
         "AMAD, the mean over groups of their largest angle, against the number of groups. Ringed: "
         f"this run{threshold}. More groups are closer, and cost more."
@@ -195,6 +194,15 @@ def linkage_tree(distances: Distances, groups: Sequence[Sequence[int]]) -> Figur
         title="Complete linkage of the layers",
     )
     return figure
+
+
+def curve_of(
+    distances: Distances, cosines: Cosines | None, num_layers: int, rule: str
+) -> list[Partition]:
+    """Return the partitions of the first layers for every G, by complete linkage for no rule."""
+    kept = np.s_[:num_layers, :num_layers]
+    rule = rule if rule in RULES else "complete"
+    return curve(distances[kept], rule, None if cosines is None else cosines[kept])
 
 
 def amad_curve(

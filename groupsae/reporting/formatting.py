@@ -11,6 +11,7 @@ RULE_NAMES = {
     "minmax": "min-max",
     "even": "evenly spaced",
     "published": "published rule",
+    "variance": "least variance",
     "explicit": "groups by hand",
 }
 

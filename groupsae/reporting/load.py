@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd  # type: ignore[import-untyped,unused-ignore]
 
 from groupsae.files.reading import damaged, read_json, read_metrics, read_npz, read_yaml
-from groupsae.grouping.partition import Distances
+from groupsae.grouping.partition import Cosines, Distances
 from groupsae.grouping.shares import Shares, advice
 from groupsae.runtime.commands import command
 from groupsae.runtime.errors import UserError
@@ -45,6 +45,8 @@ class RunFiles:
     measured: Values = field(default_factory=dict)  # provenance of the distances
     distances: Distances | None = None  # fractions of pi, [L, L]
     other_distances: Distances | None = None  # with the other centring
+    cosines: Cosines | None = None  # means, [L, L]; of older runs None
+    other_cosines: Cosines | None = None
     shares: Shares | None = None  # what the layers' squared norms consist of
     other: Values = field(default_factory=dict)  # the groups that the other centring gives
     metrics: Sequence[tuple[int, str, float]] = ()  # step, metric, value
@@ -205,6 +207,8 @@ def read_run(folder: Path) -> RunFiles:
         measured=groups.get("measured", {}),
         distances=angles.get("distances"),
         other_distances=angles.get("other_distances"),
+        cosines=angles.get("cosines"),
+        other_cosines=angles.get("other_cosines"),
         shares=Shares.read(angles),
         other=groups.get("other") or {},
         metrics=read_metrics(folder / "metrics.csv"),

@@ -11,9 +11,16 @@ from matplotlib.figure import Figure
 # Okabe and Ito: distinct with every kind of colour blindness; black is kept for the baseline
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 DASHES = ("-", "--", ":")  # once all colours are used
-RULE_COLOURS = {"complete": 0, "minmax": 2, "even": 4, "published": 3}  # indices into COLOURS
-MARKERS = {"complete": "o", "minmax": "^", "even": "s", "published": "v"}
-LINES = {"complete": "-", "minmax": "-.", "even": "--", "published": ":"}
+# indices into COLOURS
+RULE_COLOURS = {"complete": 0, "minmax": 2, "even": 4, "published": 3, "variance": 6}
+MARKERS = {"complete": "o", "minmax": "^", "even": "s", "published": "v", "variance": "p"}
+LINES: dict[str, Any] = {
+    "complete": "-",
+    "minmax": "-.",
+    "even": "--",
+    "published": ":",
+    "variance": (0, (5, 1, 1, 1, 1, 1)),
+}
 PER_LAYER = "#000000"
 SMALLER = COLOURS[5]
 

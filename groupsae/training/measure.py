@@ -5,7 +5,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from groupsae.lm.load import FrozenLM
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.progress import token_progress
 
-FORMAT = 5  # of the cached file
+FORMAT = 6  # of the cached file
 # Tokens that the distances of the other centring are measured on. Angles of one pair of layers
 # differ between tokens by about 0.05, so those means are known to 0.001.
 SAMPLE = 4096
@@ -57,6 +57,8 @@ class Measurement:
         other_distances: as `distances` with the other centring, from `SAMPLE` tokens that are
             evenly spread over the text; None in files that are older, or if the filters left out
             all of these tokens.
+        cosines: mean cosine of every pair of layers, [L, L]; None in files that are older.
+        other_cosines: as `cosines`, of the tokens and with the centring of `other_distances`.
     """
 
     distances: np.ndarray
@@ -67,6 +69,8 @@ class Measurement:
     seconds: float
     shares: Shares | None = None
     other_distances: np.ndarray | None = None
+    cosines: np.ndarray | None = None
+    other_cosines: np.ndarray | None = None
 
     @property
     def other_centring(self) -> str:
@@ -118,7 +122,7 @@ class Measurement:
                 json.loads(str(stored["provenance"])),
                 float(stored["seconds"]),
                 Shares.read(stored),
-                stored.get("other_distances"),
+                *(stored.get(x) for x in ("other_distances", "cosines", "other_cosines")),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise damaged(path) from error
@@ -242,10 +246,10 @@ def _measure(
             others.set_mean(found.mean)
         for acts in sample:
             others.update(acts.to(device))
-        try:
+        other_distances = other_cosines = None
+        with suppress(UserError):  # the filters left out all of these few tokens
             other_distances = others.distances().cpu().numpy()
-        except UserError:  # the filters left out all of these few tokens
-            other_distances = None
+            other_cosines = others.cosines().cpu().numpy()
     return Measurement(
         angles.distances().cpu().numpy(),
         found.rms_norm.cpu().numpy(),
@@ -255,6 +259,8 @@ def _measure(
         watch.seconds,
         found.shares(),
         other_distances,
+        angles.cosines().cpu().numpy(),
+        other_cosines,
     )
 
 

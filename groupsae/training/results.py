@@ -89,6 +89,7 @@ def summarise(
         "amad": part.amad,
         "max_diameter": part.max_diameter,
         "size_weighted_amad": part.size_weighted_amad,
+        "variance": part.variance,
         **grouping.recorded(),
         "tokens": tokens,
         "layers_per_token": grouping.work.layers_per_token,

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from groupsae.grouping import moments
 from groupsae.grouping.angles import AngularDistance
 from groupsae.grouping.moments import LayerMoments
+from groupsae.grouping.partition import angular_variance
 from groupsae.runtime.errors import UserError
 
 L, TOKENS, D = 4, 50, 8
@@ -102,6 +103,32 @@ def test_sums_over_ranks_equal_one_rank() -> None:
         rank.update(part)
     ranks[0].merge_state(ranks[1])
     assert_close(ranks[0].compute(), measured(acts), atol=1e-14, rtol=0)
+
+
+def test_variance_from_streamed_cosines_is_that_of_all_unit_vectors_at_once() -> None:
+    acts = residual_stream(layers=6)
+    acts[2, 7] = 0  # this token has no direction there: it counts nowhere
+    ranks = [AngularDistance(num_layers=6) for _ in range(2)]
+    for rank, part in zip(ranks, torch.split(acts, [13, 37], dim=1), strict=True):
+        for batch in torch.split(part, 5, dim=1):
+            rank.update(batch)
+    ranks[0].merge_state(ranks[1])
+    cosines = ranks[0].cosines()
+    kept = torch.arange(TOKENS) != 7
+    unit = torch.nn.functional.normalize(acts.double()[:, kept], dim=-1)
+    exact = torch.einsum("itd,jtd->ij", unit, unit) / (TOKENS - 1)
+    assert_close(cosines, exact, atol=1e-14, rtol=0)
+    for group in ([3], [0, 1, 2], [1, 2, 3, 4, 5]):
+        variance = (1 - unit[group].mean(dim=0).square().sum(dim=-1)).mean() / 2
+        found = angular_variance(cosines.numpy(), group)
+        assert found == pytest.approx(float(variance), abs=1e-14)
+    # the mean of a cosine is not the cosine of the mean angle
+    assert (cosines - torch.cos(math.pi * ranks[0].distances())).abs().max() > 0.01
+
+
+def test_cosines_of_no_token_are_refused() -> None:
+    with pytest.raises(UserError, match="No token was counted"):
+        AngularDistance(num_layers=L).cosines()
 
 
 def test_padding_is_left_out_whatever_it_holds() -> None:

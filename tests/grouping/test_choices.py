@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from groupsae.grouping import partition
 from groupsae.grouping.choices import (
+    All,
     ByAmad,
     ByCount,
     Choice,
@@ -15,6 +17,7 @@ from groupsae.grouping.choices import (
     PerLayer,
     Published,
 )
+from groupsae.grouping.partition import build_partition
 from groupsae.grouping.plan import GroupPlan
 from groupsae.runtime.errors import UserError
 
@@ -107,6 +110,20 @@ def test_a_plan_survives_json_exactly(choice: Choice) -> None:
     stored = json.loads(json.dumps({"model": "anything else", **plan.to_json()}))
     assert GroupPlan.from_json(stored) == plan
     assert stored["amad"] == plan.partition.amad
+
+
+@pytest.mark.parametrize("choice", [*ALL, All(rules=["minmax", "variance"])])
+def test_measured_cosines_reach_the_groups_without_the_last_layer(choice: Choice) -> None:
+    cosines = np.cos(np.pi * DISTANCES[::-1, ::-1] / 2)
+    plan = choice.plan(DISTANCES, cosines)
+    for part in plan.partitions:
+        n = part.num_layers
+        expected = build_partition(DISTANCES[:n, :n], part.groups, part.rule, cosines[:n, :n])
+        assert part == expected
+        if part.rule == "variance":
+            assert part == partition(
+                DISTANCES[:n, :n], part.num_groups, "variance", cosines[:n, :n]
+            )
 
 
 def test_a_stored_plan_that_was_edited_is_refused() -> None:

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from groupsae.grouping import amad, choose, partition
+from groupsae.grouping import Partition, amad, choose, partition
 from groupsae.grouping.partition import build_partition, check_groups, validate_distances
 from groupsae.grouping.rules import check_num_groups, check_theta
 from groupsae.runtime.errors import UserError
@@ -37,6 +37,28 @@ def test_a_partition_reports_its_figures() -> None:
     assert made.size_weighted_amad == pytest.approx(0.3 * 3 / 4)
     assert made.max_diameter == pytest.approx(0.3)
     assert made.rule == "explicit"
+    assert made.variances[1] == 0
+    pairs = 2 * (3 - np.cos(np.pi * 0.1) - np.cos(np.pi * 0.2) - np.cos(np.pi * 0.3))
+    assert made.variances[0] == pytest.approx(pairs / 9 / 2)
+    assert made.variance == pytest.approx(3 * made.variances[0] / 4)
+    assert Partition.from_json(made.to_json()) == made
+
+
+def test_measured_cosines_take_the_place_of_those_of_the_mean_angles() -> None:
+    cosines = np.full((4, 4), 0.5) + 0.5 * np.eye(4)
+    made = build_partition(LINE, [[0, 1], [2, 3]], "explicit", cosines)
+    assert made.variances == pytest.approx([0.125, 0.125])
+    with pytest.raises(UserError, match=r"shape \[3, 3\].*one for each of the \[4, 4\] distances"):
+        build_partition(LINE, [[0, 1, 2, 3]], "explicit", np.eye(3))
+
+
+def test_a_partition_of_an_earlier_version_has_no_variance() -> None:
+    stored = build_partition(LINE, [[0, 1], [2, 3]], "explicit").to_json()
+    del stored["variances"], stored["variance"]
+    read = Partition.from_json(stored)
+    assert read.variances == []
+    assert np.isnan(read.variance)
+    assert read.to_json()["variance"] is None
 
 
 @pytest.mark.parametrize(

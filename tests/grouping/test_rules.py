@@ -152,6 +152,37 @@ def test_minmax_breaks_ties_exactly_where_a_single_programme_does_not() -> None:
     assert made.amad < known["amad"] - 0.04
 
 
+def _sum_of_variances(cosines: np.ndarray, groups: list[list[int]]) -> float:
+    return sum(len(g) * float(np.mean(1 - cosines[np.ix_(g, g)])) / 2 for g in groups)
+
+
+@fast
+@given(matrices(max_layers=8, steps=6), st.booleans(), st.data())
+def test_variance_equals_brute_force(
+    distances: np.ndarray, measured: bool, data: st.DataObject
+) -> None:
+    """Also with ties, and with measured cosines that disagree with the mean angles."""
+    num_groups = data.draw(st.integers(1, len(distances)))
+    given_cosines = np.cos(np.pi * distances[::-1, ::-1]) if measured else None
+    made = partition(distances, num_groups, "variance", given_cosines)
+    cosines = np.cos(np.pi * distances) if given_cosines is None else given_cosines
+    best = min(_sum_of_variances(cosines, g) for g in all_runs(len(distances), num_groups))
+    assert _sum_of_variances(cosines, made.groups) == pytest.approx(best, abs=1e-12)
+    assert made.variance * len(distances) == pytest.approx(best, abs=1e-12)
+
+
+def test_variance_of_pythia_1b_is_least_in_groups_that_are_not_degenerate() -> None:
+    """The optima as computed apart from this package, on the same distances."""
+    of_1b = {made.num_groups: made for made in curve(PYTHIA_1B, "variance")}
+    starts = {count: [group[0] for group in of_1b[count].groups] for count in (3, 4, 6)}
+    assert starts == {3: [0, 3, 10], 4: [0, 3, 7, 11], 6: [0, 3, 6, 9, 11, 13]}
+    at_6 = {rule: round(partition(PYTHIA_1B, 6, rule).variance, 4) for rule in RULES}
+    assert at_6 == {
+        "complete": 0.0494, "minmax": 0.0467, "even": 0.0464, "published": 0.0494,
+        "variance": 0.0464,
+    }  # fmt: skip
+
+
 @fast
 @given(matrices(max_layers=9), st.data())
 def test_complete_equals_scipy_where_scipy_is_contiguous(

@@ -42,12 +42,19 @@ def distances(acts):
     return metric.distances().numpy()
 
 
+def cosines(acts):
+    unit = acts / acts.norm(dim=-1, keepdim=True)
+    return (torch.einsum("itd,jtd->ij", unit, unit) / acts.shape[1]).numpy()
+
+
 def test_both_centrings_shares_and_norms_equal_those_of_all_tokens_at_once(data, acts, tmp_path):
     plain, centred = (measured(data, tmp_path, each) for each in ("none", "mean"))
     deviations = acts - acts.mean(dim=1, keepdim=True)
     for found, given, other in ((plain, acts, deviations), (centred, deviations, acts)):
         np.testing.assert_allclose(found.distances, distances(given), atol=1e-10)
         np.testing.assert_allclose(found.other_distances, distances(other), atol=1e-10)
+        np.testing.assert_allclose(found.cosines, cosines(given), atol=1e-10)
+        np.testing.assert_allclose(found.other_cosines, cosines(other), atol=1e-10)
     squares = acts.square().sum(dim=2).mean(dim=1)
     shares = acts.mean(dim=1).square().sum(dim=1) / squares
     np.testing.assert_allclose(plain.shares.mean_share, shares, rtol=1e-12)
@@ -125,9 +132,11 @@ def test_files_of_before_are_read(data, tmp_path):
     np.savez(tmp_path / "old.npz", **{name: stored[name] for name in old})
     read = Measurement.load(tmp_path / "old.npz")
     assert read.shares is read.other_distances is None
+    assert read.cosines is read.other_cosines is None
     assert read.norm_factors("rms") == found.norm_factors("rms")
     again = cached(tmp_path / "new.npz")
-    assert np.array_equal(again.other_distances, found.other_distances)
+    for name in ("other_distances", "cosines", "other_cosines"):
+        assert np.array_equal(getattr(again, name), getattr(found, name))
     for one, other in zip(again.shares, found.shares, strict=True):
         assert np.array_equal(one, other)
 

@@ -8,8 +8,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from matplotlib.figure import Figure
 
 from groupsae.files.atomic import atomic_write
-from groupsae.grouping.rules import RULES, curve
-from groupsae.reporting.figures import amad_curve, distance_heatmap, linkage_tree
+from groupsae.reporting.figures import amad_curve, curve_of, distance_heatmap, linkage_tree
 from groupsae.training.callbacks.grouping import GroupLayers
 
 
@@ -42,12 +41,13 @@ class Dashboard(L.Callback):
         if plan.num_layers > 1:
             figures["distances"] = distance_heatmap(distances, plan.saes)
         if part.num_layers > 1:
-            rule = part.rule if part.rule in RULES else "complete"
             theta = getattr(grouping.choice, "theta", None)
-            others, n = grouping.measurement.other_distances, part.num_layers
-            centred = grouping.measurement.other_centring == "mean"
-            other = None if others is None else (centred, curve(others[:n, :n], rule))
-            figures["amad"] = amad_curve(curve(grouped, rule), part, theta, other)
+            measured, n, other = grouping.measurement, part.num_layers, None
+            if measured.other_distances is not None:
+                others = measured.other_distances, measured.other_cosines
+                other = (measured.other_centring == "mean", curve_of(*others, n, part.rule))
+            own = curve_of(distances, measured.cosines, n, part.rule)
+            figures["amad"] = amad_curve(own, part, theta, other)
             figures["dendrogram"] = linkage_tree(grouped, part.groups)
         save_figures(self.folder / "figures", figures, trainer.loggers)
         facts = {

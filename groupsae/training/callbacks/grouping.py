@@ -81,9 +81,11 @@ class GroupLayers(L.Callback):
             one = PlannedSAE(name_of([0]), [0], 1.0)
             _refuse(trainer, bytes_needed(suite, data, [one], trainer.world_size), 1)
             self.measurement = measure(data, trainer, self.tokens, self.centring, self.cache)
-            self.plan = self.choice.plan(self.measurement.distances)
+            measured = self.measurement
+            self.plan = self.choice.plan(measured.distances, measured.cosines)
         if self.measurement.other_distances is not None:
-            self.other = self.choice.plan(self.measurement.other_distances).partition
+            other = self.measurement.other_distances, self.measurement.other_cosines
+            self.other = self.choice.plan(*other).partition
         data.set_slots(self.plan.slots)
         self.place(trainer, suite, data)
         data.reader.fill_training()
