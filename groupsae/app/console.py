@@ -10,6 +10,7 @@ from rich.table import Table as Screen
 
 from groupsae.grouping.plan import GroupPlan
 from groupsae.reporting import tables
+from groupsae.reporting.downstream import DOWNSTREAM_TABLES
 from groupsae.reporting.formatting import flops, number
 from groupsae.reporting.load import RunFiles, value_of
 
@@ -145,6 +146,13 @@ def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
             columns="baseline metric difference distinguishable",
             halves="difference",
         )
+
+
+def print_part(console: Console, part: str, found: Mapping[str, Any]) -> None:
+    """Print the tables of a part of the evaluation that the report shows, too."""
+    run = RunFiles(downstream={part: found})
+    for build in DOWNSTREAM_TABLES[part]:
+        show(console, build(run))
 
 
 def print_explanations(console: Console, explained: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,104 +13,113 @@ import wandb
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
-from torch import Tensor
 
-from groupsae import __version__
-from groupsae.app.console import print_evaluation
+from groupsae.app.console import print_evaluation, print_part
 from groupsae.app.stream import make_stream
 from groupsae.config.instantiate import make
-from groupsae.config.values import EVALUATION, check_values
-from groupsae.cost.counter import flop_counter
-from groupsae.cost.model import activation_flops
-from groupsae.cost.stopwatch import Stopwatch
+from groupsae.config.values import check_evaluation, evaluation_parts
 from groupsae.data.activations import ActivationDataModule
-from groupsae.evaluation.cost import planned_flops, relative_costs
-from groupsae.evaluation.files import begin_evaluation, save_evaluation
-from groupsae.evaluation.heldout import HeldoutSums, run_heldout
-from groupsae.evaluation.intervals import Bootstrap
-from groupsae.evaluation.results import Results
+from groupsae.evaluation.files import flat, results_file, save_part, tables_in
+from groupsae.evaluation.parts import Part, Run
+from groupsae.evaluation.text import Heldout
 from groupsae.files.reading import require_json
 from groupsae.grouping.groupings import groupings
 from groupsae.reporting.figures import evaluation_figures
 from groupsae.reporting.load import read_run, value_of
+from groupsae.runtime.commands import command
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.output import screen
-from groupsae.runtime.progress import token_progress
 from groupsae.runtime.quiet import quiet
 from groupsae.suite.groups_file import load_plan
 from groupsae.suite.suite import load_saes
 from groupsae.training.callbacks.dashboard import save_figures
 
 
-def evaluate(folder: Path, cfg: DictConfig, options: DictConfig, device: str) -> dict[str, Any]:
-    """Evaluate every SAE of a finished run: write `evaluation/`, log it and print the tables.
+def evaluate(
+    folder: Path, cfg: DictConfig, options: DictConfig, device: str
+) -> dict[str, dict[str, Any]]:
+    """Run the chosen parts of the evaluation of a finished run: write, log and print each.
+
+    Args:
+        folder: the run folder.
+        cfg: the run's configuration.
+        options: `evaluation` of a configuration.
+        device: auto, cpu, cuda or cuda:<index>.
 
     Returns:
-        The content of `evaluation/evaluation.json`.
+        The results of each part, by its name: the content of its json file in `evaluation/`.
 
     Raises:
         UserError: an option is not allowed, a file of the run is missing or damaged, the SAEs
-            belong to another model or text, or there is less held-out text than asked for.
+            belong to another model or text, or a part cannot run.
     """
-    console, watch = screen(), Stopwatch()
+    console = screen()
     quiet()
-    place = device_named(device)
-    check_values(options, EVALUATION, "evaluation.")
+    place, parts = device_named(device), parts_of(options)
     summary = require_json(folder / "summary.json")
-    # the training cost of imported SAEs is unknown
-    ledger = None if "adopted" in summary else require_json(folder / "ledger.json")
+    run = trained_run(folder, cfg, place)
+    for part in parts:
+        part.check(run.data)
+    # one step later than training, so that evaluating again replaces these rows of the csv
+    step, loggers, found = summary["steps"] + 1, cfg.logger or {}, {}
+    for part in parts:
+        if isinstance(part, Heldout):
+            results = part.run(run)
+            _log(folder, results, loggers, step)
+            print_evaluation(console, results)
+        else:
+            results = save_part(folder, part.name, run.described() | part.measure(run))
+            _log_part(folder, part.name, results, loggers, step)
+            print_part(console, part.name, results)
+        found[part.name] = results
+    console.print(f"Results: {folder / 'evaluation'}", soft_wrap=True)
+    return found
+
+
+def parts_of(options: DictConfig) -> list[Heldout | Part]:
+    """Return the parts that `evaluation` of a configuration chooses.
+
+    Raises:
+        UserError: one of their values is not allowed.
+    """
+    check_evaluation(options)
+    return [make(part) for part in evaluation_parts(options).values()]
+
+
+def is_evaluated(folder: Path, options: DictConfig) -> bool:
+    """Return whether a run has the results of all parts that `evaluation` chooses."""
+    return all(results_file(folder, name).exists() for name in evaluation_parts(options))
+
+
+def evaluate_again(folder: Path, options: DictConfig) -> str:
+    """Return the command that evaluates a run with the chosen parts."""
+    names = list(evaluation_parts(options))
+    chosen = [] if names == ["heldout"] else [f"evaluation=[{','.join(names)}]"]
+    return command("evaluate", *chosen, run=folder)
+
+
+def trained_run(folder: Path, cfg: DictConfig, place: torch.device) -> Run:
+    """Return a finished run with its model loaded, ready to be evaluated.
+
+    Raises:
+        UserError: a file is missing or damaged, or the SAEs belong to another model or text.
+    """
     plan = load_plan(folder)
     if plan is None:
         raise UserError(f"{folder} has no groups.json: it is not a run folder.")
     names = [planned.name for planned in plan.members]
     saes = {name: load_saes(folder / "saes", [name]).to(place) for name in names}
     data = same_stream(folder, cfg, saes[names[0]].configs[names[0]], place)
-    steps = steps_to_evaluate(data, options.tokens)
-    if options.exclude_special_tokens is not None:
-        data.exclude_special_tokens = options.exclude_special_tokens
-    found = groupings(plan)
-    costs = relative_costs(ledger, found, saes) if ledger is not None else {}
-    bootstrap = Bootstrap(data.heldout_documents(steps), **options.bootstrap)
-    if not data.hooked.predicts:
-        console.print(
-            f"{data.lm.name} predicts no next token (stack: {data.lm.stack}): reconstruction is "
-            "measured, cross-entropy and KL are left empty."
-        )
-    spliced = options.together and data.hooked.predicts
-    sums = HeldoutSums(saes, found, spliced, options.similarity_tokens)
-    geometry, context = data.lm.geometry, data.packing.context
-    tokens = steps * data.tokens_per_step
-    begin_evaluation(folder / "evaluation")
-    with watch:
-        means, averaged, flops = _layer_means(data, tokens)
-        flops += _run(data, sums, steps, means)
-        results = Results(sums, bootstrap)
-        figures = results.to_json(costs)
-    together = found if spliced else []
-    planned = averaged * activation_flops(geometry.num_layers, geometry.d_model, context)
-    planned += tokens * planned_flops(geometry, context, saes, together, data.hooked)
-    head = {
-        "groupsae": __version__,
-        "run": str(folder),
-        **data.described(),
-        "text": data.blocks.key,
-        "num_layers": geometry.num_layers,
-        "d_model": geometry.d_model,
-        "last_layer": plan.last_layer,
-        "theta": plan.theta,
-        "sequences": bootstrap.sequences,
-        "documents": bootstrap.documents,
-        "tokens": sums.tokens,
-        "predictions": int(sums.clean["predictions"].sum()),
-        "bootstrap": dict(options.bootstrap),
-        "cost": {"planned_flops": planned, "measured_flops": flops, "seconds": watch.seconds},
-    }
-    evaluation = save_evaluation(folder / "evaluation", head, figures, results)
-    # one step later than training, so that evaluating again replaces these rows of the csv only
-    _log(folder, evaluation, cfg.logger or {}, summary["steps"] + 1)
-    print_evaluation(console, evaluation)
-    console.print(f"Results: {folder / 'evaluation'}", soft_wrap=True)
-    return evaluation
+    return Run(
+        saes=saes,
+        groupings=groupings(plan),
+        lm=data.hooked,
+        tokenizer=data.lm.tokenizer,
+        folder=folder,
+        plan=plan,
+        data=data,
+        say=screen().print,
+    )
 
 
 def _log(folder: Path, evaluation: dict[str, Any], configs: Any, step: int) -> None:
@@ -137,6 +145,21 @@ def _log(folder: Path, evaluation: dict[str, Any], configs: Any, step: int) -> N
         if (number := value_of(stored)) is not None
     }
     log_results(folder, configs, numbers, step, evaluation_figures(read_run(folder)))
+
+
+def _log_part(folder: Path, name: str, found: Mapping[str, Any], configs: Any, step: int) -> None:
+    """Send what a part found for each grouping, and W&B its tables."""
+    numbers = {
+        f"eval/{name}/{metric}/{row['grouping']}": number
+        for row in found["groupings"]
+        for metric, stored in row.items()
+        if isinstance(stored, Mapping) and (number := value_of(stored)) is not None
+    }
+    frames = {
+        f"{name}/{table}": pd.DataFrame([flat(row) for row in rows])
+        for table, rows in tables_in(found).items()
+    }
+    log_results(folder, configs, numbers, step, {}, frames)
 
 
 def log_results(
@@ -218,59 +241,3 @@ def same_stream(
         )
     data.use(lm.load_with_head(device), device)
     return data
-
-
-def steps_to_evaluate(data: ActivationDataModule, tokens: int | None) -> int:
-    """Return the steps to evaluate on; by default fewer if the text is shorter.
-
-    The text is packed first if necessary.
-
-    Raises:
-        UserError: the held-out split has fewer tokens, or they are less than one step.
-    """
-    available = data.steps_for("heldout", None) * data.tokens_per_step
-    if tokens is not None and tokens > available:
-        raise UserError(
-            f"evaluation.tokens={tokens:,} is more than the {available:,} tokens that the "
-            f"held-out split has: ask for at most {available:,}, or train with a larger "
-            "stream.heldout_fraction or more text."
-        )
-    if tokens is not None and tokens < data.tokens_per_step:
-        raise UserError(
-            f"evaluation.tokens={tokens:,} is less than one step of {data.tokens_per_step:,} "
-            f"tokens: ask for at least {data.tokens_per_step:,}."
-        )
-    return data.steps_for("heldout", data.heldout_tokens if tokens is None else tokens)
-
-
-def _run(data: ActivationDataModule, sums: HeldoutSums, steps: int, means: Tensor) -> int:
-    """Add the held-out text to the sums; return the FLOPs."""
-    parts = (
-        part
-        for batch in data.loader("heldout", steps)
-        for part in batch.to(means.device).split(data.blocks_per_forward)
-    )
-    title, total = f"evaluating {len(sums.pairs)} pairs", steps * data.tokens_per_step
-    with token_progress(title, total, show=True) as advance:
-        return run_heldout(sums, parts, data.hooked, means, data.filters, advance)
-
-
-def _layer_means(data: ActivationDataModule, tokens: int) -> tuple[Tensor, int, int]:
-    """Return the mean activation of every layer, [layer, d_model]; its tokens; its FLOPs.
-
-    From calibration text: the means must not come from the text of the evaluation.
-    """
-    total, count, seen = torch.zeros(()), 0, 0
-    batches = data.calibration_batches(tokens)
-    with flop_counter() as counter:
-        first = next(batches)
-    with token_progress("averaging layers", tokens, show=True) as advance:
-        for batch in chain([first], batches):
-            seen += batch.acts.shape[1]
-            keep = batch.everywhere()
-            acts = batch.acts if keep is None else batch.acts[:, keep]
-            total = total.to(acts.device) + acts.sum(1, dtype=torch.float64)
-            count += acts.shape[1]
-            advance(batch.acts.shape[1])
-    per_token = counter.get_total_flops() / first.acts.shape[1]
-    return (total / count).float(), seen, round(seen * per_token)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from groupsae.app.console import print_ledger, print_plan, print_result
-from groupsae.app.evaluate import evaluate, steps_to_evaluate
+from groupsae.app.evaluate import evaluate, evaluate_again, is_evaluated, parts_of
 from groupsae.app.interpret import interpret
 from groupsae.app.needs import print_needs, too_small
 from groupsae.app.run_folder import OpenRun
@@ -113,9 +113,9 @@ def _stopped_when_complete(
 ) -> int:
     """Print that the run is complete; return the exit status."""
     console.print(f"The run is complete: {folder}", soft_wrap=True)
-    if not cfg.evaluate or (folder / "evaluation" / "evaluation.json").exists():
+    if not cfg.evaluate or is_evaluated(folder, cfg.evaluation):
         return 0
-    again = command("evaluate", run=folder)
+    again = evaluate_again(folder, cfg.evaluation)
     console.print(f"Its evaluation was stopped; to evaluate it:\n  {again}", soft_wrap=True)
     return 128 + stopped.number
 
@@ -160,7 +160,8 @@ def build(cfg: DictConfig, folder: Path, console: Console, checkpoint: Path | No
         if stage == "fit":
             check_same_checkpoint(checkpoint, folder)
             if cfg.evaluate:
-                steps_to_evaluate(data, cfg.evaluation.tokens)
+                for part in parts_of(cfg.evaluation):
+                    part.check(data)
 
     def record(trainer: L.Trainer, _: Any, stage: str) -> None:
         """Start the loggers after the checks that may refuse a command: text, memory, layers."""
@@ -273,10 +274,10 @@ def _show_finished(run: Run, cfg: DictConfig, folder: Path, console: Console) ->
     console.print("This run was finished before; overwrite=true trains it again.")
     if not cfg.evaluate or not is_leader():
         return
-    if (folder / "evaluation" / "evaluation.json").exists():
+    if is_evaluated(folder, cfg.evaluation):
         console.print(
             "It was evaluated before, too; to evaluate it again:\n"
-            f"  {command('evaluate', run=folder)}",
+            f"  {evaluate_again(folder, cfg.evaluation)}",
             soft_wrap=True,
         )
     else:

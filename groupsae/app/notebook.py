@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from groupsae.suite.suite import Suite
 
 CONTEXT = 1024  # tokens in a block, as in conf/train.yaml, if the model reads as many
+Chosen = str | Mapping[str, Mapping[str, Any]]  # a part of the evaluation, perhaps with values
 NUMBERS = {  # what the arguments may be where they are not None
     "tokens": COUNT,
     "context": at_least(2),
@@ -179,6 +180,7 @@ def evaluate(
     model: "PreTrainedModel | None" = None,
     texts: Iterable[str] | None = None,
     *,
+    evaluation: Chosen = "heldout",
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     tokens: int | None = None,
     context: int | None = None,
@@ -199,9 +201,14 @@ def evaluate(
     time. Which tokens count (special tokens, first positions, extreme norms) is as in training,
     and so is the context, unless one is given.
 
+    Another part of the evaluation is chosen by its name, such as `evaluation="circuits"`, or with
+    values of its yaml file: `evaluation={"circuits": {"tasks": ["quote", "indent"]}}`. For a suite
+    it needs the model, and of the other arguments only the tokenizer.
+
     Args:
         suite: the SAEs, or a run.
         model: the language model that they were trained on, with its head.
+        evaluation: the part of the evaluation.
         texts: one document each, not among those of the training. The intervals resample them.
         tokenizer: of the model; None loads the one from where the model is from.
         tokens: at most so many; None reads all texts.
@@ -220,6 +227,7 @@ def evaluate(
         squared units of the raw activations, `ce`, `delta_ce` and `kl` are nats per token,
         `delta_ce_percent` is per cent, the rest are shares or counts. `frame.attrs` holds the
         rest of the command's `evaluation.json`, such as `attrs["ce"]`, the model's own loss.
+        Of another part: a row for each grouping, and its other tables in `frame.attrs`.
 
     Raises:
         UserError: the model has another width or depth than the SAEs' own, or is on another
@@ -236,11 +244,15 @@ def evaluate(
                 "a run is evaluated with its own model and text: give only the run, or run.suite "
                 "with a model and texts."
             )
-        return _evaluate_run(suite if isinstance(suite, TrainedRun) else TrainedRun(suite))
-    if model is None or texts is None:
+        run = suite if isinstance(suite, TrainedRun) else TrainedRun(suite)
+        return _evaluate_run(run, evaluation)
+    if model is None or (texts is None and evaluation == "heldout"):
         raise UserError(
             "a suite is evaluated on a model and texts: evaluate(suite, model, texts)."
         )
+    if evaluation != "heldout":
+        return _evaluate_part(suite, model, tokenizer, evaluation)
+    assert texts is not None
     _check_numbers(
         tokens=tokens, context=context, batch_size=batch_size, resamples=resamples, level=level,
         seed=seed,
@@ -252,13 +264,8 @@ def evaluate(
     from groupsae.evaluation.intervals import Bootstrap
 
     trained = suite.cfg
-    recorded = {key: trained.get(key) for key in ("stack", "blocks_path", "submodule")}
     tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
-    with _hooked(model, hookpoint=trained.get("hookpoint", "resid_post"), **recorded) as (
-        lm,
-        size,
-    ):
-        _check_fits(suite, size, model)
+    with _hooked_as_trained(suite, model) as (lm, size):
         pack = partial(
             _packed,
             model=model,
@@ -402,6 +409,18 @@ def _hooked(model: "PreTrainedModel", **place: Any) -> "Iterator[tuple[HookedLM,
             module.training = True
 
 
+@contextmanager
+def _hooked_as_trained(
+    suite: "Suite", model: "PreTrainedModel"
+) -> "Iterator[tuple[HookedLM, Geometry]]":
+    """Hook a model where a suite was trained; UserError if it cannot be the one."""
+    trained = suite.cfg
+    recorded = {key: trained.get(key) for key in ("stack", "blocks_path", "submodule")}
+    with _hooked(model, hookpoint=trained.get("hookpoint", "resid_post"), **recorded) as hooked:
+        _check_fits(suite, hooked[1], model)
+        yield hooked
+
+
 def _packed(
     texts: Iterable[str],
     *,
@@ -463,21 +482,57 @@ def _check_fits(suite: "Suite", size: "Geometry", model: "PreTrainedModel") -> N
 # ---- runs -----------------------------------------------------------------------------------
 
 
-def _evaluate_run(run: TrainedRun) -> "pd.DataFrame":
-    cfg = composed(list(arguments_of({"run": run.folder})), "evaluate")
+def _evaluate_run(run: TrainedRun, evaluation: Chosen) -> "pd.DataFrame":
+    cfg = _command_for(run.folder, evaluation)
     trained = finished_run(run.folder, trusted=cfg.trust_remote_code)
     from groupsae.app.evaluate import evaluate
 
     with lock_folder(run.folder), warnings.catch_warnings():
-        return _frame(evaluate(run.folder, trained, cfg.evaluation, cfg.device))
+        (found,) = evaluate(run.folder, trained, cfg.evaluation, cfg.device).values()
+    return _frame(found)
 
 
-def _frame(evaluation: Mapping[str, Any]) -> "pd.DataFrame":
-    """Return the results of an evaluation as a table, the rest as its `attrs`."""
+def _evaluate_part(
+    suite: "Suite",
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    evaluation: Chosen,
+) -> "pd.DataFrame":
+    """Return what a part other than `heldout` finds for a suite and a model in hand."""
+    from groupsae.app.evaluate import parts_of
+    from groupsae.evaluation.given import alone
+    from groupsae.evaluation.parts import Subject
+    from groupsae.evaluation.text import Heldout
+
+    (part,) = parts_of(_command_for(Path("suite"), evaluation).evaluation)
+    if isinstance(part, Heldout):
+        raise UserError("heldout takes its values as arguments: evaluate(suite, model, texts).")
+    tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
+    with _hooked_as_trained(suite, model) as (lm, _):
+        saes, grouping = alone(suite)
+        subject = Subject(saes=saes, groupings=[grouping], lm=lm, tokenizer=lambda: tokenizer)
+        return _frame(part.measure(subject))
+
+
+def _command_for(folder: Path, evaluation: Chosen) -> DictConfig:
+    """Return the configuration of the command that evaluates a folder with one part."""
+    names = [evaluation] if isinstance(evaluation, str) else list(evaluation)
+    if len(names) != 1:
+        raise UserError(f"evaluation names {len(names)} parts: give one in a call.")
+    arguments = {"run": folder, "evaluation": names[0]}
+    if isinstance(evaluation, Mapping):
+        where = "evaluation" if names == ["heldout"] else f"evaluation.{names[0]}"
+        arguments |= {where: evaluation[names[0]]} if evaluation[names[0]] else {}
+    return composed(list(arguments_of(arguments)), "evaluate")
+
+
+def _frame(found: Mapping[str, Any]) -> "pd.DataFrame":
+    """Return the results of a part of an evaluation as a table, the rest as its `attrs`."""
     import pandas as pd
 
     from groupsae.evaluation.files import flat
 
-    frame = pd.DataFrame([flat(row) for row in evaluation["results"]])
-    frame.attrs = {key: value for key, value in evaluation.items() if key != "results"}
+    rows = "results" if "results" in found else "groupings"
+    frame = pd.DataFrame([flat(row) for row in found[rows]])
+    frame.attrs = {key: value for key, value in found.items() if key != rows}
     return frame

@@ -258,7 +258,10 @@ def _parsed(argument: str) -> Override:
 
 
 def _options(override: Override, name: str, groups: Mapping[str, str] | None) -> list[str]:
-    """Return the options that an argument chooses in a group, if the command has all of them."""
+    """Return the options that an argument chooses in a group, if the command has all of them.
+
+    Several together, `evaluation=[heldout,circuits]`, are one.
+    """
     group, _, text = str(override.input_line).lstrip("+").partition("=")
     if groups is not None and group not in groups:
         ours = ", ".join(sorted(g for g in groups if (CONF / g).is_dir() and "/" not in g))
@@ -266,8 +269,9 @@ def _options(override: Override, name: str, groups: Mapping[str, str] | None) ->
             f"groupsae.{name} has no {group} to choose. Groups of options here: {ours or 'none'}."
         )
     known = sorted(p.stem for p in (CONF / group).glob("*.yaml") if p.stem != "base")
-    options = [] if "(" in text else text.split(",")  # a function of Hydra's: choice(a,b)
-    for option in options:
+    # (a function of Hydra's: choice(a,b))
+    options = [] if "(" in text else re.findall(r"\[[^\]]*\]|[^,]+", text)
+    for option in re.findall(r"[^\s\[\],'\"]+", ",".join(options)):
         if option not in (*known, "null"):
             near = _did_you_mean(difflib.get_close_matches(option, known, n=3))
             raise UserError(f"{group}={option} is unknown.{near} Valid: {', '.join(known)}.")

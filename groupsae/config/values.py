@@ -50,7 +50,8 @@ COUNT, POSITIVE = at_least(1), Allowed("a number above 0", between(0, float("inf
 TEXT = Allowed("a text", lambda v: isinstance(v, str))
 SWITCH = Allowed("true or false", lambda v: isinstance(v, bool))
 
-EVALUATION = {
+HELDOUT = "groupsae.evaluation.text.Heldout"  # what evaluations without a `_target_` were
+EVALUATION = {  # of the part `heldout`
     "tokens": COUNT.or_null("as many as stream.heldout_tokens"),
     "exclude_special_tokens": SWITCH.or_null("what the run did in training"),
     "together": SWITCH,
@@ -59,6 +60,7 @@ EVALUATION = {
     "bootstrap.level": between(0, 1),
     "bootstrap.seed": at_least(0),
 }
+PARTS = {"heldout": EVALUATION}  # of an evaluation
 INTERPRETATION = {
     "explain_tokens": COUNT.or_null("as many as score_tokens"),
     "score_tokens": COUNT.or_null("all held-out tokens, up to a million"),
@@ -168,6 +170,32 @@ def check_values(cfg: DictConfig, allowed: Mapping[str, Allowed], where: str = "
             raise UserError(f"{where}{key} is {value!r}; it must be {values.words}.")
 
 
+def evaluation_parts(options: DictConfig) -> dict[str, dict[str, Any]]:
+    """Return the parts that an evaluation chooses, each with its values, by name.
+
+    Those of `heldout` are directly in `evaluation`, those of another part in `evaluation.<part>`.
+    """
+    values: Any = OmegaConf.to_container(options, resolve=True)
+    others = {
+        name: dict(node)
+        for name, node in values.items()
+        if isinstance(node, Mapping) and "_target_" in node
+    }
+    heldout = {key: value for key, value in values.items() if key not in others}
+    return ({"heldout": {"_target_": HELDOUT, **heldout}} if heldout else {}) | others
+
+
+def check_evaluation(options: DictConfig) -> None:
+    """Check `evaluation` of a configuration.
+
+    Raises:
+        UserError: as `check_values`.
+    """
+    for name in evaluation_parts(options):
+        node, where = (options, "") if name == "heldout" else (options[name], f"{name}.")
+        check_values(node, PARTS[name], f"evaluation.{where}")
+
+
 def check_training(cfg: DictConfig) -> None:
     """Check the configuration of a run of `groupsae.train`.
 
@@ -181,7 +209,7 @@ def check_training(cfg: DictConfig) -> None:
         raise UserError(f"{missing[0]} has no default: give {missing[0]}=<value>.")
     check_values(cfg, TRAINING)
     if cfg.evaluate:
-        check_values(cfg.evaluation, EVALUATION, "evaluation.")
+        check_evaluation(cfg.evaluation)
     if cfg.interpret:
         check_values(cfg.interpretation, INTERPRETATION, "interpretation.")
     precision = cfg.trainer.get("precision", "32-true")

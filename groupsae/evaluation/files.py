@@ -51,6 +51,35 @@ def save_evaluation(
     return evaluation
 
 
+def results_file(run: Path, part: str) -> Path:
+    """Return the file in a run folder with the results of a part of its evaluation."""
+    return run / "evaluation" / ("evaluation.json" if part == "heldout" else f"{part}.json")
+
+
+def save_part(run: Path, part: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the results of a part: `<part>.json`, and each of its tables as `<part>_<table>.csv`.
+
+    `groupings` must be among the tables: rows with the name of a `grouping` and what was found
+    about it, intervals or values. It is printed, logged and shown in the report; `reporting/
+    downstream.py` has the columns. Returns the content of the json.
+    """
+    file = results_file(run, part)
+    content = {"format": FORMAT, **found}
+    with explain_write_errors(file.parent, "evaluate a copy of the run"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)
+        for table, rows in tables_in(found).items():
+            _write_csv(file.with_name(f"{part}_{table}.csv"), [flat(row) for row in rows])
+        write_json(file, content)  # last: it marks the rest as complete
+    return content
+
+
+def tables_in(found: Mapping[str, Any]) -> dict[str, Sequence[Mapping[str, Any]]]:
+    """Return the tables among the results of a part, by name: lists of rows."""
+    lists = {name: rows for name, rows in found.items() if isinstance(rows, list) and rows}
+    return {name: rows for name, rows in lists.items() if isinstance(rows[0], Mapping)}
+
+
 def _sae_row(sae: Mapping[str, Any]) -> dict[str, Any]:
     profile = {name: sae["profile"][name] for name in PROFILE}
     plain = flat({name: value for name, value in sae.items() if name not in NESTED})

@@ -39,12 +39,8 @@ def evaluate_suite(
         batch_size: blocks in one forward.
         together: also splice all layers together.
     """
-    alone = {
-        name: Suite({name: sae}, {name: suite.configs[name]}) for name, sae in suite.saes.items()
-    }
-    owner = {layer: suite.group_of(layer) for layer in suite.layers}
-    grouping = Grouping("suite", "groups", len(alone), None, owner, suite.layers)
-    sums = HeldoutSums(alone, [grouping], together and lm.predicts, similarity_tokens=0)
+    saes, grouping = alone(suite)
+    sums = HeldoutSums(saes, [grouping], together and lm.predicts, similarity_tokens=0)
     with token_progress(
         f"evaluating {len(sums.pairs)} pairs", blocks.numel(), stderr=True
     ) as advance:
@@ -56,6 +52,15 @@ def evaluate_suite(
         "sequences": bootstrap.sequences,
         **Results(sums, bootstrap).to_json({}),
     }
+
+
+def alone(suite: Suite) -> tuple[dict[str, Suite], Grouping]:
+    """Return the SAEs of a suite, each alone, and the grouping that they make."""
+    saes = {
+        name: Suite({name: sae}, {name: suite.configs[name]}) for name, sae in suite.saes.items()
+    }
+    owner = {layer: suite.group_of(layer) for layer in suite.layers}
+    return saes, Grouping("suite", "groups", len(saes), None, owner, suite.layers)
 
 
 @torch.no_grad()

@@ -52,6 +52,7 @@ class RunFiles:
     metrics: Sequence[tuple[int, str, float]] = ()  # step, metric, value
     summary: Values = field(default_factory=dict)  # empty while the run is unfinished
     evaluation: Values = field(default_factory=dict)
+    downstream: Mapping[str, Values] = field(default_factory=dict)  # other parts of it, by name
     ledger: Values = field(default_factory=dict)
     explained: Mapping[str, pd.DataFrame] = field(default_factory=dict)  # of `interpretation/`
 
@@ -188,13 +189,14 @@ def read_run(folder: Path) -> RunFiles:
         raise UserError(f"run={folder}: no run there (no groups.json). {hint}")
     plan = load_plan(folder)  # refuses groups that were changed by hand
     assert plan is not None
-    results = folder / "evaluation" / "evaluation.json"
-    evaluation = read_json(results) or {}
-    if evaluation and evaluation.get("format") != FORMAT:
-        raise UserError(
-            f"{results} has format {evaluation.get('format')}; this version reads {FORMAT}. "
-            f"Evaluate the run again: {command('evaluate', run=folder)}"
-        )
+    parts = {}
+    for file in sorted((folder / "evaluation").glob("*.json")):
+        parts[file.stem] = found = read_json(file) or {}
+        if found.get("format") != FORMAT:
+            raise UserError(
+                f"{file} has format {found.get('format')}; this version reads {FORMAT}. "
+                f"Evaluate the run again: {command('evaluate', run=folder)}"
+            )
     config, groups = folder / ".hydra" / "config.yaml", read_json(folder / "groups.json") or {}
     path = folder / "angles.npz"
     angles = read_npz(path) if path.exists() else {}
@@ -213,7 +215,8 @@ def read_run(folder: Path) -> RunFiles:
         other=groups.get("other") or {},
         metrics=read_metrics(folder / "metrics.csv"),
         summary=read_json(folder / "summary.json") or {},
-        evaluation=evaluation,
+        evaluation=parts.get("evaluation", {}),
+        downstream={part: found for part, found in parts.items() if part != "evaluation"},
         ledger=read_json(folder / "ledger.json") or {},
         explained=read_explained(folder),
     )

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from groupsae import __version__
 from groupsae.reporting import runs as several
 from groupsae.reporting import tables
+from groupsae.reporting.downstream import DOWNSTREAM_TABLES
 from groupsae.reporting.figures import Captioned, run_figures
 from groupsae.reporting.formatting import NONE, duration, number, percent, plural, spans
 from groupsae.reporting.load import RunFiles, read_run, value_of
@@ -152,6 +153,10 @@ def run_sections(run: RunFiles, place: Path) -> list[Section]:
         ),
         "quality": ("What sharing costs", [build(run) for build in tables.QUALITY_TABLES]),
         "layers": ("Layer by layer", [build(run) for build in tables.LAYER_TABLES]),
+        "downstream": (
+            "What the model can still do",
+            [build(run) for part in run.downstream for build in DOWNSTREAM_TABLES.get(part, ())],
+        ),
         "latents": ("Latents", [tables.latents_table(run)]),
         "inside": (
             "Inside the latents",

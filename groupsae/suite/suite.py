@@ -33,7 +33,7 @@ from groupsae.suite.layer import Acts, Dense, LayerSAE
 FORMAT = 2
 SUMMARY, EVALUATION = "summary.json", "evaluation/evaluation.json"
 # of a run folder: what was found out about its SAEs
-RESULTS = (SUMMARY, "ledger.json", EVALUATION, "evaluation/*.csv", "figures/*.png")
+RESULTS = (SUMMARY, "ledger.json", "evaluation/*.json", "evaluation/*.csv", "figures/*.png")
 
 
 class Suite:

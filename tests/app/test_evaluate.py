@@ -400,10 +400,10 @@ def left_of(lm: Path, text: Path, output: Path, wrong: str, refused: str) -> set
 def test_ctrl_c_ends_an_evaluation_with_a_sentence(
     copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from groupsae.app import evaluate as app
+    from groupsae.evaluation import text
     from groupsae.evaluate import main
 
-    monkeypatch.setattr(app, "begin_evaluation", lambda _: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(text, "begin_evaluation", lambda _: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr(sys, "argv", ["evaluate", f"run={copy}", "device=cpu"])
     # jobs in the background of a shell ignore Ctrl-C
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

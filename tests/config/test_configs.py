@@ -190,12 +190,6 @@ def test_no_option_is_dead(name, readers):
         assert re.search(rf"\bcfg\.{key}\b|\(cfg, \"{key}\"\)", code), f"nobody reads {key}"
 
 
-def test_no_option_of_the_evaluation_is_dead():
-    code = (PACKAGE / "app" / "evaluate.py").read_text()
-    for key in composed().evaluation:
-        assert re.search(rf"\boptions\.{key}\b", code), f"nobody reads evaluation.{key}"
-
-
 def test_training_and_the_evaluation_command_share_their_values():
     assert composed().evaluation == composed(name="evaluate").evaluation
 

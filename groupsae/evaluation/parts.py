@@ -1,0 +1,88 @@
+"""What the parts of an evaluation get, and what they give.
+
+**To add a part**: docs/architecture.md has the steps.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from groupsae import __version__
+from groupsae.data.activations import ActivationDataModule
+from groupsae.grouping.groupings import Grouping
+from groupsae.grouping.plan import GroupPlan
+from groupsae.lm.hooked import HookedLM
+from groupsae.suite.suite import Suite
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """The SAEs that are evaluated, and their language model.
+
+    Attributes:
+        saes: by name, each alone, on the device of the evaluation.
+        groupings: ways to combine them, the chosen one first.
+        lm: the language model, with its head if it has one.
+        tokenizer: loads the model's tokenizer.
+    """
+
+    saes: dict[str, Suite]
+    groupings: list[Grouping]
+    lm: HookedLM
+    tokenizer: Callable[[], PreTrainedTokenizerBase]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Subject):
+    """The SAEs of a run folder, with the text that they were trained on.
+
+    Attributes:
+        folder: the run folder.
+        plan: of its `groups.json`.
+        data: the language model and the text, on the device of the evaluation.
+        say: prints a line for the user.
+    """
+
+    folder: Path
+    plan: GroupPlan
+    data: ActivationDataModule
+    say: Callable[[str], None]
+
+    def described(self) -> dict[str, Any]:
+        """Return what the results of every part begin with: run, model, text, layers."""
+        geometry = self.data.lm.geometry
+        return {
+            "groupsae": __version__,
+            "run": str(self.folder),
+            **self.data.described(),
+            "text": self.data.blocks.key,
+            "num_layers": geometry.num_layers,
+            "d_model": geometry.d_model,
+            "last_layer": self.plan.last_layer,
+            "theta": self.plan.theta,
+        }
+
+
+class Part(Protocol):
+    """A part of an evaluation that says what the model can still do with the SAEs spliced in.
+
+    Its constructor takes the values of its yaml file. (The part `heldout` has more to write, and
+    needs a run: `text.py`.)
+
+    Attributes:
+        name: of its yaml file in conf/evaluation/, and of its files: evaluation/<name>.json.
+    """
+
+    name: ClassVar[str]
+
+    def check(self, data: ActivationDataModule) -> None:
+        """Raise UserError where it cannot run, before anything slow; the model is not loaded."""
+
+    def measure(self, subject: Subject) -> dict[str, Any]:
+        """Return the results: plain values, and tables as lists of rows, as `save_part` has it.
+
+        The subject may be a `Run`, or a suite and a model of the user's.
+        """
