@@ -400,8 +400,8 @@ def left_of(lm: Path, text: Path, output: Path, wrong: str, refused: str) -> set
 def test_ctrl_c_ends_an_evaluation_with_a_sentence(
     copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from groupsae.evaluation import text
     from groupsae.evaluate import main
+    from groupsae.evaluation import text
 
     monkeypatch.setattr(text, "begin_evaluation", lambda _: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr(sys, "argv", ["evaluate", f"run={copy}", "device=cpu"])
