@@ -16,12 +16,13 @@ Only the token itself and tokens before it in the block count, as for the model.
 import keyword
 import re
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
-from scipy import sparse
+from jaxtyping import Bool, Int, UInt64
+
+from groupsae.interpretation.bits import packed
 
 KINDS = (
     "token", "token_before", "token_before_that", "within_8", "within_32", "line",
@@ -29,6 +30,8 @@ KINDS = (
 )  # fmt: skip
 OF_TOKEN = KINDS[:6]  # these exist for every token
 FAR, REPEAT = 32, 64
+REMEMBERED = 256_000_000  # bytes of the atoms' bits that are kept
+CHUNK = 65_536  # positions whose atoms are listed at once
 PLACES = (
     (0, 1, "at the first token of a block"),
     (1, 4, "at tokens 1 to 3 of a block"),
@@ -110,7 +113,7 @@ class Places:
     def __init__(
         self, tokens: Int[np.ndarray, " position"], context: int, strings: Mapping[int, str]
     ) -> None:
-        self.tokens, self.context = tokens.astype(np.int64), context
+        self.tokens, self.context = tokens.astype(np.int32), context
         self.vocabulary = Vocabulary(max(strings) + 1)
         self.offset = np.arange(len(tokens)) % context
         shapes = np.zeros(self.vocabulary.size, np.int64)
@@ -132,8 +135,8 @@ class Places:
     @cached_property
     def bigram_repeated(self) -> Bool[np.ndarray, " position"]:
         """Return where token and predecessor occurred before, within `REPEAT` tokens."""
-        before = np.concatenate([[0], self.tokens[:-1]])
-        pairs = np.where(self.offset > 0, before * self.vocabulary.size + self.tokens, -1)
+        before = np.concatenate([[0], self.tokens[:-1]]) * self.vocabulary.size
+        pairs = np.where(self.offset > 0, before + self.tokens, -1)
         # a block's first token has no predecessor, so it repeats nothing
         return self._again(pairs) & (self.offset > 0)
 
@@ -145,16 +148,16 @@ class Places:
         again[order[1:]] = same & (distance <= np.minimum(REPEAT, self.offset[order[1:]]))
         return again
 
-    def atoms(self, positions: Int[np.ndarray, " row"]) -> sparse.csr_matrix:
-        """Return which atoms hold at some positions, as 0 and 1, [row, atom]."""
-        first, rows = self.vocabulary.first, len(positions)
+    def atoms(self, positions: Int[np.ndarray, " row"]) -> Int[np.ndarray, "row slot"]:
+        """Return the numbers of the atoms that hold at some positions, each once; -1: no atom."""
+        first = self.vocabulary.first
         back = np.arange(FAR + 1)
         inside = self.offset[positions, None] >= back
         window = np.where(inside, self.tokens[np.maximum(positions[:, None] - back, 0)], -1)
         columns = [_numbered(window[:, i], first[kind]) for i, kind in enumerate(OF_TOKEN[:3])]
         for kind, width in (("within_8", 8), ("within_32", FAR)):
             seen = np.sort(window[:, 1 : width + 1], axis=1)
-            seen[:, 1:][seen[:, 1:] == seen[:, :-1]] = -1  # each token once
+            seen[:, 1:][seen[:, 1:] == seen[:, :-1]] = -1
             columns.append(_numbered(seen, first[kind]))
         before = np.where(inside[:, 1], self.shape[np.maximum(positions - 1, 0)], -1)
         columns += [
@@ -165,11 +168,13 @@ class Places:
             _numbered(np.where(self.bigram_repeated[positions], 0, -1), first["bigram_repeated"]),
             _numbered(self.place[positions], first["place"]),
         ]
-        numbers = np.concatenate([c.reshape(rows, -1) for c in columns], axis=1)
-        held = numbers >= 0
-        ends = np.concatenate([[0], np.cumsum(held.sum(1))])
-        ones = np.ones(int(ends[-1]), np.float32)
-        return sparse.csr_matrix((ones, numbers[held], ends), shape=(rows, self.vocabulary.total))
+        return np.column_stack(columns)
+
+    def counts(self, positions: Int[np.ndarray, " row"]) -> Int[np.ndarray, " atom"]:
+        """Return at how many of some positions each atom holds."""
+        total = self.vocabulary.total
+        parts = [positions[i : i + CHUNK] for i in range(0, len(positions) or 1, CHUNK)]
+        return np.sum([counted(self.atoms(part), total) for part in parts], axis=0)
 
     def holds(self, atom: Atom, where: slice) -> Bool[np.ndarray, " position"]:
         """Return at which of some consecutive positions, complete blocks, an atom holds."""
@@ -178,7 +183,7 @@ class Places:
             case "shape":
                 return self.shape[where] == value
             case "shape_before":
-                return self._shifted(self.shape[where] == value, 1, where)
+                return self._shifted(self.shape[where] == value, 1)
             case "line":
                 return self.line[where] == value
             case "place":
@@ -186,24 +191,45 @@ class Places:
             case "repeated" | "bigram_repeated":
                 return getattr(self, atom.kind)[where]
             case "within_8" | "within_32":
-                width = 8 if atom.kind == "within_8" else FAR
-                return self._spread(self.tokens[where] == value, width, where)
-        return self._shifted(self.tokens[where] == value, OF_TOKEN.index(atom.kind), where)
+                found = self._shifted(self.tokens[where] == value, 1)
+                by, blocks = 1, found.reshape(-1, self.context)
+                while by < (8 if atom.kind == "within_8" else FAR):
+                    blocks[:, by:] |= blocks[:, :-by].copy()  # twice as wide each time
+                    by *= 2
+                return found
+        return self._shifted(self.tokens[where] == value, OF_TOKEN.index(atom.kind))
 
-    def _shifted(self, holds: np.ndarray, by: int, where: slice) -> np.ndarray:
+    def _shifted(self, holds: np.ndarray, by: int) -> np.ndarray:
+        """Return what held so many positions before, in the same block."""
         moved = np.zeros_like(holds)
-        moved[by:] = holds[: len(holds) - by]
-        return moved & (self.offset[where] >= by)
-
-    def _spread(self, holds: np.ndarray, width: int, where: slice) -> np.ndarray:
-        """Return where one of the `width` positions before holds, in the same block."""
-        at = np.flatnonzero(holds)
-        left = self.context - 1 - self.offset[where][at]  # positions after it in its block
-        change = np.zeros(len(holds) + 1, np.int64)
-        np.add.at(change, at + 1, 1)
-        np.add.at(change, at + 1 + np.minimum(left, width), -1)
-        return np.cumsum(change[:-1]) > 0
+        blocks = (-1, self.context)
+        moved.reshape(blocks)[:, by:] = holds.reshape(blocks)[:, : self.context - by]
+        return moved
 
 
 def _numbered(values: np.ndarray, first: int) -> np.ndarray:
     return np.where(values < 0, -1, values + first)
+
+
+def counted(atoms: Int[np.ndarray, "row slot"], total: int) -> Int[np.ndarray, " atom"]:
+    """Return in how many rows each of all atoms occurs."""
+    return np.bincount(atoms.ravel() + 1, minlength=total + 1)[1:]
+
+
+class Held:
+    """At which positions of a part of a text each atom holds, as bits.
+
+    Args:
+        text: the text.
+        where: the positions, complete blocks.
+    """
+
+    def __init__(self, text: Places, where: slice) -> None:
+        self.text, self.size = text, where.stop - where.start
+        self.all = packed(np.ones(self.size, bool))
+
+        @lru_cache(max(1000, 8 * REMEMBERED // self.size))
+        def bits(number: int) -> UInt64[np.ndarray, " word"]:
+            return packed(text.holds(text.vocabulary.atom(number), where))
+
+        self.bits = bits

@@ -1,21 +1,21 @@
 """Explains latents by rules, scores them on other text, and carries them from layer to layer."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt64
 
 from groupsae.data.draws import mix
-from groupsae.interpretation.atoms import Places
+from groupsae.interpretation.atoms import Held, Places
 from groupsae.interpretation.files import CollectedSAE, Interpretation
-from groupsae.interpretation.rules import Background, Explanation, described, learn
+from groupsae.interpretation.rules import Evidence, Explanation, described, learn
 from groupsae.interpretation.scores import (
     Lookup,
     Truth,
     adjusted,
-    average_precision,
     entropy_of_tokens,
     f1,
     mean_of,
@@ -27,10 +27,8 @@ from groupsae.interpretation.sharing import (
     cofiring,
     drift,
     kind_of,
-    persistence,
     shares,
 )
-from groupsae.interpretation.text import EXPLAIN
 
 LEAST_WINDOWS = 20  # in which a latent must fire, in each text
 PART = 16  # latents that are explained together
@@ -71,7 +69,7 @@ class Firing(NamedTuple):
 
 Place = str  # a layer, or "all" of a group together
 Firings = dict[Place, Firing]
-Predicted = dict[Place, np.ndarray]  # where each explanation holds in the score text
+Predicted = dict[Place, UInt64[np.ndarray, " word"]]  # where explanations hold in the score text
 Rows = Iterable[list[dict[str, Any]]]
 
 
@@ -80,17 +78,15 @@ class Explainer:
 
     Args:
         found: what was collected.
-        seed: seed of the draws of evidence.
+        seed: seed of the permutations that test drift.
     """
 
     def __init__(self, found: Interpretation, seed: int = 0) -> None:
-        self.found, self.explain_tokens = found, found.num_tokens[EXPLAIN]
-        total = sum(found.num_tokens)
+        self.found, self.seed = found, seed
+        self.explain_tokens, self.score_tokens = found.num_tokens
         self.text = Places(found.tokens, found.context, found.strings)
-        self.score = slice(self.explain_tokens, total)
-        self.background = Background(
-            self.text, slice(0, self.explain_tokens), grows(found.documents), None, seed
-        )
+        self.evidence = Evidence(self.text, self.explain_tokens, grows(found.documents))
+        self.scored = Held(self.text, slice(self.explain_tokens, sum(found.num_tokens)))
         self.lookup = Lookup(
             self.text.tokens, self.explain_tokens, self.text.offset, self.text.vocabulary.size
         )
@@ -102,51 +98,55 @@ class Explainer:
         often: a score is worth something where another latent's explanation scores less.
         """
         sae = self.found.saes[name]
-        firings = self._firings(sae, latents)
+        firings = [self._firings(sae, latent) for latent in latents]
         found = [self._one(sae, *each) for each in zip(latents, firings, strict=True)]
         for i, (row, _) in enumerate(found):
             other = found[i - 1 if i else min(1, len(found) - 1)][1] if len(found) > 1 else {}
             _compare(row, firings[i], other)
         return [row for row, _ in found]
 
-    def _firings(self, sae: CollectedSAE, latents: Sequence[int]) -> list[Firings]:
-        found: list[Firings] = [{} for _ in latents]
-        for layer in sae.layers:
-            records, windows = sae.records(layer), sae.windows(layer)
-            wanted = np.stack([np.array(latents), np.array(latents) + 1], axis=1)
-            bounds = np.searchsorted(records["latent"], wanted)
-            for firings, latent, (low, high) in zip(found, latents, bounds, strict=True):
-                positions = records["position"][low:high].astype(np.int64)
-                acts = records["act"][low:high].astype(np.float32)
-                split = int(np.searchsorted(positions, self.explain_tokens))
-                truth = Truth(positions[split:] - self.explain_tokens, acts[split:])
-                enough = bool((windows[:, latent] >= LEAST_WINDOWS).all())
-                firings[str(layer)] = Firing(positions[:split], acts[:split], truth, enough)
-        for firings in found:
-            firings["all"] = _pooled(list(firings.values()))
+    def _firings(self, sae: CollectedSAE, latent: int) -> Firings:
+        """Return where a latent fires on each layer, and on any, with its highest activation."""
+        parts = {str(layer): sae.firings(layer, latent) for layer in sae.layers}
+        parts["all"] = highest(list(parts.values()))
+        windows = {str(x): sae.windows(x)[:, latent].min() >= LEAST_WINDOWS for x in sae.layers}
+        found = {}
+        for place, (positions, acts) in parts.items():
+            split = int(np.searchsorted(positions, self.explain_tokens))
+            places = positions[split:] - self.explain_tokens
+            truth = Truth.of(places, acts[split:], self.score_tokens)
+            enough = bool(windows.get(place, True))
+            found[place] = Firing(positions[:split], acts[:split], truth, enough)
         return found
 
     def _sharing(self, sae: CollectedSAE, latent: int, firings: Firings) -> dict[str, Any]:
         """Return how the layers share a latent, and for each pair of them how it drifts."""
         tokens = sum(self.found.num_tokens)
         rates = np.array([sae.fired(layer)[:, latent].sum() / tokens for layer in sae.layers])
-        fired = [firings[str(layer)] for layer in sae.layers]
-        places = [_everywhere(firing, self.explain_tokens) for firing in fired]
-        positions = [p for p, _ in places]
-        jaccard, contained = cofiring(positions)
-        draws = np.random.default_rng([self.background.seed, 2, latent])
-        sides = [(self.text.tokens[p], acts, self.found.documents[p]) for p, acts in places]
-        pairs = []
-        for i, a in enumerate(sae.layers):
-            for j, b in enumerate(sae.layers):
-                if i < j and fired[i].enough and fired[j].enough:
-                    drifted, p = drift(sides[i], sides[j], draws)
-                    pairs.append({"layers": [a, b], "drift": drifted, "p": p})
+        fired = [sae.firings(layer, latent) for layer in sae.layers]
+        jaccard, contained, together = cofiring([positions for positions, _ in fired], tokens)
+        draws, pairs = np.random.default_rng([self.seed, 2, latent]), []
+        if len(fired) > 1:
+            strongest = [p[np.argsort(-acts, kind="stable")] for p, acts in fired]
+            every = np.concatenate(strongest)
+            names, numbered = np.unique(self.text.tokens[every], return_inverse=True)
+            ends = np.cumsum([len(p) for p in strongest])[:-1]
+            sides = list(
+                zip(
+                    np.split(numbered, ends),
+                    np.split(self.found.documents[every], ends),
+                    strict=True,
+                )
+            )
+            enough = [i for i, layer in enumerate(sae.layers) if firings[str(layer)].enough]
+            for i, j in combinations(enough, 2):
+                drifted, p = drift(sides[i], sides[j], len(names), draws)
+                pairs.append({"layers": [sae.layers[i], sae.layers[j]], "drift": drifted, "p": p})
         return {
             **shares(rates),
             "rates": rates.tolist(),
             "mass": [float(sae.mass(layer)[:, latent].sum()) for layer in sae.layers],
-            **persistence(positions, tokens),
+            **together,
             "jaccard": jaccard.tolist(),
             "contained": contained.tolist(),
             "pairs": pairs,
@@ -155,25 +155,27 @@ class Explainer:
     def _one(
         self, sae: CollectedSAE, latent: int, firings: Firings
     ) -> tuple[dict[str, Any], Predicted]:
-        """Return one latent's row without its nulls, and its predictions as 0 and 1."""
+        """Return one latent's row without its nulls, and where its explanations hold."""
         predicted: Predicted = {}
         row: dict[str, Any] = {"latent": latent, "layers": {}}
+        anywhere = firings["all"]
+        atoms = self.text.atoms(anywhere.positions)
         for place, firing in firings.items():
             if not firing.enough:
                 continue
             if place == "all" and len(predicted) == len(sae.layers) == 1:
                 (only,) = predicted
-                predicted[place], row["all"] = predicted[only], row["layers"][only]
-                self._baselines(row["all"], firing)
-                continue
-            explanation = learn(self.background, firing.positions, firing.acts, latent)
-            values = explanation.holds(self.text, self.score)
-            predicted[place] = values > 0
-            entry: dict[str, Any] = {
-                "text": described(explanation, self.found.strings),
-                "rules": _plain(explanation),
-                "scores": scores(values, firing.truth),
-            }
+                predicted[place], entry = predicted[only], row["layers"][only]
+            else:
+                rows = np.searchsorted(anywhere.positions, firing.positions)
+                explanation = learn(self.evidence, firing.positions, firing.acts, atoms[rows])
+                prediction = explanation.predict(self.scored)
+                predicted[place] = prediction.anywhere
+                entry = {
+                    "text": described(explanation, self.found.strings),
+                    "rules": _plain(explanation),
+                    "scores": scores(prediction, firing.truth),
+                }
             if place == "all":
                 row["all"] = entry
                 self._baselines(entry, firing)
@@ -181,7 +183,7 @@ class Explainer:
                 row["layers"][place] = entry
         # F1 of the explanation of one layer (or of all) at another
         row["transfer"] = {
-            a: {b: f1(predicted[a], firings[b].truth) for b in firings if b in predicted}
+            a: {b: f1(predicted[a], firings[b].truth.bits) for b in firings if b in predicted}
             for a in predicted
         }
         row["sharing"] = self._sharing(sae, latent, firings)
@@ -190,8 +192,9 @@ class Explainer:
     def _baselines(self, entry: dict[str, Any], firing: Firing) -> None:
         """Add what the last tokens alone predict, and how many different tokens fire."""
         for name, longest in (("unigram", 1), ("lookup", 3)):
-            guess = self.lookup.predict(firing.positions, firing.acts, longest)
-            entry["scores"][f"{name}_auprc"] = average_precision(guess, firing.truth)
+            entry["scores"][f"{name}_auprc"] = self.lookup.auprc(
+                firing.positions, firing.acts, firing.truth.places, longest
+            )
         entry["entropy"] = entropy_of_tokens(self.text.tokens[firing.positions])
 
 
@@ -243,14 +246,6 @@ def explain_part(name: str, latents: list[int]) -> list[dict[str, Any]]:
     return _explainer.explain(name, latents)
 
 
-def _everywhere(firing: Firing, explain_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return positions and activations of a latent in both texts."""
-    return (
-        np.concatenate([firing.positions, firing.truth.places + explain_tokens]),
-        np.concatenate([firing.acts, firing.truth.acts]),
-    )
-
-
 def _judge_pairs(rows: Sequence[dict[str, Any]], layers: Sequence[int]) -> None:
     """Give every pair of layers of every latent its q-value and its kind."""
     pairs = [(row, pair) for row in rows for pair in row["sharing"]["pairs"]]
@@ -271,12 +266,6 @@ def _judge_pairs(rows: Sequence[dict[str, Any]], layers: Sequence[int]) -> None:
         )
 
 
-def _pooled(firings: Sequence[Firing]) -> Firing:
-    """Return where a latent fires on any layer, with its highest activation there."""
-    positions, acts = highest([(f.positions, f.acts) for f in firings])
-    return Firing(positions, acts, Truth(*highest([f.truth for f in firings])), True)
-
-
 def highest(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """Return all places of several (places, activations), and the highest activation at each."""
     places, owner = np.unique(np.concatenate([p for p, _ in parts]), return_inverse=True)
@@ -290,7 +279,7 @@ def _compare(row: dict[str, Any], firings: Firings, others: Predicted) -> None:
     for place, entry in [*row["layers"].items(), ("all", row["all"])]:
         other = others.get(place, others.get("all"))
         found = entry["scores"]
-        found["null_f1"] = 0.0 if other is None else f1(other, firings[place].truth)
+        found["null_f1"] = 0.0 if other is None else f1(other, firings[place].truth.bits)
         found["adjusted_f1"] = adjusted(found["f1"], found["null_f1"])
 
 

@@ -60,6 +60,7 @@ class CollectedSAE:
         self.layers: list[int] = head["layers"]
         self.d_sae: int = head["d_sae"]
         self.latents = np.array(head["latents"], np.int64)
+        self._records: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # rows, bounds of latents
 
     @cached_property
     def _tensors(self) -> dict[str, Tensor]:
@@ -102,18 +103,23 @@ class CollectedSAE:
             acts.numpy(),
         )
 
-    def records(self, layer: int) -> np.ndarray:
-        """Return every firing of the recorded latents on a layer, by latent and position.
-
-        A structured array with the fields `latent`, `position` and `act`.
-        """
-        file = self.folder / self.name / f"layer.{layer}.npy"
-        try:
-            return np.load(file, mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError:
-            raise missing(file) from None
-        except (OSError, ValueError) as error:
-            raise damaged(file, error) from error
+    def firings(
+        self, layer: int, latent: int
+    ) -> tuple[Int[np.ndarray, " firing"], Float[np.ndarray, " firing"]]:
+        """Return positions and activations of every firing of a recorded latent on a layer."""
+        if layer not in self._records:
+            file = self.folder / self.name / f"layer.{layer}.npy"
+            try:
+                rows = np.load(file, mmap_mode="r", allow_pickle=False)
+            except FileNotFoundError:
+                raise missing(file) from None
+            except (OSError, ValueError) as error:
+                raise damaged(file, error) from error
+            bounds = np.searchsorted(rows["latent"], np.arange(self.d_sae + 1))
+            self._records[layer] = rows, bounds
+        rows, bounds = self._records[layer]
+        part = rows[bounds[latent] : bounds[latent + 1]]
+        return part["position"].astype(np.int64), part["act"].astype(np.float32)
 
     @cached_property
     def directions(self) -> Directions:

@@ -13,7 +13,7 @@ import numpy as np
 
 from groupsae.files.atomic import write_json
 from groupsae.files.reading import read_json
-from groupsae.interpretation.atoms import Atom, Places
+from groupsae.interpretation.atoms import Atom, Held, Places
 from groupsae.interpretation.explain import choose
 from groupsae.interpretation.files import FORMAT, CollectedSAE, Interpretation
 from groupsae.interpretation.firings import WINDOW
@@ -76,7 +76,11 @@ class Judging:
         self, found: Interpretation, judge: Judge, protocol: Protocol, seed: int = 0
     ) -> None:
         self.found, self.judge, self.protocol, self.seed = found, judge, protocol, seed
-        self.places = Places(found.tokens, found.context, found.strings)
+        self.first = (
+            found.num_tokens[EXPLAIN] if protocol.apart else 0
+        )  # position of score windows
+        text = Places(found.tokens, found.context, found.strings)
+        self.held = Held(text, slice(self.first, sum(found.num_tokens)))
 
     def qualification(self) -> dict[str, Any]:
         """Return how well the judge tells true explanations from shuffled ones.
@@ -261,7 +265,6 @@ class Judging:
         """
         predicted = {latent: self._predicted(rules[latent]) for latent in order}
         found: Judgements = {task: {} for task in TASKS}
-        first = self._first
         for latent in order:
             shown = windows[latent].score
             for task in TASKS:
@@ -271,7 +274,7 @@ class Judging:
                         sides.append(np.full(len(shown), np.nan))
                         continue
                     at = predicted[explained]
-                    spans = [at[w.start - first : w.start - first + w.length] for w in shown]
+                    spans = [at[w.start - self.first :][: w.length] for w in shown]
                     if task == "detection":
                         highest = max(float(at.max(initial=0.0)), 1e-12)
                         yes = [float(s.max()) for s in spans]
@@ -282,17 +285,12 @@ class Judging:
                 found[task][latent] = (sides[0], sides[1])
         return found
 
-    @property
-    def _first(self) -> int:
-        return self.found.num_tokens[EXPLAIN] if self.protocol.apart else 0
-
     def _predicted(self, row: Mapping[str, Any]) -> np.ndarray:
         rules = [
             Rule(tuple(Atom(*atom) for atom in rule["atoms"]), rule["value"])
             for rule in row["all"]["rules"]
         ]
-        text = slice(self._first, sum(self.found.num_tokens))
-        return Explanation(tuple(rules)).holds(self.places, text)
+        return Explanation(tuple(rules)).predict(self.held).at(np.arange(self.held.size))
 
     def _intruders(
         self, windows: Mapping[int, LatentWindows], order: Sequence[int]

@@ -3,25 +3,27 @@
 Closest published method: Neuron2Graph (Foote et al., arXiv 2305.19911), whose kind of explanation
 and scoring this has; it learns from the latent's firings instead of masked forward passes. A low
 score means that no local rule was found, not that the latent cannot be interpreted.
+
+Counts are exact, over every position of a text: sets of positions are bits. A rule is counted
+only if its F1 can be high enough.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
-from scipy import sparse
+from jaxtyping import Bool, Float, Int, UInt64
 
-from groupsae.interpretation.atoms import PLACES, SHAPES, Atom, Places
+from groupsae.interpretation.atoms import PLACES, SHAPES, Atom, Held, Places, counted
+from groupsae.interpretation.bits import count, packed, unpacked
+from groupsae.interpretation.scores import Prediction
 
 MOST_RULES = 8
-EVIDENCE = 5000  # firings, and silent places with the same tokens, at most
-BACKGROUND = 50_000  # places drawn once for all latents
-COMMON = 10  # tokens whose silent places are drawn on purpose
-LIKELY, BEST = 800, 200  # atoms to count in the background, and to try
-PARTNERS, RULES = 30, 300  # atoms to pair them with, rules to choose from
-LEAST_FIRINGS = 3  # that an atom must hold at
+BEST, PARTNERS = 300, 30  # atoms to try, and to pair them with
+PAIRS = 200  # pairs to choose from, next to the atoms by themselves
+LEAST_FIRINGS = 3  # that an atom, or a pair, must hold at
 LEAST_GAIN = 0.005  # of F1 on the pruning documents
+AT_ONCE = 32  # rules that are counted together
 
 
 class Rule(NamedTuple):
@@ -41,258 +43,197 @@ class Explanation(NamedTuple):
 
     rules: tuple[Rule, ...]
 
-    def holds(self, text: Places, where: slice) -> Float[np.ndarray, " position"]:
-        """Return the predicted activation at some positions, 0 where no rule holds."""
-        predicted = np.zeros(where.stop - where.start, np.float32)
-        for rule in self.rules:
-            at = text.holds(rule.atoms[0], where)
-            for atom in rule.atoms[1:]:
-                at = at & text.holds(atom, where)
-            np.maximum(predicted, rule.value, out=predicted, where=at)
-        return predicted
+    def predict(self, held: Held) -> Prediction:
+        """Return at which positions of a text each rule holds, and none with a higher value."""
+        ordered = sorted(self.rules, key=lambda rule: -rule.value)
+        bits = np.zeros((len(ordered), len(held.all)), np.uint64)
+        left = held.all
+        for level, rule in zip(bits, ordered, strict=True):
+            level[:] = left
+            for atom in rule.atoms:
+                level &= held.bits(held.text.vocabulary.number(atom))
+            left = left & ~level
+        return Prediction(np.array([rule.value for rule in ordered]), bits, held.size)
 
 
-class Background:
-    """Places of the text to explain that all latents share as evidence, and its documents.
+class Side(NamedTuple):
+    """Documents that rules are grown on, or pruned on.
+
+    Attributes:
+        inside: which positions belong to them; `bits` are the same.
+        counts: at how many of these positions each atom holds.
+    """
+
+    inside: Bool[np.ndarray, " position"]
+    bits: UInt64[np.ndarray, " word"]
+    counts: Int[np.ndarray, " atom"]
+
+
+class Evidence:
+    """The positions of a text, from 0 on, that rules are learnt from.
 
     Args:
         text: the text.
-        where: the positions to explain.
-        grow: which positions rules are grown on; the others prune them.
-        counted: positions where latents can fire at all.
-        seed: seed of the draw.
+        size: number of positions.
+        grow: which of them rules are grown on; the others prune them.
     """
 
-    def __init__(
-        self,
-        text: Places,
-        where: slice,
-        grow: Bool[np.ndarray, " position"],
-        counted: Bool[np.ndarray, " position"] | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.text, self.where, self.grow, self.seed = text, where, grow, seed
-        every = np.arange(where.start, where.stop)
-        self.population = every if counted is None else every[counted[where]]
-        draws = np.random.default_rng([seed, 0])
-        count = min(BACKGROUND, len(self.population))
-        self.positions = np.sort(draws.choice(self.population, count, replace=False))
-        self.atoms = text.atoms(self.positions).tocsc()
-        tokens = text.tokens[self.population]
-        self.of_token = np.bincount(tokens, minlength=text.vocabulary.size)
-        self.by_token = self.population[np.argsort(tokens, kind="stable")]
-        self.token_ends = np.cumsum(self.of_token)
-
-    def with_tokens(self, tokens: Int[np.ndarray, " token"]) -> Int[np.ndarray, " position"]:
-        """Return all positions of some tokens."""
-        ends, counts = self.token_ends, self.of_token
-        return np.concatenate([self.by_token[ends[t] - counts[t] : ends[t]] for t in tokens])
+    def __init__(self, text: Places, size: int, grow: Bool[np.ndarray, " position"]) -> None:
+        self.text, self.held = text, Held(text, slice(0, size))
+        self.grow, self.prune = (
+            Side(inside, packed(inside), text.counts(np.flatnonzero(inside)))
+            for inside in (grow[:size], ~grow[:size])
+        )
 
 
-class _Weights(NamedTuple):
-    """How many places of the text each row of evidence stands for; 0 for rows that do not count.
+class _Goal(NamedTuple):
+    """The places to count rules at, and which of a latent's firings are among them."""
+
+    places: UInt64[np.ndarray, " word"]
+    firings: UInt64[np.ndarray, " firing_word"]
+    fired: int
+
+
+class _Rules(NamedTuple):
+    """Rules to choose from, each of two atoms; twice the same for a rule of one.
 
     Attributes:
-        fires: of the latent's firings.
-        silent: of silent places with its commonest tokens.
-        shared: of the background.
+        atoms: numbers of all atoms.
+        places: at which positions each atom holds.
+        firings: at which of the latent's firings.
+        first, second: the atoms of each rule, as places in `atoms`.
     """
 
-    fires: Float[np.ndarray, " firing"]
-    silent: Float[np.ndarray, " silent"]
-    shared: Float[np.ndarray, " place"]
+    atoms: Int[np.ndarray, " atom"]
+    places: UInt64[np.ndarray, "atom word"]
+    firings: UInt64[np.ndarray, "atom firing_word"]
+    first: Int[np.ndarray, " rule"]
+    second: Int[np.ndarray, " rule"]
 
+    def held(self, rules: Any) -> UInt64[np.ndarray, "*rules word"]:
+        """Return at which positions some of the rules hold."""
+        return self.places[self.first[rules]] & self.places[self.second[rules]]
 
-class _Table(NamedTuple):
-    """At which rows of evidence each of some atoms, or rules, holds: 0 and 1."""
-
-    fires: Float[np.ndarray, "firing rule"]
-    silent: Float[np.ndarray, "silent rule"]
-    shared: sparse.csc_matrix  # [place, rule]; almost all of it is 0
-
-    def both(self, left: np.ndarray, right: np.ndarray) -> "_Table":
-        """Return where both of two columns hold, for pairs of columns."""
-        return _Table(
-            self.fires[:, left] * self.fires[:, right],
-            self.silent[:, left] * self.silent[:, right],
-            self.shared[:, left].multiply(self.shared[:, right]).tocsc(),
-        )
-
-    def counts(self, weights: _Weights) -> tuple[np.ndarray, np.ndarray]:
-        """Return the weight of the firings and of the silent places at which each holds."""
-        hits = weights.fires @ self.fires
-        return hits, weights.silent @ self.silent + self.shared.T @ weights.shared
-
-    def pairs(self, weights: _Weights, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the same for all pairs with the first `count` columns, [rule, count]."""
-        few = self.shared[:, :count]
-        few = sparse.csc_matrix(
-            (few.data * weights.shared[few.indices], few.indices, few.indptr), few.shape
-        )
-        hits = (self.fires * weights.fires[:, None]).T @ self.fires[:, :count]
-        misses = (self.silent * weights.silent[:, None]).T @ self.silent[:, :count]
-        return hits, misses + (self.shared.T @ few).toarray()
-
-    def uncovered(self, rule: int, weights: _Weights) -> _Weights:
-        """Return the weights without the rows at which a rule holds."""
-        shared = weights.shared.copy()
-        shared[self.shared.indices[slice(*self.shared.indptr[rule : rule + 2])]] = 0.0
-        return _Weights(
-            weights.fires * (1 - self.fires[:, rule]),
-            weights.silent * (1 - self.silent[:, rule]),
-            shared,
-        )
-
-
-class _Evidence(NamedTuple):
-    """What is known about a latent, split into documents that rules grow on and prune on."""
-
-    own: sparse.csc_matrix  # atoms of its firings and then of its silent places
-    shared: sparse.csc_matrix  # atoms of the background
-    acts: Float[np.ndarray, " firing"]
-    weights: _Weights
-    grow: _Weights
-    prune: _Weights
-
-    def table(self, atoms: np.ndarray) -> _Table:
-        """Return some atoms of all rows."""
-        own, count = self.own[:, atoms].toarray(), len(self.acts)
-        return _Table(own[:count], own[count:], self.shared[:, atoms])
+    def fired(self, rules: Any) -> UInt64[np.ndarray, "*rules firing_word"]:
+        """Return at which firings they hold."""
+        return self.firings[self.first[rules]] & self.firings[self.second[rules]]
 
 
 def learn(
-    background: Background,
+    evidence: Evidence,
     positions: Int[np.ndarray, " firing"],
     acts: Float[np.ndarray, " firing"],
-    number: int,
+    atoms: Int[np.ndarray, "firing slot"] | None = None,
 ) -> Explanation:
     """Return the rules that predict best where a latent fires.
 
-    Evidence are its firings, silent places with its ten commonest tokens, and the background; each
-    counts for as many places as it was drawn from. Rules of one or two atoms are added as long as
-    they raise F1 on the growing documents and, by 0.005 at least, on those for pruning; one that
-    does not help there is deleted. Deterministic.
+    Rules of one or two atoms are added as long as they raise F1 on the growing documents and, by
+    0.005 at least, on those for pruning; one that does not help there is deleted. Deterministic.
 
     Args:
-        background: the text to explain.
+        evidence: the text to explain.
         positions: where the latent fires in it, ascending.
         acts: its activations there.
-        number: of the latent; seeds the draw of evidence.
+        atoms: what holds at these positions; None: it is looked up.
     """
     if len(positions) < LEAST_FIRINGS:
         return Explanation(())
-    evidence = _evidence(background, positions, acts, number)
-    rules, table = _candidates(evidence)
-    if not rules:
-        return Explanation(())
-    hits, misses = table.counts(evidence.weights)
-    sums = (evidence.acts * evidence.weights.fires) @ table.fires
-    return Explanation(
-        tuple(
-            Rule(
-                tuple(background.text.vocabulary.atom(number) for number in rules[i]),
-                float(sums[i] / (hits[i] + misses[i])),
-            )
-            for i in _greedy(table, evidence.grow, evidence.prune)
-        )
-    )
-
-
-def _evidence(
-    background: Background, positions: np.ndarray, acts: np.ndarray, number: int
-) -> _Evidence:
-    text, draws = background.text, np.random.default_rng([background.seed, 1, number])
-    tokens, counts = np.unique(text.tokens[positions], return_counts=True)
-    common = tokens[np.lexsort((tokens, -counts))[:COMMON]]
-    alike = np.setdiff1d(background.with_tokens(common), positions, assume_unique=True)
-    firing = _drawn(draws, len(positions))
-    silent = alike[_drawn(draws, len(alike))]
-    outside = ~np.isin(text.tokens[background.positions], common)
-    outside &= ~np.isin(background.positions, positions, assume_unique=True)
-    rest = len(background.population) - len(positions) - len(alike)
-    fires = positions[firing]
-    weights = _Weights(
-        np.full(len(firing), len(positions) / len(firing), np.float32),
-        np.full(len(silent), len(alike) / max(len(silent), 1), np.float32),
-        outside.astype(np.float32) * np.float32(rest / max(outside.sum(), 1)),
-    )
-    grows = [background.grow[rows] for rows in (fires, silent, background.positions)]
-    grow = _Weights(*(w * g for w, g in zip(weights, grows, strict=True)))
-    prune = _Weights(*(w * ~g for w, g in zip(weights, grows, strict=True)))
-    if not grows[0].any():  # all its firings are in documents of one kind
+    grow, prune = evidence.grow, evidence.prune
+    inside = grow.inside[positions]
+    if not inside.any():  # all its firings are in documents of one kind
         grow = prune
-    elif grows[0].all():
+    elif inside.all():
         prune = grow
-    own = text.atoms(np.concatenate([fires, silent])).tocsc()
-    return _Evidence(own, background.atoms, acts[firing], weights, grow, prune)
-
-
-def _drawn(draws: np.random.Generator, count: int) -> np.ndarray:
-    if count <= EVIDENCE:
-        return np.arange(count)
-    return np.sort(draws.choice(count, EVIDENCE, replace=False))
-
-
-def _candidates(evidence: _Evidence) -> tuple[list[tuple[int, ...]], _Table]:
-    """Return the best rules by themselves, best first, and where each holds."""
-    weights, count = evidence.grow, len(evidence.acts)
-    total = float(weights.fires.sum())
-    once = np.zeros(evidence.own.shape[0], np.float32)
-    once[:count] = 1.0
-    support = evidence.own.T @ once
-    hits = evidence.own.T @ np.concatenate([weights.fires, 0 * weights.silent])
-    known = evidence.own.T @ np.concatenate([0 * weights.fires, weights.silent])
-    # an upper bound of F1, without the background, leaves few atoms to count there
-    bound = np.where(support >= LEAST_FIRINGS, _f1(hits, known, total), 0.0)
-    likely = np.lexsort((np.arange(len(bound)), -bound))[:LIKELY]
-    likely = likely[bound[likely] > 0]
-    if not len(likely):
-        return [], evidence.table(likely)
-    f1 = _f1(*evidence.table(likely).counts(weights), total)
-    order = np.lexsort((likely, -f1))[:BEST]
-    best, f1 = likely[order], f1[order]
-    table, partners = evidence.table(best), min(PARTNERS, len(best))
-    together = table.fires.T @ table.fires[:, :partners]
-    both = _f1(*table.pairs(weights, partners), total)
-    # a pair earns its place only if it beats both of its atoms
-    better = both > np.maximum(f1[:, None], f1[None, :partners]) + 1e-6
-    one, other = np.nonzero(np.tri(len(best), partners, -1) * better * (together >= LEAST_FIRINGS))
-    single = np.arange(len(best))
-    first, second = np.concatenate([single, one]), np.concatenate([single, other])
-    low, high = np.minimum(best[first], best[second]), np.maximum(best[first], best[second])
-    scores = np.concatenate([f1, both[one, other]])
-    order = np.lexsort((high, low, low != high, -scores))[:RULES]
-    rules: list[tuple[int, ...]] = [
-        (int(a),) if a == b else (int(a), int(b))
-        for a, b in zip(low[order], high[order], strict=True)
+    goals = [
+        _Goal(side.bits, packed(inside), int(inside.sum()))
+        for side in (grow, prune)
+        for inside in [side.inside[positions]]
     ]
-    return rules, table.both(first[order], second[order])
+    atoms = evidence.text.atoms(positions) if atoms is None else atoms
+    rules = _candidates(evidence.held, grow, goals[0], atoms, grow.inside[positions])
+    vocabulary, found = evidence.text.vocabulary, []
+    for i in _greedy(rules, *goals) if len(rules.first) else ():
+        at = unpacked(rules.fired(i), len(positions))
+        numbers = sorted({int(rules.atoms[row]) for row in (rules.first[i], rules.second[i])})
+        value = float(acts[at].sum(dtype=np.float64) / count(rules.held(i)))
+        found.append(Rule(tuple(map(vocabulary.atom, numbers)), value))
+    return Explanation(tuple(found))
 
 
-def _greedy(table: _Table, grow: _Weights, prune: _Weights) -> list[int]:
+def _candidates(
+    held: Held,
+    side: Side,
+    goal: _Goal,
+    atoms: Int[np.ndarray, "firing slot"],
+    inside: Bool[np.ndarray, " firing"],
+) -> _Rules:
+    """Return the best atoms by themselves and the best pairs of them, best first."""
+    total = len(side.counts)
+    known = np.flatnonzero(counted(atoms, total) >= LEAST_FIRINGS)
+    hits = counted(atoms[inside], total)[known]
+    f1 = _f1(hits, side.counts[known], goal.fired)
+    order = np.argsort(-f1, kind="stable")[:BEST]
+    order = order[f1[order] > 0]
+    best, f1 = known[order], f1[order]
+    rows = np.full(total + 1, -1)
+    rows[best] = single = np.arange(len(best))
+    at = rows[atoms]  # no atom, -1, has the last row
+    firing, slot = np.nonzero(at >= 0)
+    flags = np.zeros((len(best), len(atoms)), bool)
+    flags[at[firing, slot], firing] = True
+    one, other = np.tril_indices(len(best), -1, min(PARTNERS, len(best)))
+    places = np.array([held.bits(number) for number in best.tolist()], np.uint64)
+    pairs = _Rules(best, places.reshape(len(best), len(held.all)), packed(flags), one, other)
+    # a pair earns its place only if it beats both of its atoms; it holds where it hits, at least
+    fired = pairs.fired(slice(None))
+    hits, least = count(fired & goal.firings), np.maximum(f1[one], f1[other]) + 1e-6
+    bound = np.where(count(fired) >= LEAST_FIRINGS, _f1(hits, hits, goal.fired), 0.0)
+    possible = np.flatnonzero(bound > least)
+
+    def counted_f1(chosen: np.ndarray) -> np.ndarray:
+        rules = possible[chosen]
+        found = _f1(hits[rules], count(pairs.held(rules) & goal.places), goal.fired)
+        return np.where(found > least[rules], found, 0.0)
+
+    both = _highest(bound[possible], counted_f1, PAIRS)
+    taken = np.argsort(-both, kind="stable")[:PAIRS]
+    taken = taken[both[taken] > 0]
+    first = np.concatenate([single, one[possible[taken]]])
+    second = np.concatenate([single, other[possible[taken]]])
+    low, high = np.minimum(best[first], best[second]), np.maximum(best[first], best[second])
+    order = np.lexsort((high, low, low != high, -np.concatenate([f1, both[taken]])))
+    return pairs._replace(first=first[order], second=second[order])
+
+
+def _greedy(rules: _Rules, grow: _Goal, prune: _Goal) -> list[int]:
     """Return the rules whose union has the best F1, added one by one and then thinned out."""
 
-    def score(rules: Sequence[int]) -> float:
-        left = prune
-        for rule in rules:
-            left = table.uncovered(rule, left)
-        hits = prune.fires.sum() - left.fires.sum()
-        before, after = (w.silent.sum() + w.shared.sum() for w in (prune, left))
-        return float(_f1(hits, before - after, float(prune.fires.sum())))
+    def score(chosen: Sequence[int]) -> float:
+        held, fired = (np.bitwise_or.reduce(x(list(chosen))) for x in (rules.held, rules.fired))
+        hits, says = count(fired & prune.firings), count(held & prune.places)
+        return float(_f1(hits, says, prune.fired))
 
     chosen: list[int] = []
-    left, hits, misses, total = grow, 0.0, 0.0, float(grow.fires.sum())
-    reached = 0.0
+    left, hits, says, reached = grow, 0, 0, 0.0
+    fired = rules.fired(slice(None))
     while len(chosen) < MOST_RULES:
-        more_hits, more_misses = table.counts(left)
-        union = _f1(hits + more_hits, misses + more_misses, total)
-        rule = int(union.argmax())  # of equal ones the first: fewer atoms, smaller numbers
+        more = hits + count(fired & left.firings)
+
+        def union(some: np.ndarray) -> np.ndarray:
+            counts = says + count(rules.held(some) & left.places)  # noqa: B023
+            return _f1(more[some], counts, grow.fired)  # noqa: B023
+
+        f1 = _highest(_f1(more, says + more - hits, grow.fired), union, 1)
+        rule = int(f1.argmax())  # of equal ones the first: fewer atoms, smaller numbers
         pruned = score([*chosen, rule])
         if rule in chosen or (chosen and pruned < reached + LEAST_GAIN):
             break
         chosen.append(rule)
-        hits, misses, reached = hits + more_hits[rule], misses + more_misses[rule], pruned
-        left = table.uncovered(rule, left)
+        hits, reached = int(more[rule]), pruned
+        left = left._replace(
+            places=left.places & ~rules.held(rule), firings=left.firings & ~fired[rule]
+        )
+        says = int(count(grow.places) - count(left.places))
     for rule in list(reversed(chosen)):
         rest = [other for other in chosen if other != rule]
         if rest and (without := score(rest)) >= reached:
@@ -300,9 +241,22 @@ def _greedy(table: _Table, grow: _Weights, prune: _Weights) -> list[int]:
     return chosen
 
 
-def _f1(hits: Any, misses: Any, total: float) -> Any:
-    """Return F1 = 2 TP / (2 TP + FP + FN) = 2 TP / (TP + FP + P)."""
-    return 2 * hits / np.maximum(hits + misses + total, 1e-12)
+def _highest(
+    bound: Float[np.ndarray, " rule"], f1: Callable[[np.ndarray], np.ndarray], most: int
+) -> Float[np.ndarray, " rule"]:
+    """Return F1 of the `most` best rules at least, 0 for others; none has more than its bound."""
+    found, order = np.zeros(len(bound)), np.argsort(-bound, kind="stable")
+    for first in range(0, len(order), AT_ONCE):
+        chosen = order[first : first + AT_ONCE]
+        if first >= most and bound[chosen[0]] < np.partition(found[order[:first]], -most)[-most]:
+            break
+        found[chosen] = f1(chosen)
+    return found
+
+
+def _f1(hits: Any, says: Any, fired: int) -> Any:
+    """Return F1 = 2 TP / (predicted + true)."""
+    return 2 * hits / np.maximum(says + fired, 1)
 
 
 # ---- in words -----------------------------------------------------------------------------

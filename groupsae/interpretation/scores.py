@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int, UInt64
 
-METRICS = ("f1", "precision", "recall", "iou", "auprc", "pearson", "mass_recall")
+from groupsae.interpretation.bits import contains, count, packed
 
 
 class Truth(NamedTuple):
@@ -19,20 +19,55 @@ class Truth(NamedTuple):
     Attributes:
         places: ascending.
         acts: activations there.
+        bits: the places as a set.
     """
 
     places: Int[np.ndarray, " firing"]
     acts: Float[np.ndarray, " firing"]
+    bits: UInt64[np.ndarray, " word"]
+
+    @classmethod
+    def of(cls, places: np.ndarray, acts: np.ndarray, size: int) -> "Truth":
+        """Return it for a text of `size` tokens."""
+        flags = np.zeros(size, bool)
+        flags[places] = True
+        return cls(places, acts, packed(flags))
 
 
-def f1(predicted: Bool[np.ndarray, " position"], truth: Truth) -> float:
-    """Return 2 TP / (predicted + true); 0 if both are empty."""
-    hits = int(predicted[truth.places].sum())
-    return 2 * hits / max(int(predicted.sum()) + len(truth.places), 1)
+class Prediction(NamedTuple):
+    """Where a latent is predicted to fire, and how strongly.
+
+    Attributes:
+        values: predicted activations, descending.
+        bits: the places of each; no place has two.
+        size: number of tokens.
+    """
+
+    values: Float[np.ndarray, " value"]
+    bits: UInt64[np.ndarray, "value word"]
+    size: int
+
+    @property
+    def anywhere(self) -> UInt64[np.ndarray, " word"]:
+        """Return where it is predicted to fire."""
+        return np.bitwise_or.reduce(self.bits, initial=0)
+
+    def at(self, places: Int[np.ndarray, " place"]) -> Float[np.ndarray, " place"]:
+        """Return the predicted activation at some places, 0 where there is none."""
+        found = np.zeros(len(places))
+        for value, bits in zip(self.values, self.bits, strict=True):
+            found[contains(bits, places)] = value
+        return found
 
 
-def scores(predicted: Float[np.ndarray, " position"], truth: Truth) -> dict[str, float]:
-    """Return all metrics of a predicted activation; above 0 the latent is predicted to fire.
+def f1(predicted: UInt64[np.ndarray, " word"], true: UInt64[np.ndarray, " word"]) -> float:
+    """Return 2 TP / (predicted + true) of two sets of places; 0 if both are empty."""
+    hits, says, fires = count(np.stack([predicted & true, predicted, true])).tolist()
+    return 2 * hits / max(says + fires, 1)
+
+
+def scores(predicted: Prediction, truth: Truth) -> dict[str, float]:
+    """Return all metrics of a prediction.
 
     - precision = TP / predicted, recall = TP / true, f1, iou = TP / (predicted or true);
     - auprc: area under precision against recall, thresholds at every predicted value (average
@@ -40,36 +75,45 @@ def scores(predicted: Float[np.ndarray, " position"], truth: Truth) -> dict[str,
     - pearson: correlation of predicted and true activation over all tokens;
     - mass_recall: share of the sum of activations that lies on predicted tokens.
     """
-    at = predicted[truth.places]
-    says, hits, true = int((predicted > 0).sum()), int((at > 0).sum()), len(truth.places)
+    values, size, true = predicted.values, predicted.size, len(truth.places)
+    counts, found = count(predicted.bits), count(predicted.bits & truth.bits)
+    says, hits = int(counts.sum()), int(found.sum())
+    at, acts = predicted.at(truth.places), truth.acts.astype(np.float64)
+    means = values @ counts / size, acts.sum() / size
+    covariance = at @ acts / size - means[0] * means[1]
+    spread = values**2 @ counts / size - means[0] ** 2
+    spread *= acts @ acts / size - means[1] ** 2
     return {
         "f1": 2 * hits / max(says + true, 1),
         "precision": hits / max(says, 1),
         "recall": hits / max(true, 1),
         "iou": hits / max(says + true - hits, 1),
-        "auprc": average_precision(predicted, truth),
-        "pearson": _pearson(predicted, truth),
-        "mass_recall": float(truth.acts[at > 0].sum() / max(float(truth.acts.sum()), 1e-12)),
+        "auprc": average_precision(
+            np.append(values, 0.0), np.append(counts, size - says), np.append(found, true - hits)
+        ),
+        "pearson": float(covariance / np.sqrt(spread)) if spread > 0 else 0.0,
+        "mass_recall": float(acts[at > 0].sum() / max(acts.sum(), 1e-12)),
     }
 
 
-def average_precision(predicted: Float[np.ndarray, " position"], truth: Truth) -> float:
-    """Return sum over thresholds of (R_n - R_n-1) P_n (scikit-learn's definition)."""
-    if not len(truth.places):
+def average_precision(
+    predicted: Float[np.ndarray, " value"],
+    counts: Int[np.ndarray, " value"],
+    hits: Int[np.ndarray, " value"],
+) -> float:
+    """Return sum over thresholds of (R_n - R_n-1) P_n (scikit-learn's definition).
+
+    Each predicted value is that of `counts` places, on `hits` of which the latent fires.
+    """
+    if not hits.any():
         return 0.0
     values, where = np.unique(predicted, return_inverse=True)
-    every = np.bincount(where, minlength=len(values))[::-1].cumsum()
-    true = np.bincount(where[truth.places], minlength=len(values))[::-1].cumsum()
-    gained = np.diff(true, prepend=0) / len(truth.places)
-    return float((gained * true / every).sum())
-
-
-def _pearson(predicted: np.ndarray, truth: Truth) -> float:
-    count, acts = len(predicted), truth.acts.astype(np.float64)
-    p = predicted.astype(np.float64)
-    covariance = float(p[truth.places] @ acts) / count - p.mean() * acts.sum() / count
-    spread = p.var() * (acts @ acts / count - (acts.sum() / count) ** 2)
-    return float(covariance / np.sqrt(spread)) if spread > 0 else 0.0
+    every, true = (
+        np.bincount(where, weights=each, minlength=len(values))[::-1].cumsum()
+        for each in (counts, hits)
+    )
+    gained = np.diff(true, prepend=0) / true[-1]
+    return float((gained * true / np.maximum(every, 1)).sum())
 
 
 def adjusted(score: float, null: float) -> float:
@@ -98,36 +142,52 @@ class Lookup:
         size: int,
         least: int = 3,
     ) -> None:
-        self.explain, self.least = explain, least
-        key, self.known = np.zeros(len(tokens), np.int64), []
+        self.keys: list[np.ndarray] = []  # of every position, by length
+        self.complete: list[np.ndarray] = []
+        key, first, counts = np.zeros(len(tokens), np.int64), 1, [np.ones(1, np.int64)]
+        looked_up = np.zeros(len(tokens) - explain, np.int64)  # 0: nothing is known
+        self.groups = []
         for back in range(3):
             shifted = np.concatenate([np.full(back, -1), tokens[: len(tokens) - back]])
             # numbered again at each length, so that three tokens fit into 64 bits
-            key = np.unique(key * (size + 1) + shifted + 1, return_inverse=True)[1].astype(
-                np.int64
-            )
+            key = np.unique(key * (size + 1) + shifted + 1, return_inverse=True)[1]
             complete = offset >= back
-            counts = np.bincount(key[:explain][complete[:explain]], minlength=int(key.max()) + 1)
-            self.known.append((key, complete, counts))
+            known = key[:explain][complete[:explain]]
+            counts.append(np.bincount(known, minlength=int(key.max()) + 1))
+            here = key[explain:]
+            enough = complete[explain:] & (counts[-1][here] >= least)
+            looked_up = np.where(enough, first + here, looked_up)
+            self.keys.append(first + key)
+            self.complete.append(complete)
+            first += len(counts[-1])
+            self.groups.append(np.unique(looked_up, return_inverse=True, return_counts=True))
+        self.counts = np.concatenate(counts)
 
     def predict(
         self,
         places: Int[np.ndarray, " firing"],
         acts: Float[np.ndarray, " firing"],
         longest: int = 3,
-    ) -> Float[np.ndarray, " position"]:
-        """Return the prediction for the score text from firings in the text to explain.
+    ) -> Float[np.ndarray, " value"]:
+        """Return what is predicted for the score text, from firings in the text to explain.
 
-        `longest` 1 predicts from the token alone ("unigram").
+        Its positions are in groups of one prediction each; the group of a position is in
+        `groups[longest - 1][1]`. `longest` 1 predicts from the token alone ("unigram").
         """
-        found = np.zeros(len(self.known[0][0]) - self.explain)
-        for key, complete, counts in self.known[:longest]:
+        sums = np.zeros(len(self.counts))
+        for key, complete in zip(self.keys[:longest], self.complete, strict=False):
             inside = complete[places]
-            sums = np.bincount(key[places[inside]], acts[inside], minlength=len(counts))
-            here = key[self.explain :]
-            enough = complete[self.explain :] & (counts[here] >= self.least)
-            found = np.where(enough, sums[here] / np.maximum(counts[here], 1), found)
-        return found
+            sums += np.bincount(key[places[inside]], acts[inside], minlength=len(sums))
+        known = self.groups[longest - 1][0]
+        return sums[known] / np.maximum(self.counts[known], 1)
+
+    def auprc(
+        self, places: np.ndarray, acts: np.ndarray, truth: Int[np.ndarray, " place"], longest: int
+    ) -> float:
+        """Return the area under precision against recall of `predict`, given where it fires."""
+        _, group, counts = self.groups[longest - 1]
+        hits = np.bincount(group[truth], minlength=len(counts))
+        return average_precision(self.predict(places, acts, longest), counts, hits)
 
 
 def entropy_of_tokens(tokens: Int[np.ndarray, " firing"]) -> float:

@@ -47,33 +47,31 @@ def shares(rates: Float[np.ndarray, " layer"]) -> dict[str, Any]:
     }
 
 
-def persistence(positions: Sequence[Int[np.ndarray, " _"]], tokens: int) -> dict[str, float]:
-    """Return how many layers fire together.
+def cofiring(
+    positions: Sequence[Int[np.ndarray, " _"]], tokens: int
+) -> tuple[Float[np.ndarray, "layer layer"], Float[np.ndarray, "layer layer"], dict[str, float]]:
+    """Return how the layers fire together: for pairs (a, b), and in all.
 
+    - Jaccard |A and B| / |A or B|, and containment |A and B| / |A|;
     - persistence = mean over tokens on which any layer fires of (layers firing) / n;
-    - independent = the same if layers fired independently: sum p / (n (1 - prod (1 - p)));
+    - independent = the same if layers fired independently: sum p / (n (1 - prod (1 - p))).
+
+    Args:
+        positions: where each layer fires.
+        tokens: number of positions.
     """
-    counts = np.array([len(p) for p in positions])
-    anywhere = len(np.unique(np.concatenate(positions)))
-    rates, n = counts / tokens, len(counts)
+    anywhere, owner = np.unique(np.concatenate(positions), return_inverse=True)
+    sizes, n = np.array([len(p) for p in positions]), len(positions)
+    fires = np.zeros((n, len(anywhere)), np.float32)
+    fires[np.repeat(np.arange(n), sizes), owner] = 1
+    both = (fires @ fires.T).astype(np.float64)
+    either, rates = sizes[:, None] + sizes - both, sizes / tokens
     expected = n * (1 - np.prod(1 - rates))
-    return {
-        "persistence": float(counts.sum() / max(n * anywhere, 1)),
+    together = {
+        "persistence": float(sizes.sum() / max(n * len(anywhere), 1)),
         "independent": float(rates.sum() / expected) if expected > 0 else 0.0,
     }
-
-
-def cofiring(
-    positions: Sequence[Int[np.ndarray, " _"]],
-) -> tuple[Float[np.ndarray, "layer layer"], Float[np.ndarray, "layer layer"]]:
-    """Return Jaccard |A and B| / |A or B|, and containment |A and B| / |A|, for pairs (a, b)."""
-    n = len(positions)
-    both = np.array(
-        [[len(np.intersect1d(a, b, assume_unique=True)) for b in positions] for a in positions]
-    ).reshape(n, n)
-    sizes = np.array([len(p) for p in positions])
-    either = sizes[:, None] + sizes[None, :] - both
-    return both / np.maximum(either, 1), both / np.maximum(sizes[:, None], 1)
+    return both / np.maximum(either, 1), both / np.maximum(sizes[:, None], 1), together
 
 
 def divergence(a: Int[np.ndarray, " a"], b: Int[np.ndarray, " b"], size: int) -> float:
@@ -89,37 +87,39 @@ def divergence(a: Int[np.ndarray, " a"], b: Int[np.ndarray, " b"], size: int) ->
 
 
 def drift(
-    a: tuple[np.ndarray, np.ndarray, np.ndarray],
-    b: tuple[np.ndarray, np.ndarray, np.ndarray],
+    a: tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]],
+    b: tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]],
+    size: int,
     draws: np.random.Generator,
 ) -> tuple[float, float | None]:
     """Return how far the tokens that a latent fires on at two layers differ, and its p-value.
 
-    Each side is (tokens, activations, documents) of its firings, of which the m strongest count, m
+    Each side is (tokens, documents) of its firings, strongest first, of which the first m count, m
     being the smaller number. The divergence of their tokens, less the mean divergence of halves
     within a side: two samples of one distribution differ as well. p is the share of divergences
     at least as large when the layers of firings are swapped at random within documents; None where
     the drift is below 0.25 bit, which is not worth testing.
+
+    Args:
+        a: one side.
+        b: the other.
+        size: tokens are numbers below it.
+        draws: of the permutations.
     """
     m = min(len(a[0]), len(b[0]))
-    (ta, da), (tb, db) = (
-        (x[0][k], x[2][k]) for x in (a, b) for k in [np.argsort(-x[1], kind="stable")[:m]]
-    )
-    names, both = np.unique(np.concatenate([ta, tb]), return_inverse=True)
-    found = divergence(both[:m], both[m:], len(names))
-    within = [_halves(side, len(names), draws) for side in (both[:m], both[m:])]
-    excess = found - float(np.mean(within))
+    (ta, da), (tb, db) = ([each[:m] for each in side] for side in (a, b))
+    found = divergence(ta, tb, size)
+    excess = found - float(np.mean([_halves(side, size, draws) for side in (ta, tb)]))
     if excess <= APART:
         return excess, None
     documents = np.concatenate([da, db])
     order = np.argsort(documents, kind="stable")
-    side = (np.arange(2 * m) >= m)[order]
+    side, tokens, documents = order >= m, np.concatenate([ta, tb])[order], documents[order]
     larger = 0
     for _ in range(PERMUTATIONS):
         # a random order within each document, with the same number of each side in it
-        shuffled = side[np.lexsort((draws.random(2 * m), documents[order]))]
-        tokens = both[order]
-        larger += divergence(tokens[~shuffled], tokens[shuffled], len(names)) >= found
+        shuffled = side[np.argsort(documents + draws.random(2 * m))]
+        larger += divergence(tokens[~shuffled], tokens[shuffled], size) >= found
     return excess, (larger + 1) / (PERMUTATIONS + 1)
 
 

@@ -112,8 +112,6 @@ class WindowChooser:
         self.starts, self.ends = document_bounds(
             torch.from_numpy(self.tokens.reshape(-1, found.context)), found.head["end_token"]
         )
-        self.records = [sae.records(layer) for layer in sae.layers]
-        self.owners = [np.ascontiguousarray(rows["latent"]) for rows in self.records]
         self.sampled = [sae.contexts("heldout", layer).peaks for layer in sae.layers]
         boundary, total = found.num_tokens[EXPLAIN], sum(found.num_tokens)
         self.explain = range(boundary)
@@ -121,7 +119,8 @@ class WindowChooser:
 
     def of(self, latent: int) -> LatentWindows:
         """Return the windows of one latent."""
-        firings, protocol = self._firings(latent), self.protocol
+        protocol = self.protocol
+        firings = highest([self.sae.firings(layer, latent) for layer in self.sae.layers])
         explain, *_ = self._positives(latent, firings, self.explain, protocol.explain, set())
         known = {self._before(window.peak) for window in explain}
         known |= {self._before(w.start + mark) for w in explain for mark in w.marks}
@@ -169,14 +168,6 @@ class WindowChooser:
     def _draws(self, latent: int, text: int) -> random.Random:
         # where both come from one text they have one seed, as in delphi
         return random.Random(f"{self.seed}:{self.sae.name}:{latent}:{text}")
-
-    def _firings(self, latent: int) -> tuple[np.ndarray, np.ndarray]:
-        parts = []
-        for rows, owner in zip(self.records, self.owners, strict=True):
-            low, high = np.searchsorted(owner, [latent, latent + 1])
-            part = rows[low:high]
-            parts.append((part["position"].astype(np.int64), part["act"].astype(np.float32)))
-        return highest(parts)
 
     def _peaks(
         self, positions: np.ndarray, acts: np.ndarray, text: range

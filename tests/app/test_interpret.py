@@ -53,7 +53,11 @@ def interpreted(folder: Path, *options: str) -> Interpretation:
 def same(one: Interpretation, other: Interpretation) -> bool:
     return one.head["key"] == other.head["key"] and all(
         torch.equal(value, other.saes[name]._tensors[key])
-        and all(np.array_equal(sae.records(x), other.saes[name].records(x)) for x in sae.layers)
+        and all(
+            np.array_equal(sae.firings(layer, latent), other.saes[name].firings(layer, latent))
+            for layer in sae.layers
+            for latent in sae.latents
+        )
         for name, sae in one.saes.items()
         for key, value in sae._tensors.items()
     )

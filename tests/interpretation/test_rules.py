@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from groupsae.interpretation.atoms import FAR, KINDS, PLACES, REPEAT, Atom, Places, shape_of
-from groupsae.interpretation.rules import Background, Explanation, Rule, described, learn
+from groupsae.interpretation.atoms import FAR, KINDS, PLACES, REPEAT, Atom, Held, Places, shape_of
+from groupsae.interpretation.bits import count, unpacked
+from groupsae.interpretation.rules import Evidence, Explanation, Rule, described, learn
 from groupsae.interpretation.scores import Truth, scores
 
 CONTEXT, BLOCKS, VOCABULARY = 64, 500, 120
@@ -23,9 +24,9 @@ def text() -> Places:
 
 
 @pytest.fixture(scope="module")
-def background(text) -> Background:
+def evidence(text) -> Evidence:
     grow = np.random.default_rng(1).random(BLOCKS).repeat(CONTEXT) < 0.8
-    return Background(text, EVERY, grow)
+    return Evidence(text, EVERY.stop, grow)
 
 
 def plainly(text: Places, atom: Atom, p: int) -> bool:
@@ -63,14 +64,19 @@ def plainly(text: Places, atom: Atom, p: int) -> bool:
 
 def test_atoms_are_what_their_definitions_say(text):
     positions = np.sort(np.random.default_rng(2).choice(EVERY.stop, 150, replace=False))
-    held = text.atoms(positions).toarray()
+    held, later = text.atoms(positions), slice(10 * CONTEXT, EVERY.stop)
+    among = Held(text, later)
     numbers = [text.vocabulary.number(Atom(kind, value)) for kind in KINDS for value in (0, 1, 3)]
     numbers = [n for n in numbers if n < text.vocabulary.total]
     for number in numbers:
         atom = text.vocabulary.atom(number)
         expected = [plainly(text, atom, int(p)) for p in positions]
-        assert (held[:, number] > 0).tolist() == expected, atom
+        assert ((held == number).sum(1) == expected).all(), atom
         assert text.holds(atom, EVERY)[positions].tolist() == expected, atom
+        assert text.counts(positions)[number] == sum(expected), atom
+        bits = among.bits(number)
+        assert (unpacked(bits, among.size) == text.holds(atom, EVERY)[later]).all(), atom
+        assert count(bits) == text.holds(atom, later).sum(), atom
 
 
 def places(text: Places, *atoms: Atom) -> np.ndarray:
@@ -88,32 +94,33 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("rules", PLANTED.values(), ids=PLANTED)
-def test_planted_latents_are_found(text, background, rules):
+def test_planted_latents_are_found(text, evidence, rules):
     fires = np.logical_or.reduce([places(text, *atoms) for atoms in rules])
     positions = np.flatnonzero(fires)
     acts = np.random.default_rng(3).random(len(positions)).astype(np.float32) + 1
-    found = learn(background, positions, acts, number=7)
-    assert scores(found.holds(text, EVERY), Truth(positions, acts))["f1"] >= 0.99
-    assert learn(background, positions, acts, number=7) == found
+    found = learn(evidence, positions, acts)
+    truth = Truth.of(positions, acts, EVERY.stop)
+    assert scores(found.predict(Held(text, EVERY)), truth)["f1"] >= 0.99
+    assert learn(evidence, positions, acts, text.atoms(positions)) == found
 
 
-def test_noise_is_not_explained(text, background):
+def test_noise_is_not_explained(text, evidence):
     """F1 of the best guess without knowledge, always to fire, is 2 pi / (1 + pi)."""
     draws, found = np.random.default_rng(4), []
     rate = 0.02
-    for number in range(6):
+    for _ in range(6):
         fires = draws.random(EVERY.stop) < rate
         half = np.flatnonzero(fires[: EVERY.stop // 2])
-        rules = learn(background, half, np.ones(len(half), np.float32), number)
+        rules = learn(evidence, half, np.ones(len(half), np.float32))
         later = slice(EVERY.stop // 2, EVERY.stop)
-        truth = np.flatnonzero(fires[later])
-        predicted = rules.holds(text, later)
-        found.append(scores(predicted, Truth(truth, np.ones(len(truth), np.float32)))["f1"])
+        places = np.flatnonzero(fires[later])
+        truth = Truth.of(places, np.ones(len(places)), len(fires) // 2)
+        found.append(scores(rules.predict(Held(text, later)), truth)["f1"])
     assert np.median(found) <= 2 * rate / (1 + rate) + 0.05
 
 
-def test_a_latent_that_hardly_fires_has_no_rule(background):
-    found = learn(background, np.array([5, 9]), np.ones(2, np.float32), 0)
+def test_a_latent_that_hardly_fires_has_no_rule(evidence):
+    found = learn(evidence, np.array([5, 9]), np.ones(2, np.float32))
     assert found == Explanation(())
     assert described(found, STRINGS) == "no rule found"
 

@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from groupsae.interpretation.scores import Lookup, Truth, adjusted, entropy_of_tokens, f1, scores
+from groupsae.interpretation.bits import packed
+from groupsae.interpretation.scores import (
+    Lookup,
+    Prediction,
+    Truth,
+    adjusted,
+    entropy_of_tokens,
+    f1,
+    scores,
+)
 
 
 @pytest.fixture(scope="module")
@@ -17,17 +26,23 @@ def case() -> tuple[np.ndarray, np.ndarray]:
 
 def truth_of(z: np.ndarray) -> Truth:
     places = np.flatnonzero(z)
-    return Truth(places, z[places])
+    return Truth.of(places, z[places], len(z))
+
+
+def predicted(guess: np.ndarray) -> Prediction:
+    values = np.unique(guess[guess > 0])[::-1].astype(float)
+    bits = np.array([packed(guess == value) for value in values], np.uint64)
+    return Prediction(values, bits.reshape(len(values), -(-len(guess) // 64)), len(guess))
 
 
 def test_scores_are_their_definitions(case):
     guess, z = case
-    found = scores(guess, truth_of(z))
+    found = scores(predicted(guess), truth_of(z))
     hit, says, fires = ((guess > 0) & (z > 0)).sum(), (guess > 0).sum(), (z > 0).sum()
     assert found["precision"] == pytest.approx(hit / says)
     assert found["recall"] == pytest.approx(hit / fires)
     assert found["f1"] == pytest.approx(2 / (says / hit + fires / hit))
-    assert found["f1"] == pytest.approx(f1(guess > 0, truth_of(z)))
+    assert found["f1"] == pytest.approx(f1(packed(guess > 0), packed(z > 0)))
     assert found["iou"] == pytest.approx(hit / ((guess > 0) | (z > 0)).sum())
     assert found["pearson"] == pytest.approx(np.corrcoef(guess, z)[0, 1], rel=1e-4)
     assert found["mass_recall"] == pytest.approx(z[guess > 0].sum() / z.sum(), rel=1e-5)
@@ -41,7 +56,7 @@ def test_average_precision_is_that_of_every_threshold(case):
         recall = (says & (z > 0)).sum() / (z > 0).sum()
         area += (recall - before) * (says & (z > 0)).sum() / says.sum()
         before = recall
-    assert scores(guess, truth_of(z))["auprc"] == pytest.approx(area)
+    assert scores(predicted(guess), truth_of(z))["auprc"] == pytest.approx(area)
 
 
 def test_more_false_alarms_lower_precision_at_the_natural_rate(case):
@@ -49,7 +64,7 @@ def test_more_false_alarms_lower_precision_at_the_natural_rate(case):
     silent = np.flatnonzero((guess == 0) & (z == 0))
     wider = guess.copy()
     wider[silent[: (guess > 0).sum()]] = 1.0  # twice as many predictions, none of them right
-    before, after = scores(guess, truth_of(z)), scores(wider, truth_of(z))
+    before, after = scores(predicted(guess), truth_of(z)), scores(predicted(wider), truth_of(z))
     assert after["f1"] < 0.75 * before["f1"]
 
     def balanced(g):
@@ -59,9 +74,9 @@ def test_more_false_alarms_lower_precision_at_the_natural_rate(case):
 
 
 def test_silent_latents_and_empty_predictions():
-    nothing = Truth(np.zeros(0, np.int64), np.zeros(0, np.float32))
-    assert scores(np.zeros(10, np.float32), nothing)["f1"] == 0
-    assert scores(np.ones(10, np.float32), nothing)["auprc"] == 0
+    nothing = truth_of(np.zeros(10, np.float32))
+    assert scores(predicted(np.zeros(10)), nothing)["f1"] == 0
+    assert scores(predicted(np.ones(10)), nothing)["auprc"] == 0
     assert adjusted(0.6, 0.2) == pytest.approx(0.5)
     assert adjusted(1.0, 1.0) == 0.0
 
@@ -73,8 +88,15 @@ def test_lookup_is_the_mean_after_the_longest_known_tokens():
     offset = np.arange(len(tokens)) % context
     z = draws.random(len(tokens)) * (draws.random(len(tokens)) < 0.3)
     places = np.flatnonzero(z[:explain])
-    found = Lookup(tokens, explain, offset, 5, least=3).predict(places, z[places])
-    alone = Lookup(tokens, explain, offset, 5, least=3).predict(places, z[places], longest=1)
+    lookup = Lookup(tokens, explain, offset, 5, least=3)
+    found, alone = (
+        lookup.predict(places, z[places], longest)[lookup.groups[longest - 1][1]]
+        for longest in (3, 1)
+    )
+    later = truth_of(z[explain:])
+    for longest, guess in ((3, found), (1, alone)):
+        area = lookup.auprc(places, z[places], later.places, longest)
+        assert area == pytest.approx(scores(predicted(guess), later)["auprc"])
     for p in range(explain, len(tokens)):
         for length in (3, 2, 1):
             if offset[p] < length - 1:

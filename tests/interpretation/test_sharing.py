@@ -10,7 +10,6 @@ from groupsae.interpretation.sharing import (
     divergence,
     drift,
     kind_of,
-    persistence,
     shares,
 )
 
@@ -30,17 +29,17 @@ def test_shares_range_and_gap():
 def test_persistence_and_its_value_under_independence():
     draws, tokens = np.random.default_rng(0), 20_000
     fires = draws.random((3, tokens)) < np.array([[0.2], [0.1], [0.3]])
-    alone = persistence([np.flatnonzero(f) for f in fires], tokens)
+    *_, alone = cofiring([np.flatnonzero(f) for f in fires], tokens)
     any_layer = fires.any(0)
     assert alone["persistence"] == pytest.approx(fires[:, any_layer].mean())
     assert alone["persistence"] == pytest.approx(alone["independent"], abs=0.01)
-    same = persistence([np.flatnonzero(fires[0])] * 3, tokens)
+    *_, same = cofiring([np.flatnonzero(fires[0])] * 3, tokens)
     assert same["persistence"] == pytest.approx(1)
     assert same["independent"] < 0.6
 
 
 def test_cofiring_is_by_sets():
-    jaccard, contained = cofiring([np.array([1, 2, 3, 4]), np.array([3, 4, 5])])
+    jaccard, contained, _ = cofiring([np.array([1, 2, 3, 4]), np.array([3, 4, 5])], 10)
     assert jaccard == pytest.approx(np.array([[1, 2 / 5], [2 / 5, 1]]))
     assert contained == pytest.approx(np.array([[1, 2 / 4], [2 / 3, 1]]))
 
@@ -51,18 +50,14 @@ def test_divergence_is_in_bits():
     assert divergence(a, b, 4) == pytest.approx(1)
 
 
-def side(tokens: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return tokens, np.ones(len(tokens)), documents
-
-
 def test_drift_finds_other_tokens_and_not_another_sample():
     draws, n = np.random.default_rng(1), 400
     documents = draws.integers(0, 40, n)
     before, after = draws.integers(0, 10, n), draws.integers(10, 20, n)
-    amount, p = drift(side(before, documents), side(after, documents), draws)
+    amount, p = drift((before, documents), (after, documents), 20, draws)
     assert amount > 0.8
     assert p == pytest.approx(1 / 200)
-    amount, p = drift(side(before, documents), side(draws.integers(0, 10, n), documents), draws)
+    amount, p = drift((before, documents), (draws.integers(0, 10, n), documents), 10, draws)
     assert abs(amount) < 0.05
     assert p is None
 
@@ -75,8 +70,8 @@ def test_a_difference_between_documents_is_no_drift():
         documents = draws.integers(0, 6, 2 * n)
         tokens = documents * 10 + draws.integers(0, 3, 2 * n)  # each document has its own words
         late = draws.random(2 * n) < np.where(documents < 3, 0.02, 0.98)
-        a, b = (side(tokens[x], documents[x]) for x in (~late, late))
-        amount, p = drift(a, b, draws)
+        a, b = ((tokens[x], documents[x]) for x in (~late, late))
+        amount, p = drift(a, b, 63, draws)
         assert amount > 0.25
         p_values.append(p)
     assert np.median(p_values) > 0.05
