@@ -63,18 +63,28 @@ def over_seeds(values: np.ndarray) -> tuple[float, float]:
 
 def evaluations(seeds: Sequence[str], overrides: Sequence[str]) -> list[Evaluation]:
     """Return the evaluations of the replication's runs."""
-    register_resolver()
     found = []
-    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        for seed in seeds:
-            folder = run_folder(
-                compose("train", ["experiment=replication", f"seed={seed}", *overrides])
-            )
-            file = folder / "evaluation" / "evaluation.json"
-            if not file.exists():
-                sys.exit(f"{file} is not there: run `make replicate`, which trains and evaluates")
-            found.append(json.loads(file.read_text()))
+    for seed in seeds:
+        folder = folder_of(["experiment=replication", f"seed={seed}", *overrides])
+        file = folder / "evaluation" / "evaluation.json"
+        if not file.exists():
+            sys.exit(f"{file} is not there: run `make replicate`, which trains and evaluates")
+        found.append(json.loads(file.read_text()))
     return found
+
+
+def folder_of(overrides: Sequence[str]) -> Path:
+    """Return the run folder of a training with these overrides."""
+    register_resolver()
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        return run_folder(compose("train", list(overrides)))
+
+
+def write_figures(doc: Path, begin: str, lines: Sequence[str]) -> None:
+    """Print lines, and write them between the two marks of a page."""
+    head, rest = doc.read_text().split(begin)
+    doc.write_text(f"{head}{begin}\n\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}")
+    print("\n".join(lines))
 
 
 def grouping(evaluation: Evaluation, rule: str, num_groups: int) -> dict[str, Any] | None:
@@ -286,10 +296,7 @@ def main(arguments: Sequence[str]) -> None:
     runs = evaluations(asked[0].split(","), rest)
     lines = report(runs)
     draw(runs, DOC.with_suffix(".png"))
-    text = DOC.read_text() if DOC.exists() else f"{BEGIN}\n{END}\n"
-    head, rest = text.split(BEGIN)
-    DOC.write_text(f"{head}{BEGIN}\n\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}")
-    print("\n".join(lines))
+    write_figures(DOC, BEGIN, lines)
 
 
 def report(runs: Sequence[Evaluation]) -> list[str]:

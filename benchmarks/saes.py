@@ -77,7 +77,8 @@ class DeadShare(L.Callback):
 def composed(overrides: Sequence[str]) -> DictConfig:
     """Return the configuration of a training run."""
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        return compose("train", list(overrides))
+        # the steps that the penalties were chosen with
+        return compose("train", ["stream.blocks_per_step=8", *overrides])
 
 
 def factory(kind: str, overrides: Sequence[str]) -> SAEFactory:

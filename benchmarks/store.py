@@ -130,7 +130,7 @@ def measured(given: Sequence[str], folder: Path) -> Measured:
     given = [
         *given, "groups=per_layer", f"output={folder / 'outputs'}", "eval_every=1_000_000",
         "checkpoint_every=1_000_000", "calibration.tokens=20_000", "logger=none",
-        "stream.heldout_tokens=4096", "stream.num_workers=0",
+        "stream.heldout_tokens=4096", "stream.num_workers=0", "stream.blocks_per_step=8",
         "+trainer.enable_progress_bar=false", *(SMALLEST_RUN if smallest() else []),
     ]  # fmt: skip
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
