@@ -28,7 +28,11 @@ RUNTIME = (
     "stream.blocks_per_forward",
 )
 # what earlier versions lacked, with the value at which nothing differs: folders keep their names
-LATER = {("stream", "layers_per_token"): 1}
+LATER = {
+    ("stream", "layers_per_token"): 1,
+    ("sae", "layer_bias"): "shared",
+    ("sae", "layer_rank"): 0,
+}
 PLACE = ("accelerator", "devices", "num_nodes", "strategy", "precision", "profiler")
 OURS = ("groupsae.", "lightning.pytorch.callbacks.ModelCheckpoint")  # callbacks of conf/callbacks
 

@@ -100,6 +100,7 @@ class Workload:
     calibration_tokens: int  # that the distances were measured on, in the cache or not
     calibration_passes: int  # forwards of the model over them; centring takes two
     layers_per_token: int = 1  # most rows that a token gives to an SAE; not in older files
+    maps_flops: int = 0  # more per row where layers have something of their own, `SAE.maps`
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> "Workload":
@@ -132,8 +133,11 @@ class Workload:
 
     def saes(self, saes: Sequence[Trained]) -> int:
         """Return the FLOPs of all steps of some SAEs."""
-        rows = ((n, self.tokens * self.rows_per_token(layers)) for n, layers in saes)
-        return sum(self.sae_flops[n] * each for n, each in rows)
+        return self.tokens * sum(
+            self.rows_per_token(layers)
+            * (self.sae_flops[n] + (self.maps_flops if layers > 1 else 0))
+            for n, layers in saes
+        )
 
     def total(self, saes: Sequence[Trained], distances: bool) -> int:
         """Return the true FLOPs of training these SAEs, with the language model's."""

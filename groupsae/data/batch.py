@@ -18,6 +18,8 @@ class ActivationBatch(NamedTuple):
         keep: rows that count, False where the token filters leave one out; None if all count.
         kept: places of the tokens that count, where those are the same in every slot; None if
             all count, or if the norms of activations decide it (stream.max_norm_ratio).
+        sizes: for each slot, layer -> number of its rows that count; None if only the device
+            knows.
     """
 
     slots: list[list[int]]
@@ -25,6 +27,7 @@ class ActivationBatch(NamedTuple):
     layers: Int[Tensor, "slot token"]
     keep: Bool[Tensor, "slot token"] | None
     kept: Int[Tensor, "row"] | None = None
+    sizes: list[dict[int, int]] | None = None
 
     def rows(self, layers: list[int]) -> tuple[Float[Tensor, "row d_model"], Int[Tensor, "row"]]:
         """Return the activations that count of a set of layers, and the layer of each.
@@ -44,6 +47,15 @@ class ActivationBatch(NamedTuple):
         if self.keep is None:
             return acts, layers
         return acts[self.keep[slot]], layers[self.keep[slot]]
+
+    def sizes_of(self, layers: list[int]) -> dict[int, int] | None:
+        """Return layer -> number of rows of a set of layers; None if only the device knows."""
+        if self.sizes is None:
+            return None
+        found = [
+            sizes for slot, sizes in zip(self.slots, self.sizes, strict=True) if slot == layers
+        ]
+        return {layer: sum(sizes[layer] for sizes in found) for layer in layers}
 
     def everywhere(self) -> Bool[Tensor, "token"] | None:
         """Return the tokens that count in every slot: angles compare layers on the same tokens."""

@@ -71,10 +71,12 @@ class Labels(NamedTuple):
     layers: Int[Tensor, "slot token"]
     counted: Bool[Tensor, "token"] | None  # regardless of their activations; None if all count
     kept: Int[Tensor, "row"] | None  # places of those tokens
+    sizes: list[dict[int, int]]  # for each slot, layer -> rows of those tokens
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Labels":
         """Return them with each tensor changed."""
-        return Labels(*(None if each is None else change(each) for each in self))  # type: ignore[arg-type]
+        counted, kept = (None if x is None else change(x) for x in (self.counted, self.kept))
+        return Labels(change(self.layers), counted, kept, self.sizes)
 
 
 class DrawnTokens(NamedTuple):
@@ -113,11 +115,11 @@ class DrawnTokens(NamedTuple):
         keep: Bool[Tensor, "slot token"] | None,
     ) -> ActivationBatch:
         """Return the rows that this process gets; `keep` marks those that count by their norms."""
-        slots, (layers, counted, kept) = self.exchange.own, self.shown
+        slots, (layers, counted, kept, sizes) = self.exchange.own, self.shown
         if keep is not None:  # differs from slot to slot, and only the device knows the places
             return ActivationBatch(slots, acts, layers, keep)
         keep = None if counted is None else counted.expand(len(acts), -1)
-        return ActivationBatch(slots, acts, layers, keep, kept)
+        return ActivationBatch(slots, acts, layers, keep, kept, sizes)
 
     def to(self, device: torch.device) -> "DrawnTokens":
         """Return everything on the device; a GPU fetches it asynchronously if it is pinned.
@@ -170,7 +172,11 @@ def draw(
         layers = torch.cat(rows) if rows else positions.new_empty(0, len(positions))
         mask = counted(tokens)
         flat = None if mask is None else mask.flatten()
-        return Labels(layers, flat, None if flat is None else flat.nonzero().squeeze(1))
+        kept = None if flat is None else flat.nonzero().squeeze(1)
+        every = [slot for slots in wanted for slot in slots]
+        rows_that_count = layers if kept is None else layers[:, kept]
+        sizes = [_sizes(row, slot) for row, slot in zip(rows_that_count, every, strict=True)]
+        return Labels(layers, flat, kept, sizes)
 
     shares = tokens.view(len(exchange.wanted), -1, tokens.shape[1])
     mine = shares[exchange.rank, part]
@@ -180,6 +186,12 @@ def draw(
         shown = labels([exchange.own], shares[:, part].flatten(0, 1), first_position)
     order, counts = _by_layer(made.layers, exchange.sent, blocks_per_forward * tokens.shape[1])
     return DrawnTokens(mine, exchange, blocks_per_forward, made, order, counts, shown)
+
+
+def _sizes(layers: Int[Tensor, "row"], slot: list[int]) -> dict[int, int]:
+    """Return layer -> its number of rows, for the layers of a slot."""
+    counts = np.bincount(layers.numpy(), minlength=max(slot) + 1)
+    return {layer: int(counts[layer]) for layer in sorted(slot)}
 
 
 def _by_layer(

@@ -35,8 +35,12 @@ def relative_costs(
     parts = {part["part"]: part["seconds"] for part in ledger["parts"]}
     per_sae = {int(d_sae): seconds for d_sae, seconds in ledger["seconds_per_sae"].items()}
 
+    maps = ledger.get("seconds_of_maps", 0.0)  # more, for layers that have something of their own
+
     def seconds(saes: Sequence[Trained]) -> float:
-        each = (per_sae[n] * work.rows_per_token(layers) for n, layers in saes)
+        each = (
+            (per_sae[n] + maps * (layers > 1)) * work.rows_per_token(layers) for n, layers in saes
+        )
         return parts["activations"] + parts["distances"] + sum(each)
 
     full = [Trained(max(each.d_sae for each in trained.values()), 1)] * work.layers_run

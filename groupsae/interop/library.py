@@ -276,6 +276,9 @@ def as_config(sae: SAE) -> dict[str, Any]:
     """Return `architecture` and `arguments` of a `cfg.json`, without what only training needs."""
     architecture = type(sae)
     arguments: dict[str, Any] = {"d_model": sae.d_model, "d_sae": sae.d_sae}
+    if sae.maps is not None:
+        bias = "per_layer" if sae.own_biases else "shared"
+        arguments |= {"layer_bias": bias, "layer_rank": sae.layer_rank}
     if isinstance(sae, TopK):
         arguments["k"] = sae.k
     if isinstance(sae, Matryoshka):

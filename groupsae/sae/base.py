@@ -1,7 +1,8 @@
 """What all sparse autoencoders share: weights, decoding, and the interface of a training step."""
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple, Required, TypedDict
 
 import torch
@@ -9,9 +10,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from groupsae.runtime.errors import UserError
+from groupsae.runtime.errors import UserError, check_choice
 from groupsae.sae.checks import check_count, is_number
 from groupsae.sae.kernels.dispatch import kernels_of
+from groupsae.sae.layers import BIASES, LayerMaps
 from groupsae.sae.sparse import Decode, Entries
 
 AllSum = Callable[[Tensor], Tensor]
@@ -50,6 +52,7 @@ class GlobalBatch(NamedTuple):
     progress: float = 1.0  # share of the training that is done, for schedules of sparsity
     share: float | Float[Tensor, ""] = 1.0  # of the rows of all processes that this process has
     all_sum: AllSum = no_reduce  # returns the sum of a tensor over all processes
+    sizes: Sequence[int] = ()  # rows of each layer, one after the other; for `SAE.maps`
 
 
 class SAEOutput(NamedTuple):
@@ -70,6 +73,9 @@ class Size(TypedDict, total=False):
     expansion: float | None
     d_sae: int | None
     tied: bool
+    layer_bias: str
+    layer_rank: int
+    layers: Sequence[int] | None
     generator: torch.Generator | None
 
 
@@ -85,14 +91,23 @@ class SAE(nn.Module, ABC):
         expansion: latents per dimension, d_sae = round(expansion * d_model). Give this or `d_sae`.
         d_sae: number of latents.
         tied: start the encoder as the decoder's transpose; otherwise from random directions.
+        layer_bias: `shared`, or `per_layer`: each of several layers has its own b_dec and b_enc.
+        layer_rank: rank of each layer's own maps before the encoder and after the decoder; 0:
+            none.
+        layers: the group that it serves; those of one layer, or of none, have nothing of their
+            own.
         generator: random generator for the initial weights; None: torch's default.
 
+    Attributes:
+        maps: what each layer has of its own. `encode` and `decode` leave it out: use `at(layer)`.
+
     Raises:
-        UserError: not exactly one of `expansion` and `d_sae` is given, or it leaves no latent.
+        UserError: not exactly one of `expansion` and `d_sae` is given, or it leaves no latent;
+            there is no such `layer_bias` or `layer_rank`.
     """
 
     terms: ClassVar[tuple[str, ...]]  # names of the losses that `forward` can return
-    normalized: ClassVar[tuple[str, ...]] = ("W_dec",)  # tensors that `normalize_decoder` changes
+    normalized: tuple[str, ...] = ("W_dec",)  # parameters that `normalize_decoder` changes
     kept_wide: ClassVar[float]  # float32 tensors [batch, d_sae] that wait for the backward pass
     b_enc: Tensor
 
@@ -103,14 +118,34 @@ class SAE(nn.Module, ABC):
         expansion: float | None = None,
         d_sae: int | None = None,
         tied: bool = True,
+        layer_bias: str = "shared",
+        layer_rank: int = 0,
+        layers: Sequence[int] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.d_model, self.d_sae = d_model, _width(d_model, expansion, d_sae)
+        check_choice("sae.layer_bias", layer_bias, BIASES)
+        if not isinstance(layer_rank, int) or not 0 <= layer_rank <= d_model:
+            raise UserError(
+                f"sae.layer_rank is {layer_rank!r}; it must be an integer from 0 to the {d_model} "
+                "dimensions of an activation, such as 8."
+            )
         decoder = self._directions(generator)
         self.W_enc = nn.Parameter(decoder.clone() if tied else self._directions(generator))
         self.W_dec = nn.Parameter(decoder)
         self.b_dec = nn.Parameter(torch.zeros(d_model))
+        self.own_biases, self.layer_rank = layer_bias == "per_layer", layer_rank
+        self.maps: LayerMaps | None = None
+        if layers is not None and len(layers) > 1 and (self.own_biases or layer_rank):
+            self.maps = LayerMaps(
+                layers=layers,
+                d_model=d_model,
+                d_sae=self.d_sae,
+                own_biases=self.own_biases,
+                rank=layer_rank,
+                generator=generator,
+            )
 
     def _directions(self, generator: torch.Generator | None) -> Tensor:
         """Return random unit vectors, one for each latent."""
@@ -152,6 +187,68 @@ class SAE(nn.Module, ABC):
         """Return the decoder, one latent's direction a row; the rows have unit norm."""
         return self.W_dec.detach()
 
+    # ---- layers that have something of their own --------------------------------------------
+
+    @torch.no_grad()
+    def at(self, layer: int) -> "SAE":
+        """Return the plain SAE that this one is on a layer: itself, if layers have nothing own.
+
+        W_enc (I + A B)^T, W_dec (I + C D) and both biases with their offsets. The norms of decoder
+        rows go into the latents where `grow_latents` can do that; weights that do not change are
+        not copied.
+        """
+        if self.maps is None:
+            return self
+        own = self.maps.of(layer)
+        folded = copy.deepcopy(
+            self, {id(each): each for each in (self.W_enc, self.W_dec, self.maps)}
+        )
+        folded.maps = None
+        if own.A is not None and own.B is not None and own.C is not None and own.D is not None:
+            folded.W_enc = nn.Parameter(self.W_enc + self.W_enc @ own.B.T @ own.A.T)
+            folded.W_dec = nn.Parameter(self.W_dec + self.W_dec @ own.C @ own.D)
+        if own.b_dec is not None and own.b_enc is not None:
+            folded.b_dec.add_(own.b_dec)
+            folded.shift_pre_acts(own.b_enc)
+        if own.C is not None and folded.grow_latents(norms := folded.W_dec.norm(dim=1)):
+            folded.W_dec.div_(norms.unsqueeze(1))
+        return folded
+
+    def shift_pre_acts(self, offset: Float[Tensor, "d_sae"]) -> None:
+        """Change the biases so that all pre-activations grow by an offset."""
+        self.b_enc.add_(offset)
+
+    def grow_latents(self, factors: Float[Tensor, "d_sae"]) -> bool:
+        """Multiply all latents by factors; return False where that would change which are active.
+
+        Then nothing was changed.
+        """
+        return False
+
+    def pre_acts_of(
+        self, x: Float[Tensor, "batch d_model"], batch: GlobalBatch
+    ) -> Float[Tensor, "batch d_sae"]:
+        """Return the pre-activations of a training batch."""
+        if self.maps is None:
+            return self.pre_acts(x)
+        pre_acts = self.pre_acts(self.maps.enter(x, batch.sizes, self.b_dec))
+        return self.maps.shift(pre_acts, batch.sizes, self.W_enc)
+
+    def x_hat_of(
+        self,
+        y: Float[Tensor, "batch *prefix d_model"],
+        batch: GlobalBatch,
+        *,
+        frozen: bool = False,
+    ) -> Float[Tensor, "batch *prefix d_model"]:
+        """Return the reconstruction of a training batch for its latents times the decoder.
+
+        `frozen`: neither bias nor maps are trained by it.
+        """
+        if self.maps is not None:
+            y = self.maps.leave(y, batch.sizes, frozen=frozen)
+        return y + (self.b_dec.detach() if frozen else self.b_dec)
+
     # ---- training -----------------------------------------------------------------------
 
     @abstractmethod
@@ -186,9 +283,20 @@ class SAE(nn.Module, ABC):
         """Return the FLOPs per token of a training step: dense, 10 d n.
 
         2 d n each: the encoder's forward and weight gradient, the decoder's forward and its two
-        gradients (paper, section 3.3).
+        gradients (paper, section 3.3). And what `maps_flops` adds.
         """
-        return 10 * self.d_model * self.d_sae
+        return 10 * self.d_model * self.d_sae + self.maps_flops(self.d_sae)
+
+    def maps_flops(self, touched: int, decoded: int = 1) -> int:
+        """Return the FLOPs per token that the maps add to a training step.
+
+        12 d r for each product with a low-rank map: 4 forward, and 8 for its three gradients; and
+        the encoder's gradient of its input, 2 d for each of the latents `touched`. `decoded`
+        reconstructions are mapped back. Own biases take none.
+        """
+        if self.maps is None or self.layer_rank == 0:
+            return 0
+        return self.d_model * (12 * self.layer_rank * (1 + decoded) + 2 * touched)
 
     def inference_flops(self) -> int:
         """Return the most FLOPs per token that encoding and decoding take: 4 d n."""

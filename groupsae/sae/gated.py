@@ -58,16 +58,26 @@ class Gated(SAE):
         return F.linear(x, self.W_enc, torch.zeros_like(self.b_gate) - self.W_enc @ self.b_dec)
 
     def gate_and_acts(
-        self, x: Float[Tensor, "batch d_model"]
+        self, shared: Float[Tensor, "batch d_sae"]
     ) -> tuple[Float[Tensor, "batch d_sae"], Float[Tensor, "batch d_sae"]]:
-        """Return the gate after ReLU, and all latents."""
-        shared = self.pre_acts(x)
+        """Return the gate after ReLU, and all latents, for `pre_acts`."""
         gate, magnitude = shared + self.b_gate, shared * self.r_mag.exp() + self.b_mag
         return gate.relu(), magnitude.relu() * (gate > 0)
 
     def encode(self, x: Float[Tensor, "batch d_model"]) -> SparseLatents:
         """Return the active latents."""
-        return active_latents(self.gate_and_acts(x)[1])
+        return active_latents(self.gate_and_acts(self.pre_acts(x))[1])
+
+    def shift_pre_acts(self, offset: Float[Tensor, "d_sae"]) -> None:
+        """Change the biases of gate and magnitude so that what they share grows by an offset."""
+        self.b_gate.add_(offset)
+        self.b_mag.add_(self.r_mag.exp() * offset)
+
+    def grow_latents(self, factors: Float[Tensor, "d_sae"]) -> bool:
+        """Multiply the magnitudes by factors."""
+        self.r_mag.add_(factors.log())
+        self.b_mag.mul_(factors)
+        return True
 
     def forward(self, x: Float[Tensor, "batch d_model"], batch: GlobalBatch) -> SAEOutput:
         """Return reconstruction, latents and losses.
@@ -76,9 +86,9 @@ class Gated(SAE):
         decoding ReLU(gate) with a decoder that this term does not train, from which the gate
         learns which latents to let pass.
         """
-        (gate, acts), total = self.gate_and_acts(x), batch.total_variance
-        reconstruction = self.decode_dense(acts)
-        through_gate = gate @ self.W_dec.detach() + self.b_dec.detach()
+        gate, acts = self.gate_and_acts(self.pre_acts_of(x, batch))
+        reconstruction, total = self.x_hat_of(acts @ self.W_dec, batch), batch.total_variance
+        through_gate = self.x_hat_of(gate @ self.W_dec.detach(), batch, frozen=True)
         weight = ramp(0, self.l1_coefficient, self.sparsity_warmup, batch.progress)
         losses = {
             "fvu": (x - reconstruction).square().sum() / total,
@@ -88,5 +98,9 @@ class Gated(SAE):
         return SAEOutput(reconstruction, acts.detach(), losses)
 
     def training_flops(self) -> int:
-        """Return the FLOPs per token of a training step: dense, and decoding the gate, 14 d n."""
-        return 14 * self.d_model * self.d_sae
+        """Return the FLOPs per token of a training step: dense, and decoding the gate, 14 d n.
+
+        And what `maps_flops` adds; the decoded gate passes a map too, which it does not train.
+        """
+        frozen = 0 if self.maps is None else 8 * self.d_model * self.layer_rank
+        return 14 * self.d_model * self.d_sae + self.maps_flops(self.d_sae) + frozen

@@ -82,6 +82,13 @@ class JumpReLU(SAE):
         pre_acts = self.pre_acts(x)
         return active_latents(pre_acts * (pre_acts > self.log_threshold.exp()))
 
+    def grow_latents(self, factors: Float[Tensor, "d_sae"]) -> bool:
+        """Multiply all latents and thresholds by factors."""
+        self.W_enc.mul_(factors.unsqueeze(1))
+        self.b_enc.mul_(factors)
+        self.log_threshold.add_(factors.log())
+        return True
+
     def forward(self, x: Float[Tensor, "batch d_model"], batch: GlobalBatch) -> SAEOutput:
         """Return reconstruction, latents and losses.
 
@@ -89,8 +96,9 @@ class JumpReLU(SAE):
         of active latents over the global batch; each process has its share of the value, and the
         gradient for its own rows.
         """
-        acts, active = Jump.apply(self.pre_acts(x), self.log_threshold.exp(), self.bandwidth)
-        reconstruction, share = self.decode_dense(acts), batch.share
+        pre_acts = self.pre_acts_of(x, batch)
+        acts, active = Jump.apply(pre_acts, self.log_threshold.exp(), self.bandwidth)
+        reconstruction, share = self.x_hat_of(acts @ self.W_dec, batch), batch.share
         num_active = active.sum()
         excess = batch.all_sum(num_active.detach()) * share / max(1, len(x)) / self.target_l0 - 1
         slope = 2 * excess * share / max(1, len(x)) / self.target_l0

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from groupsae.runtime.errors import UserError
+from groupsae.sae.base import GlobalBatch
 from groupsae.sae.batchtopk import BatchTopK, BatchTopKArguments
 from groupsae.sae.checks import check_share
 from groupsae.sae.kernels.dense import rows_of
@@ -64,12 +65,13 @@ class Matryoshka(BatchTopK):
         x: Float[Tensor, "batch d_model"],
         acts: Float[Tensor, "entry"],
         entries: Entries,
-        total_variance: Float[Tensor, ""],
+        batch: GlobalBatch,
     ) -> tuple[Float[Tensor, "batch d_model"], dict[str, Float[Tensor, ""]]]:
         """Return the reconstruction by all latents, its fvu, and the sum of the others, nested."""
         rings = Decode.apply(acts, self.W_dec, self._by_ring(entries))
-        x_hats = self.b_dec + rings.unflatten(0, (len(x), len(self.sizes))).cumsum(dim=1)
-        squares = (x.unsqueeze(1) - x_hats).square().sum(dim=(0, 2)) / total_variance
+        prefixes = rings.unflatten(0, (len(x), len(self.sizes))).cumsum(dim=1)
+        x_hats = self.x_hat_of(prefixes, batch)
+        squares = (x.unsqueeze(1) - x_hats).square().sum(dim=(0, 2)) / batch.total_variance
         return x_hats[:, -1], {"fvu": squares[-1], "nested": squares[:-1].sum()}
 
     def _by_ring(self, entries: Entries) -> Entries:
@@ -82,3 +84,7 @@ class Matryoshka(BatchTopK):
         cuts = (rows.unsqueeze(1) * self.d_sae + self.begins).flatten()
         starts = torch.searchsorted(row * self.d_sae + entries.latents, cuts)
         return entries.with_rows(torch.cat([starts, entries.starts[-1:]]))
+
+    def maps_flops(self, touched: int, decoded: int = 1) -> int:
+        """Return the FLOPs per token that the maps add, with one reconstruction per prefix."""
+        return super().maps_flops(touched, decoded * len(self.sizes))

@@ -36,7 +36,7 @@ class ReLU(SAE):
     """
 
     terms = ("fvu", "sparsity")
-    normalized = ("W_dec", "W_enc", "b_enc")
+    normalized: tuple[str, ...] = ("W_dec", "W_enc", "b_enc")
     kept_wide = 1.2
 
     def __init__(
@@ -47,6 +47,8 @@ class ReLU(SAE):
         check_share("sparsity_warmup", sparsity_warmup)
         self.l1_coefficient, self.sparsity_warmup = l1_coefficient, sparsity_warmup
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
+        if self.maps is not None and self.maps.b_enc is not None:
+            self.normalized = (*self.normalized, "maps.b_enc")
 
     def extra_repr(self) -> str:
         """Return the sizes and the weight of the penalty."""
@@ -61,8 +63,8 @@ class ReLU(SAE):
 
         Losses: fvu, and sparsity = coefficient * sum f_i |W_dec,i| / total_variance.
         """
-        acts, total = self.pre_acts(x).relu(), batch.total_variance
-        reconstruction = self.decode_dense(acts)
+        acts, total = self.pre_acts_of(x, batch).relu(), batch.total_variance
+        reconstruction = self.x_hat_of(acts @ self.W_dec, batch)
         weight = ramp(0, self.l1_coefficient, self.sparsity_warmup, batch.progress)
         losses = {
             "fvu": (x - reconstruction).square().sum() / total,
@@ -78,5 +80,12 @@ class ReLU(SAE):
         """Fold the decoder's norms into the encoder."""
         norms = self.W_dec.norm(dim=1)
         self.W_dec.div_(norms.unsqueeze(1))
-        self.W_enc.mul_(norms.unsqueeze(1))
-        self.b_enc.mul_(norms)
+        self.grow_latents(norms)
+
+    def grow_latents(self, factors: Float[Tensor, "d_sae"]) -> bool:
+        """Multiply all latents by factors."""
+        self.W_enc.mul_(factors.unsqueeze(1))
+        self.b_enc.mul_(factors)
+        if self.maps is not None and self.maps.b_enc is not None:
+            self.maps.b_enc.mul_(factors)
+        return True

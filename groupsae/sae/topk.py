@@ -1,5 +1,6 @@
 """TopK sparse autoencoder with AuxK (Gao et al., arXiv 2406.04093; paper appendix A and B)."""
 
+from collections.abc import Sequence
 from typing import ClassVar, Required, Unpack
 
 import torch
@@ -107,22 +108,23 @@ class TopK(SAE):
 
     @torch.no_grad()
     def find(
-        self, x: Float[Tensor, "batch d_model"], k: int
+        self, x: Float[Tensor, "batch d_model"], k: int, sizes: Sequence[int] = ()
     ) -> tuple[SparseLatents, Float[Tensor, "batch d_sae"]]:
         """Return the pre-activations of the active latents, and all, in the dtype of `selection`.
 
         In bfloat16 the best 2 k are found, computed again in float32, and the best k of those
         taken: its rounding, 2^-9 of a value, reaches across the k-th place but hardly ever
-        across as many values again.
+        across as many values again. Of layers with `maps`, x has passed them, and has `sizes`.
         """
         centred = x - self.b_dec
         if self.selection == "float32":
-            pre_acts = affine(centred, self.W_enc, self.b_enc)
+            pre_acts = self._shift(affine(centred, self.W_enc, self.b_enc), sizes)
             return self.select(pre_acts, k), pre_acts
         low = torch.bfloat16
         pre_acts = affine(centred.to(low), self.W_enc.to(low), self.b_enc.to(low))
+        pre_acts = self._shift(pre_acts, sizes)
         candidates = self.select(pre_acts, min(CANDIDATES * k, self.d_sae))
-        exact = self._encode_at(None, x, candidates.entries(self.d_sae))
+        exact = self._encode_at(None, x, candidates.entries(self.d_sae), sizes)
         return self.narrow(candidates._replace(acts=exact.view_as(candidates.acts)), k), pre_acts
 
     def forward(self, x: Float[Tensor, "batch d_model"], batch: GlobalBatch) -> SAEOutput:
@@ -133,14 +135,15 @@ class TopK(SAE):
         share = min(dead / max_auxk, 1), so that a handful of dead latents does not get the full
         weight.
         """
-        found, pre_acts = self.find(x, self.k_at(batch.progress))
+        h = x if self.maps is None else self.maps.enter(x, batch.sizes, self.b_dec)
+        found, pre_acts = self.find(h, self.k_at(batch.progress), batch.sizes)
         entries = found.entries(self.d_sae)
-        acts = self._encode_at(found.acts.flatten(), x, entries).relu()
-        reconstruction, losses = self.reconstruct(x, acts, entries, batch.total_variance)
+        acts = self._encode_at(found.acts.flatten(), h, entries, batch.sizes).relu()
+        reconstruction, losses = self.reconstruct(x, acts, entries, batch)
         num_dead = len(batch.dead)
         if self.auxk_alpha > 0 and num_dead > 0:
             error = (x - reconstruction).detach()
-            squares = F.mse_loss(self._auxk(x, pre_acts, batch.dead), error, reduction="sum")
+            squares = F.mse_loss(self._auxk(h, pre_acts, batch), error, reduction="sum")
             weight = self.auxk_alpha * min(num_dead / self.max_auxk, 1.0)
             losses["auxk"] = weight * squares / batch.total_variance
         latents = found._replace(acts=acts.detach().view_as(found.acts))
@@ -151,42 +154,63 @@ class TopK(SAE):
         x: Float[Tensor, "batch d_model"],
         acts: Float[Tensor, "entry"],
         entries: Entries,
-        total_variance: Float[Tensor, ""],
+        batch: GlobalBatch,
     ) -> tuple[Float[Tensor, "batch d_model"], dict[str, Float[Tensor, ""]]]:
         """Return the reconstruction and the losses that come from it."""
-        reconstruction = Decode.apply(acts, self.W_dec, entries) + self.b_dec
+        reconstruction = self.x_hat_of(Decode.apply(acts, self.W_dec, entries), batch)
         squares = F.mse_loss(reconstruction, x, reduction="sum")
-        return reconstruction, {"fvu": squares / total_variance}
+        return reconstruction, {"fvu": squares / batch.total_variance}
+
+    def _shift(self, pre_acts: Tensor, sizes: Sequence[int]) -> Tensor:
+        return pre_acts if self.maps is None else self.maps.shift(pre_acts, sizes, self.W_enc)
 
     def _encode_at(
-        self, known: Float[Tensor, "entry"] | None, x: Tensor, entries: Entries
+        self,
+        known: Float[Tensor, "entry"] | None,
+        x: Float[Tensor, "batch d_model"],
+        entries: Entries,
+        sizes: Sequence[int],
+        latents: Int[Tensor, "latent"] | None = None,
     ) -> Float[Tensor, "entry"]:
-        """Return the pre-activations of entries, which are `known` or not."""
-        return Encode.apply(known, x, self.W_enc, self.b_enc, self.b_dec, entries)
+        """Return the pre-activations of entries, which are `known` or not.
+
+        The entries are of all latents, or of some.
+        """
+        W_enc = self.W_enc if latents is None else self.W_enc[latents]
+        b_enc = self.b_enc if latents is None else self.b_enc[latents]
+        z = Encode.apply(known, x, W_enc, b_enc, self.b_dec, entries)
+        if self.maps is None:
+            return z
+        has = known is not None
+        return self.maps.shift_entries(z, entries, sizes, W_enc, latents=latents, known=has)
 
     def _auxk(
         self,
         x: Float[Tensor, "batch d_model"],
         pre_acts: Float[Tensor, "batch d_sae"],
-        dead: Int[Tensor, "dead"],
+        batch: GlobalBatch,
     ) -> Float[Tensor, "batch d_model"]:
         """Return the sum of the top dead latents: a TopK of the dead latents alone."""
+        dead = batch.dead
         values, indices = top_k(pre_acts[:, dead], min(len(dead), self.max_auxk))
         known = values.flatten() if self.selection == "float32" else None
         entries = Entries.of_rows(indices, len(dead))
-        z = Encode.apply(known, x, self.W_enc[dead], self.b_enc[dead], self.b_dec, entries)
-        return Decode.apply(z.relu(), self.W_dec[dead], entries)
+        z = self._encode_at(known, x, entries, batch.sizes, dead)
+        e_hat = Decode.apply(z.relu(), self.W_dec[dead], entries)
+        return e_hat if self.maps is None else self.maps.leave(e_hat, batch.sizes, bias=False)
 
     def training_flops(self) -> int:
         """Return the FLOPs per token of a training step, 2 d n + 8 d k.
 
         The encoder's product is dense, 2 d n; its gradient, decoding and decoding's two gradients
         touch k rows, 2 d k each, or all n where so many are active that dense products are
-        faster. Not counted: AuxK, which runs only while latents are dead, and what k_start adds.
+        faster. And what `maps_flops` adds. Not counted: AuxK, which runs only while latents are
+        dead, and what k_start adds.
         """
         touched = self.d_sae if self.k > DENSE_SHARE * self.d_sae else self.k
         again = 2 * CANDIDATES * self.k if self.selection != "float32" else 0
-        return self.d_model * (2 * self.d_sae + 8 * touched + again)
+        plain = self.d_model * (2 * self.d_sae + 8 * touched + again)
+        return plain + self.maps_flops(touched)
 
     def inference_flops(self) -> int:
         """Return the FLOPs per token of encoding and decoding, 2 d n + 2 d k."""

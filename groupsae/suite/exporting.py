@@ -54,7 +54,7 @@ def export_suite(
         target, overwrite=overwrite, ours=holds_only(library.recognises)
     ) as temporary:
         for origin, name in zip(origins, names, strict=True):
-            folder, sae = temporary / name, suite.saes[origin.group]
+            folder, sae = temporary / name, suite[origin.layer].sae
             folder.mkdir(parents=True)
             library.write(folder, fold_norm_factor(sae, origin.norm_factor), origin)
             difference, ties = compare(sae, origin.norm_factor, library.read(folder).sae)

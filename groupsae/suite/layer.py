@@ -31,7 +31,9 @@ class LayerSAE(nn.Module):
 
     so a latent of value v adds v `direction(latent)` = v W_dec[latent] / s to the raw residual
     stream. `W_enc`, `W_dec`, `b_enc` and `b_dec` are in units of the scaled activations s acts.
-    All layers of a group share one SAE, so moving or changing one moves or changes all.
+    All layers of a group share one SAE, so moving or changing one moves or changes all. Where
+    layers have biases or maps of their own, the weights are those of this layer, `SAE.at`, and
+    copies where they differ.
     Weights are frozen; gradients reach the activations and the latents.
 
     Args:
@@ -62,7 +64,7 @@ class LayerSAE(nn.Module):
 
     def __init__(self, sae: SAE, layer: int, group: str, cfg: Mapping[str, Any]) -> None:
         super().__init__()
-        self.sae, self.layer, self.group, self.cfg = sae, layer, group, cfg
+        self.sae, self.layer, self.group, self.cfg = sae.at(layer), layer, group, cfg
         by_layer = {str(key): float(factor) for key, factor in cfg["norm_factors"].items()}
         self.norm_factor = by_layer[str(layer)]  # (JSON has text as keys, a dict may have layers)
         self.eval().requires_grad_(False)
@@ -91,7 +93,10 @@ class LayerSAE(nn.Module):
 
     @property
     def W_dec(self) -> Float[Tensor, "d_sae d_model"]:  # noqa: N802
-        """Return the decoder, a row of unit norm for each latent, in units of s acts."""
+        """Return the decoder, a row for each latent, in units of s acts.
+
+        Rows have unit norm, but for those of layers with maps of their own.
+        """
         return self.sae.W_dec
 
     @property

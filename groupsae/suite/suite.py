@@ -43,7 +43,8 @@ class Suite:
     model has them. The layer's norm factor is applied before encoding and undone after decoding.
 
     Args:
-        saes: name of a group -> its SAE, which is frozen.
+        saes: name of a group -> its SAE, which is frozen; what layers have of their own is in
+            `suite[layer]`.
         configs: name -> its `cfg.json`: at least `layers`, and `norm_factors` (layer -> factor).
         run: the run folder, whose results are shown and saved with the SAEs; None: there is none.
 
@@ -73,16 +74,17 @@ class Suite:
         if not saes:
             raise UserError("a suite has at least one SAE: give saes and configs, by name.")
         self.saes, self.configs, self.run = saes, configs, run
-        self._views: dict[int, LayerSAE] = {}
+        self._names: dict[int, str] = {}
+        self._views: dict[int, LayerSAE] = {}  # made when first asked for
         for name, config in configs.items():
+            saes[name].eval().requires_grad_(False)
             for layer in config["layers"]:
-                if layer in self._views:
+                if layer in self._names:
                     raise UserError(
-                        f"layer {layer} has two SAEs, {self._views[layer].group} and {name}: a "
-                        "suite has one for each layer. Choose with from_pretrained(path, "
-                        "grouping=...)."
+                        f"layer {layer} has two SAEs, {self._names[layer]} and {name}: a suite "
+                        "has one for each layer. Choose with from_pretrained(path, grouping=...)."
                     )
-                self._views[layer] = LayerSAE(saes[name], layer, name, config)
+                self._names[layer] = name
 
     @classmethod
     def from_pretrained(
@@ -262,7 +264,7 @@ class Suite:
     @property
     def layers(self) -> list[int]:
         """Return all layers that have an SAE."""
-        return sorted(self._views)
+        return sorted(self._names)
 
     @property
     def groups(self) -> dict[str, list[int]]:
@@ -311,26 +313,30 @@ class Suite:
         """
         if not isinstance(layer, SupportsIndex):
             raise UserError(f"suite[{layer!r}]: give the number of one layer, such as suite[5].")
-        found = self._views.get(index(layer))
-        if found is None:
+        number = index(layer)
+        if number not in self._names:
             raise UserError(f"no SAE for layer {layer}; this suite covers layers {self.layers}.")
-        return found
+        if number not in self._views:
+            name = self._names[number]
+            view = LayerSAE(self.saes[name], number, name, self.configs[name])
+            self._views[number] = view
+        return self._views[number]
 
     def __iter__(self) -> Iterator[LayerSAE]:
         """Return the SAEs of all layers, from the first layer to the last."""
-        return (self._views[layer] for layer in self.layers)
+        return (self[layer] for layer in self.layers)
 
     def __len__(self) -> int:
         """Return the number of layers that have an SAE."""
-        return len(self._views)
+        return len(self._names)
 
     def __contains__(self, layer: object) -> bool:
         """Return whether a layer has an SAE."""
-        return layer in self._views
+        return layer in self._names
 
     def to(self, device: torch.device | str | torch.dtype) -> "Suite":
         """Move every SAE to a device, or convert it to a dtype; returns the suite itself."""
-        for sae in self.saes.values():
+        for sae in (*self.saes.values(), *self._views.values()):
             sae.to(device)
         return self
 
@@ -573,7 +579,8 @@ def _load_sae(file: Path) -> tuple[SAE, dict[str, Any]]:
                 f"{FORMAT}: use the version that wrote it."
             )
         architecture = _architecture(config["architecture"], file)
-        sae = architecture(**config["arguments"], generator=torch.Generator())
+        layers = [int(layer) for layer in config["layers"]]
+        sae = architecture(**config["arguments"], layers=layers, generator=torch.Generator())
         weights = file.with_name("sae.safetensors")
         wanted = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
         try:

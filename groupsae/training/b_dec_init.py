@@ -1,10 +1,12 @@
-"""The initial decoder bias of an SAE: zero, or a centre of the first batch."""
+"""The initial decoder bias of an SAE: zero, or a centre of the activations."""
+
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from groupsae.runtime.errors import check_choice
+from groupsae.runtime.errors import UserError, check_choice
 from groupsae.sae.base import SAE, AllSum
 
 STARTS = ("zero", "mean", "geometric_median")
@@ -12,30 +14,57 @@ ROUNDS, CLOSE = 100, 1e-5  # of Weiszfeld's algorithm; it stops when it moves le
 
 
 @torch.no_grad()
-def init_b_dec(sae: SAE, x: Float[Tensor, "batch d_model"], start: str, all_sum: AllSum) -> None:
-    """Set the decoder's bias from the scaled activations of the first batch.
+def init_b_dec(
+    sae: SAE,
+    x: Float[Tensor, "batch d_model"],
+    start: str,
+    all_sum: AllSum,
+    means: Mapping[int, Float[Tensor, "d_model"]],
+) -> None:
+    """Set the decoder's bias at the start of the training.
+
+    Biases of single layers (`layer_bias` of the SAE) start at the means of their layers.
 
     Args:
         sae: an SAE with its bias at zero.
-        x: this process's rows.
-        start: `zero` (paper), `mean`, or `geometric_median`, the point with the smallest sum of
-            distances, which single rows of extreme norm do not pull away.
+        x: this process's rows of the first batch, scaled.
+        start: of a bias that layers share: `zero` (paper); `mean` of the layers' means; or
+            `geometric_median` of the first batch, the point with the smallest sum of distances,
+            which single rows of extreme norm do not pull away.
         all_sum: returns the sum of a tensor over all processes.
+        means: layer -> mean of its scaled activations over the calibration text; empty where a
+            run was measured by a version that did not keep them.
 
     Raises:
-        UserError: there is no such start.
+        UserError: there is no such start, or no means.
     """
     check_choice("b_dec_start", start, STARTS)
-    if start == "zero":
-        return
+    if (start == "mean" or sae.own_biases) and not means:
+        raise UserError(
+            "the layers of this run were measured by an earlier version of groupsae, without the "
+            "means that biases start at: overwrite=true starts it again."
+        )
+    if start == "geometric_median":
+        sae.b_dec.copy_(_geometric_median(x, all_sum))
+    elif start == "mean" or sae.own_biases:
+        sae.b_dec.copy_(torch.stack(list(means.values())).mean(0))
+    if sae.maps is not None and sae.maps.b_dec is not None:
+        for layer, offset in zip(sae.maps.layers, sae.maps.b_dec, strict=True):
+            offset.copy_(means[layer].to(sae.b_dec) - sae.b_dec)
+
+
+def _geometric_median(
+    x: Float[Tensor, "batch d_model"], all_sum: AllSum
+) -> Float[Tensor, " d_model"]:
+    """Return the geometric median of the rows of all processes, by Weiszfeld's algorithm."""
     x = x[x.isfinite().all(1)].double()  # NaN in one row would spread to all of the bias
     centre = _weighted_mean(x, torch.ones_like(x[:, 0]), all_sum)
-    for _ in range(ROUNDS if start == "geometric_median" else 0):
+    for _ in range(ROUNDS):
         weights = 1 / (x - centre).norm(dim=1).clamp_min(torch.finfo(x.dtype).eps)
         last, centre = centre, _weighted_mean(x, weights, all_sum)
         if (centre - last).norm() <= CLOSE * centre.norm():
             break
-    sae.b_dec.copy_(centre)
+    return centre
 
 
 def _weighted_mean(

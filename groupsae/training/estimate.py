@@ -29,11 +29,12 @@ from groupsae.runtime.errors import UserError
 from groupsae.suite.groups_file import load_plan
 from groupsae.training.allocator import hand_back_freed_memory
 from groupsae.training.checkpoints.folder import KEPT
-from groupsae.training.suite import GroupSAESuite
+from groupsae.training.suite import GroupSAESuite, Size
 
 FLOAT = 4  # bytes
 STATE = 4  # weights, gradients and Adam's two moments
 ROWS = 4  # raw and scaled activations, reconstruction and error wait for the backward pass
+MAPS = 6  # rows more where each layer has something of its own: sorted, centred, mapped, and back
 WIDE = 3  # pre-activations, their gradient and a temporary, of one SAE at a time
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 LEAST, MOST = 3, 50  # measured steps of a trial
@@ -55,15 +56,16 @@ def bytes_needed(
     language model is not included: it is already loaded, so its memory is no longer free.
     `world_size` processes share a step's rows.
     """
-    sae = suite.size(1.0)
-    parameters = sae.parameters * sum(planned.width for planned in saes)
-    tokens = data.tokens_per_step // world_size
-    shown = [data.rows_per_token(planned.layers) for planned in saes]
-    rows = tokens * suite.d_model * sum(shown) * ROWS
-    widths = [planned.width * count for planned, count in zip(saes, shown, strict=True)]
+    sizes, tokens = suite.sizes_of(saes), data.tokens_per_step // world_size
+    shown = [
+        (size, data.rows_per_token(sae.layers)) for size, sae in zip(sizes, saes, strict=True)
+    ]
+    parameters = sum(size.parameters for size in sizes)
+    rows = suite.d_model * sum(count * (ROWS + MAPS * size.maps) for size, count in shown)
     # the backward pass starts after all losses, so the tensors kept for it add up
-    wide = tokens * sae.d_sae * (max(widths, default=0) * WIDE + sum(widths) * sae.kept_wide)
-    return round(FLOAT * (parameters * STATE + rows + wide))
+    widest = max((size.d_sae * count for size, count in shown), default=0)
+    wide = widest * WIDE + sum(size.d_sae * count * size.kept_wide for size, count in shown)
+    return round(FLOAT * (parameters * STATE + tokens * (rows + wide)))
 
 
 def bytes_free(device: torch.device, processes: int) -> int:
@@ -183,7 +185,8 @@ def run_trial(
     """
     copy = GroupSAESuite(sae=suite.make_sae, **suite.make_group.keywords)
     ones = dict.fromkeys(range(plan.num_layers), 1.0)
-    copy.set_plan(plan, getattr(suite, "norm_factors", ones), own)
+    means = dict.fromkeys(range(plan.num_layers), torch.zeros(suite.d_model))
+    copy.set_plan(plan, getattr(suite, "norm_factors", ones), own, means)
     trial, cuda = Trial(seconds, heldout, num_steps), device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
@@ -223,6 +226,12 @@ def rows_of_owner(
         batch.layers[places].repeat(1, processes),
         None if batch.keep is None else batch.keep[places].repeat(1, processes),
         kept,
+        None
+        if batch.sizes is None
+        else [
+            {layer: processes * count for layer, count in batch.sizes[place].items()}
+            for place in places
+        ],
     )
 
 
@@ -245,12 +254,11 @@ def peak(device: torch.device) -> int:
 
 def forecast(
     suite: GroupSAESuite, data: ActivationDataModule, device: torch.device, world_size: int
-) -> tuple[str, dict[float, float]]:
-    """Return a sentence on what the suite's plan will need, and the seconds of a step by width.
+) -> tuple[str, dict[Size, float]]:
+    """Return a sentence on what the suite's plan will need, and the seconds of a step by size.
 
-    A small SAE takes longer than its FLOPs suggest, so each width is tried; the suite
-    stays as it is. Widths are shares of the configured number of latents. Seconds are those with
-    one row per token.
+    A small SAE takes longer than its FLOPs suggest, so each size is tried; the suite
+    stays as it is. Seconds are those with one row per token.
     """
     plan = suite.plan
     make = data.first_rows(plan.slots, data.blocks_per_step)
@@ -261,14 +269,16 @@ def forecast(
     activation_seconds = (now(device) - began) / LEAST * data.num_steps
     processes = world_size if suite.spread else 1
     steps = {}
-    for index, planned in enumerate(plan.members):
-        if planned.width not in steps:
+    for index, size in enumerate(suite.sizes_of(plan.members)):
+        planned = plan.members[index]
+        if size not in steps:
             rows = partial(rows_of_owner, batch, [planned.layers], processes)
             trial = run_trial(suite, plan, [index], rows, device, num_steps=data.num_steps)
-            steps[planned.width] = trial.sae_seconds / data.rows_per_token(planned.layers)
+            steps[size] = trial.sae_seconds / data.rows_per_token(planned.layers)
     own = [plan.members[i] for i in suite.own]
     memory = bytes_needed(suite, data, own, 1 if suite.spread else world_size)
-    step = sum(steps[planned.width] * data.rows_per_token(planned.layers) for planned in own)
+    shown = [data.rows_per_token(planned.layers) for planned in own]
+    step = sum(steps[s] * rows for s, rows in zip(suite.sizes_of(own), shown, strict=True))
     seconds = activation_seconds + step * data.num_steps
     sentence = (
         f"{len(plan.members)} SAEs from one stream: about {memory / 1e9:.1f} GB of memory, and by "
@@ -335,6 +345,7 @@ def needs(
     """
     held = list(range(len(plan.members)) if own is None else own)
     saes, slots = [plan.members[i] for i in held], plan.slots_of(held)
+    every = suite.sizes_of(plan.members)
     rows = len(data.each_row(slots))  # of a token
     sharing, senders = (processes, 1) if own is None else (1, processes)
     free = bytes_free(device, processes if device.type == "cpu" else 1)
@@ -363,13 +374,12 @@ def needs(
             "validation": heldout / processes,
             "measuring the layers": calibration_tokens * calibration / part.numel() / processes,
         }
-    sae, every = suite.size(1.0), sum(planned.width for planned in plan.members)
-    weights = FLOAT * round(sae.parameters * every)
-    checkpoint = 3 * weights + 8 * round(sae.d_sae * every)  # 8: each latent's counter
+    weights = FLOAT * sum(size.parameters for size in every)
+    checkpoint = 3 * weights + 8 * sum(size.d_sae for size in every)  # 8: each latent's counter
     written = -(-steps // checkpoint_every)  # the last one after the last step
     return Needs(
         num_saes=len(plan.members),
-        parameters=round(sae.parameters * sum(planned.width for planned in saes)),
+        parameters=sum(size.parameters for size in suite.sizes_of(saes)),
         activations=FLOAT * suite.d_model * (data.tokens_per_step // sharing) * rows,
         free=free,
         trial=trial,

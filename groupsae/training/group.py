@@ -51,6 +51,7 @@ class GroupSAE(L.LightningModule):
         optim: the optimiser's recipe.
         dead_after: rows without firing after which a latent counts as dead.
         b_dec_start: initial decoder bias, see `init_b_dec`.
+        means: layer -> mean activation on the calibration text, for that.
         nonfinite: how to treat a step whose loss or gradient is not finite: `stop` ends the
             run, `skip` leaves the step out for the SAE that it concerns.
         seed: seed of the initial weights, together with the layers.
@@ -76,12 +77,14 @@ class GroupSAE(L.LightningModule):
         b_dec_start: str,
         nonfinite: str,
         seed: int,
+        means: Mapping[int, Float[Tensor, "d_model"]] | None = None,
     ) -> None:
         super().__init__()
         self.name, self.layers, self.optim, self.dead_after = name, layers, optim, dead_after
         self.b_dec_start, self.nonfinite = b_dec_start, nonfinite
         generator = torch.Generator().manual_seed(stream_key(seed, layers) % 2**63)
-        self.sae = sae(d_model=d_model, generator=generator)
+        self.sae = sae(d_model=d_model, generator=generator, layers=layers)
+        self.means = {x: means[x] * norm_factors[x] for x in layers if means}
         factors = torch.full((max(layers) + 1,), torch.nan)  # NaN: a foreign layer must not pass
         factors[layers] = torch.tensor([norm_factors[layer] for layer in layers])
         self.register_buffer("norm_factors", factors)
@@ -104,6 +107,23 @@ class GroupSAE(L.LightningModule):
         """Return the rows of a batch that belong to this group, scaled, and their layers."""
         acts, layers = batch.rows(self.layers)
         return self.scaled(acts, layers), layers
+
+    def by_layer(
+        self,
+        x: Float[Tensor, "row d_model"],
+        layers: Int[Tensor, "row"],
+        sizes: Mapping[int, int] | None,
+    ) -> tuple[Float[Tensor, "row d_model"], list[int]]:
+        """Return rows, sorted by layer if the SAE has `maps`, and how many each layer has then.
+
+        `sizes` is None where only the device knows: the host waits for it.
+        """
+        if self.sae.maps is None:
+            return x, []
+        if sizes is None:
+            counts = torch.bincount(layers, minlength=max(self.layers) + 1).tolist()
+            sizes = {layer: counts[layer] for layer in self.layers}
+        return x[layers.argsort(stable=True)], [sizes[layer] for layer in self.layers]
 
     def scaled(
         self, acts: Float[Tensor, "row d_model"], layers: Int[Tensor, "row"]
@@ -130,17 +150,19 @@ class GroupSAE(L.LightningModule):
         num_dead: int = 0,
         progress: float = 1.0,
         all_sum: AllSum = no_reduce,
+        sizes: Mapping[int, int] | None = None,
     ) -> Float[Tensor, ""]:
         """Return this process's part of the loss; update counters and note which latents fired.
 
-        `moments` are those of the rows of all processes.
+        `moments` are those of the rows of all processes; `sizes` as in `by_layer`.
         """
         sum_x, sum_squares, counts = moments.split([self.sae.d_model, 1, len(self.norm_factors)])
         # at least 1 row and a positive variance: a batch of excluded tokens only has loss zero
         num_rows = counts.sum().clamp_min(1)
         variance = (sum_squares[0] - sum_x.square().sum() / num_rows).clamp_min(1e-12)
         dead, share = self.dead_latents(num_dead), (len(x) / num_rows).float()
-        batch = GlobalBatch(variance.float(), dead, progress, share, all_sum)
+        x, rows = self.by_layer(x, layers, sizes)
+        batch = GlobalBatch(variance.float(), dead, progress, share, all_sum, rows)
         output = self.sae.forward(x, batch)
         loss = torch.stack(list(output.losses.values())).sum()
         with torch.no_grad():
@@ -184,7 +206,7 @@ class GroupSAE(L.LightningModule):
         if unless is None:
             self.sae.normalize_decoder()
             return
-        weights = [getattr(self.sae, name) for name in self.sae.normalized]
+        weights = [self.sae.get_parameter(name) for name in self.sae.normalized]
         before = [weight.clone() for weight in weights]
         self.sae.normalize_decoder()
         for weight, old in zip(weights, before, strict=True):
@@ -235,9 +257,9 @@ class GroupSAE(L.LightningModule):
         self, x: Float[Tensor, "batch d_model"], layer: int
     ) -> tuple[Float[Tensor, "batch d_model"], SparseLatents]:
         """Return the reconstruction of one layer's raw activations, and the latents."""
-        factor = self.norm_factors[layer]
-        latents = self.sae.encode(x * factor)
-        return self.sae.decode(latents) / factor, latents
+        factor, sae = self.norm_factors[layer], self.sae.at(layer)
+        latents = sae.encode(x * factor)
+        return sae.decode(latents) / factor, latents
 
     def start_validation(self, sync: bool = True) -> None:
         """Start empty metrics, one for each layer; `sync` sums them over the processes."""
@@ -348,14 +370,17 @@ class JointStep:
         rows = [group.rows(batch) for group in groups]
         if step == 0:
             for group, (x, _) in zip(groups, rows, strict=True):
-                init_b_dec(group.sae, x, group.b_dec_start, self.all_sum)
+                init_b_dec(group.sae, x, group.b_dec_start, self.all_sum, group.means)
         moments = self.sums([g.moments(*row) for g, row in zip(groups, rows, strict=True)])
         num_dead = (self.num_dead or self.count_dead()).read()  # counted a step ago
         if self.skips:
             self.before = [[buffer.clone() for buffer in g.buffers()] for g in groups]
+        sizes = [batch.sizes_of(g.layers) for g in groups]
         losses = [
-            group.step(*row, moment, dead, step / num_steps, self.all_sum)
-            for group, row, moment, dead in zip(groups, rows, moments, num_dead, strict=True)
+            group.step(*row, moment, dead, step / num_steps, self.all_sum, size)
+            for group, row, moment, dead, size in zip(
+                groups, rows, moments, num_dead, sizes, strict=True
+            )
         ]
         loss = torch.stack(losses)
         *fired, bad = self.sums([*(g.fired for g in groups), ~loss.detach().isfinite()])

@@ -39,15 +39,18 @@ def ledger(
     plan, work, cost = grouping.plan, grouping.work, grouping.cost
     activations, saes = seconds
     distances, validation = grouping.measurement.seconds, throughput.validation.seconds
-    trial = grouping.step_seconds or {1.0: 1.0}
-    rows = {p.name: data.rows_per_token(p.layers) for p in plan.members}
-    unit = saes / sum(trial[p.width] * rows[p.name] for p in plan.members)
-    trained = [Trained(suite.size(p.width).d_sae, len(p.layers)) for p in plan.members]
-    per_row = [unit * trial[planned.width] for planned in plan.members]
-    seconds_of = {name: rows[name] * each for name, each in zip(rows, per_row, strict=True)}
-    groups, per_layer = (
-        activations + distances + unit * trial[1.0] * n for n in (len(plan.saes), work.layers_run)
-    )
+    sizes, plain = suite.sizes_of(plan.members), suite.size(1.0)
+    trial = grouping.step_seconds or dict.fromkeys([*sizes, plain], 1.0)
+    rows = [data.rows_per_token(p.layers) for p in plan.members]
+    steps = [trial[size] * count for size, count in zip(sizes, rows, strict=True)]
+    unit = saes / sum(steps)
+    seconds_of = {p.name: unit * step for p, step in zip(plan.members, steps, strict=True)}
+    per_row = {size: unit * trial[size] for size in sizes}
+    with_maps = {size.d_sae: each for size, each in per_row.items() if size.maps}
+    per_sae = with_maps | {x.d_sae: each for x, each in per_row.items() if not x.maps}
+    of_groups, of_layers = sum(steps[: len(plan.saes)]), work.layers_run * trial[plain]
+    groups, per_layer = (activations + distances + unit * n for n in (of_groups, of_layers))
+    trained = [Trained(s.d_sae, len(p.layers)) for s, p in zip(sizes, plan.members, strict=True)]
     lm_flops, distance_flops, sae_flops = _measured_flops(data, suite, work)
     parts: dict[str, tuple[int | None, int | None, float]] = {
         "activations": (work.tokens * work.activations, lm_flops, activations),
@@ -67,7 +70,8 @@ def ledger(
         "num_saes": len(trained),
         "workload": asdict(work),
         # with one row per token
-        "seconds_per_sae": {str(x.d_sae): each for x, each in zip(trained, per_row, strict=True)},
+        "seconds_per_sae": {str(d_sae): each for d_sae, each in per_sae.items()},
+        "seconds_of_maps": max((each - per_sae[n] for n, each in with_maps.items()), default=0.0),
         "parts": [
             {"part": part, **dict(zip(names, values, strict=True))}
             for part, values in parts.items()
@@ -162,8 +166,9 @@ def _measured_flops(
         member = (held.get(planned.name) or suite.make_member(planned)).cpu()
         acts, layers = batch.rows(planned.layers)
         few = slice(min(FEW, len(acts)))
-        x = member.scaled(acts[few].cpu(), layers[few].cpu())
-        frame = GlobalBatch(torch.ones(()), member.dead_latents(0))
+        drawn = layers[few].cpu()
+        x, sizes = member.by_layer(member.scaled(acts[few].cpu(), drawn), drawn, None)
+        frame = GlobalBatch(torch.ones(()), member.dead_latents(0), sizes=sizes)
         with flop_counter() as sae, torch.enable_grad():
             output = member.sae.eval().forward(x, frame)
             torch.stack(list(output.losses.values())).sum().backward()

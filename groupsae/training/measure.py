@@ -59,6 +59,7 @@ class Measurement:
             all of these tokens.
         cosines: mean cosine of every pair of layers, [L, L]; None in files that are older.
         other_cosines: as `cosines`, of the tokens and with the centring of `other_distances`.
+        means: mean activation of every layer, [L, d_model]; None in files that are older.
     """
 
     distances: np.ndarray
@@ -71,6 +72,7 @@ class Measurement:
     other_distances: np.ndarray | None = None
     cosines: np.ndarray | None = None
     other_cosines: np.ndarray | None = None
+    means: np.ndarray | None = None
 
     @property
     def other_centring(self) -> str:
@@ -97,6 +99,10 @@ class Measurement:
         """
         return {layer: float(factor) for layer, factor in enumerate(SCALES[scale](self))}
 
+    def layer_means(self) -> dict[int, Tensor] | None:
+        """Return layer -> mean of its raw activations; None if they were not kept."""
+        return None if self.means is None else dict(enumerate(torch.from_numpy(self.means)))
+
     def save(self, path: Path) -> None:
         """Write everything into one npz, atomically."""
         values = {**vars(self), "provenance": np.array(json.dumps(self.provenance))}
@@ -122,7 +128,7 @@ class Measurement:
                 json.loads(str(stored["provenance"])),
                 float(stored["seconds"]),
                 Shares.read(stored),
-                *(stored.get(x) for x in ("other_distances", "cosines", "other_cosines")),
+                *(stored.get(x) for x in ("other_distances", "cosines", "other_cosines", "means")),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise damaged(path) from error
@@ -153,9 +159,16 @@ def cached(path: Path) -> Measurement | None:
 
 
 def measure(
-    data: ActivationDataModule, trainer: L.Trainer, tokens: int, centring: str, cache: Path
+    data: ActivationDataModule,
+    trainer: L.Trainer,
+    tokens: int,
+    centring: str,
+    cache: Path,
+    means: bool,
 ) -> Measurement:
     """Return distances and norms, from the cache if this content was measured before.
+
+    With `means` only if those were kept, too.
 
     The key is (model, weights, text, tokens, options), so a sweep over the number of groups
     measures once: of several runs at a time one measures, and the others wait for it. With
@@ -166,6 +179,8 @@ def measure(
     with _one_run_at_a_time(path, trainer):
         # all processes use the measurement that the first one read
         found = _found(cache, provenance, data.lm) if trainer.is_global_zero else None
+        if found is not None and means and found.means is None:
+            found = None
         found = trainer.strategy.broadcast(found)
         if found is None:
             found = _measure(data, trainer, tokens, provenance)
@@ -261,6 +276,7 @@ def _measure(
         other_distances,
         angles.cosines().cpu().numpy(),
         other_cosines,
+        found.mean.cpu().numpy(),
     )
 
 

@@ -29,12 +29,16 @@ class Size(NamedTuple):
         parameters: numbers in all its weights.
         kept_wide: as in `SAE`.
         flops: FLOPs of a training step, per row.
+        maps: whether its layers have something of their own, `SAE.maps`.
+        own_biases: whether its biases are those of single layers.
     """
 
     d_sae: int
     parameters: int
     kept_wide: float
     flops: int
+    maps: bool
+    own_biases: bool
 
 
 class GroupSAESuite(L.LightningModule):
@@ -48,6 +52,7 @@ class GroupSAESuite(L.LightningModule):
         own: numbers in the plan of the SAEs that this process holds.
         spread: True if each SAE is in one process, not in all.
         groups: number in the plan -> `GroupSAE`; None before `configure_model`.
+        needs_means: whether biases start at the means of layers.
     """
 
     plan: GroupPlan
@@ -68,6 +73,7 @@ class GroupSAESuite(L.LightningModule):
         check_choice("b_dec_start", b_dec_start, STARTS)
         check_choice("nonfinite", nonfinite, ACTIONS)
         self.make_sae, self.d_model, self.optim, self.nonfinite = sae, d_model, optim, nonfinite
+        self.means: Mapping[int, Tensor] | None = None
         self.make_group = partial(
             GroupSAE,
             d_model=d_model,
@@ -81,8 +87,9 @@ class GroupSAESuite(L.LightningModule):
         self.spread = False
         self.groups: nn.ModuleDict | None = None
         self.shown: dict[str, float] = {}  # figures for the progress bar
-        self.sizes: dict[float, Size] = {}
-        self.d_sae = self.size(1.0).d_sae  # raises UserError if the SAE is impossible
+        self.sizes: dict[tuple[float, int], Size] = {}
+        size = self.size(1.0)  # raises UserError if the SAE is impossible
+        self.d_sae, self.needs_means = size.d_sae, b_dec_start == "mean" or size.own_biases
 
     # ---- the plan and its SAEs ------------------------------------------------------------
 
@@ -91,13 +98,14 @@ class GroupSAESuite(L.LightningModule):
         plan: GroupPlan,
         norm_factors: Mapping[int, float],
         own: Sequence[int] | None = None,
+        means: Mapping[int, Tensor] | None = None,
     ) -> None:
-        """Choose the groups to train and the scale of each layer.
+        """Choose the groups to train, the scale of each layer, and its mean, where known.
 
         `own` are the numbers in the plan of the SAEs that this process holds, where they are
         spread over the processes; None where each process holds all.
         """
-        self.plan, self.norm_factors = plan, dict(norm_factors)
+        self.plan, self.norm_factors, self.means = plan, dict(norm_factors), means
         self.spread = own is not None
         self.own = list(range(len(plan.members)) if own is None else own)
 
@@ -111,13 +119,25 @@ class GroupSAESuite(L.LightningModule):
             groups = {str(i): self.make_member(planned[i]) for i in self.own}
             self.groups = nn.ModuleDict(groups)
 
-    def size(self, width: float) -> Size:
+    def size(self, width: float, num_layers: int = 1) -> Size:
         """Return the size of an SAE with a share of the configured number of latents."""
-        if width not in self.sizes:
-            sae = self.factory(width)(d_model=self.d_model, generator=torch.Generator())
-            parameters = sum(p.numel() for p in sae.parameters())
-            self.sizes[width] = Size(sae.d_sae, parameters, sae.kept_wide, sae.training_flops())
-        return self.sizes[width]
+        if (width, num_layers) not in self.sizes:
+            sae = self.factory(width)(
+                d_model=self.d_model, generator=torch.Generator(), layers=range(num_layers)
+            )
+            self.sizes[width, num_layers] = Size(
+                d_sae=sae.d_sae,
+                parameters=sum(p.numel() for p in sae.parameters()),
+                kept_wide=sae.kept_wide,
+                flops=sae.training_flops(),
+                maps=sae.maps is not None,
+                own_biases=sae.own_biases,
+            )
+        return self.sizes[width, num_layers]
+
+    def sizes_of(self, members: Sequence[PlannedSAE]) -> list[Size]:
+        """Return the sizes of some SAEs of a plan."""
+        return [self.size(member.width, len(member.layers)) for member in members]
 
     def factory(self, width: float) -> SAEFactory:
         """Return the factory of SAEs with a share of the configured number of latents."""
@@ -137,6 +157,7 @@ class GroupSAESuite(L.LightningModule):
                 layers=planned.layers,
                 norm_factors=self.norm_factors,
                 sae=self.factory(planned.width),
+                means=self.means,
             )
         except UserError as error:  # too few latents: full width was checked before
             raise UserError(

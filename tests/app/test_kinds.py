@@ -13,6 +13,7 @@ from groupsae.suite.suite import load_suite
 from tests.helpers.evaluated import evaluate
 from tests.helpers.runs import overrides, run, saved, stopped
 
+OWN = ["sae.layer_bias=per_layer", "sae.layer_rank=2"]
 SPARSITY = {
     "batchtopk": "sae.k=4",
     "matryoshka": "sae.k=4",
@@ -34,8 +35,11 @@ def finished(
 ) -> Path:
     output = tmp_path_factory.mktemp(request.param)
     status, folder = run(
-        command(tiny_lm, tiny_text, output, request.param, "groups=even", "groups.num_groups=2")
-    )
+        command(
+            tiny_lm, tiny_text, output, request.param, "groups=even", "groups.num_groups=2",
+            *(OWN if request.param in ("batchtopk", "relu", "gated") else []),
+        )
+    )  # fmt: skip
     assert status == 0
     return folder
 
@@ -89,7 +93,7 @@ def test_two_processes_share_one_threshold(tiny_lm: Path, tiny_text: Path, tmp_p
 
 
 def test_two_processes_aim_at_one_l0(tiny_lm: Path, tiny_text: Path, tmp_path: Path) -> None:
-    groups = ["groups=even", "groups.num_groups=2"]
+    groups = ["groups=even", "groups.num_groups=2", *OWN]
     one = run(command(tiny_lm, tiny_text, tmp_path / "one", "jumprelu", *groups))[1]
     two = tmp_path / "two"
     folder = in_two_processes(command(tiny_lm, tiny_text, two, "jumprelu", *groups), two)
@@ -103,7 +107,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(
     tiny_lm: Path, tiny_text: Path, tmp_path: Path, kind: str
 ) -> None:
     """Of a kind with parameters of its own, and of one that folds its norms after each step."""
-    groups = ["groups=even", "groups.num_groups=1"]
+    groups = ["groups=even", "groups.num_groups=1", *(OWN if kind == "relu" else [])]
     whole = run(command(tiny_lm, tiny_text, tmp_path / "whole", kind, *groups))[1]
     parts = stopped(command(tiny_lm, tiny_text, tmp_path / "parts", kind, *groups))[1]
     assert run([f"resume={parts}"])[0] == 0
@@ -117,7 +121,7 @@ def test_a_resumed_run_with_every_schedule_is_the_same_bit_for_bit(
     arguments = [
         "sae.k_start=8", "sae.sparsity_warmup=0.8", "optim.warmup=0.3",
         "optim.decay=cosine", "optim.decay_share=0.5", "b_dec_start=geometric_median",
-        "calibration.scale=sqrt_d", "sae.tied=false",
+        "calibration.scale=sqrt_d", "sae.tied=false", "sae.layer_rank=3",
     ]  # fmt: skip
     whole = command(tiny_lm, tiny_text, tmp_path / "whole", "matryoshka", *arguments)
     status, folder = run(whole)

@@ -40,7 +40,7 @@ NAMED = {
     ("groups", "explicit"): ["groups.groups=[[0,1],[2]]"],
 }
 # what a class gets from the program, not from its yaml file
-FROM_PROGRAM = {"groupsae.sae": {"d_model", "generator"}}
+FROM_PROGRAM = {"groupsae.sae": {"d_model", "layers", "generator"}}
 REQUIRED = inspect.Parameter.empty
 # keys next to a class's own values, for others to read
 EXTRA = {"groupsae.data": {"cache", "cache_dtype"}}

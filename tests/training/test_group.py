@@ -23,8 +23,8 @@ D_MODEL, K = 8, 3
 NORMS = {0: 0.5, 1: 0.25, 2: 2.0, 3: 1.5, 4: 3.0}
 
 
-def make_sae(*, d_model, generator, k=K):
-    return TopK(d_model=d_model, expansion=4, k=k, generator=generator)
+def make_sae(*, k=K, **given):
+    return TopK(expansion=4, k=k, **given)
 
 
 def make_group(layers=(1, 3), dead_after=10_000, **changes):

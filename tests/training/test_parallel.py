@@ -24,6 +24,7 @@ CPUS = ["trainer.accelerator=cpu"]
 HARD = [
     "groups=count", "groups.num_groups=1", "sae=batchtopk", "stream.max_norm_ratio=1.5",
     "stream.skip_positions=1", "b_dec_start=geometric_median", "stream.layers_per_token=2",
+    "sae.layer_bias=per_layer", "sae.layer_rank=2",
 ]  # fmt: skip
 ALL = ["groups=all", "groups.rules=[complete,even]", "groups.smaller=[1,2]"]
 

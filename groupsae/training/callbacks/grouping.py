@@ -23,7 +23,7 @@ from groupsae.training.measure import SCALES, Measurement, measure, provenance_o
 from groupsae.training.parallel.collect import gather
 from groupsae.training.parallel.placement import describe, owners, spread
 from groupsae.training.parallel.strategies import SAEParallel
-from groupsae.training.suite import GroupSAESuite
+from groupsae.training.suite import GroupSAESuite, Size
 
 
 class GroupLayers(L.Callback):
@@ -38,7 +38,7 @@ class GroupLayers(L.Callback):
         work: model, text and budget of the run, for the cost model.
         cost: FLOPs of the run.
         other: the groups that the other centring would have given; None if it was not measured.
-        step_seconds: width of an SAE -> one step with one row per token, in a run of all
+        step_seconds: size of an SAE -> one step with one row per token, in a run of all
             groupings; None for others.
     """
 
@@ -47,7 +47,7 @@ class GroupLayers(L.Callback):
     work: Workload
     cost: RunCost
     other: Partition | None = None
-    step_seconds: dict[float, float] | None = None
+    step_seconds: dict[Size, float] | None = None
 
     def __init__(
         self,
@@ -80,7 +80,9 @@ class GroupLayers(L.Callback):
             # one SAE at least: before the long measurement
             one = PlannedSAE(name_of([0]), [0], 1.0)
             _refuse(trainer, bytes_needed(suite, data, [one], trainer.world_size), 1)
-            self.measurement = measure(data, trainer, self.tokens, self.centring, self.cache)
+            self.measurement = measure(
+                data, trainer, self.tokens, self.centring, self.cache, suite.needs_means
+            )
             measured = self.measurement
             self.plan = self.choice.plan(measured.distances, measured.cosines)
         if self.measurement.other_distances is not None:
@@ -128,32 +130,35 @@ class GroupLayers(L.Callback):
 
     def place(self, trainer: L.Trainer, suite: GroupSAESuite, data: ActivationDataModule) -> None:
         """Give the plan to the suite: all SAEs to each process, or to each its own."""
-        factors = self.measurement.norm_factors(self.scale)
+        factors, means = self.measurement.norm_factors(self.scale), self.measurement.layer_means()
         if not isinstance(trainer.strategy, SAEParallel):
             saes = self.plan.members
             _refuse(trainer, bytes_needed(suite, data, saes, trainer.world_size), len(saes))
-            suite.set_plan(self.plan, factors)
+            suite.set_plan(self.plan, factors, means=means)
             return
         owned = owners(suite, data, self.plan, trainer.world_size)
         rank, swap = trainer.global_rank, all_to_all(trainer.strategy.mesh)
-        suite.set_plan(self.plan, factors, owned[rank])
+        suite.set_plan(self.plan, factors, owned[rank], means)
         shares = spread(suite, data, owned, rank, swap)
         self.show(describe(shares))
         _refuse(trainer, shares[rank].memory, len(owned[rank]))
 
     def count_cost(self, suite: GroupSAESuite, data: ActivationDataModule) -> None:
         """Work out the FLOPs of the run."""
-        sizes = [suite.size(planned.width) for planned in self.plan.members]
+        plain = [suite.size(planned.width) for planned in self.plan.members]
+        sizes = suite.sizes_of(self.plan.members)
         self.work = Workload(
             num_layers=data.lm.geometry.num_layers,
             layers_run=data.used_layers()[-1] + 1,
             d_model=suite.d_model,
-            sae_flops={size.d_sae: size.flops for size in sizes},
+            sae_flops={size.d_sae: size.flops for size in plain},
             context=data.packing.context,
             tokens=data.num_steps * data.tokens_per_step,
             calibration_tokens=self.measurement.tokens,
             calibration_passes=self.measurement.passes,
             layers_per_token=data.layers_per_token,
+            # (the same for all that have any, which have full width)
+            maps_flops=max(a.flops - b.flops for a, b in zip(sizes, plain, strict=True)),
         )
         self.cost = run_cost(
             self.work,

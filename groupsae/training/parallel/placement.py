@@ -63,8 +63,8 @@ def owners(
 ) -> list[list[int]]:
     """Return for each process the numbers in the plan of the SAEs that it holds."""
     costs = []
-    for planned in plan.members:
-        size, slot = suite.size(planned.width), plan.slots.index(planned.layers)
+    for planned, size in zip(plan.members, suite.sizes_of(plan.members), strict=True):
+        slot = plan.slots.index(planned.layers)
         flops = size.flops * data.rows_per_token(planned.layers)
         costs.append(Cost(flops, FLOAT * STATE * size.parameters, slot))
     return place(costs, num_processes)
@@ -74,7 +74,7 @@ def busiest(
     suite: GroupSAESuite, data: ActivationDataModule, plan: GroupPlan, num_processes: int
 ) -> list[int]:
     """Return the SAEs of the process whose SAEs have the most parameters."""
-    sizes = [suite.size(planned.width).parameters for planned in plan.members]
+    sizes = [size.parameters for size in suite.sizes_of(plan.members)]
     owned = owners(suite, data, plan, num_processes)
     return max(owned, key=lambda own: sum(sizes[i] for i in own))
 
@@ -103,7 +103,7 @@ def spread(
     shares = []
     for process, own in enumerate(owned):
         members = [plan.members[i] for i in own]
-        state = FLOAT * STATE * sum(suite.size(planned.width).parameters for planned in members)
+        state = FLOAT * STATE * sum(size.parameters for size in suite.sizes_of(members))
         slots = len(training.wanted[process])
         joined = FLOAT * suite.d_model * slots * data.tokens_per_step
         moving = tokens * row * (len(training.sent) + slots * len(owned)) + joined
