@@ -50,7 +50,7 @@ MOST_LAYERS = 18  # of which all partitions are formed
 Group = tuple[int, ...]
 Square = np.ndarray
 
-# figure -> what it is; the mean over a group's or a partition's layers, but for the last three
+# figure -> what it is; the mean over a group's or a partition's layers, but for OF_PARTITIONS
 FIGURES = {
     "V": "angular variance of the group, uncentred",
     "V centred": "the same of centred activations",
@@ -60,22 +60,21 @@ FIGURES = {
     "D": "largest angle in the group; of a partition the size-weighted AMAD",
     "S": "log of the number of layers in the group",
     "share": "-log of the layer's mean cosine to its group",
-    "share centred": "the same of centred activations",
-    "share R²": "-log of the layer's mean R² from its group",
     "AMAD": "mean largest angle of the groups, each counted once",
     "largest D": "largest angle of all groups",
     "log n/G": "log of layers per group",
 }
-TIMES = "FVU × "
-OF_PARTITIONS = ("AMAD", "largest D", "log n/G", TIMES + "AMAD", TIMES + "log n/G")
-# fmt: off
-ALONE = [*FIGURES, *(TIMES + name for name in FIGURES if name != "largest D")]
-PAIRS = [
+TIMES, MEAN = "FVU × ", "mean FVU × "  # of the layer's own SAE; of the means over a partition
+OF_LAYERS = [name for name in FIGURES if name not in ("AMAD", "largest D", "log n/G")]
+RELATIVE = ("V", "V centred", "D", "AMAD", "log n/G")
+OF_PARTITIONS = ("AMAD", "largest D", "log n/G", *(MEAN + name for name in RELATIVE))
+ALONE = [*FIGURES, *(TIMES + name for name in OF_LAYERS), *(MEAN + name for name in RELATIVE)]
+WITH_SIZE = [
     (times + name, times + "S")
-    for times in ("", TIMES) for name in ("V", "own", "own centred", "1 - R²", "D", "share")
+    for times in ("", TIMES)
+    for name in ("V", "V centred", "own", "1 - R²", "D", "share")
 ]
-# fmt: on
-LAWS = [*((name,) for name in ALONE), *PAIRS]
+LAWS = [*((name,) for name in ALONE), *WITH_SIZE]
 
 
 class Model(NamedTuple):
@@ -171,7 +170,8 @@ def linear(acts: torch.Tensor) -> Square:
 def published() -> list[Model]:
     """Return the published models whose groups are known, as far as their figures allow.
 
-    Of Pythia-160M no matrix is at hand, but its ten AMADs are ten equations for the largest
+    Their distances were measured on centred activations, so they are given as both kinds. Of
+    Pythia-160M no matrix is at hand, but its ten AMADs are ten equations for the largest
     angles of its ten groups, which are the angles between their ends.
     """
     stored, golden = (json.loads(path.read_text()) for path in (HERE / "published.json", GOLDEN))
@@ -183,15 +183,13 @@ def published() -> list[Model]:
         f"published {len(each['groups'])}": [tuple(group) for group in each["groups"]]
         for each in golden["published"][: len(of_1b["fvu"])]
     }
-    unknown = np.full((15, 15), np.nan)
-    layers = {"angle": angle, "cosine": np.cos(np.pi * angle), "centred": unknown}
-    layers["linear"] = unknown
+    layers = _published_layers(angle)
     own = np.full(15, of_1b["per_layer"])  # the mean over layers
     one_b = Model("pythia-1b", 0, layers, own, {}, partitions)
 
     small, n = stored["pythia-160m"], len(stored["pythia-160m"]["per_layer"])
     own = np.array(small["per_layer"])
-    partitions, lost = {}, {}
+    partitions, lost = {}, dict[Group, np.ndarray]()
     for each in small["partitions"]:
         groups = [tuple(group) for group in each["groups"]]
         partitions[f"published {len(groups)}"] = groups
@@ -201,9 +199,13 @@ def published() -> list[Model]:
     angle = np.where(np.eye(n) > 0, 0.0, np.nan)
     for group, at in zip(lost, np.linalg.solve(counts, sums), strict=True):
         angle[group[0], group[-1]] = angle[group[-1], group[0]] = at
-    layers = {"angle": angle, "cosine": np.cos(np.pi * angle)}
-    layers |= dict.fromkeys(("centred", "linear"), np.full((n, n), np.nan))
-    return [one_b, Model("pythia-160m", 0, layers, own, lost, partitions)]
+    return [one_b, Model("pythia-160m", 0, _published_layers(angle), own, lost, partitions)]
+
+
+def _published_layers(angle: Square) -> dict[str, Square]:
+    cosine = np.cos(np.pi * angle)
+    unknown = np.full_like(angle, np.nan)
+    return {"angle": angle, "cosine": cosine, "centred": cosine, "linear": unknown}
 
 
 def published_means() -> pd.DataFrame:
@@ -216,8 +218,8 @@ def published_means() -> pd.DataFrame:
     for name in ("pythia-1b", "pythia-410m"):
         of = stored[name]
         for i, fvu in enumerate(of["fvu"]):
-            row = {"model": name, "seed": 0, "name": f"published {i + 1}", "G": i + 1}
-            row |= {"lost": fvu - of["per_layer"], "per_layer": of["per_layer"]}
+            row: dict[str, Any] = {"model": name, "seed": 0, "name": f"published {i + 1}"}
+            row |= {"G": i + 1, "lost": fvu - of["per_layer"], "per_layer": of["per_layer"]}
             if "amad" in of:
                 row |= {"AMAD": of["amad"][i], "log n/G": float(np.log(of["layers"] / (i + 1)))}
             rows.append(row)
@@ -242,8 +244,6 @@ def figures(layers: Mapping[str, Square], group: Group) -> dict[str, np.ndarray]
             "D": np.nanmax(inside["angle"]) * every,
             "S": np.log(len(group)) * every,
             "share": -np.log(np.maximum(cosine.mean(axis=0), 1e-3)),
-            "share centred": -np.log(np.maximum(centred.mean(axis=0), 1e-3)),
-            "share R²": -np.log(np.maximum(r2, 1e-3)),
         }
 
 
@@ -287,8 +287,8 @@ def all_rows(models: Sequence[Model]) -> dict[str, pd.DataFrame]:
     merged = rows["partition"].merge(means, "outer", keys, suffixes=("", "_mean"))
     for name in ("lost", "per_layer", "AMAD", "log n/G"):
         merged[name] = merged[name].fillna(merged.pop(f"{name}_mean"))
-    for name in ("AMAD", "log n/G"):
-        merged[TIMES + name] = merged["per_layer"] * merged[name]
+    for name in RELATIVE:
+        merged[MEAN + name] = merged["per_layer"] * merged[name]
     rows["partition"] = merged
     return {level: frame[frame["lost"].notna()] for level, frame in rows.items()}
 
@@ -405,7 +405,8 @@ class Study:
                 cells += [f"{r_squared(fit(frame, law), frame):.3f}"]
                 cells += [_percent(self._other_seeds(frame, law))]
             tau, formed_tau, choice = self._orders(model, law)
-            rows.append([*cells, _two(tau), _two(formed_tau), f"{choice:.4f}"])
+            shown = "–" if np.isnan(choice) else f"{choice:.4f}"
+            rows.append([*cells, _two(tau), _two(formed_tau), shown])
         heads = [f"{level}, {what}" for level in LEVELS for what in ("R²", "error")]
         return table(["law", *heads, "τ, rules", "τ, all formed", "loss of its choice"], rows)
 
@@ -463,13 +464,14 @@ class Study:
         for seed in seeds:
             rest = frame[frame["seed"] != seed].groupby("name")[["lost", "G"]].mean()
             mine = frame[frame["seed"] == seed].set_index("name").loc[rest.index, "lost"]
-            rules.append(kendall(*(x.to_numpy(float) for x in (mine, rest["lost"], rest["G"]))))
+            one_by_rules = (x.to_numpy(float) for x in (mine, rest["lost"], rest["G"]))
+            rules.append(kendall(*one_by_rules))
             one, others = (
                 self._form(model, picked)
                 for picked in ([seed], [other for other in seeds if other != seed])
             )
             losses = [parts.mean(lost) for _, parts, lost in (one, others)]
-            every.append(kendall(*losses, one[1].counts))
+            every.append(kendall(losses[0], losses[1], one[1].counts))
         return (
             f"One seed orders partitions of equal G as the mean of the others does with "
             f"τ = {np.mean(rules):.2f} (rules) and {np.mean(every):.2f} (all formed)."
@@ -512,7 +514,8 @@ class Study:
                 cells.append(_percent(error(fit(rest, law), mine)))
                 fitted.append(fit(mine, law).weights[0])
             ratio = max(fitted) / min(fitted) if fitted and min(fitted) > 0 else float("nan")
-            rows.append([_name(law), *cells, "–" if len(law) > 1 else f"{ratio:.1f}"])
+            if set(cells) != {"–"}:
+                rows.append([_name(law), *cells, "–" if len(law) > 1 else f"{ratio:.1f}"])
         return table(["law", *self.names, "largest weight over smallest"], rows)
 
     def pairs(self, laws: Sequence[Sequence[str]]) -> list[str]:
@@ -556,7 +559,7 @@ class Study:
             *self.between(),
             "### Fitted on one model, tested on each",
             "",
-            *self.pairs([(t + name,) for name in ("V", "AMAD", "log n/G") for t in ("", TIMES)]),
+            *self.pairs([("V",), (TIMES + "V",), *((MEAN + name,) for name in RELATIVE)]),
         ]
 
     def draw(self, path: Path) -> None:

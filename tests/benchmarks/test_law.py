@@ -37,7 +37,7 @@ def test_figures_of_a_group_worked_by_hand() -> None:
     assert found["own centred"] == pytest.approx([1 / 3] * 3)
     assert found["V centred"] == pytest.approx([1 / 3] * 3)
     assert found["1 - R²"] == pytest.approx([1 - 1.7 / 3, 1 - 1.8 / 3, 1 - 1.6 / 3])
-    assert found["share centred"] == pytest.approx([np.log(3)] * 3)
+    assert found["share"] == pytest.approx(-np.log(1 - 2 * found["own"]))
     assert found["D"] == pytest.approx([0.3] * 3)
     assert found["S"] == pytest.approx([np.log(3)] * 3)
     assert all(values == pytest.approx([0.0]) for values in figures(LAYERS, (1,)).values())
