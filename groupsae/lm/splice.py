@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from groupsae.lm.hooked import HookedLM, copy_into
 from groupsae.runtime.errors import UserError
+from groupsae.runtime.memory import return_large_tensors
 
 
 class Splicer:
@@ -37,6 +38,7 @@ class Splicer:
     """
 
     def __init__(self, lm: HookedLM) -> None:
+        return_large_tensors()  # logits come and go, and small sums of them are kept
         self.lm = lm
         self._inputs: dict[str, Any] | None = None
         self._beside: list[tuple[Any, ...] | None] = []
