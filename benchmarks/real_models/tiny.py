@@ -1,9 +1,19 @@
-"""A tiny Llama in a GGUF file, for tests and for `size=smallest`."""
+"""Tiny models with random weights, for tests and for `size=smallest`."""
 
+import statistics
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import torch
 from tokenizers.pre_tokenizers import ByteLevel
+from transformers import BertConfig, BertModel, GPTNeoXConfig, GPTNeoXForCausalLM
+
+from benchmarks.real_models.packages import convert_gguf
+from benchmarks.real_models.study import MODELS, Study
+from benchmarks.timing import SMALLEST_RUN
+from groupsae.lm.build import train_tokenizer
 
 CONTEXT, LAYERS, WIDTH, HIDDEN, HEADS = 128, 4, 32, 64, 4
 
@@ -53,3 +63,27 @@ def write_gguf(path: Path, seed: int = 0) -> None:
     file.write_kv_data_to_file()
     file.write_tensors_to_file()
     file.close()
+
+
+def tiny_study(cache: Path) -> Iterator[Study]:
+    """Yield the study of a decoder (from a GGUF file, if gguf can write one) and of an encoder."""
+    (cache / "english").mkdir()
+    text = Path(statistics.__file__).read_text()
+    for number, start in enumerate(range(0, len(text), 2_000)):
+        (cache / "english" / f"{number}.txt").write_text(text[start : start + 2_000])
+    sizes = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+    sizes |= {"hidden_size": WIDTH, "intermediate_size": HIDDEN, "vocab_size": 1024}
+    torch.manual_seed(0)
+    decoder, encoder = cache / "gemma-3-270m", cache / "all-MiniLM-L6-v2"
+    if find_spec("gguf") and find_spec("accelerate"):
+        write_gguf(cache / "tiny.gguf")
+        convert_gguf(cache / "tiny.gguf", decoder)
+    else:
+        GPTNeoXForCausalLM(GPTNeoXConfig(**sizes)).save_pretrained(decoder)
+        train_tokenizer([text], 1024, CONTEXT).save_pretrained(decoder)
+    BertModel(BertConfig(**sizes)).save_pretrained(encoder)
+    train_tokenizer([text], 1024, CONTEXT).save_pretrained(encoder)
+    few = [each for each in SMALLEST_RUN if not each.startswith("stream.max_tokens")]
+    for name, model in MODELS.items():
+        MODELS[name] = model._replace(even=2, spliced=(1,) if model.spliced else ())
+        yield Study(name, cache, [*few, "sae.k=4", "stream.max_tokens=null"])

@@ -11,7 +11,7 @@ from rich.table import Table as Screen
 from groupsae.grouping.plan import GroupPlan
 from groupsae.reporting import tables
 from groupsae.reporting.downstream import DOWNSTREAM_TABLES
-from groupsae.reporting.formatting import flops, number
+from groupsae.reporting.formatting import flops, number, percent
 from groupsae.reporting.load import RunFiles, value_of
 
 if TYPE_CHECKING:
@@ -109,12 +109,28 @@ def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
         tables.layers_table(run),
         f"{evaluation['tokens']:,} held-out tokens, {chosen['name']} "
         f"(± half of the {100 * evaluation['bootstrap']['level']:g} % interval)",
-        "layer sae fvu delta_ce delta_ce_percent ce_score",
-        halves="fvu delta_ce",
+        "layer sae fvu delta_ce delta_ce_percent ce_score "
+        "embedding_loss embedding_score retrieval_loss",
+        halves="fvu delta_ce embedding_loss",
     )
-    clean, groupings = value_of(evaluation["ce"]), tables.groupings_table(run)
+    shares = [row.get("largest_share") or 0.0 for row in evaluation["layers"]]
+    if fmean(shares) > 0.5:
+        rest = fmean(
+            sae["fvu_rest"] for sae in evaluation["saes"] if sae["name"] in chosen["saes"]
+        )
+        console.print(
+            f"The 1 % of dimensions with the largest variance have {percent(min(shares))} to "
+            f"{percent(max(shares))} of it. FVU without them: {number(rest)} (mean over SAEs).",
+            soft_wrap=True,
+        )
+    clean, groupings = value_of(evaluation.get("ce")), tables.groupings_table(run)
     if clean is None:
-        console.print("The language model predicts no next token, so it has no CE to compare.")
+        found = number(value_of(evaluation.get("retrieval")))
+        console.print(
+            "Embeddings are means over a block. The model's own find a block of the same document "
+            f"with a mean reciprocal rank of {found}; 'retrieval lost' is by how much it drops.",
+            soft_wrap=True,
+        )
     else:
         zero, mean = (
             number(fmean(row[key]["value"] for row in evaluation["layers"]), 3)
@@ -125,20 +141,20 @@ def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
             f"to its mean {mean} (mean over layers)."
         )
     if chosen["spliced_together"] and groupings:
-        ce, delta_ce, share, kl = (
-            groupings.cell(0, f"{metric}_together", half=True).value
-            for metric in ("ce", "delta_ce", "delta_ce_percent", "kl")
+        columns = [name for name in groupings.columns if name.endswith("_together")]
+        found = ", ".join(
+            f"{tables.HEADINGS[name].split(', all')[0]} {groupings.cell(0, name, half=True).value}"
+            for name in columns
         )
-        console.print(
-            f"All layers replaced at once: CE {ce}, ΔCE {delta_ce} nats ({share} %), KL {kl}."
-        )
+        console.print(f"All layers replaced at once: {found}.", soft_wrap=True)
     if len(run.groupings) > 1:
         show(
             console,
             groupings,
             "every grouping: mean over the grouped layers; lost: against one SAE per layer",
-            "grouping amad fvu fvu_lost delta_ce_percent delta_ce_percent_lost flops",
-            halves="fvu_lost delta_ce_percent_lost",
+            "grouping amad fvu fvu_lost delta_ce_percent delta_ce_percent_lost "
+            "embedding_loss embedding_loss_lost flops",
+            halves="fvu_lost delta_ce_percent_lost embedding_loss_lost",
         )
         show(
             console,

@@ -132,9 +132,10 @@ def _log(folder: Path, evaluation: dict[str, Any], configs: Any, step: int) -> N
         for metric, value in row.items()
         if metric not in ("sae", "layer")
     }
-    figures["ce/clean"] = evaluation["ce"]
+    figures |= {f"{k}/clean": evaluation[k] for k in ("ce", "retrieval") if k in evaluation}
     for row in evaluation["layers"]:
-        figures |= {f"{k}/layer.{row['layer']}": v for k, v in row.items() if k.startswith("ce_")}
+        ends = {name: row[name] for name in row if name.endswith(("_zero", "_mean"))}
+        figures |= {f"{name}/layer.{row['layer']}": value for name, value in ends.items()}
     for grouping in evaluation["groupings"]:
         name, together = grouping["name"], grouping["spliced_together"] or {}
         figures |= {f"{metric}/{name}": v for metric, v in grouping["all_layers"].items()}

@@ -228,6 +228,11 @@ def announce(run: Run, cfg: DictConfig, console: Console) -> None:
 def _show_groups(grouping: GroupLayers, data: ActivationDataModule, console: Console) -> None:
     """Print the groups, and notes if the activations mislead or the text is too small."""
     print_plan(console, grouping.plan, grouping.cost)
+    if chosen := grouping.chosen():
+        console.print(chosen, soft_wrap=True, highlight=False)
+    losses = grouping.measurement.losses
+    if losses and (doubt := losses.warning(data.lm.name, data.packing.prepend_bos)):
+        console.print(f"warning: {doubt}", soft_wrap=True, highlight=False)
     overrides = read_yaml(grouping.folder / ".hydra" / "overrides.yaml") or []
     if advice := grouping.advice(overrides):
         console.print(f"warning: {advice}", soft_wrap=True, highlight=False)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from groupsae.cost.model import FORMAT, Trained, Workload, activation_flops, evaluation_flops
+from groupsae.cost.model import FORMAT, Trained, Workload, evaluation_flops
 from groupsae.grouping.groupings import Grouping
 from groupsae.grouping.rules import needs_distances
 from groupsae.lm.geometry import Geometry
@@ -73,15 +73,12 @@ def planned_flops(
         [cost[name] for name, suite in saes.items() if layer in suite.layers]
         for layer in range(geometry.num_layers)
     ]
-    if not lm.predicts:
-        run = 1 + max(layer for suite in saes.values() for layer in suite.layers)
-        return activation_flops(run, geometry.d_model, context) + sum(map(sum, served))
     count = partial(
         evaluation_flops,
         num_layers=geometry.num_layers,
         d_model=geometry.d_model,
         context=context,
-        vocab_size=geometry.vocab_size,
+        vocab_size=geometry.vocab_size if lm.predicts else 0,
         own_block=lm.hookpoint != "resid_post",
     )
     spliced = sum(cost[name] for g in together for name in g.sae_of_layer.values())

@@ -52,6 +52,15 @@ class CleanPredictions:
         self._lse = torch.cat([_log_sum_exp(c.float(), buffer[: len(c)]) for c in chunks])
         self.ce: Float64[Tensor, " block"] = self._per_block(self._losses(self._logits, self._lse))
 
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """Return the sums of each block by name."""
+        return {"ce": self.ce, "predictions": self.predictions}
+
+    def effect(self, logits: Float[Tensor, "block pos vocab"]) -> dict[str, Tensor]:
+        """Return what `compare` does, by name."""
+        return dict(zip(("ce", "kl"), self.compare(logits), strict=True))
+
     def compare(
         self, logits: Float[Tensor, "block pos vocab"]
     ) -> tuple[Float64[Tensor, " block"], Float64[Tensor, " block"]]:

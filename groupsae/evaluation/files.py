@@ -42,7 +42,7 @@ def save_evaluation(
     with atomic_write(folder / "sequences.npz") as handle:
         np.savez_compressed(handle, **_sequences(results))  # type: ignore[arg-type]
     _write_csv(folder / "results.csv", [flat(row) for row in figures["results"]])
-    clean = {"ce_clean": figures["ce"]}
+    clean = {f"{name}_clean": figures[name] for name in ("ce", "retrieval") if name in figures}
     _write_csv(folder / "layers.csv", [flat({**row, **clean}) for row in figures["layers"]])
     _write_csv(folder / "saes.csv", [_sae_row(row) for row in figures["saes"]])
     _write_csv(folder / "groupings.csv", [_grouping_row(row) for row in figures["groupings"]])
@@ -117,16 +117,17 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def _sequences(results: Results) -> dict[str, np.ndarray]:
     """Return the sums per sequence: enough to compare this evaluation with another, paired."""
     sums = results.sums
-    arrays = {
-        "document": results.bootstrap.owner,
-        "clean_ce": sums.clean["ce"],
-        "predictions": sums.clean["predictions"],
-    }
+    arrays: dict[str, np.ndarray] = {"document": results.bootstrap.owner}
+    if sums.predicts:
+        arrays |= {"clean_ce": sums.clean["ce"], "predictions": sums.clean["predictions"]}
+    losses = ("ce", "kl") if sums.predicts else ("embedding_loss",)
+    first = losses[0]
     for layer, effects in sums.layers.items():
         x = effects.sums
         arrays |= {f"{name}/{layer}": x[name] for name in ("count", "sum_squares", "sum_x")}
-        arrays |= {f"zero_ce/{layer}": effects.zero["ce"], f"mean_ce/{layer}": effects.mean["ce"]}
+        arrays |= {f"zero_{first}/{layer}": effects.zero[first]}
+        arrays |= {f"mean_{first}/{layer}": effects.mean[first]}
     for (name, layer), pair in sums.pairs.items():
         arrays[f"squared_error/{name}/{layer}"] = pair.reconstruction["squared_error"]
-        arrays |= {f"{loss}/{name}/{layer}": pair.effect[loss] for loss in ("ce", "kl")}
+        arrays |= {f"{loss}/{name}/{layer}": pair.effect[loss] for loss in losses}
     return arrays

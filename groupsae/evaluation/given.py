@@ -40,7 +40,7 @@ def evaluate_suite(
         together: also splice all layers together.
     """
     saes, grouping = alone(suite)
-    sums = HeldoutSums(saes, [grouping], together and lm.predicts, similarity_tokens=0)
+    sums = HeldoutSums(saes, [grouping], together, similarity_tokens=0, predicts=lm.predicts)
     with token_progress(
         f"evaluating {len(sums.pairs)} pairs", blocks.numel(), stderr=True
     ) as advance:

@@ -1,6 +1,6 @@
 """One pass over held-out text: every SAE on every layer it serves, and spliced into the model."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from groupsae.cost.counter import flop_counter
 from groupsae.data.filters import TokenFilter, both
 from groupsae.evaluation.effect import CleanPredictions
+from groupsae.evaluation.embeddings import RANKED, CleanEmbeddings
 from groupsae.evaluation.reconstruction import LayerSums, ReconstructionSums, SequenceSums
 from groupsae.evaluation.similarity import Firings
 from groupsae.grouping.groupings import Grouping
@@ -43,7 +44,8 @@ class HeldoutSums:
 
     Attributes:
         clean: `ce` of the unchanged model and number of `predictions`. An effect has `ce` and
-            `kl`, over the same predictions.
+            `kl`, over the same predictions. If the model `predicts` nothing, clean has its
+            `embedding` and number of `embeddings`, and an effect `embedding_loss`.
         tokens: number of tokens counted, including those with extreme norms on some layer.
 
     `saes` are by name, each alone; `together` also splices all layers of each grouping together.
@@ -55,8 +57,9 @@ class HeldoutSums:
         groupings: list[Grouping],
         together: bool,
         similarity_tokens: int,
+        predicts: bool = True,
     ) -> None:
-        self.saes, self.groupings = saes, groupings
+        self.saes, self.groupings, self.predicts = saes, groupings, predicts
         d_model = next(iter(saes.values())).d_model
         self.tokens = 0
         self.clean = SequenceSums()
@@ -93,22 +96,20 @@ class HeldoutSums:
         predictions do not count, except for positions left out for their norm on one layer:
         every layer is judged on the same predictions.
         """
-        logits, acts = splicer.clean(tokens, self.layers)
+        output, acts = splicer.clean(tokens, self.layers)
         read = splicer.lm.read(tokens)
         counted = filters.tokens(read)
         self.tokens += tokens.numel() if counted is None else int(counted.sum())
-        clean = None if logits is None else CleanPredictions(logits, read, counted)
-        none = torch.zeros(len(tokens), dtype=torch.float64)
-        self.clean.append(
-            ce=none if clean is None else clean.ce,
-            predictions=none if clean is None else clean.predictions,
+        clean: CleanPredictions | CleanEmbeddings = (
+            CleanPredictions(output, read, counted)
+            if self.predicts
+            else CleanEmbeddings(output, counted)
         )
+        _add(self.clean, clean.sums)
 
         def splice(layer: int, x_hat: Tensor, keep: Tensor | None, into: SequenceSums) -> None:
-            ce = kl = none
-            if clean is not None:
-                ce, kl = clean.compare(splicer.resume(layer, _where(keep, x_hat, acts[layer])))
-            into.append(ce=ce, kl=kl)
+            spliced = splicer.resume(layer, _where(keep, x_hat, acts[layer]))
+            _add(into, clean.effect(spliced))
 
         for layer, effects in self.layers.items():
             x = acts[layer].float()
@@ -125,8 +126,6 @@ class HeldoutSums:
                     flat = None if keep is None else keep.flatten()
                     self.firings[name, layer].update(latents, flat)
         self.similarity_left -= tokens.numel()
-        if clean is None:
-            return
         for grouping in self.groupings if self.together else []:
             owner = grouping.sae_of_layer
 
@@ -135,8 +134,7 @@ class HeldoutSums:
                 x_hat = _reconstruct(self.saes[owner[layer]], x, layer)[1]
                 return _where(both(counted, filters.activations(x)), x_hat, found)
 
-            ce, kl = clean.compare(splicer.together(replace, owner))
-            self.together[grouping.name].append(ce=ce, kl=kl)
+            _add(self.together[grouping.name], clean.effect(splicer.together(replace, owner)))
 
 
 @torch.no_grad()
@@ -171,6 +169,12 @@ def run_heldout(
 def _reconstruct(suite: Suite, x: Tensor, layer: int) -> tuple[SparseLatents, Tensor]:
     latents = suite.encode_sparse(x.flatten(0, 1), layer)
     return latents, suite.decode_sparse(latents, layer).view_as(x)
+
+
+def _add(sums: SequenceSums, rows: Mapping[str, Tensor]) -> None:
+    """Add the sums of some blocks; embeddings only of those that are ranked."""
+    full = len(sums["embedding"]) >= RANKED
+    sums.append(**{name: row for name, row in rows.items() if not full or name != "embedding"})
 
 
 def _where(keep: Tensor | None, replaced: Tensor, original: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Bool, Float, Int64, Shaped
+from jaxtyping import Bool, Float, Float64, Int64, Shaped
 from torch import Tensor
 
 from groupsae.sae.base import SparseLatents
@@ -30,6 +30,9 @@ RATIOS = {
     "relative_bias": ("squares", "product"),
     "l0": ("active", "count"),
 }
+LARGEST = (
+    0.01  # share of the dimensions, those with the largest variance, that fvu_rest leaves out
+)
 DENSE = 0.1  # a latent that fires on a larger share of tokens is dense
 
 
@@ -65,6 +68,7 @@ class LayerSums(SequenceSums):
         super().__init__()
         self.d_model = d_model
         self._shift: Tensor | None = None
+        self._squares = np.zeros(d_model)
 
     @torch.no_grad()
     def update(
@@ -85,12 +89,28 @@ class LayerSums(SequenceSums):
             sum_x=z.sum(1, dtype=torch.float64),
             sum_squares=_per_sequence(z.square().sum(-1), keep),
         )
+        self._squares += z.square().sum((0, 1), dtype=torch.float64).cpu().numpy()
 
     @property
     def variance(self) -> float:
         """Return the sum over all tokens of |x - mean|^2, the mean being that of all tokens."""
         total = self["sum_x"].sum(0)
         return float(self["sum_squares"].sum() - total @ total / max(self["count"].sum(), 1.0))
+
+    @property
+    def variances(self) -> Float64[np.ndarray, " d_model"]:
+        """Return the parts of `variance`, by dimension."""
+        return self._squares - self["sum_x"].sum(0) ** 2 / max(self["count"].sum(), 1.0)
+
+    @property
+    def largest(self) -> Int64[np.ndarray, " dimension"]:
+        """Return the dimensions with the largest variance, `LARGEST` of them all, at least one."""
+        return np.argsort(self.variances)[-math.ceil(LARGEST * self.d_model) :]
+
+    @property
+    def largest_share(self) -> float:
+        """Return the share of the variance that is in the `largest` dimensions."""
+        return _ratio(self.variances[self.largest].sum(), self.variance)
 
     @property
     def squares(self) -> float:
@@ -118,6 +138,7 @@ class ReconstructionSums(SequenceSums):
         super().__init__()
         self.d_model, self.d_sae = d_model, d_sae
         self._error = np.zeros(d_model)
+        self._squared_error = np.zeros(d_model)
         self.fired = np.zeros(d_sae, dtype=np.int64)
 
     @torch.no_grad()
@@ -153,6 +174,8 @@ class ReconstructionSums(SequenceSums):
             error = torch.where(keep.unsqueeze(-1), error, 0.0)
             active = active & keep.reshape(-1, 1)
         self._error += error.sum((0, 1), dtype=torch.float64).cpu().numpy()
+        by_dimension = error.square().sum((0, 1), dtype=torch.float64)
+        self._squared_error += by_dimension.cpu().numpy()
         fired = torch.bincount(latents.indices[active], minlength=self.d_sae)
         self.fired = self.fired + fired.cpu().numpy()
 
@@ -160,6 +183,10 @@ class ReconstructionSums(SequenceSums):
     def ratios(self) -> dict[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]]:
         """Return both sums of each metric in `RATIOS`, of each sequence."""
         return {name: (self[top], self[bottom]) for name, (top, bottom) in RATIOS.items()}
+
+    def without(self, dimensions: Int64[np.ndarray, " dimension"]) -> float:
+        """Return the sum over all tokens of |e|^2 in the other dimensions."""
+        return float(np.delete(self._squared_error, dimensions).sum())
 
     @property
     def error_variance(self) -> float:
@@ -174,6 +201,8 @@ def layer_metrics(layer: LayerSums, sums: ReconstructionSums) -> dict[str, float
     - fvu = sum |e|^2 / sum |x - mean|^2, the mean over all tokens: the primary metric (the loss
       of the paper, appendix B, but over the complete set). SAELens 6 calls 1 - fvu
       explained_variance.
+    - fvu_rest = the same without the dimensions of the largest variance (1 % of them, at least
+      one): if these hold most of the variance, fvu shows little but them.
     - explained_variance_legacy = mean over tokens of 1 - |e|^2 / |x - batch mean|^2, the batch
       being the argument of `update`: the only metric here that depends on the batches. The
       paper's; `explained_variance_legacy` of SAELens and SAEBench.
@@ -203,6 +232,9 @@ def layer_metrics(layer: LayerSums, sums: ReconstructionSums) -> dict[str, float
     ratios = {name: _ratio(top.sum(), bottom.sum()) for name, (top, bottom) in sums.ratios.items()}
     values = {
         "fvu": _ratio(squared_error, layer.variance),
+        "fvu_rest": _ratio(
+            sums.without(layer.largest), float(np.delete(layer.variances, layer.largest).sum())
+        ),
         "explained_variance_legacy": ratios["explained_variance_legacy"],
         "explained_variance_dictionary_learning": 1 - _ratio(sums.error_variance, layer.variance),
         "explained_variance_saebench": 1 - _ratio(_ratio(squared_error, tokens), saebench),

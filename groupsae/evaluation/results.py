@@ -1,11 +1,12 @@
 """From the sums of the pass to the figures: values, intervals, means over layers, differences."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from groupsae.evaluation.effect import effect_metrics
+from groupsae.evaluation.embeddings import embedding_metrics, reciprocal_ranks
 from groupsae.evaluation.heldout import HeldoutSums, Pair
 from groupsae.evaluation.intervals import Bootstrap, Interval
 from groupsae.evaluation.latents import density_histogram, layer_profile
@@ -14,11 +15,24 @@ from groupsae.evaluation.similarity import mmco, mmcs
 from groupsae.grouping.groupings import Grouping
 from groupsae.grouping.partition import none_if_nan
 
-COMPARED = ("fvu", "delta_ce", "delta_ce_percent", "kl")  # against per-layer SAEs
-AVERAGED = (*COMPARED, "ce_score")  # of groupings; of an SAE everything is
-SPLICED = ("ce", "delta_ce", "delta_ce_percent", "kl")  # with all layers spliced together
+
+class Metrics(NamedTuple):
+    """Which metrics are computed for what."""
+
+    compared: tuple[str, ...]  # against per-layer SAEs
+    averaged: tuple[str, ...]  # of groupings; of an SAE everything is
+    spliced: tuple[str, ...]  # with all layers spliced together
+
+
+COMPARED = ("fvu", "delta_ce", "delta_ce_percent", "kl")
+AVERAGED = (*COMPARED, "ce_score")
+OF_DECODERS = Metrics(COMPARED, AVERAGED, ("ce", "delta_ce", "delta_ce_percent", "kl"))
+_MOVED = ("embedding_loss", "retrieval_loss")
+OF_ENCODERS = Metrics(
+    ("fvu", *_MOVED), ("fvu", *_MOVED, "embedding_score"), (*_MOVED, "retrieval")
+)
 # not a ratio of sums of each sequence, so not worth resampling
-PLAIN = ("explained_variance_dictionary_learning", "explained_variance_saebench")
+PLAIN = ("fvu_rest", "explained_variance_dictionary_learning", "explained_variance_saebench")
 
 # The value on all sequences, then on each resample: means and differences of them are paired.
 Estimate = np.ndarray
@@ -33,12 +47,14 @@ class Results:
 
     def __init__(self, sums: HeldoutSums, bootstrap: Bootstrap) -> None:
         self.sums, self.bootstrap = sums, bootstrap
-        self.clean = self._per_token(sums.clean["ce"])
+        self.metrics = OF_DECODERS if sums.predicts else OF_ENCODERS
+        self._loss = "ce" if sums.predicts else "embedding_loss"
+        self.clean = self._per_token(sums.clean["ce"]) if sums.predicts else None
+        self.clean_retrieval = None if sums.predicts else self._retrieval(sums.clean)
         self._scales = {
             layer: {
-                "zero": self._per_token(effects.zero["ce"]),
-                "mean": self._per_token(effects.mean["ce"]),
-                "kl_zero": self._per_token(effects.zero["kl"]),
+                "zero": self._per_token(effects.zero[self._loss]),
+                "mean": self._per_token(effects.mean[self._loss]),
             }
             for layer, effects in sums.layers.items()
         }
@@ -54,8 +70,9 @@ class Results:
     def to_json(self, costs: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:
         """Return everything as plain values; `costs` is grouping -> relative costs."""
         baseline = next((g for g in self.sums.groupings if g.kind == "per_layer"), None)
+        clean = {"ce": self.clean, "retrieval": self.clean_retrieval}
         return {
-            "ce": self._interval(self.clean),
+            **{name: self._interval(x) for name, x in clean.items() if x is not None},
             "layers": [self._layer(layer) for layer in self.sums.layers],
             "saes": [self._sae(name) for name in self.sums.saes],
             "results": [
@@ -71,14 +88,29 @@ class Results:
         }
 
     def _per_token(self, sums: np.ndarray) -> Estimate:
-        predictions = self.sums.clean["predictions"]
+        """Return the mean over predictions, or over embeddings."""
+        predictions = self.sums.clean["predictions" if self.sums.predicts else "embeddings"]
         total = float(predictions.sum())
         value = float(sums.sum()) / total if total else np.nan
         return _estimate(value, self.bootstrap.ratio(sums, predictions))
 
+    def _retrieval(self, sums: SequenceSums) -> Estimate:
+        ranks, counted = reciprocal_ranks(sums["embedding"], self.bootstrap.owner)
+        value = ranks.sum() / counted.sum() if counted.any() else None
+        return _estimate(value, self.bootstrap.ratio(ranks, counted))
+
     def _effect(self, sums: SequenceSums, layer: int) -> dict[str, Estimate]:
-        ce, kl = self._per_token(sums["ce"]), self._per_token(sums["kl"])
-        return effect_metrics(clean=self.clean, ce=ce, kl=kl, **self._scales[layer])
+        loss, scale = self._per_token(sums[self._loss]), self._scales[layer]
+        if self.clean is None:
+            assert self.clean_retrieval is not None
+            retrieval = self._retrieval(sums)
+            return embedding_metrics(
+                loss=loss, retrieval=retrieval, clean_retrieval=self.clean_retrieval, **scale
+            )
+        kl, kl_zero = (
+            self._per_token(each["kl"]) for each in (sums, self.sums.layers[layer].zero)
+        )
+        return effect_metrics(clean=self.clean, ce=loss, kl=kl, kl_zero=kl_zero, **scale)
 
     def _rebuilt(self, pair: Pair) -> dict[str, Estimate]:
         x, sums = self.sums.layers[pair[1]].sums, self.sums.pairs[pair].reconstruction
@@ -91,8 +123,9 @@ class Results:
         return {
             "layer": layer,
             "rms_norm": float(np.sqrt(x.squares / x["count"].sum())),
-            "ce_zero": self._interval(scale["zero"]),
-            "ce_mean": self._interval(scale["mean"]),
+            "largest_share": none_if_nan(x.largest_share),
+            f"{self._loss}_zero": self._interval(scale["zero"]),
+            f"{self._loss}_mean": self._interval(scale["mean"]),
         }
 
     def fired(self, name: str) -> np.ndarray:
@@ -134,7 +167,7 @@ class Results:
         if grouping.name in sums:
             first = next(iter(self.sums.layers))  # ablations play no part in these
             effect = self._effect(sums[grouping.name], first)
-            together = self._shown({name: effect[name] for name in SPLICED})
+            together = self._shown({name: effect[name] for name in self.metrics.spliced})
         return {
             "name": grouping.name,
             "kind": grouping.kind,
@@ -168,10 +201,13 @@ class Results:
     def _difference(self, ours: Grouping, other: Grouping) -> dict[str, Interval]:
         """Return the differences of means, each over the grouping's own grouped layers."""
         mine, theirs = self._over(ours, ours.grouped), self._over(other, other.grouped)
-        return self._shown({name: mine[name] - theirs[name] for name in COMPARED})
+        return self._shown({name: mine[name] - theirs[name] for name in self.metrics.compared})
 
     def _over(self, grouping: Grouping, layers: Sequence[int]) -> dict[str, Estimate]:
-        return self._mean([(grouping.sae_of_layer[layer], layer) for layer in layers], AVERAGED)
+        return self._mean(
+            [(grouping.sae_of_layer[layer], layer) for layer in layers],
+            self.metrics.averaged,
+        )
 
     def _mean(self, pairs: Sequence[Pair], metrics: Sequence[str]) -> dict[str, Estimate]:
         found = {name: [self.estimates[pair][name] for pair in pairs] for name in metrics}

@@ -69,11 +69,12 @@ class Heldout:
         bootstrap = Bootstrap(data.heldout_documents(steps), **self.bootstrap)
         if not run.lm.predicts:
             run.say(
-                f"{data.lm.name} predicts no next token (stack: {data.lm.stack}): reconstruction "
-                "is measured, cross-entropy and KL are left empty."
+                f"{data.lm.name} predicts no next token (stack: {data.lm.stack}): in place of "
+                "cross-entropy, the effect on its sentence embeddings is measured."
             )
-        spliced = self.together and run.lm.predicts
-        sums = HeldoutSums(run.saes, run.groupings, spliced, self.similarity_tokens)
+        sums = HeldoutSums(
+            run.saes, run.groupings, self.together, self.similarity_tokens, run.lm.predicts
+        )
         geometry, context = data.lm.geometry, data.packing.context
         tokens = steps * data.tokens_per_step
         begin_evaluation(run.folder / "evaluation")
@@ -82,7 +83,7 @@ class Heldout:
             flops += _run(data, sums, steps, means)
             results = Results(sums, bootstrap)
             figures = results.to_json(costs)
-        together = run.groupings if spliced else []
+        together = run.groupings if self.together else []
         planned = averaged * activation_flops(geometry.num_layers, geometry.d_model, context)
         planned += tokens * planned_flops(geometry, context, run.saes, together, run.lm)
         head = {

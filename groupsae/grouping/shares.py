@@ -44,6 +44,29 @@ class Shares(NamedTuple):
         return {name: values.tolist() for name, values in self._asdict().items()}
 
 
+def mean_dominates(shares: Shares) -> bool:
+    """Return whether uncentred angles compare means rather than tokens, at most layers."""
+    return _most(_common(shares))
+
+
+def _common(shares: Shares) -> np.ndarray:
+    """Return at which layers the mean of all tokens, or one dimension of all, dominates."""
+    everywhere = (shares.dimension_share > DOMINATES) & (shares.evenness >= 1 - DOMINATES)
+    return (shares.mean_share > DOMINATES) | (shares.token_cosine > DOMINATES) | everywhere
+
+
+def _most(dominated: np.ndarray) -> bool:
+    return bool(np.mean(dominated) > MOST_LAYERS)
+
+
+def described(shares: Shares) -> str:
+    """Return the shares of the mean and of the largest dimension, as part of a sentence."""
+    return (
+        f"the mean has {_range(shares.mean_share)} of a layer's squared norm, the largest "
+        f"dimension {_range(shares.dimension_share)} ({_names(shares.dimension)})"
+    )
+
+
 def advice(
     shares: Shares,
     *,
@@ -63,14 +86,9 @@ def advice(
         groups: those of uncentred and of centred distances; None if one of them is not known.
         overrides: arguments of the command that started the run.
     """
-
-    def most(dominated: np.ndarray) -> bool:
-        return bool(np.mean(dominated) > MOST_LAYERS)
-
     large, uneven = shares.dimension_share > DOMINATES, shares.evenness < 1 - DOMINATES
-    common = (shares.mean_share > DOMINATES) | (shares.token_cosine > DOMINATES)
     found, change = [], {}
-    if not filtered and most(large & uneven):
+    if not filtered and _most(large & uneven):
         found.append(
             "A few tokens of extreme norm, such as attention sinks, hold most of the squared norm "
             f"at most layers; one dimension has {_range(shares.dimension_share)} of it "
@@ -78,13 +96,12 @@ def advice(
         )
         change["stream.max_norm_ratio"] = "10"
     misled = centring == "none" and groups is not None and groups[0] != groups[1]
-    if groups is not None and misled and most(common | (large & ~uneven)):
+    if groups is not None and misled and mean_dominates(shares):
         uncentred, centred = map(len, groups)
         found.append(
-            "Uncentred angles compare the layers' mean activations rather than their tokens: the "
-            f"mean has {_range(shares.mean_share)} of a layer's squared norm, the largest "
-            f"dimension {_range(shares.dimension_share)} ({_names(shares.dimension)}), and the "
-            f"mean cosine of two tokens is {_range(shares.token_cosine, percent=False)}. "
+            "Uncentred angles compare the layers' mean activations rather than their tokens: "
+            f"{described(shares)}, and the mean cosine of two tokens is "
+            f"{_range(shares.token_cosine, percent=False)}. "
             f"Uncentred distances give {uncentred} group{'s' * (uncentred != 1)}, centred ones "
             + ("as many, but others." if centred == uncentred else f"{centred}.")
         )

@@ -88,6 +88,11 @@ class HookedLM:
             return given
         return {name: value for name, value in given.items() if name in self._accepted}
 
+    def output(self, result: Any) -> Float[Tensor, "block pos output"]:
+        """Return what a forward is judged by: logits, or without a head the last activations."""
+        found: Tensor = result.logits if self.predicts else result.last_hidden_state
+        return found
+
     @torch.no_grad()
     def run(self, inputs: dict[str, Any], layers: Iterable[int], visit: Visit, stop: bool) -> Any:
         """Run the model once and pass the activations of `layers` to `visit`.

@@ -398,8 +398,10 @@ def _hook(
     module: nn.Module = model
     if len(stacks_of(config)) > 1:
         module = model.get_encoder() if stack == "encoder" else model.get_decoder()
+    if stack == "encoder":
+        model = getattr(module, "base_model", module)  # without a head for masked tokens
     return HookedLM(
-        module if stack == "encoder" else model,
+        model,
         find_blocks(module, geometry.num_layers, blocks_path),
         hookpoint=hookpoint,
         submodule=submodule,

@@ -1,4 +1,6 @@
-"""Replace a layer's activations and compute the model's logits.
+"""Replace a layer's activations and compute the model's output.
+
+The output is the logits; of a model without a head (an encoder) its last activations.
 
 A full forward pass for each replaced layer would repeat the blocks before it. Here they run once
 per batch; each replacement then costs only the blocks after it. The result equals a full forward
@@ -34,7 +36,7 @@ class Splicer:
     there with the clean activations gives the clean logits.
 
     Args:
-        lm: a language model, with its head if it has one; without a head only `clean` works.
+        lm: a language model, with its head if it has one.
     """
 
     def __init__(self, lm: HookedLM) -> None:
@@ -50,20 +52,15 @@ class Splicer:
     @torch.no_grad()
     def clean(
         self, tokens: Int[Tensor, "block pos"], layers: Iterable[int]
-    ) -> tuple[
-        Float[Tensor, "block pos vocab"] | None, dict[int, Float[Tensor, "block pos d_model"]]
-    ]:
-        """Return the unchanged model's logits (None without a head) and its activations.
+    ) -> tuple[Float[Tensor, "block pos output"], dict[int, Float[Tensor, "block pos d_model"]]]:
+        """Return the unchanged model's output and its activations.
 
         Both are in the model's dtype, on the device of the tokens.
 
         Raises:
-            UserError: the logits are not finite, or the model cannot be resumed from a block.
+            UserError: the output is not finite, or the model cannot be resumed from a block.
         """
         wanted = sorted(set(layers))
-        if not self.lm.predicts:
-            found = self.lm.acts(tokens, wanted)
-            return None, {layer: acts.to(tokens.device) for layer, acts in found.items()}
         if not self._checked.issuperset(wanted):
             self._check(tokens[:1], wanted)
         return self._clean(tokens, wanted)
@@ -71,8 +68,8 @@ class Splicer:
     @torch.no_grad()
     def resume(
         self, layer: int, acts: Float[Tensor, "block pos d_model"]
-    ) -> Float[Tensor, "block pos vocab"]:
-        """Return the logits for the tokens of the last `clean`, with these activations at `layer`.
+    ) -> Float[Tensor, "block pos output"]:
+        """Return the output for the tokens of the last `clean`, with these activations at `layer`.
 
         Only the blocks after them run. They are cast to the model's dtype.
         """
@@ -80,16 +77,16 @@ class Splicer:
         acts = acts.to(self._device[layer], self._dtype).contiguous()
         if self.lm.hookpoint == "resid_post":
             with self._standing_in(layer + 1, acts):
-                return self.lm.model(**inputs).logits.to(self._tokens_on)
+                return self.lm.output(self.lm.model(**inputs)).to(self._tokens_on)
         with self._standing_in(layer, self._outputs.get(layer - 1)):
-            logits = self.lm.run(inputs, [layer], lambda *_: acts, stop=False).logits
-        return logits.to(self._tokens_on)
+            result = self.lm.run(inputs, [layer], lambda *_: acts, stop=False)
+        return self.lm.output(result).to(self._tokens_on)
 
     @torch.no_grad()
     def together(
         self, replace: Callable[[int, Tensor], Tensor], layers: Iterable[int]
-    ) -> Float[Tensor, "block pos vocab"]:
-        """Return the logits for the tokens of the last `clean`, all `layers` replaced together.
+    ) -> Float[Tensor, "block pos output"]:
+        """Return the output for the tokens of the last `clean`, all `layers` replaced together.
 
         `replace(layer, acts)` gets the activations after all replacements in earlier layers and
         returns the new ones, [block, pos, d_model]; they are cast to the model's dtype.
@@ -99,7 +96,7 @@ class Splicer:
         def visit(layer: int, acts: Tensor) -> Tensor:
             return replace(layer, acts.to(here)).to(acts)
 
-        return self.lm.run(inputs, layers, visit, stop=False).logits.to(here)
+        return self.lm.output(self.lm.run(inputs, layers, visit, stop=False)).to(here)
 
     def _last_inputs(self) -> dict[str, Any]:
         if self._inputs is None:
@@ -120,7 +117,7 @@ class Splicer:
         inputs = self.lm.inputs(tokens)
         handles = [block.register_forward_hook(keep) for block in self.lm.blocks]
         try:
-            logits = self.lm.run(inputs, layers, copy_into(acts), stop=False).logits
+            output = self.lm.output(self.lm.run(inputs, layers, copy_into(acts), stop=False))
         finally:
             for handle in handles:
                 handle.remove()
@@ -128,7 +125,7 @@ class Splicer:
         self._dtype, self._tokens_on = acts[layers[-1]].dtype, tokens.device
         self._device |= {layer: found.device for layer, found in acts.items()}
         moved = {layer: found.to(tokens.device) for layer, found in acts.items()}
-        return logits.to(tokens.device), moved
+        return output.to(tokens.device), moved
 
     @contextmanager
     def _standing_in(self, first: int, residual: Tensor | None) -> Iterator[None]:
@@ -153,26 +150,27 @@ class Splicer:
                     vars(block)["forward"] = forward
 
     def _check(self, tokens: Tensor, layers: list[int]) -> None:
-        """Check that the clean activations of each layer give the clean logits.
+        """Check that the clean activations of each layer give the clean output.
 
         They agree bit for bit if kernels are deterministic; the tolerance, relative to the largest
-        logit, is two steps of the dtype, at least 1e-4.
+        value, is two steps of the dtype, at least 1e-4.
         """
         name = type(self.lm.model).__name__
-        logits, acts = self._clean(tokens, layers)
-        if not logits.isfinite().all():
+        output, acts = self._clean(tokens, layers)
+        if not output.isfinite().all():
+            kind = "logits" if self.lm.predicts else "activations"
             raise UserError(
-                f"{name} gives logits that are not finite in {logits.dtype}: use "
+                f"{name} gives {kind} that are not finite in {output.dtype}: use "
                 "model.dtype=float32 or bfloat16."
             )
-        largest = logits.abs().max()
+        largest = output.abs().max()
         for layer in layers:
             try:
-                off = float((self.resume(layer, acts[layer]) - logits).abs().max() / largest)
-                found = f"changes the logits by {off:.1g} of the largest"
+                off = float((self.resume(layer, acts[layer]) - output).abs().max() / largest)
+                found = f"changes the output by {off:.1g} of the largest"
             except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
                 off, found = math.inf, f"ends in {type(error).__name__} ({error})"
-            if not off <= max(1e-4, 2 * torch.finfo(logits.dtype).eps):
+            if not off <= max(1e-4, 2 * torch.finfo(output.dtype).eps):
                 raise UserError(
                     f"{name} cannot be resumed from the middle: from {self.lm.hookpoint} of block "
                     f"{layer}, resuming with its own activations {found}. Its blocks pass on more "

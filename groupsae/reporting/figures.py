@@ -41,7 +41,11 @@ from groupsae.reporting.tables import groupings_table, layers_table, points
 
 MOST_LABELS = 15  # lines with a legend; more would need more room than the curves
 PANELS = 4  # in a row
-UNITS = {"fvu": "FVU (share of variance lost)", "delta_ce": "ΔCE (nats per token)"}
+UNITS = {
+    "fvu": "FVU (share of variance lost)",
+    "delta_ce": "ΔCE (nats per token)",
+    "embedding_loss": "1 − cosine of embeddings",
+}
 
 
 @dataclass(frozen=True)
@@ -282,13 +286,17 @@ MEANING = {
     "fvu": "FVU: the share of the variance of the activations that the reconstruction loses.",
     "delta_ce": "ΔCE: the rise of the language model's cross-entropy with the activations of one "
     "layer replaced by the reconstruction.",
+    "embedding_loss": "1 − cosine: how far the sentence embeddings move with the activations of "
+    "one layer replaced by the reconstruction.",
 }
 
 
 def _evaluation_figures(run: RunFiles) -> Iterator[Captioned]:
     several = len(run.groupings) > 1
+    means = run.grouped_layers
+    measured = {key: name for key, name in METRICS.items() if value_of(means.get(key)) is not None}
     for kind, (_, _, title, remark) in QUALITY.items() if several else ():
-        for metric, name in METRICS.items() if run.per_layer or kind != "lost" else ():
+        for metric, name in measured.items() if run.per_layer or kind != "lost" else ():
             yield Captioned(
                 f"{metric}_{kind}",
                 "quality",
@@ -296,7 +304,7 @@ def _evaluation_figures(run: RunFiles) -> Iterator[Captioned]:
                 f"{name} {title}, mean over the grouped layers. {remark} Bands and bars: "
                 f"confidence intervals. {MEANING[metric]}",
             )
-    for metric, name in METRICS.items():
+    for metric, name in measured.items():
         if figure := layer_bars(run, metric):
             yield Captioned(
                 f"{metric}_layers",

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 MINUS = "\N{MINUS SIGN}"
 NONE = "\N{EN DASH}"
 TIGHT = "\N{NO-BREAK SPACE}"  # between a number and its unit
-METRICS = {"fvu": "FVU", "delta_ce": "ΔCE"}  # of curves and comparisons; lower is better
+# of curves and comparisons; lower is better; the last one of encoders
+METRICS = {"fvu": "FVU", "delta_ce": "ΔCE", "embedding_loss": "1 − cosine"}
 RULE_NAMES = {
     "complete": "complete linkage",
     "minmax": "min-max",

@@ -229,8 +229,8 @@ def _notes(run: RunFiles) -> list[str]:
             "The effect of the SAEs on the language model was not measured yet: "
             + command("evaluate", run=run.folder)
         )
-    if chosen is not None and value_of(run.evaluation["ce"]) is None:
-        notes.append("The language model predicts no next token, so there is no cross-entropy.")
+    if chosen is not None and value_of(run.evaluation.get("ce")) is None:
+        notes.append("The language model predicts no next token: its sentence embeddings count.")
     if chosen is not None and not run.imported:
         even = any("even" in g["rules"] for g in run.groupings if g["kind"] == "groups")
         if run.per_layer is None:

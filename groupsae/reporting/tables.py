@@ -35,8 +35,15 @@ HEADINGS = {  # of the columns that are shown
     "baseline": "baseline", "metric": "metric", "architecture": "SAE type", "seed": "seed",
     "diameter": "largest angle, fractions of π", "num_groups": "G", "amad": "AMAD",
     "flops": "FLOPs", "seconds_share": "time",
-    "fvu": "FVU", "delta_ce": "ΔCE, nats", "delta_ce_percent": "ΔCE, %", "ce_score": "CE score",
+    "fvu": "FVU", "fvu_rest": "FVU of the rest", "largest_share": "largest 1 % of dimensions",
+    "delta_ce": "ΔCE, nats", "delta_ce_percent": "ΔCE, %", "ce_score": "CE score",
     "kl": "KL, nats", "l0": "L0",
+    "embedding_loss": "1 − cosine of embeddings", "embedding_score": "embedding score",
+    "retrieval_loss": "retrieval lost", "embedding_loss_lost": "1 − cosine lost",
+    "retrieval_loss_lost": "retrieval lost by sharing",
+    "embedding_loss_together": "1 − cosine, all at once",
+    "retrieval_together": "retrieval, all at once",
+    "embedding_loss_zero": "1 − cosine at zero", "embedding_loss_mean": "1 − cosine at the mean",
     "fvu_lost": "FVU lost", "delta_ce_lost": "ΔCE lost, nats",
     "delta_ce_percent_lost": "ΔCE lost, %",
     "ce_together": "CE, all layers at once, nats", "delta_ce_together": "ΔCE, all at once, nats",
@@ -91,14 +98,14 @@ INTEGERS = (
 WRITERS: dict[str, Callable[[Any], str]] = {  # of other numbers
     **dict.fromkeys(INTEGERS, "{:,}".format),
     **dict.fromkeys(("dead", "dense", "specific", "saved", "flops_saved"), percent),
-    **dict.fromkeys(("mean_share", "dimension_share"), percent),
+    **dict.fromkeys(("mean_share", "dimension_share", "largest_share"), percent),
     **dict.fromkeys(("flops", "seconds_share"), partial(percent, digits=0)),
     **dict.fromkeys(("planned_flops", "measured_flops"), flops),
     **dict.fromkeys(("seconds", "seconds_separately", "bound_seconds"), duration),
     **dict.fromkeys(("seed", "dimension", "latent"), str),
     **dict.fromkeys(("same", "narrows", "different", "unclear", "one_layer"), percent),
 }
-DIFFERENCES = (*METRICS, "delta_ce_percent")
+DIFFERENCES = (*METRICS, "delta_ce_percent", "retrieval_loss")
 PARTS = {
     "activations": "language model",
     "distances": "layer distances",
@@ -314,7 +321,10 @@ def layers_table(run: RunFiles) -> Table | None:
             found.append(("mean", sae["name"], sae))
     for name in ("grouped", "all") if chosen else ():
         found.append(("mean", f"{name} layers", chosen[f"{name}_layers"]))
-    metrics = ("fvu", "delta_ce", "delta_ce_percent", "ce_score", "kl")
+    metrics = [
+        *("fvu", "delta_ce", "delta_ce_percent", "ce_score", "kl"),
+        *("embedding_loss", "embedding_score", "retrieval_loss"),  # of encoders
+    ]
     return build(
         "layers",
         "Every layer with the SAE of its group, and means over layers",
@@ -327,22 +337,30 @@ def layers_table(run: RunFiles) -> Table | None:
 
 
 def scale_table(run: RunFiles) -> Table | None:
-    """Return the CE with a layer ablated: the ends of the scale that a CE score is on."""
+    """Return the loss with a layer ablated: the ends of the scale that a score is on."""
     clean, low, high = interval(run.evaluation.get("ce"))
-    if clean is None:  # the model predicts no next token
+    retrieval = value_of(run.evaluation.get("retrieval"))
+    if clean is None and retrieval is None:
         return None
     ends = "" if low is None else f" ({number(low)} to {number(high)})"
+    caption = (
+        f"The model's CE is {number(clean)} nats{ends}; with a "
+        "layer set to zero (where the CE score is 0) or to its mean it becomes"
+        if clean is not None
+        else f"The model's embeddings find a block of the same document: mean reciprocal rank "
+        f"{number(retrieval)}. With a layer set to zero (where the embedding score is 0) or to "
+        "its mean, 1 − the cosine with the model's own embeddings is"
+    )
     return build(
         "ce_scale",
-        f"The model's CE is {number(clean)} nats{ends}; with a "
-        "layer set to zero (where the CE score is 0) or to its mean it becomes",
+        caption,
         [
             {
                 "layer": str(x["layer"]),
-                **estimates(x, "ce_zero", "ce_mean"),
-                **plain(x, "rms_norm"),
+                **estimates(x, "ce_zero", "ce_mean", "embedding_loss_zero", "embedding_loss_mean"),
+                **plain(x, "rms_norm", "largest_share"),
             }
-            for x in run.evaluation["layers"]
+            for x in run.evaluation.get("layers", [])
         ],
     )
 
@@ -350,11 +368,12 @@ def scale_table(run: RunFiles) -> Table | None:
 def variants_table(run: RunFiles) -> Table | None:
     """Return reconstruction as other tools name and count it."""
     tools = ("legacy", "dictionary_learning", "saebench")
-    keys = ("fvu", *(f"explained_variance_{tool}" for tool in tools))
+    keys = ("fvu", "fvu_rest", *(f"explained_variance_{tool}" for tool in tools))
     keys += ("mse", "cosine", "norm_ratio", "relative_bias")
     return build(
         "variants",
-        "Reconstruction in the definitions of other tools (EV: explained variance)",
+        "Reconstruction without the 1 % of dimensions of the largest variance (FVU of the rest), "
+        "and in the definitions of other tools (EV: explained variance)",
         [{"layer": str(x), **plain(r, *keys)} for x, r in run.layer_results(run.chosen).items()],
     )
 
@@ -415,6 +434,7 @@ def groupings_table(run: RunFiles) -> Table | None:
                 **estimates(grouping["grouped_layers"], *DIFFERENCES),
                 **estimates(grouping["against_per_layer"] or {}, *DIFFERENCES, suffix="_lost"),
                 **estimates(together, "ce", *DIFFERENCES[1:], "kl", suffix="_together"),
+                **estimates(together, "retrieval", suffix="_together"),
             }
         )
     return build(

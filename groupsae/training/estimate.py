@@ -183,7 +183,9 @@ def run_trial(
     `own` are the numbers in the plan of those to train, `make` makes a batch with the rows of
     their slots, and `heldout` the parts of a validation batch.
     """
-    copy = GroupSAESuite(sae=suite.make_sae, **suite.make_group.keywords)
+    copy = GroupSAESuite(
+        sae=suite.make_sae, b_dec_start=suite.b_dec_start, **suite.make_group.keywords
+    )
     ones = dict.fromkeys(range(plan.num_layers), 1.0)
     means = dict.fromkeys(range(plan.num_layers), torch.zeros(suite.d_model))
     copy.set_plan(plan, getattr(suite, "norm_factors", ones), own, means)

@@ -23,10 +23,11 @@ from groupsae.files.locks import one_at_a_time
 from groupsae.files.reading import damaged, read_npz
 from groupsae.grouping.angles import AngularDistance
 from groupsae.grouping.moments import LayerMoments
-from groupsae.grouping.shares import Shares
+from groupsae.grouping.shares import Shares, mean_dominates
 from groupsae.lm.load import FrozenLM
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.progress import token_progress
+from groupsae.training.losses import Losses, measure_losses
 
 FORMAT = 6  # of the cached file
 # Tokens that the distances of the other centring are measured on. Angles of one pair of layers
@@ -54,6 +55,8 @@ class Measurement:
         provenance: model, text, tokens and options behind them.
         seconds: duration of the measurement, when it was made.
         shares: what each layer's squared norm consists of; None in files that are older.
+        losses: of the unchanged model on a little of the text, see `Losses`; None in files that
+            are older, and if it predicts no next token.
         other_distances: as `distances` with the other centring, from `SAMPLE` tokens that are
             evenly spread over the text; None in files that are older, or if the filters left out
             all of these tokens.
@@ -73,6 +76,12 @@ class Measurement:
     cosines: np.ndarray | None = None
     other_cosines: np.ndarray | None = None
     means: np.ndarray | None = None
+    losses: Losses | None = None
+
+    @property
+    def mean_dominates(self) -> bool:
+        """Return whether uncentred angles mislead; False in files that are older."""
+        return self.shares is not None and mean_dominates(self.shares)
 
     @property
     def other_centring(self) -> str:
@@ -106,8 +115,10 @@ class Measurement:
     def save(self, path: Path) -> None:
         """Write everything into one npz, atomically."""
         values = {**vars(self), "provenance": np.array(json.dumps(self.provenance))}
-        values |= {} if self.shares is None else self.shares._asdict()
-        values = {name: x for name, x in values.items() if name != "shares" and x is not None}
+        for group in (self.shares, self.losses):
+            values |= {} if group is None else group._asdict()
+        grouped = ("shares", "losses")
+        values = {name: x for name, x in values.items() if name not in grouped and x is not None}
         with atomic_write(path, shared=True) as handle:
             np.savez(handle, **values)
 
@@ -128,7 +139,11 @@ class Measurement:
                 json.loads(str(stored["provenance"])),
                 float(stored["seconds"]),
                 Shares.read(stored),
-                *(stored.get(x) for x in ("other_distances", "cosines", "other_cosines", "means")),
+                stored.get("other_distances"),
+                stored.get("cosines"),
+                stored.get("other_cosines"),
+                stored.get("means"),
+                Losses.read(stored),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise damaged(path) from error
@@ -277,6 +292,7 @@ def _measure(
         angles.cosines().cpu().numpy(),
         other_cosines,
         found.mean.cpu().numpy(),
+        measure_losses(data, device) if trainer.is_global_zero else None,
     )
 
 

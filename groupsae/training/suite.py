@@ -70,7 +70,8 @@ class GroupSAESuite(L.LightningModule):
         seed: int,
     ) -> None:
         super().__init__()
-        check_choice("b_dec_start", b_dec_start, STARTS)
+        check_choice("b_dec_start", b_dec_start, ("auto", *STARTS))
+        self.b_dec_start = b_dec_start  # `auto` until the layers are measured
         check_choice("nonfinite", nonfinite, ACTIONS)
         self.make_sae, self.d_model, self.optim, self.nonfinite = sae, d_model, optim, nonfinite
         self.means: Mapping[int, Tensor] | None = None
@@ -79,7 +80,6 @@ class GroupSAESuite(L.LightningModule):
             d_model=d_model,
             optim=optim,
             dead_after=dead_after,
-            b_dec_start=b_dec_start,
             nonfinite=nonfinite,
             seed=seed,
         )
@@ -89,7 +89,10 @@ class GroupSAESuite(L.LightningModule):
         self.shown: dict[str, float] = {}  # figures for the progress bar
         self.sizes: dict[tuple[float, int], Size] = {}
         size = self.size(1.0)  # raises UserError if the SAE is impossible
-        self.d_sae, self.needs_means = size.d_sae, b_dec_start == "mean" or size.own_biases
+        self.d_sae, self.needs_means = (
+            size.d_sae,
+            b_dec_start in ("mean", "auto") or size.own_biases,
+        )
 
     # ---- the plan and its SAEs ------------------------------------------------------------
 
@@ -158,6 +161,7 @@ class GroupSAESuite(L.LightningModule):
                 norm_factors=self.norm_factors,
                 sae=self.factory(planned.width),
                 means=self.means,
+                b_dec_start=self.b_dec_start.replace("auto", "zero"),  # auto: only in a trial
             )
         except UserError as error:  # too few latents: full width was checked before
             raise UserError(

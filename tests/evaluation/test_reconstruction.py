@@ -76,8 +76,10 @@ def reference(batch, keep):
     mse = (error**2).sum(1).mean()
     ratios = (error**2).sum(1) / ((x - x.mean(0)) ** 2).sum(1)
     wrong = (x**2).sum(1).mean() - (x**2).mean() ** 2
+    rest = np.delete(np.arange(D_MODEL), x.var(0).argmax())
     return {
         "fvu": (error**2).sum() / total,
+        "fvu_rest": (error[:, rest] ** 2).sum() / (x.var(0)[rest].sum() * len(x)),
         "explained_variance_legacy": (1 - ratios).mean(),
         "explained_variance_dictionary_learning": 1 - error.var(0).sum() / x.var(0).sum(),
         "explained_variance_saebench": 1 - mse / wrong,
@@ -101,6 +103,18 @@ def test_metrics_equal_float64_formulas(batch):
     close(metrics_of(batch), expected)
     assert 0 < expected["dead"] < 1
     assert 0 < expected["dense"] < 1
+
+
+def test_an_fvu_that_one_dimension_makes_good_is_seen():
+    x, x_hat, latents = sample(9)
+    x[..., 2] *= 1000  # nearly all of the variance
+    x_hat = torch.where(torch.arange(D_MODEL) == 2, x, x.mean((0, 1)))
+    layer, sums = sums_of((x, x_hat, latents))
+    found = layer_metrics(layer, sums)
+    assert found["fvu"] < 1e-3
+    assert found["fvu_rest"] == pytest.approx(1, rel=1e-4)
+    assert layer.largest.tolist() == [2]
+    assert layer.largest_share > 0.999
 
 
 def test_left_out_positions_count_nowhere_whatever_they_hold(batch):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from groupsae.grouping.moments import LayerMoments
-from groupsae.grouping.shares import Shares, advice
+from groupsae.grouping.shares import Shares, advice, mean_dominates
 from tests.helpers.runs import composed
 
 D, TOKENS = 16, 4000
@@ -99,6 +99,16 @@ def test_a_mean_that_dominates_is_named_with_both_numbers_of_groups_and_a_comman
     assert command(text) == [*GIVEN[:3], "calibration.centring=mean"]
     cfg = composed(command(text))
     assert (cfg.calibration.centring, cfg.output) == ("mean", "my runs (1)")
+
+
+def test_centring_is_chosen_where_the_mean_dominates_at_most_layers() -> None:
+    for layers, chosen in (
+        ([planted(0.74), planted(0.93), planted(0.24)], True),
+        ([planted(0.74), planted(0.2), planted(0.24)], False),
+        ([sunk(0.8), sunk(0.8)], True),  # hidden from its share, seen in the cosine
+    ):
+        shares = shares_of(*layers)
+        assert mean_dominates(shares) is chosen
 
 
 def test_sinks_are_named_with_a_command() -> None:

@@ -181,6 +181,22 @@ def test_a_model_without_next_tokens_has_no_cross_entropy(tmp_path: Path) -> Non
     assert "predicts no next token" in texts_of(folder)
     assert "nats" not in texts_of(folder) + str(tiles_of(folder))
 
+    def with_embeddings(evaluation: dict[str, Any]) -> None:
+        evaluation["retrieval"] = {"value": 0.75, "low": None, "high": None}
+        for layer in evaluation["layers"]:
+            layer |= {"embedding_loss_zero": 0.9, "ce_zero": None, "ce_mean": None}
+        for grouping in evaluation["groupings"]:
+            grouping["grouped_layers"]["embedding_loss"] = 0.25
+
+    change(folder, with_embeddings)
+    scale = tables.scale_table(read_run(folder))
+    assert scale is not None
+    assert "0.7500" in scale.caption
+    assert set(scale.frame["embedding_loss_zero"]) == {0.9}
+    table = tables.groupings_table(read_run(folder))
+    assert table is not None
+    assert set(table.frame["embedding_loss"]) == {0.25}
+
 
 # ---- one table at a time ------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from groupsae.training import measure as measuring
 from groupsae.training.measure import Measurement, cached, measure
 from tests.grouping.test_shares import command
 from tests.helpers.data_modules import CONTEXT, data_module
+from tests.helpers.evaluated import blocks as packed
 from tests.helpers.lms import frozen
 from tests.helpers.runs import overrides, run
 
@@ -196,3 +197,44 @@ def test_the_warning_names_a_command_that_gives_the_groups_it_promises(
     )
     assert other["plan"]["groups"] == stored["other"]["groups"]
     assert other["other"]["groups"] == stored["plan"]["groups"]
+
+
+def test_centring_auto_is_that_of_the_rule(tiny_lm, tiny_text, tmp_path, monkeypatch, capsys):
+    """Equal to the run that names the centring, and resumed with it."""
+    for dominates, named in ((True, "mean"), (False, "none")):
+        monkeypatch.setattr(measuring, "mean_dominates", lambda _, chosen=dominates: chosen)
+        runs = {}
+        for centring in ("auto", named):
+            out = tmp_path / f"{named}-{centring}"
+            given = overrides(tiny_lm, tiny_text, out, f"calibration.centring={centring}")
+            if centring != "auto":
+                given.append("b_dec_start=zero")
+            status, folder = run(given)
+            assert status == 0
+            start = "mean" if dominates else "zero"
+            expected = f"Chosen: calibration.centring={named} b_dec_start={start}, as the mean has"
+            assert (expected in " ".join(capsys.readouterr().out.split())) == (centring == "auto")
+            runs[centring] = json.loads((folder / "groups.json").read_text())
+        assert runs["auto"]["measured"]["centring"] == named
+        assert runs["auto"]["plan"] == runs[named]["plan"]
+        status, _ = run(given)  # finished: confirmed, not repeated
+        assert status == 0
+
+
+def test_a_loss_above_guessing_by_frequency_is_warned_about(tiny_lm, tiny_text, tmp_path, capsys):
+    status, folder = run(overrides(tiny_lm, tiny_text, tmp_path))
+    assert status == 0
+    losses = Measurement.load(folder / "angles.npz").losses
+    counts = np.bincount(packed(folder, "train").flatten())
+    share = counts[counts > 0] / counts.sum()
+    assert losses.unigram_entropy == pytest.approx(-(share * np.log(share)).sum())
+    tokens = packed(folder, "calibration")[:8]
+    model = AutoModelForCausalLM.from_pretrained(tiny_lm).eval()
+    with torch.no_grad():
+        expected = float(model(tokens, labels=tokens).loss)
+    assert losses.cross_entropy == pytest.approx(expected, rel=1e-5)
+    assert losses.cross_entropy > losses.unigram_entropy  # the weights are random
+    shown = capsys.readouterr().out
+    assert "warning: the cross-entropy of" in shown
+    assert shown.index("stream.prepend_bos=true") < shown.index("Run folder")
+    assert losses._replace(cross_entropy=1.0).warning("x", False) is None

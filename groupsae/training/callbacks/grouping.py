@@ -15,7 +15,7 @@ from groupsae.grouping.choices import Choice
 from groupsae.grouping.partition import Partition
 from groupsae.grouping.plan import GroupPlan, PlannedSAE, name_of
 from groupsae.grouping.rules import needs_distances
-from groupsae.grouping.shares import advice
+from groupsae.grouping.shares import advice, described
 from groupsae.runtime.errors import UserError, check_choice
 from groupsae.suite.groups_file import load_plan
 from groupsae.training.estimate import bytes_free, bytes_needed, forecast, refuse
@@ -63,6 +63,7 @@ class GroupLayers(L.Callback):
         check_choice("calibration.scale", scale, SCALES)
         self.choice, self.folder, self.cache, self.show = choice, Path(folder), Path(cache), show
         self.tokens, self.centring, self.scale = tokens, centring, scale
+        self.by_rule: dict[str, str] = {}  # option -> value, where the option is auto
         self.groups_file = self.folder / "groups.json"
         self.angles_file = self.folder / "angles.npz"
 
@@ -80,9 +81,7 @@ class GroupLayers(L.Callback):
             # one SAE at least: before the long measurement
             one = PlannedSAE(name_of([0]), [0], 1.0)
             _refuse(trainer, bytes_needed(suite, data, [one], trainer.world_size), 1)
-            self.measurement = measure(
-                data, trainer, self.tokens, self.centring, self.cache, suite.needs_means
-            )
+            self.measurement = self.measured(trainer, data, suite.needs_means)
             measured = self.measurement
             self.plan = self.choice.plan(measured.distances, measured.cosines)
         if self.measurement.other_distances is not None:
@@ -101,6 +100,14 @@ class GroupLayers(L.Callback):
 
     # ---- steps of setup -------------------------------------------------------------------
 
+    def measured(self, trainer: L.Trainer, data: ActivationDataModule, means: bool) -> Measurement:
+        """Measure the layers; with centring=auto again, centred, if the mean dominates."""
+        centring = "none" if self.centring == "auto" else self.centring
+        found = measure(data, trainer, self.tokens, centring, self.cache, means)
+        if self.centring == "auto" and found.mean_dominates:
+            return measure(data, trainer, self.tokens, "mean", self.cache, means)
+        return found
+
     def read(self, data: ActivationDataModule) -> None:
         """Read the groups of an earlier start of this run."""
         self.confirm(data)
@@ -117,6 +124,8 @@ class GroupLayers(L.Callback):
         """
         stored = (read_json(self.groups_file) or {}).get("measured", {})
         today = provenance_of(data, self.tokens, self.centring)
+        if self.centring == "auto":
+            today["centring"] = stored.get("centring")
         del today["model"]  # its folder may have moved; `weights` identifies it
         if stored and stored["weights"] == data.lm.earlier_fingerprint():
             today["weights"] = stored["weights"]
@@ -131,6 +140,11 @@ class GroupLayers(L.Callback):
     def place(self, trainer: L.Trainer, suite: GroupSAESuite, data: ActivationDataModule) -> None:
         """Give the plan to the suite: all SAEs to each process, or to each its own."""
         factors, means = self.measurement.norm_factors(self.scale), self.measurement.layer_means()
+        if self.centring == "auto":
+            self.by_rule["calibration.centring"] = self.measurement.provenance["centring"]
+        if suite.b_dec_start == "auto":
+            suite.b_dec_start = "mean" if self.measurement.mean_dominates else "zero"
+            self.by_rule["b_dec_start"] = suite.b_dec_start
         if not isinstance(trainer.strategy, SAEParallel):
             saes = self.plan.members
             _refuse(trainer, bytes_needed(suite, data, saes, trainer.world_size), len(saes))
@@ -177,6 +191,14 @@ class GroupLayers(L.Callback):
             "other": None if other is None else {"centring": centring, **other.to_json()},
         }
 
+    def chosen(self) -> str | None:
+        """Return what was chosen by the shares of the norm, and why; None if nothing was."""
+        shares = self.measurement.shares
+        if not self.by_rule or shares is None:
+            return None
+        values = " ".join(f"{key}={value}" for key, value in self.by_rule.items())
+        return f"Chosen: {values}, as {described(shares)}."
+
     def advice(self, overrides: Sequence[str]) -> str | None:
         """Return the advice of `shares.advice` on the command with these arguments."""
         measured, other = self.measurement, self.other
@@ -184,7 +206,7 @@ class GroupLayers(L.Callback):
             return None
         return advice(
             measured.shares,
-            centring=self.centring,
+            centring=measured.provenance["centring"],
             filtered=measured.provenance["max_norm_ratio"] is not None,
             groups=None if other is None else (self.plan.partition.groups, other.groups),
             overrides=overrides,

