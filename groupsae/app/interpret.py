@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import Progress
@@ -42,7 +43,13 @@ from groupsae.interpretation.explain import (
     explain_sae,
     start_worker,
 )
-from groupsae.interpretation.files import COLLECTED, FORMAT, Interpretation, save_collected
+from groupsae.interpretation.files import (
+    COLLECTED,
+    FORMAT,
+    Interpretation,
+    of_layer,
+    save_collected,
+)
 from groupsae.interpretation.judged import read_judged
 from groupsae.interpretation.page import labels_of, write_page
 from groupsae.interpretation.run import Pass, Process
@@ -102,7 +109,7 @@ def interpret(
     found = Interpretation(target)
     explained = explain(found, options, console)
     print_explanations(console, explained)
-    directions = {name: suite.saes[name].directions() for name, suite in saes.items()}
+    directions = {name: suite.directions(name) for name, suite in saes.items()}
     write_frames(target, explained, groupings(plan), directions, options.seed)
     run = read_run(folder)
     print_groupings(console, run)
@@ -248,10 +255,13 @@ def collect(
     _wait_for_all(process)
     if process.rank == 0:
         found.join()
-        directions = {
-            name: directions_of(suite.saes[name].directions(), data.hooked)
-            for name, suite in saes.items()
-        }
+        directions = {}
+        for name, suite in saes.items():
+            directions[name] = directions_of(suite.directions(name), data.hooked)
+            mapped = suite.saes[name].maps is not None and suite.saes[name].layer_rank > 0
+            for layer in suite.layers if mapped else ():
+                decoder = F.normalize(suite[layer].W_dec, dim=1)
+                directions[of_layer(name, layer)] = directions_of(decoder, data.hooked)
         shown = set(text.read().flatten().tolist())
         for each in directions.values():
             shown |= {*each.promoted.flatten().tolist(), *each.suppressed.flatten().tolist()}

@@ -148,7 +148,7 @@ class Results:
             "name": name,
             "layers": suite.layers,
             "d_sae": sae.d_sae,
-            "architecture": type(sae).__name__,
+            "architecture": type(sae).__name__ + sae.own,
             "width": config.get("width", 1.0),
             "tokens": config.get("tokens"),
             **{k: None if None in v else float(np.mean(v)) for k, v in plain.items()},
@@ -225,7 +225,7 @@ class Results:
             if baseline is None or baseline.sae_of_layer[layer] == name:
                 continue
             other = baseline.sae_of_layer[layer]
-            decoders = [self.sums.saes[n].saes[n].directions() for n in (other, name)]
+            decoders = [self.sums.saes[n][layer].W_dec for n in (other, name)]
             rows.append(
                 {
                     "sae": name,

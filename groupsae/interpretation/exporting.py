@@ -54,8 +54,8 @@ def check_interpreted(suite: Suite, found: Interpretation, grouping: str | None)
             f"{found.folder} has nothing about {', '.join(missing)}: "
             f"{command('interpret', *more, run=run)}"
         )
-    for name, sae in suite.saes.items():
-        decoder, about = sae.directions().cpu().float().numpy(), found.saes[name].directions
+    for name in suite.saes:
+        decoder, about = suite.directions(name).cpu().float().numpy(), found.saes[name].directions
         same = len(decoder) == len(about.nearest)
         if same:  # the cosines of the decoder's rows are those that were collected
             cosines = np.einsum("ld,lnd->ln", decoder, decoder[about.nearest])
@@ -92,7 +92,7 @@ def export_pages(
             origin = Origin.of(group, layer, config)
             num_layers = len(config.get("modules") or range(max(suite.layers) + 1))
             about = LayerFeatures(
-                found, suite.saes[group], origin, num_layers, names, dataset, labels
+                found, suite[layer].sae, origin, num_layers, names, dataset, labels
             )
             folder = temporary / form.folder_name(about)
             folder.mkdir(parents=True)

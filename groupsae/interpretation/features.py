@@ -90,6 +90,7 @@ class LayerFeatures:
         self.found, self.sae, self.origin = found, sae, origin
         self.num_layers, self.names, self.dataset = num_layers, names, dataset
         self.collected: CollectedSAE = found.saes[origin.group]
+        self.directions = self.collected.directions_at(origin.layer)
         self.decoder: Float[np.ndarray, "d_sae d_model"] = sae.directions().cpu().float().numpy()
         self.tokens = sum(found.num_tokens)
         self.fired: Int[np.ndarray, " d_sae"] = self.collected.fired(origin.layer).sum(0)
@@ -146,7 +147,7 @@ class LayerFeatures:
         Histograms are pairs of bin centres and counts. What was not collected is an empty list:
         correlations with neurons and with other latents.
         """
-        about, row = self.collected.directions, self.decoder[latent]
+        about, row = self.directions, self.decoder[latent]
         largest = np.argsort(-row, kind="stable")[:ALIGNED]
         counts, ends = self._trimmed(latent)
         return {
@@ -191,7 +192,7 @@ class LayerFeatures:
         return counts[latent, :size], width * np.arange(1, size + 1)
 
     def _logit_bins(self, latent: int) -> list[float]:
-        about = self.collected.directions
+        about = self.directions
         bins = about.histogram.shape[1]
         low, high = float(about.lowest[latent]), float(about.highest[latent])
         return significant(low + (high - low) * (np.arange(bins) + 0.5) / max(bins, 1))

@@ -124,12 +124,26 @@ class CollectedSAE:
     @cached_property
     def directions(self) -> Directions:
         """Return each latent's neighbours in the decoder and its effect on the logits."""
-        with np.load(self.folder / f"{self.name}.npz", allow_pickle=False) as stored:
-            return Directions(*(stored[name] for name in Directions._fields))
+        return _read_directions(self.folder / f"{self.name}.npz")
+
+    def directions_at(self, layer: int) -> Directions:
+        """Return the same of the decoder that the SAE has on a layer."""
+        file = self.folder / f"{of_layer(self.name, layer)}.npz"
+        return _read_directions(file) if file.exists() else self.directions
 
     def _statistic(self, layer: int, name: str) -> np.ndarray:
         found: np.ndarray = self._tensors[f"statistics/layer.{layer}/{name}"].numpy()
         return found
+
+
+def of_layer(name: str, layer: int) -> str:
+    """Return the name of an SAE's directions on one layer, where layers differ in them."""
+    return f"{name}/layer.{layer}"
+
+
+def _read_directions(file: Path) -> Directions:
+    with np.load(file, allow_pickle=False) as stored:
+        return Directions(*(stored[name] for name in Directions._fields))
 
 
 class Interpretation:
@@ -216,7 +230,8 @@ def save_collected(
                 np.save(target / name / f"layer.{layer}.npy", rows)
             tensors = {k: v.contiguous().cpu() for k, v in collector.state().items()}
             (target / f"{name}.safetensors").write_bytes(save(tensors))
-            np.savez_compressed(target / f"{name}.npz", **directions[name]._asdict())
+        for name, each in directions.items():
+            np.savez_compressed(target / f"{name}.npz", **each._asdict())
         np.save(target / "tokens.npy", found.text.read())
     write_json(target / "strings.json", {str(token): text for token, text in strings.items()})
     saes = [_sae_head(collector, found) for collector in found.collectors.values()]

@@ -112,7 +112,7 @@ def _place(layer: LayerFeatures, latent: int) -> Row:
 
 def _feature(layer: LayerFeatures, feature: Row) -> Row:
     latent = feature["feature_index"]
-    near, highest = layer.collected.directions, float(layer.highest[latent])
+    near, highest = layer.directions, float(layer.highest[latent])
     return {
         **_place(layer, latent),
         "sourceSetName": layer.set,

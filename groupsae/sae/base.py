@@ -184,10 +184,21 @@ class SAE(nn.Module, ABC):
         return latents @ self.W_dec + self.b_dec
 
     def directions(self) -> Float[Tensor, "d_sae d_model"]:
-        """Return the decoder, one latent's direction a row; the rows have unit norm."""
+        """Return the decoder, one latent's direction a row.
+
+        The rows have unit norm, but for those of `at` where `grow_latents` cannot take it.
+        """
         return self.W_dec.detach()
 
     # ---- layers that have something of their own --------------------------------------------
+
+    @property
+    def own(self) -> str:
+        """Return what each layer has of its own, as in `, own biases, rank 8`; empty: nothing."""
+        if self.maps is None:
+            return ""
+        biases = ", own biases" if self.own_biases else ""
+        return biases + (f", rank {self.layer_rank}" if self.layer_rank else "")
 
     @torch.no_grad()
     def at(self, layer: int) -> "SAE":

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, SupportsIndex
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -333,6 +334,17 @@ class Suite:
     def __contains__(self, layer: object) -> bool:
         """Return whether a layer has an SAE."""
         return layer in self._names
+
+    def directions(self, name: str) -> Float[Tensor, "d_sae d_model"]:
+        """Return the unit directions of an SAE's latents: the rows of its decoder.
+
+        Where layers have maps of their own, that is the mean of the layers' decoders; a layer's
+        is `suite[layer].W_dec`.
+        """
+        sae = self.saes[name]
+        if sae.maps is None or sae.layer_rank == 0:
+            return sae.directions()
+        return F.normalize(sum(self[layer].W_dec for layer in self.groups[name]), dim=1)
 
     def to(self, device: torch.device | str | torch.dtype) -> "Suite":
         """Move every SAE to a device, or convert it to a dtype; returns the suite itself."""

@@ -78,9 +78,9 @@ def as_text(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def described(sae: SAE) -> str:
-    """Return the kind of an SAE, with k where it has one: `topk, k = 64`."""
+    """Return the kind of an SAE, with k where it has one: `topk, k = 64`, and what layers own."""
     k = getattr(sae, "k", None)
-    return kind_of(sae) + (f", k = {k}" if k is not None else "")
+    return kind_of(sae) + (f", k = {k}" if k is not None else "") + sae.own
 
 
 def span(layers: Sequence[int]) -> str:

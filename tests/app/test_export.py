@@ -187,6 +187,34 @@ def test_saes_read_back_compute_the_definition_on_raw_activations(tmp_path, form
         torch.testing.assert_close(decoded, x_hat / factor, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("form", "kind"), ABLE)
+def test_layers_with_something_of_their_own_are_exported_as_they_are(tmp_path, form, kind):
+    """Every folder has other weights, those of its layer in the suite."""
+    own = {"layer_bias": "per_layer", "layer_rank": 3}
+    out, x = exported(tmp_path, kind, form, own=own), rows(seed=3)
+    suite = load_suite(tmp_path / "run")
+    assert "own biases, rank 3" in repr(suite)
+    encoders = []
+    for layer in (0, 1, 3):
+        name = {
+            "saelens": f"blocks.{layer}.hook_resid_post",
+            "sparsify": f"layers.{layer}",
+            "dictionary_learning": f"resid_post_layer_{layer}",
+        }[form]
+        found = FORMATS[form].read(out / name).sae
+        latents = found.encode(x)
+        expected = suite.encode_sparse(x, layer)
+        dense, ours = (
+            torch.zeros(len(x), D_SAE).scatter(1, each.indices, each.acts)
+            for each in (latents, expected)
+        )
+        torch.testing.assert_close(dense, ours / FACTORS[layer], rtol=1e-4, atol=1e-5)
+        x_hat = suite.decode_sparse(expected, layer)
+        torch.testing.assert_close(found.decode(latents), x_hat, rtol=1e-4, atol=1e-5)
+        encoders.append(found.W_enc)
+    assert not torch.allclose(encoders[0], encoders[1], atol=0.1)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_fold_leaves_the_weights_and_divides_the_latents(kind):
     from tests.helpers.shelf import dense, more_of

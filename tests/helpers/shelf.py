@@ -74,6 +74,10 @@ def rows(count: int = 40, seed: int = 7) -> Tensor:
     return 1.5 * torch.randn(count, D_MODEL, generator=torch.Generator().manual_seed(seed))
 
 
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 @cache
 def facts_of(hookpoint: str) -> dict[str, Any]:
     """Return what a run on a small Pythia keeps of it, under the name of a real one."""
@@ -87,11 +91,20 @@ def facts_of(hookpoint: str) -> dict[str, Any]:
     return described | {"model": "EleutherAI/pythia-14m", "revision": "step1000"}
 
 
-def run_folder(folder: Path, kind: str, **more: Any) -> Path:
-    """Save a finished run: one SAE for layers 0 and 1, one for layer 3, of a model of 4 layers."""
+def run_folder(folder: Path, kind: str, own: dict[str, Any] | None = None, **more: Any) -> Path:
+    """Save a finished run: one SAE for layers 0 and 1, one for layer 3, of a model of 4 layers.
+
+    `own`: what layers have of their own, as arguments of the SAE.
+    """
     for seed, (name, layers) in enumerate((("layers.0-1", [0, 1]), ("layers.3", [3]))):
         sae, arguments = build(kind, tensors_of(kind, seed), **more_of(kind))
         made = type(sae)
+        if own:
+            plain, arguments = sae, arguments | own
+            sae = made(**arguments, layers=layers)
+            sae.load_state_dict(plain.state_dict(), strict=False)
+            for parameter in sae.maps.parameters() if sae.maps else ():
+                parameter.data += 0.2 * torch.randn(parameter.shape, generator=_seeded(seed))
         save_sae(
             folder / "saes" / name,
             sae,
