@@ -344,7 +344,8 @@ class Suite:
         sae = self.saes[name]
         if sae.maps is None or sae.layer_rank == 0:
             return sae.directions()
-        return F.normalize(sum(self[layer].W_dec for layer in self.groups[name]), dim=1)
+        decoders = torch.stack([self[layer].W_dec for layer in self.groups[name]])
+        return F.normalize(decoders.mean(0), dim=1)
 
     def to(self, device: torch.device | str | torch.dtype) -> "Suite":
         """Move every SAE to a device, or convert it to a dtype; returns the suite itself."""
