@@ -49,18 +49,49 @@ def one_of(*names: str) -> Allowed:
 COUNT, POSITIVE = at_least(1), Allowed("a number above 0", between(0, float("inf")).holds)
 TEXT = Allowed("a text", lambda v: isinstance(v, str))
 SWITCH = Allowed("true or false", lambda v: isinstance(v, bool))
+NAMES = Allowed(
+    "a name or a list of names",
+    lambda v: (
+        v not in ("", []) and isinstance(v, Sequence) and all(isinstance(each, str) for each in v)
+    ),
+)
 
 HELDOUT = "groupsae.evaluation.text.Heldout"  # what evaluations without a `_target_` were
+BOOTSTRAP = {
+    "bootstrap.resamples": COUNT,
+    "bootstrap.level": between(0, 1),
+    "bootstrap.seed": at_least(0),
+}
 EVALUATION = {  # of the part `heldout`
     "tokens": COUNT.or_null("as many as stream.heldout_tokens"),
     "exclude_special_tokens": SWITCH.or_null("what the run did in training"),
     "together": SWITCH,
     "similarity_tokens": at_least(0),
-    "bootstrap.resamples": COUNT,
-    "bootstrap.level": between(0, 1),
-    "bootstrap.seed": at_least(0),
+    **BOOTSTRAP,
 }
-PARTS = {"heldout": EVALUATION}  # of an evaluation
+PARTS = {  # of an evaluation
+    "heldout": EVALUATION,
+    "probes": {
+        "labels": NAMES,
+        "k": Allowed(
+            "a list of integers of at least 1, such as [1,5]",
+            lambda v: isinstance(v, Sequence) and len(v) > 0 and all(map(COUNT.holds, v)),
+        ),
+        "examples": at_least(10),
+        "seed": at_least(0),
+        **BOOTSTRAP,
+    },
+    "harness": {
+        "tasks": NAMES,
+        "folder": TEXT.or_null("none"),
+        "limit": COUNT.or_null("all documents"),
+        "num_fewshot": at_least(0).or_null("as many as a task has"),
+        "batch_size": COUNT,
+        "layers": SWITCH,
+        "seed": at_least(0),
+        **BOOTSTRAP,
+    },
+}
 INTERPRETATION = {
     "explain_tokens": COUNT.or_null("as many as score_tokens"),
     "score_tokens": COUNT.or_null("all held-out tokens, up to a million"),
@@ -133,9 +164,11 @@ TEXTS = (
     "model.load.subfolder", "data.path", "data.text_column", "data.name", "data.config",
     "data.split", "data.revision", "data.column", "data.cache", "logger.wandb.project",
     "logger.wandb.entity", "neuronpedia.model", "neuronpedia.set", "neuronpedia.release",
-    "neuronpedia.creator_id", "neuronpedia.creator_name",
+    "neuronpedia.creator_id", "neuronpedia.creator_name", "evaluation.probes.labels",
+    "evaluation.harness.tasks", "evaluation.harness.folder",
 )  # fmt: skip
-LISTS = ("run", "only")  # those that may be lists of texts
+# those that may be lists of texts
+LISTS = ("run", "only", "evaluation.probes.labels", "evaluation.harness.tasks")
 # what a run finds by its name or path and checks by its content, so that it may have moved
 PLACES = ("model.name", "data.path", "data.name")
 

@@ -1,6 +1,8 @@
 """Which positions of a block count: special tokens, first positions, extreme norms."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,6 +28,22 @@ class TokenFilter:
     special_ids: Int[Tensor, " id"] | None
     skip_positions: int
     max_norm_ratio: float | None
+
+    @classmethod
+    def recorded(
+        cls, trained: Mapping[str, Any], special_ids: list[int], start_token: int | None
+    ) -> "TokenFilter":
+        """Return the filter of a training, from an SAE's `cfg.json`.
+
+        Args:
+            trained: `exclude_special_tokens`, `skip_positions` and `max_norm_ratio`, if known.
+            special_ids: the tokenizer's tokens that are no text.
+            start_token: the decoder's first token in an encoder-decoder model.
+        """
+        special = None
+        if trained.get("exclude_special_tokens"):
+            special = torch.tensor(special_ids + ([] if start_token is None else [start_token]))
+        return cls(special, trained.get("skip_positions") or 0, trained.get("max_norm_ratio"))
 
     def tokens(self, read: Int[Tensor, "block pos"]) -> Bool[Tensor, "block pos"] | None:
         """Return which tokens count regardless of their activations; None if all do."""

@@ -232,7 +232,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, prepend_bos: bool 
     versions.
     """
     rules = _rules(tokenizer)
-    ends = [end_of_text(tokenizer), *([_begin_of_text(tokenizer)] if prepend_bos else [])]
+    ends = [end_of_text(tokenizer), *([begin_of_text(tokenizer)] if prepend_bos else [])]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         # rules of a tokenizer in Python are its class and the arguments; files have other names
@@ -442,7 +442,7 @@ def pack_texts(
         raise _wrong_tokenizer("the text", int(blocks.max()), vocab_size)
     documents = document_numbers(blocks, end_of_text(tokenizer))
     if prepend_bos:
-        blocks = np.insert(blocks, 0, _begin_of_text(tokenizer), axis=1)
+        blocks = np.insert(blocks, 0, begin_of_text(tokenizer), axis=1)
     return blocks, documents
 
 
@@ -494,7 +494,7 @@ def pack(
         if (folder := _packed(cache, key, keep_copies)) is not None:
             return folder
         partial = working.with_suffix(".partial")
-        bos = _begin_of_text(tokenizer) if packing.prepend_bos else None
+        bos = begin_of_text(tokenizer) if packing.prepend_bos else None
         writer = BlockWriter(partial, packing.context, bos, vocab_size, keep_copies=keep_copies)
         before, began = writer.num_tokens, time.monotonic()
         try:
@@ -686,7 +686,12 @@ class BlockWriter:
         }
 
 
-def _begin_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
+def begin_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the token that opens a block: BOS, or CLS without a BOS.
+
+    Raises:
+        UserError: the tokenizer has neither.
+    """
     bos: int | None = tokenizer.bos_token_id
     if bos is None:
         bos = tokenizer.cls_token_id  # BERT's name for it

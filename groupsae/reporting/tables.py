@@ -69,6 +69,11 @@ HEADINGS = {  # of the columns that are shown
     "matched": "matched", "matched_cosine": "cosine", "matched_difference": "F1 − match",
     "random_difference": "F1 − random", "labels": "labels", "label_cost": "one label costs",
     **{f"tau_{apart}": f"τ at {apart}" for apart in (1, 2, 4, 8)},
+    "k": "k", "auc": "AUC", "auc_lost": "AUC lost", "auc_channels": "AUC of k channels",
+    "auc_residual": "AUC of all channels", "task": "task", "clean": "unchanged model",
+    "chance": "by chance", "above_chance": "better than chance by", "interpreted": "interpreted",
+    "documents": "documents", "lost_together": "lost, all at once", "lost": "lost, one layer",
+    "against_together": "all at once − per layer", "against_alone": "one layer − per layer",
     "same": "same", "narrows": "narrows", "different": "different", "unclear": "unclear",
     "one_layer": "one layer", "latent": "latent", "explanation": "explanation", "kind_of": "kind",
     "labels_of": "labels",
@@ -81,6 +86,9 @@ DIGITS = {  # after the decimal point; others have 4
     **dict.fromkeys(("f1_difference", "one_label_f1_difference", "matched_difference"), 3),
     **dict.fromkeys(("random_difference", "matched_cosine"), 3),
     **{f"tau_{apart}": 2 for apart in (1, 2, 4, 8)},
+    **dict.fromkeys(("auc", "auc_lost", "auc_channels", "auc_residual"), 3),
+    **dict.fromkeys(("clean", "chance", "above_chance", "lost_together", "lost"), 3),
+    **dict.fromkeys(("against_together", "against_alone"), 3),
 }
 # fmt: on
 INTEGERS = (
@@ -94,6 +102,8 @@ INTEGERS = (
     "explained",
     "matched",
     "latent",
+    "documents",
+    "k",
 )  # fmt: skip
 WRITERS: dict[str, Callable[[Any], str]] = {  # of other numbers
     **dict.fromkeys(INTEGERS, "{:,}".format),
@@ -201,6 +211,14 @@ def points(frame: pd.DataFrame, x: str, metric: str) -> tuple[np.ndarray, ...]:
     found = frame.reindex(columns=columns).dropna(subset=columns[:2]).sort_values(x, kind="stable")
     found = found.astype(float)
     return tuple(found[name].fillna(found[metric]).to_numpy() for name in columns)
+
+
+def distinguishable(difference: Any) -> str | None:
+    """Return whether the interval of a difference, positive if worse, leaves out 0."""
+    _, low, high = interval(difference)
+    if low is None or high is None:
+        return None
+    return "yes: better" if high < 0 else "yes: worse" if low > 0 else "no"
 
 
 def plain(values: Values, *metrics: str) -> dict[str, float | None]:
@@ -464,18 +482,14 @@ def baselines_table(run: RunFiles) -> Table | None:
     rows = []
     for name, differences in pairs.items():
         for metric in DIFFERENCES:
-            value, low, high = interval(differences.get(metric))
-            answer = None
-            if low is not None and high is not None:
-                answer = "yes: better" if high < 0 else "yes: worse" if low > 0 else "no"
-            if value is not None:
+            if value_of(differences.get(metric)) is not None:
                 rows.append(
                     {
                         "against": BASELINES[kinds[name]],
                         "baseline": name,
                         "metric": HEADINGS[metric],
                         **estimates({"difference": differences[metric]}, "difference"),
-                        "distinguishable": answer,
+                        "distinguishable": distinguishable(differences[metric]),
                     }
                 )
     return build(

@@ -1,0 +1,132 @@
+"""What sharing costs the latents: `python -m benchmarks.probing run=<folder>[,<folder>...]`.
+
+Probes on the SAEs of runs of all groupings (`groups=all`) with one seed each: one SAE per layer,
+and the groupings of G=1, 2 and 4 by the rule `complete`, with the FVU of their evaluations next to
+them. With `harness=true` the first run does the tasks code and arithmetic of lm-eval, too
+(`pip install 'groupsae[downstream]'`). Writes the parts between the marks in docs/probes.md where
+there are three runs. `size=smallest` trains a run for a few steps.
+"""
+
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.replication import summed_up
+from benchmarks.timing import SMALLEST_RUN, options, smallest
+from groupsae import train
+from groupsae.app.evaluate import trained_run
+from groupsae.app.run_folder import finished_run, register_resolver
+from groupsae.evaluation.harness import Harness
+from groupsae.evaluation.parts import Run
+from groupsae.evaluation.probes import Probes
+from groupsae.files.reading import require_json
+from groupsae.runtime.quiet import quiet
+
+COUNTS = (1, 2, 4)
+BOOTSTRAP = {"resamples": 1000, "level": 0.95, "seed": 0}
+DOC = Path(__file__).parent.parent / "docs" / "probes.md"
+BEGIN, END = "<!-- figures: python -m benchmarks.probing -->", "<!-- end of figures -->"
+
+
+def restricted(folder: Path) -> Run:
+    """Return a run with one SAE per layer and the groupings of `COUNTS` only."""
+    run = trained_run(folder, finished_run(folder, trusted=False), torch.device("cpu"))
+    wanted = ["per_layer", *(f"complete-{count}" for count in COUNTS)]
+    groupings = [each for name in wanted for each in run.groupings if each.name == name]
+    names = {name for each in groupings for name in each.sae_of_layer.values()}
+    saes = {name: suite for name, suite in run.saes.items() if name in names}
+    return replace(run, groupings=groupings, saes=saes)
+
+
+def probed(runs: Sequence[Run], labels: str) -> list[str]:
+    """Return the table of the probes."""
+    part = Probes(labels=labels, k=[1, 5], examples=500, seed=0, bootstrap=BOOTSTRAP)
+    found = [{row["grouping"]: row for row in part.measure(run)["groupings"]} for run in runs]
+    evaluated = [require_json(run.folder / "evaluation" / "evaluation.json") for run in runs]
+    lost: dict[str, list[dict[str, float]]] = {}
+    for each in evaluated:
+        for row in each["groupings"]:
+            if row["against_per_layer"]:
+                lost.setdefault(row["name"], []).append(row["against_per_layer"]["fvu"])
+    heading = ["", "G", "FVU lost"]
+    for k in part.k:
+        heading += [f"AUC, k = {k}", "lost", f"{k} channels"]
+    lines = [" | ".join(["", *heading, "all channels", ""]).strip()]
+    lines.append("|" + "---|" * (len(heading) + 1))
+    for grouping in runs[0].groupings:
+        rows = [each[grouping.name] for each in found]
+        cells = [grouping.name, str(grouping.num_groups)]
+        cells.append(summed_up(lost[grouping.name]).show(4) if grouping.name in lost else "")
+        for k in part.k:
+            cells.append(_mean(rows, f"auc_{k}"))
+            key = f"auc_{k}_lost"
+            cells.append(summed_up([row[key] for row in rows]).show(3) if key in rows[0] else "")
+            cells.append(_mean(rows, f"auc_{k}_channels"))
+        lines.append("| " + " | ".join([*cells, _mean(rows, "auc_residual")]) + " |")
+    return lines
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> str:
+    return f"{np.mean([row[key]['value'] for row in rows]):.3f}"
+
+
+def harnessed(run: Run, limit: int) -> list[str]:
+    """Return the tables of the tasks of lm-eval."""
+    part = Harness(
+        tasks=["code", "arithmetic"], folder=None, limit=limit, num_fewshot=None, batch_size=16,
+        layers=False, seed=0, bootstrap=BOOTSTRAP,
+    )  # fmt: skip
+    part.check(run.data)
+    found = part.measure(run)
+    lines = ["| task | metric | unchanged | chance | better by | all layers spliced, lost |"]
+    lines[0] += " minus one SAE per layer |"
+    lines.append("|" + "---|" * 7)
+    for task in found["tasks"]:
+        cells = [task["task"], task["metric"], _interval(task["clean"]), f"{task['chance']:.2f}"]
+        cells.append(_interval(task["above_chance"]))
+        spliced = [
+            row for row in found["compared"]
+            if (row["task"], row["metric"], row["grouping"])
+            == (task["task"], task["metric"], f"complete-{COUNTS[1]}")
+        ]  # fmt: skip
+        figures = ("lost_together", "against_together")
+        cells += [_interval(row[name]) for row in spliced for name in figures]
+        cells += [] if spliced else ["at chance: not interpreted", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _interval(values: Mapping[str, float]) -> str:
+    return f"{values['value']:.2f} ({values['low']:.2f} to {values['high']:.2f})"
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the tables, and write them."""
+    quiet()
+    register_resolver()
+    given = options(arguments, run=("", ".+"), harness=("false", "true|false"))
+    with tempfile.TemporaryDirectory() as temporary:
+        folders, labels = [Path(each) for each in given["run"].split(",") if each], "python"
+        if smallest():
+            made = [f"output={temporary}", "groups=all", "evaluate=true", "logger=none"]
+            folders, labels = [train([*SMALLEST_RUN, *made]).folder], f"{temporary}/labels.csv"
+            rows = [f"def f{n}(,name\nx = {n},number\n" for n in range(20)]
+            Path(labels).write_text("text,label\n" + "".join(rows))
+        runs = [restricted(folder) for folder in folders]
+        lines = probed(runs, labels)
+        if given["harness"] == "true":
+            lines += ["", *harnessed(runs[0], 10 if smallest() else 100)]
+    print("\n".join(lines))
+    if len(runs) > 2 and given["harness"] == "true":
+        before, rest = DOC.read_text().split(BEGIN)
+        DOC.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
