@@ -252,7 +252,7 @@ def _two(value: float | None) -> str:
 def print_groupings(console: Console, run: RunFiles) -> None:
     """Print how well the latents of several groupings are explained, and how layers share them."""
     halves = "f1 one_label_f1 f1_difference labels"
-    ends = "(± half of the 95 % interval over latents)"
+    ends = "(± half of the 95 % interval)"
     explained = "grouping f1 one_label_f1 lexicality f1_difference"
     show(console, tables.explained_table(run), f"by grouping {ends}", explained, halves)
     meaning = "grouping labels tau_1 tau_4 same narrows different"

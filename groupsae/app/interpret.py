@@ -15,6 +15,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
@@ -25,14 +26,15 @@ from transformers import PreTrainedTokenizerBase
 from groupsae import __version__
 from groupsae.app.console import print_explanations, print_groupings
 from groupsae.app.evaluate import device_named, log_results, same_stream
-from groupsae.app.judge import ask, judge_of, print_needs
+from groupsae.app.judge import ask, judge_of, print_needs, try_once
 from groupsae.config.values import INTERPRETATION, check_values
 from groupsae.data.activations import ActivationDataModule
 from groupsae.data.packing import end_of_text
-from groupsae.files.atomic import write_json
+from groupsae.files.atomic import atomic_write, write_json
 from groupsae.files.reading import read_json
 from groupsae.grouping.groupings import by_name, groupings
 from groupsae.grouping.plan import GroupPlan
+from groupsae.interpretation.atoms import Places
 from groupsae.interpretation.collect import Kept
 from groupsae.interpretation.comparison import write_frames
 from groupsae.interpretation.directions import directions_of
@@ -41,6 +43,7 @@ from groupsae.interpretation.explain import (
     choose,
     explain_part,
     explain_sae,
+    seconds_for_one,
     start_worker,
 )
 from groupsae.interpretation.files import (
@@ -52,7 +55,7 @@ from groupsae.interpretation.files import (
 )
 from groupsae.interpretation.judged import read_judged
 from groupsae.interpretation.page import labels_of, write_page
-from groupsae.interpretation.run import Pass, Process
+from groupsae.interpretation.run import DIRECTIONS, Pass, Process
 from groupsae.interpretation.text import Text
 from groupsae.reporting.figures import explained_figures
 from groupsae.reporting.load import RunFiles, read_run
@@ -99,6 +102,8 @@ def interpret(
     data = same_stream(folder, cfg, saes[names[0]].configs[names[0]], place)
     target = folder / "interpretation"
     judge = judge_of(target, options, console, place) if is_leader() else None
+    if judge is not None and not dry_run:
+        try_once(judge, target)
     collect(target, data, saes, options, console, dry_run=dry_run, overwrite=overwrite)
     if not is_leader():
         return
@@ -110,10 +115,7 @@ def interpret(
     explained = explain(found, options, console)
     print_explanations(console, explained)
     directions = {name: suite.directions(name) for name, suite in saes.items()}
-    write_frames(target, explained, groupings(plan), directions, options.seed)
-    run = read_run(folder)
-    print_groupings(console, run)
-    _log(run, cfg.logger or {})
+    write_frames(found, explained, groupings(plan), directions, options.seed)
     title = f"{data.lm.name}: {', '.join(names) if len(names) < 5 else f'{len(names)} SAEs'}"
 
     def page() -> None:
@@ -123,7 +125,11 @@ def interpret(
     page()
     if judge is not None:
         ask(found, explained, judge, options, console)
+        write_frames(found, explained, groupings(plan), directions, options.seed)
         page()
+    run = read_run(folder)
+    print_groupings(console, run)
+    _log(run, cfg.logger or {})
 
 
 def _log(run: RunFiles, configs: Any) -> None:
@@ -167,7 +173,11 @@ def explain(found: Interpretation, options: DictConfig, console: Console) -> dic
                 yield rows
 
         for sae in left:
-            done[sae.name] = explain_sae(found, sae.name, options.latents, partial(run, sae.name))
+            done[sae.name], resampled = explain_sae(
+                found, sae.name, options.latents, partial(run, sae.name)
+            )
+            with atomic_write(found.folder / "resampled" / f"{sae.name}.npy") as handle:
+                np.save(handle, resampled)
             write_json(file, {"format": FORMAT, "key": key, "judge": "rules", "saes": done})
     return {name: done[name] for name in found.saes}
 
@@ -181,8 +191,7 @@ def _workers(most: int, folder: Path, seed: int) -> Iterator[Callable[..., Itera
     """
     main = sys.modules["__main__"]
     command = getattr(main.__spec__, "name", None) or Path(getattr(main, "__file__", "")).name
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    processes = min(cores or 1, most)
+    processes = min(_cores(), most)
     if processes < 2 or not str(command).startswith(("groupsae.", "groupsae-")):
         start_worker(folder, seed)
         yield map
@@ -236,6 +245,7 @@ def collect(
 
     _announce(new, data, text, saes, kept, console)
     if dry_run:
+        _announce_rules(data, text, saes, kept, console)
         return
     process = Process(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     found = new(folder / "collecting", process)
@@ -296,7 +306,8 @@ def _announce(
         began = time.perf_counter()
         trial.update(part)
         seconds, tokens = time.perf_counter() - began, part.tokens.numel()
-        records = sum(f.stat().st_size for f in Path(temporary).rglob("*.bin")) / 2
+        records = sum(f.stat().st_size for f in Path(temporary).glob("records/*/*.bin")) / 2
+        records += 2 * DIRECTIONS * len(trial.layers) * tokens
     total = sum(text.tokens)
     console.print(
         f"{len(saes)} SAEs on {total:,} tokens ({text.tokens[0]:,} to explain, {text.tokens[1]:,} "
@@ -305,6 +316,35 @@ def _announce(
         f"{format_seconds(seconds * total / tokens)}",
         soft_wrap=True,
     )
+
+
+def _announce_rules(
+    data: ActivationDataModule,
+    text: Text,
+    saes: Mapping[str, Suite],
+    kept: Kept,
+    console: Console,
+) -> None:
+    """Print the time that explanations by rules need, from a trial on made-up latents."""
+    tokens = text.read().flatten()
+    strings = token_strings(data.lm.tokenizer(), set(tokens.tolist()))
+    seconds = seconds_for_one(Places(tokens, text.context, strings), text.tokens[0])
+    count = sum(
+        min(kept.latents, suite.saes[name].d_sae) * (len(suite.layers) + (len(suite.layers) > 1))
+        for name, suite in saes.items()
+    )
+    processes = min(_cores(), count)
+    spent = format_seconds(count * seconds / processes)
+    console.print(
+        f"Rules: {count:,} explanations at most, about {spent} with {processes} processes",
+        soft_wrap=True,
+    )
+
+
+def _cores() -> int:
+    """Return the number of cores that this process may use."""
+    found = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
+    return len(found) or os.cpu_count() or 1
 
 
 def _chosen(plan: GroupPlan, wanted: Any) -> list[str]:

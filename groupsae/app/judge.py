@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from groupsae.app.console import print_judged
+from groupsae.files.reading import read_json
 from groupsae.interpretation.files import COLLECTED, Interpretation
 from groupsae.interpretation.judged import judge_run, ledger_of, planned
 from groupsae.interpretation.judges import Endpoint, Judge, Local
@@ -45,6 +46,17 @@ def judge_of(
     hf = options.hf
     lm = FrozenLM(name=str(hf.name), revision=hf.revision, dtype=str(hf.dtype))
     return Local(ledger, lm, device, options.seed)
+
+
+def try_once(judge: Judge, folder: Path) -> None:
+    """Ask the judge one question, unless it has finished before: then it may be gone.
+
+    Raises:
+        UserError: it cannot be reached, or refuses access.
+    """
+    finished = [read_json(file) or {} for file in (folder / "judged").glob("*-*.json")]
+    if not any(judge.identity.items() <= one.get("judge", {}).items() for one in finished):
+        judge.check()
 
 
 def ask(

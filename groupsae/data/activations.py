@@ -316,9 +316,12 @@ class ActivationDataModule(L.LightningDataModule):
 
     def heldout_documents(self, num_steps: int) -> Int64[np.ndarray, " block"]:
         """Return a number of the document that each block of held-out steps begins in."""
-        blocks = self.blocks.blocks["heldout"][:, self.packing.prepend_bos :]
-        numbers = document_numbers(blocks, end_of_text(self.lm.tokenizer()))
-        return numbers[self.needed("heldout", num_steps)]
+        return self.documents("heldout")[self.needed("heldout", num_steps)]
+
+    def documents(self, split: Split) -> Int64[np.ndarray, " block"]:
+        """Return a number of the document that each block of a split begins in."""
+        blocks = self.blocks.blocks[split][:, self.packing.prepend_bos :]
+        return document_numbers(blocks, end_of_text(self.lm.tokenizer()))
 
     def needed(self, split: Split, num_steps: int) -> list[int]:
         """Return the blocks that some steps read over all ranks, in the order of first use."""

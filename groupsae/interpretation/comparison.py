@@ -6,82 +6,66 @@ layer, and intervals.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from zlib import crc32
 
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped,unused-ignore]
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from groupsae.evaluation.intervals import Bootstrap
 from groupsae.files.atomic import atomic_write
 from groupsae.grouping.groupings import Grouping
-from groupsae.interpretation.explain import labels_needed, transfer
+from groupsae.interpretation.explain import RESAMPLES, labels_needed, transfer
+from groupsae.interpretation.files import Interpretation
+from groupsae.interpretation.judged import read_judged
 from groupsae.interpretation.sharing import KINDS, kind_of_latent
 
-RESAMPLES, LEVEL = 1000, 0.95
-AT_LAYERS = ("f1", "adjusted_f1", "one_label_f1", "label_cost")  # of a latent at each layer
+LEVEL = 0.95
+AT_LAYERS = ("f1", "adjusted_f1", "null_f1", "shift_f1", "one_label_f1")  # of a latent at a layer
 LATENTS = (
-    "sae", "latent", "layer", "rate", "f1", "null_f1", "adjusted_f1", "one_label_f1", "label_cost",
-    "all_f1", "all_adjusted_f1", "lexicality", "labels", "kind", "match", "cosine", "explanation",
+    "sae", "latent", "layer", "rate", "f1", "null_f1", "shift_f1", "direction_f1", "adjusted_f1",
+    "one_label_f1", "label_cost", "all_f1", "all_adjusted_f1", "lexicality", "labels", "kind",
+    "match", "cosine", "explanation",
 )  # fmt: skip
 GROUPINGS = ("grouping", "kind", "rules", "num_groups", "explained", "rare", "matched")
-COMPARED = ("f1", "adjusted_f1", "one_label_f1", "lexicality")  # against one SAE per layer
+JUDGED = ("detection_f1", "fuzzing_f1")
+COMPARED = ("f1", "adjusted_f1", "one_label_f1", "lexicality", *JUDGED)  # against per layer
 
 Explained = Mapping[str, Mapping[str, Any]]  # of `explanations.json`, by SAE
 Estimate = np.ndarray  # the value, then that of each resample
 
 
-class Match(NamedTuple):
-    """The latents of a layer's own SAE whose directions are most like some latents' directions."""
-
-    latents: Int[np.ndarray, " latent"]
-    cosines: Float[np.ndarray, " latent"]
-
-
-Matches = Mapping[tuple[str, int], Match]  # by shared SAE and layer, in the order of its latents
-
-
 @torch.no_grad()
-def matches(
+def latents_frame(
     explained: Explained, found: Sequence[Grouping], directions: Mapping[str, Tensor]
-) -> Matches:
-    """Return the match of every explained latent of shared SAEs at each of its layers.
-
-    Empty without one SAE per layer. `directions` are the decoders by SAE, [d_sae, d_model].
-    """
-    own, nearest = _per_layer(explained, found), {}
-    for name, sae in explained.items():
-        for layer in sae["layers"] if len(sae["layers"]) > 1 else ():
-            if layer in own:
-                ours, theirs = (
-                    F.normalize(directions[n].float(), dim=1) for n in (name, own[layer])
-                )
-                best = (ours[[row["latent"] for row in sae["latents"]]] @ theirs.T).max(1)
-                nearest[name, layer] = Match(best.indices.cpu().numpy(), best.values.cpu().numpy())
-    return nearest
-
-
-def latents_frame(explained: Explained, nearest: Matches) -> pd.DataFrame:
+) -> pd.DataFrame:
     """Return a row for each explained latent at each layer where it fires often enough.
 
     - rate: share of tokens on which it fires at this layer;
-    - f1, null_f1, adjusted_f1: of the explanation made at this layer;
+    - f1, null_f1, shift_f1, adjusted_f1: of the explanation made at this layer;
+    - direction_f1: of rules about a random direction of like density, for one latent in sixteen;
     - one_label_f1: F1, at this layer, of the one explanation made from all layers of the group;
       label_cost = one_label_f1 - f1;
     - all_f1, all_adjusted_f1: of that explanation where it fires at any layer;
     - lexicality: area under precision against recall of a table of mean activations by token;
     - labels: explanations that the latent needs (`labels_needed`), kind: how its layers share it;
       both None for SAEs of one layer;
-    - match, cosine: the nearest latent of the layer's own SAE, by the cosine of the directions.
+    - match, cosine: of shared SAEs, the nearest latent of the layer's own SAE by the cosine of the
+      directions, those of the decoders, [d_sae, d_model].
     """
-    rows = []
+    own, rows = _per_layer(explained, found), []
+    unit = {name: F.normalize(each.float(), dim=1) for name, each in directions.items()}
     for name, sae in explained.items():
         layers, shared = sae["layers"], len(sae["layers"]) > 1
+        latents = [row["latent"] for row in sae["latents"]]
+        nearest = {
+            layer: (unit[name][latents] @ unit[own[layer]].T).max(1)
+            for layer in layers
+            if shared and layer in own
+        }
         for i, row in enumerate(sae["latents"]):
             about = {
                 "all_f1": row["all"]["scores"]["f1"],
@@ -94,28 +78,30 @@ def latents_frame(explained: Explained, nearest: Matches) -> pd.DataFrame:
             }
             for layer in (layer for layer in layers if str(layer) in row["layers"]):
                 scores = row["layers"][str(layer)]["scores"]
-                one, match = row["transfer"]["all"][str(layer)], nearest.get((name, layer))
+                one, match = row["transfer"]["all"][str(layer)], nearest.get(layer)
                 rows.append(
                     {
                         "sae": name,
                         "latent": row["latent"],
                         "layer": layer,
                         "rate": row["sharing"]["rates"][layers.index(layer)],
-                        **{key: scores[key] for key in ("f1", "null_f1", "adjusted_f1")},
+                        **{key: scores.get(key) for key in AT_LAYERS[:4]},
+                        "direction_f1": row.get("direction_f1", {}).get(str(layer)),
                         "one_label_f1": one,
                         "label_cost": one - scores["f1"],
                         **about,
-                        "match": None if match is None else int(match.latents[i]),
-                        "cosine": None if match is None else float(match.cosines[i]),
+                        "match": None if match is None else int(match.indices[i]),
+                        "cosine": None if match is None else float(match.values[i]),
                         "explanation": row["all"]["text"],
                     }
                 )
     frame = pd.DataFrame(rows, columns=LATENTS)
-    return frame.astype({"labels": "Int64", "match": "Int64", "cosine": float})
+    numbers = dict.fromkeys(("cosine", "shift_f1", "direction_f1"), float)
+    return frame.astype({"labels": "Int64", "match": "Int64", **numbers})
 
 
 def write_frames(
-    folder: Path,
+    collected: Interpretation,
     explained: Explained,
     found: Sequence[Grouping],
     directions: Mapping[str, Tensor],
@@ -123,17 +109,26 @@ def write_frames(
 ) -> None:
     """Write `latents.csv`, `transfer.csv` and `groupings.csv` into `interpretation/`.
 
+    The scores of the newest qualified judge are in the table of groupings.
+
     Raises:
         UserError: they cannot be written.
     """
-    latents = latents_frame(explained, matches(explained, found, directions))
+    latents = latents_frame(explained, found, directions)
     frames = {
         "latents": latents,
         "transfer": transfer_frame(explained),
-        "groupings": groupings_frame(explained, found, latents, seed),
+        "groupings": groupings_frame(
+            explained,
+            found,
+            latents,
+            seed,
+            {name: collected.resampled(name) for name in explained},
+            newest_judged(collected),
+        ),
     }
     for name, frame in frames.items():
-        file, hint = folder / f"{name}.csv", "interpret a copy of the run"
+        file, hint = collected.folder / f"{name}.csv", "interpret a copy of the run"
         with atomic_write(file, "w", hint=hint, newline="", encoding="utf-8") as handle:
             frame.to_csv(handle, index=False)
 
@@ -158,13 +153,19 @@ def transfer_frame(explained: Explained) -> pd.DataFrame:
 
 
 def groupings_frame(
-    explained: Explained, found: Sequence[Grouping], latents: pd.DataFrame, seed: int = 0
+    explained: Explained,
+    found: Sequence[Grouping],
+    latents: pd.DataFrame,
+    seed: int = 0,
+    resampled: Mapping[str, np.ndarray | None] | None = None,
+    judged: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
     """Return a row for each grouping whose SAEs were explained, the run's own one first.
 
     Values are means over the grouped layers, of each layer the mean over the latents of its SAE:
     those of `latents_frame`, and
 
+    - detection_f1, fuzzing_f1: of a language model's explanations, at the natural rate;
     - tau_1, tau_2, ...: transfer between layers that are so many layers apart;
     - same, narrows, different, unclear, one_layer: shares of the latents of shared SAEs;
     - <metric>_difference: from one SAE per layer; negative: explained worse;
@@ -173,19 +174,36 @@ def groupings_frame(
       latents and random ones of the layer's own SAE.
 
     `_low` and `_high` are the ends of 95 % intervals: latents are drawn again, with replacement,
-    within each SAE, the same ones for every grouping. They say nothing about other text or
-    another training. None where a resample has no value.
+    within each SAE, the same ones for every grouping; for f1 and one_label_f1 the documents of the
+    score text are drawn again as well. They say nothing about another training. None where a
+    resample has no value.
+
+    Args:
+        explained: the explanations by rules.
+        found: the groupings.
+        latents: of `latents_frame`.
+        seed: of the resamples.
+        resampled: F1 on resamples of the documents by SAE, as `explain_sae` returns it.
+        judged: what a language model has found.
     """
     own = _per_layer(explained, found)
     samples = {
-        name: _Sample(sae, latents[latents["sae"] == name], seed)
+        name: _Sample(
+            sae,
+            latents[latents["sae"] == name],
+            seed,
+            (resampled or {}).get(name),
+            [] if judged is None else judged["saes"].get(name, {}).get("latents", []),
+        )
         for name, sae in explained.items()
         if (latents["sae"] == name).any()
     }
     for sample in samples.values():
         rivals = [samples[own[x]] for x in sample.layers if own.get(x) in samples]
         if len(rivals) == len(sample.layers):
-            for metric in COMPARED:
+            for metric in sample.estimates.keys() & set(COMPARED):
+                if not all(metric in rival.estimates for rival in rivals):
+                    continue
                 theirs = np.mean([rival.estimates[metric] for rival in rivals], axis=0)
                 sample.estimates[f"{metric}_difference"] = sample.estimates[metric] - theirs
             if len(sample.layers) > 1:
@@ -195,7 +213,14 @@ def groupings_frame(
         names = [grouping.sae_of_layer[layer] for layer in grouping.grouped]
         if samples.keys() >= set(names):
             rows.append(_row(grouping, {name: samples[name] for name in names}))
-    return pd.DataFrame(rows, columns=None if rows else GROUPINGS)
+    frame = pd.DataFrame(rows, columns=None if rows else GROUPINGS)
+    return frame if judged is None else frame.assign(judge=judged["judge"]["name"])
+
+
+def newest_judged(collected: Interpretation) -> dict[str, Any] | None:
+    """Return what the last language model has found that was qualified; None if there is none."""
+    every = [one for one in read_judged(collected) if one["qualification"]["qualified"]]
+    return every[-1] if every else None
 
 
 class _Sample:
@@ -207,7 +232,14 @@ class _Sample:
         matched: number of latents, each at a layer, whose match was explained there as well.
     """
 
-    def __init__(self, sae: Mapping[str, Any], frame: pd.DataFrame, seed: int) -> None:
+    def __init__(
+        self,
+        sae: Mapping[str, Any],
+        frame: pd.DataFrame,
+        seed: int,
+        resampled: np.ndarray | None,
+        judged: Sequence[Mapping[str, Any]],
+    ) -> None:
         self.layers: list[int] = sae["layers"]
         self.matched = 0
         self.frame, self.drawn, self.rare = frame, sae["drawn"], sae["rare"]
@@ -215,7 +247,24 @@ class _Sample:
         self.bootstrap = Bootstrap(
             np.arange(len(self.latents)), RESAMPLES, LEVEL, seed + crc32(sae["name"].encode())
         )
-        self.estimates = {name: self.mean(frame[["latent", name]]) for name in AT_LAYERS}
+        self.estimates = {
+            name: self.mean(frame[["latent", name]].dropna())
+            for name in (*AT_LAYERS, "direction_f1")
+        }
+        if resampled is not None:
+            rows = [i for i, row in enumerate(sae["latents"]) if row["layers"]]
+            for place, name in enumerate(("f1", "one_label_f1")):
+                values = resampled[rows, :, place].astype(np.float64)
+                counts = np.isfinite(values[..., 0]).sum(1)
+                sums = (self.bootstrap.weights * np.nansum(values, axis=1).T).sum(1)
+                self.estimates[name][1:] = sums / (self.bootstrap.weights @ counts)
+        f1, one_label = (self.estimates[name] for name in ("f1", "one_label_f1"))
+        self.estimates["label_cost"] = one_label - f1
+        for name in JUDGED:
+            task = name.removesuffix("_f1")
+            found = [(row["latent"], row["judge"][task]["own"]["f1"]) for row in judged]
+            if found:
+                self.estimates[name] = self.mean(pd.DataFrame(found).dropna())
         once = frame.drop_duplicates("latent")
         self.estimates["lexicality"] = self.mean(once[["latent", "lexicality"]])
         if len(self.layers) > 1:

@@ -1,5 +1,6 @@
 """Explains latents by rules, scores them on other text, and carries them from layer to layer."""
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -7,9 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt64
+from scipy.stats import false_discovery_control
 
 from groupsae.data.draws import mix
+from groupsae.evaluation.intervals import Bootstrap
 from groupsae.interpretation.atoms import Held, Places
+from groupsae.interpretation.bits import contains, unpacked
 from groupsae.interpretation.files import CollectedSAE, Interpretation
 from groupsae.interpretation.rules import Evidence, Explanation, described, learn
 from groupsae.interpretation.scores import (
@@ -23,7 +27,6 @@ from groupsae.interpretation.scores import (
 )
 from groupsae.interpretation.sharing import (
     SAME,
-    benjamini_hochberg,
     cofiring,
     drift,
     kind_of,
@@ -33,6 +36,7 @@ from groupsae.interpretation.sharing import (
 LEAST_WINDOWS = 20  # in which a latent must fire, in each text
 PART = 16  # latents that are explained together
 GROW = 0.8  # share of the documents that rules are grown on
+RESAMPLES = 500  # of the documents of the score text
 
 
 class Chosen(NamedTuple):
@@ -71,6 +75,7 @@ Place = str  # a layer, or "all" of a group together
 Firings = dict[Place, Firing]
 Predicted = dict[Place, UInt64[np.ndarray, " word"]]  # where explanations hold in the score text
 Rows = Iterable[list[dict[str, Any]]]
+Resampled = Float[np.ndarray, " resample"]
 
 
 class Explainer:
@@ -87,6 +92,9 @@ class Explainer:
         self.text = Places(found.tokens, found.context, found.strings)
         self.evidence = Evidence(self.text, self.explain_tokens, grows(found.documents))
         self.scored = Held(self.text, slice(self.explain_tokens, sum(found.num_tokens)))
+        later = found.documents[self.explain_tokens :]
+        names, self.documents = np.unique(later, return_inverse=True)
+        self.resamples = Bootstrap(names, RESAMPLES, 0.95, 0).weights
         self.lookup = Lookup(
             self.text.tokens, self.explain_tokens, self.text.offset, self.text.vocabulary.size
         )
@@ -103,7 +111,35 @@ class Explainer:
         for i, (row, _) in enumerate(found):
             other = found[i - 1 if i else min(1, len(found) - 1)][1] if len(found) > 1 else {}
             _compare(row, firings[i], other)
+        middle = len(latents) // 2
+        found[middle][0]["direction_f1"] = self._direction(latents[middle], firings[middle])
         return [row for row, _ in found]
+
+    def _direction(self, number: int, firings: Firings) -> dict[Place, float]:
+        """Return F1 of rules about a random direction that is as often above a threshold."""
+        found = {}
+        for layer in (place for place, each in firings.items() if place != "all" and each.enough):
+            projected = self.found.projections(int(layer))
+            if projected is None:
+                continue
+            acts = projected[:, number % projected.shape[1]].astype(np.float32)
+            text, later = np.split(acts, [self.explain_tokens])
+            least = np.sort(text)[-len(firings[layer].positions)]
+            positions, places = np.flatnonzero(text >= least), np.flatnonzero(later >= least)
+            rules = learn(self.evidence, positions, text[positions] - least)
+            truth = Truth.of(places, later[places] - least, self.score_tokens)
+            found[layer] = f1(rules.predict(self.scored).anywhere, truth.bits)
+        return found
+
+    def _resampled(self, predicted: UInt64[np.ndarray, " word"], truth: Truth) -> Resampled:
+        """Return F1 on each resample of the documents of the score text."""
+        says = np.flatnonzero(unpacked(predicted, self.score_tokens))
+        hits = truth.places[contains(predicted, truth.places)]
+        sums = [
+            self.resamples @ np.bincount(self.documents[places], minlength=self.resamples.shape[1])
+            for places in (hits, says, truth.places)
+        ]
+        return (2 * sums[0] / np.maximum(sums[1] + sums[2], 1)).astype(np.float16)
 
     def _firings(self, sae: CollectedSAE, latent: int) -> Firings:
         """Return where a latent fires on each layer, and on any, with its highest activation."""
@@ -174,7 +210,10 @@ class Explainer:
                 entry = {
                     "text": described(explanation, self.found.strings),
                     "rules": _plain(explanation),
-                    "scores": scores(prediction, firing.truth),
+                    "scores": {
+                        **scores(prediction, firing.truth),
+                        "shift_f1": f1(predicted[place], self._moved(firing.truth)),
+                    },
                 }
             if place == "all":
                 row["all"] = entry
@@ -187,7 +226,17 @@ class Explainer:
             for a in predicted
         }
         row["sharing"] = self._sharing(sae, latent, firings)
+        row["resampled"] = {
+            place: [self._resampled(predicted[a], firings[place].truth) for a in (place, "all")]
+            for place in row["layers"]
+        }
         return row, predicted
+
+    def _moved(self, truth: Truth) -> UInt64[np.ndarray, " word"]:
+        """Return the firings laid onto other documents: half of the blocks further on."""
+        blocks = self.score_tokens // self.found.context
+        moved = (truth.places + (blocks + 1) // 2 * self.found.context) % self.score_tokens
+        return Truth.of(moved, truth.acts, self.score_tokens).bits
 
     def _baselines(self, entry: dict[str, Any], firing: Firing) -> None:
         """Add what the last tokens alone predict, and how many different tokens fire."""
@@ -200,8 +249,11 @@ class Explainer:
 
 def explain_sae(
     found: Interpretation, name: str, count: int, run: Callable[[list[list[int]]], Rows]
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Float[np.ndarray, "latent layer explanation resample"]]:
     """Return the explanations of an SAE's chosen latents, and their means.
+
+    With them comes F1 on each resample of the documents, at each layer: of the explanation made
+    there, and of the one made from all layers; not a number where a layer has none.
 
     `run` explains lists of latents, in the order of how often they fire, in this process or in
     several.
@@ -213,7 +265,11 @@ def explain_sae(
     rows = [row for part in run(_split(order)) for row in part]
     rows.sort(key=lambda row: row["latent"])
     _judge_pairs(rows, sae.layers)
-    return {
+    resampled = np.full((len(rows), len(sae.layers), 2, RESAMPLES), np.nan, np.float16)
+    for each, row in zip(resampled, rows, strict=True):
+        for place, values in row.pop("resampled").items():
+            each[sae.layers.index(int(place))] = values
+    explained = {
         "name": name,
         "layers": sae.layers,
         "drawn": chosen.drawn,
@@ -221,12 +277,33 @@ def explain_sae(
         "latents": rows,
         "mean": mean_of([row["all"]["scores"] for row in rows]),
     }
+    return explained, resampled
 
 
 def _split(latents: list[int]) -> list[list[int]]:
     """Return parts of `PART` latents, none of them alone if there are several."""
     starts = list(range(0, max(len(latents) - 1, 1), PART))
     return [latents[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)]
+
+
+def seconds_for_one(text: Places, explain: int, trials: int = 4) -> float:
+    """Return the seconds of one explanation of a text, from a trial on made-up latents.
+
+    They fire on two tokens in a hundred, half of them drawn and half of them of a few tokens.
+    """
+    size, draws = len(text.tokens), np.random.default_rng(0)
+    evidence = Evidence(text, explain, np.arange(size) // text.context % 5 > 0)
+    held, seconds = Held(text, slice(explain, size)), []
+    for _ in range(trials):
+        likely = np.isin(text.tokens, draws.choice(text.tokens, 10))
+        fires = draws.random(size) < 0.01 + 0.01 * likely / max(likely.mean(), 0.01)
+        places = np.flatnonzero(fires)
+        early, later = places[places < explain], places[places >= explain] - explain
+        began = time.perf_counter()
+        rules = learn(evidence, early, np.ones(len(early), np.float32))
+        scores(rules.predict(held), Truth.of(later, np.ones(len(later)), held.size))
+        seconds.append(time.perf_counter() - began)
+    return float(np.mean(seconds[1:]))  # later ones know most atoms
 
 
 # ---- in several processes ------------------------------------------------------------------
@@ -250,8 +327,8 @@ def _judge_pairs(rows: Sequence[dict[str, Any]], layers: Sequence[int]) -> None:
     """Give every pair of layers of every latent its q-value and its kind."""
     pairs = [(row, pair) for row in rows for pair in row["sharing"]["pairs"]]
     tested = [pair for _, pair in pairs if pair["p"] is not None]
-    q = benjamini_hochberg(np.array([pair["p"] for pair in tested]))
-    for pair, value in zip(tested, q.tolist(), strict=True):
+    q = false_discovery_control([pair["p"] for pair in tested]) if tested else []
+    for pair, value in zip(tested, map(float, q), strict=True):
         pair["q"] = value
     for row, pair in pairs:
         tau, sharing = transfer(row, layers), row["sharing"]

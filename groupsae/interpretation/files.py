@@ -178,12 +178,24 @@ class Interpretation:
         return found
 
     @cached_property
-    def documents(self) -> Int[np.ndarray, " position"]:
-        """Return a number of the document at every position; each block begins a new one."""
+    def pieces(self) -> Int[np.ndarray, " position"]:
+        """Return a number of the piece of a document at every position: its part of a block."""
         tokens = torch.from_numpy(self.tokens.reshape(-1, self.context))
         starts, _ = document_bounds(tokens, self.head["end_token"])
         found: np.ndarray = np.unique(starts.numpy(), return_inverse=True)[1]
         return found
+
+    @cached_property
+    def documents(self) -> Int[np.ndarray, " position"]:
+        """Return a number of the document at every position; its piece in the text to explain."""
+        file = self.folder / COLLECTED / "documents.npy"
+        if not file.exists():  # it was collected by an earlier version
+            return self.pieces
+        begins = np.load(file, allow_pickle=False)
+        is_end = self.tokens.reshape(-1, self.context)[-len(begins) :] == self.head["end_token"]
+        ended = np.cumsum(is_end, axis=1) - is_end  # a token that ends a document belongs to it
+        early = self.pieces[: -is_end.size]
+        return np.concatenate([early, (begins[:, None] + ended).ravel() + len(early)])
 
     @cached_property
     def strings(self) -> dict[int, str]:
@@ -196,6 +208,19 @@ class Interpretation:
         """Return the explained latents of each SAE; empty if these contexts were not explained."""
         stored = read_json(self.folder / "explanations.json") or {}
         return stored["saes"] if stored.get("key", [None])[0] == self.head["key"] else {}
+
+    def resampled(self, name: str) -> np.ndarray | None:
+        """Return F1 of an SAE's explanations on resamples of the documents, if it was kept."""
+        file = self.folder / "resampled" / f"{name}.npy"
+        return np.load(file, allow_pickle=False) if file.exists() else None
+
+    def projections(self, layer: int) -> np.ndarray | None:
+        """Return a layer's activations along random directions, [position, direction]."""
+        file = self.folder / COLLECTED / f"random.layer.{layer}.bin"
+        if not file.exists():
+            return None
+        stored = np.memmap(file, "<f2", "r")
+        return stored.reshape(sum(self.num_tokens), -1)
 
     def text(self, start: int, length: int) -> list[str]:
         """Return the text of some tokens, one string each."""
@@ -233,6 +258,9 @@ def save_collected(
         for name, each in directions.items():
             np.savez_compressed(target / f"{name}.npz", **each._asdict())
         np.save(target / "tokens.npy", found.text.read())
+        np.save(target / "documents.npy", found.text.heldout_documents())
+        for file in found.folder.glob("random.*.bin"):
+            file.replace(target / file.name)
     write_json(target / "strings.json", {str(token): text for token, text in strings.items()})
     saes = [_sae_head(collector, found) for collector in found.collectors.values()]
     written = {"format": FORMAT, **head, "saes": saes}

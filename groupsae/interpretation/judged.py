@@ -470,8 +470,8 @@ def planned(found: Interpretation, protocol: Protocol, count: int, seed: int) ->
 
 
 def read_judged(found: Interpretation) -> list[dict[str, Any]]:
-    """Return what all judges have found on the text that was collected."""
-    files = sorted((found.folder / "judged").glob("*-*.json"))
+    """Return what all judges have found on the text that was collected, the latest last."""
+    files = sorted((found.folder / "judged").glob("*-*.json"), key=lambda f: f.stat().st_mtime)
     every = [read_json(file) or {} for file in files]
     return [one for one in every if one.get("collected") == found.head["key"]]
 

@@ -1,9 +1,9 @@
 """Language models that explain latents and answer questions about them: on a server, or local.
 
 A judge has a `name`, an `identity` (all that its answers depend on), `advance` (called with the
-number of questions answered, for a progress bar), `fits` (whether it can read a prompt), `write`
-(a text for each prompt) and `answer` (probabilities for each question). Both of them take a second
-`attempt`, which may come out differently.
+number of questions answered, for a progress bar), `check` (does it answer?), `fits` (can it read a
+prompt?), `write` (a text for each prompt) and `answer` (probabilities for each question).
+The last two take a second `attempt`, which may come out differently.
 """
 
 import hashlib
@@ -194,6 +194,14 @@ class Endpoint:
         self._stop = threading.Event()
         self._lost = [0, 0]  # tokens of replies that could not be used
         self._gives_probabilities: bool | None = None
+
+    def check(self) -> None:
+        """Ask one question, before hours of work.
+
+        Raises:
+            UserError: the server does not answer, or refuses access.
+        """
+        self._gives_probabilities = self._probe(Question("Is this text empty?", "No, it is not."))
 
     def fits(self, prompt: str) -> bool:
         """Return True: the server knows."""
@@ -498,6 +506,10 @@ class Local:
             f"interpretation.hf.name is {self.identity['model']!r}, which does not continue text: "
             "use a causal language model."
         )
+
+    def check(self) -> None:
+        """Load the model, before hours of work."""
+        self.model  # noqa: B018
 
     def fits(self, prompt: str) -> bool:
         """Return whether the model can read a prompt and write an explanation."""

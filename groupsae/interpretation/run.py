@@ -1,5 +1,6 @@
 """The pass over text: runs the model, feeds the collectors, stops and resumes, joins processes."""
 
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor
 
@@ -24,6 +26,7 @@ from groupsae.runtime.signals import Stopped
 from groupsae.suite.suite import Suite
 
 SAVE_EVERY = 600.0  # seconds between saved states
+DIRECTIONS = 8  # random ones, with which latents are compared
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,9 @@ class Pass:
         self.process, self.next_part = process, process.rank
         self.layers = sorted({layer for suite in saes.values() for layer in suite.layers})
         self.collectors = {name: self._collector(name, process.rank) for name in saes}
+        draws = torch.Generator().manual_seed(0)
+        directions = torch.randn(DIRECTIONS, data.hooked.d_model, generator=draws)
+        self.directions = F.normalize(directions, dim=1).to(data.device)
 
     def _collector(self, name: str, rank: int) -> SAECollector:
         suite, device = self.saes[name], self.data.device
@@ -108,6 +114,7 @@ class Pass:
                 keep = both(here, data.filters.activations(acts))
                 keep = None if keep is None else keep.flatten()
                 rows, first = acts.flatten(0, 1), blocks.start * tokens.shape[1]
+                self._project(layer, rows, keep, part.first + first)
                 for name, suite in self.saes.items():
                     if layer in suite.layers:
                         latents = suite.encode_sparse(rows, layer)
@@ -122,6 +129,17 @@ class Pass:
                 for layer in collector.layers
             }
             collector.update(part, found, bounds)
+
+    def _project(self, layer: int, rows: Tensor, keep: Tensor | None, first: int) -> None:
+        """Write a layer's activations along random directions, at their place in the text."""
+        found = rows @ self.directions.T
+        if keep is not None:
+            found[~keep] = -torch.inf
+        file = os.open(self.folder / f"random.layer.{layer}.bin", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            os.pwrite(file, found.half().cpu().numpy().tobytes(), first * 2 * DIRECTIONS)
+        finally:
+            os.close(file)
 
     # ---- state --------------------------------------------------------------------------
 

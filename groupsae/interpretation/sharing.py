@@ -129,15 +129,6 @@ def _halves(tokens: np.ndarray, size: int, draws: np.random.Generator) -> float:
     return divergence(shuffled[:middle], shuffled[middle:], size) if middle else 0.0
 
 
-def benjamini_hochberg(p: Float[np.ndarray, " test"]) -> Float[np.ndarray, " test"]:
-    """Return q-values: the smallest false discovery rate at which each test is rejected."""
-    order = np.argsort(p)[::-1]
-    ranks = len(p) - np.arange(len(p))
-    q = np.empty(len(p))
-    q[order] = np.minimum.accumulate(p[order] * len(p) / ranks)
-    return q.clip(max=1.0)
-
-
 def kind_of(
     tau: tuple[float, float],
     contained: tuple[float, float],

@@ -91,6 +91,10 @@ class Text:
         """Return the number of parts of both texts."""
         return sum(-(-len(chosen) // self.size) for chosen in self.chosen)
 
+    def heldout_documents(self) -> Int[np.ndarray, " block"]:
+        """Return a number of the document in which each block of the score text begins."""
+        return self.data.documents("heldout")[self.chosen[SCORE]]
+
     def read(self) -> Int[np.ndarray, "block pos"]:
         """Return the tokens of both texts, as the model reads them."""
         start = self.data.lm.start_token

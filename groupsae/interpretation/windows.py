@@ -38,7 +38,7 @@ class Protocol(NamedTuple):
         neighbour: silent windows in which one of the nearest latents fires.
         marked: share of a window's highest activation above which tokens are marked.
         apart: score on held-out text, on other windows than those to explain.
-        each_document: most windows of a document; 0: any number.
+        each_piece: most windows of a document's part of a block; 0: any number.
     """
 
     explain: int = 2
@@ -48,11 +48,11 @@ class Protocol(NamedTuple):
     neighbour: int = 10
     marked: float = 0.0
     apart: bool = True
-    each_document: int = 2
+    each_piece: int = 2
 
 
 # of Paulo et al. (arXiv 2410.13928), as its code has it: explains and scores on one list
-DELPHI = Protocol(4, 5, 50, 0, 0, marked=0.3, apart=False, each_document=0)
+DELPHI = Protocol(4, 5, 50, 0, 0, marked=0.3, apart=False, each_piece=0)
 
 
 class Window(NamedTuple):
@@ -108,7 +108,7 @@ class WindowChooser:
         self, found: Interpretation, sae: CollectedSAE, protocol: Protocol, seed: int = 0
     ) -> None:
         self.found, self.sae, self.protocol, self.seed = found, sae, protocol, seed
-        self.tokens, self.documents = found.tokens, found.documents
+        self.tokens, self.pieces = found.tokens, found.pieces
         self.starts, self.ends = document_bounds(
             torch.from_numpy(self.tokens.reshape(-1, found.context)), found.head["end_token"]
         )
@@ -182,15 +182,15 @@ class WindowChooser:
         return positions[first], acts[first]
 
     def _few(self, draws: random.Random, peaks: Sequence[int]) -> list[int]:
-        """Return places in a random order, without those of documents that have enough."""
+        """Return places in a random order, without those of pieces that have enough."""
         shuffled = draws.sample(peaks, len(peaks))
-        most = self.protocol.each_document or len(peaks)
+        most = self.protocol.each_piece or len(peaks)
         used: Counter[int] = Counter()
         kept = []
         for peak in shuffled:
-            document = int(self.documents[peak])
-            used[document] += 1
-            if used[document] <= most:
+            piece = int(self.pieces[peak])
+            used[piece] += 1
+            if used[piece] <= most:
                 kept.append(peak)
         return kept
 
@@ -217,7 +217,7 @@ class WindowChooser:
         """Return silent windows of every kind, marked where positive ones are."""
         protocol, used = self.protocol, Counter[int]()
         draws = random.Random(f"{self.seed}:{self.sae.name}:{latent}:silent")
-        most = protocol.each_document or len(self.tokens)
+        most = protocol.each_piece or len(self.tokens)
         donors = draws.sample(positives, len(positives))
         found: list[Window] = []
 
@@ -231,14 +231,14 @@ class WindowChooser:
                 if count == 0:
                     return
                 peak, start, length = places[i], int(first[i]), int(last[i] - first[i])
-                document = int(self.documents[peak])
-                if used[document] >= most or self._before(peak) in known:
+                piece = int(self.pieces[peak])
+                if used[piece] >= most or self._before(peak) in known:
                     continue
                 # every positive in turn, as far as its marks fit
                 fits = (n for n, donor in enumerate(donors) if donor.marks[-1] < length)
                 if (place := next(fits, None)) is None:
                     continue
-                used[document], count = used[document] + 1, count - 1
+                used[piece], count = used[piece] + 1, count - 1
                 donor = donors.pop(place)
                 donors.append(donor)
                 found.append(Window(kind, peak, start, length, donor.marks, group))

@@ -65,6 +65,10 @@ HEADINGS = {  # of the columns that are shown
     "flops_saved": "FLOPs saved", "tokens": "tokens", "measured_on": "evaluated on",
     "explained": "latents", "f1": "F1", "adjusted_f1": "F1, adjusted",
     "one_label_f1": "one label", "lexicality": "by token",
+    "shift_f1": "F1, moved", "direction_f1": "F1, directions", "judge": "judge",
+    "detection_f1": "detection F1", "fuzzing_f1": "fuzzing F1",
+    "detection_f1_difference": "detection − per layer",
+    "fuzzing_f1_difference": "fuzzing − per layer",
     "f1_difference": "F1 − per layer", "one_label_f1_difference": "one label − per layer",
     "matched": "matched", "matched_cosine": "cosine", "matched_difference": "F1 − match",
     "random_difference": "F1 − random", "labels": "labels", "label_cost": "one label costs",
@@ -83,6 +87,8 @@ DIGITS = {  # after the decimal point; others have 4
     "mmcs": 3, "mmco": 3, "token_cosine": 3, "delta_ce_percent": 2, "delta_ce_percent_lost": 2,
     "delta_ce_percent_together": 2, "labels": 2,
     **dict.fromkeys(("f1", "adjusted_f1", "one_label_f1", "lexicality", "label_cost"), 3),
+    **dict.fromkeys(("shift_f1", "direction_f1", "detection_f1", "fuzzing_f1"), 3),
+    **dict.fromkeys(("detection_f1_difference", "fuzzing_f1_difference"), 3),
     **dict.fromkeys(("f1_difference", "one_label_f1_difference", "matched_difference"), 3),
     **dict.fromkeys(("random_difference", "matched_cosine"), 3),
     **{f"tau_{apart}": 2 for apart in (1, 2, 4, 8)},
@@ -509,10 +515,23 @@ def explained_table(run: RunFiles) -> Table | None:
         "explained",
         "How well rules explain latents on held-out text, means over grouped layers and latents: "
         "F1 of an explanation for each layer, and of one label for all layers of a group; "
-        "by token: what a table of tokens predicts",
+        "by token: what a table of tokens predicts; moved: against its firings laid onto other "
+        "documents; directions: rules about random directions of like density",
         "f1",
         "grouping", "num_groups", "explained", "f1", "adjusted_f1", "one_label_f1", "lexicality",
-        "f1_difference", "one_label_f1_difference",
+        "f1_difference", "one_label_f1_difference", "shift_f1", "direction_f1",
+    )  # fmt: skip
+
+
+def judged_table(run: RunFiles) -> Table | None:
+    """Return how well a language model explains the latents of each grouping."""
+    return _interpreted(
+        run,
+        "judged",
+        "How well a language model explains latents: F1 at the natural rate",
+        "detection_f1",
+        "grouping", "num_groups", "judge", "detection_f1", "fuzzing_f1",
+        "detection_f1_difference", "fuzzing_f1_difference",
     )  # fmt: skip
 
 
@@ -588,4 +607,4 @@ def extreme_latents_table(run: RunFiles, page: str, *, best: bool) -> Table | No
 QUALITY_TABLES = baselines_table, groupings_table
 LAYER_TABLES = layers_table, scale_table, variants_table, similarity_table
 COST_TABLES = parts_table, saved_table, sharing_table
-EXPLAINED_TABLES = explained_table, meaning_table, matched_table
+EXPLAINED_TABLES = explained_table, judged_table, meaning_table, matched_table

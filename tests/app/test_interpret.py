@@ -1,5 +1,6 @@
 """The command that looks into latents: what it leaves behind, resumes, and refuses."""
 
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,10 @@ from groupsae.runtime.signals import Stopped
 from tests.helpers.evaluated import evaluated
 from tests.helpers.runs import composed, config_of
 
+DOWN = (
+    "interpretation.judge=endpoint interpretation.endpoint.url=http://127.0.0.1:9/v1 "
+    "interpretation.endpoint.model=m interpretation.endpoint.retries=0"
+)
 OPTIONS = ["interpretation.score_tokens=1024", "interpretation.latents=4"]
 
 
@@ -131,7 +136,9 @@ def test_two_processes_find_what_one_finds(copy: Path, tmp_path: Path) -> None:
 def test_a_dry_run_leaves_nothing(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = composed(OPTIONS).interpretation
     interpret(copy, config_of(copy), options, "cpu", dry_run=True)
-    assert "on disk, about" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "on disk, about" in printed
+    assert re.search(r"Rules: \d+ explanations at most, about ", printed)
     assert not (copy / "interpretation").exists()
 
 
@@ -141,9 +148,10 @@ def test_a_dry_run_leaves_nothing(copy: Path, capsys: pytest.CaptureFixture[str]
         ("interpretation.score_tokens=32", "0 blocks of 64 tokens"),
         ("interpretation.groupings=[complete-9]", "interpretation.groupings names complete-9"),
         ("interpretation.sample=3", "must be an integer of at least 10"),
+        (DOWN, "http://127.0.0.1:9/v1 does not answer"),  # before anything is collected
     ],
 )
 def test_bad_options_are_refused_in_one_sentence(copy: Path, option: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        interpreted(copy, option)
+        interpreted(copy, *option.split())
     assert not (copy / "interpretation").exists()

@@ -79,7 +79,12 @@ def interpreted_run(folder: Path, kind: str = "topk") -> Interpreted:
             collector.update(part, found, document_bounds(part.tokens, END))
     done = Pass.__new__(Pass)  # a finished one, which never had a language model
     done.collectors, done.process, done.kept = collectors, Process(), KEPT
-    done.text, done.folder = SimpleNamespace(read=tokens.int().numpy), folder / "records"
+    done.text, done.folder = (
+        SimpleNamespace(
+            read=tokens.int().numpy, heldout_documents=lambda: np.arange(BLOCKS - EXPLAIN)
+        ),
+        folder / "records",
+    )
     num_tokens = [EXPLAIN * CONTEXT, (BLOCKS - EXPLAIN) * CONTEXT]
     head = {"key": "k", "context": CONTEXT, "num_tokens": num_tokens, "end_token": END}
     directions = {name: _directions(sae.directions()) for name, sae in suite.saes.items()}

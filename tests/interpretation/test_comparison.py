@@ -12,10 +12,9 @@ from groupsae.grouping.groupings import Grouping
 from groupsae.interpretation.comparison import (
     groupings_frame,
     latents_frame,
-    matches,
     transfer_frame,
 )
-from groupsae.interpretation.explain import labels_needed, transfer
+from groupsae.interpretation.explain import RESAMPLES, labels_needed, transfer
 from groupsae.interpretation.sharing import KINDS, kind_of_latent
 
 GROUPED = [0, 1, 2]
@@ -80,12 +79,62 @@ def directions():
 
 @pytest.fixture(scope="module")
 def latents(explained, found, directions):
-    return latents_frame(explained, matches(explained, found, directions))
+    return latents_frame(explained, found, directions)
 
 
 @pytest.fixture(scope="module")
 def frame(explained, found, latents):
     return groupings_frame(explained, found, latents).set_index("grouping")
+
+
+def test_intervals_of_f1_draw_documents_as_well(explained, found, latents, frame):
+    draws, resampled = np.random.default_rng(1), {}
+    wide = draws.normal(0, 0.2, RESAMPLES)  # what another sample of documents does to every F1
+    for name, sae in explained.items():
+        each = np.full((len(sae["latents"]), len(sae["layers"]), 2, RESAMPLES), np.nan)
+        for i, row in enumerate(sae["latents"]):
+            for layer in row["layers"]:
+                own = (row["transfer"][a][layer] for a in (layer, "all"))
+                each[i, sae["layers"].index(int(layer))] = [f1 + wide for f1 in own]
+        resampled[name] = each
+    wider = groupings_frame(explained, found, latents, 0, resampled).set_index("grouping")
+    spread, known = ((f["f1_high"] - f["f1_low"])["complete-2"] for f in (wider, frame))
+    assert spread > 3.9 * 0.18  # 95 % of a normal distribution of this width, at least
+    assert spread > 2 * known
+    pairs = ("f1_difference", "one_label_f1_difference", "label_cost")  # documents cancel out
+    for metric in pairs:
+        for end in ("", "_low", "_high"):
+            name = f"{metric}{end}"
+            assert wider[name]["complete-2"] == pytest.approx(frame[name]["complete-2"], abs=1e-3)
+
+
+def test_a_judges_scores_are_in_the_table(explained, found, latents):
+    draws, judged = np.random.default_rng(2), {}
+    for name, sae in explained.items():
+        rows = sae["latents"][::2]
+        judged[name] = {"latents": [
+            {"latent": r["latent"], "judge": {t: {"own": {"f1": draws.random()}}
+                                              for t in ("detection", "fuzzing")}}
+            for r in rows
+        ]}  # fmt: skip
+    run = {"judge": {"name": "some-llm"}, "saes": judged}
+    frame = groupings_frame(explained, found, latents, judged=run).set_index("grouping")
+    assert (frame["judge"] == "some-llm").all()
+    known = {name: set(latents["latent"][latents["sae"] == name]) for name in explained}
+    means = {
+        name: np.mean([
+            r["judge"]["fuzzing"]["own"]["f1"]
+            for r in sae["latents"]
+            if r["latent"] in known[name]
+        ])
+        for name, sae in judged.items()
+    }  # fmt: skip
+    own = [means[OWN[layer]] for layer in GROUPED]
+    shared = (2 * means["shared"] + own[2]) / 3
+    assert frame["fuzzing_f1"]["per_layer"] == pytest.approx(np.mean(own))
+    assert frame["fuzzing_f1"]["complete-2"] == pytest.approx(shared)
+    assert frame["fuzzing_f1_difference"]["complete-2"] == pytest.approx(shared - np.mean(own))
+    assert frame["detection_f1_low"].notna().all()
 
 
 def values(explained, name, key):
@@ -148,7 +197,9 @@ def test_a_match_is_the_latent_with_the_most_similar_direction(
     assert frame["matched"]["complete-2"] == len(gaps) > 3
     assert frame["matched_difference"]["complete-2"] == pytest.approx(np.mean(gaps))
     assert np.isfinite(frame["random_difference"]["complete-2"])
-    assert not matches(explained, found[:1], directions)  # without one SAE per layer
+    assert (
+        latents_frame(explained, found[:1], directions)["match"].isna().all()
+    )  # without one SAE per layer
 
 
 def test_transfer_is_a_mean_over_the_latents_where_it_is_defined(explained):

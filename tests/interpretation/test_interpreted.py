@@ -10,7 +10,7 @@ import wandb
 
 from groupsae.files.reading import read_metrics
 from groupsae.grouping.groupings import groupings
-from groupsae.interpretation.comparison import latents_frame, matches
+from groupsae.interpretation.comparison import latents_frame
 from groupsae.reporting.load import read_explained
 from groupsae.reporting.page import write_report
 from groupsae.suite.groups_file import load_plan
@@ -31,7 +31,7 @@ def test_the_command_writes_the_tables(folder: Path):
     assert tables["groupings"]["grouping"].tolist() == names
     explained = json.loads((folder / "interpretation" / "explanations.json").read_text())["saes"]
     every = {n: load_saes(folder / "saes", [n]).saes[n].directions() for n in explained}
-    again = latents_frame(explained, matches(explained, groupings(plan), every))
+    again = latents_frame(explained, groupings(plan), every)
     pd.testing.assert_frame_equal(again, tables["latents"], check_dtype=False)
 
 

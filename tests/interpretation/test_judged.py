@@ -48,11 +48,10 @@ def found(tmp_path_factory):
 @pytest.fixture(scope="module")
 def by_rules(found):
     explainer = Explainer(found)
-    return {
-        "g": explain_sae(
-            found, "g", LATENTS, lambda parts: [explainer.explain("g", part) for part in parts]
-        )
-    }
+    explained, _ = explain_sae(
+        found, "g", LATENTS, lambda parts: [explainer.explain("g", part) for part in parts]
+    )
+    return {"g": explained}
 
 
 @pytest.fixture

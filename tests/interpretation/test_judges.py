@@ -150,6 +150,20 @@ def test_a_server_that_is_down_is_one_sentence_and_answers_are_kept(tmp_path):
     assert judge.waits == [1.0, 2.0]
 
 
+@pytest.mark.parametrize("status", [None, 401])
+def test_a_judge_is_tried_before_long_work(tmp_path, status):
+    with ChatServer(lambda *_: "no", [] if status is None else [status]) as server:
+        judge = endpoint(server, tmp_path, retries=0)
+        if status is None:
+            judge.check()
+            assert judge._gives_probabilities
+            return
+        with pytest.raises(UserError, match="refuses access"):
+            judge.check()
+    with pytest.raises(UserError, match="does not answer"):  # it is down
+        endpoint(server, tmp_path, retries=0).check()
+
+
 def test_nothing_is_paid_for_twice_and_a_truncated_line_is_asked_for_again(tmp_path):
     file = tmp_path / "answers.jsonl"
     with ChatServer(says) as server:

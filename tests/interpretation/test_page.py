@@ -56,7 +56,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Interpretation:
     saes = {}
     for name in found.saes:
         run_parts = partial(map, partial(explainer.explain, name))
-        saes[name] = explain_sae(found, name, 4, run_parts)
+        saes[name], _ = explain_sae(found, name, 4, run_parts)
     write_json(found.folder / "explanations.json", {"format": 1, "key": ["k", 4], "saes": saes})
     return Interpretation(found.folder)
 
@@ -104,6 +104,31 @@ def test_a_latents_page_shows_its_rules_and_where_they_hold(page, found):
     assert f"AUPRC {row['all']['scores']['unigram_auprc']:.3f}" in shown
     assert "Highest activations at layer 1" in shown
     assert 'aria-pressed="true">1<' in shown
+
+
+@real
+def test_a_latents_page_shows_what_judges_say(found, tmp_path):
+    latent = explained_latent(found)
+    scores = {"detection": {"own": {"f1": 0.7}, "null": {"f1": 0.2}}}
+    row = {"latent": latent, "explanation": "closing </script> tags", "judge": scores}
+    judged = [
+        {
+            "judge": {"name": name},
+            "qualification": {"qualified": qualified},
+            "saes": {SAE: {"latents": [row]}},
+        }
+        for name, qualified in (("endpoint <b>m", True), ("hf n", False))
+    ]
+    copy = Interpretation(Path(shutil.copytree(found.folder, tmp_path / "interpretation")))
+    page = write_page(copy, labels_of(found.explanations, judged), "judged")
+    shown = opened(page, f"#{SAE}/{latent}")
+    assert "endpoint &lt;b&gt;m" in shown
+    assert "closing &lt;/script&gt; tags" in shown
+    assert "detection F1 0.70 (null 0.20)" in shown
+    assert "no scores: the judge is not qualified" in shown
+    assert f"1 of {sum(s.d_sae for s in found.saes.values())} latents" in opened(
+        page, "#?text=closing"
+    )
 
 
 @real

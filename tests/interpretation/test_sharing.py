@@ -5,7 +5,6 @@ import pytest
 
 from groupsae.interpretation.sharing import (
     badge_of,
-    benjamini_hochberg,
     cofiring,
     divergence,
     drift,
@@ -75,12 +74,6 @@ def test_a_difference_between_documents_is_no_drift():
         assert amount > 0.25
         p_values.append(p)
     assert np.median(p_values) > 0.05
-
-
-def test_q_values_are_those_of_benjamini_and_hochberg():
-    p = np.array([0.01, 0.04, 0.03, 0.5])
-    # sorted 0.01, 0.03, 0.04, 0.5: times 4/1, 4/2, 4/3, 4/4, then the minimum from above
-    assert benjamini_hochberg(p) == pytest.approx([0.04, 0.16 / 3, 0.16 / 3, 0.5])
 
 
 def test_kinds():
