@@ -1,10 +1,9 @@
-"""How well groups' latents are explained: `python -m benchmarks.interpretability seed=0,1,2`.
+"""How well groups' latents are explained: `python -m benchmarks.interpretability <run> <run> ...`.
 
-Interprets the runs of `experiment=replication` (`make replicate` trains them; other options that
-they were trained with are given here too) and writes the part between the two marks in
-docs/interpretation.md: explanations and what they carry over, against the number of groups, next
-to the FVU lost. Runs that are interpreted already are only read. `size=smallest` prints the tables
-of made-up figures, for CI.
+Interprets runs of `experiment=replication` (`make replicate` trains and evaluates them), one for
+each seed, and writes the part between the two marks in docs/interpretation.md: explanations and
+what they carry over, against the number of groups, next to the FVU lost. Runs that are interpreted
+already are only read. `size=smallest` prints the tables of made-up figures, for CI.
 
 Every difference has two intervals, both at 95 %:
 - over seeds (Student's t, one value a seed);
@@ -23,7 +22,6 @@ import pandas as pd  # type: ignore[import-untyped,unused-ignore]
 from benchmarks.replication import (
     Difference,
     against_layers,
-    evaluated_runs,
     evaluation_of,
     summed_up,
     table,
@@ -168,13 +166,11 @@ def main(arguments: Sequence[str]) -> None:
         frames, evaluated = zip(*map(made_up, range(2)), strict=True)
         print("\n".join([levels(frames), *by_groups(frames, evaluated)]))
         return
-    asked = [a.removeprefix("seed=") for a in arguments if a.startswith("seed=")]
-    if len(asked) != 1:
-        sys.exit("which seeds? python -m benchmarks.interpretability seed=0,1,2")
-    rest = [a for a in arguments if not a.startswith("seed=")]
-    folders = evaluated_runs(asked[0].split(","), rest)
-    frames = [interpreted(folder) for folder in folders]
+    folders = [Path(argument) for argument in arguments]
+    if not folders:
+        sys.exit("which runs? python -m benchmarks.interpretability <run folder> ...")
     evaluated = [evaluation_of(folder) for folder in folders]
+    frames = [interpreted(folder) for folder in folders]
     found = Interpretation(folders[0] / "interpretation")
     explain, score = found.num_tokens
     lines = [

@@ -4,7 +4,7 @@ A quarter of an hour on one quiet core. On the bundled model with one group and 
 own SAE, trained for a moment: how much longer collecting takes than the model's forward and the
 encoding alone, on a million tokens; how its memory grows, against `dry_run`; how long one
 explanation takes; and a page of 10,000 latents, in Chromium if there is one. `size=smallest` is
-for CI.
+for CI; `tokens=` is how many are read instead of a million.
 
 Writes benchmarks/results/interpretation.md.
 """
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 
-from benchmarks.timing import SMALLEST_RUN, smallest, write
+from benchmarks.timing import SMALLEST_RUN, options, smallest, write
 from groupsae.app.evaluate import device_named, same_stream
 from groupsae.app.fit import fit
 from groupsae.app.run_folder import finished_run, open_run, register_resolver
@@ -36,17 +36,25 @@ from groupsae.interpretation.run import Pass, Process
 from groupsae.interpretation.text import Part, Text
 from groupsae.suite.suite import Suite, load_saes
 
-TOKENS, FIRST = (8_192, 4_096) if smallest() else (1_000_000, 100_000)
-EVERY = 2 if smallest() else 6  # the parts that are timed
+GIVEN = options(sys.argv[1:], tokens=("1_000_000", r"[\d_]+"), collect=("", ".*"))
+TOKENS = 8_192 if smallest() else int(GIVEN["tokens"])
+FIRST = 4_096 if smallest() else 100_000
+EVERY = 2 if smallest() or TOKENS < 500_000 else 6  # the parts that are timed
 LATENTS = 1_024 if smallest() else 5_000  # of each of the page's two SAEs
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
 
 
 def trained(output: Path, *options: str) -> Path:
     """Return the folder of a run that was trained for a moment."""
-    # the complete text, so that there are a million tokens of it
-    small = [part for part in SMALLEST_RUN if smallest() or "stream.max_tokens" not in part]
-    given = [*small, f"output={output}", "groups=count", "groups.num_groups=1", *options]
+    most = [] if smallest() else [f"stream.max_tokens={2 * TOKENS}"]
+    given = [
+        *SMALLEST_RUN,
+        *most,
+        f"output={output}",
+        "groups=count",
+        "groups.num_groups=1",
+        *options,
+    ]
     register_resolver()
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         cfg = compose("train", given)
@@ -109,6 +117,7 @@ def collected(run: Path) -> dict[str, Any]:
 def in_a_child(run: Path) -> dict[str, Any]:
     """Return what `collected` does, in a new process, whose memory nothing else has used."""
     child = [sys.executable, "-m", "benchmarks.interpretation", f"collect={run}"]
+    child.append(f"tokens={TOKENS}")
     printed = subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout
     found: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return found
@@ -171,11 +180,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as output:
         run = trained(Path(output) / "run")
         figures = collected(run) if smallest() else in_a_child(run)
-        interpret(run, *text(200_000), f"interpretation.latents={4 if smallest() else 64}")
+        interpret(run, *text(TOKENS // 5), f"interpretation.latents={4 if smallest() else 64}")
         times = explained(run)
         if not smallest():
             run = trained(Path(output) / "wide", "sae.expansion=null", f"sae.d_sae={LATENTS}")
-            interpret(run, *text(65_536), "interpretation.latents=4")
+            interpret(run, *text(TOKENS // 16), "interpretation.latents=4")
         page = run / "interpretation" / "index.html"
         size, seconds = page.stat().st_size, opened(page)
     megabytes = {name: f"{each / 1e6:.0f} MB" for name, each in figures["memory"].items()}
@@ -209,8 +218,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    given = [each for each in sys.argv[1:] if each.startswith("collect=")]
-    if given:
-        print(json.dumps(collected(Path(given[0].removeprefix("collect=")))))
+    if GIVEN["collect"]:
+        print(json.dumps(collected(Path(GIVEN["collect"]))))
     else:
         main()

@@ -61,27 +61,19 @@ def over_seeds(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(stats.sem(values) * stats.t.ppf(0.975, len(values) - 1))
 
 
-def evaluated_runs(seeds: Sequence[str], overrides: Sequence[str]) -> list[Path]:
-    """Return the folders of the replication's runs, which have been evaluated."""
-    found = []
-    for seed in seeds:
-        folder = folder_of(["experiment=replication", f"seed={seed}", *overrides])
-        file = folder / "evaluation" / "evaluation.json"
-        if not file.exists():
-            sys.exit(f"{file} is not there: run `make replicate`, which trains and evaluates")
-        found.append(folder)
-    return found
+def evaluations(seeds: Sequence[str], overrides: Sequence[str]) -> list[Evaluation]:
+    """Return the evaluations of the replication's runs."""
+    runs = [folder_of(["experiment=replication", f"seed={seed}", *overrides]) for seed in seeds]
+    return [evaluation_of(run) for run in runs]
 
 
 def evaluation_of(run: Path) -> Evaluation:
     """Return the evaluation of a run."""
-    found: Evaluation = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    file = run / "evaluation" / "evaluation.json"
+    if not file.exists():
+        sys.exit(f"{file} is not there: run `make replicate`, which trains and evaluates")
+    found: Evaluation = json.loads(file.read_text())
     return found
-
-
-def evaluations(seeds: Sequence[str], overrides: Sequence[str]) -> list[Evaluation]:
-    """Return the evaluations of the replication's runs."""
-    return [evaluation_of(run) for run in evaluated_runs(seeds, overrides)]
 
 
 def folder_of(overrides: Sequence[str]) -> Path:
