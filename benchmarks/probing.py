@@ -77,23 +77,25 @@ def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> str:
 
 
 def harnessed(run: Run, limit: int) -> list[str]:
-    """Return the tables of the tasks of lm-eval."""
+    """Return the table of the tasks of lm-eval, for two groups of layers."""
+    few = [each for each in run.groupings if each.num_groups == COUNTS[1]]
+    per_layer = [each for each in run.groupings if each.kind == "per_layer"]
+    run = replace(run, groupings=[*few, *per_layer])
     part = Harness(
         tasks=["code", "arithmetic"], folder=None, limit=limit, num_fewshot=None, batch_size=16,
         layers=False, seed=0, bootstrap=BOOTSTRAP,
     )  # fmt: skip
     part.check(run.data)
     found = part.measure(run)
-    lines = ["| task | metric | unchanged | chance | better by | all layers spliced, lost |"]
-    lines[0] += " minus one SAE per layer |"
-    lines.append("|" + "---|" * 7)
+    heading = "| task | metric | unchanged | chance | better by | lost, all layers at once | "
+    lines = [heading + "minus one SAE per layer |", "|" + "---|" * 7]
     for task in found["tasks"]:
         cells = [task["task"], task["metric"], _interval(task["clean"]), f"{task['chance']:.2f}"]
         cells.append(_interval(task["above_chance"]))
         spliced = [
             row for row in found["compared"]
             if (row["task"], row["metric"], row["grouping"])
-            == (task["task"], task["metric"], f"complete-{COUNTS[1]}")
+            == (task["task"], task["metric"], few[0].name)
         ]  # fmt: skip
         figures = ("lost_together", "against_together")
         cells += [_interval(row[name]) for row in spliced for name in figures]
@@ -121,7 +123,7 @@ def main(arguments: Sequence[str]) -> None:
         runs = [restricted(folder) for folder in folders]
         lines = probed(runs, labels)
         if given["harness"] == "true":
-            lines += ["", *harnessed(runs[0], 10 if smallest() else 100)]
+            lines += ["", *harnessed(runs[0], 5 if smallest() else 60)]
     print("\n".join(lines))
     if len(runs) > 2 and given["harness"] == "true":
         before, rest = DOC.read_text().split(BEGIN)

@@ -12,8 +12,13 @@ from groupsae.reporting.tables import Table, build, distinguishable, estimates
 
 
 def probes_table(run: RunFiles) -> Table | None:
-    """Return how well k latents of each grouping tell concepts, next to the baselines."""
+    """Return how well k latents of each grouping tell concepts, next to the baselines.
+
+    For many groupings the table has one k, in the middle; the csv has all.
+    """
     found = run.downstream["probes"]
+    few = len(found["groupings"]) <= 3
+    shown = found["k"] if few else [found["k"][len(found["k"]) // 2]]
     rows = [
         {
             "grouping": row["grouping"],
@@ -26,7 +31,7 @@ def probes_table(run: RunFiles) -> Table | None:
             **estimates(row, "auc_residual"),
         }
         for row in found["groupings"]
-        for k in found["k"]
+        for k in shown
     ]
     return build(
         "probes",

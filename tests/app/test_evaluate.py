@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from groupsae.evaluation.results import AVERAGED
 from groupsae.files.reading import read_metrics
+from groupsae.reporting.page import write_report
 from groupsae.runtime.errors import UserError
 from tests.helpers.evaluated import KINDS, evaluate, evaluated, read, set_option, without_seconds
 from tests.helpers.runs import composed, config_of, overrides, run
@@ -133,6 +134,24 @@ def test_less_held_out_text_than_the_default_asks_for_is_taken_as_it_is(copy: Pa
     evaluation = evaluate(copy)
     assert evaluation["tokens"] == evaluation["sequences"] * 64
     assert 1024 < evaluation["tokens"] < 10_000_000
+
+
+def test_a_part_writes_prints_and_reports_what_it_found(copy: Path, capsys: Any) -> None:
+    pytest.importorskip("sklearn")
+    rows = [{"text": f"f{n} {end}", "label": end} for n in range(20) for end in ("(", "self")]
+    (copy / "labels.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    few = ["evaluation.probes.k=[1,5]", "evaluation.probes.bootstrap.resamples=20", "logger=none"]
+    with pytest.raises(UserError, match="labels=nowhere.csv: there is no such file"):
+        evaluate(copy, "evaluation=probes", *few, "evaluation.probes.labels=nowhere.csv")
+    capsys.readouterr()
+    evaluate(copy, "evaluation=probes", *few, f"evaluation.probes.labels={copy}/labels.jsonl")
+    found = json.loads((copy / "evaluation" / "probes.json").read_text())
+    assert [row["grouping"] for row in found["groupings"]] == ["complete-2"]
+    table = (copy / "evaluation" / "probes_probes.csv").read_text().splitlines()
+    assert len(table) == 1 + len(found["probes"])
+    assert "Probes on k latents" in " ".join(capsys.readouterr().out.split())
+    write_report([copy])
+    assert "Probes on k latents" in (copy / "report" / "report.html").read_text()
 
 
 # ---- W&B --------------------------------------------------------------------------------------

@@ -23,11 +23,9 @@ from groupsae.evaluation.probes import (
     latents,
 )
 from groupsae.grouping.groupings import Grouping
-from groupsae.reporting.page import write_report
 from groupsae.runtime.errors import UserError
 from groupsae.sae.topk import TopK
 from groupsae.suite.suite import Suite
-from tests.helpers.evaluated import evaluate, evaluated
 from tests.helpers.lms import frozen
 
 BOOTSTRAP = {"resamples": 50, "level": 0.9, "seed": 0}
@@ -331,24 +329,3 @@ def test_activations_are_those_of_the_text_alone(subject: Subject) -> None:
         suite = subject.saes["layers.0-1"]
         dense = suite.encode(acts, layer).numpy()
         assert np.array_equal(latents(suite, layer, acts).toarray(), dense)
-
-
-def test_the_command_writes_and_prints_the_probes(
-    tiny_lm: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory, capsys: Any
-) -> None:
-    pytest.importorskip("sklearn")
-    folder = evaluated("ordinary", tiny_lm, tiny_text, tmp_path_factory.getbasetemp())
-    file = questions(tmp_path_factory.mktemp("labels") / "q.jsonl")
-    few = ("evaluation.probes.k=[1,5]", "evaluation.probes.bootstrap.resamples=20")
-    command = ("evaluation=probes", "logger=none", *few)
-    with pytest.raises(UserError, match="labels=nowhere.csv: there is no such file"):
-        evaluate(folder, *command, "evaluation.probes.labels=nowhere.csv")
-    capsys.readouterr()
-    evaluate(folder, *command, f"evaluation.probes.labels={file}")
-    found = json.loads((folder / "evaluation" / "probes.json").read_text())
-    assert [row["grouping"] for row in found["groupings"]] == ["complete-2"]
-    rows = (folder / "evaluation" / "probes_probes.csv").read_text().splitlines()
-    assert len(rows) == 1 + len(found["probes"])
-    assert "Probes on k latents" in " ".join(capsys.readouterr().out.split())
-    write_report([folder])
-    assert "Probes on k latents" in (folder / "report" / "report.html").read_text()
