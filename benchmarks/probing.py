@@ -54,10 +54,10 @@ def probed(runs: Sequence[Run], labels: str) -> list[str]:
         for row in each["groupings"]:
             if row["against_per_layer"]:
                 lost.setdefault(row["name"], []).append(row["against_per_layer"]["fvu"])
-    heading = ["", "G", "FVU lost"]
+    heading = ["grouping", "G", "FVU lost"]
     for k in part.k:
         heading += [f"AUC, k = {k}", "lost", f"{k} channels"]
-    lines = [" | ".join(["", *heading, "all channels", ""]).strip()]
+    lines = ["| " + " | ".join([*heading, "all channels"]) + " |"]
     lines.append("|" + "---|" * (len(heading) + 1))
     for grouping in runs[0].groupings:
         rows = [each[grouping.name] for each in found]
@@ -99,7 +99,7 @@ def harnessed(run: Run, limit: int) -> list[str]:
         ]  # fmt: skip
         figures = ("lost_together", "against_together")
         cells += [_interval(row[name]) for row in spliced for name in figures]
-        cells += [] if spliced else ["at chance: not interpreted", ""]
+        cells += [] if spliced else ["not above chance: not interpreted", ""]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 

@@ -257,8 +257,6 @@ def evaluate(
         tokens=tokens, context=context, batch_size=batch_size, resamples=resamples, level=level,
         seed=seed,
     )  # fmt: skip
-    import torch
-
     from groupsae.data.filters import TokenFilter
     from groupsae.evaluation.given import evaluate_suite, layer_means
     from groupsae.evaluation.intervals import Bootstrap
@@ -276,13 +274,7 @@ def evaluate(
         )
         blocks, documents = pack(texts, tokens=tokens)
         averaged = blocks if mean_texts is None else pack(mean_texts, tokens=None)[0]
-        special = None
-        if trained.get("exclude_special_tokens"):
-            start = [] if lm.start_token is None else [lm.start_token]
-            special = torch.tensor([*tokenizer.all_special_ids, *start])
-        filters = TokenFilter(
-            special, trained.get("skip_positions") or 0, trained.get("max_norm_ratio")
-        )
+        filters = TokenFilter.recorded(trained, tokenizer.all_special_ids, lm.start_token)
         found = evaluate_suite(
             suite,
             lm,

@@ -127,34 +127,30 @@ SHIPPED: dict[str, Callable[[Mapping[str, Any], int, int], list[Config]]] = {
 }
 
 
-def bits_of(results: Sequence[tuple[float, bool]], doc: Doc) -> tuple[float, int]:
-    """Return the log-likelihood of the right choice, and its bytes."""
-    answer = doc["answer"]
-    return results[answer][0], len(doc["choices"][answer].encode())
+ACCURACY = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
+BITS = {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}
 
 
 def _read(name: str, docs: Sequence[Doc]) -> Config:
-    bits = {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}
     return _task(
         name,
         docs,
         output_type="loglikelihood_rolling",
         doc_to_text="",
         doc_to_target=lambda doc: doc["text"],
-        metric_list=[bits],
+        metric_list=[BITS],
     )
 
 
 def _choose(name: str, docs: Sequence[Doc]) -> Config:
-    def judged(doc: Doc, results: Sequence[tuple[float, bool]]) -> dict[str, Any]:
-        best = int(np.argmax([score for score, _ in results]))
-        right = {"acc": float(best == doc["answer"])} if len(results) > 1 else {}
-        return right | {"bits_per_byte": bits_of(results, doc)}
+    chooses = len(docs[0]["choices"]) > 1
 
-    metrics = [
-        {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
-        {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False},
-    ]
+    def judged(doc: Doc, results: Sequence[tuple[float, bool]]) -> dict[str, Any]:
+        answer = doc["answer"]
+        best = int(np.argmax([score for score, _ in results]))
+        bits = (results[answer][0], len(doc["choices"][answer].encode()))
+        return {"bits_per_byte": bits, **({"acc": float(best == answer)} if chooses else {})}
+
     return _task(
         name,
         docs,
@@ -163,7 +159,7 @@ def _choose(name: str, docs: Sequence[Doc]) -> Config:
         doc_to_target=lambda doc: doc["answer"],
         doc_to_choice=lambda doc: doc["choices"],
         process_results=judged,
-        metric_list=metrics[len(docs[0]["choices"]) < 2 :],
+        metric_list=[ACCURACY, BITS] if chooses else [BITS],
     )
 
 

@@ -48,7 +48,7 @@ def benchmarks_table(run: RunFiles) -> Table | None:
         {
             **{key: row[key] for key in ("task", "metric", "documents", "chance")},
             **estimates(row, "clean", "above_chance"),
-            "interpreted": "yes" if row["interpreted"] else "no: at chance",
+            "interpreted": "yes" if row["interpreted"] else "no: not above chance",
         }
         for row in run.downstream["harness"]["tasks"]
     ]
