@@ -6,7 +6,7 @@
 | `formats` | how each kind of file is read |
 | `packing` | documents to blocks of tokens, in three splits, cached on disk |
 | `loader` | which blocks come in which order |
-| `draws` | which layer each token draws |
+| `draws` | which layers each token draws |
 | `filters` | which tokens count |
 | `rows` | drawn tokens to rows of activations |
 | `exchange` | rows on their way to the processes that need them |

@@ -59,21 +59,24 @@ def make_suite(smaller: list[int], sae: SAEFactory = make_sae) -> GroupSAESuite:
     return suite
 
 
-def stream(tokens: int) -> ActivationDataModule:
+def stream(tokens: int, rows: int = 1) -> ActivationDataModule:
     """Return a data module whose steps have so many tokens; nothing is read."""
-    data = unprepared(FrozenLM(name="tiny"), "text", "cache")
+    data = unprepared(FrozenLM(name="tiny"), "text", "cache", layers_per_token=rows)
     data.tokens_per_step = tokens
     return data
 
 
-def bytes_taken(suite: GroupSAESuite, *callbacks: L.Callback) -> int:
+def bytes_taken(suite: GroupSAESuite, *callbacks: L.Callback, rows: int = 1) -> int:
     """Return the most bytes that were held at once while Lightning built and trained a suite."""
-    assert suite.plan is not None
-    slots = suite.plan.slots
+    data, positions = stream(TOKENS, rows), torch.arange(TOKENS)
+    slots = data.each_row(suite.plan.slots)
 
-    def rows() -> ActivationBatch:
-        layers = torch.cat([draw_layers(torch.arange(TOKENS), slot, 0) for slot in slots])
-        return ActivationBatch(slots, torch.randn(len(slots), TOKENS, D_MODEL), layers, None)
+    def batch() -> ActivationBatch:
+        drawn = [
+            draw_layers(positions, slot, 0, data.rows_per_token(slot)) for slot in suite.plan.slots
+        ]
+        acts = torch.randn(len(slots), TOKENS, D_MODEL)
+        return ActivationBatch(slots, acts, torch.cat(drawn), None)
 
     trainer = L.Trainer(
         accelerator="cpu", devices=1, max_steps=6, limit_val_batches=0, callbacks=[*callbacks],
@@ -81,7 +84,7 @@ def bytes_taken(suite: GroupSAESuite, *callbacks: L.Callback) -> int:
         enable_model_summary=False,
     )  # fmt: skip
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-        trainer.fit(suite, datamodule=TrialData(rows, 6))
+        trainer.fit(suite, datamodule=TrialData(batch, 6))
     return peak(watched)
 
 
@@ -122,6 +125,13 @@ def test_a_step_needs_about_the_estimate(
     needed = bytes_needed(suite, stream(TOKENS), suite.plan.members, 1)
     callbacks = [Trial(0.0, tuple, 3)] if dead else []  # its last step is one with dead latents
     assert least < needed / bytes_taken(suite, *callbacks) < most
+
+
+def test_a_step_on_several_rows_of_each_token_needs_about_the_estimate() -> None:
+    suite = make_suite([])
+    once, needed = (bytes_needed(suite, stream(TOKENS, n), suite.plan.members, 1) for n in (1, 3))
+    assert needed > 1.2 * once
+    assert 1.0 < needed / bytes_taken(suite, rows=3) < 1.8
 
 
 @pytest.mark.parametrize("kind", ["relu", "jumprelu", "gated"])
