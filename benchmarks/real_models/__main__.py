@@ -31,8 +31,12 @@ from groupsae.reporting.formatting import spans
 DOC = Path(__file__).parents[2] / "docs" / "real-models.md"
 BEGIN, END = "<!-- figures: python -m benchmarks.real_models -->", "<!-- end of figures -->"
 BLOCKS = 4  # on which the rise of the loss is measured
-VARIANTS = ("as the paper", "without BOS", "and centred", "and b_dec at the mean")
-AWARE = ("own biases", "own biases and maps", "two rows per token")
+VARIANTS = {  # run -> in words; the chosen groups of `all` are those of a run of their own
+    "as the paper": "as the paper: uncentred, b_dec from zero, BOS counted",
+    "without BOS": "BOS left out",
+    "all": "BOS left out, centring by the rule, b_dec from the mean",
+}
+AWARE = ("own biases and maps", "two rows per token")
 
 
 def mean_and_interval(values: Sequence[float], digits: int = 4) -> str:
@@ -81,8 +85,7 @@ def grouping_table(study: Study, seeds: Sequence[int]) -> list[str]:
     found = groupings_of(study.folder("all", seeds[0]))
     single = next(each for each in found if each.kind == "per_layer")
     alone = [fvu(summary, single) for summary in summaries]
-    angles = read_npz(study.folder("all", seeds[0]) / "angles.npz")
-    rows, lost, scores = [], [], []
+    rows, lost, scores, variances = [], [], [], []
     for each in sorted(found, key=lambda g: g.num_groups):
         values = [fvu(summary, each) for summary in summaries]
         gap = np.array(values) - np.array(alone)
@@ -92,6 +95,7 @@ def grouping_table(study: Study, seeds: Sequence[int]) -> list[str]:
             [
                 f"{mark}{each.num_groups}{mark}",
                 f"{each.partition.amad:.3f}",
+                f"{each.partition.variance:.3f}",
                 mean_and_interval(values),
                 mean_and_interval(list(gap)) if each is not single else "0",
             ]
@@ -99,24 +103,23 @@ def grouping_table(study: Study, seeds: Sequence[int]) -> list[str]:
         if each is not single:
             lost.append(gap.mean())
             scores.append(each.partition.amad)
+            variances.append(each.partition.variance)
     even = groupings_of(study.folder("even", seeds[0]))[0]
     values = [fvu(study.summary("even", seed), even) for seed in seeds]
     rows.append(
         [
             f"{even.num_groups}, even",
             "",
+            "",
             mean_and_interval(values),
             mean_and_interval(list(np.array(values) - np.array(alone))),
         ]
     )
-    other = angles["other_distances"][:-1, :-1]
-    others = {part.num_groups: part.amad for part in curve(other, "complete")}
-    count = [each.num_groups for each in sorted(found, key=lambda g: g.num_groups)][: len(lost)]
-    fits = [np.corrcoef(x, lost)[0, 1] for x in (scores, [others[g] for g in count])]
+    fits = [np.corrcoef(x, lost)[0, 1] for x in (scores, variances)]
     return [
-        *table(["G", "AMAD", "FVU", "lost against one SAE per layer"], rows),
-        f"Correlation over G of the loss with the AMAD of the run's own centring: {fits[0]:.3f}; "
-        f"with that of the other centring's groups: {fits[1]:.3f}.",
+        *table(["G", "AMAD", "V", "FVU", "lost against one SAE per layer"], rows),
+        f"Correlation over G of the loss with AMAD {fits[0]:.3f}, with the angular variance V "
+        f"{fits[1]:.3f}.",
         "",
     ]
 
@@ -130,7 +133,7 @@ def variants_table(study: Study, seeds: Sequence[int], names: Sequence[str]) -> 
         groups = chosen.partition.groups if chosen.partition else []
         rows.append(
             [
-                name,
+                VARIANTS[name],
                 f"{chosen.num_groups}: {spans(groups)}",
                 mean_and_interval([each["fvu"] for each in found]),
                 mean_and_interval([each["fvu_rest"] for each in found]),
@@ -141,14 +144,14 @@ def variants_table(study: Study, seeds: Sequence[int], names: Sequence[str]) -> 
     return table(heads, rows)
 
 
-def aware_table(study: Study, seeds: Sequence[int], names: Sequence[str]) -> list[str]:
+def aware_table(study: Study, seeds: Sequence[int]) -> list[str]:
     """Return what closes the gap between the chosen groups and one SAE per layer."""
     chosen = groupings_of(study.folder("all", seeds[0]))
     single = next(each for each in chosen if each.kind == "per_layer")
     base = [fvu(study.summary("all", seed), chosen[0]) for seed in seeds]
     alone = [fvu(study.summary("all", seed), single) for seed in seeds]
     rows = [["groups", mean_and_interval(base), "0 %"]]
-    for name in names:
+    for name in AWARE:
         values = [
             fvu(study.summary(name, seed), groupings_of(study.folder(name, seed))[0])
             for seed in seeds
@@ -209,12 +212,7 @@ def embedding_table(study: Study, seeds: Sequence[int]) -> list[str]:
     ]
 
 
-def report(
-    study: Study,
-    seeds: Sequence[int],
-    variants: Sequence[str] = VARIANTS,
-    aware: Sequence[str] = AWARE,
-) -> list[str]:
+def report(study: Study, seeds: Sequence[int]) -> list[str]:
     """Return all tables of one model, line by line."""
     cfg: Any = studies.composed(study.overrides("all", seeds[0]))
     return [
@@ -232,10 +230,10 @@ def report(
         *grouping_table(study, seeds),
         "### The mean, BOS and the start of b_dec",
         "",
-        *variants_table(study, seeds, variants),
+        *variants_table(study, seeds, list(VARIANTS)),
         "### Layers of their own, and more rows",
         "",
-        *aware_table(study, seeds, aware),
+        *aware_table(study, seeds),
         "### Effect on the model",
         "",
         *loss_table(study, seeds),
@@ -258,8 +256,8 @@ def main(arguments: Sequence[str]) -> None:
     if smallest():
         with tempfile.TemporaryDirectory() as folder:
             decoder, encoder = tiny_study(Path(folder))
-            lines += report(decoder, [0], VARIANTS[:2], AWARE[-1:])
-            lines += embedding_table(encoder, [0])
+            lines += [*distance_tables(decoder), *variants_table(decoder, [0], ["all"])]
+            lines += [*loss_table(decoder, [0]), *embedding_table(encoder, [0])]
         print("\n".join(lines))
         return
     cache = Path(given["cache"]).expanduser()

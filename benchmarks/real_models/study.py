@@ -45,6 +45,7 @@ MODELS = {
             "stream.heldout_fraction=0.12", "stream.calibration_fraction=0.1",
             "stream.heldout_tokens=4_096", "calibration.tokens=8_192", "sae.k=32",
             "sae.expansion=2", "stream.blocks_per_step=2", "stream.blocks_per_forward=2",
+            "groups.last_layer=skip",
         ),
         6,
         (3, 7, 11, 15),
@@ -57,6 +58,7 @@ MODELS = {
             "stream.heldout_fraction=0.1", "stream.calibration_fraction=0.1",
             "stream.heldout_tokens=16_384", "calibration.tokens=16_384", "sae.k=16",
             "sae.expansion=4", "stream.blocks_per_step=4", "stream.blocks_per_forward=4",
+            "evaluation.tokens=4_096",
         ),
         2,
         (),
@@ -74,9 +76,6 @@ RUNS: dict[str, tuple[str, ...]] = {
     "even": ("groups=even", START),
     "as the paper": ("groups=amad", "stream.exclude_special_tokens=false", *PAPER),
     "without BOS": ("groups=amad", *PAPER),
-    "and centred": ("groups=amad", "calibration.centring=mean", "b_dec_start=zero"),
-    "and b_dec at the mean": ("groups=amad", START),
-    "own biases": ("groups=amad", "sae.layer_bias=per_layer"),
     "own biases and maps": ("groups=amad", "sae.layer_bias=per_layer", "sae.layer_rank=8"),
     "two rows per token": ("groups=amad", "stream.layers_per_token=2", START),
 }
@@ -102,16 +101,20 @@ class Study:
     def overrides(self, run: str, seed: int) -> list[str]:
         """Return the arguments of a run."""
         even = [f"groups.num_groups={self.model.even}"] if run == "even" else []
-        # (of a decoder the study measures the effect itself)
-        evaluate = ["evaluate=true"] if run == "all" and not self.model.spliced else []
+        evaluate = ["evaluate=true"] if self._evaluated(run) else []
         return [*self.options, *RUNS[run], *even, *evaluate, f"seed={seed}"]
+
+    def _evaluated(self, run: str) -> bool:
+        """Return whether a run is evaluated: of a decoder the study measures the effect itself."""
+        return run == "all" and not self.model.spliced
 
     def folder(self, run: str, seed: int) -> Path:
         """Return the folder of a run, which is trained if it is not finished."""
         if (run, seed) not in self._folders:
             overrides = self.overrides(run, seed)
             folder = run_folder(composed(overrides))
-            if not (folder / "summary.json").exists():
+            last = "evaluation/evaluation.json" if self._evaluated(run) else "summary.json"
+            if not (folder / last).exists():
                 print(f"run: {run}, seed {seed}", flush=True)
                 train([*overrides, "+trainer.enable_progress_bar=false"])
             self._folders[run, seed] = folder
@@ -142,7 +145,7 @@ def fvu(summary: dict[str, Any], grouping: Grouping) -> float:
     saes = summary["groups"]
     layers = grouping.grouped
     return float(
-        np.mean([saes[grouping.sae_of_layer[x]]["per_layer"][str(x)]["fvu"] for x in layers])
+        np.mean([saes[grouping.sae_of_layer[x]]["fvu_per_layer"][str(x)] for x in layers])
     )
 
 
@@ -165,9 +168,9 @@ def reconstruction(study: Study, run: str, seed: int) -> dict[str, float]:
         for name in [chosen.sae_of_layer[x]]
     }
     for part in heldout_parts(data, exchange):
-        for slot, layer in enumerate(layers):
+        for layer in layers:
             suite = saes[chosen.sae_of_layer[layer]]
-            x, _ = part.rows(slot)
+            x, _ = part.rows([layer])
             latents = suite.encode_sparse(x, layer)
             x_hat = suite.decode_sparse(latents, layer)
             sums[layer].update(x[None], None)

@@ -127,8 +127,8 @@ def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
     if clean is None:
         found = number(value_of(evaluation.get("retrieval")))
         console.print(
-            "Embeddings are means over a block. The model's own find a block of the same document "
-            f"with a mean reciprocal rank of {found}; 'retrieval lost' is by how much it drops.",
+            "1 − cos: of embeddings, means over a block. The model's own find a block of the same "
+            f"document with a mean reciprocal rank of {found}; 'retrieval lost' is the drop.",
             soft_wrap=True,
         )
     else:
