@@ -83,7 +83,10 @@ def collected(run: Path) -> dict[str, Any]:
     names = sorted(folder.name for folder in (run / "saes").iterdir())
     saes = {name: load_saes(run / "saes", [name]) for name in names}
     data = same_stream(
-        run, finished_run(run), saes[names[0]].configs[names[0]], device_named("cpu")
+        run,
+        finished_run(run, trusted=False),
+        saes[names[0]].configs[names[0]],
+        device_named("cpu"),
     )
     score = min(TOKENS // 2, data.blocks.blocks["heldout"].size)
     read, kept = Text(data, TOKENS - score, score), Kept()
@@ -105,12 +108,15 @@ def collected(run: Path) -> dict[str, Any]:
             tokens += part.tokens.numel()
             early = peak() if tokens <= FIRST or not early else early
         late = peak()
-    planned = sum(kept.bytes_for(s.saes[name].d_sae, len(s.layers)) for name, s in saes.items())
     return {
         "seconds": {name: sum(each) for name, each in seconds.items()},
         "timed": len(seconds["collecting"]),
         "read": tokens,
-        "memory": {"planned": planned, "early": early - before, "late": late - before},
+        "memory": {
+            "planned": found.needs(tokens)[0],
+            "early": early - before,
+            "late": late - before,
+        },
     }
 
 
@@ -213,7 +219,7 @@ def main() -> None:
         "What looking into latents costs",
         "\n".join(lines),
         torch.device("cpu"),
-        "The memory's growth includes what a part's firings take while they are sorted.",
+        "Memory is the growth of the process after the first forward. The machine was shared.",
     )
 
 

@@ -55,7 +55,7 @@ from groupsae.interpretation.files import (
 )
 from groupsae.interpretation.judged import read_judged
 from groupsae.interpretation.page import labels_of, write_page
-from groupsae.interpretation.run import DIRECTIONS, Pass, Process
+from groupsae.interpretation.run import Pass, Process
 from groupsae.interpretation.text import Text
 from groupsae.reporting.figures import explained_figures
 from groupsae.reporting.load import RunFiles, read_run
@@ -243,7 +243,7 @@ def collect(
     def new(at: Path, process: Process) -> Pass:
         return Pass(at, key, data, text, saes, kept, process)
 
-    _announce(new, data, text, saes, kept, console)
+    _announce(new, data, text, saes, console)
     if dry_run:
         _announce_rules(data, text, saes, kept, console)
         return
@@ -290,13 +290,9 @@ def _announce(
     data: ActivationDataModule,
     text: Text,
     saes: Mapping[str, Suite],
-    kept: Kept,
     console: Console,
 ) -> None:
     """Print the memory, disk and time that the pass needs, from a trial of two forwards."""
-    memory = sum(
-        kept.bytes_for(suite.saes[name].d_sae, len(suite.layers)) for name, suite in saes.items()
-    )
     with tempfile.TemporaryDirectory() as temporary:
         trial = new(Path(temporary), Process())
         trial.resume()
@@ -306,13 +302,12 @@ def _announce(
         began = time.perf_counter()
         trial.update(part)
         seconds, tokens = time.perf_counter() - began, part.tokens.numel()
-        records = sum(f.stat().st_size for f in Path(temporary).glob("records/*/*.bin")) / 2
-        records += 2 * DIRECTIONS * len(trial.layers) * tokens
+        memory, disk = trial.needs(2 * tokens)  # it was read twice
     total = sum(text.tokens)
     console.print(
         f"{len(saes)} SAEs on {total:,} tokens ({text.tokens[0]:,} to explain, {text.tokens[1]:,} "
-        f"held-out): {format_bytes(memory)} of memory for contexts and counts, "
-        f"{format_bytes(memory + round(records * total / tokens))} on disk, about "
+        f"held-out): {format_bytes(memory)} of memory for contexts, counts and firings, "
+        f"{format_bytes(disk)} on disk, about "
         f"{format_seconds(seconds * total / tokens)}",
         soft_wrap=True,
     )

@@ -19,7 +19,7 @@ from groupsae.files.atomic import atomic_write, explain_write_errors, write_json
 from groupsae.files.reading import read_json, require_json
 from groupsae.files.tensors import read_tensors
 from groupsae.interpretation.collect import Kept, SAECollector, candidates
-from groupsae.interpretation.firings import Entries, entries_of, firings_of
+from groupsae.interpretation.firings import ENTRY, Entries, entries_of, firings_of
 from groupsae.interpretation.records import Records
 from groupsae.interpretation.text import Part, Text, document_bounds
 from groupsae.runtime.signals import Stopped
@@ -78,6 +78,25 @@ class Pass:
         latents = candidates(self.kept, name, d_sae).to(device)
         records = Records(self.folder / "records" / name, latents, d_sae, str(rank))
         return SAECollector(name, suite, self.kept, records, device)
+
+    def needs(self, tokens: int) -> tuple[int, int]:
+        """Return the bytes of memory and of files that all parts need, once `tokens` were read.
+
+        Memory is for contexts, counts, and the firings of a part, which are sorted together.
+        """
+        contexts = sum(
+            self.kept.bytes_for(suite.saes[name].d_sae, len(suite.layers))
+            for name, suite in self.saes.items()
+        )
+        layers = [each for found in self.collectors.values() for each in found.layers.values()]
+        fired = sum(int(layer.statistics.fired.sum()) for layer in layers) / tokens
+        records = sum(f.stat().st_size for f in self.folder.glob("records/*/*.bin")) / tokens
+        records += 2 * DIRECTIONS * len(self.layers)
+        part = self.text.size * self.text.context
+        return (
+            contexts + round(ENTRY * fired * part),
+            contexts + round(records * sum(self.text.tokens)),
+        )
 
     def run(self, advance: Callable[[int], object], stopped: Callable[[], int | None]) -> None:
         """Read the parts that are left; `advance` gets the tokens of each.

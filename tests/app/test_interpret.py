@@ -71,7 +71,7 @@ def same(one: Interpretation, other: Interpretation) -> bool:
 def test_the_command_writes_a_page_and_is_not_repeated(copy: Path) -> None:
     done = command(f"run={copy}", *OPTIONS)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "of memory for contexts and counts" in done.stdout
+    assert "of memory for contexts, counts and firings" in done.stdout
     assert "Latents explained by rules" in done.stdout
     folder = copy / "interpretation"
     page = (folder / "index.html").read_text()
