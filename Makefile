@@ -76,7 +76,7 @@ bench: $(READY)  ## Measure the training loop and its parts, a quarter of an hou
 
 # CI runs every benchmark, so that none breaks unnoticed
 bench-smallest: $(READY)  ## Run every benchmark for a few seconds; the figures mean nothing
-	@for each in step kernels loop lm_forward scaling quality saes scale soak store replication law better_groups probing \
+	@for each in step kernels loop lm_forward scaling quality saes scale soak store replication downstream law better_groups probing \
 			interpretation interpretability notebook real_models rivals; do \
 		echo "benchmarks.$$each"; \
 		$(BIN)/python -m benchmarks.$$each size=smallest >.bench.log 2>&1 || { cat .bench.log; exit 1; }; done

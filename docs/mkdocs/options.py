@@ -19,6 +19,7 @@ READERS = {
     ("train", "stream"): "groupsae.data.activations.ActivationDataModule",
     ("train", "calibration"): "groupsae.training.callbacks.grouping.GroupLayers",
     ("heldout", "evaluation.bootstrap"): "groupsae.evaluation.intervals.Bootstrap",
+    ("circuits", "evaluation.circuits.bootstrap"): "groupsae.evaluation.intervals.Bootstrap",
     ("pretrain", "optim"): "groupsae.training.pretraining.LanguageModel",
 }
 

@@ -168,7 +168,8 @@ def print_part(console: Console, part: str, found: Mapping[str, Any]) -> None:
     """Print the tables of a part of the evaluation that the report shows, too."""
     run = RunFiles(downstream={part: found})
     for build in DOWNSTREAM_TABLES[part]:
-        show(console, build(run))
+        table = build(run)
+        show(console, table, halves=" ".join(table.columns) if table else "")
 
 
 def print_explanations(console: Console, explained: Mapping[str, Any]) -> None:

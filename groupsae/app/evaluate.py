@@ -115,6 +115,7 @@ def trained_run(folder: Path, cfg: DictConfig, place: torch.device) -> Run:
         groupings=groupings(plan),
         lm=data.hooked,
         tokenizer=data.lm.tokenizer,
+        filters=data.filters,
         folder=folder,
         plan=plan,
         data=data,

@@ -492,6 +492,7 @@ def _evaluate_part(
 ) -> "pd.DataFrame":
     """Return what a part other than `heldout` finds for a suite and a model in hand."""
     from groupsae.app.evaluate import parts_of
+    from groupsae.data.filters import TokenFilter
     from groupsae.evaluation.given import alone
     from groupsae.evaluation.parts import Subject
     from groupsae.evaluation.text import Heldout
@@ -502,7 +503,13 @@ def _evaluate_part(
     tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
     with _hooked_as_trained(suite, model) as (lm, _):
         saes, grouping = alone(suite)
-        subject = Subject(saes=saes, groupings=[grouping], lm=lm, tokenizer=lambda: tokenizer)
+        subject = Subject(
+            saes=saes,
+            groupings=[grouping],
+            lm=lm,
+            tokenizer=lambda: tokenizer,
+            filters=TokenFilter.recorded(suite.cfg, tokenizer.all_special_ids, lm.start_token),
+        )
         return _frame(part.measure(subject))
 
 

@@ -291,6 +291,9 @@ def _check_key(key: str, values: dict[str, Any]) -> None:
     others = [k for k in every if k != where]
     near = same or difflib.get_close_matches(key, others, n=3, cutoff=0.75)
     there = f" Valid{' in ' + where if where else ''}: {', '.join(valid)}." if valid else ""
+    group, option = (*key.split("."), "")[:2]
+    if (CONF / group / f"{option}.yaml").is_file():  # of an option that is not chosen
+        there = f" It is of {group}={option}; choose that."
     # arguments that are not in our yaml files are Lightning's own
     more = f" Another option of Lightning's Trainer: +{key}=<value>." if where == "trainer" else ""
     raise UserError(f"{key} is unknown.{_did_you_mean(near)}{there}{more}")

@@ -46,8 +46,25 @@ def one_of(*names: str) -> Allowed:
     return Allowed(f"{', '.join(names[:-1])} or {names[-1]}", lambda v: v in names)
 
 
+def some_of(*names: str) -> Allowed:
+    """Return the lists of these words that are not empty."""
+    return Allowed(
+        f"a list of some of {', '.join(names)}",
+        lambda v: isinstance(v, Sequence) and bool(v) and set(v) <= set(names),
+    )
+
+
 COUNT, POSITIVE = at_least(1), Allowed("a number above 0", between(0, float("inf")).holds)
 TEXT = Allowed("a text", lambda v: isinstance(v, str))
+SHARES = Allowed(
+    "a list of shares, rising from above 0 to at most 1",
+    lambda v: (
+        isinstance(v, Sequence)
+        and list(v) == sorted(set(v))
+        and all(isinstance(x, int | float) and 0 < x <= 1 for x in v)
+        and len(v) > 0
+    ),
+)
 SWITCH = Allowed("true or false", lambda v: isinstance(v, bool))
 NAMES = Allowed(
     "a name or a list of names",
@@ -71,6 +88,29 @@ EVALUATION = {  # of the part `heldout`
 }
 PARTS = {  # of an evaluation
     "heldout": EVALUATION,
+    "circuits": {
+        "tasks": NAMES,
+        "groupings": NAMES.or_null("the chosen one"),
+        "train_pairs": at_least(2),
+        "test_pairs": at_least(2),
+        "attribution": one_of("ig_inputs", "ig", "attribution"),
+        "steps": COUNT,
+        "select": one_of("global", "per_layer"),
+        "ablation": one_of("patch", "mean", "zero"),
+        "errors": some_of("keep", "none", "circuit", "ablate"),
+        "curves": some_of("faithfulness", "completeness", "random"),
+        "fractions": SHARES,
+        "completeness_fractions": SHARES.or_null("fractions"),
+        "last_layer": SWITCH,
+        "single_layers": SWITCH,
+        "gate": Allowed(
+            "a number from 0 to 1", lambda v: isinstance(v, int | float) and 0 <= v <= 1
+        ),
+        "shown": COUNT,
+        "batch_size": COUNT,
+        "seed": at_least(0),
+        **BOOTSTRAP,
+    },
     "probes": {
         "labels": NAMES,
         "k": Allowed(
@@ -165,10 +205,14 @@ TEXTS = (
     "data.split", "data.revision", "data.column", "data.cache", "logger.wandb.project",
     "logger.wandb.entity", "neuronpedia.model", "neuronpedia.set", "neuronpedia.release",
     "neuronpedia.creator_id", "neuronpedia.creator_name", "evaluation.probes.labels",
-    "evaluation.harness.tasks", "evaluation.harness.folder",
+    "evaluation.harness.tasks", "evaluation.harness.folder", "evaluation.circuits.tasks",
+    "evaluation.circuits.groupings",
 )  # fmt: skip
 # those that may be lists of texts
-LISTS = ("run", "only", "evaluation.probes.labels", "evaluation.harness.tasks")
+LISTS = (
+    "run", "only", "evaluation.probes.labels", "evaluation.harness.tasks",
+    "evaluation.circuits.tasks", "evaluation.circuits.groupings",
+)  # fmt: skip
 # what a run finds by its name or path and checks by its content, so that it may have moved
 PLACES = ("model.name", "data.path", "data.name")
 

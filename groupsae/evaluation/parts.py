@@ -3,18 +3,22 @@
 **To add a part**: docs/architecture.md has the steps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from groupsae import __version__
 from groupsae.data.activations import ActivationDataModule
+from groupsae.data.filters import TokenFilter, both
 from groupsae.grouping.groupings import Grouping
 from groupsae.grouping.plan import GroupPlan
 from groupsae.lm.hooked import HookedLM
+from groupsae.runtime.errors import UserError
 from groupsae.suite.suite import Suite
 
 
@@ -27,12 +31,21 @@ class Subject:
         groupings: ways to combine them, the chosen one first.
         lm: the language model, with its head if it has one.
         tokenizer: loads the model's tokenizer.
+        filters: which positions are left alone, as in training.
     """
 
     saes: dict[str, Suite]
     groupings: list[Grouping]
     lm: HookedLM
     tokenizer: Callable[[], PreTrainedTokenizerBase]
+    filters: TokenFilter = TokenFilter(None, 0, None)
+
+    def kept(
+        self, tokens: Int[Tensor, "block pos"], acts: Float[Tensor, "block pos d_model"]
+    ) -> Bool[Tensor, "block pos"] | None:
+        """Return the positions at which a layer's activations are replaced; None: all."""
+        by_token = self.filters.tokens(self.lm.read(tokens))
+        return both(by_token, self.filters.activations(acts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +77,25 @@ class Run(Subject):
             "last_layer": self.plan.last_layer,
             "theta": self.plan.theta,
         }
+
+
+def chosen_groupings(
+    subject: Subject, names: str | Sequence[str] | None, key: str
+) -> list[Grouping]:
+    """Return the groupings that an option names; None: the chosen one and one SAE per layer.
+
+    Raises:
+        UserError: one is unknown. `key` is the option.
+    """
+    known = {name: each for each in subject.groupings for name in each.names}
+    first = subject.groupings[0]
+    if names is None:
+        return [first, *(g for g in subject.groupings if g.kind == "per_layer" and g is not first)]
+    wanted = list(known) if names == "all" else [names] if isinstance(names, str) else list(names)
+    for name in wanted:
+        if name not in known:
+            raise UserError(f"{key} names {name}; this run has {', '.join(known)}.")
+    return list({id(known[name]): known[name] for name in wanted}.values())
 
 
 class Part(Protocol):

@@ -65,10 +65,13 @@ class HookedLM:
         return read_after(self.start_token, tokens)
 
     @torch.no_grad()
-    def inputs(self, tokens: Int[Tensor, "block pos"]) -> dict[str, Any]:
+    def inputs(
+        self, tokens: Int[Tensor, "block pos"], *, last_logits: bool = False
+    ) -> dict[str, Any]:
         """Return the model's keyword arguments for these tokens.
 
         For an encoder-decoder model this runs the encoder, once for all forwards that follow.
+        With `last_logits` a model that can do so computes the logits of the last position only.
         """
         ones = torch.ones_like(tokens)
         if self.start_token is None:
@@ -86,6 +89,8 @@ class HookedLM:
             }
         if self._accepted is None:
             return given
+        if last_logits:
+            given["logits_to_keep"] = 1
         return {name: value for name, value in given.items() if name in self._accepted}
 
     def output(self, result: Any) -> Float[Tensor, "block pos output"]:
@@ -93,8 +98,14 @@ class HookedLM:
         found: Tensor = result.logits if self.predicts else result.last_hidden_state
         return found
 
-    @torch.no_grad()
-    def run(self, inputs: dict[str, Any], layers: Iterable[int], visit: Visit, stop: bool) -> Any:
+    def run(
+        self,
+        inputs: dict[str, Any],
+        layers: Iterable[int],
+        visit: Visit,
+        stop: bool,
+        grad: bool = False,
+    ) -> Any:
         """Run the model once and pass the activations of `layers` to `visit`.
 
         `visit(layer, acts)` gets them in the model's dtype, [block, pos, d_model]; a tensor that
@@ -102,6 +113,7 @@ class HookedLM:
         final norm, so hooks are the only way to the last layer.) Hooks are always removed.
 
         With `stop` the forward pass ends after the last of `layers`; then None is returned.
+        With `grad` a graph is kept for gradients from where an activation requires them.
 
         Raises:
             UserError: a hookpoint's output is not [block, pos, d_model].
@@ -123,7 +135,7 @@ class HookedLM:
         try:
             for layer in wanted:
                 handles.append(self.sites[layer].watch(partial(see, layer)))
-            with nothing_padded():
+            with nothing_padded(), torch.set_grad_enabled(grad):
                 return self.model(**inputs)
         except _StopForward:
             return None

@@ -5,10 +5,126 @@ report's section "What the model can still do". Every column needs a heading in 
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
+from urllib.parse import quote
 
 from groupsae.reporting.formatting import plural
-from groupsae.reporting.load import RunFiles
-from groupsae.reporting.tables import Table, build, distinguishable, estimates
+from groupsae.reporting.load import RunFiles, Values, value_of
+from groupsae.reporting.tables import HEADINGS, Table, build, distinguishable, estimates, plain
+
+Build = Callable[[RunFiles], Table | None]
+LATENTS = 3  # of each task
+
+
+def lost_table(run: RunFiles) -> Table | None:
+    """Return what the chosen grouping loses against one SAE per layer, by every measure.
+
+    A loss is distinguishable if the interval of the difference, which is paired, leaves out 0.
+    """
+    rows = []
+    chosen = (run.chosen or {}).get("against_per_layer") or {}
+    found: list[tuple[str, str, Any]] = [
+        ("held-out text", metric, chosen[metric]) for metric in ("fvu", "delta_ce") if chosen
+    ]
+    for part, results in run.downstream.items():
+        first: Values = next(iter(results["groupings"]), {})
+        found += [(part, n.removesuffix("_lost"), first[n]) for n in first if n.endswith("_lost")]
+    for part, metric, lost in found:
+        text = HEADINGS.get(metric, metric.replace("auc_", "AUC, k = "))
+        if value_of(lost) is not None and text != metric:
+            rows.append(
+                {
+                    "part": part,
+                    "metric": text,
+                    **estimates({"difference": lost}, "difference"),
+                    "distinguishable": distinguishable(lost),
+                }
+            )
+    if not run.downstream:
+        return None
+    return build(
+        "downstream_lost",
+        "What the chosen grouping loses against one SAE per layer, by every measure (above 0: "
+        "worse); held-out text: mean over the grouped layers",
+        rows,
+    )
+
+
+def circuits_table(run: RunFiles) -> Table | None:
+    """Return the circuits of every grouping, means over tasks."""
+    rows = _of(run, "groupings")
+    recovered = ("ld_recovered", "faithfulness_none", "faithfulness_keep")
+    others = ("completeness_none", "random_none", "single_layers")
+    return build(
+        "circuits",
+        f"Circuits, means over {rows[0]['tasks'] if rows else 0} tasks: share of the task metric "
+        "with all layers spliced; area of faithfulness without the SAEs' errors and with them, "
+        "1 is the model; lost: against one SAE per layer, paired",
+        [
+            {
+                "grouping": row["grouping"],
+                "num_groups": row["num_groups"],
+                **plain(row, "amad"),
+                **estimates(row, *recovered, *others),
+                **estimates(row, *(f"{metric}_lost" for metric in recovered)),
+            }
+            for row in rows
+        ],
+        [0],
+    )
+
+
+def tasks_table(run: RunFiles) -> Table | None:
+    """Return every task: how well the model does it, and the circuits of the first grouping."""
+    rows = []
+    for gate in _of(run, "gate"):
+        row: dict[str, Any] = {
+            "task": gate["task"],
+            "accuracy": min(gate["accuracy"], gate["accuracy_swapped"]),
+            "task_metric": min(gate["metric"], gate["metric_swapped"]),
+            "reason": gate["reason"],
+        }
+        for found in _of(run, "tasks"):
+            if (found["task"], found["grouping"]) != (gate["task"], _first(run)):
+                continue
+            row["reason"] = row["reason"] or found["reason"]
+            errors = found["errors"]
+            if errors == "none":
+                row |= estimates({"ld_recovered": found.get("full")}, "ld_recovered")
+            shown = {f"faithfulness_{errors}": found.get("faithfulness")}
+            row |= estimates(shown, *shown)
+        rows.append(row)
+    return build(
+        "circuit_tasks",
+        f"Tasks: the model's lower accuracy and mean metric of both directions, and the circuits "
+        f"of {_first(run)}",
+        rows,
+    )
+
+
+def circuit_latents_table(run: RunFiles, page: str) -> Table | None:
+    """Return the latents with the largest effects; `page` is the address of the latents' page."""
+    rows = []
+    for gate in _of(run, "gate"):
+        mine = [r for r in _of(run, "latents") if r["task"] == gate["task"]]
+        for row in [r for r in mine if r["grouping"] == _first(run)][:LATENTS]:
+            link = f"{page}#{quote(row['sae'])}/{row['latent']}"
+            shown = {key: row[key] for key in ("task", "sae", "latent", "effect")}
+            linked = {"latent_link": link} if run.explained else {}
+            rows.append({**shown, **linked, "layer": str(row["layer"])})
+    return build(
+        "circuit_latents",
+        f"The latents of {_first(run)} with the largest effects (below 0: supports the answer)",
+        rows,
+    )
+
+
+def _of(run: RunFiles, table: str) -> Sequence[Values]:
+    return run.downstream.get("circuits", {}).get(table, [])
+
+
+def _first(run: RunFiles) -> str:
+    return str(_of(run, "groupings")[0]["grouping"]) if _of(run, "groupings") else ""
 
 
 def probes_table(run: RunFiles) -> Table | None:
@@ -78,8 +194,8 @@ def spliced_table(run: RunFiles) -> Table | None:
     )
 
 
-Build = Callable[[RunFiles], Table | None]
 DOWNSTREAM_TABLES: dict[str, Sequence[Build]] = {  # by part
+    "circuits": (circuits_table, tasks_table),
     "probes": (probes_table,),
     "harness": (benchmarks_table, spliced_table),
 }

@@ -11,8 +11,8 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from groupsae import __version__
+from groupsae.reporting import downstream, tables
 from groupsae.reporting import runs as several
-from groupsae.reporting import tables
 from groupsae.reporting.downstream import DOWNSTREAM_TABLES
 from groupsae.reporting.figures import Captioned, run_figures
 from groupsae.reporting.formatting import NONE, duration, number, percent, plural, spans
@@ -155,7 +155,15 @@ def run_sections(run: RunFiles, place: Path) -> list[Section]:
         "layers": ("Layer by layer", [build(run) for build in tables.LAYER_TABLES]),
         "downstream": (
             "What the model can still do",
-            [build(run) for part in run.downstream for build in DOWNSTREAM_TABLES.get(part, ())],
+            [
+                downstream.lost_table(run),
+                *(
+                    build(run)
+                    for part in run.downstream
+                    for build in DOWNSTREAM_TABLES.get(part, ())
+                ),
+                downstream.circuit_latents_table(run, page),
+            ],
         ),
         "latents": ("Latents", [tables.latents_table(run)]),
         "inside": (

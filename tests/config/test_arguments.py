@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -11,8 +12,9 @@ from hydra.core.override_parser.types import Sweep
 from omegaconf import OmegaConf
 
 import groupsae
-from groupsae.config.arguments import read
+from groupsae.config.arguments import composed, read
 from groupsae.config.security import check_own
+from groupsae.config.values import evaluation_parts
 from groupsae.runtime.commands import argument, command
 from groupsae.runtime.errors import UserError
 
@@ -122,3 +124,18 @@ def test_the_home_folder_is_written_out(
 def test_a_number_for_a_name_in_a_yaml_file_is_refused(value: object) -> None:
     with pytest.raises(UserError, match=r"model\.revision is .* quotes in your yaml file"):
         check_own(OmegaConf.create({"model": {"revision": value}}))
+
+
+def test_an_evaluation_has_the_parts_that_are_chosen_in_any_order() -> None:
+    def parts(*arguments: str) -> dict[str, Any]:
+        return evaluation_parts(composed(arguments, "train").evaluation)
+
+    assert list(parts()) == ["heldout"]
+    both = parts(
+        "evaluation=[circuits,heldout]", "evaluation.tokens=5", "evaluation.circuits.steps=3"
+    )
+    assert list(both) == ["heldout", "circuits"]
+    assert (both["heldout"]["tokens"], both["circuits"]["steps"]) == (5, 3)
+    assert list(parts("evaluation=circuits-paper")) == ["circuits"]
+    saved = OmegaConf.create({"tokens": None, "together": False})  # of a run of an earlier version
+    assert evaluation_parts(saved)["heldout"]["_target_"].endswith(".Heldout")

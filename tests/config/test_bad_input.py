@@ -42,6 +42,8 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("groups.theta=1.5", "theta"),
         ("groups.rule=compleet", "complete"),
         ("groups.rule=[complete,even]", "rule is ['complete', 'even']: use"),
+        ("evaluation=[heldout,circuit]", "=circuit is unknown. Did you mean circuits"),
+        ("evaluation.circuits.steps=3", "It is of evaluation=circuits; choose that."),
     ],
 )
 def test_the_command_line_answers_with_one_sentence_and_status_2(
