@@ -20,8 +20,11 @@ OPTIONS = (
 
 @cache
 def interpreted(lm: Path, text: Path, base: Path) -> Path:
-    """Return the folder of a run that was interpreted by the command."""
-    arguments = overrides(lm, text, base / "interpreted", "groups=count", "groups.num_groups=2")
+    """Return the folder of a run, with layers that have maps, interpreted by the command."""
+    arguments = overrides(
+        lm, text, base / "interpreted", "groups=count", "groups.num_groups=2",
+        "sae.layer_bias=per_layer", "sae.layer_rank=2",
+    )  # fmt: skip
     status, folder = run(arguments)
     assert status == 0
     interpret(folder)

@@ -4,17 +4,21 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
+import torch.nn.functional as F
 import wandb
 
 from groupsae.files.reading import read_metrics
 from groupsae.grouping.groupings import groupings
 from groupsae.interpretation.comparison import latents_frame
+from groupsae.interpretation.files import Interpretation
 from groupsae.reporting.load import read_explained
 from groupsae.reporting.page import write_report
 from groupsae.suite.groups_file import load_plan
-from groupsae.suite.suite import load_saes
+from groupsae.suite.suite import load_saes, load_suite
 from tests.helpers.interpreted_run import interpret, interpreted
 from tests.helpers.wandb_files import recorded, values
 
@@ -30,9 +34,20 @@ def test_the_command_writes_the_tables(folder: Path):
     names = [grouping.name for grouping in groupings(plan)]
     assert tables["groupings"]["grouping"].tolist() == names
     explained = json.loads((folder / "interpretation" / "explanations.json").read_text())["saes"]
-    every = {n: load_saes(folder / "saes", [n]).saes[n].directions() for n in explained}
+    every = {n: load_saes(folder / "saes", [n]).directions(n) for n in explained}
     again = latents_frame(explained, groupings(plan), every)
     pd.testing.assert_frame_equal(again, tables["latents"], check_dtype=False)
+
+
+def test_layers_with_maps_have_neighbours_and_effects_of_their_own(folder: Path):
+    suite, found = load_suite(folder), Interpretation(folder / "interpretation")
+    for layer in suite.layers:
+        sae = found.saes[suite.group_of(layer)]
+        about, decoder = sae.directions_at(layer), F.normalize(suite[layer].W_dec, dim=1)
+        cosines = torch.einsum("ld,lnd->ln", decoder, decoder[torch.from_numpy(about.nearest)])
+        torch.testing.assert_close(cosines, torch.from_numpy(about.cosines))
+        shared = np.array_equal(about.promoted_by, sae.directions.promoted_by)
+        assert shared == (len(suite[layer].layers) == 1)
 
 
 def test_the_logger_of_the_run_gets_the_means_and_the_figures(folder: Path):

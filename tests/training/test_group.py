@@ -234,8 +234,10 @@ def test_the_bar_shows_figures_that_the_host_has(trained_suite):
 def test_no_step_waits_for_the_device(kind, nonfinite, make_data, monkeypatch):
     """The complete step of Lightning's loop, with dead latents, but for those that are logged."""
     architecture, values = FAMILY[kind]
-    sae = partial(architecture, **values, expansion=4)
+    own = {"layer_bias": "per_layer", "layer_rank": 2} if kind in ("batchtopk", "gated") else {}
+    sae = partial(architecture, **values, **own, expansion=4)
     group = tiny_group([0, 1], dead_after=1, sae=sae, nonfinite=nonfinite)
+    group.means = dict.fromkeys([0, 1], torch.zeros(32))
     watched, dead = [], []
     step, read = GroupSAE.optimizer_step, Readback.read
 
