@@ -1,9 +1,9 @@
 """The tables of docs/predicting-loss.md: `python -m benchmarks.law <run folder> <run folder> ...`.
 
 Which figure of the layers, known before training, predicts the FVU that sharing an SAE loses? The
-arguments are evaluated runs of `groups=all`, of one or more models and seeds; the published
+arguments are finished runs of `groups=all`, of one or more models and seeds; the published
 figures of the paper (`published.json`) count as further models. Writes the part between the two
-marks in docs/predicting-loss.md, and its figure. `size=smallest` trains two small runs itself, for
+marks in docs/predicting-loss.md, and its figure. `size=smallest` trains a small run itself, for
 CI, and only prints; `tokens=` is the number of calibration tokens that are compared.
 
 A row is a layer in a group, a group (the mean of its layers) or a partition (the mean of all
@@ -33,10 +33,12 @@ from groupsae.app.run_folder import finished_run
 from groupsae.app.stream import make_stream
 from groupsae.config.instantiate import make
 from groupsae.grouping.angles import AngularDistance
-from groupsae.grouping.partition import angular_variance
+from groupsae.grouping.groupings import groupings
+from groupsae.grouping.partition import LOSS_PER_VARIANCE, angular_variance
 from groupsae.reporting.formatting import span
 from groupsae.reporting.load import read_run, value_of
 from groupsae.reporting.style import COLOURS
+from groupsae.suite.groups_file import load_plan
 from groupsae.training.callbacks.grouping import recorded_text
 
 HERE = Path(__file__).parent
@@ -47,6 +49,7 @@ TOKENS = 16_384  # compared between layers; half of them fit the linear maps, ha
 RIDGE = 1e-3  # of the mean eigenvalue
 LEVELS = ("layer", "group", "partition")
 MOST_LAYERS = 18  # of which all partitions are formed
+FEW = 5  # partitions, among which laws are not compared
 Group = tuple[int, ...]
 Square = np.ndarray
 
@@ -102,24 +105,30 @@ class Model(NamedTuple):
 
 
 def read_model(folder: Path, layers: Mapping[str, Square]) -> Model:
-    """Return what an evaluated run of groups=all measured."""
-    run = read_run(folder)
-    single = next((g for g in run.groupings if g["kind"] == "per_layer"), None)
+    """Return what a finished run of groups=all measured; without an evaluation, when it ended."""
+    run, plan = read_run(folder), load_plan(folder)
+    assert plan is not None
+    fvu = {
+        (r["sae"], int(r["layer"])): value_of(r["fvu"]) for r in run.evaluation.get("results", [])
+    }
+    for name, sae in run.summary["groups"].items() if not fvu else ():
+        fvu |= {(name, int(layer)): value for layer, value in sae["fvu_per_layer"].items()}
+    found = groupings(plan)
+    single = next((each for each in found if each.kind == "per_layer"), None)
     if single is None or run.seed is None:
-        sys.exit(f"{folder} is not evaluated with one SAE per layer: train it with groups=all")
-    n = sum(map(len, single["groups"]))
-    fvu = {(r["sae"], int(r["layer"])): value_of(r["fvu"]) for r in run.evaluation["results"]}
-    own = np.array([fvu[single["sae_of_layer"][str(x)], x] for x in range(n)])
+        sys.exit(f"{folder} has no SAE for each layer: train it with groups=all")
+    own = np.array([fvu[single.sae_of_layer[x], x] for x in single.grouped])
     lost, partitions = dict[Group, np.ndarray](), dict[str, Sequence[Group]]()
-    for grouping in (g for g in run.groupings if g["kind"] == "groups"):
-        groups = [tuple(group) for group in grouping["groups"]]
-        partitions[", ".join(grouping["rules"]) + f" {len(groups)}"] = groups
+    for each in (each for each in found if each.kind == "groups" and each.partition):
+        groups = [tuple(group) for group in each.partition.groups]
+        partitions[", ".join(each.rules) + f" {len(groups)}"] = groups
         for group in groups:
-            names = [grouping["sae_of_layer"][str(x)] for x in group]
-            lost[group] = np.array([fvu[at] for at in zip(names, group, strict=True)])
-            lost[group] = lost[group] - own[list(group)]
-    kept = {name: square[:n, :n] for name, square in layers.items()}
-    return Model(run.model, run.seed, kept, own, lost, partitions)
+            mine = np.array([fvu[each.sae_of_layer[x], x] for x in group])
+            lost[group] = mine - own[list(group)]
+    n = len(own)
+    assert run.distances is not None
+    kept = {name: x[:n, :n] for name, x in {**layers, "angle": run.distances}.items()}
+    return Model(Path(run.model).name, run.seed, kept, own, lost, partitions)
 
 
 def compare_layers(folder: Path, tokens: int) -> dict[str, Square]:
@@ -141,8 +150,6 @@ def compare_layers(folder: Path, tokens: int) -> dict[str, Square]:
             angles.set_mean(acts.double().mean(dim=1))
         angles.update(acts)
         found[name] = angles.cosines().numpy()
-        if centring == cfg.calibration.centring:
-            found["angle"] = angles.distances().numpy()
     return {**found, "linear": linear(acts)}
 
 
@@ -537,6 +544,20 @@ class Study:
                 rows.append([_name(law), trained, weights, *cells])
         return table(["law", "fitted on", "fit", *(f"on {name}" for name in self.names)], rows)
 
+    def one_law(self) -> list[str]:
+        """Return the loss as a share of the FVU of one SAE per layer: measured, and 2.4 V."""
+        rows = []
+        for name in self.names:
+            frame = self.of("partition", ("V",), name)
+            rule = "complete" if name in self.trained else "published"
+            frame = frame[frame["name"].str.contains(rule) & (frame["V"] > 0)]
+            means = frame.groupby("G")[["lost", "per_layer", "V"]].mean().astype(float)
+            for count, mean in means.iterrows():
+                shares = (mean["lost"] / mean["per_layer"], LOSS_PER_VARIANCE * mean["V"])
+                cells = [f"{100 * share:.1f} %" for share in shares]
+                rows.append([name, str(count), f"{mean['V']:.4f}", f"{mean['lost']:.4f}", *cells])
+        return table(["model", "G", "V", "FVU lost", "as a share", "2.4 V"], rows)
+
     def report(self) -> list[str]:
         """Return all tables, line by line."""
         lines = []
@@ -549,9 +570,9 @@ class Study:
                 f"{len(runs)} seeds; {len(groups)} groups of more than one layer; "
                 f"{len(runs[0].partitions)} partitions by rules. {self.ceiling(model)}",
                 "",
-                *self.within(model),
-                *self.choices(model),
             ]
+            if len(runs[0].partitions) > FEW:
+                lines += [*self.within(model), *self.choices(model)]
         return [
             *lines,
             "### Fitted on all other models: error over partitions",
@@ -560,22 +581,28 @@ class Study:
             "### Fitted on one model, tested on each",
             "",
             *self.pairs([("V",), (TIMES + "V",), *((MEAN + name,) for name in RELATIVE)]),
+            "### One law for all: the groups of complete linkage (published ones: the paper's)",
+            "",
+            *self.one_law(),
         ]
 
     def draw(self, path: Path) -> None:
-        """Draw the loss of every partition against V and FVU × V, with each model's line."""
+        """Draw every partition's loss, and loss as a share, against V; with each model's line."""
         figure = Figure(figsize=(9.0, 4.0), layout="constrained", dpi=150)
-        for axes, figure_name in zip(figure.subplots(1, 2), ("V", TIMES + "V"), strict=True):
+        titles = ("FVU lost", "FVU lost, share of the FVU of one SAE per layer")
+        for relative, axes in enumerate(figure.subplots(1, 2)):
             for i, name in enumerate(self.names):
-                frame = self.of("partition", (figure_name,), name)
+                frame = self.of("partition", ("V",), name)
                 if frame.empty:
                     continue
-                mean = frame.groupby("name")[[figure_name, "lost"]].mean()
+                if relative:
+                    frame = frame.assign(lost=frame["lost"] / frame["per_layer"])
+                mean = frame.groupby("name")[["V", "lost"]].mean()
                 axes.plot(*mean.to_numpy().T, "o", ms=4, color=COLOURS[i], label=name)
-                end = mean[figure_name].max()
-                axes.plot([0, end], [0, fit(frame, (figure_name,)).weights[0] * end],
-                          lw=1, color=COLOURS[i])  # fmt: skip
-            axes.set(xlabel=f"{figure_name} of the partition", ylabel="FVU lost")
+                end = mean["V"].max()
+                line = [0, fit(frame, ("V",)).weights[0] * end]
+                axes.plot([0, end], line, lw=1, color=COLOURS[i])
+            axes.set(xlabel="angular variance V of the partition", ylabel=titles[relative])
             axes.spines[["top", "right"]].set_visible(False)
             axes.legend(frameon=False)
         figure.savefig(path)
@@ -602,10 +629,10 @@ def study_of(folders: Sequence[Path], tokens: int) -> Study:
     compared = dict[str, dict[str, Square]]()
     models = []
     for folder in folders:
-        measured = {**read_run(folder).measured, "tokens": tokens}
+        measured = read_run(folder).measured
         key = json.dumps(measured, sort_keys=True)
         if key not in compared:
-            compared[key] = compare_layers(folder, tokens)
+            compared[key] = compare_layers(folder, min(tokens, measured["tokens"]))
         models.append(read_model(folder, compared[key]))
     return Study(models)
 
@@ -614,13 +641,12 @@ def main(arguments: Sequence[str]) -> None:
     """Write tables and figure."""
     if smallest():
         with tempfile.TemporaryDirectory() as output:
-            given = [
-                "experiment=replication", f"output={output}", "groups.rules=[even,variance]",
-                "groups.smaller=[]", *SMALLEST_RUN,
-            ]  # fmt: skip
-            train = [sys.executable, "-m", "groupsae.train", "-m", "seed=0,1", *given]
+            given = [f"output={output}", "groups=all", "groups.rules=[even]", "groups.smaller=[]"]
+            train = [sys.executable, "-m", "groupsae.train", *given, *SMALLEST_RUN]
             subprocess.run(train, check=True)
-            study = study_of([p.parent for p in Path(output).glob("*/*/*/evaluation")], 512)
+            (run,) = (path.parent for path in Path(output).glob("*/*/*/summary.json"))
+            one = study_of([run], 512).models[0]
+            study = Study([one, one._replace(seed=1)])  # as if a second seed gave the same
             study.draw(Path(output) / "law.png")
         print("\n".join(study.report()))
         return
