@@ -25,7 +25,7 @@ from groupsae.app.run_folder import finished_run, register_resolver
 from groupsae.evaluation.harness import Harness
 from groupsae.evaluation.parts import Run
 from groupsae.evaluation.probes import Probes
-from groupsae.files.reading import require_json
+from groupsae.files.reading import read_json
 from groupsae.runtime.quiet import quiet
 
 COUNTS = (1, 2, 4)
@@ -48,10 +48,10 @@ def probed(runs: Sequence[Run], labels: str) -> list[str]:
     """Return the table of the probes."""
     part = Probes(labels=labels, k=[1, 5], examples=500, seed=0, bootstrap=BOOTSTRAP)
     found = [{row["grouping"]: row for row in part.measure(run)["groupings"]} for run in runs]
-    evaluated = [require_json(run.folder / "evaluation" / "evaluation.json") for run in runs]
+    evaluated = [read_json(run.folder / "evaluation" / "evaluation.json") or {} for run in runs]
     lost: dict[str, list[dict[str, float]]] = {}
     for each in evaluated:
-        for row in each["groupings"]:
+        for row in each.get("groupings", []):
             if row["against_per_layer"]:
                 lost.setdefault(row["name"], []).append(row["against_per_layer"]["fvu"])
     heading = ["grouping", "G", "FVU lost"]
@@ -116,7 +116,10 @@ def main(arguments: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folders, labels = [Path(each) for each in given["run"].split(",") if each], "python"
         if smallest():
-            made = [f"output={temporary}", "groups=all", "evaluate=true", "logger=none"]
+            made = [
+                f"output={temporary}", "groups=all", "groups.rules=[complete]",
+                "groups.smaller=[]", "logger=none",
+            ]  # fmt: skip
             folders, labels = [train([*SMALLEST_RUN, *made]).folder], f"{temporary}/labels.csv"
             rows = [f"def f{n}(,name\nx = {n},number\n" for n in range(20)]
             Path(labels).write_text("text,label\n" + "".join(rows))

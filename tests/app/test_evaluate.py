@@ -154,6 +154,24 @@ def test_a_part_writes_prints_and_reports_what_it_found(copy: Path, capsys: Any)
     assert "Probes on k latents" in (copy / "report" / "report.html").read_text()
 
 
+def test_benchmarks_are_printed_and_reported_with_the_gate(copy: Path, capsys: Any) -> None:
+    pytest.importorskip("lm_eval")
+    few = ["tasks=arithmetic", "limit=3", "layers=false", "bootstrap.resamples=20"]
+    evaluate(copy, "evaluation=harness", "logger=csv", *(f"evaluation.harness.{x}" for x in few))
+    assert "The unchanged model on each task" in " ".join(capsys.readouterr().out.split())
+    found = json.loads((copy / "evaluation" / "harness.json").read_text())
+    assert len(found["tasks"]) == 6
+    able = [row for row in found["tasks"] if row["interpreted"]]
+    assert len(found["compared"]) == len(able)
+    logged = {name for _, name, _ in read_metrics(copy / "metrics.csv")}
+    for row in able:
+        name = f"lost_together_{row['task']}_{row['metric']}"
+        assert f"eval/harness/{name}/complete-2" in logged
+    write_report([copy])
+    page = (copy / "report" / "report.html").read_text()
+    assert ("no: not above chance" in page) == (len(able) < 6)
+
+
 # ---- W&B --------------------------------------------------------------------------------------
 
 
