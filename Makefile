@@ -76,11 +76,11 @@ bench: $(READY)  ## Measure the training loop and its parts, a quarter of an hou
 
 # CI runs every benchmark, so that none breaks unnoticed
 bench-smallest: $(READY)  ## Run every benchmark for a few seconds; the figures mean nothing
-	@for each in step kernels loop lm_forward scaling quality saes scale soak store replication downstream law better_groups probing \
-			interpretation interpretability notebook real_models rivals; do \
-		echo "benchmarks.$$each"; \
-		$(BIN)/python -m benchmarks.$$each size=smallest >.bench.log 2>&1 || { cat .bench.log; exit 1; }; done
-	@rm -f .bench.log
+	@mkdir -p build/bench
+	@printf '%s\n' real_models better_groups interpretation interpretability downstream probing replication law scale \
+		soak rivals quality saes store loop step kernels lm_forward scaling notebook | xargs -P $(WORKERS) -I @ sh -c \
+		'if $(BIN)/python -m benchmarks.@ size=smallest >build/bench/@.log 2>&1; \
+		then echo benchmarks.@; else cat build/bench/@.log; exit 255; fi'
 
 bench-rivals: $(READY)  ## Compare training with SAELens, sparsify and dictionary_learning (15 minutes, 6 GB)
 	@benchmarks/rivals/install
