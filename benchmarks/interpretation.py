@@ -37,10 +37,10 @@ from groupsae.interpretation.text import Part, Text
 from groupsae.suite.suite import Suite, load_saes
 
 GIVEN = options(sys.argv[1:], tokens=("1_000_000", r"[\d_]+"), collect=("", ".*"))
-TOKENS = 8_192 if smallest() else int(GIVEN["tokens"])
-FIRST = 4_096 if smallest() else 100_000
+TOKENS = 4_096 if smallest() else int(GIVEN["tokens"])
+FIRST = 2_048 if smallest() else 100_000
 EVERY = 2 if smallest() or TOKENS < 500_000 else 6  # the parts that are timed
-LATENTS = 1_024 if smallest() else 5_000  # of each of the page's two SAEs
+LATENTS = 256 if smallest() else 5_000  # of each of the page's two SAEs
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
 
 
@@ -71,7 +71,7 @@ def interpret(run: Path, *options: str) -> None:
 
 def text(tokens: int) -> list[str]:
     """Return the options for texts of at most so many tokens."""
-    tokens = 8_192 if smallest() else tokens
+    tokens = 4_096 if smallest() else tokens
     return [f"interpretation.{side}_tokens={tokens}" for side in ("explain", "score")]
 
 
@@ -184,12 +184,13 @@ def opened(page: Path) -> float | None:
 def main() -> None:
     """Measure everything, and write the figures."""
     with tempfile.TemporaryDirectory() as output:
-        run = trained(Path(output) / "run")
+        wide = ["sae.expansion=null", f"sae.d_sae={LATENTS}"]
+        run = trained(Path(output) / "run", *wide * smallest())
         figures = collected(run) if smallest() else in_a_child(run)
         interpret(run, *text(TOKENS // 5), f"interpretation.latents={4 if smallest() else 64}")
         times = explained(run)
         if not smallest():
-            run = trained(Path(output) / "wide", "sae.expansion=null", f"sae.d_sae={LATENTS}")
+            run = trained(Path(output) / "wide", *wide)
             interpret(run, *text(TOKENS // 16), "interpretation.latents=4")
         page = run / "interpretation" / "index.html"
         size, seconds = page.stat().st_size, opened(page)

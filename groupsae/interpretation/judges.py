@@ -508,8 +508,7 @@ class Local:
         )
 
     def check(self) -> None:
-        """Load the model, before hours of work."""
-        self.model  # noqa: B018
+        """Do nothing: its files were read when it was made, and it is loaded when needed."""
 
     def fits(self, prompt: str) -> bool:
         """Return whether the model can read a prompt and write an explanation."""

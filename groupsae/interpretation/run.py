@@ -92,7 +92,7 @@ class Pass:
         fired = sum(int(layer.statistics.fired.sum()) for layer in layers) / tokens
         records = sum(f.stat().st_size for f in self.folder.glob("records/*/*.bin")) / tokens
         records += 2 * DIRECTIONS * len(self.layers)
-        part = self.text.size * self.text.context
+        part = min(self.text.size * self.text.context, max(self.text.tokens))
         return (
             contexts + round(ENTRY * fired * part),
             contexts + round(records * sum(self.text.tokens)),
