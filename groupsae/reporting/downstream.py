@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from groupsae.reporting.formatting import plural
+from groupsae.reporting.formatting import METRICS, plural
 from groupsae.reporting.load import RunFiles, Values, value_of
 from groupsae.reporting.tables import HEADINGS, Table, build, distinguishable, estimates, plain
 
@@ -21,10 +21,12 @@ def lost_table(run: RunFiles) -> Table | None:
 
     A loss is distinguishable if the interval of the difference, which is paired, leaves out 0.
     """
+    if not run.downstream:
+        return None
     rows = []
     chosen = (run.chosen or {}).get("against_per_layer") or {}
     found: list[tuple[str, str, Any]] = [
-        ("held-out text", metric, chosen[metric]) for metric in ("fvu", "delta_ce") if chosen
+        ("held-out text", metric, chosen[metric]) for metric in METRICS if metric in chosen
     ]
     for part, results in run.downstream.items():
         first: Values = next(iter(results["groupings"]), {})
@@ -40,8 +42,6 @@ def lost_table(run: RunFiles) -> Table | None:
                     "distinguishable": distinguishable(lost),
                 }
             )
-    if not run.downstream:
-        return None
     return build(
         "downstream_lost",
         "What the chosen grouping loses against one SAE per layer, by every measure (above 0: "

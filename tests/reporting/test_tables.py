@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from groupsae.reporting import tables
-from groupsae.reporting.load import read_run
+from groupsae.reporting.downstream import lost_table
+from groupsae.reporting.load import RunFiles, read_run
 from groupsae.reporting.page import provenance, summary
 from tests.helpers.report_run import change, near, write_run
 
@@ -196,6 +197,19 @@ def test_a_model_without_next_tokens_has_no_cross_entropy(tmp_path: Path) -> Non
     table = tables.groupings_table(read_run(folder))
     assert table is not None
     assert set(table.frame["embedding_loss"]) == {0.25}
+
+
+def test_what_an_encoder_loses_is_its_embeddings_in_place_of_cross_entropy() -> None:
+    loss = {"value": 0.125, "low": 0.1, "high": 0.2}
+    against = {"fvu": loss, "embedding_loss": loss, "retrieval_loss": loss}
+    run = RunFiles(
+        evaluation={"groupings": [{"against_per_layer": against}]},
+        downstream={"probes": {"groupings": []}},
+    )
+    lost = lost_table(run)
+    assert lost is not None
+    assert lost.frame["metric"].tolist() == ["FVU", "1 − cos"]
+    assert set(lost.frame["distinguishable"]) == {"yes: worse"}
 
 
 # ---- one table at a time ------------------------------------------------------------------------
