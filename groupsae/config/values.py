@@ -90,7 +90,7 @@ PARTS = {  # of an evaluation
     "heldout": EVALUATION,
     "circuits": {
         "tasks": NAMES,
-        "groupings": NAMES.or_null("the chosen one"),
+        "groupings": NAMES.or_null("the chosen one and per_layer"),
         "train_pairs": at_least(2),
         "test_pairs": at_least(2),
         "attribution": one_of("ig_inputs", "ig", "attribution"),

@@ -347,8 +347,8 @@ class _Measured:
         interval = self._interval(scale)
         if interval["low"] is None or interval["low"] <= 0:
             row["reason"] = (
-                f"m(model) - m(empty) is {scale[0]:.3g} (interval {interval['low']} to "
-                f"{interval['high']}): not clearly above 0, so no ratio is defined"
+                f"m(model) - m(empty) is {scale[0]:.3g}: not clearly above 0, so no ratio is "
+                "defined"
             )
             return row, [], {}
         samples: dict[str, Samples] = {"full": self._mean(full - empty) / scale}
@@ -392,8 +392,8 @@ class _Measured:
                 keep, new = self.subject.kept(batch.clean, x), sae(x).to(x)
                 new = new if keep is None else torch.where(keep[..., None], new, x)
                 parts[layer].append(batch.metric(splicer.resume(layer, new)).cpu())
-        whole = self._mean(self.model)
-        return {layer: self._mean(self._metric(each)) / whole for layer, each in parts.items()}
+        model = self._mean(self.model)
+        return {layer: self._mean(self._metric(each)) / model for layer, each in parts.items()}
 
     def _latents(
         self, effects: Mapping[int, Effects], saes: Mapping[int, LayerSAE]

@@ -23,9 +23,6 @@ from groupsae.runtime.errors import UserError
 from groupsae.sae.base import SparseLatents
 from groupsae.suite.layer import LayerSAE
 
-ABLATIONS = ("patch", "mean", "zero")
-ERRORS = ("keep", "none", "circuit", "ablate")
-
 
 class Circuit(NamedTuple):
     """Which latents of each layer are in, and of which layers the error is."""
@@ -70,6 +67,8 @@ class Order:
                 size = torch.rand(len(size), generator=generator, dtype=torch.float64)
             scores.append(torch.where(each.active, size, -1.0))
         by_error = torch.tensor([abs(e.error) if errors else -1.0 for e in effects.values()])
+        if errors and generator is not None:
+            by_error = torch.rand(len(by_error), generator=generator)
         if select == "per_layer":
             ranks = [score.argsort(descending=True, stable=True).argsort() for score in scores]
             self._ranks = torch.cat([*ranks, torch.full((len(ranks),), max(self.widths))])
