@@ -31,6 +31,7 @@ from groupsae.evaluation.examples import (
 from groupsae.evaluation.intervals import Bootstrap, Interval
 from groupsae.evaluation.parts import Subject
 from groupsae.lm.hooked import HookedLM
+from groupsae.runtime.errors import UserError
 from groupsae.runtime.progress import token_progress
 from groupsae.suite.suite import Suite
 
@@ -80,7 +81,7 @@ class Probes:
         """Return the AUC of every probe, and the means over tasks, then over layers.
 
         Raises:
-            UserError: labels or texts cannot be used.
+            UserError: labels or texts cannot be used, or training left out too many examples.
         """
         trained = next(iter(subject.saes.values())).cfg
         tokenizer = subject.tokenizer()
@@ -194,8 +195,19 @@ class Probing:
         """Yield the probes of every task on features that have a name, and on the residual.
 
         An example is left out if training leaves out its activation at this layer.
+
+        Raises:
+            UserError: then one half of a task has no example with its concept, or none without.
         """
         tasks = [task.only(kept) for task in self.examples.tasks]
+        for task in tasks:
+            sides = zip(self.examples.test[task.rows], task.positive, strict=True)
+            if len(set(sides)) < 4:
+                raise UserError(
+                    f"the probe of {task.name} has too few examples at layer {layer}: training "
+                    "left out the others (stream.exclude_special_tokens, stream.skip_positions, "
+                    "stream.max_norm_ratio). Give other evaluation.probes.labels."
+                )
         differences = class_differences(x, [task.only(~self.examples.test) for task in tasks])
         for task, difference in zip(tasks, differences.T, strict=True):
             order = np.argsort(-abs(difference), kind="stable")[: self.ks[-1]]

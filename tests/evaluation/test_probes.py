@@ -16,6 +16,7 @@ from groupsae.evaluation.labels import CONCEPTS, python_labels
 from groupsae.evaluation.parts import Subject
 from groupsae.evaluation.probes import (
     Probes,
+    Probing,
     activations,
     auc,
     class_differences,
@@ -44,6 +45,17 @@ class Café:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+def test_a_probe_whose_examples_training_left_out_is_refused() -> None:
+    numbers = np.arange(8)
+    task = Task("long: yes", numbers, numbers % 2 == 0)
+    examples = Examples([[1, 2]] * 8, numbers, numbers * 0, numbers, numbers >= 4, [task])
+    probing = Probing(examples, [1], BOOTSTRAP)
+    x = np.random.default_rng(0).random((8, 3))
+    assert len(list(probing.scored("all", 0, x, numbers >= 0))) == 1
+    with pytest.raises(UserError, match=r"long: yes has too few examples at layer 3"):
+        list(probing.scored("all", 3, x, numbers >= 4))
 
 
 # ---- labels -----------------------------------------------------------------------------------
