@@ -30,10 +30,13 @@ CIRCUITS = [
     "evaluation.circuits.curves=[faithfulness]", "evaluation.circuits.single_layers=false",
     "logger=none", "device=cpu",
 ]  # fmt: skip
-SMALL = [
+SMALL = [  # a run, trained and evaluated in one command
+    "groups=all", "groups.rules=[complete]", "groups.smaller=[]", "evaluate=true",
+    "evaluation=[heldout,circuits]", "evaluation.similarity_tokens=0",
+    "evaluation.circuits.groupings=[complete-1,per_layer]",
     "evaluation.circuits.tasks=[quote]", "evaluation.circuits.train_pairs=2",
     "evaluation.circuits.test_pairs=2", "evaluation.circuits.fractions=[0.1,1]",
-    "evaluation.circuits.bootstrap.resamples=10",
+    "evaluation.circuits.single_layers=false", "evaluation.circuits.bootstrap.resamples=10",
 ]  # fmt: skip
 METRICS = {  # of circuits
     "ld_recovered": "LD recovered",
@@ -43,15 +46,15 @@ METRICS = {  # of circuits
 Rows = dict[str, dict[str, Any]]  # by grouping
 
 
-def measured(folder: Path, more: Sequence[str] = ()) -> tuple[Rows, Rows]:
+def measured(folder: Path) -> tuple[Rows, Rows]:
     """Return the groupings of a run as the held-out text and as circuits have them."""
     heldout = json.loads((folder / "evaluation" / "evaluation.json").read_text())["groupings"]
-    wanted = [g["name"] for g in heldout if "complete" in g["rules"] and g["num_groups"] in COUNTS]
     file = folder / "evaluation" / "circuits.json"
     if not file.exists():
-        named = f"evaluation.circuits.groupings=[{','.join([*wanted, 'per_layer'])}]"
+        ours = [g for g in heldout if "complete" in g["rules"] and g["num_groups"] in COUNTS]
+        named = f"evaluation.circuits.groupings=[{','.join(g['name'] for g in ours)},per_layer]"
         command = [sys.executable, "-m", "groupsae.evaluate", f"run={folder}", named]
-        subprocess.run([*command, *CIRCUITS, *more], check=True)
+        subprocess.run([*command, *CIRCUITS], check=True)
     circuits = json.loads(file.read_text())["groupings"]
     return {g["name"]: g for g in heldout}, {g["grouping"]: g for g in circuits}
 
@@ -129,10 +132,10 @@ def main(arguments: Sequence[str]) -> None:
     """Write the tables."""
     if smallest():
         with tempfile.TemporaryDirectory() as output:
-            given = ["groups=all", f"output={output}", *SMALLEST_RUN, "evaluate=true"]
+            given = [*SMALL, f"output={output}", *SMALLEST_RUN]
             subprocess.run([sys.executable, "-m", "groupsae.train", *given], check=True)
             (folder,) = Path(output).glob("tiny/*/*")
-            print("\n".join(report([measured(folder, SMALL)])))
+            print("\n".join(report([measured(folder)])))
         return
     folders = [Path(each) for each in arguments]
     if not folders:

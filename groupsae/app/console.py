@@ -17,6 +17,8 @@ from groupsae.reporting.load import RunFiles, value_of
 if TYPE_CHECKING:
     from groupsae.cost.model import RunCost
 
+WIDE = 7  # columns of a table on a screen; the report and the csv have all
+
 
 def show(
     console: Console,
@@ -165,11 +167,12 @@ def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
 
 
 def print_part(console: Console, part: str, found: Mapping[str, Any]) -> None:
-    """Print the tables of a part of the evaluation that the report shows, too."""
+    """Print the tables of a part of the evaluation, the columns that a narrow screen can hold."""
     run = RunFiles(downstream={part: found})
     for build in DOWNSTREAM_TABLES[part]:
-        table = build(run)
-        show(console, table, halves=" ".join(table.columns) if table else "")
+        if (table := build(run)) is not None:
+            columns = " ".join(table.columns[:WIDE])
+            show(console, table, columns=columns, halves=columns)
 
 
 def print_explanations(console: Console, explained: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from groupsae.reporting.formatting import METRICS, plural
 from groupsae.reporting.load import RunFiles, Values, value_of
-from groupsae.reporting.tables import HEADINGS, Table, build, distinguishable, estimates, plain
+from groupsae.reporting.tables import HEADINGS, Table, build, distinguishable, estimates
 
 Build = Callable[[RunFiles], Table | None]
 LATENTS = 3  # of each task
@@ -29,8 +29,10 @@ def lost_table(run: RunFiles) -> Table | None:
         ("held-out text", metric, chosen[metric]) for metric in METRICS if metric in chosen
     ]
     for part, results in run.downstream.items():
-        first: Values = next(iter(results["groupings"]), {})
-        found += [(part, n.removesuffix("_lost"), first[n]) for n in first if n.endswith("_lost")]
+        named = {row["grouping"]: row for row in results["groupings"]}
+        name = (run.chosen or {}).get("name", next(iter(named), None))
+        mine: Values = named.get(name, {})
+        found += [(part, n.removesuffix("_lost"), mine[n]) for n in mine if n.endswith("_lost")]
     for part, metric, lost in found:
         text = HEADINGS.get(metric, metric.replace("auc_", "AUC, k = "))
         if value_of(lost) is not None and text != metric:
@@ -53,24 +55,24 @@ def lost_table(run: RunFiles) -> Table | None:
 def circuits_table(run: RunFiles) -> Table | None:
     """Return the circuits of every grouping, means over tasks."""
     rows = _of(run, "groupings")
-    recovered = ("ld_recovered", "faithfulness_none", "faithfulness_keep")
+    compared = ("ld_recovered", "faithfulness_none", "faithfulness_keep")
+    pairs = [name for metric in compared for name in (metric, f"{metric}_lost")]
     others = ("completeness_none", "random_none", "single_layers")
     return build(
         "circuits",
-        f"Circuits, means over {rows[0]['tasks'] if rows else 0} tasks: share of the task metric "
-        "with all layers spliced; area of faithfulness without the SAEs' errors and with them, "
-        "1 is the model; lost: against one SAE per layer, paired",
+        f"Circuits, means over {rows[0]['tasks'] if rows else 0} tasks: share of the logit "
+        "difference (LD) that is left with all layers spliced; areas of faithfulness without the "
+        "SAEs' errors and with them (1 is the model), each with what is lost against one SAE per "
+        "layer, paired; completeness, random: without errors; LD left with one layer spliced",
         [
             {
                 "grouping": row["grouping"],
                 "num_groups": row["num_groups"],
-                **plain(row, "amad"),
-                **estimates(row, *recovered, *others),
-                **estimates(row, *(f"{metric}_lost" for metric in recovered)),
+                **estimates(row, *pairs, *others),
             }
             for row in rows
         ],
-        [0],
+        [i for i, row in enumerate(rows) if row["grouping"] == _shown(run)],
     )
 
 
@@ -85,7 +87,7 @@ def tasks_table(run: RunFiles) -> Table | None:
             "reason": gate["reason"],
         }
         for found in _of(run, "tasks"):
-            if (found["task"], found["grouping"]) != (gate["task"], _first(run)):
+            if (found["task"], found["grouping"]) != (gate["task"], _shown(run)):
                 continue
             row["reason"] = row["reason"] or found["reason"]
             errors = found["errors"]
@@ -97,7 +99,7 @@ def tasks_table(run: RunFiles) -> Table | None:
     return build(
         "circuit_tasks",
         f"Tasks: the model's lower accuracy and mean metric of both directions, and the circuits "
-        f"of {_first(run)}",
+        f"of {_shown(run)}",
         rows,
     )
 
@@ -107,14 +109,14 @@ def circuit_latents_table(run: RunFiles, page: str) -> Table | None:
     rows = []
     for gate in _of(run, "gate"):
         mine = [r for r in _of(run, "latents") if r["task"] == gate["task"]]
-        for row in [r for r in mine if r["grouping"] == _first(run)][:LATENTS]:
+        for row in [r for r in mine if r["grouping"] == _shown(run)][:LATENTS]:
             link = f"{page}#{quote(row['sae'])}/{row['latent']}"
             shown = {key: row[key] for key in ("task", "sae", "latent", "effect")}
             linked = {"latent_link": link} if run.explained else {}
             rows.append({**shown, **linked, "layer": str(row["layer"])})
     return build(
         "circuit_latents",
-        f"The latents of {_first(run)} with the largest effects (below 0: supports the answer)",
+        f"The latents of {_shown(run)} with the largest effects (below 0: supports the answer)",
         rows,
     )
 
@@ -123,8 +125,11 @@ def _of(run: RunFiles, table: str) -> Sequence[Values]:
     return run.downstream.get("circuits", {}).get(table, [])
 
 
-def _first(run: RunFiles) -> str:
-    return str(_of(run, "groupings")[0]["grouping"]) if _of(run, "groupings") else ""
+def _shown(run: RunFiles) -> str:
+    """Return the grouping whose circuits are shown: the chosen one, if they were measured."""
+    names = [str(row["grouping"]) for row in _of(run, "groupings")]
+    chosen = (run.chosen or {}).get("name")
+    return chosen if chosen in names else next(iter(names), "")
 
 
 def probes_table(run: RunFiles) -> Table | None:

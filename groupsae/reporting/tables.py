@@ -83,12 +83,12 @@ HEADINGS = {  # of the columns that are shown
     "labels_of": "labels",
     "accuracy": "accuracy", "task_metric": "metric", "reason": "left out because",
     "effect": "effect", "single_layers": "one layer spliced",
-    "ld_recovered": "LD recovered", "faithfulness_none": "faithfulness, no errors",
-    "faithfulness_keep": "faithfulness, errors kept",
-    "completeness_none": "completeness, no errors",
-    "random_none": "random latents, no errors",
-    "ld_recovered_lost": "LD recovered, lost", "faithfulness_none_lost": "no errors, lost",
-    "faithfulness_keep_lost": "errors kept, lost",
+    "ld_recovered": "LD recovered", "faithfulness_none": "no errors",
+    "faithfulness_keep": "errors kept",
+    "completeness_none": "completeness",
+    "random_none": "random",
+    "ld_recovered_lost": "LD lost", "faithfulness_none_lost": "lost, no errors",
+    "faithfulness_keep_lost": "lost, errors kept",
 }
 DIGITS = {  # after the decimal point; others have 4
     "l0": 1, "mse": 2, "rms_norm": 2, "factor": 2, "mean_effective_layers": 2, "amad": 3,

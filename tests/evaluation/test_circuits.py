@@ -114,8 +114,9 @@ def test_effects_are_finite_differences_of_latents_and_add_up_with_the_error(
             slope = (moved(1e-5) - moved(-1e-5)) / 2e-5
             expected[latent] += slope * (f_patch - f_clean)[pos, latent]
         torch.testing.assert_close(effects.sums, expected, rtol=1e-6, atol=1e-9)
-        total = (grads[layer] * (patch[layer] - clean[layer])).sum()
-        torch.testing.assert_close(effects.sums.sum() + effects.error, total)
+        errors = [x[layer] - sae(x[layer]) for x in (patch, clean)]
+        of_error = float((grads[layer] * (errors[0] - errors[1])).sum())
+        assert effects.error == pytest.approx(of_error, rel=1e-9)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -124,20 +124,17 @@ class Effects:
         patch: Float[Tensor, "row d_model"],
     ) -> None:
         """Add rows: positions of examples."""
-        sae = self.sae
-        g = g.to(sae.dtype)
-        change = patch.to(sae.dtype) - clean.to(sae.dtype)
-        for acts, sign in ((patch, 1.0), (clean, -1.0)):
-            latents = sae.encode_sparse(acts)
-            change -= sign * sae.decode(latents)
-            entries = latents.entries(sae.d_sae)
-            dots = entries.kernels(sae.W_dec).dots(g, sae.W_dec, entries.starts, entries.latents)
-            values = latents.acts.flatten()
-            terms = (sign / sae.norm_factor * values * dots).double().cpu()
-            index = entries.latents.cpu()
-            self.sums.index_add_(0, index, terms)
-            self.active[index[values.cpu() > 0]] = True
-        self.error += float((g * change).sum(dtype=torch.float64))
+        sae, rows = self.sae, len(g)
+        latents = sae.encode_sparse(torch.cat([patch, clean]))
+        entries = latents.entries(sae.d_sae)
+        both = g.to(sae.dtype).repeat(2, 1)
+        dots = entries.kernels(sae.W_dec).dots(both, sae.W_dec, entries.starts, entries.latents)
+        terms = (latents.acts * dots.view_as(latents.acts) / sae.norm_factor).double()
+        terms[rows:] *= -1  # f_patch - f_clean
+        self.sums.index_add_(0, entries.latents.cpu(), terms.flatten().cpu())
+        self.active[latents.indices[latents.acts > 0].cpu()] = True
+        # all of the change that is not in latents is in the error
+        self.error += float((g * (patch - clean)).sum(dtype=torch.float64) - terms.sum())
 
 
 def attribute(
