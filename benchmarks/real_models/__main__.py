@@ -11,6 +11,7 @@ nothing. `size=smallest` needs no network: two random models that it saves itsel
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,16 @@ import torch
 
 from benchmarks.real_models import study as studies
 from benchmarks.real_models.packages import english, fetched, multilingual
-from benchmarks.real_models.study import MODELS, RUNS, Study, delta_ce, fvu, groupings_of
+from benchmarks.real_models.study import (
+    MODELS,
+    RUNS,
+    Study,
+    delta_ce,
+    fvu,
+    groupings_of,
+    kept,
+    reconstruction,
+)
 from benchmarks.real_models.tiny import tiny_study
 from benchmarks.replication import over_seeds, table
 from benchmarks.timing import machine, options, smallest
@@ -128,7 +138,10 @@ def variants_table(study: Study, seeds: Sequence[int], names: Sequence[str]) -> 
     """Return what each step away from the paper's treatment of the mean does."""
     rows = []
     for name in names:
-        found = [studies.reconstruction(study, name, seed) for seed in seeds]
+        found = [
+            kept(study.folder(name, x), "rebuilt", partial(reconstruction, study, name, x))
+            for x in seeds
+        ]
         chosen = groupings_of(study.folder(name, seeds[0]))[0]
         groups = chosen.partition.groups if chosen.partition else []
         rows.append(
@@ -177,7 +190,8 @@ def loss_table(study: Study, seeds: Sequence[int]) -> list[str]:
             f"{every[0].num_groups} groups": (folder, every[0]),
             "as the paper": (paper, groupings_of(paper)[0]),
         }
-        for name, value in delta_ce(study, seed, ways, BLOCKS).items():
+        measure = partial(delta_ce, study, seed, ways, BLOCKS)
+        for name, value in kept(folder, "delta_ce", measure).items():
             found.setdefault(name, []).append(value)
     clean = found.pop("clean")[0]
     layers = ", ".join(map(str, study.model.spliced))

@@ -149,6 +149,15 @@ def fvu(summary: dict[str, Any], grouping: Grouping) -> float:
     )
 
 
+def kept(folder: Path, name: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Return figures of a finished run, from a file in its folder if they were made before."""
+    file = folder / f"study_{name}.json"
+    if not file.exists():
+        file.write_text(json.dumps(make()))
+    found: dict[str, float] = json.loads(file.read_text())
+    return found
+
+
 def reconstruction(study: Study, run: str, seed: int) -> dict[str, float]:
     """Return means over the grouped layers of fvu, fvu_rest and the largest dimensions' share.
 
