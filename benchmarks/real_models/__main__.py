@@ -234,7 +234,8 @@ def report(study: Study, seeds: Sequence[int]) -> list[str]:
         "",
         f"{cfg.tokens:,} tokens per SAE in steps of {cfg.stream.blocks_per_step} blocks of "
         f"{cfg.stream.context}; {cfg.sae.expansion} d_model latents, k = {cfg.sae.k}; "
-        f"seeds {', '.join(map(str, seeds))}; figures from {cfg.stream.heldout_tokens:,} held-out tokens at most.",
+        f"seeds {', '.join(map(str, seeds))}; figures from {cfg.stream.heldout_tokens:,} "
+        "held-out tokens at most.",
         "",
         "### Distances",
         "",
