@@ -59,9 +59,6 @@ class Firings(NamedTuple):
         return shown.scatter_(1, offsets, self.values[inside])[:, :WINDOW]
 
 
-ENTRY = 20  # bytes of one of the following
-
-
 class Entries(NamedTuple):
     """Firings in the order of the text."""
 
