@@ -19,7 +19,7 @@ from groupsae.interpretation.collect import SAECollector, candidates
 from groupsae.interpretation.contexts import EMPTY, value_of
 from groupsae.interpretation.directions import Directions
 from groupsae.interpretation.records import FIRING
-from groupsae.interpretation.run import Pass
+from groupsae.interpretation.run import DIRECTIONS, Pass
 from groupsae.interpretation.statistics import UNIT
 from groupsae.interpretation.text import TEXTS, document_bounds
 
@@ -219,8 +219,8 @@ class Interpretation:
         file = self.folder / COLLECTED / f"random.layer.{layer}.bin"
         if not file.exists():
             return None
-        stored = np.memmap(file, "<f2", "r")
-        return stored.reshape(sum(self.num_tokens), -1)
+        # the file is longer if a pass over more text was stopped before
+        return np.memmap(file, "<f2", "r", shape=(sum(self.num_tokens), DIRECTIONS))
 
     def text(self, start: int, length: int) -> list[str]:
         """Return the text of some tokens, one string each."""

@@ -6,20 +6,22 @@ import pytest
 from groupsae.interpretation.bits import packed
 from groupsae.interpretation.explain import RESAMPLES, Explainer, explain_sae
 from groupsae.interpretation.files import Interpretation
+from groupsae.interpretation.run import DIRECTIONS
 from groupsae.interpretation.scores import Truth
 from tests.helpers.planted_latents import CONTEXT, LATENTS, plant
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> Interpretation:
-    """Return planted latents, and activations along two random directions.
+    """Return planted latents, and activations along random directions.
 
-    The first is large on one word, the second is noise.
+    The first is large on one word, the others are noise; the file is longer, as after a stopped
+    pass over more text.
     """
     found = plant(tmp_path_factory.mktemp("planted") / "interpretation", blocks=200)
     collected, draws = found.folder / "collected", np.random.default_rng(0)
-    projected = draws.normal(size=(len(found.tokens), 2)).astype("<f2")
-    projected[found.tokens == 20, 0] += 20
+    projected = draws.normal(size=(2 * len(found.tokens), DIRECTIONS)).astype("<f2")
+    projected[: len(found.tokens)][found.tokens == 20, 0] += 20
     projected.tofile(collected / "random.layer.0.bin")
     begins = np.arange(100) // 2 * 1000  # two blocks that begin in one document
     np.save(collected / "documents.npy", begins)
