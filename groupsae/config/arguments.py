@@ -99,7 +99,8 @@ def _read(argument: str, name: str, sweep: bool) -> str:
         key = new
     if key.lstrip("+") not in TEXTS:
         return argument
-    sweeps = name == "train" and key != "resume"  # with commas only there
+    a_list = key in LISTS and value.startswith("[")
+    sweeps = name == "train" and key != "resume" and not a_list  # with commas only there
     if key == "run" and value[:1] != "[" and not os.path.exists(os.path.expanduser(value)):
         folders = [_text(each) for each in _PART.findall(value)]
         return f"run=[{','.join(folders)}]" if len(folders) > 1 else f"run={''.join(folders)}"

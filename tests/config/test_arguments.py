@@ -131,6 +131,8 @@ def test_an_evaluation_has_the_parts_that_are_chosen_in_any_order() -> None:
         return evaluation_parts(composed(arguments, "train").evaluation)
 
     assert list(parts()) == ["heldout"]
+    listed = parts("evaluation=circuits", "evaluation.circuits.tasks=[quote,a b.jsonl]")
+    assert listed["circuits"]["tasks"] == ["quote", "a b.jsonl"]
     both = parts(
         "evaluation=[circuits,heldout]", "evaluation.tokens=5", "evaluation.circuits.steps=3"
     )
