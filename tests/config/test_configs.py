@@ -205,6 +205,8 @@ def test_the_replication_has_every_rule_and_the_sizes_of_the_embedded_default():
     assert set(cfg.groups.rules) == set(RULES) - {"variance"}  # which is newer than its figures
     assert cfg.evaluate
     cfg.stream.blocks_per_step //= 4  # the replication keeps the steps that it was made with
+    assert (cfg.calibration.centring, cfg.b_dec_start) == ("none", "zero")
+    cfg.calibration.centring = embedded.calibration.centring
     for key in ("model", "data", "sae", "optim", "stream", "tokens", "calibration", "dead_after"):
         assert cfg[key] == embedded[key], key
 

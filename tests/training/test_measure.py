@@ -27,7 +27,7 @@ def data(tiny_lm, tiny_text, tmp_path):
 
 
 def measured(data, tmp_path, centring, **changes):
-    return measure(data, data.trainer, TOKENS, centring, tmp_path / centring)
+    return measure(data, data.trainer, TOKENS, centring, tmp_path / centring, False)
 
 
 @pytest.fixture
@@ -162,7 +162,8 @@ def massive_lm(tiny_lm, tmp_path_factory):
 def test_the_warning_names_a_command_that_gives_the_groups_it_promises(
     massive_lm, tiny_text, tmp_path, capsys
 ):
-    given = overrides(massive_lm, tiny_text, tmp_path, "groups.theta=0.21")
+    uncentred = "calibration.centring=none"
+    given = overrides(massive_lm, tiny_text, tmp_path, "groups.theta=0.21", uncentred)
     given[0] = f"output='{tmp_path}/my runs [1]'"
     status, folder = run(given)
     assert status == 0
@@ -189,7 +190,7 @@ def test_the_warning_names_a_command_that_gives_the_groups_it_promises(
     advised = command("\n".join(warning.splitlines()[:2]))
     assert run(advised)[0] == 0
     second = capsys.readouterr().out
-    assert "warning:" not in second
+    assert "warning: Uncentred" not in second
     (other,) = (
         groups
         for groups in map(json.loads, map(Path.read_text, tmp_path.rglob("groups.json")))
