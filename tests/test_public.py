@@ -58,6 +58,7 @@ def test_every_public_name_has_an_example(name: str) -> None:
     assert ">>>" in (inspect.getdoc(found) or ""), f"groupsae.{name} shows no example"
 
 
+@pytest.mark.slow  # CI does it with the wheel
 def test_mypy_understands_a_script_of_a_user(tmp_path: Path) -> None:
     script = Path(__file__).with_name("user_script.py")
     done = subprocess.run(

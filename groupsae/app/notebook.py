@@ -148,7 +148,7 @@ def train(config: Sequence[str] | Mapping[str, Any] | DictConfig = ()) -> Traine
     ...     "tokens": 4_096, "calibration.tokens": 4_096, "stream.heldout_tokens": 4_096,
     ...     "stream.max_tokens": 1_000_000,
     ... })  # doctest: +ELLIPSIS
-    tiny: 12 layers, d_model 128; 4,096 tokens per SAE in 2 steps of 2,048
+    tiny: 12 layers, d_model 128; 4,096 tokens per SAE in 8 steps of 512
     ...
     >>> run.summary["num_groups"], run.suite.layers[-1], run.folder.parts[:3]
     (3, 11, ('outputs', 'tiny', 'count-3'))

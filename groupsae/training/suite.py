@@ -1,6 +1,7 @@
 """All groups of a partition, fed by one forward of the language model."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -139,8 +140,16 @@ class GroupSAESuite(L.LightningModule):
         return self.sizes[width, num_layers]
 
     def sizes_of(self, members: Sequence[PlannedSAE]) -> list[Size]:
-        """Return the sizes of some SAEs of a plan."""
-        return [self.size(member.width, len(member.layers)) for member in members]
+        """Return the sizes of some SAEs of a plan.
+
+        Raises:
+            UserError: the width of one leaves too few latents; names it.
+        """
+        sizes = []
+        for member in members:
+            with _named(member):
+                sizes.append(self.size(member.width, len(member.layers)))
+        return sizes
 
     def factory(self, width: float) -> SAEFactory:
         """Return the factory of SAEs with a share of the configured number of latents."""
@@ -154,7 +163,7 @@ class GroupSAESuite(L.LightningModule):
         Raises:
             UserError: its width leaves too few latents; names it.
         """
-        try:
+        with _named(planned):
             return self.make_group(
                 name=planned.name,
                 layers=planned.layers,
@@ -163,11 +172,6 @@ class GroupSAESuite(L.LightningModule):
                 means=self.means,
                 b_dec_start=self.b_dec_start.replace("auto", "zero"),  # auto: only in a trial
             )
-        except UserError as error:  # too few latents: full width was checked before
-            raise UserError(
-                f"the smaller SAE {planned.name}: {error} Raise sae.expansion (or sae.d_sae), or "
-                "leave small numbers out of groups.smaller."
-            ) from None
 
     def members(self) -> list[GroupSAE]:
         """Return the groups that this process holds, in the order of the plan."""
@@ -237,3 +241,17 @@ class GroupSAESuite(L.LightningModule):
         """Log fvu and l0 per layer and per SAE."""
         self.val_results = self.collect({g.name: g.validated() for g in self.members()})
         log_validation(self, self.val_results, self.serving())
+
+
+@contextmanager
+def _named(planned: PlannedSAE) -> Iterator[None]:
+    """Name a smaller SAE in an error; of those of full width, the error names the option."""
+    try:
+        yield
+    except UserError as error:
+        if planned.width == 1:
+            raise
+        raise UserError(
+            f"the smaller SAE {planned.name}: {error} Raise sae.expansion (or sae.d_sae), or "
+            "leave small numbers out of groups.smaller."
+        ) from None

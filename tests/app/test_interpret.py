@@ -61,7 +61,7 @@ def same(one: Interpretation, other: Interpretation) -> bool:
         and all(
             np.array_equal(sae.firings(layer, latent), other.saes[name].firings(layer, latent))
             for layer in sae.layers
-            for latent in sae.latents
+            for latent in map(int, sae.latents)
         )
         for name, sae in one.saes.items()
         for key, value in sae._tensors.items()

@@ -14,8 +14,13 @@ def hash_of(*arguments: str) -> str:
     return content_hash(OmegaConf.to_container(composed(list(arguments)), resolve=False))
 
 
-# the steps of the embedded default before they became smaller
-EARLIER = ("stream.blocks_per_step=8", "eval_every=150")
+# what was default before: larger steps of the bundled model; angles and biases as in the paper
+EARLIER = (
+    "stream.exclude_special_tokens=false",
+    "calibration.centring=none",
+    "b_dec_start=zero",
+)
+STEPS = ("stream.blocks_per_step=8", "eval_every=150")
 
 
 @pytest.mark.parametrize(
@@ -32,8 +37,8 @@ EARLIER = ("stream.blocks_per_step=8", "eval_every=150")
 def test_run_folders_of_earlier_versions_are_found_by_the_same_command(
     argument: str, name: str
 ) -> None:
-    steps = EARLIER if not argument.startswith(("model=", "experiment=")) else ()
-    assert hash_of(argument, *steps) == name
+    steps = STEPS if not argument.startswith(("model=", "experiment=")) else ()
+    assert hash_of(argument, *EARLIER, *steps) == name
 
 
 def test_of_the_callbacks_only_a_users_own_decides_the_result() -> None:

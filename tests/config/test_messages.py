@@ -36,7 +36,9 @@ def keys() -> set[str]:
         text = file.read_text(encoding="utf-8")
         group = file.relative_to(CONF).parts[:-1]
         found |= set(group[:1])
-        prefix = f"{group[0]}." if group and "@package _global_" not in text else ""
+        package = re.match("# @package (\\S+)", text)
+        prefix = f"{package[1]}." if package else f"{group[0]}." if group else ""
+        prefix = prefix.removeprefix("_global_.")
         found |= set(keys_of(yaml.safe_load(text) or {}, prefix))
     return found
 
