@@ -97,7 +97,7 @@ def sae_steps(gate: Gate, shape: str, malloc: str, overrides: list[str]) -> None
         d_model=SHAPES[shape][0],
         optim=make(cfg.optim),
         dead_after=cfg.dead_after,
-        b_dec_start=cfg.b_dec_start,
+        b_dec_start="zero",
         nonfinite=cfg.nonfinite,
         seed=0,
     )
