@@ -101,7 +101,8 @@ def figures(
         cfg = composed([f"seed={seed}", "logger=none", *overrides, *small])
         run = build(cfg, Path(folder), console)
         suite = run.suite
-        zoo = Zoo(sae=suite.make_sae, **suite.make_group.keywords)
+        keywords = {"b_dec_start": suite.b_dec_start, **suite.make_group.keywords}
+        zoo = Zoo(sae=suite.make_sae, **keywords)
         zoo.kinds = dict(kinds)
         run.trainer.callbacks.append(watch := DeadShare())
         run.trainer.fit(zoo, datamodule=run.data)
