@@ -10,6 +10,19 @@ from groupsae.evaluation.reconstruction import LayerSums, ReconstructionSums
 Interval = dict[str, float | None]  # value, low, high; None where undefined
 
 
+def percentile_interval(
+    value: float | None, samples: Float64[np.ndarray, " resample"], level: float
+) -> Interval:
+    """Return a value with quantiles of its resamples, None if one of them has no value."""
+    if value is None or not np.isfinite(value):
+        return {"value": None, "low": None, "high": None}
+    if not np.isfinite(samples).all():
+        return {"value": float(value), "low": None, "high": None}
+    tail = (1 - level) / 2
+    low, high = np.quantile(samples, [tail, 1 - tail])
+    return {"value": float(value), "low": float(low), "high": float(high)}
+
+
 class Bootstrap:
     """Resamples of the held-out text, the same for every metric: so differences are paired.
 
@@ -44,13 +57,8 @@ class Bootstrap:
         They are None for a single document, which shows nothing about spread, and if a resample
         has no value (a ratio with a denominator of zero). `value` is the metric on all sequences.
         """
-        if value is None or not np.isfinite(value):
-            return {"value": None, "low": None, "high": None}
-        if self.documents < 2 or not np.isfinite(samples).all():
-            return {"value": float(value), "low": None, "high": None}
-        tail = (1 - self.level) / 2
-        low, high = np.quantile(samples, [tail, 1 - tail])
-        return {"value": float(value), "low": float(low), "high": float(high)}
+        spread = samples if self.documents > 1 else np.full(1, np.nan)
+        return percentile_interval(value, spread, self.level)
 
     def fvu(self, layer: LayerSums, sums: ReconstructionSums) -> Float64[np.ndarray, " resample"]:
         """Return the FVU on each resample, around the resample's own mean: exact, no shortcut.

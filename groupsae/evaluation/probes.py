@@ -28,7 +28,7 @@ from groupsae.evaluation.examples import (
     python_files,
     table_examples,
 )
-from groupsae.evaluation.intervals import Bootstrap, Interval
+from groupsae.evaluation.intervals import Bootstrap, Interval, percentile_interval
 from groupsae.evaluation.parts import Subject
 from groupsae.lm.hooked import HookedLM
 from groupsae.runtime.errors import UserError
@@ -119,14 +119,13 @@ class Probes:
     def _results(
         self, subject: Subject, sets: list[Examples], found: "list[Scored]"
     ) -> dict[str, Any]:
-        interval = Bootstrap(np.arange(2), **self.bootstrap).interval
         tasks: dict[tuple[str, int, int | None], list[Estimate]] = {}
         for each in found:
             tasks.setdefault((each.features, each.layer, each.k), []).append(each.auc)
         means = {key: np.mean(estimates, axis=0) for key, estimates in tasks.items()}
 
         def show(estimate: Estimate) -> Interval:
-            return interval(estimate[0], estimate[1:])
+            return percentile_interval(estimate[0], estimate[1:], self.bootstrap["level"])
 
         def over(layers: Sequence[int], owner: Mapping[int, str] | str, k: int | None) -> Estimate:
             named = {x: owner if isinstance(owner, str) else owner[x] for x in layers}

@@ -43,6 +43,11 @@ class SparseLatents(NamedTuple):
             return Entries.of_rows(self.indices, d_sae)
         return Entries(self.indices, self.starts, d_sae)
 
+    def dense(self, d_sae: int) -> Float[Tensor, "*batch d_sae"]:
+        """Return the latents of `encode` with all zeros written out."""
+        zeros = self.acts.new_zeros(*self.acts.shape[:-1], d_sae)
+        return zeros.scatter_(-1, self.indices, self.acts)
+
 
 class GlobalBatch(NamedTuple):
     """What a training step must know beyond its own rows of the batch."""

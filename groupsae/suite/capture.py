@@ -107,9 +107,7 @@ class Captured:
 
         A value v adds v times `suite[layer].direction(latent)` to the raw activations.
         """
-        values, indices, _ = self.sparse
-        dense = values.new_zeros(*values.shape[:-1], self._sae.d_sae)
-        return dense.scatter_(-1, indices, values)
+        return self.sparse.dense(self._sae.d_sae)
 
     def active(self) -> pd.DataFrame:
         """Return all active latents at all positions but padding, a row each, strongest first.

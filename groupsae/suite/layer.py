@@ -145,9 +145,7 @@ class LayerSAE(nn.Module):
         Raises:
             UserError: they have another width, or are on another device.
         """
-        values, indices, _ = self.encode_sparse(acts)
-        dense = torch.zeros(*values.shape[:-1], self.d_sae, dtype=values.dtype, device=self.device)
-        return dense.scatter_(-1, indices, values)
+        return self.encode_sparse(acts).dense(self.d_sae)
 
     def encode_sparse(self, acts: Acts) -> SparseLatents:
         """Return the active latents of raw activations: `acts` and `indices`, [*batch, k].

@@ -9,7 +9,7 @@ import torch
 from groupsae.cost.counter import flop_counter
 from groupsae.runtime.errors import UserError
 from groupsae.sae.base import GlobalBatch
-from tests.helpers.saes import FAMILY, generator, make
+from tests.helpers.saes import FAMILY, generator, make, trained
 from tests.sae.test_sae_family import definition, dense
 
 EXACT = {"rtol": 1e-11, "atol": 1e-13}
@@ -22,15 +22,7 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 
 def aware(kind: str, bias: str, rank: int, noise: float = 0.3, **changes: Any) -> Any:
     """Return a layer-aware SAE in float64, away from its start."""
-    sae = make(kind, layer_bias=bias, layer_rank=rank, layers=LAYERS, **changes).double()
-    with torch.no_grad():
-        for number, parameter in enumerate(sae.parameters()):
-            drawn = torch.randn(parameter.shape, generator=generator(number), dtype=torch.float64)
-            parameter += noise * drawn
-        if "threshold" in dict(sae.named_buffers()):
-            sae.threshold.fill_(0.4)
-    sae.normalize_decoder()
-    return sae
+    return trained(kind, noise, layer_bias=bias, layer_rank=rank, layers=LAYERS, **changes)
 
 
 def rows(seed: int = 2) -> torch.Tensor:

@@ -32,7 +32,6 @@ from torch import Tensor
 from groupsae.evaluation.circuits.examples import Batch
 from groupsae.lm.hooked import HookedLM
 from groupsae.lm.hookpoints import Site
-from groupsae.sae.base import SparseLatents
 from groupsae.suite.layer import LayerSAE
 
 METHODS = ("ig_inputs", "ig", "attribution")
@@ -170,9 +169,3 @@ def attribute(
                 if at == layer:
                     effects.update(*parts)
     return found
-
-
-def dense(latents: SparseLatents, d_sae: int) -> Float[Tensor, "*batch d_sae"]:
-    """Return sparse latents with all zeros written out."""
-    values, indices, _ = latents
-    return values.new_zeros(*values.shape[:-1], d_sae).scatter_(-1, indices, values)

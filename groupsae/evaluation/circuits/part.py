@@ -32,7 +32,7 @@ from groupsae.evaluation.circuits.running import (
     run_circuit,
 )
 from groupsae.evaluation.circuits.tasks import Pair, Task, check_tasks, make_task
-from groupsae.evaluation.intervals import Bootstrap, Interval
+from groupsae.evaluation.intervals import Bootstrap, Interval, percentile_interval
 from groupsae.evaluation.parts import Subject, chosen_groupings
 from groupsae.grouping.groupings import Grouping
 from groupsae.lm.splice import Splicer
@@ -191,7 +191,10 @@ class Circuits:
             metric: [t for t in tasks if all(metric in samples[g.name, t] for g in groupings)]
             for metric in dict.fromkeys(m for each in samples.values() for m in each)
         }
-        shown = Bootstrap(np.arange(2), 1, self.bootstrap["level"], 0)
+
+        def shown(each: Samples) -> Interval:
+            return percentile_interval(each[0], each[1:], self.bootstrap["level"])
+
         means = {
             g.name: {
                 metric: np.mean([samples[g.name, task][metric] for task in over], axis=0)
@@ -211,12 +214,12 @@ class Circuits:
                 "amad": None if grouping.partition is None else grouping.partition.amad,
                 "tasks": len(tasks),
             }
-            row |= {name: shown.interval(each[0], each[1:]) for name, each in mine.items()}
+            row |= {name: shown(each) for name, each in mine.items()}
             if baseline not in (None, grouping.name):
                 for name, each in mine.items():
                     worse = each - means[str(baseline)][name]
                     worse = worse if name.startswith(LOWER) else -worse
-                    row[f"{name}_lost"] = shown.interval(worse[0], worse[1:])
+                    row[f"{name}_lost"] = shown(worse)
             rows.append(row)
         return rows
 

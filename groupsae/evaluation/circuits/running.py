@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from groupsae.evaluation.circuits.attribution import Effects, dense
+from groupsae.evaluation.circuits.attribution import Effects
 from groupsae.evaluation.circuits.examples import Batch
 from groupsae.evaluation.parts import Subject
 from groupsae.runtime.errors import UserError
@@ -158,7 +158,7 @@ def run_circuit(
         a = torch.zeros_like(f)
         if ablation.latents is not None:
             found = ablation.latents[layer]
-            a = dense(found, sae.d_sae) if isinstance(found, SparseLatents) else found
+            a = found.dense(sae.d_sae) if isinstance(found, SparseLatents) else found
         changed = torch.where(inside, f, a)
         if errors == "keep" or (errors == "circuit" and circuit.errors[layer]):
             difference = changed - f
