@@ -66,7 +66,7 @@ replicate: $(READY)  ## All rules, all numbers of groups, SEEDS=0,1,2: docs/repl
 	@$(BIN)/python -m benchmarks.replication seed=$(SEEDS) $(ARGS)
 
 pretrain: $(READY)  ## Train the bundled language model again (hours)
-	@$(BIN)/python -m groupsae.pretrain $(ARGS)
+	@$(BIN)/python -m benchmarks.pretraining $(ARGS)
 
 chaos: $(READY)  ## Kills, full disks, flipped bits, NaN: the table of docs/reliability.md (12 minutes)
 	@$(BIN)/python -m pytest -m slow tests/chaos --table docs/reliability.md $(ARGS)

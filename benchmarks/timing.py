@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.progress import track
 
-from groupsae.lm.build import build_gpt_neox, train_tokenizer
+from benchmarks.pretraining.model import build_gpt_neox, train_tokenizer
 
 SMALLEST = "size=smallest"
 SMALLEST_RUN = [  # overrides of groupsae.train

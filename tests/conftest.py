@@ -112,7 +112,7 @@ def tiny_lm(tmp_path_factory: pytest.TempPathFactory, tiny_text: Path) -> Path:
     """
     import torch
 
-    from groupsae.lm.build import build_gpt_neox, train_tokenizer
+    from benchmarks.pretraining.model import build_gpt_neox, train_tokenizer
 
     folder = tmp_path_factory.mktemp("lm")
     with torch.random.fork_rng():

@@ -10,10 +10,10 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import BertConfig, BertModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
+from benchmarks.pretraining.model import train_tokenizer
 from benchmarks.real_models.packages import convert_gguf
 from benchmarks.real_models.study import MODELS, Study
 from benchmarks.timing import SMALLEST_RUN
-from groupsae.lm.build import train_tokenizer
 
 CONTEXT, LAYERS, WIDTH, HIDDEN, HEADS = 128, 4, 32, 64, 4
 

@@ -20,7 +20,6 @@ READERS = {
     ("train", "calibration"): "groupsae.training.callbacks.grouping.GroupLayers",
     ("heldout", "evaluation.bootstrap"): "groupsae.evaluation.intervals.Bootstrap",
     ("circuits", "evaluation.circuits.bootstrap"): "groupsae.evaluation.intervals.Bootstrap",
-    ("pretrain", "optim"): "groupsae.training.pretraining.LanguageModel",
 }
 
 

@@ -1,4 +1,4 @@
-"""Language models: build, load frozen, hook."""
+"""Language models: load frozen, hook."""
 
 from pathlib import Path
 

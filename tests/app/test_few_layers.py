@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from groupsae.lm.build import build_gpt_neox
+from benchmarks.pretraining.model import build_gpt_neox
 from groupsae.reporting.page import write_report
 from groupsae.runtime.errors import UserError
 from tests.helpers.runs import overrides, run

@@ -18,10 +18,8 @@ from groupsae.config.instantiate import CONF
 from groupsae.data.activations import ActivationDataModule
 from groupsae.evaluation.intervals import Bootstrap
 from groupsae.grouping.rules import RULES
-from groupsae.lm.build import build_gpt_neox
 from groupsae.training.callbacks.grouping import GroupLayers
 from groupsae.training.optim import Adam
-from groupsae.training.pretraining import LanguageModel
 
 PACKAGE = Path(inspect.getfile(groupsae)).parent
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
@@ -151,9 +149,8 @@ def test_yaml_values_are_the_constructors_defaults_but_for_these(group, option):
     assert found == DIFFERENT.get((group, option), {})
 
 
-@pytest.mark.parametrize("name", ["train", "pretrain"])
-def test_every_target_exists(name):
-    found = list(targets(composed(name=name)))
+def test_every_target_exists():
+    found = list(targets(composed()))
     assert found
     for node in found:
         assert callable(get_object(node._target_))
@@ -167,12 +164,6 @@ def test_stream_keys_are_the_parameters_of_the_data_module():
 def test_calibration_keys_are_the_parameters_of_the_grouping_callback():
     runtime = {"choice", "folder", "cache", "show"}
     assert set(composed().calibration) | runtime == set(parameters(GroupLayers))
-
-
-def test_pretraining_keys_are_the_parameters_they_reach():
-    cfg = composed(name="pretrain")
-    assert set(cfg.model) == set(parameters(build_gpt_neox))
-    assert set(cfg.optim) | {"lm", "num_steps"} == set(parameters(LanguageModel))
 
 
 @pytest.mark.parametrize(

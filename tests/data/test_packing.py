@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.pretraining.model import train_tokenizer
 from groupsae.data import packing as packing_module
 from groupsae.data.copies import Contents
 from groupsae.data.packing import (
@@ -26,7 +27,6 @@ from groupsae.data.packing import (
     tokenizer_fingerprint,
 )
 from groupsae.data.sources import Document
-from groupsae.lm.build import train_tokenizer
 from groupsae.runtime.errors import UserError
 
 TEXT = "def add(first, second):\n    return first + second\n\nprint(add(1, 2))\n"

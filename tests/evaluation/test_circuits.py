@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from benchmarks.pretraining.model import build_gpt_neox
 from groupsae.evaluation.circuits.areas import areas
 from groupsae.evaluation.circuits.attribution import METHODS, attribute, gradients
 from groupsae.evaluation.circuits.examples import Batch, batches
@@ -21,7 +22,6 @@ from groupsae.evaluation.circuits.running import Ablation, Circuit, Order, patch
 from groupsae.evaluation.circuits.tasks import Pair, check_tasks, make_task, shipped
 from groupsae.evaluation.given import alone
 from groupsae.evaluation.parts import Subject
-from groupsae.lm.build import build_gpt_neox
 from groupsae.reporting.downstream import DOWNSTREAM_TABLES, circuit_latents_table
 from groupsae.reporting.load import RunFiles
 from groupsae.runtime.errors import UserError

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from benchmarks.pretraining.model import build_gpt_neox, stack_layers, train_tokenizer
 from groupsae.data.packing import split_of
 from groupsae.data.sources import PythonSource
-from groupsae.lm.build import build_gpt_neox, stack_layers, train_tokenizer
 from groupsae.runtime.errors import UserError
 from tests.helpers.hub_stand_in import ask, serving
 from tests.helpers.lms import frozen

@@ -2,11 +2,13 @@
 
 import json
 import platform
+import shlex
 from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import hydra
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -15,25 +17,30 @@ from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from groupsae.config.instantiate import make
+from benchmarks.pretraining.card import model_card
+from benchmarks.pretraining.model import (
+    LanguageModel,
+    bits_per_byte,
+    build_gpt_neox,
+    stack_layers,
+    train_tokenizer,
+)
 from groupsae.data.loader import BlockLoader, StepSampler
 from groupsae.data.packing import Packing, Split, load_token_blocks, split_of
+from groupsae.data.sources import PythonSource
 from groupsae.files.atomic import write_json
 from groupsae.files.reading import read_metrics
-from groupsae.lm.build import build_gpt_neox, stack_layers, train_tokenizer
-from groupsae.runtime.commands import command
 from groupsae.training.allocator import keep_freed_memory
 from groupsae.training.loggers import MetricsCSV
-from groupsae.training.model_card import model_card
-from groupsae.training.pretraining import LanguageModel, bits_per_byte
 
 
-def pretrain(cfg: DictConfig) -> dict[str, Any]:
-    """Train, evaluate on the held-out files, save; return the held-out figures."""
+@hydra.main(version_base="1.3", config_path=str(Path(__file__).parent), config_name="pretrain")
+def pretrain(cfg: DictConfig) -> None:
+    """Train, evaluate on the held-out files, save; print the held-out figures."""
     keep_freed_memory()
     L.seed_everything(cfg.seed, verbose=False)
     output, per_step = Path(cfg.output), cfg.data.blocks_per_step
-    source = make(cfg.source)
+    source = PythonSource(packages=True)
     tokenizer = _tokenizer(cfg, source)
     packing = Packing(
         context=cfg.model.context + 1,
@@ -98,12 +105,12 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
     trainer.limit_val_batches = 1.0
     (figures,) = trainer.validate(module, loader("heldout", all_heldout, None), verbose=False)
 
-    nats = figures["heldout/loss"]
+    nats, given = figures["heldout/loss"], HydraConfig.get().overrides.task
     tokens = blocks.blocks["heldout"][: all_heldout * per_step][:, 1:]
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     stage = {
         "num_layers": cfg.model.num_layers,
-        "command": command("pretrain", *HydraConfig.get().overrides.task),
+        "command": shlex.join(["python", "-m", "benchmarks.pretraining", *given]),
         "train_tokens": num_steps * tokens_per_step,
         "heldout_history": history,
     }
@@ -133,7 +140,6 @@ def pretrain(cfg: DictConfig) -> dict[str, Any]:
     write_json(output / "model" / "training.json", result)
     (output / "model" / "README.md").write_text(model_card(result), encoding="utf-8")
     print(json.dumps(result, indent=1))
-    return result
 
 
 def _tokenizer(cfg: DictConfig, source: Any) -> PreTrainedTokenizerFast:
@@ -154,3 +160,7 @@ def _hardware(device: torch.device) -> str:
         return torch.cuda.get_device_name()
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{torch.get_num_threads()} threads of {platform.machine()} ({capability})"
+
+
+if __name__ == "__main__":
+    pretrain()

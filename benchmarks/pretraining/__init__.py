@@ -1,0 +1,1 @@
+"""Pretrains the bundled language model: `python -m benchmarks.pretraining`, hours."""
