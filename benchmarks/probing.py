@@ -46,7 +46,7 @@ def restricted(folder: Path) -> Run:
 
 def probed(runs: Sequence[Run], labels: str) -> list[str]:
     """Return the table of the probes."""
-    part = Probes(labels=labels, k=[1, 5], examples=500, seed=0, bootstrap=BOOTSTRAP)
+    part = Probes(labels=[labels], k=[1, 5], examples=500, seed=0, bootstrap=BOOTSTRAP)
     found = [{row["grouping"]: row for row in part.measure(run)["groupings"]} for run in runs]
     evaluated = [read_json(run.folder / "evaluation" / "evaluation.json") or {} for run in runs]
     lost: dict[str, list[dict[str, float]]] = {}

@@ -5,6 +5,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from groupsae.config.arguments import start
+from groupsae.config.values import names_of
 from groupsae.runtime.errors import UserError
 
 
@@ -14,9 +15,9 @@ def report(cfg: DictConfig) -> None:
         raise UserError("run has no default: give run=<run folder>[,<another>...].")
     from groupsae.reporting.page import write_report  # slow imports only after the cheap check
 
-    named = [cfg.run] if isinstance(cfg.run, str) else list(cfg.run)
+    folders = [Path(str(folder)) for folder in names_of(cfg.run) or []]
     output = None if cfg.output is None else Path(cfg.output)
-    print(f"Report: {write_report([Path(str(folder)) for folder in named], output)}")
+    print(f"Report: {write_report(folders, output)}")
 
 
 def main() -> None:

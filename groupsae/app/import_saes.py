@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from groupsae.app.run_folder import last_part, locate, save_config
 from groupsae.config.identity import without
 from groupsae.config.instantiate import make
-from groupsae.config.values import TRAINING, check_values
+from groupsae.config.values import TRAINING, check_values, names_of
 from groupsae.files.atomic import atomic_folder, check_free
 from groupsae.interop.group_sae import FACTORS
 from groupsae.interop.library import ImportedSAE
@@ -49,7 +49,7 @@ def import_saes(cfg: DictConfig, overrides: Sequence[str] = ()) -> Path:
         raise UserError(f"format is {cfg.format!r}; use {', '.join(READABLE)}.")
     given = str(cfg.saes)
     repo = repository(given)
-    only = [cfg.only] if isinstance(cfg.only, str) else cfg.only and [str(p) for p in cfg.only]
+    only = names_of(cfg.only)
     locate(cfg)
     lm = make(cfg.model)
     model, name = str(cfg.model.name), cfg.name

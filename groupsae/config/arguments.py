@@ -41,7 +41,8 @@ def start(name: str, task: Callable[[DictConfig], Any]) -> None:
     on stderr and status 2.
     """
     never_fail_to_print()
-    sys.argv[1:] = read(sys.argv[1:], name)
+    with one_sentence():
+        sys.argv[1:] = read(sys.argv[1:], name)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints its errors itself, and exits
 
     @wraps(task)
@@ -74,19 +75,37 @@ def read(arguments: Sequence[str], name: str) -> list[str]:
 
     Paths and names (`TEXTS`) may have any characters, `~` is the home folder, and none of them is
     a number: `model.revision=143000` is the text "143000". With -m, commas separate the values
-    of a sweep. `run=a,b` is a list.
+    of a sweep. `run=a,b` is a list. `tasks=` is short for that of the chosen part of the
+    evaluation.
 
     >>> read(["run=outputs/a,outputs/b (1)"], "report")
     ['run=[outputs/a,"outputs/b (1)"]']
     >>> read(["-m", "model.revision=step1000,143000", "tokens=1,2"], "train")
     ['-m', 'model.revision=step1000,"143000"', 'tokens=1,2']
+    >>> read(["evaluation=circuits", "tasks=[ioi,agreement]"], "evaluate")
+    ['evaluation=circuits', 'evaluation.circuits.tasks=[ioi,agreement]']
     """
     sweep = bool({"-m", "--multirun"} & set(arguments))
-    given = [_read(argument, name, sweep) for argument in arguments]
+    given = [_read(argument, name, sweep) for argument in _with_parts(arguments)]
     if name == "train" and any(each.startswith("resume=") for each in given):
         # these are the resumed run's, whose keys the default model and text may not have
         return [f"++{each}" if each.startswith(PLACES) else each for each in given]
     return given
+
+
+def _with_parts(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with `tasks=` as that of the part of the evaluation that has tasks."""
+    chosen = " ".join(each for each in arguments if each.startswith("evaluation="))
+    parts = [part for part in ("circuits", "harness") if part in chosen]
+    if len(parts) != 1 and any(each.startswith("tasks=") for each in arguments):
+        raise UserError(
+            f"tasks= is for evaluation=circuits or evaluation=harness, and {len(parts) or 'none'} "
+            "of them are chosen: choose one, or give evaluation.<part>.tasks=<names>."
+        )
+    return [
+        f"evaluation.{parts[0]}.{each}" if each.startswith("tasks=") else each
+        for each in arguments
+    ]
 
 
 def _read(argument: str, name: str, sweep: bool) -> str:

@@ -97,7 +97,7 @@ PARTS = {  # of an evaluation
         "steps": COUNT,
         "select": one_of("global", "per_layer"),
         "ablation": one_of("patch", "mean", "zero"),
-        "errors": some_of("keep", "none", "circuit", "ablate"),
+        "errors": some_of("keep", "none"),
         "curves": some_of("faithfulness", "completeness", "random"),
         "fractions": SHARES,
         "completeness_fractions": SHARES.or_null("fractions"),
@@ -217,6 +217,11 @@ LISTS = (
 PLACES = ("model.name", "data.path", "data.name")
 
 
+def names_of(value: Any) -> list[str] | None:
+    """Return one of `LISTS` as a list, also where it is a single text; None stays None."""
+    return [value] if isinstance(value, str) else None if value is None else list(value)
+
+
 def settle_texts(cfg: DictConfig) -> None:
     """Check `TEXTS` in a configuration that was just composed, and write out `~` in paths.
 
@@ -260,6 +265,9 @@ def evaluation_parts(options: DictConfig) -> dict[str, dict[str, Any]]:
         for name, node in values.items()
         if isinstance(node, Mapping) and "_target_" in node
     }
+    for name, node in others.items():
+        lists = (key for key in node if f"evaluation.{name}.{key}" in LISTS)
+        node |= {key: names_of(node[key]) for key in lists}
     heldout = {key: value for key, value in values.items() if key not in others}
     return ({"heldout": {"_target_": HELDOUT, **heldout}} if heldout else {}) | others
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped,unused-ignore]
@@ -92,14 +92,36 @@ def python_files(stream: Mapping[str, Any]) -> dict[Split, list[Document]]:
     return found
 
 
-def python_examples(
-    halves: Sequence[Iterable[Document]],
-    tokenizer: PreTrainedTokenizerBase,
-    context: int,
-    opening: list[int],
-    most: int,
-    seed: int,
-) -> Examples:
+class Reader(NamedTuple):
+    """How text becomes windows, and how many examples are drawn.
+
+    Attributes:
+        tokenizer: of the model.
+        context: most tokens of a window.
+        opening: the tokens that every window begins with, such as BOS.
+        most: most examples with a concept, and without it, in either half.
+        seed: of the draw.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    context: int
+    opening: list[int]
+    most: int
+    seed: int
+
+    def balanced(self, name: str, positive: np.ndarray, test: np.ndarray) -> Task:
+        """Return a task with as many examples of either answer, in both halves."""
+        rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
+        rows: list[np.ndarray] = []
+        for half in (~test, test):
+            sides = [np.flatnonzero(half & answer) for answer in (positive, ~positive)]
+            count = min(self.most, *map(len, sides))
+            rows += [rng.choice(side, count, replace=False) for side in sides]
+        chosen = np.sort(np.concatenate(rows))
+        return Task(name, chosen, positive[chosen])
+
+
+def python_examples(halves: Sequence[Iterable[Document]], reader: Reader) -> Examples:
     """Return tokens of Python files, with the labels of `CONCEPTS`.
 
     A token is judged by its first character that is no white space; of a file the first 4,096
@@ -107,15 +129,12 @@ def python_examples(
 
     Args:
         halves: files to fit probes on, and files to test them on.
-        tokenizer: of the model.
-        context: most tokens of a window.
-        opening: the tokens that every window begins with, such as BOS.
-        most: most examples with a concept, and without it, in either half.
-        seed: of the draw.
+        reader: makes windows of them.
 
     Raises:
         UserError: the tokenizer cannot map tokens to characters, or there are too few files.
     """
+    tokenizer, context, opening, *_ = reader
     if not tokenizer.is_fast:
         raise UserError(
             f"{type(tokenizer).__name__} does not tell which characters a token stands for, so "
@@ -146,7 +165,7 @@ def python_examples(
     for name, positive in zip(CONCEPTS, marked.T, strict=True):
         sides = [(test == half) & (positive == answer) for half in (0, 1) for answer in (0, 1)]
         if min(len(np.unique(document[side])) for side in sides) >= FEWEST:
-            tasks.append(_balanced(name, positive, test == 1, most, seed))
+            tasks.append(reader.balanced(name, positive, test == 1))
     if not tasks:
         raise UserError(
             f"probes on Python need at least {FEWEST} files to fit them on and {FEWEST} to test "
@@ -157,20 +176,12 @@ def python_examples(
     return Examples(windows, window, position, document, test == 1, tasks).used()
 
 
-def table_examples(
-    file: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    context: int,
-    opening: list[int],
-    most: int,
-    seed: int,
-) -> Examples:
+def table_examples(file: Path, reader: Reader) -> Examples:
     """Return the last token of each text of a table, as in sae-probes (arXiv 2502.16681).
 
     Two labels are one task, more are a task each: one against the rest. Half of the texts, drawn
     at random, are for the test. Texts with the same `document`, if the table has such a column,
-    are in the same half; a text that comes twice counts once. The other arguments are those of
-    `python_examples`.
+    are in the same half; a text that comes twice counts once.
 
     Raises:
         UserError: the file is damaged, or has not the columns or labels that it needs.
@@ -192,32 +203,21 @@ def table_examples(
         )
     owner = frame.get("document", frame.index)
     document, every = pd.factorize(owner)
-    test = np.random.default_rng(seed).permutation(len(every))[document] < len(every) // 2
+    test = np.random.default_rng(reader.seed).permutation(len(every))[document] < len(every) // 2
     tasks = []
     for name in names if len(names) > 2 else names[1:]:
         positive = (frame[label] == name).to_numpy()
-        task = _balanced(f"{file.name.split('.')[0]}: {name}", positive, test, most, seed)
+        task = reader.balanced(f"{file.name.split('.')[0]}: {name}", positive, test)
         if len(np.unique(test[task.rows])) < 2:
             raise UserError(
                 f"{file} has {int(positive.sum())} texts with the label {name}: too few to fit a "
                 "probe on half of them and to test it on the other half."
             )
         tasks.append(task)
-    encoded: Any = tokenizer(frame[text].tolist(), add_special_tokens=False, verbose=False)
-    windows = [(opening + tokens)[: context - 1] for tokens in encoded["input_ids"]]
+    encoded: Any = reader.tokenizer(frame[text].tolist(), add_special_tokens=False, verbose=False)
+    windows = [(reader.opening + ids)[: reader.context - 1] for ids in encoded["input_ids"]]
     last = np.array([len(window) - 1 for window in windows])
     return Examples(windows, np.arange(len(last)), last, document, test, tasks).used()
-
-
-def _balanced(name: str, positive: np.ndarray, test: np.ndarray, most: int, seed: int) -> Task:
-    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    rows: list[np.ndarray] = []
-    for half in (~test, test):
-        sides = [np.flatnonzero(half & answer) for answer in (positive, ~positive)]
-        count = min(most, *map(len, sides))
-        rows += [rng.choice(side, count, replace=False) for side in sides]
-    chosen = np.sort(np.concatenate(rows))
-    return Task(name, chosen, positive[chosen])
 
 
 def _table(file: Path) -> pd.DataFrame:
@@ -244,11 +244,13 @@ def package_folder(name: str) -> Path | None:
 def files_of(labels: Sequence[str]) -> list[Path]:
     """Return the files that are named: paths, `sae_probes/<name>`, or `sae_probes` for all of it.
 
+    (`python` is none.)
+
     Raises:
         UserError: one does not exist; the message names the nearest.
     """
     found: list[Path] = []
-    for given in labels:
+    for given in (each for each in labels if each != "python"):
         package, _, name = given.partition("/")
         if package != "sae_probes":
             if not Path(given).is_file():

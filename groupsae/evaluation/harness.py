@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from logging.handlers import BufferingHandler
@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from groupsae.data.activations import ActivationDataModule
 from groupsae.data.filters import TokenFilter, both
-from groupsae.evaluation.intervals import Bootstrap, Interval
+from groupsae.evaluation.intervals import Bootstrap, Estimate, Interval, per_layer
 from groupsae.evaluation.parts import Subject
 from groupsae.evaluation.tasks import SHIPPED
 from groupsae.lm.attached import AttachedLM, Reading
@@ -44,43 +44,26 @@ KNOWS_NOTHING = 8.0  # bits per byte
 
 Condition = tuple[str, int | None]  # an SAE alone on a layer; or a grouping, on all of its layers
 Key = tuple[str, str]  # a task and a metric
-Estimate = np.ndarray  # the value, then that on each resample
 # by a grouping: all layers together, mean over the layers alone; both minus those of per layer
 LOSSES = ("lost_together", "lost", "against_together", "against_alone")
 
 
+@dataclass(kw_only=True)
 class Harness:
     """Benchmarks with and without SAEs.
 
-    Args:
-        tasks: `code`, `arithmetic`, `multilingual`, and names of tasks in `folder` or of lm-eval.
-        folder: a folder with the user's own task files, as lm-eval reads them; None: none.
-        limit: most documents of a task; None: all, and 200 of a shipped task.
-        num_fewshot: examples before each question; None: as the task has it.
-        batch_size: texts in one forward.
-        layers: also splice each SAE alone on each of its layers.
-        seed: of the shipped tasks, and of the choice of examples.
-        bootstrap: arguments of `Bootstrap`, which resamples the documents of a task.
+    Its values are those of `conf/evaluation/harness.yaml`.
     """
 
     name: ClassVar[str] = "harness"
-
-    def __init__(
-        self,
-        *,
-        tasks: str | Sequence[str],
-        folder: str | None,
-        limit: int | None,
-        num_fewshot: int | None,
-        batch_size: int,
-        layers: bool,
-        seed: int,
-        bootstrap: Mapping[str, Any],
-    ) -> None:
-        self.tasks = [tasks] if isinstance(tasks, str) else list(tasks)
-        self.folder, self.limit, self.num_fewshot = folder, limit, num_fewshot
-        self.batch_size, self.layers, self.seed = batch_size, layers, seed
-        self.bootstrap = dict(bootstrap)
+    tasks: Sequence[str]
+    folder: str | None
+    limit: int | None
+    num_fewshot: int | None
+    batch_size: int
+    layers: bool
+    seed: int
+    bootstrap: Mapping[str, Any]
 
     def check(self, data: ActivationDataModule) -> None:
         """Raise UserError if lm-eval is not installed, or does not know a task."""
@@ -272,7 +255,7 @@ def _over_groupings(
     subject: Subject, lost: Mapping[Condition, Estimate]
 ) -> dict[str, dict[str, Estimate]]:
     """Return `LOSSES` of each grouping, from the losses of all conditions."""
-    baseline = next((each for each in subject.groupings if each.kind == "per_layer"), None)
+    baseline = per_layer(subject.groupings)
     found: dict[str, dict[str, Estimate]] = {}
     for grouping in subject.groupings:
 
@@ -306,8 +289,7 @@ class Scores(NamedTuple):
 
     def estimate(self, bootstrap: Bootstrap) -> Estimate:
         """Return the metric on all documents, then on each resample."""
-        value = self.top.sum() / self.bottom.sum()
-        return np.concatenate([[value], bootstrap.ratio(self.top, self.bottom)])
+        return bootstrap.estimate(self.top, self.bottom)
 
 
 def scores_of(

@@ -1,26 +1,61 @@
-"""Confidence intervals by resampling documents."""
+"""Estimates with confidence intervals by resampling documents, and their differences, paired."""
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
 from groupsae.evaluation.reconstruction import LayerSums, ReconstructionSums
+from groupsae.grouping.groupings import Grouping
 
 Interval = dict[str, float | None]  # value, low, high; None where undefined
+# The value, then that on each resample: so means and differences of estimates are paired.
+Estimate = np.ndarray
 
 
-def percentile_interval(
-    value: float | None, samples: Float64[np.ndarray, " resample"], level: float
-) -> Interval:
-    """Return a value with quantiles of its resamples, None if one of them has no value."""
-    if value is None or not np.isfinite(value):
+def interval_of(estimate: Estimate, level: float) -> Interval:
+    """Return the value with quantiles of its resamples, None if one of them has no value."""
+    value, samples = estimate[0], estimate[1:]
+    if not np.isfinite(value):
         return {"value": None, "low": None, "high": None}
     if not np.isfinite(samples).all():
         return {"value": float(value), "low": None, "high": None}
     tail = (1 - level) / 2
     low, high = np.quantile(samples, [tail, 1 - tail])
     return {"value": float(value), "low": float(low), "high": float(high)}
+
+
+def per_layer(groupings: Sequence[Grouping]) -> Grouping | None:
+    """Return one SAE per layer, which the others are compared with; None if it was not trained."""
+    return next((each for each in groupings if each.kind == "per_layer"), None)
+
+
+def table_of_groupings(
+    groupings: Sequence[Grouping],
+    estimates: Mapping[str, Mapping[str, Estimate]],
+    show: Callable[[Estimate], Interval],
+    less_is_better: Mapping[str, bool],
+) -> list[dict[str, Any]]:
+    """Return a row for each grouping: its estimates, and what is lost against one SAE per layer.
+
+    Args:
+        groupings: the rows.
+        estimates: by name of the grouping and metric.
+        show: makes an interval of an estimate.
+        less_is_better: of the metrics for which `<metric>_lost` is wanted: above 0 is worse.
+    """
+    baseline, rows = per_layer(groupings), []
+    for grouping in groupings:
+        row: dict[str, Any] = {"grouping": grouping.name, "num_groups": grouping.num_groups}
+        for metric, mine in estimates[grouping.name].items():
+            row[metric] = show(mine)
+            if baseline not in (None, grouping) and metric in less_is_better:
+                more = mine - estimates[baseline.name][metric]
+                row[f"{metric}_lost"] = show(more if less_is_better[metric] else -more)
+        rows.append(row)
+    return rows
 
 
 class Bootstrap:
@@ -58,7 +93,7 @@ class Bootstrap:
         has no value (a ratio with a denominator of zero). `value` is the metric on all sequences.
         """
         spread = samples if self.documents > 1 else np.full(1, np.nan)
-        return percentile_interval(value, spread, self.level)
+        return interval_of(np.array([np.nan if value is None else value, *spread]), self.level)
 
     def fvu(self, layer: LayerSums, sums: ReconstructionSums) -> Float64[np.ndarray, " resample"]:
         """Return the FVU on each resample, around the resample's own mean: exact, no shortcut.
@@ -74,6 +109,16 @@ class Bootstrap:
             squares, count = (self._resampled(layer[n]) for n in ("sum_squares", "count"))
             self._variances[layer] = squares - total / np.maximum(count, 1)
         return _divide(error, self._variances[layer])
+
+    def estimate(
+        self,
+        numerator: Float64[np.ndarray, " sequence"],
+        denominator: Float64[np.ndarray, " sequence"] | None = None,
+    ) -> Estimate:
+        """Return sum(numerator) / sum(denominator), of all and on each resample; None: ones."""
+        below = np.ones(len(numerator)) if denominator is None else denominator
+        value = _divide(numerator.sum(), below.sum())
+        return np.concatenate([[value], self.ratio(numerator, below)])
 
     def ratio(
         self,
@@ -93,6 +138,6 @@ class Bootstrap:
         return self.weights @ sums
 
 
-def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+def _divide(numerator: Any, denominator: Any) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(numerator / denominator)

@@ -79,9 +79,7 @@ class Run(Subject):
         }
 
 
-def chosen_groupings(
-    subject: Subject, names: str | Sequence[str] | None, key: str
-) -> list[Grouping]:
+def chosen_groupings(subject: Subject, names: Sequence[str] | None, key: str) -> list[Grouping]:
     """Return the groupings that an option names; None: the chosen one and one SAE per layer.
 
     Raises:
@@ -91,7 +89,7 @@ def chosen_groupings(
     first = subject.groupings[0]
     if names is None:
         return [first, *(g for g in subject.groupings if g.kind == "per_layer" and g is not first)]
-    wanted = list(known) if names == "all" else [names] if isinstance(names, str) else list(names)
+    wanted = known if "all" in names else names
     for name in wanted:
         if name not in known:
             raise UserError(f"{key} names {name}; this run has {', '.join(known)}.")

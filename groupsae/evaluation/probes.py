@@ -8,6 +8,8 @@ complete residual stream. Both often beat the latents.
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
@@ -22,14 +24,16 @@ from groupsae.data.filters import TokenFilter, both
 from groupsae.data.packing import begin_of_text
 from groupsae.evaluation.examples import (
     Examples,
+    Reader,
     Task,
     files_of,
     python_examples,
     python_files,
     table_examples,
 )
-from groupsae.evaluation.intervals import Bootstrap, Interval, percentile_interval
+from groupsae.evaluation.intervals import Bootstrap, Estimate, interval_of, table_of_groupings
 from groupsae.evaluation.parts import Subject
+from groupsae.grouping.groupings import Grouping
 from groupsae.lm.hooked import HookedLM
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.progress import token_progress
@@ -42,40 +46,29 @@ PIECE = 4096  # rows encoded at once
 MEMORY = 2**30  # bytes of activations kept at once: of the layers that fit, at least one
 CHANNELS, RESIDUAL = "channels", "residual"  # the baselines
 
-Estimate = np.ndarray  # the value, then that on each resample
 Features: TypeAlias = "np.ndarray | sparse.csr_matrix"  # [example, feature]
 
 
+@dataclass(kw_only=True)
 class Probes:
-    """How well a few latents of each SAE tell concepts, on each of its layers.
+    """How well a few latents of each SAE tell concepts.
 
-    Args:
-        labels: `python` (`CONCEPTS`, on files of the standard library that no SAE was trained on),
-            or files with texts and labels, as `files_of` has it.
-        k: numbers of latents.
-        examples: most examples with a concept, and without it, in either half.
-        seed: of the draw of examples.
-        bootstrap: arguments of `Bootstrap`, which resamples the documents of the test.
+    Its values are those of `conf/evaluation/probes.yaml`.
     """
 
     name: ClassVar[str] = "probes"
+    labels: Sequence[str]
+    k: Sequence[int]
+    examples: int
+    seed: int
+    bootstrap: Mapping[str, Any]
 
-    def __init__(
-        self,
-        *,
-        labels: str | Sequence[str],
-        k: Sequence[int],
-        examples: int,
-        seed: int,
-        bootstrap: Mapping[str, Any],
-    ) -> None:
-        self.labels = [labels] if isinstance(labels, str) else list(labels)
-        self.k, self.examples, self.seed = sorted(set(k)), examples, seed
-        self.bootstrap = dict(bootstrap)
+    def __post_init__(self) -> None:
+        self.k = sorted(set(self.k))
 
     def check(self, data: ActivationDataModule) -> None:
         """Raise UserError if a file of labels does not exist."""
-        files_of([each for each in self.labels if each != "python"])
+        files_of(self.labels)
 
     def measure(self, subject: Subject) -> dict[str, Any]:
         """Return the AUC of every probe, and the means over tasks, then over layers.
@@ -109,12 +102,13 @@ class Probes:
     def _sets(self, trained: Mapping[str, Any], tokenizer: Any) -> Iterator[Examples]:
         stream = {**trained, **trained.get("stream", {})}
         opening = [begin_of_text(tokenizer)] if stream.get("prepend_bos") else []
-        how = (tokenizer, stream.get("context") or 1024, opening, self.examples, self.seed)
+        context = stream.get("context") or 1024
+        reader = Reader(tokenizer, context, opening, self.examples, self.seed)
         if "python" in self.labels:  # fitted and tested on what no SAE was trained on
             files = python_files(stream)
-            yield python_examples([files["calibration"], files["heldout"]], *how)
-        for file in files_of([each for each in self.labels if each != "python"]):
-            yield table_examples(file, *how)
+            yield python_examples([files["calibration"], files["heldout"]], reader)
+        for file in files_of(self.labels):
+            yield table_examples(file, reader)
 
     def _results(
         self, subject: Subject, sets: list[Examples], found: "list[Scored]"
@@ -123,27 +117,22 @@ class Probes:
         for each in found:
             tasks.setdefault((each.features, each.layer, each.k), []).append(each.auc)
         means = {key: np.mean(estimates, axis=0) for key, estimates in tasks.items()}
+        show = partial(interval_of, level=self.bootstrap["level"])
 
-        def show(estimate: Estimate) -> Interval:
-            return percentile_interval(estimate[0], estimate[1:], self.bootstrap["level"])
+        def over(grouping: Grouping, features: str | None, k: int | None) -> Estimate:
+            """Return the mean over layers, for a baseline's features or each layer's SAE."""
+            owner = grouping.sae_of_layer
+            return np.mean([means[features or owner[x], x, k] for x in grouping.grouped], axis=0)
 
-        def over(layers: Sequence[int], owner: Mapping[int, str] | str, k: int | None) -> Estimate:
-            named = {x: owner if isinstance(owner, str) else owner[x] for x in layers}
-            return np.mean([means[name, layer, k] for layer, name in named.items()], axis=0)
-
-        baseline = next((g for g in subject.groupings if g.kind == "per_layer"), None)
-        groupings = []
-        for grouping in subject.groupings:
-            layers, owner = grouping.grouped, grouping.sae_of_layer
-            row: dict[str, Any] = {"grouping": grouping.name, "num_groups": grouping.num_groups}
-            for k in self.k:
-                ours = over(layers, owner, k)
-                row[f"auc_{k}"] = show(ours)
-                if baseline is not None and grouping is not baseline:
-                    row[f"auc_{k}_lost"] = show(over(layers, baseline.sae_of_layer, k) - ours)
-                row[f"auc_{k}_channels"] = show(over(layers, CHANNELS, k))
-            row["auc_residual"] = show(over(layers, RESIDUAL, None))
-            groupings.append(row)
+        groupings = {
+            each.name: {
+                **{f"auc_{k}": over(each, None, k) for k in self.k},
+                **{f"auc_{k}_channels": over(each, CHANNELS, k) for k in self.k},
+                "auc_residual": over(each, RESIDUAL, None),
+            }
+            for each in subject.groupings
+        }
+        compared = {f"auc_{k}": False for k in self.k}
         by_layer: dict[tuple[str, int], dict[str, Any]] = {}
         for (name, layer, number), mean in means.items():
             row = by_layer.setdefault((name, layer), {"sae": name, "layer": layer})
@@ -152,7 +141,7 @@ class Probes:
             "labels": self.labels,
             "k": self.k,
             "bootstrap": self.bootstrap,
-            "groupings": groupings,
+            "groupings": table_of_groupings(subject.groupings, groupings, show, compared),
             "layers": list(by_layer.values()),
             "tasks": [row for examples in sets for row in examples.described()],
             "probes": [each._asdict() | {"auc": show(each.auc)} for each in found],

@@ -8,7 +8,7 @@ import numpy as np
 from groupsae.evaluation.effect import effect_metrics
 from groupsae.evaluation.embeddings import embedding_metrics, reciprocal_ranks
 from groupsae.evaluation.heldout import HeldoutSums, Pair
-from groupsae.evaluation.intervals import Bootstrap, Interval
+from groupsae.evaluation.intervals import Bootstrap, Estimate, Interval, per_layer
 from groupsae.evaluation.latents import density_histogram, layer_profile
 from groupsae.evaluation.reconstruction import DENSE, SequenceSums, layer_metrics
 from groupsae.evaluation.similarity import mmco, mmcs
@@ -33,9 +33,6 @@ OF_ENCODERS = Metrics(
 )
 # not a ratio of sums of each sequence, so not worth resampling
 PLAIN = ("fvu_rest", "explained_variance_dictionary_learning", "explained_variance_saebench")
-
-# The value on all sequences, then on each resample: means and differences of them are paired.
-Estimate = np.ndarray
 
 
 class Results:
@@ -69,7 +66,7 @@ class Results:
 
     def to_json(self, costs: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:
         """Return everything as plain values; `costs` is grouping -> relative costs."""
-        baseline = next((g for g in self.sums.groupings if g.kind == "per_layer"), None)
+        baseline = per_layer(self.sums.groupings)
         clean = {"ce": self.clean, "retrieval": self.clean_retrieval}
         return {
             **{name: self._interval(x) for name, x in clean.items() if x is not None},
@@ -90,14 +87,11 @@ class Results:
     def _per_token(self, sums: np.ndarray) -> Estimate:
         """Return the mean over predictions, or over embeddings."""
         predictions = self.sums.clean["predictions" if self.sums.predicts else "embeddings"]
-        total = float(predictions.sum())
-        value = float(sums.sum()) / total if total else np.nan
-        return _estimate(value, self.bootstrap.ratio(sums, predictions))
+        return self.bootstrap.estimate(sums, predictions)
 
     def _retrieval(self, sums: SequenceSums) -> Estimate:
         ranks, counted = reciprocal_ranks(sums["embedding"], self.bootstrap.owner)
-        value = ranks.sum() / counted.sum() if counted.any() else None
-        return _estimate(value, self.bootstrap.ratio(ranks, counted))
+        return self.bootstrap.estimate(ranks, counted)
 
     def _effect(self, sums: SequenceSums, layer: int) -> dict[str, Estimate]:
         loss, scale = self._per_token(sums[self._loss]), self._scales[layer]
@@ -116,7 +110,11 @@ class Results:
         x, sums = self.sums.layers[pair[1]].sums, self.sums.pairs[pair].reconstruction
         samples = {"fvu": self.bootstrap.fvu(x, sums)}
         samples |= {name: self.bootstrap.ratio(*both) for name, both in sums.ratios.items()}
-        return {name: _estimate(self._plain[pair][name], drawn) for name, drawn in samples.items()}
+        plain = self._plain[pair]
+        return {
+            name: np.array([np.nan if plain[name] is None else plain[name], *drawn])
+            for name, drawn in samples.items()
+        }
 
     def _layer(self, layer: int) -> dict[str, Any]:
         x, scale = self.sums.layers[layer].sums, self._scales[layer]
@@ -212,9 +210,8 @@ class Results:
     def _mean(self, pairs: Sequence[Pair], metrics: Sequence[str]) -> dict[str, Estimate]:
         found = {name: [self.estimates[pair][name] for pair in pairs] for name in metrics}
         return {
-            name: _estimate(
-                float(np.mean([each[0] for each in parts])),
-                np.mean([each[1:] for each in parts], axis=0),
+            name: np.array(
+                [np.mean([x[0] for x in parts]), *np.mean([x[1:] for x in parts], axis=0)]
             )
             for name, parts in found.items()
         }
@@ -242,7 +239,3 @@ class Results:
 
     def _shown(self, estimates: Mapping[str, Estimate]) -> dict[str, Interval]:
         return {name: self._interval(estimate) for name, estimate in estimates.items()}
-
-
-def _estimate(value: float | None, samples: np.ndarray) -> Estimate:
-    return np.concatenate([[np.nan if value is None else value], samples])

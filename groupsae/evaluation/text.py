@@ -1,6 +1,7 @@
 """The part `heldout` of an evaluation: reconstruction and loss on held-out text."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -22,31 +23,19 @@ from groupsae.runtime.errors import UserError
 from groupsae.runtime.progress import token_progress
 
 
+@dataclass(kw_only=True)
 class Heldout:
     """Every SAE on every layer it serves, and spliced into the model there.
 
-    Args:
-        tokens: held-out tokens; None: as many as the run's configuration has, or all.
-        exclude_special_tokens: leave out positions of BOS and EOS; None: as in training.
-        together: also splice all layers of a grouping together.
-        similarity_tokens: tokens to compare firings on.
-        bootstrap: the arguments of `Bootstrap`.
+    Its values are those of `conf/evaluation/heldout.yaml`.
     """
 
     name: ClassVar[str] = "heldout"
-
-    def __init__(
-        self,
-        *,
-        tokens: int | None,
-        exclude_special_tokens: bool | None,
-        together: bool,
-        similarity_tokens: int,
-        bootstrap: Mapping[str, Any],
-    ) -> None:
-        self.tokens, self.exclude_special_tokens = tokens, exclude_special_tokens
-        self.together, self.similarity_tokens = together, similarity_tokens
-        self.bootstrap = dict(bootstrap)
+    tokens: int | None
+    exclude_special_tokens: bool | None
+    together: bool
+    similarity_tokens: int
+    bootstrap: Mapping[str, Any]
 
     def check(self, data: ActivationDataModule) -> None:
         """Raise UserError if there is less held-out text than asked for."""

@@ -82,8 +82,8 @@ def tasks_table(run: RunFiles) -> Table | None:
     for gate in _of(run, "gate"):
         row: dict[str, Any] = {
             "task": gate["task"],
-            "accuracy": min(gate["accuracy"], gate["accuracy_swapped"]),
-            "task_metric": min(gate["metric"], gate["metric_swapped"]),
+            "accuracy": gate.get("accuracy") and min(gate["accuracy"], gate["accuracy_swapped"]),
+            "task_metric": gate.get("metric") and min(gate["metric"], gate["metric_swapped"]),
             "reason": gate["reason"],
         }
         for found in _of(run, "tasks"):

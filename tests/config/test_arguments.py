@@ -139,5 +139,12 @@ def test_an_evaluation_has_the_parts_that_are_chosen_in_any_order() -> None:
     assert list(both) == ["heldout", "circuits"]
     assert (both["heldout"]["tokens"], both["circuits"]["steps"]) == (5, 3)
     assert list(parts("evaluation=circuits-paper")) == ["circuits"]
+    for part in ("circuits", "harness"):
+        short = parts(f"evaluation=[heldout,{part}]", "tasks=[code,a b.jsonl]")
+        assert short[part]["tasks"] == ["code", "a b.jsonl"]
+        assert parts(f"evaluation={part}", "tasks=ioi")[part]["tasks"] == ["ioi"]
+    for unclear in ("evaluation=[circuits,harness]", "evaluation=probes"):
+        with pytest.raises(UserError, match="tasks= is for evaluation=circuits or"):
+            parts(unclear, "tasks=[code]")
     saved = OmegaConf.create({"tokens": None, "together": False})  # of a run of an earlier version
     assert evaluation_parts(saved)["heldout"]["_target_"].endswith(".Heldout")

@@ -43,6 +43,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("groups.rule=compleet", "complete"),
         ("groups.rule=[complete,even]", "rule is ['complete', 'even']: use"),
         ("evaluation=[heldout,circuit]", "=circuit is unknown. Did you mean circuits"),
+        ("tasks=[code]", "tasks= is for evaluation=circuits or evaluation=harness, and none"),
         ("evaluation.circuits.steps=3", "It is of evaluation=circuits; choose that."),
     ],
 )

@@ -18,7 +18,13 @@ from groupsae.evaluation.circuits.areas import areas
 from groupsae.evaluation.circuits.attribution import METHODS, attribute, gradients
 from groupsae.evaluation.circuits.examples import Batch, batches
 from groupsae.evaluation.circuits.part import Circuits
-from groupsae.evaluation.circuits.running import Ablation, Circuit, Order, patched, run_circuit
+from groupsae.evaluation.circuits.running import (
+    Circuit,
+    Order,
+    patched,
+    run_circuit,
+    without,
+)
 from groupsae.evaluation.circuits.tasks import Pair, check_tasks, make_task, shipped
 from groupsae.evaluation.given import alone
 from groupsae.evaluation.parts import Subject
@@ -29,6 +35,7 @@ from groupsae.sae.relu import ReLU
 from groupsae.sae.topk import TopK
 from groupsae.suite.suite import Suite
 from tests.helpers.lms import hooked
+from tests.helpers.saes import FAMILY, trained
 
 CPU = torch.device("cpu")
 FACTORS = {"0": 0.5, "1": 0.25, "2": 2.0}
@@ -91,8 +98,7 @@ def one_batch() -> Batch:
 def test_effects_are_finite_differences_of_latents_and_add_up_with_the_error(
     lm: Any, suite: Suite
 ) -> None:
-    batch = one_batch()._replace(numbers=torch.arange(1))
-    batch = Batch(batch.numbers, *(x[:1] for x in batch[1:4]), False)
+    batch = Batch(*(x[:1] for x in one_batch()[:4]), False)
     clean, patch = (lm.acts(x, [0, 1, 2]) for x in (batch.clean, batch.patch))
     grads = gradients(lm, batch, clean, patch, "attribution", 1)
     found = attribute(lm, [batch], suite, "attribution", 1, lambda *_: None)
@@ -102,21 +108,62 @@ def test_effects_are_finite_differences_of_latents_and_add_up_with_the_error(
         expected = torch.zeros(64, dtype=torch.float64)
         for pos, latent in (f_patch != f_clean).nonzero().tolist():
 
-            def moved(step: float, pos: int = pos, latent: int = latent, sae: Any = sae) -> Tensor:
+            def moved(
+                tokens: Tensor, step: float, pos: int = pos, latent: int = latent, sae: Any = sae
+            ) -> Tensor:
                 def visit(_: int, acts: Tensor) -> Tensor:
                     acts = acts.clone()
                     acts[0, pos] += step * sae.direction(latent)
                     return acts
 
-                run = lm.run(lm.inputs(batch.clean), [sae.layer], visit, stop=False)
+                run = lm.run(lm.inputs(tokens), [sae.layer], visit, stop=False)
                 return batch.metric(run.logits)[0]
 
-            slope = (moved(1e-5) - moved(-1e-5)) / 2e-5
-            expected[latent] += slope * (f_patch - f_clean)[pos, latent]
+            # the mean of both runs, as each is the clean one of one direction of the pair
+            slopes = [
+                (moved(x, 1e-5) - moved(x, -1e-5)) / 2e-5 for x in (batch.clean, batch.patch)
+            ]
+            expected[latent] += sum(slopes) / 2 * (f_patch - f_clean)[pos, latent]
         torch.testing.assert_close(effects.sums, expected, rtol=1e-6, atol=1e-9)
         errors = [x[layer] - sae(x[layer]) for x in (patch, clean)]
-        of_error = float((grads[layer] * (errors[0] - errors[1])).sum())
-        assert effects.error == pytest.approx(of_error, rel=1e-9)
+        of_error = (grads[layer] * (errors[0] - errors[1])).sum()
+        total = (grads[layer] * (patch[layer] - clean[layer])).sum()
+        torch.testing.assert_close(effects.sums.sum() + of_error, total)
+
+
+def test_one_direction_of_a_pair_has_the_effects_of_both(lm: Any, suite: Suite) -> None:
+    for method in METHODS:
+        one, both = (
+            attribute(lm, batches(pairs(), 8, CPU, sides), suite, method, 4, lambda *_: None)
+            for sides in (1, 2)
+        )
+        for key, effects in one.items():
+            torch.testing.assert_close(2 * effects.sums, both[key].sums)
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_gradients_of_the_plain_model_are_those_with_saes_and_their_errors_in_it(
+    lm: Any, kind: str
+) -> None:
+    suite, batch = suite_of(trained(kind, d_model=16)), one_batch()
+    clean = lm.acts(batch.clean, [0, 1, 2])
+    plain = gradients(lm, batch._replace(patch=batch.clean), clean, clean, "attribution", 1)
+    leaves: dict[int, list[Tensor]] = {}
+
+    def visit(layer: int, acts: Tensor) -> Tensor:
+        f = suite[layer].encode(acts).detach()
+        error = (acts - suite[layer].decode(f)).detach()
+        leaves[layer] = [f.requires_grad_(), error.requires_grad_()]
+        # f and the error are leaves: what is below them gets the identity
+        return suite[layer].decode(f) + error + acts - acts.detach()
+
+    logits = lm.run(lm.inputs(batch.clean), clean, visit, stop=False, grad=True).logits
+    found = torch.autograd.grad(batch.metric(logits).sum(), sum(leaves.values(), []))
+    for layer, of_latents, of_error in zip(leaves, found[::2], found[1::2], strict=True):
+        torch.testing.assert_close(of_error, plain[layer])
+        decoder = suite[layer].W_dec / suite[layer].norm_factor
+        torch.testing.assert_close(of_latents, of_error @ decoder.T)
+        assert of_latents.abs().max() > 0
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -137,8 +184,7 @@ def test_integrated_gradients_approach_the_change_of_the_metric(lm: Any, method:
 
 
 def everything(saes: Any, inside: bool) -> Circuit:
-    latents = {x: torch.full((sae.d_sae,), inside) for x, sae in saes.items()}
-    return Circuit(latents, dict.fromkeys(saes, inside))
+    return {x: torch.full((sae.d_sae,), inside) for x, sae in saes.items()}
 
 
 def test_the_full_circuit_is_the_model_bit_for_bit_and_without_errors_the_spliced_one(
@@ -149,9 +195,8 @@ def test_the_full_circuit_is_the_model_bit_for_bit_and_without_errors_the_splice
     ablation = patched(subject, batch, saes)
     inputs = lm.inputs(batch.clean, last_logits=True)
     model = batch.metric(lm.run(inputs, [], lambda *_: None, stop=False).logits)
-    for errors in ("keep", "circuit"):
-        full = run_circuit(subject, batch, saes, everything(saes, True), ablation, errors)
-        assert torch.equal(full, model)
+    full = run_circuit(subject, batch, saes, everything(saes, True), ablation, "keep")
+    assert torch.equal(full, model)
     full = run_circuit(subject, batch, saes, everything(saes, True), ablation, "none")
     spliced = lm.run(
         lm.inputs(batch.clean), saes, lambda layer, x: saes[layer](x), stop=False
@@ -161,10 +206,10 @@ def test_the_full_circuit_is_the_model_bit_for_bit_and_without_errors_the_splice
 
 def test_ablating_all_of_one_layer_gives_the_run_of_the_other_prompt(lm: Any) -> None:
     batch = one_batch()
-    suite = suite_of(TopK(d_model=16, d_sae=64, k=4), layers=(1,))
+    suite = suite_of(identity(16), layers=(1,))
     subject, saes = subject_of(suite, lm), {1: suite[1]}
     empty = everything(saes, False)
-    found = run_circuit(subject, batch, saes, empty, patched(subject, batch, saes), "ablate")
+    found = run_circuit(subject, batch, saes, empty, patched(subject, batch, saes), "none")
     # position by position the residual is that of the patch run, so the metric changes its sign
     other = batch.metric(lm.run(lm.inputs(batch.patch), [], lambda *_: None, stop=False).logits)
     torch.testing.assert_close(found, other)
@@ -173,27 +218,36 @@ def test_ablating_all_of_one_layer_gives_the_run_of_the_other_prompt(lm: Any) ->
     assert clean[1] == -other[0]
 
 
-def test_without_errors_all_ways_to_treat_them_agree(lm: Any) -> None:
+def test_with_exact_saes_both_ways_to_treat_errors_agree_and_norm_factors_matter(lm: Any) -> None:
     suite = suite_of(identity(16))
     subject, batch, saes = subject_of(suite, lm), one_batch(), {sae.layer: sae for sae in suite}
     circuit = everything(saes, True)
-    for latents in circuit.latents.values():
+    for latents in circuit.values():
         latents[::3] = False
-    found = [
+    keep, none = (
         run_circuit(subject, batch, saes, circuit, patched(subject, batch, saes), errors)
-        for errors in ("keep", "none", "circuit", "ablate")
-    ]
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0])
+        for errors in ("keep", "none")
+    )
+    torch.testing.assert_close(none, keep)
+    made = TopK(d_model=16, d_sae=64, k=4, generator=torch.Generator().manual_seed(1))
+    made.b_enc.data += 0.1  # so that latents are not in proportion to the scale
+    swapped = {"0": FACTORS["2"], "1": FACTORS["1"], "2": FACTORS["0"]}
+    found = []
+    for factors in (FACTORS, swapped):
+        suite = suite_of(made, factors=factors)
+        saes = {sae.layer: sae for sae in suite}
+        ablation = patched(subject_of(suite, lm), batch, saes)
+        every = everything(saes, True)
+        found.append(run_circuit(subject_of(suite, lm), batch, saes, every, ablation, "none"))
+    assert not torch.allclose(*found)
 
 
 def test_with_constant_ablation_the_empty_circuit_is_alike_for_all_prompts(lm: Any) -> None:
     suite = suite_of(identity(16))
     subject, saes = subject_of(suite, lm), {sae.layer: sae for sae in suite}
     batch = next(batches([p for p in pairs(4) if len(p.prompts[0]) == 5], 8, CPU, sides=1))
-    found = run_circuit(
-        subject, batch, saes, everything(saes, False), Ablation(None, None), "none"
-    )
+    constant = {layer: torch.rand(5, 32, dtype=torch.float64) for layer in saes}
+    found = run_circuit(subject, batch, saes, everything(saes, False), constant, "none")
     torch.testing.assert_close(found, found[:1].expand_as(found))
 
 
@@ -221,8 +275,8 @@ def test_a_planted_circuit_is_recovered_and_random_latents_are_not_it() -> None:
     (batch,) = batches(both, 64, CPU)
     found = attribute(lm, [batch], suite, "ig_inputs", 5, lambda *_: None)
     effects = {1: found["all", 1]}
-    order = Order(effects, "global", errors=False)
-    assert order.first(2).latents[1].nonzero().flatten().tolist() == [1, 4]
+    order = Order(effects, "global")
+    assert order.first(2)[1].nonzero().flatten().tolist() == [1, 4]
     ablation = patched(subject, batch, saes)
 
     def ratio(circuit: Circuit) -> float:
@@ -235,14 +289,14 @@ def test_a_planted_circuit_is_recovered_and_random_latents_are_not_it() -> None:
 
     assert ratio(order.first(2)) == pytest.approx(1)
     assert ratio(order.first(1)) == pytest.approx(0.5)
-    assert ratio(order.first(2).without()) == pytest.approx(0)
+    assert ratio(without(order.first(2))) == pytest.approx(0)
     drawn = [
-        ratio(Order(effects, "global", False, torch.Generator().manual_seed(i)).first(2))
+        ratio(Order(effects, "global", torch.Generator().manual_seed(i)).first(2))
         for i in range(20)
     ]
     assert np.mean(drawn) < 0.6
-    per_layer = Order(effects, "per_layer", errors=False).first(2)
-    assert torch.equal(per_layer.latents[1], order.first(2).latents[1])
+    per_layer = Order(effects, "per_layer").first(2)
+    assert torch.equal(per_layer[1], order.first(2)[1])
 
 
 def test_areas_by_hand_and_of_a_perfect_circuit() -> None:
@@ -277,7 +331,7 @@ def bundled() -> Any:
 
 def test_shipped_tasks_have_pairs_that_are_never_in_both_halves() -> None:
     tokenizer = bundled()
-    english = {"ioi", "greater_than", "agreement"}
+    english = {"ioi", "greater_than", "greater_than_digits", "agreement"}
     for name in set(shipped()) - english:
         task = make_task(name, tokenizer, 24, 24, seed=0, bos=False)
         assert len(task.train) == len(task.test) == 24, name
@@ -285,6 +339,29 @@ def test_shipped_tasks_have_pairs_that_are_never_in_both_halves() -> None:
         assert not halves[0] & halves[1], name
         assert all(len(a) == len(b) and a != b for p in task.train for a, b in [p.prompts])
         assert task == make_task(name, tokenizer, 24, 24, seed=0, bos=False)
+
+
+class Characters(PreTrainedTokenizerBase):
+    """A tokenizer with a token for each character."""
+
+    def __call__(self, text: Any, add_special_tokens: bool = False, **_: Any) -> Any:
+        return {"input_ids": list(map(ord, text))}
+
+
+def test_years_are_compared_also_where_numbers_are_split_into_digits() -> None:
+    task = make_task("greater_than_digits", Characters(), 8, 8, seed=0, bos=False)
+    for pair in task.train:
+        for prompt, answers, others in zip(
+            pair.prompts, pair.answers, reversed(pair.answers), strict=True
+        ):
+            text = "".join(map(chr, prompt))
+            third = int(text[text.index("year ") + 7])
+            assert text.endswith(text[text.index("year ") + 5 :][:2])
+            assert {int(chr(answer)) > third for answer in answers} == {True}
+            if third:  # the answers to the earlier year are no answers to the later one
+                assert {int(chr(answer)) < third for answer in others} == {True}
+    with pytest.raises(UserError, match="an answer of several tokens"):
+        make_task("greater_than", Characters(), 8, 8, seed=0, bos=False)
 
 
 def test_pairs_that_cannot_be_compared_are_refused_with_the_reason(tmp_path: Path) -> None:
@@ -345,7 +422,7 @@ def measured(
     subject = change(Subject(**{**vars(subject), "tokenizer": Letters}))
     lines = [(f"{a}{c}", f"{a}{p}", "a", "b") for a in "abcd" for c, p in ("ae", "bf", "cg", "dh")]
     file.write_text(rows(*lines))
-    return Circuits(tasks=[str(file)], **(VALUES | values)).measure(subject)
+    return Circuits(**(VALUES | {"tasks": [str(file)]} | values)).measure(subject)
 
 
 def test_the_part_finds_what_the_toy_model_does_whatever_the_batch(tmp_path: Path) -> None:
@@ -375,8 +452,16 @@ def test_a_task_that_the_model_fails_or_that_has_no_ratio_gives_a_reason(tmp_pat
     file = tmp_path / "toy.jsonl"
     with pytest.raises(UserError, match=r"does none of the tasks \(toy: accuracy 1.00 is below 2"):
         measured(file, gate=2)
-    found = measured(file, ablation="zero", errors=["ablate"])
-    assert found["tasks"][0]["reason"] is None
+    few = tmp_path / "few.jsonl"
+    few.write_text(rows(("aa", "ab", "a", "cc")))
+    with pytest.raises(UserError, match="the task .*few.jsonl: too few pairs are left"):
+        measured(file, tasks=[str(few)])
+    found = measured(file, tasks=[str(few), str(file)])
+    assert [row["reason"] is None for row in found["gate"]] == [True, False]
+    assert "1 have an answer of several tokens" in found["gate"][1]["reason"]
+    tasks = DOWNSTREAM_TABLES["circuits"][1](RunFiles(downstream={"circuits": found}))
+    assert tasks is not None
+    assert len(tasks.rows) == 2
     suite = suite_of(identity(6), layers=(0, 1))
     with torch.no_grad():  # without latents nothing is ablated, and the errors are kept
         suite.saes["all"].W_enc.zero_()

@@ -192,7 +192,7 @@ def test_scores_are_the_log_probabilities_of_the_model_with_plain_hooks(tiny_lm:
     torch.manual_seed(0)
     sae = TopK(d_model=32, d_sae=64, k=6)
     subject = subject_of(tiny_lm, sae)
-    found = part(tasks="arithmetic", limit=6).measure(subject)
+    found = part(tasks=["arithmetic"], limit=6).measure(subject)
     tokenizer, model = subject.tokenizer(), subject.lm.model
     docs = documents(tasks.arithmetic({}, 6, 0)[1])
     (row,) = (

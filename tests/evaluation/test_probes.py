@@ -11,7 +11,14 @@ import torch
 from groupsae.data.filters import TokenFilter
 from groupsae.data.sources import Document
 from groupsae.evaluation import probes
-from groupsae.evaluation.examples import Examples, Task, files_of, python_examples, table_examples
+from groupsae.evaluation.examples import (
+    Examples,
+    Reader,
+    Task,
+    files_of,
+    python_examples,
+    table_examples,
+)
 from groupsae.evaluation.labels import CONCEPTS, python_labels
 from groupsae.evaluation.parts import Subject
 from groupsae.evaluation.probes import (
@@ -107,7 +114,7 @@ def python_files(count: int) -> list[Document]:
 def test_tokens_are_drawn_evenly_and_are_what_their_labels_are_of(tiny_lm: Path) -> None:
     tokenizer = frozen(tiny_lm).tokenizer()
     files = python_files(20)
-    found = python_examples([files[:10], files[10:]], tokenizer, 16, [1], 12, 0)
+    found = python_examples([files[:10], files[10:]], Reader(tokenizer, 16, [1], 12, 0))
     assert {task.name for task in found.tasks} >= {"comment", "parameter", "called", "imported"}
     assert all(window[0] == 1 and len(window) <= 16 for window in found.windows)
     for task in found.tasks:
@@ -125,7 +132,7 @@ def test_tokens_are_drawn_evenly_and_are_what_their_labels_are_of(tiny_lm: Path)
 def test_too_few_files_are_refused(tiny_lm: Path) -> None:
     files = python_files(9)
     with pytest.raises(UserError, match="at least 8 files to fit them on and 8 to test"):
-        python_examples([files[:2], files[2:]], frozen(tiny_lm).tokenizer(), 16, [], 12, 0)
+        python_examples([files[:2], files[2:]], Reader(frozen(tiny_lm).tokenizer(), 16, [], 12, 0))
 
 
 def table(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -143,7 +150,9 @@ def test_a_table_is_read_alike_as_csv_and_jsonl_and_split_by_document(
     lines = [",".join(str(row[key]) for key in row) for row in rows]
     second.write_text("text,label,document\n" + "\n".join(lines))
     tokenizer = frozen(tiny_lm).tokenizer()
-    ours, theirs = (table_examples(file, tokenizer, 16, [], 99, 0) for file in (first, second))
+    ours, theirs = (
+        table_examples(file, Reader(tokenizer, 16, [], 99, 0)) for file in (first, second)
+    )
     assert ours.windows == theirs.windows
     assert [task.name for task in ours.tasks] == ["mine: a", "mine: b", "mine: c"]
     for one, other in zip(ours.tasks, theirs.tasks, strict=True):
@@ -153,7 +162,9 @@ def test_a_table_is_read_alike_as_csv_and_jsonl_and_split_by_document(
     last = [len(ours.windows[window]) - 1 for window in ours.window]
     assert ours.position.tolist() == last
     two = table(tmp_path / "two.jsonl", rows[0:48:3] + rows[1:48:3])
-    assert [t.name for t in table_examples(two, tokenizer, 16, [], 99, 0).tasks] == ["two: b"]
+    assert [t.name for t in table_examples(two, Reader(tokenizer, 16, [], 99, 0)).tasks] == [
+        "two: b"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -173,7 +184,7 @@ def test_a_table_that_no_probe_can_use_is_refused(
 ) -> None:
     file = table(tmp_path / "t.jsonl", rows)
     with pytest.raises(UserError, match=message):
-        table_examples(file, frozen(tiny_lm).tokenizer(), 16, [], 9, 0)
+        table_examples(file, Reader(frozen(tiny_lm).tokenizer(), 16, [], 9, 0))
 
 
 def test_damaged_and_missing_files_are_one_sentence(
@@ -181,7 +192,7 @@ def test_damaged_and_missing_files_are_one_sentence(
 ) -> None:
     (tmp_path / "t.jsonl").write_text('{"text": \n')
     with pytest.raises(UserError, match=r"t.jsonl cannot be read as .jsonl"):
-        table_examples(tmp_path / "t.jsonl", frozen(tiny_lm).tokenizer(), 16, [], 9, 0)
+        table_examples(tmp_path / "t.jsonl", Reader(frozen(tiny_lm).tokenizer(), 16, [], 9, 0))
     with pytest.raises(UserError, match="labels=nowhere.csv: there is no such file"):
         files_of(["nowhere.csv"])
     data = tmp_path / "sae_probes" / "data" / "cleaned_data"
@@ -287,7 +298,13 @@ def questions(path: Path) -> Path:
 
 def measured(subject: Subject, file: Path, **changes: Any) -> dict[str, Any]:
     pytest.importorskip("sklearn")
-    values = {"labels": str(file), "k": [1, 4], "examples": 30, "seed": 0, "bootstrap": BOOTSTRAP}
+    values = {
+        "labels": [str(file)],
+        "k": [1, 4],
+        "examples": 30,
+        "seed": 0,
+        "bootstrap": BOOTSTRAP,
+    }
     return Probes(**(values | changes)).measure(subject)
 
 

@@ -6,21 +6,23 @@ With h the activations of a layer, s its norm factor, f the latents and e = h - 
     effect of the error = g . (e_patch - e_clean)
 
 approximate how the metric changes when one of them takes its value of the other prompt. They add
-up to g . (h_patch - h_clean). g is the gradient of the metric of the **unmodified** model: f and e
-are leaves, what is below them gets the identity, and decoders are linear, so no gradient passes
-through an SAE, and one gradient pass serves all SAEs of a layer (the reference code multiplies the
-gradients of several layers' SAEs instead, which gives effects of the wrong size and sign).
-Negative: the latent supports the answers to the clean prompt.
+up to g . (h_patch - h_clean), so the error has what the latents leave. g is the gradient of the
+metric of the **unmodified** model: f and e are leaves, what is below them gets the identity, and
+decoders are linear, so no gradient passes through an SAE, and one gradient pass serves all SAEs of
+a layer (the reference code multiplies the gradients of several layers' SAEs instead, which gives
+effects of the wrong size and sign). Negative: the latent supports the answers to the clean prompt.
 
 | method | g |
 |---|---|
-| `attribution` | on the clean run (attribution patching, Syed et al., arXiv 2310.10348) |
+| `attribution` | mean over both runs, each the clean one of its direction of the pair |
+| | (attribution patching, Syed et al., arXiv 2310.10348) |
 | `ig_inputs` | mean over runs whose input of the first block lies between the two prompts |
 | | (Hanna et al., arXiv 2403.17806) |
 | `ig` | mean over values of the layer between the two runs, layer by layer (Marks et al., |
 | | arXiv 2403.19647) |
 
-The means are over midpoints of equal steps: (k + 1/2) / steps.
+The other means are over midpoints of equal steps: (k + 1/2) / steps. All of them are the same in
+both directions of a pair, so one direction is enough.
 """
 
 from collections.abc import Callable, Iterable
@@ -48,7 +50,7 @@ def gradients(
             layer: _along_layer(lm, inputs, batch, layer, clean, patch, steps) for layer in clean
         }
     entered = [_first_input(lm, tokens) for tokens in (batch.clean, batch.patch)]
-    weights = [0.0] if method == "attribution" else [(k + 0.5) / steps for k in range(steps)]
+    weights = [0.0, 1.0] if method == "attribution" else [(k + 0.5) / steps for k in range(steps)]
     total: Acts = {}
     for weight in weights:
         start = torch.lerp(entered[0], entered[1], weight).requires_grad_()
@@ -102,38 +104,33 @@ def _along_layer(
 
 
 class Effects:
-    """The mean effects of one SAE's latents at one layer, and of its error there.
+    """The effects of one SAE's latents at one layer.
 
     Attributes:
-        sums: of the effects over examples and positions, by latent.
-        error: the same of the error.
+        sums: over examples and positions, by latent.
         active: the latents that fire where the two prompts of an example differ.
     """
 
     def __init__(self, sae: LayerSAE) -> None:
-        self.sae, self.error = sae, 0.0
+        self.sae = sae
         self.sums: Float64[Tensor, " d_sae"] = torch.zeros(sae.d_sae, dtype=torch.float64)
         self.active: Bool[Tensor, " d_sae"] = torch.zeros(sae.d_sae, dtype=torch.bool)
 
     @torch.no_grad()
     def update(
-        self,
-        g: Float[Tensor, "row d_model"],
-        clean: Float[Tensor, "row d_model"],
-        patch: Float[Tensor, "row d_model"],
+        self, g: Float[Tensor, "row d_model"], both: Float[Tensor, "twice d_model"]
     ) -> None:
-        """Add rows: positions of examples."""
+        """Add rows, positions of examples: activations of the patch run, then of the clean one."""
         sae, rows = self.sae, len(g)
-        latents = sae.encode_sparse(torch.cat([patch, clean]))
+        latents = sae.encode_sparse(both)
         entries = latents.entries(sae.d_sae)
-        both = g.to(sae.dtype).repeat(2, 1)
-        dots = entries.kernels(sae.W_dec).dots(both, sae.W_dec, entries.starts, entries.latents)
+        dots = entries.kernels(sae.W_dec).dots(
+            g.to(sae.dtype).repeat(2, 1), sae.W_dec, entries.starts, entries.latents
+        )
         terms = (latents.acts * dots.view_as(latents.acts) / sae.norm_factor).double()
         terms[rows:] *= -1  # f_patch - f_clean
         self.sums.index_add_(0, entries.latents.cpu(), terms.flatten().cpu())
         self.active[latents.indices[latents.acts > 0].cpu()] = True
-        # all of the change that is not in latents is in the error
-        self.error += float((g * (patch - clean)).sum(dtype=torch.float64) - terms.sum())
 
 
 def attribute(
@@ -148,7 +145,7 @@ def attribute(
 
     Args:
         lm: the language model.
-        examples: of the task.
+        examples: of the task, one direction of each pair.
         saes: all that are asked about, of any groupings.
         method: one of `METHODS`.
         steps: of the means.
@@ -164,8 +161,8 @@ def attribute(
             rows = (clean[layer] != patch[layer]).any(-1)
             keep = kept(batch.clean, clean[layer])
             rows = rows if keep is None else rows & keep
-            parts = [x[rows] for x in (grads[layer], clean[layer], patch[layer])]
+            g, both = grads[layer][rows], torch.cat([patch[layer][rows], clean[layer][rows]])
             for (_, at), effects in found.items():
                 if at == layer:
-                    effects.update(*parts)
+                    effects.update(g, both)
     return found

@@ -23,6 +23,10 @@ TRIES = 50  # draws from a template for each pair that is needed
 SHIPPED = Path(__file__).with_name("tasks.yaml")
 
 
+class TooFewPairs(UserError):
+    """A task cannot be asked with the tokenizer of a model."""
+
+
 class Pair(NamedTuple):
     """Two prompts that differ, and the answers of each; all are token ids.
 
@@ -87,7 +91,7 @@ def make_task(
         bos: start every prompt with BOS, as the text of the training did.
 
     Raises:
-        UserError: fewer than two pairs are left for the training or the test.
+        TooFewPairs: fewer than two are left for the training or the test.
     """
     read = _Reader(tokenizer, bos)
     if name.endswith(".jsonl"):
@@ -104,9 +108,7 @@ def make_task(
         pairs = read.drawn(template, template["slots"], train + test, seed)
         found = _split(pairs, train, test, seed)
     if min(map(len, found)) < 2:
-        raise UserError(
-            f"the task {name} leaves too few pairs with this tokenizer: {read.reasons}"
-        )
+        raise TooFewPairs(f"too few pairs are left with this tokenizer: {read.reasons}")
     return Task(Path(name).stem, *found)
 
 
@@ -219,7 +221,8 @@ def _draws(
             if isinstance(answer, Mapping):
                 after, to = (int(answer[end].format(**filled)) for end in ("after", "to"))
                 numbers = range(after + 1, to + 1)
-                answers.append([f"{number:02d}" for number in numbers])
+                width = len(answer["to"].format(**filled))
+                answers.append([f"{number:0{width}d}" for number in numbers])
             else:
                 answers.append([parts["answer"]])
         yield prompts, answers
