@@ -34,7 +34,6 @@ ALL = ["groups=all", "groups.rules=[complete,minmax,even,published]"]
 @pytest.mark.parametrize(
     ("num_layers", "last_layer", "given", "saes"),
     [
-        (1, "group", ["groups=amad"], [[0]]),
         (1, "group", [*ALL, "calibration.centring=mean"], [[0]]),
         (2, "own", ALL, [[0], [1]]),
         (2, "group", ["groups=count", "groups.num_groups=1"], [[0, 1]]),

@@ -92,6 +92,7 @@ def test_two_processes_share_one_threshold(tiny_lm: Path, tiny_text: Path, tmp_p
         assert sae["l0"]["value"] == pytest.approx(summary["groups"][sae["name"]]["l0"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_aim_at_one_l0(tiny_lm: Path, tiny_text: Path, tmp_path: Path) -> None:
     groups = ["groups=even", "groups.num_groups=2", *OWN]
     one = run(command(tiny_lm, tiny_text, tmp_path / "one", "jumprelu", *groups))[1]
@@ -102,7 +103,7 @@ def test_two_processes_aim_at_one_l0(tiny_lm: Path, tiny_text: Path, tmp_path: P
         torch.testing.assert_close(tensor, saved(folder)[name], rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("kind", ["jumprelu", "relu"])
+@pytest.mark.parametrize("kind", [pytest.param("jumprelu", marks=pytest.mark.slow), "relu"])
 def test_a_resumed_run_is_the_same_bit_for_bit(
     tiny_lm: Path, tiny_text: Path, tmp_path: Path, kind: str
 ) -> None:

@@ -137,8 +137,14 @@ def test_filtered_positions_are_left_out_of_training_and_evaluation(
     ],
 )
 def test_bad_values_are_named_before_training_starts(
-    argument: str, sentence: str, tiny_lm: Path, tiny_text: Path, tmp_path: Path
+    argument: str,
+    sentence: str,
+    tiny_lm: Path,
+    tiny_text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("groupsae.lm.options.find_spec", lambda _: None)  # accelerate may be there
     with pytest.raises(UserError, match=sentence):
         run(overrides(tiny_lm, tiny_text, tmp_path, argument))
     assert not list(tmp_path.rglob("*.ckpt"))

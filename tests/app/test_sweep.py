@@ -84,6 +84,7 @@ def test_a_failed_point_does_not_stop_the_others(command, tmp_path):
     assert first.stat().st_mtime_ns == written
 
 
+@pytest.mark.slow
 def test_a_stopped_point_stops_the_sweep(command, tmp_path):
     stop = act(do="SIGTERM", seed=1)
     status, printed = command("seed=0,1,2", *stop)
@@ -110,6 +111,7 @@ def test_a_point_that_submitit_stops_is_queued_again(command):
     assert received == [signal.SIGUSR2]
 
 
+@pytest.mark.slow
 def test_a_point_of_several_processes_is_a_command_of_its_own(command, tmp_path):
     """It gets the user's yaml files and Hydra's options, but for those of the sweep."""
     (tmp_path / "conf" / "experiment").mkdir(parents=True)

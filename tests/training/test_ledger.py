@@ -104,8 +104,13 @@ def test_planned_flops_are_what_a_counter_sees_of_a_run(everything: Path) -> Non
         ["groups=even", "groups.num_groups=2", "groups.last_layer=skip"],
         ["groups=per_layer", "sae.k=1", "sae.auxk_alpha=0"],
         ["groups=all", "groups.last_layer=group", "stream.context=32"],
-        ["groups=even", "groups.num_groups=1", "stream.layers_per_token=2"],
-        [*ALL, "stream.layers_per_token=3", "sae.layer_bias=per_layer", "sae.layer_rank=2"],
+        [
+            "groups=even",
+            "groups.num_groups=1",
+            "stream.layers_per_token=3",
+            "sae.layer_bias=per_layer",
+            "sae.layer_rank=2",
+        ],
     ],
 )
 def test_planned_flops_are_the_counted_ones_of_other_runs_too(

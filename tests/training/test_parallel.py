@@ -126,6 +126,7 @@ def test_spread_over_two_processes_it_is_the_same_bit_for_bit(
     assert "0.1 MB received in a step process 1: layers.1-2;" in printed
 
 
+@pytest.mark.slow
 def test_spread_over_three_one_of_which_owns_nothing(arguments: Any, tmp_path: Path) -> None:
     status, one = run(arguments(*HARD))
     assert status == 0
