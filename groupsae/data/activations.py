@@ -257,12 +257,13 @@ class ActivationDataModule(L.LightningDataModule):
         num_blocks = len(self.blocks.blocks[split])
         available = num_blocks // self.blocks_per_step
         if not available:
-            total = sum(map(len, self.blocks.blocks.values())) * self.packing.context
-            lower = f"lower stream.blocks_per_step to at most {num_blocks}"
+            share = "raise" if split != "train" else "lower"
             raise UserError(
-                f"the {split} split has {num_blocks} block(s), less than one step of "
-                f"{self.blocks_per_step}: "
-                f"{self.packing.way_out(split, total, self.tokens_per_step, lower)}."
+                f"the {split} split has {num_blocks} blocks of {self.packing.context} tokens, "
+                f"less than one step of {self.blocks_per_step}; the text has "
+                f"{self.blocks.manifest['documents']:,} documents. Give more text "
+                f"(stream.max_tokens), {share} stream.heldout_fraction or "
+                "stream.calibration_fraction, or lower stream.blocks_per_step or stream.context."
             )
         wanted = available if tokens is None else max(1, tokens // self.tokens_per_step)
         return min(available, wanted)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from groupsae.data.formats import (
     BINARY,
     KEY,
+    OTHER_FORMS,
     TABLES,
     UnreadableError,
     endings,
@@ -242,26 +243,15 @@ def _text_digest(path: Path) -> str:
     """Return the SHA-256 of a text in hex, of the decompressed one if it is compressed.
 
     Raises:
-        UnreadableError: it is not UTF-8, or has a NUL byte; the message names the byte.
+        UnicodeDecodeError: it is not UTF-8.
+        UnreadableError: it has a NUL byte.
     """
-    digest, offset, rest = hashlib.sha256(), 0, b""
+    digest, decoder = hashlib.sha256(), codecs.getincrementaldecoder("utf-8")()
     with open_bytes(path) as handle:
-        while True:
-            chunk = handle.read(CHUNK)
+        while chunk := handle.read(CHUNK):
             digest.update(chunk)
-            data = rest + chunk
-            bad, what = data.find(b"\0"), "a NUL byte"
-            try:
-                used = codecs.utf_8_decode(data, "strict", not chunk)[1]
-            except UnicodeDecodeError as error:
-                if not 0 <= bad < error.start:
-                    bad, what = error.start, "invalid UTF-8"
-            if bad >= 0:
-                raise UnreadableError(
-                    f"{path} is not text: {what} at byte {offset + bad}. Give UTF-8 text, jsonl, "
-                    "csv or parquet; `iconv -f LATIN1 -t UTF-8` converts text from LATIN1 (or "
-                    "UTF-16, or another encoding)"
-                )
-            if not chunk:
-                return digest.hexdigest()
-            offset, rest = offset + used, data[used:]
+            if b"\0" in chunk:
+                raise UnreadableError(f"{path} is not text: it has NUL bytes. {OTHER_FORMS}")
+            decoder.decode(chunk)
+    decoder.decode(b"", final=True)
+    return digest.hexdigest()

@@ -29,6 +29,10 @@ Reader = Callable[[str, Path, str | None], Iterator[Document]]
 
 PIECE = 64 * 1024  # characters: one long file still gives training and held-out documents
 KEY = "data.text_column"
+OTHER_FORMS = (
+    "Give UTF-8 text, jsonl, csv or parquet; `iconv -f LATIN1 -t UTF-8` converts text from LATIN1 "
+    "(or UTF-16, or another encoding)"
+)
 ROW = 'a row must be an object such as {"text": "..."}'
 
 csv.field_size_limit(2**31 - 1)  # the library's limit refuses texts above 128 KiB
@@ -90,7 +94,7 @@ def explain_read_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        raise UnreadableError(f"{path} is not UTF-8 text: {error.reason}") from None
+        raise UnreadableError(f"{path} is not text: {error.reason}. {OTHER_FORMS}") from None
     except OSError as error:
         if error.errno is not None:
             raise UnreadableError(f"{path} cannot be read: {error.strerror}") from None

@@ -24,10 +24,6 @@ from groupsae.runtime.retry import hub_is_unknown, is_transient, network_cause, 
 log = logging.getLogger(__name__)
 
 
-class EndedEarlyError(ConnectionError):
-    """The stream ended before the last row."""
-
-
 class HubSource:
     """Any data set that `datasets` can stream, as text or already tokenised.
 
@@ -163,7 +159,7 @@ class HubSource:
                         row += 1
                         attempt.retry_state.attempt_number = 1  # failures in a row are counted
                     if self.promised is not None and row < self.promised:
-                        raise EndedEarlyError(
+                        raise ConnectionError(
                             f"it ended after {row:,} of the {self.promised:,} rows that its card "
                             "names"
                         )
@@ -180,31 +176,15 @@ class HubSource:
     def _explained(self, error: Exception, row: int) -> UserError:
         """Return the error for the user, after all tries."""
         if not self._may_pass(error):
-            config = "" if self.config is None else f", config {self.config!r}"
-            revision = "" if self.revision is None else f", revision {self.revision!r}"
             return UserError(
-                f"cannot read data set {self.name}{config}, split {self.split!r}{revision}: "
-                f"{one_line(error)}"
+                f"cannot read data set {self.name} (config={self.config}, split={self.split}, "
+                f"revision={self.revision}): {one_line(error)}"
             )
-        tries, advice = f"in {self.retries + 1} tries", ""
-        if isinstance(error, EndedEarlyError):
-            what = f"{error}, {tries}"
-            advice = (
-                "; if the card is wrong, set stream.max_tokens to less than the data set holds"
-            )
-        elif _is_damage(error):
-            what = f"what came from row {row} on was truncated or damaged {tries}"
-            what += f" ({one_line(error)})"
-            advice = (
-                "; if the file itself is damaged, set stream.max_tokens to less than what comes "
-                "before it"
-            )
-        else:
-            what = f"the connection was lost at row {row} and not regained in {self.retries} "
-            what += f"retries ({one_line(error)})"
         return UserError(
-            f"data set {self.name}: {what}. Packed text is kept: the same command resumes there. "
-            f"data.retries=<number> waits longer{advice}"
+            f"data set {self.name}: reading failed at row {row:,} in {self.retries + 1} tries "
+            f"({one_line(error)}). Packed text is kept: the same command resumes there. "
+            "data.retries=<number> waits longer. If the data set is damaged there, or its card is "
+            "wrong, set stream.max_tokens to less than what comes before."
         )
 
     def _open(self, start: int) -> Iterable[dict[str, Any]]:

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from groupsae.runtime.errors import UserError
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # to all processes
 
 
@@ -40,9 +38,6 @@ class StepSampler(Sampler[list[int]]):
     Its length is the complete run, while iteration starts at `first_step`: that is what Lightning
     expects of a resumed loader. Without a seed blocks come in the order of the file. Each process
     takes an equal, contiguous share of every step.
-
-    Raises:
-        UserError: a step cannot be shared out equally, or there is no block.
     """
 
     def __init__(
@@ -58,15 +53,8 @@ class StepSampler(Sampler[list[int]]):
     ) -> None:
         self.num_blocks, self.blocks_per_step = num_blocks, blocks_per_step
         self.num_steps, self.seed, self.first_step = num_steps, seed, first_step
-        if num_blocks < 1:
-            raise UserError("the split has no block of tokens: give more text")
         share, left = divmod(blocks_per_step, world_size)
-        if left or share < 1:
-            nearest = max(1, round(blocks_per_step / world_size)) * world_size
-            raise UserError(
-                f"stream.blocks_per_step={blocks_per_step} cannot be shared out equally over "
-                f"{world_size} processes: take a multiple of {world_size}, for example {nearest}"
-            )
+        assert not left, f"{blocks_per_step} blocks are no equal shares of {world_size} processes"
         self.mine = slice(rank * share, (rank + 1) * share)
 
     def __len__(self) -> int:

@@ -7,12 +7,11 @@ packed before is left out: a copy must not put a held-out text into the training
 import functools
 import hashlib
 import json
-import math
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +36,6 @@ BATCH_SIZE = 1_000_000  # characters (or tokens) read ahead at most, not countin
 
 Split = Literal["train", "calibration", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "calibration", "heldout")
-NO_SHARE = 1e-9  # of the documents: below it, a split has none
 
 
 # ---- splits -----------------------------------------------------------------------------------
@@ -56,49 +54,12 @@ def split_of(name: str, heldout_fraction: float, calibration_fraction: float) ->
     >>> split_of("json/decoder.py", heldout_fraction=1.0, calibration_fraction=0.0)
     'heldout'
     """
-    u = _place_of(name)
+    u = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
     if u < heldout_fraction:
         return "heldout"
     if u < heldout_fraction + calibration_fraction:
         return "calibration"
     return "train"
-
-
-def _place_of(name: str) -> float:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
-
-
-def moved_documents(
-    names: Sequence[str], heldout_fraction: float, calibration_fraction: float
-) -> dict[str, Split]:
-    """Return the documents that change sides so that no split with a share is empty, in few texts.
-
-    They are the nearest ones by the number of `split_of`, and none if no split is empty or there
-    are fewer documents than splits.
-
-    >>> moved_documents(["a", "b", "c"], heldout_fraction=0.02, calibration_fraction=0.02)
-    {'c': 'heldout', 'b': 'calibration'}
-    """
-    fractions = heldout_fraction, calibration_fraction
-    wanted = {s for s, share in _shares(*fractions).items() if share >= NO_SHARE}
-    order = sorted(names, key=_place_of)  # held-out documents first, then calibration, then train
-    before = [split_of(name, *fractions) for name in order]
-    sides = list(before)
-    if len(order) < len(wanted):
-        return {}
-    if "heldout" in wanted and "heldout" not in sides:
-        sides[0] = "heldout"
-    if "train" in wanted and "train" not in sides:
-        sides[-1] = "train"
-    if "calibration" in wanted and "calibration" not in sides:
-        first = sides.count("heldout")  # of the training documents; one at least stays
-        sides[first if sides.count("train") > 1 else first - 1] = "calibration"
-    return {n: new for n, old, new in zip(order, before, sides, strict=True) if new != old}
-
-
-def _shares(heldout_fraction: float, calibration_fraction: float) -> dict[Split, float]:
-    train = 1 - heldout_fraction - calibration_fraction
-    return {"heldout": heldout_fraction, "calibration": calibration_fraction, "train": train}
 
 
 def document_numbers(
@@ -121,55 +82,13 @@ def document_numbers(
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """How documents become blocks.
-
-    Raises:
-        UserError: no text can be packed like that.
-    """
+    """How documents become blocks."""
 
     context: int
     heldout_fraction: float
     calibration_fraction: float
     prepend_bos: bool
     max_tokens: int | None  # over all splits; None reads the complete source
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        heldout, calibration = self.heldout_fraction, self.calibration_fraction
-        if not (0 <= heldout <= 1 and 0 <= calibration <= 1 and heldout + calibration <= 1):
-            raise UserError(
-                f"stream.heldout_fraction={heldout} and stream.calibration_fraction={calibration} "
-                "must lie in [0, 1], and their sum may not exceed 1"
-            )
-        shortest = 2 if self.prepend_bos else 1
-        if self.context < shortest:
-            raise UserError(f"a block of {self.context} tokens is too short: at least {shortest}")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise UserError(
-                f"stream.max_tokens={self.max_tokens} must be at least 1, or null to derive it "
-                "from tokens"
-            )
-
-    @property
-    def shares(self) -> dict[Split, float]:
-        """Return the share of the documents that each split gets."""
-        return _shares(self.heldout_fraction, self.calibration_fraction)
-
-    def way_out(self, split: Split, tokens: int, wanted: int, otherwise: str) -> str:
-        """Return what gives a split the tokens that it must have; `otherwise` is one more way.
-
-        Of `tokens` in all splits, `wanted` must be in this one. It is advised to have twice that,
-        because documents differ in length.
-        """
-        ways, now = [], self.shares[split]
-        share = math.ceil(100 * max(2 * wanted / max(tokens, 1), 1.5 * now)) / 100
-        if split != "train" and share <= 0.4:
-            ways.append(f"raise stream.{split}_fraction (now {now:g}) to {share:g}")
-        elif split == "train" and now < 0.5:
-            ways.append("lower stream.heldout_fraction and stream.calibration_fraction")
-        if self.max_tokens is not None and tokens >= self.max_tokens:
-            ways.append(f"raise stream.max_tokens (now {self.max_tokens:,})")
-        return ", ".join([*ways, otherwise]) + " or give more text"
 
 
 class TokenBlocks:
@@ -192,18 +111,14 @@ class TokenBlocks:
             raise self._damaged(f"{type(error).__name__}: {error}") from None
 
     def _checked(self, split: Split) -> np.ndarray:
-        """Return the blocks of a split, after a check of their size and checksum."""
-        context = self.manifest["packing"]["context"]
-        file = self.folder / f"{split}.bin"
-        expected, size = 4 * self.manifest["num_blocks"][split] * context, file.stat().st_size
-        if size != expected:
-            raise self._damaged(f"{file.name} has {size:,} bytes instead of {expected:,}")
-        written = self.manifest.get("checksums")  # earlier versions wrote none
-        if written is not None and written.get(split) != checksum(self.folder, split):
-            raise self._damaged(f"the checksum of {file.name} is wrong")
-        if not expected:
-            return np.empty((0, context), np.int32)
-        return np.memmap(file, dtype=np.int32, mode="r").reshape(-1, context)
+        """Return the blocks of a split, after a check of their checksum."""
+        written = self.manifest.get("checksums")  # version 0.1 wrote none
+        if written is not None and written[split] != checksum(self.folder, split):
+            raise self._damaged(f"the checksum of {split}.bin is wrong")
+        shape = self.manifest["num_blocks"][split], self.manifest["packing"]["context"]
+        if not shape[0]:
+            return np.empty(shape, np.int32)
+        return np.memmap(self.folder / f"{split}.bin", np.int32, "r", shape=shape)
 
     def _damaged(self, how: str) -> UserError:
         return UserError(
@@ -287,8 +202,8 @@ def load_token_blocks(
 
     Raises:
         UserError: the source is empty or cannot be read, the tokenizer makes no tokens of its
-            text, a split that is asked for has no complete block, a token id is outside the
-            vocabulary, or the cache is damaged or cannot be written.
+            text, a token id is outside the vocabulary, or the cache is damaged or cannot be
+            written.
     """
     vocab_size = len(tokenizer) if vocab_size is None else vocab_size
     content = source.fingerprint()
@@ -306,7 +221,8 @@ def load_token_blocks(
     highest = blocks.manifest.get("max_token_id", -1)
     if highest >= vocab_size:
         raise _wrong_tokenizer(f"the packed corpus {folder}", highest, vocab_size)
-    _check_filled(blocks, packing)
+    if not blocks.manifest["documents"]:
+        raise UserError("the text source has no document: give another file, folder or split.")
     return blocks
 
 
@@ -334,69 +250,29 @@ def _without_copies(key: str) -> str:
     return _digest([key, WITHOUT_COPIES])[:16]
 
 
-def _check_filled(blocks: TokenBlocks, packing: Packing) -> None:
-    """Raise UserError if a split with a share of the documents has no complete block."""
-    manifest = blocks.manifest
-    if not manifest["documents"]:
-        raise UserError(
-            "the text source is empty: it has no document. Give another file, folder or split"
-        )
-    shares = packing.shares
-    for split in SPLITS:
-        if shares[split] < NO_SHARE or len(blocks.blocks[split]):
-            continue
-        tokens, documents = manifest["split_tokens"], manifest["split_documents"]
-        total, needed = sum(tokens.values()), sum(share >= NO_SHARE for share in shares.values())
-        if manifest["documents"] < needed:
-            way_out = f"give at least {needed} documents: one for each split"
-        else:
-            way_out = packing.way_out(split, total, packing.context, "lower stream.context")
-        raise UserError(
-            f"the {split} split has no complete block of {packing.context} tokens: of "
-            f"{manifest['documents']:,} document(s) with {total:,} tokens it got "
-            f"{documents[split]:,} with {tokens[split]:,}: {way_out}."
-        )
-
-
-def _wrong_tokenizer(
-    what: str, token_id: int, vocab_size: int, *, ours: bool = False
-) -> UserError:
-    """Return the error about an id that the model has not; `ours`: its own tokenizer made it."""
-    how = "it was tokenised with another tokenizer. Use the model that it was made for, or a data "
-    how += "set (or column) with text"
-    if ours:
-        how = (
-            "the tokenizer in the model's folder belongs to another model, or it got tokens that "
-        )
-        how += "the model has no embeddings for. Put the model's own tokenizer files there"
+def _wrong_tokenizer(what: str, token_id: int, vocab_size: int) -> UserError:
     return UserError(
         f"{what} holds the token id {token_id}, while the model's vocabulary ends at "
-        f"{vocab_size - 1}: {how}."
+        f"{vocab_size - 1}: another tokenizer made it. Put the model's own tokenizer files into "
+        "its folder, or give a data set (or column) with text."
     )
 
 
 def _check_makes_tokens(
     texts: Sequence[str], ids: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Raise UserError if nearly all text becomes nothing, or one and the same token.
-
-    Transformers gives a model without tokenizer files such a tokenizer, without a warning.
-    """
-    characters = {c for text in texts for c in text if not c.isspace()}
-    found = {token for each in ids for token in each} - set(tokenizer.all_special_ids)
-    if not characters or len(found) > (len(characters) >= 10):
-        return
-    raise UserError(
-        f"the model's tokenizer cannot read this text: its {len(characters)} different characters "
-        f"become {len(found)} different token(s). The tokenizer ({tokenizer.name_or_path}) has "
-        f"{len(tokenizer):,} tokens; its files are missing, or it is made for other text. Copy "
-        "tokenizer.json and tokenizer_config.json of the model that this one comes from into its "
-        "folder, or give text that is tokenised already (a column with lists of token ids)."
-    )
+    """Raise UserError if text becomes nothing but special tokens, as without tokenizer files."""
+    if any(map(str.strip, texts)) and not {*chain(*ids)} - {*tokenizer.all_special_ids}:
+        raise UserError(
+            f"the model's tokenizer ({tokenizer.name_or_path}) cannot read this text: its files "
+            "are missing, or it is made for other text. Copy tokenizer.json and "
+            "tokenizer_config.json of the model that this one comes from into its folder, or give "
+            "text that is tokenised already (a column with lists of token ids)."
+        )
 
 
 def pack_texts(
-    texts: Iterable[object],
+    texts: Iterable[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
     context: int,
@@ -418,15 +294,14 @@ def pack_texts(
         The blocks, and a number of the document that each begins in.
 
     Raises:
-        UserError: the texts are not strings, fill no block, or hold a token that the language
-            model does not have.
+        UserError: the texts fill no block, or hold a token that the language model does not have.
     """
     if isinstance(texts, str):
         raise UserError("texts is one text: give a list of texts.")
     body = context - prepend_bos
     most = None if tokens is None else tokens // context * body
     found, count = [], 0
-    for batch in batches(Document(str(n), _text(text, n)) for n, text in enumerate(texts)):
+    for batch in batches(Document(str(n), text) for n, text in enumerate(texts)):
         found += list(token_ids(batch, tokenizer))
         count += sum(map(len, found[-len(batch) :]))
         if most is not None and count >= most:
@@ -444,15 +319,6 @@ def pack_texts(
     if prepend_bos:
         blocks = np.insert(blocks, 0, begin_of_text(tokenizer), axis=1)
     return blocks, documents
-
-
-def _text(text: object, number: int) -> str:
-    if not isinstance(text, str):
-        raise UserError(
-            f"text {number} is of type {type(text).__name__}: give texts as strings, such as the "
-            "column of a data set."
-        )
-    return text
 
 
 # ---- packing ----------------------------------------------------------------------------------
@@ -499,10 +365,6 @@ def pack(
         before, began = writer.num_tokens, time.monotonic()
         try:
             _fill(writer, source, tokenizer, packing)
-            if moved := _moved(writer, source, packing):
-                writer.begin_again(moved)
-                before = 0
-                _fill(writer, source, tokenizer, packing)
         except UserError:
             writer.flush()
             raise
@@ -552,61 +414,41 @@ class BlockWriter:
     ) -> None:
         self.folder, self.context, self.bos, self.vocab_size = folder, context, bos, vocab_size
         self.keep_copies = keep_copies
-        self.note = folder / "progress.json"
+        self.note, contents = folder / "progress.json", folder / "contents.bin"
+        self.files = {split: folder / f"{split}.bin" for split in SPLITS}
         with explain_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self._start(self._noted())
-
-    def begin_again(self, moved: Mapping[str, Split]) -> None:
-        """Drop everything; the documents of these names will go to these splits."""
-        with explain_write_errors(self.folder):
-            self._start(None)
-            self.state["moved"] = dict(moved)
-            write_json(self.note, self.state)
-
-    def _file(self, split: Split) -> Path:
-        return self.folder / f"{split}.bin"
-
-    def _start(self, noted: dict[str, Any] | None) -> None:
-        """Continue from a note; from the beginning without one."""
-        if noted is None:
-            shutil.rmtree(self.folder)
-            self.folder.mkdir()
-            for split in SPLITS:
-                self._file(split).touch()
-            self._contents_file.touch()
+            noted = self._noted(contents)
+            if noted is None:
+                for file in (*self.files.values(), contents):
+                    file.write_bytes(b"")
         self.state = noted or self._empty()
-        self.contents = Contents(self._contents_file, self.state["contents"])
+        self.contents = Contents(contents, self.state["contents"])
         self.pending: dict[Split, list[np.ndarray]] = {
             split: [np.asarray(self.state["rest"][split], dtype=np.int32)] for split in SPLITS
         }
         self.waiting = 0
 
-    @property
-    def _contents_file(self) -> Path:
-        return self.folder / "contents.bin"
-
     def _empty(self) -> dict[str, Any]:
         return {
-            "documents": dict.fromkeys(SPLITS, 0),
-            "tokens": dict.fromkeys(SPLITS, 0),
+            "documents": 0,
+            "tokens": 0,
             "written": dict.fromkeys(SPLITS, 0),
             "rest": {split: [] for split in SPLITS},
             "max_token_id": -1,
             "copies": 0,
             "contents": 0,
-            "moved": {},
         }
 
-    def _noted(self) -> dict[str, Any] | None:
+    def _noted(self, contents: Path) -> dict[str, Any] | None:
         """Return the note, if the files contain at least as much as it counts."""
         try:
             state: dict[str, Any] = json.loads(self.note.read_text())
             if state.keys() != self._empty().keys():
                 return None
-            sizes = {split: self._file(split).stat().st_size for split in SPLITS}
-            complete = all(sizes[split] >= 4 * state["written"][split] for split in SPLITS)
-            complete &= self._contents_file.stat().st_size >= 8 * state["contents"]
+            written = {file: 4 * state["written"][split] for split, file in self.files.items()}
+            written[contents] = 8 * state["contents"]
+            complete = all(file.stat().st_size >= size for file, size in written.items())
             return state if complete else None
         except (FileNotFoundError, ValueError):
             return None
@@ -614,7 +456,7 @@ class BlockWriter:
     @property
     def num_documents(self) -> int:
         """Return how many documents were added, those of an earlier writer included."""
-        return sum(self.state["documents"].values())
+        return int(self.state["documents"])
 
     @property
     def num_copies(self) -> int:
@@ -629,7 +471,7 @@ class BlockWriter:
     @property
     def num_tokens(self) -> int:
         """Return how many tokens were added, without BOS."""
-        return sum(self.state["tokens"].values())
+        return int(self.state["tokens"])
 
     def add(self, split: Split, document: Document, token_ids: list[int]) -> None:
         """Append the tokens of one document, or count it as a copy of one before.
@@ -639,8 +481,8 @@ class BlockWriter:
         """
         low, high = min(token_ids, default=0), max(token_ids, default=-1)
         if low < 0 or high >= self.vocab_size:
-            bad, ours = high if low >= 0 else low, document.token_ids is None
-            raise _wrong_tokenizer(f"document {document.name!r}", bad, self.vocab_size, ours=ours)
+            bad = high if low >= 0 else low
+            raise _wrong_tokenizer(f"document {document.name!r}", bad, self.vocab_size)
         content = None if self.keep_copies else content_of(document)
         if content is not None and not self.contents.add(content):
             self.state["copies"] += 1
@@ -648,8 +490,8 @@ class BlockWriter:
         self.state["max_token_id"] = max(self.state["max_token_id"], high)
         ids = np.asarray(token_ids, dtype=np.int32)
         self.pending[split].append(ids)
-        self.state["documents"][split] += 1
-        self.state["tokens"][split] += ids.size
+        self.state["documents"] += 1
+        self.state["tokens"] += ids.size
         self.waiting += ids.size
         if self.waiting > FLUSH_TOKENS:
             self.flush()
@@ -664,7 +506,7 @@ class BlockWriter:
                 blocks = tokens[:complete].reshape(-1, body)
                 if self.bos is not None:
                     blocks = np.insert(blocks, 0, self.bos, axis=1)
-                write_at(self._file(split), 4 * self.state["written"][split], blocks)
+                write_at(self.files[split], 4 * self.state["written"][split], blocks)
                 self.pending[split] = [tokens[complete:]]
                 self.state["written"][split] += blocks.size
                 self.state["rest"][split] = tokens[complete:].tolist()
@@ -678,10 +520,7 @@ class BlockWriter:
         return {
             "documents": self.num_documents,
             "num_blocks": {s: self.state["written"][s] // self.context for s in SPLITS},
-            "split_documents": self.state["documents"],
-            "split_tokens": self.state["tokens"],
             "max_token_id": self.state["max_token_id"],
-            "moved": self.state["moved"],
             **({} if self.keep_copies else {"copies": self.num_copies}),
         }
 
@@ -710,7 +549,7 @@ def _fill(
     writer: BlockWriter, source: Source, tokenizer: PreTrainedTokenizerBase, packing: Packing
 ) -> None:
     """Add documents from the first that is not in the writer, until the source or budget ends."""
-    budget, moved, checked = packing.max_tokens, writer.state["moved"], False
+    budget, checked = packing.max_tokens, False
     if budget is not None and writer.num_tokens >= budget:
         return
     with token_progress("packing", budget, done=writer.num_tokens, stderr=True) as advance:
@@ -721,7 +560,7 @@ def _fill(
                 _check_makes_tokens(texts, encoded, tokenizer)
                 checked = True
             for document, ids in zip(batch, encoded, strict=True):
-                split = moved.get(document.name) or split_of(
+                split = split_of(
                     document.name, packing.heldout_fraction, packing.calibration_fraction
                 )
                 left = None if budget is None else budget - writer.num_tokens
@@ -729,23 +568,6 @@ def _fill(
                 if budget is not None and writer.num_tokens >= budget:
                     return
             advance(writer.num_tokens - before)
-
-
-def _moved(writer: BlockWriter, source: Source, packing: Packing) -> dict[str, Split]:
-    """Return the documents that must change sides, once all are packed: see `moved_documents`."""
-    empty = [s for s, tokens in writer.state["tokens"].items() if not tokens]
-    if (
-        writer.keep_copies
-        or writer.state["moved"]
-        or all(packing.shares[s] < NO_SHARE for s in empty)
-    ):
-        return {}
-    first_of: dict[int, str] = {}
-    for document in islice(source.documents(), writer.num_read):
-        if (content := content_of(document)) is not None:
-            first_of.setdefault(content, document.name)
-    names = list(first_of.values())
-    return moved_documents(names, packing.heldout_fraction, packing.calibration_fraction)
 
 
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

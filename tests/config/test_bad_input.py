@@ -203,6 +203,8 @@ def test_a_small_corpus_becomes_epochs_and_says_so(
             tmp_path / "out",
             "tokens=30720",
             "stream.heldout_tokens=512",
+            "stream.heldout_fraction=0.2",
+            "stream.calibration_fraction=0.2",
             "eval_every=999",
             "log_every=99",
         )

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from groupsae.data.loader import BlockLoader, StepSampler, block_order
-from groupsae.runtime.errors import UserError
 
 
 def sampler(**changes):
@@ -74,17 +73,6 @@ def test_without_a_seed_blocks_come_in_the_order_of_the_file_and_around_again():
 def test_one_step_larger_than_the_corpus_repeats_blocks():
     (step,) = sampler(num_blocks=3, blocks_per_step=6, num_steps=1)
     assert sorted(step) == [0, 0, 1, 1, 2, 2]
-
-
-@pytest.mark.parametrize(("blocks_per_step", "nearest"), [(6, 8), (1, 4), (11, 12), (9, 8)])
-def test_a_step_that_cannot_be_shared_out_equally_is_refused(blocks_per_step, nearest):
-    with pytest.raises(UserError, match=f"={blocks_per_step} .* 4 processes.*example {nearest}$"):
-        sampler(blocks_per_step=blocks_per_step, world_size=4)
-
-
-def test_a_split_without_blocks_is_refused():
-    with pytest.raises(UserError, match="no block"):
-        sampler(num_blocks=0)
 
 
 # From Python 3.12 on, fork warns where threads run; the worker only copies blocks.

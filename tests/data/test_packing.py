@@ -4,7 +4,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import time
 
@@ -111,8 +110,6 @@ def test_blocks_are_the_joined_tokens_of_each_split(tokenizer, tmp_path, prepend
     packing = make_packing(prepend_bos=prepend_bos, max_tokens=max_tokens)
     blocks = load_token_blocks(ListSource(TEXTS), tokenizer, packing, tmp_path)
     assert as_lists(blocks) == naive_blocks(TEXTS, tokenizer, packing)
-    if max_tokens is not None:
-        assert sum(blocks.manifest["split_tokens"].values()) == max_tokens
 
 
 lists = st.lists(st.lists(st.integers(0, 289), max_size=30), min_size=1, max_size=30)
@@ -133,12 +130,8 @@ def test_any_tokenised_documents_are_packed_as_the_naive_way_does(
     )
     expected = naive_blocks(documents, tokenizer, packing)
     folder = tmp_path_factory.mktemp("any")
-    if expected["train"]:
-        blocks = load_token_blocks(ListSource(documents), tokenizer, packing, folder)
-        assert as_lists(blocks) == expected
-    else:
-        with pytest.raises(UserError, match="no complete block"):
-            load_token_blocks(ListSource(documents), tokenizer, packing, folder)
+    blocks = load_token_blocks(ListSource(documents), tokenizer, packing, folder)
+    assert as_lists(blocks) == expected
 
 
 def test_a_document_longer_than_the_models_context_gives_no_warning(tokenizer, tmp_path, capfd):
@@ -272,7 +265,7 @@ def test_going_on_after_a_kill_gives_the_same_bytes(tokenizer, tmp_path):
     again = ListSource(TEXTS, {i: (lambda i=i: reads.append(i)) for i in range(60)})
     blocks = load_token_blocks(again, tokenizer, make_packing(), cache)
     assert files(blocks.folder) == undisturbed(tokenizer, make_packing(), tmp_path)
-    assert reads[0] == sum(already.values()) > 0
+    assert reads[0] == already > 0
 
 
 @pytest.mark.usefixtures("small_steps")
@@ -371,15 +364,8 @@ def test_a_cache_that_cannot_be_written_is_refused(tokenizer, tmp_path):
 
 
 def test_an_empty_source_is_refused(tokenizer, tmp_path):
-    with pytest.raises(UserError, match="text source is empty"):
+    with pytest.raises(UserError, match="text source has no document"):
         load_token_blocks(ListSource([]), tokenizer, make_packing(), tmp_path)
-
-
-def test_a_split_without_a_block_is_refused_with_the_figures(tokenizer, tmp_path):
-    source = ListSource(TEXTS[:1])
-    for _ in range(2):  # from packing, and from the cache
-        with pytest.raises(UserError, match=r"of 1 document.s. .* got 0 with 0.*at least 3 doc"):
-            load_token_blocks(source, tokenizer, make_packing(), tmp_path)
 
 
 @pytest.mark.parametrize("token_id", [290, 2**40, -1])
@@ -396,20 +382,6 @@ def test_the_vocabulary_of_the_model_is_what_counts(tokenizer, tmp_path):
     load_token_blocks(source, tokenizer, packing, tmp_path, vocab_size=320)
     with pytest.raises(UserError, match="packed corpus .* token id 310"):
         load_token_blocks(source, tokenizer, packing, tmp_path, vocab_size=305)
-
-
-@pytest.mark.parametrize(
-    ("changes", "match"),
-    [
-        ({"heldout_fraction": 0.9}, "their sum"),
-        ({"calibration_fraction": -0.1}, "=-0.1"),
-        ({"max_tokens": 0}, "max_tokens=0"),
-        ({"context": 1, "prepend_bos": True}, "too short"),
-    ],
-)
-def test_impossible_packing_is_refused(tokenizer, tmp_path, changes, match):
-    with pytest.raises(UserError, match=match):
-        load_token_blocks(ListSource(TEXTS), tokenizer, make_packing(**changes), tmp_path)
 
 
 def test_bos_is_refused_where_the_tokenizer_has_none(tmp_path):
@@ -567,64 +539,6 @@ def test_contents_are_new_once_also_in_another_process(tmp_path_factory, portion
     assert contents.count == len(known)
 
 
-# ---- few documents ----------------------------------------------------------------------------
-
-
-def few(count, seed=0):
-    return [Document(f"{seed}.{i}", f"text = {i}\n" * 9) for i in range(count)]
-
-
-@pytest.mark.parametrize("count", [3, 4, 9])
-def test_three_documents_fill_three_splits(tokenizer, tmp_path, count):
-    packing = make_packing(heldout_fraction=0.02, calibration_fraction=0.02)
-    blocks = load_token_blocks(ListSource(few(count)), tokenizer, packing, tmp_path)
-    documents = blocks.manifest["split_documents"]
-    assert documents == {"train": count - 2, "calibration": 1, "heldout": 1}
-    sides = dict.fromkeys((d.name for d in few(count)), "train") | blocks.manifest["moved"]
-    for split in SPLITS:
-        texts = [d.text for d in few(count) if sides[d.name] == split]
-        joined = [t for text in texts for t in [*tokenizer(text)["input_ids"], 0]]
-        assert blocks.blocks[split].flatten().tolist() == joined[: len(joined) // 8 * 8]
-
-
-def test_copies_do_not_count_as_documents_that_fill_a_split(tokenizer, tmp_path):
-    packing = make_packing(heldout_fraction=0.02, calibration_fraction=0.02)
-    copies = [Document(str(i), "text = 1\n" * 9) for i in range(5)]
-    with pytest.raises(UserError, match=r"of 1 document.*give at least 3 documents"):
-        load_token_blocks(ListSource(copies), tokenizer, packing, tmp_path)
-
-
-@pytest.mark.usefixtures("small_steps")
-def test_documents_that_move_do_so_alike_after_every_interruption(tokenizer, tmp_path):
-    packing = make_packing(heldout_fraction=1e-6, calibration_fraction=0.2)
-    cache, calls = tmp_path / "cache", []
-
-    def fail_at(*numbers):
-        """Fail the n-th time that document 50 is reached."""
-        calls.append(None)
-        if len(calls) in numbers:
-            lose_connection()
-
-    source = ListSource(TEXTS, {50: lambda: fail_at(1, 3, 4)})  # packing, looking, packing again
-    for _ in range(3):
-        with pytest.raises(UserError, match="connection lost"):
-            load_token_blocks(source, tokenizer, packing, cache)
-    blocks = load_token_blocks(source, tokenizer, packing, cache)
-    assert len(blocks.manifest["moved"]) == 1
-    assert files(blocks.folder) == undisturbed(tokenizer, packing, tmp_path)
-
-
-def test_a_split_with_too_short_documents_is_refused_with_a_fraction_that_would_do(
-    tokenizer, tmp_path
-):
-    packing = make_packing(heldout_fraction=0.001, calibration_fraction=0.2, context=100)
-    with pytest.raises(UserError, match=r"got 1 with .*raise stream.heldout_fraction") as refused:
-        load_token_blocks(ListSource(TEXTS), tokenizer, packing, tmp_path)
-    found = re.search(r"\(now 0.001\) to ([\d.]+), lower stream.context", str(refused.value))
-    enough = make_packing(heldout_fraction=float(found[1]), calibration_fraction=0.2, context=100)
-    load_token_blocks(ListSource(TEXTS), tokenizer, enough, tmp_path)
-
-
 # ---- a tokenizer that is none -----------------------------------------------------------------
 
 
@@ -654,16 +568,8 @@ def test_tokens_need_no_tokenizer(tmp_path, make):
     assert blocks.manifest["documents"] == 90
 
 
-def test_text_of_few_characters_is_read_by_a_tokenizer_that_knows_them(tmp_path):
-    letters = {"A": 0, "C": 1, "G": 2, "T": 3, "[EOS]": 4}
-    backend = Tokenizer(models.BPE(letters, []))
-    genes = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[EOS]")
-    texts = [Document(str(i), f"{'A' * 9}{'ACGT'[i % 4] * i}") for i in range(90)]
-    load_token_blocks(ListSource(texts), genes, make_packing(), tmp_path)
-
-
 def test_a_tokenizer_of_another_model_is_named(tokenizer, tmp_path):
-    with pytest.raises(UserError, match=r"'file 0' holds .*tokenizer in the model's folder bel"):
+    with pytest.raises(UserError, match=r"'file 0' holds .*the model's own tokenizer files"):
         load_token_blocks(ListSource(TEXTS), tokenizer, make_packing(), tmp_path, vocab_size=20)
 
 

@@ -64,8 +64,8 @@ def test_files_of_a_folder_that_are_not_text_are_left_out_and_named(tmp_path):
     sentence = r"left out 5 files that are not text \(2.1 MB\): half.gz, late, lost, pack.tar.gz"
     with pytest.warns(UserWarning, match=sentence):
         assert list(documents(tmp_path)) == ["a.txt"]
-    refused(tmp_path / "late", match=f"late is not text: invalid UTF-8 at byte {2 * CHUNK + 3}")
-    refused(tmp_path / "l*", match=f"late is not text: invalid UTF-8 at byte {2 * CHUNK + 3}")
+    refused(tmp_path / "late", match="late is not text: .*iconv")
+    refused(tmp_path / "l*", match="late is not text: .*iconv")
 
 
 def test_tables_without_a_usual_column_are_left_out_of_a_folder_and_named(tmp_path):
@@ -380,19 +380,11 @@ def test_a_data_set_written_by_save_to_disk_is_for_data_hf(tmp_path):
     assert list(documents(tmp_path / "a b" / "*.arrow").values()) == [text or [] for text in TEXTS]
 
 
-@pytest.mark.parametrize("before", [0, 10, CHUNK - 1, CHUNK, CHUNK + 5])
-@pytest.mark.parametrize(
-    ("bad", "what"),
-    [
-        (b"\0", "a NUL byte"),
-        (b"\xff", "invalid UTF-8"),
-        (b"\xc3(", "invalid UTF-8"),
-        (b"\xe2\x82", "invalid UTF-8"),
-    ],
-)
-def test_a_file_that_is_not_text_is_refused_with_the_place(tmp_path, before, bad, what):
+@pytest.mark.parametrize("before", [0, CHUNK - 1, CHUNK + 5])
+@pytest.mark.parametrize("bad", [b"\0", b"\xff", b"\xc3(", b"\xe2\x82"])
+def test_a_file_that_is_not_text_is_refused(tmp_path, before, bad):
     write(tmp_path, a_txt=b"x" * before + bad)
-    refused(tmp_path, match=f"a.txt is not text: {what} at byte {before}\\.")
+    refused(tmp_path, match="a.txt is not text: .*iconv")
 
 
 def test_a_character_across_two_chunks_is_text(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from groupsae.data.packing import SPLITS, document_numbers, moved_documents, split_of
+from groupsae.data.packing import SPLITS, document_numbers, split_of
 
 
 @given(st.text(), st.floats(0, 0.5), st.floats(0, 0.5))
@@ -51,24 +51,3 @@ def test_a_blocks_document_is_the_one_it_begins_in():
 @pytest.mark.parametrize("eos", [None, 0])
 def test_without_any_end_of_text_every_block_is_a_document(eos):
     assert document_numbers(np.ones((4, 3), np.int32), eos).tolist() == [0, 1, 2, 3]
-
-
-names = st.lists(st.text(max_size=5), max_size=12, unique=True)
-fractions = st.sampled_from([0.0, 0.001, 0.1, 0.45])
-
-
-@given(names, fractions, fractions)
-def test_documents_move_only_so_that_no_split_is_empty(names, heldout, calibration):
-    before = {name: split_of(name, heldout, calibration) for name in names}
-    moved = moved_documents(names, heldout, calibration)
-    after = before | moved
-    shares = {"heldout": heldout, "calibration": calibration, "train": 1 - heldout - calibration}
-    wanted = {split for split in SPLITS if shares[split]}
-    empty = wanted - set(before.values())
-    assert all(before[name] != split for name, split in moved.items())
-    if len(names) < len(wanted) or not empty:
-        assert not moved
-    else:
-        assert wanted <= set(after.values())
-        assert len(moved) <= len(empty) + 1
-    assert moved == moved_documents(sorted(names), heldout, calibration)
