@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Any
 
@@ -13,8 +13,8 @@ import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Sweep
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import Sweep
+from hydra.errors import HydraException, OverrideParseException
 from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 
@@ -51,13 +51,10 @@ def start(name: str, task: Callable[[DictConfig], Any]) -> None:
             return task(cfg)
 
     with one_sentence():
-        if {"-m", "--multirun"} & set(sys.argv):
-            explain(sys.argv[1:], name)  # before Hydra writes anything about the sweep
         try:
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(run)()
         except HydraException as error:
-            explain(sys.argv[1:], name)
-            raise UserError(str(error)) from error
+            raise _explained(error, sys.argv[1:], name) from error
 
 
 @contextmanager
@@ -167,18 +164,17 @@ def composed(arguments: Sequence[str], name: str) -> DictConfig:
         UserError: an argument cannot be read, is unknown, or names several values.
     """
     arguments = read(arguments, name)
-    for argument in arguments:
-        if _parsed(argument).is_sweep_override():
-            raise UserError(
-                f"{argument} names several values, which is a sweep: call the function once for "
-                "each, or put a list in brackets."
-            )
     try:
+        for override in OverridesParser.create().parse_overrides(list(arguments)):
+            if override.is_sweep_override():
+                raise UserError(
+                    f"{override.input_line} names several values, which is a sweep: call the "
+                    "function once for each, or put a list in brackets."
+                )
         with _our_files():
             return compose(name, overrides=arguments)
     except HydraException as error:
-        explain(arguments, name)
-        raise UserError(str(error)) from error
+        raise _explained(error, arguments, name) from error
 
 
 def arguments_of(values: Mapping[str, Any], before: str = "") -> Iterator[str]:
@@ -233,99 +229,35 @@ def _our_files() -> Iterator[None]:
 # ---- errors in arguments ------------------------------------------------------------------
 
 
-def explain(arguments: Sequence[str], name: str) -> None:
-    """Raise UserError at the first argument that a command cannot take, with the nearest names.
-
-    Only our own yaml files are searched: where a user adds a folder of them (`--config-dir`),
-    nothing is raised.
-    """
-    overrides = [a for a in arguments if a not in ("-m", "--multirun")]
-    if any(a.startswith(("-", "hydra.searchpath")) for a in overrides):
-        return
-    with _our_files():
-        groups = compose(name, return_hydra_config=True).hydra.runtime.choices
-        chosen, keys = [], []
-        for override in map(_parsed, overrides):
-            key = override.key_or_group
-            added = override.is_add() or override.is_force_add()
-            if override.is_delete() or override.package or "/" in key or key.startswith("hydra."):
-                continue
-            if (CONF / key).is_dir():
-                options = _options(override, name, None if added else groups)
-                chosen += [] if added else [f"{key}={option}" for option in options[:1]]
-            elif not added:
-                keys.append(key)
-        values: Any = OmegaConf.to_container(compose(name, overrides=chosen))
-    for key in keys:
-        _check_key(key, values)
-
-
-def _parsed(argument: str) -> Override:
-    try:
-        return OverridesParser.create().parse_override(argument)
-    except HydraException:
-        key, equals, value = argument.partition("=")
-        example = f"\"{key}='{value}'\"" if equals else "tokens=1_000_000"
-        if not equals and os.path.exists(argument):
-            raise UserError(
-                f"{argument} is an argument without a key: a run folder is named by "
-                f"run={argument}, a text by data.path={argument}."
-            ) from None
-        raise UserError(
-            f"cannot read the argument {argument}: write key=value, and put a value with unusual "
-            f"characters in quotes twice, such as {example}."
-        ) from None
-
-
-def _options(override: Override, name: str, groups: Mapping[str, str] | None) -> list[str]:
-    """Return the options that an argument chooses in a group, if the command has all of them.
-
-    Several together, `evaluation=[heldout,circuits]`, are one.
-    """
-    group, _, text = str(override.input_line).lstrip("+").partition("=")
-    if groups is not None and group not in groups:
-        ours = ", ".join(sorted(g for g in groups if (CONF / g).is_dir() and "/" not in g))
-        raise UserError(
-            f"groupsae.{name} has no {group} to choose. Groups of options here: {ours or 'none'}."
+def _explained(error: HydraException, arguments: Sequence[str], name: str) -> UserError:
+    """Return Hydra's error as one sentence, with the nearest names of an unknown key."""
+    sentence = " ".join(str(error).split()).partition(" Config search path")[0]
+    if isinstance(error, OverrideParseException):
+        return UserError(
+            f"cannot read the argument {error.override}: write key=value (a run folder is "
+            "run=<folder>), and put a value with unusual characters in quotes twice, such as "
+            "\"key='value'\"."
         )
-    known = sorted(p.stem for p in (CONF / group).glob("*.yaml") if p.stem != "base")
-    # (a function of Hydra's: choice(a,b))
-    options = [] if "(" in text else re.findall(r"\[[^\]]*\]|[^,]+", text)
-    for option in re.findall(r"[^\s\[\],'\"]+", ",".join(options)):
-        if option not in (*known, "null"):
-            near = _did_you_mean(difflib.get_close_matches(option, known, n=3))
-            raise UserError(f"{group}={option} is unknown.{near} Valid: {', '.join(known)}.")
-    return options
-
-
-def _check_key(key: str, values: dict[str, Any]) -> None:
-    """Raise UserError if a configuration has no such key, with the keys that it has there."""
-    every = list(_dotted(values))
-    if key in every:
-        return
-    where = key
-    while where and where not in every:
-        where = where.rpartition(".")[0]
-    valid = sorted(k.rpartition(".")[2] for k in every if k.rpartition(".")[0] == where)
-    same = [k for k in every if k.rpartition(".")[2] == key.rpartition(".")[2]][:3]
-    others = [k for k in every if k != where]
-    near = same or difflib.get_close_matches(key, others, n=3, cutoff=0.75)
-    there = f" Valid{' in ' + where if where else ''}: {', '.join(valid)}." if valid else ""
+    unknown = re.match(r"Could not override '([^']+)'", sentence)
+    if unknown is None:
+        return UserError(sentence)
+    key, every = unknown[1], list[str]()
     group, option = (*key.split("."), "")[:2]
-    if (CONF / group / f"{option}.yaml").is_file():  # of an option that is not chosen
-        there = f" It is of {group}={option}; choose that."
-    # arguments that are not in our yaml files are Lightning's own
-    more = f" Another option of Lightning's Trainer: +{key}=<value>." if where == "trainer" else ""
-    raise UserError(f"{key} is unknown.{_did_you_mean(near)}{there}{more}")
+    if (CONF / group / f"{option}.yaml").is_file():
+        return UserError(f"{key} is unknown. It is of {group}={option}: choose that.")
+    chosen = [each for each in arguments if (CONF / each.partition("=")[0]).is_dir()]
+    with _our_files(), suppress(HydraException):  # options of the user's own, sweeps
+        plain: Any = OmegaConf.to_container(compose(name, overrides=chosen))
+        every = list(_dotted(plain))
+    same = [each for each in every if each.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = (same or difflib.get_close_matches(key, every, cutoff=0.75))[:3]
+    meant = f" Did you mean {' or '.join(near)}?" if near else ""
+    more = f" (Lightning's own are added: +{key}=<value>.)" if group == "trainer" else ""
+    return UserError(f"{key} is unknown.{meant}{more}")
 
 
-def _dotted(node: dict[str, Any], before: str = "") -> Iterator[str]:
+def _dotted(node: Mapping[Any, Any], before: str = "") -> Iterator[str]:
     for key, value in node.items():
-        if not key.startswith("_"):
-            yield f"{before}{key}"
-            if isinstance(value, dict):
-                yield from _dotted(value, f"{before}{key}.")
-
-
-def _did_you_mean(near: Sequence[str]) -> str:
-    return f" Did you mean {' or '.join(near)}?" if near else ""
+        yield f"{before}{key}"
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{before}{key}.")

@@ -257,13 +257,15 @@ class ActivationDataModule(L.LightningDataModule):
         num_blocks = len(self.blocks.blocks[split])
         available = num_blocks // self.blocks_per_step
         if not available:
-            share = "raise" if split != "train" else "lower"
+            packing, train = self.packing, split == "train"
             raise UserError(
-                f"the {split} split has {num_blocks} blocks of {self.packing.context} tokens, "
-                f"less than one step of {self.blocks_per_step}; the text has "
-                f"{self.blocks.manifest['documents']:,} documents. Give more text "
-                f"(stream.max_tokens), {share} stream.heldout_fraction or "
-                "stream.calibration_fraction, or lower stream.blocks_per_step or stream.context."
+                f"the {split} split has {num_blocks} blocks of {packing.context} tokens, less "
+                f"than one step of {self.blocks_per_step}; the text has "
+                f"{self.blocks.manifest['documents']:,} documents, of which "
+                f"stream.heldout_fraction={packing.heldout_fraction:g} and "
+                f"stream.calibration_fraction={packing.calibration_fraction:g} are set aside. "
+                f"{'Lower both' if train else 'Raise that of this split'}, give more text "
+                "(stream.max_tokens), or lower stream.blocks_per_step or stream.context."
             )
         wanted = available if tokens is None else max(1, tokens // self.tokens_per_step)
         return min(available, wanted)

@@ -355,7 +355,7 @@ def test_the_command_line_asks_which_run() -> None:
         (["run=a,a"], "this command takes one at a time: give run=a, each"),
         (["run=a,b c"], "give run=a and 'run=b c', each in a separate command."),
         (["run=it's/k=1 (b)"], "run=it's/k=1 (b): no run there"),
-        (["run=a", "groups=all"], "groupsae.evaluate has no groups to choose."),
+        (["run=a", "groups=all"], "groups is unknown."),
         (["run=a", "evaluation.tokns=5"], "Did you mean evaluation.tokens?"),
     ],
 )

@@ -260,7 +260,7 @@ def test_distances_are_those_of_the_run(evaluated: Evaluated) -> None:
     ("config", "sentence"),
     [
         ("tokens=1", "is one text: give a list"),
-        (["groups=amd"], "Did you mean amad"),
+        (["groups=amd"], "Available options in 'groups': all amad"),
         (["tokns=1"], "Did you mean tokens"),
         (["groups.theta=0.1,0.2"], "call the function once for each"),
         (["--multirun"], "cannot read the argument --multirun"),
