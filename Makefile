@@ -77,7 +77,7 @@ bench: $(READY)  ## Measure the training loop and its parts, a quarter of an hou
 # CI runs every benchmark, so that none breaks unnoticed
 bench-smallest: $(READY)  ## Run every benchmark for a few seconds; the figures mean nothing
 	@mkdir -p build/bench
-	@printf '%s\n' real_models better_groups interpretation interpretability downstream probing replication law scale \
+	@printf '%s\n' real_models better_groups interpretation interpretability downstream probing replication law scale pretraining \
 		soak rivals quality saes store loop step kernels lm_forward scaling notebook | xargs -P $(WORKERS) -I @ sh -c \
 		'if $(BIN)/python -m benchmarks.@ size=smallest >build/bench/@.log 2>&1; \
 		then echo benchmarks.@; else cat build/bench/@.log; exit 255; fi'

@@ -3,9 +3,11 @@
 import json
 import platform
 import shlex
+import sys
 from datetime import date
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import hydra
@@ -25,6 +27,7 @@ from benchmarks.pretraining.model import (
     stack_layers,
     train_tokenizer,
 )
+from benchmarks.timing import smallest
 from groupsae.data.loader import BlockLoader, StepSampler
 from groupsae.data.packing import Packing, Split, load_token_blocks, split_of
 from groupsae.data.sources import PythonSource
@@ -33,6 +36,13 @@ from groupsae.files.reading import read_metrics
 from groupsae.training.allocator import keep_freed_memory
 from groupsae.training.loggers import MetricsCSV
 
+SMALLEST = (
+    "tokens=4096", "model.num_layers=2", "model.d_model=32", "model.vocab_size=300",
+    "model.context=32", "data.packages=false", "data.max_tokens=100_000",
+    "data.tokenizer_megabytes=0.05", "data.heldout_fraction=0.2", "data.blocks_per_step=8",
+    "eval_every=8", "eval_blocks=8", "final_eval_blocks=16", "checkpoint_every=8",
+)  # fmt: skip
+
 
 @hydra.main(version_base="1.3", config_path=str(Path(__file__).parent), config_name="pretrain")
 def pretrain(cfg: DictConfig) -> None:
@@ -40,12 +50,12 @@ def pretrain(cfg: DictConfig) -> None:
     keep_freed_memory()
     L.seed_everything(cfg.seed, verbose=False)
     output, per_step = Path(cfg.output), cfg.data.blocks_per_step
-    source = PythonSource(packages=True)
+    source = PythonSource(packages=cfg.data.packages)
     tokenizer = _tokenizer(cfg, source)
     packing = Packing(
         context=cfg.model.context + 1,
         prepend_bos=False,
-        max_tokens=None,
+        max_tokens=cfg.data.max_tokens,
         heldout_fraction=cfg.data.heldout_fraction,
         calibration_fraction=cfg.data.calibration_fraction,
     )
@@ -163,4 +173,9 @@ def _hardware(device: torch.device) -> str:
 
 
 if __name__ == "__main__":
-    pretrain()
+    if smallest():
+        with TemporaryDirectory() as folder:
+            sys.argv[1:] = [*SMALLEST, f"output={folder}/out", f"cache={folder}/cache"]
+            pretrain()
+    else:
+        pretrain()
