@@ -25,6 +25,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -371,16 +372,48 @@ def spliced_lm(subject: Subject, batch_size: int) -> Any:
 
 
 def _splicing(saes: Mapping[int, LayerSAE], filters: TokenFilter) -> Any:
+    first, places = torch.zeros(0), torch.zeros(0)  # of this forward
+    read: Reading | None = None
+
     def visit(layer: int, acts: Tensor, reading: Reading | None) -> Tensor:
-        sae = saes[layer]
+        nonlocal first, places, read
+        sae, rows = saes[layer], acts.flatten(0, 1)
         keep = filters.activations(acts)
-        if reading is not None and reading.tokens is not None:
+        if reading is None or reading.tokens is None:
+            x_hat = sae(rows.to(sae.device))
+        else:
+            if reading is not read:
+                read, (first, places) = reading, distinct(reading.tokens, reading.past)
             skipped = max(0, filters.skip_positions - reading.past)
             keep = both(replace(filters, skip_positions=skipped).tokens(reading.tokens), keep)
-        x_hat = sae(acts.to(sae.device)).to(acts)
+            x_hat = sae(rows[first].to(sae.device))[places]
+        x_hat = x_hat.to(acts).view_as(acts)
         return x_hat if keep is None else torch.where(keep.unsqueeze(-1), x_hat, acts)
 
     return visit
+
+
+def distinct(
+    tokens: Int[Tensor, "text pos"], past: int = 0
+) -> tuple[Int[Tensor, " distinct"], Int[Tensor, " place"]]:
+    """Return where texts read something for the first time, and its number at each place.
+
+    Where texts begin alike, as the choices of one question do, they have the same activations.
+    Places are numbered text by text; with others before them in a cache, all are different.
+
+    >>> first, places = distinct(torch.tensor([[5, 6, 7], [5, 6, 8]]))
+    >>> first.tolist(), places.tolist()
+    ([0, 1, 2, 5], [0, 1, 2, 0, 1, 3])
+    """
+    texts, length = tokens.shape
+    every = torch.arange(texts * length, device=tokens.device)
+    if past:
+        return every, every
+    alike = (tokens[:, None] == tokens).cumprod(-1)  # [text, other, pos]
+    owner = alike.argmax(1)  # the first text that begins in the same way
+    same = (owner * length + every[:length]).flatten()
+    new = same == every
+    return every[new], (new.cumsum(0) - 1)[same]
 
 
 @contextmanager

@@ -112,25 +112,26 @@ class Effects:
     """
 
     def __init__(self, sae: LayerSAE) -> None:
-        self.sae = sae
-        self.sums: Float64[Tensor, " d_sae"] = torch.zeros(sae.d_sae, dtype=torch.float64)
-        self.active: Bool[Tensor, " d_sae"] = torch.zeros(sae.d_sae, dtype=torch.bool)
+        self.sae, self._totals = sae, torch.zeros(sae.d_sae, 2, dtype=torch.float64)
+
+    @property
+    def sums(self) -> Float64[Tensor, " d_sae"]:  # noqa: D102
+        return self._totals[:, 0]
+
+    @property
+    def active(self) -> Bool[Tensor, " d_sae"]:  # noqa: D102
+        return self._totals[:, 1] > 0
 
     @torch.no_grad()
-    def update(
-        self, g: Float[Tensor, "row d_model"], both: Float[Tensor, "twice d_model"]
-    ) -> None:
-        """Add rows, positions of examples: activations of the patch run, then of the clean one."""
-        sae, rows = self.sae, len(g)
-        latents = sae.encode_sparse(both)
-        entries = latents.entries(sae.d_sae)
-        dots = entries.kernels(sae.W_dec).dots(
-            g.to(sae.dtype).repeat(2, 1), sae.W_dec, entries.starts, entries.latents
-        )
-        terms = (latents.acts * dots.view_as(latents.acts) / sae.norm_factor).double()
-        terms[rows:] *= -1  # f_patch - f_clean
-        self.sums.index_add_(0, entries.latents.cpu(), terms.flatten().cpu())
-        self.active[latents.indices[latents.acts > 0].cpu()] = True
+    def update(self, g: Float[Tensor, "row d_model"], acts: Float[Tensor, "row d_model"]) -> None:
+        """Add positions of examples: of the patch run with g, and of the clean run with -g."""
+        sae = self.sae
+        latents = sae.encode_sparse(acts)
+        entries, values = latents.entries(sae.d_sae), latents.acts.flatten()
+        kernels = entries.kernels(sae.W_dec)
+        slopes = kernels.dots(g.to(sae.dtype), sae.W_dec, entries.starts, entries.latents)
+        terms = torch.stack([values * slopes / sae.norm_factor, values], dim=1)
+        self._totals.index_add_(0, entries.latents.cpu(), terms.double().cpu())
 
 
 def attribute(
@@ -161,8 +162,9 @@ def attribute(
             rows = (clean[layer] != patch[layer]).any(-1)
             keep = kept(batch.clean, clean[layer])
             rows = rows if keep is None else rows & keep
-            g, both = grads[layer][rows], torch.cat([patch[layer][rows], clean[layer][rows]])
+            g = grads[layer][rows]
+            change = torch.cat([g, -g]), torch.cat([patch[layer][rows], clean[layer][rows]])
             for (_, at), effects in found.items():
                 if at == layer:
-                    effects.update(g, both)
+                    effects.update(*change)
     return found
