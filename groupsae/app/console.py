@@ -225,14 +225,11 @@ def print_judged(console: Console, judged: Mapping[str, Any]) -> None:
         notes.append(
             f"{name}: "
             + f"F1 weighted by firings: {', '.join(weighted)}; intruders found by the judge "
-            f"{_two(sae['intruder']['judge'])} (chance 0.2); discrimination "
+            f"{_two(sae['intruder'])} (chance 0.2); discrimination "
             f"{_two(sae['discrimination'])} (chance 0.5); "
             * qualified
-            + f"intruders found by TF-IDF {_two(sae['intruder']['tfidf'])}; left out: "
-            f"{sae['few_windows']} latents with few windows, {sae['not_explained']} without an "
-            "explanation"
-            + f"; {sae['overlap']:.0%} of the windows to score on were explained"
-            * bool(sae["overlap"])
+            + f"left out: {sae['few_windows']} latents with few windows, {sae['not_explained']} "
+            "without an explanation"
         )
     console.print(screen)
     console.print(

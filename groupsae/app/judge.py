@@ -14,7 +14,6 @@ from groupsae.files.reading import read_json
 from groupsae.interpretation.files import COLLECTED, Interpretation
 from groupsae.interpretation.judged import judge_run, ledger_of, planned
 from groupsae.interpretation.judges import Endpoint, Judge, Local
-from groupsae.interpretation.windows import DELPHI, Protocol
 from groupsae.lm.load import FrozenLM
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.signals import stopped_by_signals
@@ -73,7 +72,7 @@ def ask(
         UserError: the judge cannot be reached, or its answers cannot be read; what it answered
             before is kept.
     """
-    total = planned(found, protocol_of(options), count_of(options), options.seed).questions
+    total = planned(found, count_of(options), options.seed).questions
     with stopped_by_signals(), Progress(transient=True, console=console) as progress:
         task = progress.add_task(f"asking {judge.name}", total=total)
         judge.advance = lambda count: progress.advance(task, count)
@@ -81,7 +80,6 @@ def ask(
             found,
             explained,
             judge,
-            protocol_of(options),
             count_of(options),
             options.seed,
             lambda line: console.print(line, soft_wrap=True, markup=False),
@@ -99,15 +97,10 @@ def print_needs(folder: Path, options: DictConfig, console: Console) -> None:
         )
         return
     found = Interpretation(folder)
-    needs = planned(found, protocol_of(options), count_of(options), options.seed)
-    price = options.endpoint.price
-    cost = ""
-    if options.judge == "endpoint" and any(price):
-        cost = f", a cost of {(needs.read * price[0] + needs.written * price[1]) / 1e6:,.2f}"
+    needs = planned(found, count_of(options), options.seed)
     console.print(
         f"Judge: {needs.questions:,} requests for {needs.latents:,} latents, about "
-        f"{needs.read:,} tokens to read and {needs.written:,} to write{cost}; where a server "
-        "gives no probabilities, five texts share a request.",
+        f"{needs.read:,} tokens to read and {needs.written:,} to write.",
         soft_wrap=True,
     )
 
@@ -115,8 +108,3 @@ def print_needs(folder: Path, options: DictConfig, console: Console) -> None:
 def count_of(options: DictConfig) -> int:
     """Return how many latents of each SAE a judge explains: not more than rules do."""
     return int(min(options.judged_latents, options.latents))
-
-
-def protocol_of(options: DictConfig) -> Protocol:
-    """Return which windows a judge sees."""
-    return DELPHI if options.delphi_compat else Protocol()

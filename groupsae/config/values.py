@@ -142,24 +142,14 @@ INTERPRETATION = {
     "seed": at_least(0),
     "judge": one_of("rules", "endpoint", "hf"),
     "judged_latents": COUNT,
-    "delphi_compat": SWITCH,
     "endpoint.url": TEXT,
     "endpoint.key_variable": TEXT.or_null("no key"),
-    "endpoint.price": Allowed(
-        "two numbers, such as [0.15, 0.6]",
-        lambda v: (
-            isinstance(v, Sequence)
-            and len(v) == 2
-            and all(isinstance(x, int | float) and x >= 0 for x in v)
-        ),
-    ),
     "endpoint.body": Allowed("a table, such as {top_p: 1}", lambda v: isinstance(v, Mapping)),
     "endpoint.parallel": COUNT,
     "endpoint.timeout": POSITIVE,
     "endpoint.retries": at_least(0),
     "endpoint.answer_tokens": COUNT,
     "endpoint.most_tokens": COUNT,
-    "endpoint.most_cost": POSITIVE.or_null("no limit"),
 }
 TRAINING = {
     "tokens": COUNT,

@@ -178,11 +178,15 @@ class Interpretation:
         return found
 
     @cached_property
+    def bounds(self) -> tuple[Int[Tensor, "position"], Int[Tensor, "position"]]:
+        """Return where the document at every position begins and ends, within its block."""
+        tokens = torch.from_numpy(self.tokens.reshape(-1, self.context))
+        return document_bounds(tokens, self.head["end_token"])
+
+    @cached_property
     def pieces(self) -> Int[np.ndarray, " position"]:
         """Return a number of the piece of a document at every position: its part of a block."""
-        tokens = torch.from_numpy(self.tokens.reshape(-1, self.context))
-        starts, _ = document_bounds(tokens, self.head["end_token"])
-        found: np.ndarray = np.unique(starts.numpy(), return_inverse=True)[1]
+        found: np.ndarray = np.unique(self.bounds[0].numpy(), return_inverse=True)[1]
         return found
 
     @cached_property

@@ -21,19 +21,16 @@ from groupsae.interpretation.judges import CHARACTERS, Judge, Ledger, Question
 from groupsae.interpretation.rules import Explanation, Rule
 from groupsae.interpretation.text import EXPLAIN
 from groupsae.interpretation.verdicts import (
-    TRIALS,
+    Yes,
     auc,
     discriminates,
-    found_by_grams,
-    grams,
+    mean_of_known,
     summary,
     trials,
     verdict,
 )
 from groupsae.interpretation.windows import (
-    CONTEXT,
     LatentWindows,
-    Protocol,
     Window,
     WindowChooser,
     text_of,
@@ -42,7 +39,6 @@ from groupsae.runtime.errors import UserError
 
 PLANTED, QUALIFIED = 40, 0.7  # items, least AUC
 ASKED = 10  # intruders that a judge is asked to find, of each latent
-TASKS = ("detection", "fuzzing")
 FRAME = 200  # characters of a question next to its text, about
 
 EXPLAIN_TASK = """\
@@ -54,12 +50,12 @@ sentence: which tokens are these, and in which context? Describe what they share
 Answer with one line that begins with EXPLANATION:"""
 DETECT_TASK = 'A unit fires on: "{}"\nDoes it fire anywhere in the text?'
 FUZZ_TASK = 'A unit fires on: "{}"\nAre the tokens between « and » those on which it fires?'
+TASKS = {"detection": DETECT_TASK, "fuzzing": FUZZ_TASK}
 INTRUDER_TASK = """\
 In four of these five texts a unit of a language model fires on the tokens between « and »; in \
 one, tokens are marked at random. Which text does not belong?"""
 
-# by task and latent: probabilities of yes by its own explanation, and by another latent's
-Judgements = dict[str, dict[int, tuple[np.ndarray, np.ndarray]]]
+Pair = tuple[int, int]  # a latent, and the one whose explanation is put to the test on it
 
 
 class Judging:
@@ -68,17 +64,12 @@ class Judging:
     Args:
         found: what was collected.
         judge: the language model.
-        protocol: which windows it sees.
         seed: of all draws.
     """
 
-    def __init__(
-        self, found: Interpretation, judge: Judge, protocol: Protocol, seed: int = 0
-    ) -> None:
-        self.found, self.judge, self.protocol, self.seed = found, judge, protocol, seed
-        self.first = (
-            found.num_tokens[EXPLAIN] if protocol.apart else 0
-        )  # position of score windows
+    def __init__(self, found: Interpretation, judge: Judge, seed: int = 0) -> None:
+        self.found, self.judge, self.seed = found, judge, seed
+        self.first = found.num_tokens[EXPLAIN]  # position of the score text
         text = Places(found.tokens, found.context, found.strings)
         self.held = Held(text, slice(self.first, sum(found.num_tokens)))
 
@@ -89,14 +80,14 @@ class Judging:
         0.7 the judge is not qualified: its scores would say more about it than about the latents.
         """
         items = planted(self.found, self.seed)
-        yes = self._ask([question for question, _ in items])
+        yes = self._options([question for question, _ in items])[:, 0]
         truth = np.array([true for _, true in items])
         reached = auc(yes[truth], yes[~truth])
         return {
             "items": len(items),
             "failed": int(np.isnan(yes).sum()),
-            "auc": reached,
-            "qualified": reached is not None and reached >= QUALIFIED,
+            "auc": None if np.isnan(reached) else reached,
+            "qualified": bool(reached >= QUALIFIED),
         }
 
     def sae(
@@ -112,69 +103,73 @@ class Judging:
         Raises:
             UserError: no explanation could be read.
         """
-        chooser = WindowChooser(self.found, sae, self.protocol, self.seed)
+        chooser = WindowChooser(self.found, sae, self.seed)
         chosen = choose(sae, min(count, len(rules))).latents
-        every = {latent: chooser.of(latent) for latent in chosen}
-        windows = {latent: each for latent, each in every.items() if each.enough}
+        windows = {latent: each for latent in chosen if (each := chooser.of(latent)).enough}
         texts = self._explained(windows)
         # neighbours in this order have like density: each is the other's null
         order = sorted(texts, key=lambda latent: (windows[latent].fired, latent))
-        other: dict[int, int] = {}  # a single latent has no null
+        null: dict[int, int] = {}  # a single latent has none
         if len(order) > 1:
-            other = {a: order[i + 1 if i + 1 < len(order) else i - 1] for i, a in enumerate(order)}
-        answers = self._answers(windows, texts, order, other)
-        by_rules = self._answers_of_rules(windows, rules, order, other)
-        intruders = self._intruders(windows, order)
-        rows = []
-        for latent in order:
-            shown = windows[latent]
-            row: dict[str, Any] = {
+            null = dict(zip(order, [*order[1:], order[-2]], strict=True))
+        shown = {latent: windows[latent] for latent in order}
+        pairs = [(a, b) for a in order for b in (a, null.get(a)) if b is not None]
+        at = {latent: self._predicted(rules[latent]) for latent in order}
+        answers = {
+            "judge": {task: self._asked(task, pairs, texts, shown) for task in TASKS},
+            "rules": {task: self._by_rules(task, pairs, at, shown) for task in TASKS},
+        }
+
+        def both(by: str, task: str, latent: int) -> tuple[Yes, Yes]:
+            """Return the answers by a latent's own explanation, and by its null."""
+            found, nothing = answers[by][task], np.full(len(shown[latent].score), np.nan)
+            return found[latent, latent], found.get((latent, null.get(latent, -1)), nothing)
+
+        intruders = self._intruders(shown)
+        rows = [
+            {
                 "latent": latent,
                 "explanation": texts[latent],
-                "null": other.get(latent),
-                "rate": shown.rate,
-                "fired": shown.fired,
-                "overlap": shown.overlap,
-                "dropped": shown.dropped,
+                "null": null.get(latent),
+                "rate": seen.rate,
+                "fired": seen.fired,
+                "dropped": seen.dropped,
                 "intruder": intruders[latent],
-                "discriminates": discriminates(answers["detection"][latent][0], shown.score),
-                "windows": [window._asdict() for window in shown.score],
-            }
-            for name, each in (("judge", answers), ("rules", by_rules)):
-                row[name] = {
-                    task: {
-                        "own": verdict(each[task][latent][0], shown.score, shown.rate),
-                        "null": verdict(each[task][latent][1], shown.score, shown.rate),
-                        "yes": [None if np.isnan(p) else round(p, 4) for p in own.tolist()],
+                "discriminates": discriminates(both("judge", "detection", latent)[0], seen.score),
+                "windows": [window._asdict() for window in seen.score],
+                **{
+                    by: {
+                        task: {
+                            "own": verdict(own, seen.score, seen.rate),
+                            "null": verdict(other, seen.score, seen.rate),
+                            "yes": [None if np.isnan(p) else round(p, 4) for p in own.tolist()],
+                        }
+                        for task in TASKS
+                        for own, other in [both(by, task, latent)]
                     }
-                    for task in TASKS
-                    for own, _ in [each[task][latent]]
-                }
-            rows.append(row)
+                    for by in answers
+                },
+            }
+            for latent, seen in shown.items()
+        ]
+        means = {
+            by: {
+                task: summary(
+                    [(shown[latent], *both(by, task, latent)) for latent in order],
+                    self.found.documents,
+                    self.seed,
+                )
+                for task in TASKS
+            }
+            for by in answers
+        }
         return {
             "chosen": len(chosen),
-            "few_windows": len(every) - len(windows),
+            "few_windows": len(chosen) - len(windows),
             "not_explained": len(windows) - len(texts),
-            "mean": {
-                name: {
-                    task: summary(
-                        [{**row, **row[name][task]} for row in rows],
-                        [
-                            (*each[task][row["latent"]], windows[row["latent"]].score)
-                            for row in rows
-                        ],
-                        self.found.documents,
-                        self.seed,
-                    )
-                    for task in TASKS
-                }
-                for name, each in (("judge", answers), ("rules", by_rules))
-            },
-            "intruder": {
-                name: _mean([row["intruder"][name] for row in rows]) for name in ("tfidf", "judge")
-            },
-            "discrimination": _mean([d for row in rows for d in row["discriminates"]]),
-            "overlap": _mean([row["overlap"] for row in rows]) or 0.0,
+            "mean": means,
+            "intruder": mean_of_known([each["found"] for each in intruders.values()]),
+            "discrimination": mean_of_known([d for row in rows for d in row["discriminates"]]),
             "latents": rows,
         }
 
@@ -198,20 +193,16 @@ class Judging:
 
     def _prompt(self, windows: Sequence[Window]) -> str:
         """Return the prompt with as many windows as the judge can read, evenly chosen."""
-        step = 1
-        while True:
+        for step in range(1, len(windows) + 1):
             texts = [text_of(self.found, window, marked=True) for window in windows[::step]]
             numbered = "\n\n".join(f"Text {i}:\n{text}" for i, text in enumerate(texts, 1))
             prompt = EXPLAIN_TASK.format(texts=numbered)
-            if len(texts) == 1 or self.judge.fits(prompt):
-                return prompt
-            step += 1
-
-    def _ask(self, questions: Sequence[Question]) -> np.ndarray:
-        """Return the probability of the first option; one more attempt where there is none."""
-        return self._options(questions)[:, 0]
+            if self.judge.fits(prompt):
+                break
+        return prompt
 
     def _options(self, questions: Sequence[Question]) -> np.ndarray:
+        """Return the options' probabilities; one more attempt where there are none."""
         if not questions:
             return np.empty((0, 2))
         different = list(dict.fromkeys(questions))
@@ -222,67 +213,57 @@ class Judging:
         place = {question: i for i, question in enumerate(different)}
         return found[[place[question] for question in questions]]
 
-    def _answers(
+    def _asked(
         self,
-        windows: Mapping[int, LatentWindows],
+        task: str,
+        pairs: Sequence[Pair],
         texts: Mapping[int, str],
-        order: Sequence[int],
-        other: Mapping[int, int],
-    ) -> Judgements:
-        """Return the answers for each latent: by its own explanation, and by another one's."""
-        found: Judgements = {}
-        for task, form in zip(TASKS, (DETECT_TASK, FUZZ_TASK), strict=True):
-            questions = [
-                Question(
-                    form.format(texts[explained]),
-                    text_of(self.found, window, marked=task == "fuzzing"),
-                )
-                for latent in order
-                for explained in (latent, other.get(latent))
-                if explained is not None
-                for window in windows[latent].score
-            ]
-            yes = iter(self._ask(questions))
-            found[task] = {
-                latent: tuple(  # type: ignore[misc]
-                    np.array([next(yes, np.nan) for _ in windows[latent].score]) for _ in range(2)
-                )
-                for latent in order
-            }
-        return found
+        shown: Mapping[int, LatentWindows],
+    ) -> dict[Pair, Yes]:
+        """Return the judge's answers, for each latent and explanation."""
+        questions = [
+            Question(
+                TASKS[task].format(texts[explained]),
+                text_of(self.found, window, marked=task == "fuzzing"),
+            )
+            for latent, explained in pairs
+            for window in shown[latent].score
+        ]
+        yes = iter(self._options(questions)[:, 0])
+        return {pair: np.array([next(yes) for _ in shown[pair[0]].score]) for pair in pairs}
 
-    def _answers_of_rules(
+    def _by_rules(
         self,
-        windows: Mapping[int, LatentWindows],
-        rules: Mapping[int, Mapping[str, Any]],
-        order: Sequence[int],
-        other: Mapping[int, int],
-    ) -> Judgements:
+        task: str,
+        pairs: Sequence[Pair],
+        at: Mapping[int, np.ndarray],
+        shown: Mapping[int, LatentWindows],
+    ) -> dict[Pair, Yes]:
         """Return what the rules predict for the same windows.
 
         They fire in a window if a rule holds in it; they agree with marks by the share of marked
         tokens at which one holds, and say yes from more than half of them.
+
+        Args:
+            task: `detection` or `fuzzing`.
+            pairs: latents and explanations.
+            at: what each latent's rules predict at every token of the score text.
+            shown: windows.
         """
-        predicted = {latent: self._predicted(rules[latent]) for latent in order}
-        found: Judgements = {task: {} for task in TASKS}
-        for latent in order:
-            shown = windows[latent].score
-            for task in TASKS:
-                sides = []
-                for explained in (latent, other.get(latent)):
-                    if explained is None:
-                        sides.append(np.full(len(shown), np.nan))
-                        continue
-                    at = predicted[explained]
-                    spans = [at[w.start - self.first :][: w.length] for w in shown]
-                    if task == "detection":
-                        highest = max(float(at.max(initial=0.0)), 1e-12)
-                        yes = [float(s.max()) for s in spans]
-                        sides.append(np.array([0.5 + p / highest / 2 if p else 0.0 for p in yes]))
-                    else:
-                        marked = [s[list(w.marks)] > 0 for s, w in zip(spans, shown, strict=True)]
-                        sides.append(np.array([float(m.mean()) for m in marked]))
-                found[task][latent] = (sides[0], sides[1])
+        found = {}
+        for latent, explained in pairs:
+            predicted, windows = at[explained], shown[latent].score
+            spans = [predicted[w.start - self.first :][: w.length] for w in windows]
+            if task == "detection":
+                highest = max(float(predicted.max(initial=0.0)), 1e-12)
+                peaks = [float(span.max()) for span in spans]
+                yes = [0.5 + peak / highest / 2 if peak else 0.0 for peak in peaks]
+            else:
+                yes = [
+                    float((span[list(w.marks)] > 0).mean())
+                    for span, w in zip(spans, windows, strict=True)
+                ]
+            found[latent, explained] = np.array(yes)
         return found
 
     def _predicted(self, row: Mapping[str, Any]) -> np.ndarray:
@@ -292,48 +273,23 @@ class Judging:
         ]
         return Explanation(tuple(rules)).predict(self.held).at(np.arange(self.held.size))
 
-    def _intruders(
-        self, windows: Mapping[int, LatentWindows], order: Sequence[int]
-    ) -> dict[int, dict[str, Any]]:
-        """Return the share of intruders that are found: by TF-IDF and by the judge; chance 0.2."""
-        ends = {
-            (latent, i): self._before(window)
-            for latent in order
-            for i, window in enumerate(windows[latent].score)
-        }
-        table = grams(list(ends.values()))
-        row_of = {key: row for row, key in enumerate(ends)}
-        by_grams, questions, places = {}, [], []
-        for latent in order:
-            shown = windows[latent].score
-            drawn = trials(shown, TRIALS, np.random.default_rng([self.seed, 3, latent]))
-            hits = [
-                found_by_grams(table, [row_of[latent, i] for i in trial]) == place
-                for trial, place in drawn
-            ]
-            by_grams[latent] = float(np.mean(hits))
-            for trial, place in drawn[:ASKED]:
-                texts = [text_of(self.found, shown[i], marked=True) for i in trial]
-                numbered = "\n\n".join(f"{i}:\n{text}" for i, text in enumerate(texts, 1))
+    def _intruders(self, shown: Mapping[int, LatentWindows]) -> dict[int, dict[str, Any]]:
+        """Return the share of intruders that the judge finds; chance 0.2."""
+        questions, places = [], []
+        for latent, seen in shown.items():
+            draws = np.random.default_rng([self.seed, 3, latent])
+            for trial, place in trials(seen.score, ASKED, draws):
+                texts = [text_of(self.found, seen.score[i], marked=True) for i in trial]
+                numbered = [f"{i}:\n{text}" for i, text in enumerate(texts, 1)]
                 options = tuple(str(i) for i in range(1, len(trial) + 1))
-                questions.append(Question(INTRUDER_TASK, numbered, options))
+                questions.append(Question(INTRUDER_TASK, "\n\n".join(numbered), options))
                 places.append(place)
-        options_of = self._options(questions)
-        found = {}
-        for n, latent in enumerate(order):
-            part = options_of[n * ASKED : (n + 1) * ASKED]
-            answered = ~np.isnan(part).any(1)
-            right = part[answered].argmax(1) == np.array(places)[n * ASKED :][:ASKED][answered]
-            found[latent] = {
-                "tfidf": by_grams[latent],
-                "judge": float(right.mean()) if len(right) else None,
-                "failed": int((~answered).sum()),
-            }
-        return found
-
-    def _before(self, window: Window) -> str:
-        start = max(window.start, window.peak - CONTEXT + 1)
-        return "".join(self.found.text(start, window.peak + 1 - start))
+        answers = self._options(questions)
+        right = np.where(np.isnan(answers).any(1), np.nan, answers.argmax(1) == np.array(places))
+        return {
+            latent: {"found": mean_of_known(part), "failed": int(np.isnan(part).sum())}
+            for latent, part in zip(shown, right.reshape(-1, ASKED), strict=True)
+        }
 
 
 def read_explanation(text: str) -> str | None:
@@ -367,18 +323,13 @@ def planted(found: Interpretation, seed: int) -> list[tuple[Question, bool]]:
         texts.append("".join(found.text(start, WINDOW)))
     items = []
     for n, text in enumerate(texts):
-        absent = [word for word in words if word not in text]
-        for word, true in (
-            (words[n], True),
-            *([(absent[n % len(absent)], False)] if absent else []),
-        ):
-            items.append((Question(DETECT_TASK.format(f"the word {word}"), text), true))
-    return items
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    held = [value for value in values if value is not None]
-    return float(np.mean(held)) if held else None
+        items.append((words[n], text, True))
+        if absent := [word for word in words if word not in text]:
+            items.append((absent[n % len(absent)], text, False))
+    return [
+        (Question(DETECT_TASK.format(f"the word {word}"), text), true)
+        for word, text, true in items
+    ]
 
 
 # ---- files --------------------------------------------------------------------------------
@@ -388,7 +339,6 @@ def judge_run(
     found: Interpretation,
     explained: Mapping[str, Any],
     judge: Judge,
-    protocol: Protocol,
     count: int,
     seed: int,
     report: Callable[[str], object],
@@ -399,7 +349,6 @@ def judge_run(
         found: what was collected.
         explained: the explanations by rules.
         judge: the language model.
-        protocol: which windows it sees.
         count: latents of each SAE.
         seed: of all draws.
         report: prints a line.
@@ -407,19 +356,16 @@ def judge_run(
     Raises:
         UserError: the judge cannot be reached, or none of its explanations can be read.
     """
-    key = Ledger.key(FORMAT, found.head["key"], judge.identity, protocol, count, seed)
+    key = Ledger.key(FORMAT, found.head["key"], judge.identity, count, seed)
     file = found.folder / "judged" / f"{judge.identity['kind']}-{key[:12]}.json"
-    stored = read_json(file)
-    if stored is None or stored.get("key") != key:
-        stored = {
-            "format": FORMAT,
-            "key": key,
-            "collected": found.head["key"],
-            "judge": {"name": judge.name, **judge.identity},
-            "protocol": protocol._asdict(),
-            "saes": {},
-        }
-    judging = Judging(found, judge, protocol, seed)
+    stored = read_json(file) or {
+        "format": FORMAT,
+        "key": key,
+        "collected": found.head["key"],
+        "judge": {"name": judge.name, **judge.identity},
+        "saes": {},
+    }
+    judging = Judging(found, judge, seed)
     if "qualification" not in stored:
         stored["qualification"] = judging.qualification()
     if not stored["qualification"]["qualified"]:
@@ -446,11 +392,11 @@ class Needs(NamedTuple):
     written: int
 
 
-def planned(found: Interpretation, protocol: Protocol, count: int, seed: int) -> Needs:
+def planned(found: Interpretation, count: int, seed: int) -> Needs:
     """Return what a judge has to do, if it asks about one text at a time."""
     latents = questions = characters = 0
     for sae in found.saes.values():
-        chooser = WindowChooser(found, sae, protocol, seed)
+        chooser = WindowChooser(found, sae, seed)
         for latent in choose(sae, count).latents:
             shown = chooser.of(latent)
             if not shown.enough:

@@ -10,13 +10,12 @@ import hashlib
 import json
 import math
 import os
-import queue
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from tenacity import RetryCallState
+from torch.nn.utils.rnn import pad_sequence
 
 from groupsae.files.atomic import explain_write_errors
 from groupsae.lm.context import context_of
@@ -33,7 +33,6 @@ from groupsae.runtime.errors import UserError
 from groupsae.runtime.retry import is_transient, one_line, retrying
 from groupsae.runtime.secrets import hide, redacted
 
-BATCH = 5  # texts in a request, where the server gives no probabilities
 WORDS = 60  # tokens of a local model's explanation
 TOGETHER = 8  # prompts that a local model reads at once
 CHARACTERS = 3.5  # of a token, about; where a server does not count them
@@ -58,30 +57,22 @@ class Question(NamedTuple):
 class Ledger:
     """Every answer that was ever given, in a file: nothing is paid for twice.
 
-    A line for each answer is written as soon as it is there. A kill truncates the last line at
-    most.
+    A line for each answer is written at once; a kill truncates the last one at most.
 
     Attributes:
         file: the file.
-        tokens: tokens read and written for all of them, by judge.
+        tokens: tokens read and written for all of them, by name of the judge.
     """
 
     def __init__(self, file: Path) -> None:
-        self.file, self.tokens = file, dict[str, list[int]]()
+        self.file, self.tokens = file, Counter[str]()
         self._answers: dict[str, Any] = {}
         self._lock = threading.Lock()
-        if file.exists():
-            text = file.read_bytes()
-            complete = text[: text.rfind(b"\n") + 1]
-            for line in complete.splitlines():
-                try:
-                    row = json.loads(line)
-                    self._take(row["key"], row["judge"], row["answer"], row["tokens"])
-                except (ValueError, KeyError, TypeError):  # asked for again
-                    continue
-            if len(complete) < len(text):
-                with explain_write_errors(file), file.open("ab") as handle:
-                    handle.truncate(len(complete))
+        for line in file.read_bytes().splitlines() if file.exists() else ():
+            try:
+                self._take(**json.loads(line))
+            except (ValueError, TypeError):  # truncated: it is asked for again
+                continue
 
     @staticmethod
     def key(*parts: Any) -> str:
@@ -92,19 +83,18 @@ class Ledger:
         """Return an answer; None if it was never given."""
         return self._answers.get(key)
 
-    def add(self, key: str, judge: str, answer: Any, tokens: Sequence[int] = (0, 0)) -> None:
-        """Keep an answer, and what it cost: tokens read and written."""
+    def add(self, key: str, judge: str, answer: Any, tokens: int = 0) -> None:
+        """Keep an answer, and the tokens that were read and written for it."""
         line = json.dumps({"key": key, "judge": judge, "answer": answer, "tokens": tokens})
         with self._lock, explain_write_errors(self.file, "interpret a copy of the run"):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as handle:
-                handle.write(redacted(line) + "\n")
+                handle.write(f"\n{redacted(line)}")  # a truncated line before it stays one line
             self._take(key, judge, answer, tokens)
 
-    def _take(self, key: str, judge: str, answer: Any, tokens: Sequence[int]) -> None:
+    def _take(self, key: str, judge: str, answer: Any, tokens: int) -> None:
         self._answers[key] = answer
-        spent = self.tokens.setdefault(judge, [0, 0])
-        spent[:] = (a + int(b) for a, b in zip(spent, tokens, strict=True))
+        self.tokens[judge] += tokens
 
     def __len__(self) -> int:
         return len(self._answers)
@@ -130,10 +120,8 @@ class Endpoint:
         parallel: requests at the same time.
         timeout: seconds without a sign of the server after which a request has failed.
         retries: further tries of a request that failed.
-        answer_tokens: most tokens of an explanation.
+        answer_tokens: most tokens of an explanation, and of an answer without probabilities.
         most_tokens: tokens, read and written, after which it stops; earlier starts count.
-        most_cost: the same in the unit of `price`; None: no limit.
-        price: of a million tokens read, and written.
         body: further keys of each request; None removes one, such as `seed`.
 
     Raises:
@@ -154,8 +142,6 @@ class Endpoint:
         retries: int = 6,
         answer_tokens: int = 300,
         most_tokens: int = 20_000_000,
-        most_cost: float | None = None,
-        price: Sequence[float] = (0.0, 0.0),
         body: Mapping[str, Any] | None = None,
     ) -> None:
         if not model:
@@ -168,32 +154,25 @@ class Endpoint:
                 f"interpretation.endpoint.url is {url!r}: give an address such as "
                 "http://localhost:8000/v1."
             )
-        if most_cost is not None and not any(price):
-            raise UserError(
-                "interpretation.endpoint.most_cost needs the price of a million tokens read and "
-                "written: interpretation.endpoint.price=[<read>,<written>]."
-            )
         self.ledger, self.report = ledger, report
         self.advance: Callable[[int], object] = int
-        self.url, self.model, self.key_variable = url.rstrip("/"), model, key_variable
-        self.name = f"endpoint {model}"
-        self.seed, self.parallel, self.retries = seed, parallel, retries
+        self.url, self.key_variable, self.name = url.rstrip("/"), key_variable, f"endpoint {model}"
+        self.parallel, self.retries = parallel, retries
         self.answer_tokens, self.most_tokens = answer_tokens, most_tokens
-        self.most_cost = most_cost
-        self.price, self.body = list(price), dict(body or {})
+        self.seed, self.body = seed, {"model": model, **(body or {})}
         self.identity: dict[str, Any] = {
             "kind": "endpoint",
             "url": redacted(self.url),
             "model": model,
-            "body": self.body,
+            "body": dict(body or {}),
         }
         headers = {}
         if key_variable is not None:
             headers["Authorization"] = f"Bearer {_key(key_variable)}"
         self._client = httpx.Client(timeout=timeout, headers=headers)
         self._stop = threading.Event()
-        self._lost = [0, 0]  # tokens of replies that could not be used
-        self._gives_probabilities: bool | None = None
+        self._lost = 0  # tokens of requests whose replies could not be used
+        self._how: dict[str, Any] | None = None  # how an answer is asked for
 
     def check(self) -> None:
         """Ask one question, before hours of work.
@@ -201,7 +180,7 @@ class Endpoint:
         Raises:
             UserError: the server does not answer, or refuses access.
         """
-        self._gives_probabilities = self._probe(Question("Is this text empty?", "No, it is not."))
+        self._probe(Question("Is this text empty?", "No, it is not."))
 
     def fits(self, prompt: str) -> bool:
         """Return True: the server knows."""
@@ -209,34 +188,21 @@ class Endpoint:
 
     def write(self, prompts: Sequence[str], attempt: int = 0) -> list[str]:
         """Return the model's answers, empty where there was none."""
-        replies = self._each(
-            lambda prompt: self._ask(prompt, attempt, {"max_tokens": self.answer_tokens}), prompts
-        )
+        how = {"max_tokens": self.answer_tokens}
+        replies = self._each(lambda prompt: self._ask(prompt, attempt, how), prompts)
         return ["" if reply is None else str(reply["text"]) for reply in replies]
 
     def answer(self, questions: Sequence[Question], attempt: int = 0) -> Answers:
-        """Return the probabilities of the options, by single tokens where the server gives them.
+        """Return the probabilities of the options, by the first token where the server gives them.
 
-        Elsewhere five texts are asked about at once, and the probabilities are 0 and 1.
+        Elsewhere they are 0 and 1, by the word that is written.
         """
-        if not questions:
-            return np.empty((0, 0))
-        if self._gives_probabilities is None:
-            self._gives_probabilities = self._probe(questions[0])
-        if self._gives_probabilities:
-            found = self._each(lambda q: self._probabilities(q, attempt), questions)
-            return np.array(found)
-        batches = [
-            list(same)[i : i + BATCH]
-            for _, group in groupby(questions, lambda q: (q.task, q.options))
-            for same in [list(group)]
-            for i in range(0, len(same), BATCH)
-        ]
-        lists = self._each(lambda batch: self._listed(batch, attempt), batches, len)
-        return np.array([row for rows in lists for row in rows])
+        if questions and self._how is None:
+            self._probe(questions[0])
+        return np.array(self._each(lambda q: self._shares(q, attempt), questions))
 
-    def _probe(self, question: Question) -> bool:
-        """Ask one question; return whether the server gives probabilities."""
+    def _probe(self, question: Question) -> None:
+        """Ask one question, to learn whether the server gives probabilities."""
         try:
             reply = self._ask(question.prompt, 0, _ONE_TOKEN)
         except _Refused as error:
@@ -248,34 +214,25 @@ class Endpoint:
                 f"{self.url} sends no chat completions: interpretation.endpoint.url is the "
                 "address of an OpenAI-compatible server up to /v1."
             )
-        return reply["top"] is not None
+        self._how = _ONE_TOKEN if reply["top"] else {"max_tokens": self.answer_tokens}
 
-    def _probabilities(self, question: Question, attempt: int) -> list[float]:
-        reply = self._ask(question.prompt, attempt, _ONE_TOKEN)
+    def _shares(self, question: Question, attempt: int) -> list[float]:
+        reply = self._ask(question.prompt, attempt, self._how or {}) or {"text": "", "top": None}
         found = dict.fromkeys(question.options, 0.0)
-        for token, logprob in (reply or {}).get("top") or []:
-            word = re.sub(r"\W", "", token).lower()
-            if word in found:
-                found[word] += math.exp(min(logprob, 0.0))
+        if reply["top"]:
+            for token, logprob in reply["top"]:
+                word = re.sub(r"\W", "", token).lower()
+                if word in found:
+                    found[word] += math.exp(min(logprob, 0.0))
+        else:
+            said = set(re.findall(r"\w+", reply["text"].lower())) & set(found)
+            found |= dict.fromkeys(said, 1.0 if len(said) == 1 else 0.0)
         total = sum(found.values())
         return [p / total if total > 0 else math.nan for p in found.values()]
-
-    def _listed(self, batch: Sequence[Question], attempt: int) -> list[list[float]]:
-        options = batch[0].options
-        texts = [f"Text {i}:\n{question.text}" for i, question in enumerate(batch, 1)]
-        words = " or ".join(json.dumps(option) for option in options)
-        prompt = "\n\n".join([batch[0].task, *texts])
-        prompt += f"\n\nAnswer for each text with {words}: a JSON list of {len(batch)}, no more."
-        reply = self._ask(prompt, attempt, {"max_tokens": max(100, 12 * len(batch))})
-        answers = _json_list("" if reply is None else reply["text"])
-        if len(answers) != len(batch) or not set(answers) <= set(options):
-            return [[math.nan] * len(options) for _ in batch]
-        return [[float(option == answer) for option in options] for answer in answers]
 
     def _ask(self, prompt: str, attempt: int, more: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return text and probabilities of the first token; None if no reply can be used."""
         body: dict[str, Any] = {
-            "model": self.model,
             "messages": [{"role": "user", "content": prompt}],
             "temperature": 0,
             "seed": self.seed + attempt,
@@ -287,12 +244,15 @@ class Endpoint:
         known: dict[str, Any] | None = self.ledger.get(key)
         if known is not None:
             return known
-        self._check_cap()
+        spent = self.ledger.tokens.get(self.name, 0) + self._lost
+        if spent >= self.most_tokens:
+            raise UserError(
+                f"the judge has read and written {spent:,} tokens, as many as "
+                f"interpretation.endpoint.most_tokens allows: raise it to continue. {self._kept()}"
+            )
         try:
-            for attempt_of_request in retrying(
-                self.retries, self._may_pass, self._announce, self._pause
-            ):
-                with attempt_of_request:
+            for one in retrying(self.retries, self._may_pass, self._announce, self._pause):
+                with one:
                     answer, tokens = self._post(body, prompt)
         except _Malformed:
             return None
@@ -306,24 +266,25 @@ class Endpoint:
         self.ledger.add(key, self.name, answer, tokens)
         return answer
 
-    def _post(self, body: Mapping[str, Any], prompt: str) -> tuple[dict[str, Any], list[int]]:
+    def _post(self, body: Mapping[str, Any], prompt: str) -> tuple[dict[str, Any], int]:
+        """Return the answer, and the tokens that were read and written for it."""
         response = self._client.post(f"{self.url}/chat/completions", json=body)
         response.raise_for_status()
         try:
             reply = response.json()
             choice = reply["choices"][0]
-            text = choice["message"].get("content") or ""
+            text = str(choice["message"].get("content") or "")
             top = _first_token(choice.get("logprobs"))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            self._lost[0] += round(len(prompt) / CHARACTERS)  # it may have been charged
+            self._lost += round(len(prompt) / CHARACTERS)  # it may have been charged
             raise _Malformed(f"no chat completion but {response.text[:80]!r}") from error
-        usage = reply.get("usage")
-        usage = usage if isinstance(usage, dict) else {}
-        tokens = [
-            usage[name] if isinstance(usage.get(name), int) else round(len(said) / CHARACTERS)
-            for name, said in (("prompt_tokens", prompt), ("completion_tokens", str(text)))
-        ]
-        return {"text": str(text), "top": top}, tokens
+        try:
+            tokens = sum(
+                int(reply["usage"][f"{each}_tokens"]) for each in ("prompt", "completion")
+            )
+        except (KeyError, TypeError, ValueError):  # it does not count them
+            tokens = round((len(prompt) + len(text)) / CHARACTERS)
+        return {"text": text, "top": top}, tokens
 
     def _may_pass(self, error: BaseException) -> bool:
         return not self._stop.is_set() and (isinstance(error, _Malformed) or is_transient(error))
@@ -339,7 +300,7 @@ class Endpoint:
             self.report(redacted(text))
 
     def _refused(self, error: httpx.HTTPStatusError) -> UserError:
-        status, said = error.response.status_code, redacted(" ".join(error.response.text.split()))
+        status, text = error.response.status_code, redacted(" ".join(error.response.text.split()))
         if status in (401, 403):
             key = (
                 "send a key with interpretation.endpoint.key_variable=<environment variable>"
@@ -349,65 +310,38 @@ class Endpoint:
             return UserError(f"{self.url} refuses access ({status}): {key}. {self._kept()}")
         return _Refused(
             status,
-            f"{self.url} refuses the request ({status}): {said[:200] or 'no reason given'}. Keys "
+            f"{self.url} refuses the request ({status}): {text[:200] or 'no reason given'}. Keys "
             "of the request are changed or left out by interpretation.endpoint.body. "
             f"{self._kept()}",
         )
 
-    def _check_cap(self) -> None:
-        recorded = self.ledger.tokens.get(self.name, [0, 0])
-        read, written = (a + b for a, b in zip(recorded, self._lost, strict=True))
-        if read + written >= self.most_tokens:
-            raise UserError(
-                f"the judge has read and written {read + written:,} tokens, as many as "
-                f"interpretation.endpoint.most_tokens allows: raise it to continue. {self._kept()}"
-            )
-        cost = (read * self.price[0] + written * self.price[1]) / 1e6
-        if self.most_cost is not None and cost >= self.most_cost:
-            raise UserError(
-                f"the judge has cost {cost:.2f}, as much as interpretation.endpoint.most_cost "
-                f"allows: raise it to continue. {self._kept()}"
-            )
-
     def _kept(self) -> str:
         return f"The {len(self.ledger):,} answers so far are kept; the same command continues."
 
-    def _each(
-        self,
-        work: Callable[[Any], Any],
-        items: Sequence[Any],
-        size: Callable[[Any], int] | None = None,
-    ) -> list[Any]:
+    def _each(self, work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
         """Return the result for each item; the first error stops them all."""
-        results: list[Any] = [None] * len(items)
-        done: queue.SimpleQueue[tuple[int, Any, BaseException | None]] = queue.SimpleQueue()
-
         self._stop.clear()
 
-        def one(place: int) -> None:
+        def one(item: Any) -> Any:
             if self._stop.is_set():
-                return
+                return None
             try:
-                done.put((place, work(items[place]), None))
-            except BaseException as error:
+                return work(item)
+            except BaseException:
                 self._stop.set()
-                done.put((place, None, error))
+                raise
 
-        pool = ThreadPoolExecutor(self.parallel)
-        try:
-            for place in range(len(items)):
-                pool.submit(one, place)
-            for _ in items:
-                place, results[place], error = done.get()
-                if error is not None:
-                    raise error
-                self.advance(size(items[place]) if size else 1)
-        except BaseException:
-            self._stop.set()  # a signal, too: pauses between tries end
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
-        return results
+        with ThreadPoolExecutor(self.parallel) as pool:
+            futures = [pool.submit(one, item) for item in items]
+            try:
+                for done in as_completed(futures):
+                    done.result()
+                    self.advance(1)
+            except BaseException:  # a signal, too
+                self._stop.set()  # pauses between tries end
+                pool.shutdown(cancel_futures=True)
+                raise
+        return [future.result() for future in futures]
 
 
 class _Refused(UserError):
@@ -444,17 +378,6 @@ def _first_token(logprobs: Any) -> list[tuple[str, float]] | None:
         return None
     found = content[0].get("top_logprobs") or [content[0]]
     return [(str(each["token"]), float(each["logprob"])) for each in found]
-
-
-def _json_list(text: str) -> list[str]:
-    """Return the last list of words in a text; empty if there is none."""
-    for found in reversed(re.findall(r"\[[^\[\]]*\]", text)):
-        try:
-            values = json.loads(found)
-        except ValueError:
-            continue
-        return [str(value).strip().lower() for value in values]
-    return []
 
 
 # ---- on this machine ----------------------------------------------------------------------
@@ -516,40 +439,34 @@ class Local:
 
     def write(self, prompts: Sequence[str], attempt: int = 0) -> list[str]:
         """Return how the model continues each prompt: the most probable, or a drawn way."""
-        return [str(self._known(prompt, attempt, self._written)) for prompt in prompts]
+        found = []
+        for prompt in prompts:
+            key = self.ledger.key(self.identity, [prompt, attempt, self.seed])
+            if self.ledger.get(key) is None:
+                self.ledger.add(key, self.name, self._written(prompt, attempt))
+            found.append(str(self.ledger.get(key)))
+            self.advance(1)
+        return found
 
     def answer(self, questions: Sequence[Question], attempt: int = 0) -> Answers:
-        """Return the probability of each option's first token against those of the others."""
-        found: list[Any] = [None] * len(questions)
-        keys = [self._key([q.prompt, q.options]) for q in questions]
-        left = []
-        for i, key in enumerate(keys):
-            found[i] = self.ledger.get(key)
-            if found[i] is None:
-                left.append(i)
-            else:
-                self.advance(1)
+        """Return the probability of each option's first token against those of the others.
+
+        Not a number where the model cannot read the question at once.
+        """
+        keys = [self.ledger.key(self.identity, [q.prompt, q.options]) for q in questions]
+        left = [i for i, key in enumerate(keys) if self.ledger.get(key) is None]
+        self.advance(len(keys) - len(left))
         ids = {i: self._ids(questions[i].prompt) for i in left}
         left.sort(key=lambda i: len(ids[i]))
         for first in range(0, len(left), TOGETHER):
             chosen = left[first : first + TOGETHER]
-            for i, logits in zip(chosen, self._next([ids[i] for i in chosen]), strict=True):
-                found[i] = self._shares(logits, questions[i].options)
-                self.ledger.add(keys[i], self.name, found[i])
+            fits = [i for i in chosen if self.most is None or len(ids[i]) <= self.most]
+            logits = dict(zip(fits, self._next([ids[i] for i in fits]), strict=True))
+            for i in chosen:
+                shares = self._shares(logits.get(i), questions[i].options)
+                self.ledger.add(keys[i], self.name, shares)
             self.advance(len(chosen))
-        return np.array(found, float)
-
-    def _known(self, prompt: str, attempt: int, make: Callable[[str, int], Any]) -> Any:
-        key = self._key([prompt, attempt, self.seed])
-        known = self.ledger.get(key)
-        if known is None:
-            known = make(prompt, attempt)
-            self.ledger.add(key, self.name, known)
-        self.advance(1)
-        return known
-
-    def _key(self, parts: Any) -> str:
-        return self.ledger.key(self.identity, parts)
+        return np.array([self.ledger.get(key) for key in keys], float)
 
     def _ids(self, prompt: str) -> list[int]:
         if self.tokenizer.chat_template:
@@ -579,23 +496,16 @@ class Local:
         return text if self.tokenizer.chat_template else prompt.splitlines()[-1] + text.lstrip()
 
     @torch.no_grad()
-    def _next(self, prompts: Sequence[list[int]]) -> Iterator[torch.Tensor | None]:
-        """Yield the logits of each prompt's next token; None if it is too long."""
-        fits = [ids for ids in prompts if self.most is None or len(ids) <= self.most]
-        last = torch.tensor([len(ids) - 1 for ids in fits])
-        logits = torch.empty(0)
-        if fits:
-            longest = int(last.max()) + 1
-            batch, mask = torch.zeros(2, len(fits), longest, dtype=torch.int64)
-            for row, ids in enumerate(fits):  # padded behind, where no token looks
-                batch[row, : len(ids)], mask[row, : len(ids)] = torch.tensor(ids), 1
-            out = self.model(
-                batch.to(self.device), attention_mask=mask.to(self.device), use_cache=False
-            )
-            logits = out.logits[torch.arange(len(fits)), last.to(out.logits.device)].float().cpu()
-        rows = iter(logits)
-        for ids in prompts:
-            yield next(rows) if self.most is None or len(ids) <= self.most else None
+    def _next(self, prompts: Sequence[list[int]]) -> Sequence[torch.Tensor]:
+        """Return the logits of each prompt's next token."""
+        if not prompts:
+            return ()
+        # padded behind, where no token looks
+        ids = pad_sequence([torch.tensor(each) for each in prompts], batch_first=True)
+        mask = pad_sequence([torch.ones(len(each)).long() for each in prompts], batch_first=True)
+        out = self.model(ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False)
+        last = (mask.sum(1) - 1).to(out.logits.device)
+        return list(out.logits[torch.arange(len(prompts)), last].float().cpu())
 
     def _shares(self, logits: torch.Tensor | None, options: Sequence[str]) -> list[float]:
         first = []

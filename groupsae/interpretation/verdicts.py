@@ -5,12 +5,11 @@ at which a latent fires in one window in a hundred, say. Windows without an answ
 left out of the scores; `worst` and `best` show what they could change.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy import sparse
 from scipy.stats import rankdata
 
 from groupsae.evaluation.intervals import Bootstrap
@@ -21,11 +20,13 @@ from groupsae.interpretation.windows import (
     POSITIVE,
     RANDOM,
     SAME_TOKEN,
+    LatentWindows,
     Window,
 )
 
-TRIALS, OF = 50, 5  # intruders, windows of a trial
 RESAMPLES, LEVEL = 500, 0.95
+METRICS = ("f1", "precision", "balanced_accuracy", "worst", "best", "hard", "auc", "tpr")
+RESAMPLED = ("f1", "balanced_accuracy")  # of these there are intervals
 Yes = Float[np.ndarray, " window"]  # probability of yes; not a number: no answer
 
 
@@ -34,7 +35,7 @@ def verdict(yes: Yes, windows: Sequence[Window], rate: float) -> dict[str, Any]:
 
     - tpr: share of the positives with yes (above one half); `tpr_by_decile`, from weak to strong;
     - fpr: share of the silent windows with yes, by kind;
-    - balanced_accuracy: (tpr + 1 - fpr of random windows) / 2, comparable with delphi's; `hard`:
+    - balanced_accuracy: (tpr + 1 - fpr of random windows) / 2, to compare with other work; `hard`:
       with the silent windows that share a token or a neighbour instead;
     - auc: of positives against random silent windows;
     - precision = rate tpr / (rate tpr + (1 - rate) fpr), of random windows, and f1 of precision
@@ -48,56 +49,67 @@ def verdict(yes: Yes, windows: Sequence[Window], rate: float) -> dict[str, Any]:
         rate: share of all windows in which the latent fires.
     """
     kinds = np.array([window.kind for window in windows])
-    positive, random = kinds == POSITIVE, kinds == RANDOM
+    deciles = np.array([window.group for window in windows])
+    positive, random, failed = kinds == POSITIVE, kinds == RANDOM, np.isnan(yes)
+    hard = (kinds == SAME_TOKEN) | (kinds == NEIGHBOUR)
+
+    def balanced(yes: Yes, silent: np.ndarray) -> float:
+        return (_share(yes, positive) + 1 - _share(yes, silent)) / 2
+
     tpr, fpr = _share(yes, positive), _share(yes, random)
-    hard = _share(yes, (kinds == SAME_TOKEN) | (kinds == NEIGHBOUR))
-    decile = np.array([window.group for window in windows])
-    failed = np.isnan(yes)
-    worst = np.where(failed, np.where(positive, 0.0, 1.0), yes)
-    best = np.where(failed, np.where(positive, 1.0, 0.0), yes)
-    precision = natural_precision(tpr, fpr, rate)
+    precision, f1 = at_natural_rate(tpr, fpr, rate)
     return {
         "windows": len(windows),
         "failed": int(failed.sum()),
-        "tpr": tpr,
-        "tpr_by_decile": [_share(yes, positive & (decile == d)) for d in range(DECILES)],
-        "fpr": {k: _share(yes, kinds == k) for k in (RANDOM, SAME_TOKEN, NEIGHBOUR)},
-        "balanced_accuracy": _balanced(tpr, fpr),
-        "worst": _balanced(_share(worst, positive), _share(worst, random)),
-        "best": _balanced(_share(best, positive), _share(best, random)),
-        "hard": _balanced(tpr, hard),
-        "auc": auc(yes[positive], yes[random]),
-        "precision": precision,
-        "f1": harmonic(precision, tpr),
+        "tpr": _known(tpr),
+        "tpr_by_decile": [_known(_share(yes, positive & (deciles == d))) for d in range(DECILES)],
+        "fpr": {k: _known(_share(yes, kinds == k)) for k in (RANDOM, SAME_TOKEN, NEIGHBOUR)},
+        "balanced_accuracy": _known(balanced(yes, random)),
+        "worst": _known(balanced(np.where(failed, ~positive, yes), random)),
+        "best": _known(balanced(np.where(failed, positive, yes), random)),
+        "hard": _known(balanced(yes, hard)),
+        "auc": _known(auc(yes[positive], yes[random])),
+        "precision": _known(precision),
+        "f1": _known(f1),
     }
 
 
-def natural_precision(tpr: float | None, fpr: float | None, rate: float) -> float | None:
-    """Return rate TPR / (rate TPR + (1 - rate) FPR); 0 where nothing is predicted.
+def _share(yes: Yes, which: Bool[np.ndarray, " window"], weights: Any = 1.0) -> Any:
+    """Return the share with yes of some windows, for each row of weights; nan without answers."""
+    counted = weights * (which & ~np.isnan(yes))
+    with np.errstate(invalid="ignore"):
+        return counted @ (yes > 0.5) / counted.sum(-1)
 
-    >>> round(natural_precision(0.8, 0.1, 0.01), 3)
-    0.075
+
+def _known(value: Any) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def at_natural_rate(tpr: Any, fpr: Any, rate: float) -> tuple[Any, Any]:
+    """Return precision = rate TPR / (rate TPR + (1 - rate) FPR), and F1 of it and TPR.
+
+    Both are 0 where nothing is predicted.
+
+    >>> [round(float(each), 3) for each in at_natural_rate(0.8, 0.1, 0.01)]
+    [0.075, 0.137]
     """
-    if tpr is None or fpr is None:
-        return None
-    predicted = rate * tpr + (1 - rate) * fpr
-    return rate * tpr / predicted if predicted > 0 else 0.0
-
-
-def harmonic(precision: float | None, recall: float | None) -> float | None:
-    """Return F1 = 2 P R / (P + R)."""
-    if precision is None or recall is None:
-        return None
-    return 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        predicted = rate * tpr + (1 - rate) * fpr
+        precision = np.where(predicted == 0, 0.0, np.divide(rate * tpr, predicted))
+        f1 = np.divide(2 * precision * tpr, precision + tpr)
+    return precision, np.where(precision + tpr == 0, 0.0, f1)
 
 
 def auc(
     positive: Float[np.ndarray, " positive"], negative: Float[np.ndarray, " negative"]
-) -> float | None:
-    """Return the chance that a positive has the higher probability; ties count half."""
+) -> float:
+    """Return the chance that a positive has the higher probability; ties count half.
+
+    Not a number if one side has no answer.
+    """
     positive, negative = positive[~np.isnan(positive)], negative[~np.isnan(negative)]
     if not len(positive) or not len(negative):
-        return None
+        return np.nan
     ranks = rankdata(np.concatenate([positive, negative]))[: len(positive)].sum()
     least = len(positive) * (len(positive) + 1) / 2
     return float((ranks - least) / (len(positive) * len(negative)))
@@ -109,7 +121,8 @@ def discriminates(yes: Yes, windows: Sequence[Window]) -> list[float]:
     1 if the mean probability is higher on the positives than on silent windows in which that
     neighbour fires, 0.5 if equal, 0 if lower.
     """
-    kinds, groups = (np.array([w[i] for w in windows]) for i in (0, 5))
+    kinds = np.array([window.kind for window in windows])
+    groups = np.array([window.group for window in windows])
     own = yes[(kinds == POSITIVE) & ~np.isnan(yes)]
     found = []
     for number in np.unique(groups[kinds == NEIGHBOUR]):
@@ -119,68 +132,51 @@ def discriminates(yes: Yes, windows: Sequence[Window]) -> list[float]:
     return found
 
 
-def _share(yes: Yes, which: Bool[np.ndarray, " window"]) -> float | None:
-    answered = yes[which & ~np.isnan(yes)]
-    return float((answered > 0.5).mean()) if len(answered) else None
-
-
-def _balanced(tpr: float | None, fpr: float | None) -> float | None:
-    return None if tpr is None or fpr is None else (tpr + 1 - fpr) / 2
-
-
-# ---- over latents -------------------------------------------------------------------------
-
-
 def summary(
-    rows: Sequence[Mapping[str, Any]],
-    answers: Sequence[tuple[np.ndarray, np.ndarray, Sequence[Window]]],
-    documents: np.ndarray,
-    seed: int,
+    latents: Sequence[tuple[LatentWindows, Yes, Yes]], documents: np.ndarray, seed: int
 ) -> dict[str, Any]:
     """Return the means of one task over latents, each with the null's, and their intervals.
 
     `mean` is over latents, `by_firings` weighted by the tokens on which each fires; `null` is the
     mean for the explanation of another latent, and adjusted = (S - S0) / (1 - S0) of the two.
-    `pooled` is the balanced accuracy over all windows of all latents.
 
     Args:
-        rows: for each latent `own`, `null` (scores of `verdict`), `rate` and `fired`.
-        answers: for each latent its answers, those by the null, and the windows.
+        latents: of each what the judge saw, its answers, and those by the null.
         documents: the document of every position.
         seed: of the resamples: documents and latents are drawn, with replacement.
     """
-    found: dict[str, Any] = {"latents": len(rows)}
+    sides = [
+        [verdict(each[side], each[0].score, each[0].rate) for each in latents] for side in (1, 2)
+    ]
+    found: dict[str, Any] = {"latents": len(latents)}
     for name in ("windows", "failed"):
-        found[name] = sum(row["own"][name] for row in rows)
-    fired = np.array([row["fired"] for row in rows], float)
-    samples = _resampled(rows, answers, documents, seed)
-    for metric in ("f1", "precision", "balanced_accuracy", "worst", "best", "hard", "auc", "tpr"):
-        own, null = (
-            np.array([row[side][metric] for row in rows], float) for side in ("own", "null")
-        )
+        found[name] = sum(each[name] for each in sides[0])
+    fired = np.array([shown.fired for shown, *_ in latents], float)
+    samples = _resampled(latents, documents, seed) if latents else None
+    for metric in METRICS:
+        own, null = (np.array([each[metric] for each in side], float) for side in sides)
+        mean, null_mean = mean_of_known(own), mean_of_known(null)
         entry: dict[str, Any] = {
-            "mean": _mean(own),
-            "by_firings": _mean(own, fired),
-            "null": _mean(null),
+            "mean": mean,
+            "by_firings": mean_of_known(own, fired),
+            "null": null_mean,
         }
-        if entry["mean"] is not None and entry["null"] is not None:
-            entry["adjusted"] = adjusted(entry["mean"], entry["null"])
-        if metric in samples:
-            bootstrap, drawn, drawn_null = samples[metric]
-            entry["interval"] = bootstrap.interval(entry["mean"], drawn)
+        if mean is not None and null_mean is not None:
+            entry["adjusted"] = adjusted(mean, null_mean)
+        if samples is not None and metric in RESAMPLED:
+            bootstrap, drawn = samples
+            one, other = drawn[metric]
             with np.errstate(divide="ignore", invalid="ignore"):
-                better = (drawn - drawn_null) / (1 - drawn_null)
+                better = (one - other) / (1 - other)
+            entry["interval"] = bootstrap.interval(mean, one)
             entry["adjusted_interval"] = bootstrap.interval(entry.get("adjusted"), better)
         found[metric] = entry
-    every, windows = (
-        np.concatenate([yes for yes, _, _ in answers]) if answers else np.empty(0),
-        [window for _, _, own in answers for window in own],
-    )
-    found["pooled"] = verdict(every, windows, 0.5)["balanced_accuracy"] if windows else None
     return found
 
 
-def _mean(values: np.ndarray, weights: np.ndarray | None = None) -> float | None:
+def mean_of_known(values: Any, weights: np.ndarray | None = None) -> float | None:
+    """Return the mean of those values that are numbers, None if there are none."""
+    values = np.array(values, float)
     held = ~np.isnan(values)
     if not held.any():
         return None
@@ -188,51 +184,26 @@ def _mean(values: np.ndarray, weights: np.ndarray | None = None) -> float | None
 
 
 def _resampled(
-    rows: Sequence[Mapping[str, Any]],
-    answers: Sequence[tuple[np.ndarray, np.ndarray, Sequence[Window]]],
-    documents: np.ndarray,
-    seed: int,
-) -> dict[str, tuple[Bootstrap, np.ndarray, np.ndarray]]:
-    """Return the means over latents on each resample, of both explanations."""
-    if not answers:
-        return {}
-    owners = [documents[[window.peak for window in windows]] for _, _, windows in answers]
+    latents: Sequence[tuple[LatentWindows, Yes, Yes]], documents: np.ndarray, seed: int
+) -> tuple[Bootstrap, dict[str, list[np.ndarray]]]:
+    """Return the means over latents on each resample, by metric: of both explanations."""
+    owners = [documents[[window.peak for window in shown.score]] for shown, *_ in latents]
     bootstrap = Bootstrap(np.concatenate(owners), RESAMPLES, LEVEL, seed)
-    ends = np.cumsum([len(owner) for owner in owners])
+    weights = np.split(bootstrap.weights, np.cumsum([len(each) for each in owners])[:-1], axis=1)
     draws = np.random.default_rng([seed, 1])
-    drawn = draws.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=RESAMPLES)
-    means: dict[str, list[np.ndarray]] = {"f1": [], "balanced_accuracy": []}
-    for side in (0, 1):
-        each: dict[str, list[np.ndarray]] = {name: [] for name in means}
-        for row, answer, end in zip(rows, answers, ends, strict=True):
-            yes = answer[:2][side]
-            kinds = np.array([window.kind for window in answer[2]])
-            weights = bootstrap.weights[:, end - len(yes) : end]
-            tpr, fpr = (
-                _weighted_share(yes, kinds == kind, weights) for kind in (POSITIVE, RANDOM)
-            )
-            with np.errstate(divide="ignore", invalid="ignore"):
-                hits = row["rate"] * tpr
-                precision = np.nan_to_num(hits / (hits + (1 - row["rate"]) * fpr))
-                f1 = np.nan_to_num(2 * precision * tpr / (precision + tpr))
-            lost = np.isnan(tpr) | np.isnan(fpr)
-            each["f1"].append(np.where(lost, np.nan, f1))
-            each["balanced_accuracy"].append((tpr + 1 - fpr) / 2)
-        for name, columns in each.items():
-            values = np.stack(columns, axis=1)
+    drawn = draws.multinomial(len(latents), np.full(len(latents), 1 / len(latents)), RESAMPLES)
+    means: dict[str, list[np.ndarray]] = {name: [] for name in RESAMPLED}
+    for side in (1, 2):
+        columns = []
+        for each, weight in zip(latents, weights, strict=True):
+            kinds = np.array([window.kind for window in each[0].score])
+            tpr, fpr = (_share(each[side], kinds == kind, weight) for kind in (POSITIVE, RANDOM))
+            columns.append([at_natural_rate(tpr, fpr, each[0].rate)[1], (tpr + 1 - fpr) / 2])
+        for name, values in zip(RESAMPLED, np.moveaxis(np.array(columns), 0, -1), strict=True):
             held = drawn * ~np.isnan(values)
             with np.errstate(invalid="ignore"):
                 means[name].append((held * np.nan_to_num(values)).sum(1) / held.sum(1))
-    return {name: (bootstrap, own, null) for name, (own, null) in means.items()}
-
-
-def _weighted_share(yes: Yes, which: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    held = which & ~np.isnan(yes)
-    with np.errstate(invalid="ignore"):
-        return np.asarray(weights[:, held] @ (yes[held] > 0.5) / weights[:, held].sum(1))
-
-
-# ---- the window that does not belong ----------------------------------------------------------
+    return bootstrap, means
 
 
 def trials(
@@ -243,35 +214,8 @@ def trials(
     own, others = np.flatnonzero(kinds == POSITIVE), np.flatnonzero(kinds == RANDOM)
     found = []
     for _ in range(count):
-        chosen = draws.choice(own, OF - 1, replace=False).tolist()
-        place = int(draws.integers(OF))
+        chosen = draws.choice(own, 4, replace=False).tolist()
+        place = int(draws.integers(5))
         chosen.insert(place, int(draws.choice(others)))
         found.append((chosen, place))
     return found
-
-
-def grams(texts: Sequence[str]) -> sparse.csr_matrix:
-    """Return the TF-IDF of the character 1-4-grams of each text, as rows of unit length.
-
-    idf = ln((1 + n) / (1 + texts with it)) + 1, as scikit-learn has it.
-    """
-    known: dict[str, int] = {}
-    rows, columns = [], []
-    for row, text in enumerate(texts):
-        for size in range(1, 5):
-            for start in range(len(text) - size + 1):
-                rows.append(row)
-                columns.append(known.setdefault(text[start : start + size], len(known)))
-    shape = (len(texts), max(len(known), 1))
-    counts = sparse.csr_matrix((np.ones(len(rows)), (rows, columns)), shape)
-    idf = np.log((1 + len(texts)) / (1 + np.asarray((counts > 0).sum(0)).ravel())) + 1
-    weighted = counts.multiply(idf).tocsr()
-    norms = np.sqrt(np.asarray(weighted.multiply(weighted).sum(1)).ravel())
-    return sparse.csr_matrix(sparse.diags(1 / np.maximum(norms, 1e-12)) @ weighted)
-
-
-def found_by_grams(table: sparse.csr_matrix, trial: Sequence[int]) -> int:
-    """Return the place of the window with the least mean cosine to the others."""
-    rows = table[list(trial)]
-    cosines = np.asarray((rows @ rows.T).todense())
-    return int((cosines.sum(1) - cosines.diagonal()).argmin())

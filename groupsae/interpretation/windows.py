@@ -17,42 +17,17 @@ from groupsae.interpretation.collect import excerpt_around
 from groupsae.interpretation.explain import highest
 from groupsae.interpretation.files import CollectedSAE, Interpretation
 from groupsae.interpretation.firings import WINDOW, windows_in
-from groupsae.interpretation.text import EXPLAIN, document_bounds
+from groupsae.interpretation.text import EXPLAIN
 
 DECILES = 10
+EXPLAINED, POSITIVES = 2, 4  # windows of each decile of activations, to explain by and to score on
 CONTEXT = 8  # tokens ending at a peak: two windows that share them are the same to a judge
 COMMON = 10  # tokens that a latent fires on most: silent windows with one of them are hard
 TRIED = 3000  # places that are tried to find silent windows
 LEAST = 10  # windows in which a latent fires, and in which it is silent, to be scored
+EACH_PIECE = 2  # windows of one side from a document's part of a block, at most
 POSITIVE, RANDOM, SAME_TOKEN, NEIGHBOUR = "positive", "random", "same_token", "neighbour"
-
-
-class Protocol(NamedTuple):
-    """How many windows of each kind a judge sees of a latent, and from where.
-
-    Attributes:
-        explain: windows of each decile of activations to explain it by.
-        positives: windows of each decile to score on.
-        random: silent windows, drawn uniformly.
-        same_token: silent windows around one of the tokens that it fires on most.
-        neighbour: silent windows in which one of the nearest latents fires.
-        marked: share of a window's highest activation above which tokens are marked.
-        apart: score on held-out text, on other windows than those to explain.
-        each_piece: most windows of a document's part of a block; 0: any number.
-    """
-
-    explain: int = 2
-    positives: int = 4
-    random: int = 25
-    same_token: int = 15
-    neighbour: int = 10
-    marked: float = 0.0
-    apart: bool = True
-    each_piece: int = 2
-
-
-# of Paulo et al. (arXiv 2410.13928), as its code has it: explains and scores on one list
-DELPHI = Protocol(4, 5, 50, 0, 0, marked=0.3, apart=False, each_piece=0)
+SILENT = {RANDOM: 25, SAME_TOKEN: 15, NEIGHBOUR: 10}  # windows of each kind to score on
 
 
 class Window(NamedTuple):
@@ -83,7 +58,6 @@ class LatentWindows(NamedTuple):
         score: windows to score on, in a random order.
         rate: share of all windows of the score text in which it fires.
         fired: number of tokens of the score text on which it fires.
-        overlap: share of the positive score windows that are windows to explain as well.
         dropped: score windows left out because a window to explain has the same context.
     """
 
@@ -91,7 +65,6 @@ class LatentWindows(NamedTuple):
     score: list[Window]
     rate: float
     fired: int
-    overlap: float
     dropped: int
 
     @property
@@ -104,45 +77,31 @@ class LatentWindows(NamedTuple):
 class WindowChooser:
     """Chooses the windows of the latents of one SAE; a function of the seed and the latent."""
 
-    def __init__(
-        self, found: Interpretation, sae: CollectedSAE, protocol: Protocol, seed: int = 0
-    ) -> None:
-        self.found, self.sae, self.protocol, self.seed = found, sae, protocol, seed
-        self.tokens, self.pieces = found.tokens, found.pieces
-        self.starts, self.ends = document_bounds(
-            torch.from_numpy(self.tokens.reshape(-1, found.context)), found.head["end_token"]
-        )
+    def __init__(self, found: Interpretation, sae: CollectedSAE, seed: int = 0) -> None:
+        self.found, self.sae, self.seed = found, sae, seed
         self.sampled = [sae.contexts("heldout", layer).peaks for layer in sae.layers]
         boundary, total = found.num_tokens[EXPLAIN], sum(found.num_tokens)
-        self.explain = range(boundary)
-        self.score = range(boundary, total) if protocol.apart else self.explain
+        self.explain, self.score = range(boundary), range(boundary, total)
 
     def of(self, latent: int) -> LatentWindows:
         """Return the windows of one latent."""
-        protocol = self.protocol
         firings = highest([self.sae.firings(layer, latent) for layer in self.sae.layers])
-        explain, *_ = self._positives(latent, firings, self.explain, protocol.explain, set())
+        explain, *_ = self._positives(latent, firings, self.explain, EXPLAINED, set())
         known = {self._before(window.peak) for window in explain}
         known |= {self._before(w.start + mark) for w in explain for mark in w.marks}
-        if not protocol.apart:
-            known = set()
-        positives, windows, dropped = self._positives(
-            latent, firings, self.score, protocol.positives, known
-        )
+        positives, fires, dropped = self._positives(latent, firings, self.score, POSITIVES, known)
         silent = self._silent(latent, firings[0], positives, known) if positives else []
-        per_block = windows_in(self.found.context)
-        low, high = np.searchsorted(firings[0], [self.score.start, self.score.stop])
-        # five windows of a request must not be of one kind
-        shuffled = self._draws(latent, -1).sample(positives + silent, len(positives + silent))
-        both = {w.peak for w in explain} & {w.peak for w in positives}
+        windows = len(self.score) // self.found.context * windows_in(self.found.context)
         return LatentWindows(
             explain,
-            shuffled,
-            windows / (len(self.score) // self.found.context * per_block),
-            int(high - low),
-            len(both) / max(len(positives), 1),
+            self._draws(latent, "-1").sample(positives + silent, len(positives + silent)),
+            fires / windows,
+            int(np.diff(np.searchsorted(firings[0], [self.score.start, self.score.stop]))[0]),
             dropped,
         )
+
+    def _draws(self, latent: int, what: object) -> random.Random:
+        return random.Random(f"{self.seed}:{self.sae.name}:{latent}:{what}")
 
     def _positives(
         self,
@@ -153,21 +112,21 @@ class WindowChooser:
         known: set[tuple[int, ...]],
     ) -> tuple[list[Window], int, int]:
         """Return windows of each decile, the number of all windows, and of those left out."""
-        draws = self._draws(latent, text.start)
-        peaks, acts = self._peaks(*firings, text)
-        height = dict(zip(peaks.tolist(), acts.tolist(), strict=True))
+        draws, used = self._draws(latent, text.start), Counter[int]()
+        height = dict(zip(*(x.tolist() for x in self._peaks(*firings, text)), strict=True))
         new = [peak for peak in height if self._before(peak) not in known]
-        few = sorted(self._few(draws, new), key=lambda peak: (height[peak], peak))
+        few = []
+        for peak in draws.sample(new, len(new)):
+            used[piece := int(self.found.pieces[peak])] += 1
+            if used[piece] <= EACH_PIECE:
+                few.append(peak)
+        few.sort(key=lambda peak: (height[peak], peak))
         found = [
-            self._positive(peak, decile, *firings)
+            self._positive(peak, decile, firings[0])
             for decile, part in enumerate(np.array_split(np.array(few, np.int64), DECILES))
             for peak in draws.sample(part.tolist(), min(each, len(part)))
         ]
         return found, len(height), len(height) - len(new)
-
-    def _draws(self, latent: int, text: int) -> random.Random:
-        # where both come from one text they have one seed, as in delphi
-        return random.Random(f"{self.seed}:{self.sae.name}:{latent}:{text}")
 
     def _peaks(
         self, positions: np.ndarray, acts: np.ndarray, text: range
@@ -181,31 +140,17 @@ class WindowChooser:
         first = order[np.unique(windows[order], return_index=True)[1]]
         return positions[first], acts[first]
 
-    def _few(self, draws: random.Random, peaks: Sequence[int]) -> list[int]:
-        """Return places in a random order, without those of pieces that have enough."""
-        shuffled = draws.sample(peaks, len(peaks))
-        most = self.protocol.each_piece or len(peaks)
-        used: Counter[int] = Counter()
-        kept = []
-        for peak in shuffled:
-            piece = int(self.pieces[peak])
-            used[piece] += 1
-            if used[piece] <= most:
-                kept.append(peak)
-        return kept
-
-    def _positive(self, peak: int, group: int, positions: np.ndarray, acts: np.ndarray) -> Window:
-        begin, lengths = excerpt_around(torch.tensor([peak]), self.starts, self.ends)
+    def _positive(self, peak: int, group: int, positions: np.ndarray) -> Window:
+        begin, lengths = excerpt_around(torch.tensor([peak]), *self.found.bounds)
         start, length = int(begin[0]), int(lengths[0])
         inside = slice(*np.searchsorted(positions, [start, start + length]))
-        strong = acts[inside] > self.protocol.marked * acts[inside].max()
-        marks = tuple((positions[inside][strong] - start).tolist())
+        marks = tuple((positions[inside] - start).tolist())
         return Window(POSITIVE, peak, start, length, marks, group)
 
     def _before(self, peak: int) -> tuple[int, ...]:
         """Return the tokens of the document that end at a place, eight at most."""
-        start = max(int(self.starts[peak]), peak - CONTEXT + 1)
-        return tuple(self.tokens[start : peak + 1].tolist())
+        start = max(int(self.found.bounds[0][peak]), peak - CONTEXT + 1)
+        return tuple(self.found.tokens[start : peak + 1].tolist())
 
     def _silent(
         self,
@@ -215,47 +160,41 @@ class WindowChooser:
         known: set[tuple[int, ...]],
     ) -> list[Window]:
         """Return silent windows of every kind, marked where positive ones are."""
-        protocol, used = self.protocol, Counter[int]()
-        draws = random.Random(f"{self.seed}:{self.sae.name}:{latent}:silent")
-        most = protocol.each_piece or len(self.tokens)
+        used, draws = Counter[int](), self._draws(latent, "silent")
         donors = draws.sample(positives, len(positives))
         found: list[Window] = []
 
         def add(kind: str, count: int, places: Sequence[int], group: int = -1) -> None:
-            begin, lengths = excerpt_around(
-                torch.tensor(places, dtype=torch.int64), self.starts, self.ends
-            )
+            peaks = torch.tensor(places, dtype=torch.int64)
+            begin, lengths = excerpt_around(peaks, *self.found.bounds)
             first, last = begin.numpy(), (begin + lengths).numpy()
             silent = np.searchsorted(positions, first) == np.searchsorted(positions, last)
             for i in np.flatnonzero(silent).tolist():
                 if count == 0:
                     return
                 peak, start, length = places[i], int(first[i]), int(last[i] - first[i])
-                piece = int(self.pieces[peak])
-                if used[piece] >= most or self._before(peak) in known:
+                piece = int(self.found.pieces[peak])
+                if used[piece] >= EACH_PIECE or self._before(peak) in known:
                     continue
                 # every positive in turn, as far as its marks fit
                 fits = (n for n, donor in enumerate(donors) if donor.marks[-1] < length)
                 if (place := next(fits, None)) is None:
                     continue
                 used[piece], count = used[piece] + 1, count - 1
-                donor = donors.pop(place)
-                donors.append(donor)
+                donors.append(donor := donors.pop(place))
                 found.append(Window(kind, peak, start, length, donor.marks, group))
 
-        text = self.score
-        add(RANDOM, protocol.random, draws.sample(text, min(TRIED, len(text))))
-        if protocol.same_token:
-            seen = positions[positions < self.explain.stop]
-            tokens, counts = np.unique(self.tokens[seen], return_counts=True)
-            common = tokens[np.lexsort((tokens, -counts))[:COMMON]]
-            alike = np.flatnonzero(np.isin(self.tokens[text.start : text.stop], common))
-            places = (alike + text.start).tolist()
-            add(SAME_TOKEN, protocol.same_token, draws.sample(places, min(TRIED, len(places))))
-        near = self.sae.directions.nearest[latent].tolist() if protocol.neighbour else []
+        add(RANDOM, SILENT[RANDOM], draws.sample(self.score, min(TRIED, len(self.score))))
+        seen = positions[positions < self.explain.stop]
+        tokens, counts = np.unique(self.found.tokens[seen], return_counts=True)
+        common = tokens[np.lexsort((tokens, -counts))[:COMMON]]
+        alike = np.flatnonzero(np.isin(self.found.tokens[self.score.start :], common))
+        places = (alike + self.score.start).tolist()
+        add(SAME_TOKEN, SILENT[SAME_TOKEN], draws.sample(places, min(TRIED, len(places))))
+        near = self.sae.directions.nearest[latent].tolist()
         for number, other in enumerate(near):
             peaks = sorted({p for each in self.sampled for p in each[other].tolist() if p >= 0})
-            count = protocol.neighbour // len(near)
+            count = SILENT[NEIGHBOUR] // len(near)
             add(NEIGHBOUR, count, draws.sample(peaks, len(peaks)), number)
         return found
 

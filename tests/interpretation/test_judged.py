@@ -20,14 +20,12 @@ from groupsae.interpretation.explain import Explainer, explain_sae
 from groupsae.interpretation.judged import Judging, judge_run, planned, read_judged
 from groupsae.interpretation.judges import Endpoint, Ledger, Local
 from groupsae.interpretation.page import labels_of
-from groupsae.interpretation.verdicts import auc, found_by_grams, grams, verdict
+from groupsae.interpretation.verdicts import auc, verdict
 from groupsae.interpretation.windows import (
-    DELPHI,
     NEIGHBOUR,
     POSITIVE,
     RANDOM,
     SAME_TOKEN,
-    Protocol,
     Window,
     WindowChooser,
     text_of,
@@ -36,8 +34,6 @@ from groupsae.lm.load import FrozenLM
 from groupsae.runtime.errors import UserError
 from tests.helpers.chat_server import ChatServer
 from tests.helpers.planted_latents import CONTEXT, LATENTS, WORDS, plant
-
-OURS = Protocol()
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +57,7 @@ def fresh(tmp_path):
 
 @pytest.fixture(scope="module")
 def windows(found):
-    chooser = WindowChooser(found, found.saes["g"], OURS)
+    chooser = WindowChooser(found, found.saes["g"])
     return {latent: chooser.of(latent) for latent in range(LATENTS)}
 
 
@@ -86,11 +82,11 @@ def endpoint(server, found, **options) -> Endpoint:
     return Endpoint(ledger, print, url=server.url, **{"model": "m", "parallel": 4, **options})
 
 
-def judged_by(answer, found, by_rules, protocol=OURS, count=LATENTS, **options):
+def judged_by(answer, found, by_rules, count=LATENTS, **options):
     lines = []
     with ChatServer(answer) as server:
         judge = endpoint(server, found, **options)
-        result = judge_run(found, by_rules, judge, protocol, count, 0, lines.append)
+        result = judge_run(found, by_rules, judge, count, 0, lines.append)
     return result, lines, server
 
 
@@ -150,12 +146,12 @@ def test_score_windows_whose_context_was_explained_are_dropped(fresh):
         both = np.concatenate([first, again])
         np.save(file, both[np.lexsort((both["position"], both["latent"]))])
     found = type(fresh)(fresh.folder)
-    chooser = WindowChooser(found, found.saes["g"], OURS)
+    chooser = WindowChooser(found, found.saes["g"])
     shown = chooser.of(3)
     assert shown.dropped >= 20
 
     def before(window):
-        start = max(int(chooser.starts[window.peak]), window.peak - 7)
+        start = max(int(found.bounds[0][window.peak]), window.peak - 7)
         return tuple(found.tokens[start : window.peak + 1])
 
     assert not {before(w) for w in shown.explain} & {before(w) for w in shown.score}
@@ -185,22 +181,10 @@ def test_silent_windows_with_the_same_token(fresh):
     for layer in (0, 1):  # it fires on every other occurrence only
         file = fresh.folder / "collected" / "g" / f"layer.{layer}.npy"
         np.save(file, np.load(file)[::2])
-    shown = WindowChooser(fresh, fresh.saes["g"], OURS).of(2)
+    shown = WindowChooser(fresh, fresh.saes["g"]).of(2)
     same = [w for w in shown.score if w.kind == SAME_TOKEN]
     assert len(same) == 15
     assert all(fresh.tokens[w.peak] == 3 for w in same)
-
-
-def test_delphis_windows_come_from_one_list_and_overlap(found):
-    chooser = WindowChooser(found, found.saes["g"], DELPHI)
-    shares = []
-    for latent in range(LATENTS):
-        shown = chooser.of(latent)
-        assert Counter(window.kind for window in shown.score) == {POSITIVE: 50, RANDOM: 50}
-        assert len(shown.explain) == 40
-        assert all(window.start < found.num_tokens[0] for window in shown.score)
-        shares.append(shown.overlap)
-    assert 0.1 < np.mean(shares) < 0.5
 
 
 # ---- scores -------------------------------------------------------------------------------
@@ -234,14 +218,7 @@ def test_auc_is_the_chance_of_a_higher_value():
     one, other = draws.integers(0, 5, 30) / 4, draws.integers(0, 5, 20) / 4
     pairs = [(a > b) + (a == b) / 2 for a in one for b in other]
     assert auc(one, other) == pytest.approx(np.mean(pairs))
-    assert auc(np.array([np.nan]), other) is None
-
-
-def test_the_odd_text_is_found_by_its_characters():
-    texts = ["the red house", "the red horse", "xyz = 12", "the red mouse", "the red hose"]
-    assert found_by_grams(grams(texts), range(5)) == 2
-    table = grams(texts)
-    assert np.allclose(np.asarray(table.multiply(table).sum(1)).ravel(), 1)
+    assert np.isnan(auc(np.array([np.nan]), other))
 
 
 # ---- the complete protocol ---------------------------------------------------------------
@@ -262,9 +239,8 @@ def test_a_judge_that_reads_scores_planted_latents_as_perfect(fresh, by_rules):
             assert mean["f1"]["adjusted"] == 1.0
             assert mean["balanced_accuracy"]["null"] < 0.62
             assert (mean["latents"], mean["failed"]) == (LATENTS, 0)
-    assert sae["intruder"]["judge"] == 1.0
+    assert sae["intruder"] == 1.0
     assert sae["discrimination"] == 1.0
-    assert sae["overlap"] == 0.0
     assert server.repeated == 0
     # the page and the table show it
     label = labels_of(by_rules, read_judged(fresh))["g", 2].judged[0]
@@ -294,16 +270,10 @@ def test_a_judge_that_remembers_the_windows_to_explain_scores_the_null(fresh, by
         spans = {" ".join(clean[i : i + 8]) for i in range(len(clean))}
         return "yes" if spans & remembered[name] else "no"
 
-    ours, _, _ = judged_by(remembers, fresh, by_rules, count=4)
-    remembered.clear()
-    delphi, _, _ = judged_by(remembers, fresh, by_rules, DELPHI, 4, model="n")
+    found, _, _ = judged_by(remembers, fresh, by_rules, count=4)
     for task in ("detection", "fuzzing"):
-        mean = ours["saes"]["g"]["mean"]["judge"][task]["balanced_accuracy"]
+        mean = found["saes"]["g"]["mean"]["judge"][task]["balanced_accuracy"]
         assert mean["mean"] == pytest.approx(mean["null"], abs=0.02)
-        # what explaining and scoring on one list gives away
-        leaky = delphi["saes"]["g"]["mean"]["judge"][task]["balanced_accuracy"]
-        assert leaky["mean"] > leaky["null"] + 0.05
-    assert delphi["saes"]["g"]["overlap"] > 0.1
 
 
 def test_answers_that_cannot_be_parsed_get_one_more_attempt_and_are_counted(fresh, by_rules):
@@ -317,7 +287,7 @@ def test_answers_that_cannot_be_parsed_get_one_more_attempt_and_are_counted(fres
 
     with ChatServer(sometimes) as server:
         judge = endpoint(server, fresh)
-        result = judge_run(fresh, by_rules, judge, OURS, 3, 0, print)
+        result = judge_run(fresh, by_rules, judge, 3, 0, print)
     mean = result["saes"]["g"]["mean"]["judge"]
     assert mean["detection"]["failed"] == 0
     fuzzed = [
@@ -362,7 +332,7 @@ def test_the_bundled_model_is_not_qualified(fresh, by_rules):
         FrozenLM(name="tiny"),
         torch.device("cpu"),
     )
-    assert not Judging(fresh, judge, OURS).qualification()["qualified"]
+    assert not Judging(fresh, judge).qualification()["qualified"]
 
 
 def test_a_killed_judge_continues_and_pays_for_nothing_twice(fresh, by_rules):
@@ -371,7 +341,7 @@ def test_a_killed_judge_continues_and_pays_for_nothing_twice(fresh, by_rules):
             warnings.simplefilter("ignore", DeprecationWarning)  # fork with the server's threads
             child = os.fork()
         if child == 0:
-            judge_run(fresh, by_rules, endpoint(server, fresh, parallel=2), OURS, 2, 0, print)
+            judge_run(fresh, by_rules, endpoint(server, fresh, parallel=2), 2, 0, print)
             os._exit(0)
         while len(server.bodies) < 200:
             time.sleep(0.01)
@@ -379,7 +349,7 @@ def test_a_killed_judge_continues_and_pays_for_nothing_twice(fresh, by_rules):
         os.waitpid(child, 0)
         paid = len(server.bodies)
         judge = endpoint(server, fresh, parallel=2)
-        result = judge_run(fresh, by_rules, judge, OURS, 2, 0, print)
+        result = judge_run(fresh, by_rules, judge, 2, 0, print)
         assert server.repeated <= 4  # requests that were on their way
         assert len(server.bodies) - paid > 200
     untouched = plant(Path(fresh.folder.parent) / "other" / "interpretation")
@@ -403,7 +373,7 @@ def test_a_single_latent_has_no_null_and_no_latent_no_scores(fresh, by_rules, tm
 
 
 def test_needs_are_those_of_the_requests_that_follow(fresh, by_rules):
-    needs = planned(fresh, OURS, 4, 0)
+    needs = planned(fresh, 4, 0)
     _, _, server = judged_by(knows, fresh, by_rules, count=4)
     # some of the questions are the same
     assert len(server.bodies) <= needs.questions <= 1.1 * len(server.bodies)
