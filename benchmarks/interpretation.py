@@ -32,7 +32,7 @@ from groupsae.interpret import interpret as command
 from groupsae.interpretation.collect import Kept
 from groupsae.interpretation.explain import Explainer, choose
 from groupsae.interpretation.files import Interpretation
-from groupsae.interpretation.run import Pass, Process
+from groupsae.interpretation.run import Pass
 from groupsae.interpretation.text import Part, Text
 from groupsae.suite.suite import Suite, load_saes
 
@@ -93,7 +93,7 @@ def collected(run: Path) -> dict[str, Any]:
     plain(data, saes, next(read.parts()))
     before = peak()
     with tempfile.TemporaryDirectory() as folder:
-        found = Pass(Path(folder), "", data, read, saes, kept, Process())
+        found = Pass(Path(folder), "", data, read, saes, kept)
         found.resume()
         seconds: dict[str, list[float]] = {"collecting": [], "forward and encoding": []}
         tokens, early = 0, 0

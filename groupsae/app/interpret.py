@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
 from rich.console import Console
@@ -55,7 +54,7 @@ from groupsae.interpretation.files import (
 )
 from groupsae.interpretation.judged import read_judged
 from groupsae.interpretation.page import labels_of, write_page
-from groupsae.interpretation.run import Pass, Process
+from groupsae.interpretation.run import Pass
 from groupsae.interpretation.text import Text
 from groupsae.reporting.figures import explained_figures
 from groupsae.reporting.load import RunFiles, read_run
@@ -63,7 +62,6 @@ from groupsae.runtime.errors import UserError
 from groupsae.runtime.output import screen
 from groupsae.runtime.progress import token_progress
 from groupsae.runtime.quiet import quiet
-from groupsae.runtime.ranks import is_leader
 from groupsae.runtime.signals import first_signal
 from groupsae.runtime.units import format_bytes, format_seconds
 from groupsae.suite.groups_file import load_plan
@@ -101,12 +99,10 @@ def interpret(
     saes = {name: load_saes(folder / "saes", [name]).to(place) for name in names}
     data = same_stream(folder, cfg, saes[names[0]].configs[names[0]], place)
     target = folder / "interpretation"
-    judge = judge_of(target, options, console, place) if is_leader() else None
+    judge = judge_of(target, options, console, place)
     if judge is not None and not dry_run:
         try_once(judge, target)
     collect(target, data, saes, options, console, dry_run=dry_run, overwrite=overwrite)
-    if not is_leader():
-        return
     if dry_run:
         if judge is not None:
             print_needs(target, options, console)
@@ -240,15 +236,14 @@ def collect(
     if done and not overwrite:
         console.print("The contexts there are of other options, SAEs or text: collecting again.")
 
-    def new(at: Path, process: Process) -> Pass:
-        return Pass(at, key, data, text, saes, kept, process)
+    def new(at: Path) -> Pass:
+        return Pass(at, key, data, text, saes, kept)
 
     _announce(new, data, text, saes, console)
     if dry_run:
         _announce_rules(data, text, saes, kept, console)
         return
-    process = Process(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
-    found = new(folder / "collecting", process)
+    found = new(folder / "collecting")
     received: list[int] = []
     if found.resume():
         console.print(f"resuming at part {found.next_part} of {text.num_parts}")
@@ -256,37 +251,31 @@ def collect(
     total = sum(text.tokens)
     with (
         first_signal(received.append),
-        token_progress("collecting", total, show=process.rank == 0, done=done_tokens) as advance,
+        token_progress("collecting", total, done=done_tokens) as advance,
     ):
-        found.run(
-            lambda tokens: advance(tokens * process.count),
-            lambda: received[0] if received else None,
-        )
-    _wait_for_all(process)
-    if process.rank == 0:
-        found.join()
-        directions = {}
-        for name, suite in saes.items():
-            directions[name] = directions_of(suite.directions(name), data.hooked)
-            mapped = suite.saes[name].maps is not None and suite.saes[name].layer_rank > 0
-            for layer in suite.layers if mapped else ():
-                decoder = F.normalize(suite[layer].W_dec, dim=1)
-                directions[of_layer(name, layer)] = directions_of(decoder, data.hooked)
-        shown = set(text.read().flatten().tolist())
-        for each in directions.values():
-            shown |= {*each.promoted.flatten().tolist(), *each.suppressed.flatten().tolist()}
-        save_collected(
-            folder,
-            {"key": key, "groupsae": __version__, "context": text.context, **head},
-            found,
-            directions,
-            token_strings(data.lm.tokenizer(), shown),
-        )
-        console.print(f"Contexts: {folder / COLLECTED}", soft_wrap=True)
+        found.run(advance, lambda: received[0] if received else None)
+    directions = {}
+    for name, suite in saes.items():
+        directions[name] = directions_of(suite.directions(name), data.hooked)
+        mapped = suite.saes[name].maps is not None and suite.saes[name].layer_rank > 0
+        for layer in suite.layers if mapped else ():
+            decoder = F.normalize(suite[layer].W_dec, dim=1)
+            directions[of_layer(name, layer)] = directions_of(decoder, data.hooked)
+    shown = set(text.read().flatten().tolist())
+    for each in directions.values():
+        shown |= {*each.promoted.flatten().tolist(), *each.suppressed.flatten().tolist()}
+    save_collected(
+        folder,
+        {"key": key, "groupsae": __version__, "context": text.context, **head},
+        found,
+        directions,
+        token_strings(data.lm.tokenizer(), shown),
+    )
+    console.print(f"Contexts: {folder / COLLECTED}", soft_wrap=True)
 
 
 def _announce(
-    new: Callable[[Path, Process], Pass],
+    new: Callable[[Path], Pass],
     data: ActivationDataModule,
     text: Text,
     saes: Mapping[str, Suite],
@@ -294,7 +283,7 @@ def _announce(
 ) -> None:
     """Print the memory, disk and time that the pass needs, from a trial of two forwards."""
     with tempfile.TemporaryDirectory() as temporary:
-        trial = new(Path(temporary), Process())
+        trial = new(Path(temporary))
         trial.resume()
         part = next(text.parts())
         part = part._replace(tokens=part.tokens[: data.blocks_per_forward])
@@ -394,11 +383,3 @@ def _bytes_shown(token: str) -> str:
         return token
     text = bytes(byte_of[character] for character in token).decode("utf-8", "surrogateescape")
     return "".join(f"<0x{ord(c) - 0xDC00:02X}>" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in text)
-
-
-def _wait_for_all(process: Process) -> None:
-    """Wait until every process has saved what it found."""
-    if process.count > 1:
-        torch.distributed.init_process_group("gloo", rank=process.rank, world_size=process.count)
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()

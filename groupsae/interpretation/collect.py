@@ -3,18 +3,14 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from groupsae.data.draws import mix
-from groupsae.interpretation.contexts import (
-    Contexts,
-    Excerpt,
-    drawn,
-    highest_first,
-)
+from groupsae.interpretation.contexts import Contexts, Held, drawn, highest_first
 from groupsae.interpretation.firings import (
     WINDOW,
     Firings,
@@ -55,16 +51,6 @@ class Kept:
         return d_sae * (layers * each + self.across * Contexts.bytes_for_each(layers))
 
 
-class LayerCollector:
-    """What the latents of an SAE do on one layer."""
-
-    def __init__(self, d_sae: int, kept: Kept, stream: int, device: torch.device) -> None:
-        self.stream = stream
-        self.statistics = Statistics(d_sae, len(TEXTS), device)
-        self.top = Contexts(d_sae, kept.top, 1, device)
-        self.samples = [Contexts(d_sae, kept.sample, 1, device) for _ in TEXTS]
-
-
 class SAECollector:
     """What the latents of one SAE do on all layers that it serves.
 
@@ -72,19 +58,40 @@ class SAECollector:
         name: name of the SAE.
         suite: the SAE alone.
         kept: how much to keep.
-        records: where the complete firings of the latents to explain go.
+        records: folder for the complete firings of the latents to explain.
+        device: where the tensors are.
+
+    Attributes:
+        pieces: what is kept: `statistics/layer.3`, `top/layer.3`, `train/layer.3` and
+            `heldout/layer.3` (samples of each text), and `across`, by name.
     """
 
     def __init__(
-        self, name: str, suite: Suite, kept: Kept, records: Records, device: torch.device
+        self, name: str, suite: Suite, kept: Kept, records: Path, device: torch.device
     ) -> None:
-        self.name, self.suite, self.records = name, suite, records
-        d_sae = suite.saes[name].d_sae
-        self.layers = {
-            layer: LayerCollector(d_sae, kept, stream_of(kept.seed, name, layer), device)
-            for layer in suite.layers
-        }
-        self.across = Contexts(d_sae, kept.across, len(self.layers), device)
+        self.name, self.layers, self.seed = name, suite.layers, kept.seed
+        self.d_sae = suite.saes[name].d_sae
+        self.candidates = candidates(kept, name, self.d_sae)
+        self.records = Records(records, self.candidates.to(device), self.d_sae, self.layers)
+        self.across = Contexts(self.d_sae, kept.across, len(self.layers), device)
+        self.pieces: dict[str, Statistics | Contexts] = {"across": self.across}
+        for layer in self.layers:
+            sizes = {"top": kept.top, **dict.fromkeys(TEXTS, kept.sample)}
+            self.pieces[f"statistics/layer.{layer}"] = Statistics(self.d_sae, len(TEXTS), device)
+            for kind, size in sizes.items():
+                self.pieces[f"{kind}/layer.{layer}"] = Contexts(self.d_sae, size, 1, device)
+
+    def statistics(self, layer: int) -> Statistics:
+        """Return the counts of a layer."""
+        found = self.pieces[f"statistics/layer.{layer}"]
+        assert isinstance(found, Statistics)
+        return found
+
+    def contexts(self, kind: str, layer: int) -> Contexts:
+        """Return contexts of a layer: `top`, or a sample of one of `TEXTS`."""
+        found = self.pieces[f"{kind}/layer.{layer}"]
+        assert isinstance(found, Contexts)
+        return found
 
     def update(
         self,
@@ -95,58 +102,33 @@ class SAECollector:
         """Add a part: all firings in it by layer, and where its documents begin and end."""
         context = part.tokens.shape[1]
         first_window = part.first // context * windows_in(context)
-        candidates: list[Peaks] = []
-        for layer, collector in self.layers.items():
-            firings = found[layer]
+        highest: list[Peaks] = []
+        for layer, firings in found.items():
             peaks = peaks_of(firings, context)
-            collector.statistics.update(firings, peaks, part.text)
+            self.statistics(layer).update(firings, peaks, part.text)
             self.records.add(layer, firings, part.first)
             keys = highest_first(peaks.values, peaks.places + part.first)
-            offers = (
-                (collector.top, keys),
-                (collector.samples[part.text], drawn(collector.stream, peaks, first_window)),
-            )
-            for contexts, key in offers:
-                _offer(contexts, key, peaks, part.first, [firings], bounds)
-            candidates.append(peaks.where(self.across.could_take(peaks.latents, keys)))
-        best = _best_layer(candidates)
+            _offer(self.contexts("top", layer), keys, peaks, part.first, [firings], bounds)
+            drawn_keys = drawn(stream_of(self.seed, self.name, layer), peaks, first_window)
+            sample = self.contexts(TEXTS[part.text], layer)
+            _offer(sample, drawn_keys, peaks, part.first, [firings], bounds)
+            highest.append(peaks.where(self.across.could_take(peaks.latents, keys)))
+        best = _best_layer(highest)
         keys = highest_first(best.values, best.places + part.first)
-        every = [found[layer] for layer in self.layers]
-        _offer(self.across, keys, best, part.first, every, bounds)
-
-    def merge(self, other: "SAECollector") -> None:
-        """Add what another process found in other parts; the records stay apart."""
-        for layer, collector in self.layers.items():
-            theirs = other.layers[layer]
-            collector.statistics.merge(theirs.statistics)
-            collector.top.merge(theirs.top)
-            for ours, sample in zip(collector.samples, theirs.samples, strict=True):
-                ours.merge(sample)
-        self.across.merge(other.across)
+        _offer(self.across, keys, best, part.first, list(found.values()), bounds)
 
     def state(self) -> dict[str, Tensor]:
         """Return all tensors by name, such as `top/layer.3/acts`."""
         return {
             f"{place}/{name}": tensor
-            for place, piece in self._pieces().items()
-            for name, tensor in piece.state().items()
+            for place, piece in self.pieces.items()
+            for name, tensor in piece.tensors().items()
         }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` returned."""
-        for place, piece in self._pieces().items():
-            start = f"{place}/"
-            inside = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
-            piece.load(inside)
-
-    def _pieces(self) -> dict[str, Statistics | Contexts]:
-        pieces: dict[str, Statistics | Contexts] = {"across": self.across}
-        for layer, collector in self.layers.items():
-            pieces[f"statistics/layer.{layer}"] = collector.statistics
-            pieces[f"top/layer.{layer}"] = collector.top
-            for split, sample in zip(TEXTS, collector.samples, strict=True):
-                pieces[f"{split}/layer.{layer}"] = sample
-        return pieces
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
 
 
 def stream_of(seed: int, name: str, layer: int | None = None) -> int:
@@ -209,12 +191,11 @@ def _offer(
     bounds: tuple[Int[Tensor, "token"], Int[Tensor, "token"]],
 ) -> None:
     """Offer the peaks of a part, with the activations around them at the given layers."""
-    starts, ends = bounds
 
-    def excerpts(taken: Tensor) -> Excerpt:
+    def contexts_of(taken: Tensor) -> Held:
         latents, places = peaks.latents[taken], peaks.places[taken]
-        begin, lengths = excerpt_around(places, starts, ends, first)
+        begin, lengths = excerpt_around(places, *bounds, first)
         acts = [firings.at(latents, begin, lengths) for firings in found]
-        return Excerpt((places - begin).byte(), lengths.byte(), torch.stack(acts, 1))
+        return Held(keys[taken], places + first, places - begin, lengths, torch.stack(acts, 1))
 
-    contexts.offer(peaks.latents, keys, peaks.places + first, excerpts)
+    contexts.offer(peaks.latents, keys, contexts_of)

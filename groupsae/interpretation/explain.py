@@ -120,8 +120,6 @@ class Explainer:
         found = {}
         for layer in (place for place, each in firings.items() if place != "all" and each.enough):
             projected = self.found.projections(int(layer))
-            if projected is None:
-                continue
             acts = projected[:, number % projected.shape[1]].astype(np.float32)
             text, later = np.split(acts, [self.explain_tokens])
             least = np.sort(text)[-len(firings[layer].positions)]

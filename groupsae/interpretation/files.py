@@ -15,10 +15,8 @@ from torch import Tensor
 from groupsae.files.atomic import explain_write_errors, write_json
 from groupsae.files.reading import damaged, missing, read_json, require_json
 from groupsae.files.tensors import read_tensors
-from groupsae.interpretation.collect import SAECollector, candidates
 from groupsae.interpretation.contexts import EMPTY, value_of
 from groupsae.interpretation.directions import Directions
-from groupsae.interpretation.records import FIRING
 from groupsae.interpretation.run import DIRECTIONS, Pass
 from groupsae.interpretation.statistics import UNIT
 from groupsae.interpretation.text import TEXTS, document_bounds
@@ -108,13 +106,7 @@ class CollectedSAE:
     ) -> tuple[Int[np.ndarray, " firing"], Float[np.ndarray, " firing"]]:
         """Return positions and activations of every firing of a recorded latent on a layer."""
         if layer not in self._records:
-            file = self.folder / self.name / f"layer.{layer}.npy"
-            try:
-                rows = np.load(file, mmap_mode="r", allow_pickle=False)
-            except FileNotFoundError:
-                raise missing(file) from None
-            except (OSError, ValueError) as error:
-                raise damaged(file, error) from error
+            rows = _array(self.folder / self.name / f"layer.{layer}.npy", mapped=True)
             bounds = np.searchsorted(rows["latent"], np.arange(self.d_sae + 1))
             self._records[layer] = rows, bounds
         rows, bounds = self._records[layer]
@@ -134,6 +126,16 @@ class CollectedSAE:
     def _statistic(self, layer: int, name: str) -> np.ndarray:
         found: np.ndarray = self._tensors[f"statistics/layer.{layer}/{name}"].numpy()
         return found
+
+
+def _array(file: Path, *, mapped: bool = False) -> np.ndarray:
+    try:
+        found: np.ndarray = np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
+    except FileNotFoundError:
+        raise missing(file) from None
+    except (OSError, ValueError) as error:
+        raise damaged(file, error) from error
+    return found
 
 
 def of_layer(name: str, layer: int) -> str:
@@ -168,14 +170,7 @@ class Interpretation:
     @cached_property
     def tokens(self) -> Int[np.ndarray, " position"]:
         """Return the token at every position of both texts, as the model read it."""
-        file = self.folder / COLLECTED / "tokens.npy"
-        try:
-            found: np.ndarray = np.load(file, allow_pickle=False).reshape(-1)
-        except FileNotFoundError:
-            raise missing(file) from None
-        except (OSError, ValueError) as error:
-            raise damaged(file, error) from error
-        return found
+        return _array(self.folder / COLLECTED / "tokens.npy").reshape(-1)
 
     @cached_property
     def bounds(self) -> tuple[Int[Tensor, "position"], Int[Tensor, "position"]]:
@@ -192,10 +187,7 @@ class Interpretation:
     @cached_property
     def documents(self) -> Int[np.ndarray, " position"]:
         """Return a number of the document at every position; its piece in the text to explain."""
-        file = self.folder / COLLECTED / "documents.npy"
-        if not file.exists():  # it was collected by an earlier version
-            return self.pieces
-        begins = np.load(file, allow_pickle=False)
+        begins = _array(self.folder / COLLECTED / "documents.npy")
         is_end = self.tokens.reshape(-1, self.context)[-len(begins) :] == self.head["end_token"]
         ended = np.cumsum(is_end, axis=1) - is_end  # a token that ends a document belongs to it
         early = self.pieces[: -is_end.size]
@@ -213,18 +205,14 @@ class Interpretation:
         stored = read_json(self.folder / "explanations.json") or {}
         return stored["saes"] if stored.get("key", [None])[0] == self.head["key"] else {}
 
-    def resampled(self, name: str) -> np.ndarray | None:
-        """Return F1 of an SAE's explanations on resamples of the documents, if it was kept."""
-        file = self.folder / "resampled" / f"{name}.npy"
-        return np.load(file, allow_pickle=False) if file.exists() else None
+    def resampled(self, name: str) -> np.ndarray:
+        """Return F1 of an SAE's explanations on resamples of the documents."""
+        return _array(self.folder / "resampled" / f"{name}.npy")
 
-    def projections(self, layer: int) -> np.ndarray | None:
+    def projections(self, layer: int) -> np.ndarray:
         """Return a layer's activations along random directions, [position, direction]."""
         file = self.folder / COLLECTED / f"random.layer.{layer}.bin"
-        if not file.exists():
-            return None
-        # the file is longer if a pass over more text was stopped before
-        return np.memmap(file, "<f2", "r", shape=(sum(self.num_tokens), DIRECTIONS))
+        return np.memmap(file, "<f2", "r").reshape(-1, DIRECTIONS)
 
     def text(self, start: int, length: int) -> list[str]:
         """Return the text of some tokens, one string each."""
@@ -238,25 +226,15 @@ def save_collected(
     directions: Mapping[str, Directions],
     strings: Mapping[int, str],
 ) -> None:
-    """Write what a finished pass has collected, and remove its unfinished state.
-
-    The other processes' shares have been joined before.
-    """
+    """Write what a finished pass has collected, and remove its unfinished state."""
     target = folder / COLLECTED
     with explain_write_errors(target, "interpret a copy of the run"):
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
         for name, collector in found.collectors.items():
+            (target / name).mkdir()
             for layer in collector.layers:
-                rows = np.concatenate(
-                    [
-                        np.fromfile(collector.records.file(layer, str(rank)), FIRING)
-                        for rank in range(found.process.count)
-                    ]
-                )
-                rows = rows[np.lexsort((rows["position"], rows["latent"]))]
-                (target / name).mkdir(exist_ok=True)
-                np.save(target / name / f"layer.{layer}.npy", rows)
+                np.save(target / name / f"layer.{layer}.npy", collector.records.sorted_rows(layer))
             tensors = {k: v.contiguous().cpu() for k, v in collector.state().items()}
             (target / f"{name}.safetensors").write_bytes(save(tensors))
         for name, each in directions.items():
@@ -266,18 +244,15 @@ def save_collected(
         for file in found.folder.glob("random.*.bin"):
             file.replace(target / file.name)
     write_json(target / "strings.json", {str(token): text for token, text in strings.items()})
-    saes = [_sae_head(collector, found) for collector in found.collectors.values()]
+    saes = [
+        {
+            "name": name,
+            "layers": collector.layers,
+            "d_sae": collector.d_sae,
+            "latents": collector.candidates.tolist(),
+        }
+        for name, collector in found.collectors.items()
+    ]
     written = {"format": FORMAT, **head, "saes": saes}
     write_json(target / "collected.json", written)  # last: it marks the rest as complete
     shutil.rmtree(found.folder, ignore_errors=True)
-
-
-def _sae_head(collector: SAECollector, found: Pass) -> dict[str, Any]:
-    d_sae = collector.across.keys.shape[0]
-    latents = candidates(found.kept, collector.name, d_sae)
-    return {
-        "name": collector.name,
-        "layers": list(collector.layers),
-        "d_sae": d_sae,
-        "latents": latents.tolist(),
-    }

@@ -20,19 +20,15 @@ class Records:
         folder: folder of the files.
         latents: latents to record, ascending.
         d_sae: number of latents of the SAE.
-        part: name of this process's files.
+        layers: layers that it serves.
     """
 
     def __init__(
-        self, folder: Path, latents: Int[Tensor, "latent"], d_sae: int, part: str = "0"
+        self, folder: Path, latents: Int[Tensor, "latent"], d_sae: int, layers: Iterable[int]
     ) -> None:
-        self.folder, self.part = folder, part
+        self.files = {layer: folder / f"layer.{layer}.bin" for layer in layers}
         self.wanted = torch.zeros(d_sae, dtype=torch.bool, device=latents.device)
         self.wanted[latents] = True
-
-    def file(self, layer: int, part: str | None = None) -> Path:
-        """Return the file of a layer."""
-        return self.folder / f"layer.{layer}.{part or self.part}.bin"
 
     def add(self, layer: int, firings: Firings, first: int) -> None:
         """Append a part of the text, which begins at position `first`."""
@@ -42,17 +38,21 @@ class Records:
         rows["latent"] = latents[chosen].cpu().numpy()
         rows["position"] = (firings.places[chosen] + first).cpu().numpy()
         rows["act"] = firings.values[chosen].cpu().numpy()
-        with self.file(layer).open("ab") as handle:
+        with self.files[layer].open("ab") as handle:
             rows.tofile(handle)
 
-    def sizes(self, layers: Iterable[int]) -> dict[int, int]:
+    def sizes(self) -> dict[str, int]:
         """Return the bytes written so far, by layer."""
-        files = {layer: self.file(layer) for layer in layers}
-        return {layer: f.stat().st_size if f.exists() else 0 for layer, f in files.items()}
+        return {str(layer): file.stat().st_size for layer, file in self.files.items()}
 
-    def truncate(self, sizes: dict[int, int]) -> None:
-        """Drop all that was written after these sizes were."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for layer, size in sizes.items():
-            with self.file(layer).open("ab") as handle:
-                handle.truncate(size)
+    def truncate(self, sizes: dict[str, int]) -> None:
+        """Drop all that was written after these sizes were; without any, begin empty files."""
+        for layer, file in self.files.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("ab") as handle:
+                handle.truncate(sizes.get(str(layer), 0))
+
+    def sorted_rows(self, layer: int) -> np.ndarray:
+        """Return a layer's firings by latent and position."""
+        rows = np.fromfile(self.files[layer], FIRING)
+        return rows[np.lexsort((rows["position"], rows["latent"]))]

@@ -1,10 +1,10 @@
-"""The pass over text: runs the model, feeds the collectors, stops and resumes, joins processes."""
+"""The pass over text: runs the model, feeds the collectors, stops and resumes."""
 
 import os
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,11 +16,10 @@ from groupsae.data.activations import ActivationDataModule
 from groupsae.data.filters import both
 from groupsae.data.packing import end_of_text
 from groupsae.files.atomic import atomic_write, explain_write_errors, write_json
-from groupsae.files.reading import read_json, require_json
+from groupsae.files.reading import read_json
 from groupsae.files.tensors import read_tensors
-from groupsae.interpretation.collect import Kept, SAECollector, candidates
+from groupsae.interpretation.collect import Kept, SAECollector
 from groupsae.interpretation.firings import Entries, entries_of, firings_of
-from groupsae.interpretation.records import Records
 from groupsae.interpretation.text import Part, Text, document_bounds
 from groupsae.runtime.signals import Stopped
 from groupsae.suite.suite import Suite
@@ -30,19 +29,11 @@ SORTED = 100  # bytes of a firing while its part is sorted, as benchmarks.interp
 DIRECTIONS = 8  # random ones, with which latents are compared
 
 
-@dataclass(frozen=True)
-class Process:
-    """Which of several processes this is."""
-
-    rank: int = 0
-    count: int = 1
-
-
 class Pass:
-    """One process's share of the pass over a text, for the SAEs of a run.
+    """The pass over a text, for the SAEs of a run.
 
-    Every process reads each `count`-th part. What it has found lies in `folder` when it is saved,
-    and a pass with the same key resumes from there.
+    What it has found lies in `folder` when it is saved, and a pass with the same key resumes from
+    there.
 
     Args:
         folder: `interpretation/collecting` of the run.
@@ -51,7 +42,6 @@ class Pass:
         text: the parts to read.
         saes: SAEs by name, each alone.
         kept: how much to keep of each latent.
-        process: which of several processes this is.
     """
 
     def __init__(
@@ -62,23 +52,17 @@ class Pass:
         text: Text,
         saes: Mapping[str, Suite],
         kept: Kept,
-        process: Process,
     ) -> None:
         self.folder, self.key, self.data, self.text = folder, key, data, text
-        self.saes, self.kept = saes, kept
-        self.process, self.next_part = process, process.rank
+        self.saes, self.kept, self.next_part = saes, kept, 0
         self.layers = sorted({layer for suite in saes.values() for layer in suite.layers})
-        self.collectors = {name: self._collector(name, process.rank) for name in saes}
+        self.collectors = {
+            name: SAECollector(name, suite, kept, folder / "records" / name, data.device)
+            for name, suite in saes.items()
+        }
         draws = torch.Generator().manual_seed(0)
         directions = torch.randn(DIRECTIONS, data.hooked.d_model, generator=draws)
         self.directions = F.normalize(directions, dim=1).to(data.device)
-
-    def _collector(self, name: str, rank: int) -> SAECollector:
-        suite, device = self.saes[name], self.data.device
-        d_sae = suite.saes[name].d_sae
-        latents = candidates(self.kept, name, d_sae).to(device)
-        records = Records(self.folder / "records" / name, latents, d_sae, str(rank))
-        return SAECollector(name, suite, self.kept, records, device)
 
     def needs(self, tokens: int) -> tuple[int, int]:
         """Return the bytes of memory and of files that all parts need, once `tokens` were read.
@@ -89,14 +73,15 @@ class Pass:
             self.kept.bytes_for(suite.saes[name].d_sae, len(suite.layers))
             for name, suite in self.saes.items()
         )
-        layers = [each for found in self.collectors.values() for each in found.layers.values()]
-        fired = sum(int(layer.statistics.fired.sum()) for layer in layers) / tokens
-        records = sum(f.stat().st_size for f in self.folder.glob("records/*/*.bin")) / tokens
-        records += 2 * DIRECTIONS * len(self.layers)
+        fired = records = 0
+        for collector in self.collectors.values():
+            fired += sum(int(collector.statistics(x).fired.sum()) for x in collector.layers)
+            records += sum(collector.records.sizes().values())
+        each = records / tokens + 2 * DIRECTIONS * len(self.layers)
         part = min(self.text.size * self.text.context, max(self.text.tokens))
         return (
-            contexts + round(SORTED * fired * part),
-            contexts + round(records * sum(self.text.tokens)),
+            contexts + round(SORTED * fired / tokens * part),
+            contexts + round(each * sum(self.text.tokens)),
         )
 
     def run(self, advance: Callable[[int], object], stopped: Callable[[], int | None]) -> None:
@@ -106,9 +91,9 @@ class Pass:
             Stopped: `stopped` returned the number of a signal. The state has been saved.
         """
         saved = time.monotonic()
-        for part in self.text.parts(self.next_part, self.process.count):
+        for part in self.text.parts(self.next_part):
             self.update(part)
-            self.next_part = part.number + self.process.count
+            self.next_part = part.number + 1
             advance(part.tokens.numel())
             signal = stopped()
             if signal is not None or time.monotonic() - saved > SAVE_EVERY:
@@ -165,43 +150,30 @@ class Pass:
 
     def save(self) -> None:
         """Write the state; a kill while writing leaves the one before."""
-        rank = self.process.rank
         for name, collector in self.collectors.items():
-            with atomic_write(self._file(name, self.next_part, rank)) as handle:
+            with atomic_write(self._file(name, self.next_part)) as handle:
                 handle.write(save({k: v.contiguous().cpu() for k, v in collector.state().items()}))
-        sizes = {n: c.records.sizes(c.layers) for n, c in self.collectors.items()}
-        head = {"key": self.key, "count": self.process.count, "next_part": self.next_part}
-        write_json(self.folder / f"process.{rank}.json", {**head, "records": sizes})
-        for old in self.folder.glob(f"*.{rank}.*.safetensors"):
+        sizes = {name: collector.records.sizes() for name, collector in self.collectors.items()}
+        head = {"key": self.key, "next_part": self.next_part, "records": sizes}
+        write_json(self.folder / "state.json", head)
+        for old in self.folder.glob("*.safetensors"):
             if old.name.split(".")[-2] != str(self.next_part):
                 old.unlink()
 
     def resume(self) -> bool:
         """Take over a saved state of the same pass, and return whether there was one."""
-        found = read_json(self.folder / f"process.{self.process.rank}.json") or {}
-        same = (found.get("key"), found.get("count")) == (self.key, self.process.count)
-        for name, collector in self.collectors.items():
-            with explain_write_errors(self.folder, "interpret a copy of the run"):
-                sizes = found["records"][name] if same else dict.fromkeys(collector.layers, 0)
-                collector.records.truncate({int(layer): size for layer, size in sizes.items()})
-            if same:
-                self._load(collector, found["next_part"], self.process.rank)
+        found = read_json(self.folder / "state.json") or {}
+        same = found.get("key") == self.key
+        with explain_write_errors(self.folder, "interpret a copy of the run"):
+            if not same:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            for name, collector in self.collectors.items():
+                collector.records.truncate(found["records"][name] if same else {})
         if same:
             self.next_part = found["next_part"]
+            for name, collector in self.collectors.items():
+                collector.load(read_tensors(self._file(name, self.next_part)))
         return same
 
-    def join(self) -> None:
-        """Add what the other processes have saved."""
-        for rank in range(1, self.process.count):
-            head = require_json(self.folder / f"process.{rank}.json")
-            for name, collector in self.collectors.items():
-                other = self._collector(name, rank)
-                self._load(other, head["next_part"], rank)
-                collector.merge(other)
-
-    def _load(self, collector: SAECollector, part: int, rank: int) -> None:
-        tensors = read_tensors(self._file(collector.name, part, rank))
-        collector.load({k: v.to(self.data.device) for k, v in tensors.items()})
-
-    def _file(self, name: str, part: int, rank: int) -> Path:
-        return self.folder / f"{name}.{rank}.{part}.safetensors"
+    def _file(self, name: str, part: int) -> Path:
+        return self.folder / f"{name}.{part}.safetensors"

@@ -65,21 +65,8 @@ class Statistics:
             bins = torch.arange(BINS, device=grown.device) >> steps.unsqueeze(1)
             folded = torch.zeros_like(self.histogram[grown])
             self.histogram[grown] = folded.scatter_add_(1, bins, self.histogram[grown])
-            self.exponent = exponent
+            self.exponent.copy_(exponent)
 
-    def merge(self, other: "Statistics") -> None:
-        """Add the counts of another part of the text."""
-        widest = torch.maximum(self.exponent, other.exponent)
-        self._widen(widest)
-        other._widen(widest)
-        for name in ("fired", "windows", "mass", "histogram"):
-            getattr(self, name).add_(getattr(other, name))
-
-    def state(self) -> dict[str, Tensor]:
-        """Return all counts."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all counts, by name."""
         return {name: getattr(self, name) for name in self.__annotations__}
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` returned."""
-        for name in self.__annotations__:
-            setattr(self, name, state[name].clone())

@@ -14,11 +14,10 @@ from groupsae.interpretation.collect import Kept, SAECollector
 from groupsae.interpretation.directions import BINS, Directions
 from groupsae.interpretation.files import save_collected
 from groupsae.interpretation.firings import entries_of, firings_of
-from groupsae.interpretation.records import Records
-from groupsae.interpretation.run import Pass, Process
+from groupsae.interpretation.run import DIRECTIONS, Pass
 from groupsae.interpretation.text import Part, document_bounds
 from groupsae.suite.suite import load_saes, load_suite
-from tests.helpers.shelf import D_MODEL, D_SAE, run_folder
+from tests.helpers.shelf import D_MODEL, run_folder
 
 CONTEXT, BLOCKS, EXPLAIN, END = 64, 40, 25, 0
 SILENT = 7  # a latent that never fires
@@ -62,9 +61,9 @@ def interpreted_run(folder: Path, kind: str = "topk") -> Interpreted:
     collectors = {}
     for name in suite.saes:
         one = load_saes(run / "saes", [name])
-        records = Records(folder / "records" / name, torch.arange(4), D_SAE)
-        records.truncate(dict.fromkeys(one.layers, 0))
+        records = folder / "records" / name
         collectors[name] = SAECollector(name, one, KEPT, records, torch.device("cpu"))
+        collectors[name].records.truncate({})
     for text, (first, last) in enumerate(((0, EXPLAIN), (EXPLAIN, BLOCKS))):
         part = Part(text, text, first * CONTEXT, tokens[first:last])
         rows = slice(first * CONTEXT, last * CONTEXT)
@@ -77,8 +76,11 @@ def interpreted_run(folder: Path, kind: str = "topk") -> Interpreted:
                 for layer in collector.layers
             }
             collector.update(part, found, document_bounds(part.tokens, END))
+    for layer in suite.layers:
+        projected = torch.randn(tokens.numel(), DIRECTIONS, generator=draws).half()
+        projected.numpy().tofile(folder / "records" / f"random.layer.{layer}.bin")
     done = Pass.__new__(Pass)  # a finished one, which never had a language model
-    done.collectors, done.process, done.kept = collectors, Process(), KEPT
+    done.collectors = collectors
     done.text, done.folder = (
         SimpleNamespace(
             read=tokens.int().numpy, heldout_documents=lambda: np.arange(BLOCKS - EXPLAIN)

@@ -10,6 +10,7 @@ from groupsae.files.atomic import write_json
 from groupsae.interpretation.files import Interpretation
 from groupsae.interpretation.firings import WINDOW, windows_in
 from groupsae.interpretation.records import FIRING
+from groupsae.interpretation.run import DIRECTIONS
 
 WORDS = [
     "alpha",
@@ -63,6 +64,7 @@ def plant(folder: Path, blocks: int = 400, layers: tuple[int, ...] = (0, 1)) -> 
     target = folder / "collected"
     (target / "g").mkdir(parents=True)
     np.save(target / "tokens.npy", tokens)
+    np.save(target / "documents.npy", np.arange(blocks - blocks // 2) * 1000)  # of every block
     write_json(target / "strings.json", strings)
     tensors: dict[str, torch.Tensor] = {}
     for layer in layers:
@@ -81,6 +83,8 @@ def plant(folder: Path, blocks: int = 400, layers: tuple[int, ...] = (0, 1)) -> 
             held = draws.permutation(where[where >= half])[:SAMPLE]
             peaks[latent, : len(held)] = torch.from_numpy(held)
         np.save(target / "g" / f"layer.{layer}.npy", np.concatenate(rows))
+        projected = np.random.default_rng(layer).normal(size=(flat.size, DIRECTIONS))
+        projected.astype("<f2").tofile(target / f"random.layer.{layer}.bin")
         tensors |= {
             f"statistics/layer.{layer}/fired": fired,
             f"statistics/layer.{layer}/windows": in_windows,

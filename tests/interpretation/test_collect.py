@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from groupsae.interpretation.collect import Kept, SAECollector, stream_of
-from groupsae.interpretation.contexts import EMPTY, drawn, value_of
+from groupsae.interpretation.contexts import EMPTY, Held, drawn, value_of
 from groupsae.interpretation.firings import (
     WINDOW,
     Peaks,
@@ -15,9 +15,8 @@ from groupsae.interpretation.firings import (
     firings_of,
     windows_in,
 )
-from groupsae.interpretation.records import FIRING, Records
 from groupsae.interpretation.statistics import BINS
-from groupsae.interpretation.text import Part, document_bounds
+from groupsae.interpretation.text import TEXTS, Part, document_bounds
 from groupsae.sae.topk import TopK
 from groupsae.suite.suite import Suite
 
@@ -44,12 +43,12 @@ def text() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
     return tokens, acts, keep, 14
 
 
-def collect(suite, text, folder, sizes, which=lambda _: True) -> SAECollector:
+def collect(suite, text, folder, sizes, which=lambda _: True, collector=None) -> SAECollector:
     """Return the collector after parts of these numbers of blocks."""
     tokens, acts, keep, explain = text
-    folder.mkdir(parents=True, exist_ok=True)
-    records = Records(folder, torch.arange(KEPT.latents), D_SAE)
-    collector = SAECollector("g", suite, KEPT, records, CPU)
+    if collector is None:
+        collector = SAECollector("g", suite, KEPT, folder, CPU)
+        collector.records.truncate({})
     block = number = 0
     while block < len(tokens):
         stop = min(block + sizes[number % len(sizes)], len(tokens))
@@ -105,7 +104,7 @@ def test_counts_sums_and_histograms_are_those_of_brute_force(collected, expected
     dense, peaks = expected
     boundary = text[3] * CONTEXT
     for layer in LAYERS:
-        found = collected.layers[layer].statistics
+        found = collected.statistics(layer)
         for index, z in enumerate((dense[layer][:boundary], dense[layer][boundary:])):
             assert found.fired[index].tolist() == (z > 0).sum(0).tolist()
             torch.testing.assert_close(
@@ -132,17 +131,18 @@ def test_the_highest_contexts_and_the_samples_are_those_of_brute_force(collected
     _, peaks = expected
     boundary = text[3] * windows_in(CONTEXT)
     for layer in LAYERS:
-        collector = collected.layers[layer]
+        top = collected.contexts("top", layer).held
         stream = stream_of(KEPT.seed, "g", layer)
         for latent in range(D_SAE):
             found = peaks[layer, latent]
             best = sorted(found.values(), key=lambda peak: (-peak[0], peak[1]))[: KEPT.top]
-            held = collector.top.peaks[latent][collector.top.keys[latent] < EMPTY]
+            held = top.peaks[latent][top.keys[latent] < EMPTY]
             assert held.tolist() == [place for _, place in best]
-            assert value_of(collector.top.keys[latent])[: len(best)].tolist() == [
+            assert value_of(top.keys[latent])[: len(best)].tolist() == [
                 pytest.approx(value, abs=0) for value, _ in best
             ]
-            for text_number, sample in enumerate(collector.samples):
+            for text_number, name in enumerate(TEXTS):
+                sample = collected.contexts(name, layer).held
                 inside = [w for w in found if (w >= boundary) == bool(text_number)]
                 one = torch.tensor([latent] * len(inside))
                 windows = torch.tensor(inside, dtype=torch.int64)
@@ -157,16 +157,16 @@ def test_contexts_stay_inside_their_document_and_show_its_activations(collected,
     tokens = text[0].flatten().numpy()
     checked = 0
     for layer in LAYERS:
-        for contexts in (collected.layers[layer].top, *collected.layers[layer].samples):
-            found, flat = contexts.excerpts(), contexts.peaks.flatten().tolist()
-            for i, peak in enumerate(flat):
+        for kind in ("top", *TEXTS):
+            found = Held(*(x.flatten(0, 1) for x in collected.contexts(kind, layer).held))
+            for i, peak in enumerate(found.peaks.tolist()):
                 if peak < 0:
                     continue
                 start, length = peak - int(found.before[i]), int(found.lengths[i])
                 assert start // CONTEXT == (start + length - 1) // CONTEXT  # one block
                 assert END not in tokens[start : start + length - 1]  # one document
                 assert start <= peak < start + length
-                z = dense[layer][start : start + length, i // contexts.keys.shape[1]]
+                z = dense[layer][start : start + length, i // (len(found.peaks) // D_SAE)]
                 np.testing.assert_array_equal(
                     found.acts[i, 0, :length].numpy(), z.astype(np.float16)
                 )
@@ -183,8 +183,8 @@ def test_contexts_stay_inside_their_document_and_show_its_activations(collected,
 
 def test_a_context_across_layers_shows_every_layer(collected, expected):
     dense, peaks = expected
-    contexts = collected.across
-    found = contexts.excerpts()
+    contexts = collected.across.held
+    found = Held(*(x.flatten(0, 1) for x in contexts))
     for latent in range(D_SAE):
         best: dict[int, tuple[float, int]] = {}
         for layer in LAYERS:
@@ -206,12 +206,13 @@ def test_a_context_across_layers_shows_every_layer(collected, expected):
 
 def test_records_hold_every_firing_of_the_chosen_latents(collected, expected):
     dense, _ = expected
+    chosen = collected.candidates.sort().values.numpy()
+    assert len(chosen) == 2 * KEPT.latents
     for layer in LAYERS:
-        rows = np.fromfile(collected.records.file(layer), FIRING)
-        z = dense[layer][:, : KEPT.latents]
-        places, latents = z.nonzero()
-        ours = sorted(zip(rows["position"].tolist(), rows["latent"].tolist(), strict=True))
-        assert ours == sorted(zip(places.tolist(), latents.tolist(), strict=True))
+        rows, z = collected.records.sorted_rows(layer), dense[layer]
+        latents, places = z.T[chosen].nonzero()
+        assert rows["position"].tolist() == places.tolist()
+        assert rows["latent"].tolist() == chosen[latents].tolist()
         np.testing.assert_array_equal(
             rows["act"], z[rows["position"], rows["latent"]].astype("f2")
         )
@@ -225,20 +226,11 @@ def test_the_result_does_not_depend_on_the_size_of_the_parts(
     assert all(torch.equal(other[name], value) for name, value in collected.state().items())
 
 
-def test_two_processes_find_what_one_finds(suite, text, collected, tmp_path):
-    halves = [
-        collect(suite, text, tmp_path / str(i), [2], lambda n, i=i: n % 2 == i) for i in (0, 1)
-    ]
-    halves[0].merge(halves[1])
-    assert all(torch.equal(halves[0].state()[n], v) for n, v in collected.state().items())
-
-
 def test_a_loaded_state_continues_as_if_nothing_had_happened(suite, text, collected, tmp_path):
     first = collect(suite, text, tmp_path / "a", [2], lambda n: n < 5)
-    later = collect(suite, text, tmp_path / "b", [2], lambda n: n >= 5)
-    fresh = collect(suite, text, tmp_path / "c", [2], lambda _: False)
+    fresh = collect(suite, text, tmp_path / "b", [2], lambda _: False)
     fresh.load(first.state())
-    fresh.merge(later)
+    collect(suite, text, tmp_path / "b", [2], lambda n: n >= 5, fresh)
     assert all(torch.equal(fresh.state()[n], v) for n, v in collected.state().items())
 
 
@@ -254,7 +246,4 @@ def test_a_sample_is_uniform_over_the_windows(suite):
 
 def test_memory_is_what_is_announced(collected):
     held = sum(t.numel() * t.element_size() for t in collected.state().values())
-    # the place of each context is not in the state
-    contexts = [c for x in collected.layers.values() for c in (x.top, *x.samples)]
-    held += 8 * sum(c.keys.numel() for c in (*contexts, collected.across))
     assert held == KEPT.bytes_for(D_SAE, len(LAYERS))

@@ -6,7 +6,6 @@ import pytest
 from groupsae.interpretation.bits import packed
 from groupsae.interpretation.explain import RESAMPLES, Explainer, explain_sae
 from groupsae.interpretation.files import Interpretation
-from groupsae.interpretation.run import DIRECTIONS
 from groupsae.interpretation.scores import Truth
 from tests.helpers.planted_latents import CONTEXT, LATENTS, plant
 
@@ -15,13 +14,12 @@ from tests.helpers.planted_latents import CONTEXT, LATENTS, plant
 def found(tmp_path_factory) -> Interpretation:
     """Return planted latents, and activations along random directions.
 
-    The first is large on one word, the others are noise; the file is longer, as after a stopped
-    pass over more text.
+    The first is large on one word at layer 0, the others are noise.
     """
     found = plant(tmp_path_factory.mktemp("planted") / "interpretation", blocks=200)
-    collected, draws = found.folder / "collected", np.random.default_rng(0)
-    projected = draws.normal(size=(2 * len(found.tokens), DIRECTIONS)).astype("<f2")
-    projected[: len(found.tokens)][found.tokens == 20, 0] += 20
+    collected = found.folder / "collected"
+    projected = np.array(found.projections(0))
+    projected[found.tokens == 20, 0] += 20
     projected.tofile(collected / "random.layer.0.bin")
     begins = np.arange(100) // 2 * 1000  # two blocks that begin in one document
     np.save(collected / "documents.npy", begins)
@@ -47,9 +45,8 @@ def test_planted_latents_are_found_and_their_nulls_are_at_chance(explained):
 def test_random_directions_are_explained_as_latents_of_the_same_density(found):
     explainer = Explainer(found)
     word, noise = (explainer.explain("g", [latent])[0]["direction_f1"] for latent in (0, 1))
-    assert set(word) == {"0"}  # layer 1 has none
     assert word["0"] > 0.9
-    assert noise["0"] < 0.15
+    assert max(noise["0"], word["1"], noise["1"]) < 0.15
 
 
 def test_documents_go_on_from_block_to_block(found):
