@@ -19,7 +19,7 @@ from groupsae.interpretation.exporting import (
     export_pages,
     interpretation_of,
 )
-from groupsae.interpretation.features import Names, PageFormat
+from groupsae.interpretation.features import Names
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.output import screen
 from groupsae.suite.card import dataset_of, figures_of_run, files_of_run, publish
@@ -156,31 +156,21 @@ def _check_pages(cfg: DictConfig, run: Path) -> None:
     interpretation_of(run)
 
 
-def _write_pages(
-    form: PageFormat, cfg: DictConfig, run: Path, suite: Suite, target: Path
-) -> list[str]:
+def _write_pages(name: str, cfg: DictConfig, run: Path, suite: Suite, target: Path) -> list[str]:
     found = interpretation_of(run)
     check_interpreted(suite, found, cfg.grouping)
     names, dataset = Names(**cfg.neuronpedia), dataset_of(run) or ""
-    console = screen()
-    with Progress(transient=True, console=console) as progress:
-        task = progress.add_task("writing layers", total=len(suite.layers))
-        written = export_pages(
-            suite,
-            found,
-            form,
-            names,
-            dataset,
-            target,
-            overwrite=cfg.overwrite,
-            advance=lambda: progress.advance(task),
-        )
     table = Table(Column("folder", overflow="fold"), "SAE", "active", "silent", "explained")
-    for each in written:
-        counts = (each.active, each.silent, each.explained)
-        table.add_row(each.folder, each.group, *(f"{count:,}" for count in counts))
+    pages = export_pages(
+        suite, found, PAGE_FORMATS[name], names, dataset, target, overwrite=cfg.overwrite
+    )
+    console, folders = screen(), []
+    with Progress(transient=True, console=console) as progress:
+        for folder, group, *counts in progress.track(pages, total=len(suite.layers)):
+            table.add_row(folder, group, *(f"{count:,}" for count in counts))
+            folders.append(folder)
     console.print(table)
-    return [each.folder for each in written]
+    return folders
 
 
 FORMATS = {
@@ -191,7 +181,7 @@ FORMATS = {
         for name, library in LIBRARIES.items()
     },
     **{
-        name: Format(form.recognises, _check_pages, partial(_write_pages, form), None)
+        name: Format(form.recognises, _check_pages, partial(_write_pages, name), None)
         for name, form in PAGE_FORMATS.items()
     },
 }

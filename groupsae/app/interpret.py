@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from groupsae import __version__
 from groupsae.app.console import print_explanations, print_groupings
 from groupsae.app.evaluate import device_named, log_results, same_stream
-from groupsae.app.judge import ask, judge_of, print_needs, try_once
+from groupsae.app.judge import ask, judge_of, print_needs
 from groupsae.config.values import INTERPRETATION, check_values
 from groupsae.data.activations import ActivationDataModule
 from groupsae.data.packing import end_of_text
@@ -33,16 +33,15 @@ from groupsae.files.atomic import atomic_write, write_json
 from groupsae.files.reading import read_json
 from groupsae.grouping.groupings import by_name, groupings
 from groupsae.grouping.plan import GroupPlan
-from groupsae.interpretation.atoms import Places
 from groupsae.interpretation.collect import Kept
 from groupsae.interpretation.comparison import write_frames
 from groupsae.interpretation.directions import directions_of
 from groupsae.interpretation.explain import (
     PART,
+    SECONDS,
     choose,
     explain_part,
     explain_sae,
-    seconds_for_one,
     start_worker,
 )
 from groupsae.interpretation.files import (
@@ -101,17 +100,16 @@ def interpret(
     target = folder / "interpretation"
     judge = judge_of(target, options, console, place)
     if judge is not None and not dry_run:
-        try_once(judge, target)
+        judge.check()
     collect(target, data, saes, options, console, dry_run=dry_run, overwrite=overwrite)
     if dry_run:
         if judge is not None:
-            print_needs(target, options, console)
+            print_needs(len(saes), options, console)
         return
     found = Interpretation(target)
     explained = explain(found, options, console)
     print_explanations(console, explained)
-    directions = {name: suite.directions(name) for name, suite in saes.items()}
-    write_frames(found, explained, groupings(plan), directions, options.seed)
+    write_frames(found, explained, groupings(plan), options.seed)
     title = f"{data.lm.name}: {', '.join(names) if len(names) < 5 else f'{len(names)} SAEs'}"
 
     def page() -> None:
@@ -121,7 +119,7 @@ def interpret(
     page()
     if judge is not None:
         ask(found, explained, judge, options, console)
-        write_frames(found, explained, groupings(plan), directions, options.seed)
+        write_frames(found, explained, groupings(plan), options.seed)
         page()
     run = read_run(folder)
     print_groupings(console, run)
@@ -241,7 +239,17 @@ def collect(
 
     _announce(new, data, text, saes, console)
     if dry_run:
-        _announce_rules(data, text, saes, kept, console)
+        count = sum(
+            min(kept.latents, suite.saes[name].d_sae)
+            * (len(suite.layers) + (len(suite.layers) > 1))
+            for name, suite in saes.items()
+        )
+        processes = min(_cores(), count)
+        spent = format_seconds(count * SECONDS / processes)
+        console.print(
+            f"Rules: {count:,} explanations at most, about {spent} with {processes} processes",
+            soft_wrap=True,
+        )
         return
     found = new(folder / "collecting")
     received: list[int] = []
@@ -298,29 +306,6 @@ def _announce(
         f"held-out): {format_bytes(memory)} of memory for contexts, counts and firings, "
         f"{format_bytes(disk)} on disk, about "
         f"{format_seconds(seconds * total / tokens)}",
-        soft_wrap=True,
-    )
-
-
-def _announce_rules(
-    data: ActivationDataModule,
-    text: Text,
-    saes: Mapping[str, Suite],
-    kept: Kept,
-    console: Console,
-) -> None:
-    """Print the time that explanations by rules need, from a trial on made-up latents."""
-    tokens = text.read().flatten()
-    strings = token_strings(data.lm.tokenizer(), set(tokens.tolist()))
-    seconds = seconds_for_one(Places(tokens, text.context, strings), text.tokens[0])
-    count = sum(
-        min(kept.latents, suite.saes[name].d_sae) * (len(suite.layers) + (len(suite.layers) > 1))
-        for name, suite in saes.items()
-    )
-    processes = min(_cores(), count)
-    spent = format_seconds(count * seconds / processes)
-    console.print(
-        f"Rules: {count:,} explanations at most, about {spent} with {processes} processes",
         soft_wrap=True,
     )
 

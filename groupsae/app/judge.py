@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from groupsae.app.console import print_judged
-from groupsae.files.reading import read_json
-from groupsae.interpretation.files import COLLECTED, Interpretation
+from groupsae.interpretation.files import Interpretation
 from groupsae.interpretation.judged import judge_run, ledger_of, planned
 from groupsae.interpretation.judges import Endpoint, Judge, Local
 from groupsae.lm.load import FrozenLM
@@ -47,17 +46,6 @@ def judge_of(
     return Local(ledger, lm, device, options.seed)
 
 
-def try_once(judge: Judge, folder: Path) -> None:
-    """Ask the judge one question, unless it has finished before: then it may be gone.
-
-    Raises:
-        UserError: it cannot be reached, or refuses access.
-    """
-    finished = [read_json(file) or {} for file in (folder / "judged").glob("*-*.json")]
-    if not any(judge.identity.items() <= one.get("judge", {}).items() for one in finished):
-        judge.check()
-
-
 def ask(
     found: Interpretation,
     explained: Mapping[str, Any],
@@ -72,7 +60,7 @@ def ask(
         UserError: the judge cannot be reached, or its answers cannot be read; what it answered
             before is kept.
     """
-    total = planned(found, count_of(options), options.seed).questions
+    total = planned(len(found.saes) * count_of(options)).questions
     with stopped_by_signals(), Progress(transient=True, console=console) as progress:
         task = progress.add_task(f"asking {judge.name}", total=total)
         judge.advance = lambda count: progress.advance(task, count)
@@ -87,20 +75,12 @@ def ask(
     print_judged(console, judged)
 
 
-def print_needs(folder: Path, options: DictConfig, console: Console) -> None:
-    """Print how many requests and tokens a judge needs."""
-    if not (folder / COLLECTED / "collected.json").exists():
-        console.print(
-            "The judge's requests are counted once the contexts are collected: give the command "
-            "with interpretation.judge=rules, then again with dry_run=true.",
-            soft_wrap=True,
-        )
-        return
-    found = Interpretation(folder)
-    needs = planned(found, count_of(options), options.seed)
+def print_needs(saes: int, options: DictConfig, console: Console) -> None:
+    """Print how many requests and tokens a judge of so many SAEs needs."""
+    needs = planned(saes * count_of(options))
     console.print(
-        f"Judge: {needs.questions:,} requests for {needs.latents:,} latents, about "
-        f"{needs.read:,} tokens to read and {needs.written:,} to write.",
+        f"Judge: {needs.questions:,} requests at most, about {needs.read:,} tokens to read and "
+        f"{needs.written:,} to write",
         soft_wrap=True,
     )
 

@@ -1,12 +1,12 @@
 """Explains latents by rules, scores them on other text, and carries them from layer to layer."""
 
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Float, UInt64
 from scipy.stats import false_discovery_control
 
@@ -15,7 +15,7 @@ from groupsae.evaluation.intervals import Bootstrap
 from groupsae.interpretation.atoms import Held, Places
 from groupsae.interpretation.bits import contains, unpacked
 from groupsae.interpretation.files import CollectedSAE, Interpretation
-from groupsae.interpretation.rules import Evidence, Explanation, described, learn
+from groupsae.interpretation.rules import Evidence, described, learn, predict
 from groupsae.interpretation.scores import (
     Lookup,
     Truth,
@@ -25,16 +25,11 @@ from groupsae.interpretation.scores import (
     mean_of,
     scores,
 )
-from groupsae.interpretation.sharing import (
-    SAME,
-    cofiring,
-    drift,
-    kind_of,
-    shares,
-)
+from groupsae.interpretation.sharing import cofiring, drift, kind_of, shares, transfer
 
 LEAST_WINDOWS = 20  # in which a latent must fire, in each text
 PART = 16  # latents that are explained together
+SECONDS = 0.03  # of one core for an explanation, as benchmarks.interpretation found
 GROW = 0.8  # share of the documents that rules are grown on
 RESAMPLES = 500  # of the documents of the score text
 
@@ -79,12 +74,7 @@ Resampled = Float[np.ndarray, " resample"]
 
 
 class Explainer:
-    """Explains the latents of a run by rules.
-
-    Args:
-        found: what was collected.
-        seed: seed of the permutations that test drift.
-    """
+    """Explains the latents of a run by rules; `seed` is that of the permutations of `drift`."""
 
     def __init__(self, found: Interpretation, seed: int = 0) -> None:
         self.found, self.seed = found, seed
@@ -126,7 +116,7 @@ class Explainer:
             positions, places = np.flatnonzero(text >= least), np.flatnonzero(later >= least)
             rules = learn(self.evidence, positions, text[positions] - least)
             truth = Truth.of(places, later[places] - least, self.score_tokens)
-            found[layer] = f1(rules.predict(self.scored).anywhere, truth.bits)
+            found[layer] = f1(predict(rules, self.scored).anywhere, truth.bits)
         return found
 
     def _resampled(self, predicted: UInt64[np.ndarray, " word"], truth: Truth) -> Resampled:
@@ -202,12 +192,12 @@ class Explainer:
                 predicted[place], entry = predicted[only], row["layers"][only]
             else:
                 rows = np.searchsorted(anywhere.positions, firing.positions)
-                explanation = learn(self.evidence, firing.positions, firing.acts, atoms[rows])
-                prediction = explanation.predict(self.scored)
+                learnt = learn(self.evidence, firing.positions, firing.acts, atoms[rows])
+                prediction = predict(learnt, self.scored)
                 predicted[place] = prediction.anywhere
                 entry = {
-                    "text": described(explanation, self.found.strings),
-                    "rules": _plain(explanation),
+                    "text": described(learnt, self.found.strings),
+                    "rules": [rule._asdict() for rule in learnt],
                     "scores": {
                         **scores(prediction, firing.truth),
                         "shift_f1": f1(predicted[place], self._moved(firing.truth)),
@@ -284,26 +274,6 @@ def _split(latents: list[int]) -> list[list[int]]:
     return [latents[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)]
 
 
-def seconds_for_one(text: Places, explain: int, trials: int = 4) -> float:
-    """Return the seconds of one explanation of a text, from a trial on made-up latents.
-
-    They fire on two tokens in a hundred, half of them drawn and half of them of a few tokens.
-    """
-    size, draws = len(text.tokens), np.random.default_rng(0)
-    evidence = Evidence(text, explain, np.arange(size) // text.context % 5 > 0)
-    held, seconds = Held(text, slice(explain, size)), []
-    for _ in range(trials):
-        likely = np.isin(text.tokens, draws.choice(text.tokens, 10))
-        fires = draws.random(size) < 0.01 + 0.01 * likely / max(likely.mean(), 0.01)
-        places = np.flatnonzero(fires)
-        early, later = places[places < explain], places[places >= explain] - explain
-        began = time.perf_counter()
-        rules = learn(evidence, early, np.ones(len(early), np.float32))
-        scores(rules.predict(held), Truth.of(later, np.ones(len(later)), held.size))
-        seconds.append(time.perf_counter() - began)
-    return float(np.mean(seconds[1:]))  # later ones know most atoms
-
-
 # ---- in several processes ------------------------------------------------------------------
 
 _explainer: Explainer | None = None
@@ -360,70 +330,5 @@ def _compare(row: dict[str, Any], firings: Firings, others: Predicted) -> None:
 
 def grows(documents: np.ndarray) -> np.ndarray:
     """Return which positions belong to documents that rules are grown on, by a hash."""
-    import torch  # the hash of the draws
-
     draws = mix(mix(torch.from_numpy(documents.astype(np.int64)))).numpy() & 0xFFFFFF
     return draws < GROW * 2**24
-
-
-def transfer(
-    row: Mapping[str, Any],
-    layers: Sequence[int],
-    sources: Sequence[Place | int] | None = None,
-    least: float = 0.1,
-) -> Float[np.ndarray, "source layer"]:
-    """Return tau(a -> b) = (S(a -> b) - S0(b)) / (S(b -> b) - S0(b)) of one latent.
-
-    S is F1 on the score text of the explanation made from layer a, at layer b; S0 that of another
-    latent's explanation. 1: the explanation holds at b as well as b's own. Not a number where b's
-    own explanation is less than `least` above S0, or a layer has too few firings.
-
-    Args:
-        row: of `explanations.json`.
-        layers: the layers of the group, b.
-        sources: where explanations are made, a: layers, or "all"; None: `layers`.
-        least: what b's own explanation must be above S0.
-    """
-    places, made = list(map(str, layers)), list(map(str, layers if sources is None else sources))
-    tau = np.full((len(made), len(places)), np.nan)
-    for j, b in enumerate(places):
-        if b not in row["layers"]:
-            continue
-        null = row["layers"][b]["scores"]["null_f1"]
-        own = row["transfer"][b][b] - null
-        for i, a in enumerate(made):
-            if own >= least and a in row["transfer"]:
-                tau[i, j] = (row["transfer"][a][b] - null) / own
-    return tau
-
-
-def labels_needed(row: Mapping[str, Any], layers: Sequence[int]) -> int | None:
-    """Return how many explanations a latent needs, so that one carries over to every layer.
-
-    The explanations are those made from each layer and from all layers together; one carries over
-    to layer b if tau(a -> b) >= 0.8. None if no layer's own explanation is above its null: then
-    there is nothing to carry over.
-    """
-    tau = transfer(row, layers, [*layers, "all"])
-    held = tau[:, np.isfinite(tau).any(0)] >= SAME
-    if not held.shape[1]:
-        return None
-    # sets of covered layers, of ever more explanations; one of them must cover the first gap
-    reached, count = {frozenset[int]()}, 0
-    while frozenset(range(held.shape[1])) not in reached:
-        gaps = {done: min(set(range(held.shape[1])) - done) for done in reached}
-        reached = {
-            done | frozenset(np.flatnonzero(covers).tolist())
-            for done, gap in gaps.items()
-            for covers in held
-            if covers[gap]
-        }
-        count += 1
-    return count
-
-
-def _plain(explanation: Explanation) -> list[dict[str, Any]]:
-    return [
-        {"atoms": [[atom.kind, atom.value] for atom in rule.atoms], "value": rule.value}
-        for rule in explanation.rules
-    ]

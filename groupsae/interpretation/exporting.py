@@ -1,36 +1,37 @@
 """Writes the latents of a run as other tools show them, from what was collected about them."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 
 from groupsae.files.atomic import atomic_folder
 from groupsae.interop.library import Origin
-from groupsae.interpretation.features import LayerFeatures, Names, PageFormat
+from groupsae.interpretation import neuronpedia, saedashboard
+from groupsae.interpretation.features import LayerFeatures, Names
 from groupsae.interpretation.files import COLLECTED, Interpretation
 from groupsae.interpretation.judged import read_judged
-from groupsae.interpretation.neuronpedia import NEURONPEDIA
 from groupsae.interpretation.page import labels_of
-from groupsae.interpretation.saedashboard import SAEDASHBOARD
 from groupsae.runtime.commands import command
 from groupsae.runtime.errors import UserError
 from groupsae.suite.exporting import holds_only
 from groupsae.suite.suite import Suite
 
-PAGE_FORMATS = {each.name: each for each in (SAEDASHBOARD, NEURONPEDIA)}
+# by value of `format=`: each has `folder_name` of a layer, `write` into that folder, and
+# `recognises`, whether a folder at the top of an export has the format
+PAGE_FORMATS: dict[str, ModuleType] = {"saedashboard": saedashboard, "neuronpedia": neuronpedia}
 
 
-@dataclass(frozen=True)
-class WrittenPages:
-    """One folder of an export."""
+class WrittenPages(NamedTuple):
+    """The folder of a layer: its name, the SAE, numbers of latents."""
 
-    folder: str  # its path
-    group: str  # the SAE of the layer
-    active: int  # latents that fire on the layer
-    silent: int  # those that do not
-    explained: int  # those with an explanation
+    folder: str
+    group: str
+    active: int
+    silent: int
+    explained: int
 
 
 def interpretation_of(run: Path) -> Interpretation:
@@ -70,20 +71,18 @@ def check_interpreted(suite: Suite, found: Interpretation, grouping: str | None)
 def export_pages(
     suite: Suite,
     found: Interpretation,
-    form: PageFormat,
+    form: ModuleType,
     names: Names,
     dataset: str,
     target: Path,
     *,
     overwrite: bool,
-    advance: Callable[[], object] = lambda: None,
-) -> list[WrittenPages]:
-    """Write one folder for each layer; `advance` is called after each.
+) -> Iterator[WrittenPages]:
+    """Write one folder for each layer, and yield what is in it.
 
     Raises:
         UserError: the target cannot be written, or a file of the interpretation is damaged.
     """
-    written = []
     labels = labels_of(found.explanations, read_judged(found))
     with atomic_folder(target, overwrite=overwrite, ours=holds_only(form.recognises)) as temporary:
         for layer in suite.layers:
@@ -94,11 +93,8 @@ def export_pages(
             about = LayerFeatures(
                 found, suite[layer].sae, origin, num_layers, names, dataset, labels
             )
-            folder = temporary / form.folder_name(about)
-            folder.mkdir(parents=True)
-            form.write(folder, about)
-            name = folder.relative_to(temporary).as_posix()
+            name = form.folder_name(about)
+            (temporary / name).mkdir(parents=True)
+            form.write(temporary / name, about)
             counts = (len(about.active), len(about.silent), len(about.explained))
-            written.append(WrittenPages(name, group, *counts))
-            advance()
-    return written
+            yield WrittenPages(name, group, *counts)

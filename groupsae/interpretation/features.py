@@ -4,9 +4,8 @@ An exported SAE takes raw activations, so its latents are ours divided by the la
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,18 +61,10 @@ class Names:
 class LayerFeatures:
     """The latents of one layer of a run that has been interpreted.
 
-    Args:
-        found: what was collected about the run.
-        sae: the SAE of the layer, which takes scaled activations.
-        origin: its run, group and layer.
-        num_layers: layers of the language model.
-        names: what its pages are called.
-        dataset: name of the text.
-        labels: explanations of latents, by SAE and number.
+    The SAE takes scaled activations; `num_layers` are those of the language model.
 
     Attributes:
-        active: latents that fire on the layer.
-        silent: the others.
+        active: latents that fire on the layer; `silent` are the others.
         explained: what `explanations.json` has of some latents, by number.
     """
 
@@ -155,12 +146,11 @@ class LayerFeatures:
             "neuron_alignment_indices": largest.tolist(),
             "neuron_alignment_values": significant(row[largest]),
             "neuron_alignment_l1": significant(abs(row[largest]) / abs(row).sum().clip(1e-12)),
-            "correlated_neurons_indices": [],
-            "correlated_neurons_l1": [],
-            "correlated_neurons_pearson": [],
-            "correlated_features_indices": [],
-            "correlated_features_l1": [],
-            "correlated_features_pearson": [],
+            **{
+                f"correlated_{others}_{values}": []
+                for others in ("neurons", "features")
+                for values in ("indices", "l1", "pearson")
+            },
             "neg_str": self._strings(about.suppressed[latent]),
             "neg_values": significant(about.suppressed_by[latent]),
             "pos_str": self._strings(about.promoted[latent]),
@@ -240,16 +230,6 @@ class LayerFeatures:
             "values": significant(acts / self.origin.norm_factor),
             "qualifying_token_index": peak,
         }
-
-
-@dataclass(frozen=True)
-class PageFormat:
-    """How another tool wants the latents of a layer: a folder for each."""
-
-    name: str  # value of `format=`
-    folder_name: Callable[[LayerFeatures], str]  # of a layer
-    write: Callable[[Path, LayerFeatures], None]  # into an existing folder
-    recognises: Callable[[Path], bool]  # whether a folder at the top of an export is one
 
 
 def significant(values: Any, digits: int = DIGITS) -> list[float]:

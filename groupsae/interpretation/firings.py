@@ -59,12 +59,7 @@ class Firings(NamedTuple):
         return shown.scatter_(1, offsets, self.values[inside])[:, :WINDOW]
 
 
-class Entries(NamedTuple):
-    """Firings in the order of the text."""
-
-    latents: Int[Tensor, "firing"]
-    places: Int[Tensor, "firing"]
-    values: Float[Tensor, "firing"]
+Entries = tuple[Int[Tensor, "firing"], Float[Tensor, "firing"]]  # keys and values, as of Firings
 
 
 def entries_of(latents: SparseLatents, keep: Bool[Tensor, "token"] | None, first: int) -> Entries:
@@ -77,13 +72,13 @@ def entries_of(latents: SparseLatents, keep: Bool[Tensor, "token"] | None, first
         active &= keep.unsqueeze(1)
     places, columns = active.nonzero(as_tuple=True)
     found = latents.indices[places, columns].long()
-    return Entries(found, places + first, latents.acts[places, columns].float())
+    return (found << 32) + places + first, latents.acts[places, columns].float()
 
 
 def firings_of(entries: Sequence[Entries], tokens: int) -> Firings:
-    """Return all firings of a part of `tokens` tokens."""
-    latents, places, values = (torch.cat(each) for each in zip(*entries, strict=True))
-    keys, order = ((latents << 32) + places).sort()
+    """Return all firings of a part of `tokens` tokens, in order."""
+    keys, values = (torch.cat(each) for each in zip(*entries, strict=True))
+    keys, order = keys.sort()
     return Firings(keys, values[order], tokens)
 
 

@@ -17,8 +17,8 @@ from groupsae.interpretation.atoms import Atom, Held, Places
 from groupsae.interpretation.explain import choose
 from groupsae.interpretation.files import FORMAT, CollectedSAE, Interpretation
 from groupsae.interpretation.firings import WINDOW
-from groupsae.interpretation.judges import CHARACTERS, Judge, Ledger, Question
-from groupsae.interpretation.rules import Explanation, Rule
+from groupsae.interpretation.judges import Judge, Ledger, Question
+from groupsae.interpretation.rules import Rule, predict
 from groupsae.interpretation.text import EXPLAIN
 from groupsae.interpretation.verdicts import (
     Yes,
@@ -30,6 +30,10 @@ from groupsae.interpretation.verdicts import (
     verdict,
 )
 from groupsae.interpretation.windows import (
+    DECILES,
+    EXPLAINED,
+    POSITIVES,
+    SILENT,
     LatentWindows,
     Window,
     WindowChooser,
@@ -39,7 +43,8 @@ from groupsae.runtime.errors import UserError
 
 PLANTED, QUALIFIED = 40, 0.7  # items, least AUC
 ASKED = 10  # intruders that a judge is asked to find, of each latent
-FRAME = 200  # characters of a question next to its text, about
+FRAME = 50  # tokens of a question next to its text, about
+MOST_WINDOWS = POSITIVES * DECILES + sum(SILENT.values())  # to score a latent on
 
 EXPLAIN_TASK = """\
 One unit of a language model fires on the tokens between « and » in these texts. In one short \
@@ -59,13 +64,7 @@ Pair = tuple[int, int]  # a latent, and the one whose explanation is put to the 
 
 
 class Judging:
-    """Explains and scores the latents of a run with one judge.
-
-    Args:
-        found: what was collected.
-        judge: the language model.
-        seed: of all draws.
-    """
+    """Explains and scores the latents of a run with one judge."""
 
     def __init__(self, found: Interpretation, judge: Judge, seed: int = 0) -> None:
         self.found, self.judge, self.seed = found, judge, seed
@@ -95,10 +94,8 @@ class Judging:
     ) -> dict[str, Any]:
         """Return explanations and scores of an SAE's first `count` chosen latents.
 
-        Args:
-            sae: what was collected of it.
-            count: number of latents; as many as rules have explained, at most.
-            rules: the row of each latent in the explanations by rules, scored on the same windows.
+        `rules` are the rows of explanations by rules, by latent. They are scored on the same
+        windows; as many latents as they explain are judged, at most.
 
         Raises:
             UserError: no explanation could be read.
@@ -242,13 +239,8 @@ class Judging:
         """Return what the rules predict for the same windows.
 
         They fire in a window if a rule holds in it; they agree with marks by the share of marked
-        tokens at which one holds, and say yes from more than half of them.
-
-        Args:
-            task: `detection` or `fuzzing`.
-            pairs: latents and explanations.
-            at: what each latent's rules predict at every token of the score text.
-            shown: windows.
+        tokens at which one holds, and say yes from more than half of them. `at` is what each
+        latent's rules predict at every token of the score text.
         """
         found = {}
         for latent, explained in pairs:
@@ -271,7 +263,7 @@ class Judging:
             Rule(tuple(Atom(*atom) for atom in rule["atoms"]), rule["value"])
             for rule in row["all"]["rules"]
         ]
-        return Explanation(tuple(rules)).predict(self.held).at(np.arange(self.held.size))
+        return predict(rules, self.held).at(np.arange(self.held.size))
 
     def _intruders(self, shown: Mapping[int, LatentWindows]) -> dict[int, dict[str, Any]]:
         """Return the share of intruders that the judge finds; chance 0.2."""
@@ -343,15 +335,9 @@ def judge_run(
     seed: int,
     report: Callable[[str], object],
 ) -> dict[str, Any]:
-    """Return and write explanations and scores of all SAEs, after each of them.
+    """Return and write explanations and scores of `count` latents of every SAE.
 
-    Args:
-        found: what was collected.
-        explained: the explanations by rules.
-        judge: the language model.
-        count: latents of each SAE.
-        seed: of all draws.
-        report: prints a line.
+    `explained` are the explanations by rules; `report` prints a line.
 
     Raises:
         UserError: the judge cannot be reached, or none of its explanations can be read.
@@ -384,35 +370,19 @@ def judge_run(
 
 
 class Needs(NamedTuple):
-    """What a judge has to do: requests, and tokens to read and to write, about."""
+    """What a judge has to do at most: requests, and tokens to read and to write, about."""
 
-    latents: int
     questions: int
     read: int
     written: int
 
 
-def planned(found: Interpretation, count: int, seed: int) -> Needs:
-    """Return what a judge has to do, if it asks about one text at a time."""
-    latents = questions = characters = 0
-    for sae in found.saes.values():
-        chooser = WindowChooser(found, sae, seed)
-        for latent in choose(sae, count).latents:
-            shown = chooser.of(latent)
-            if not shown.enough:
-                continue
-            text = sum(len(text_of(found, window, marked=True)) for window in shown.score)
-            asked = 2 * len(TASKS) * len(shown.score)  # by its own explanation and the null
-            latents, questions = latents + 1, questions + 1 + asked + ASKED
-            characters += sum(len(text_of(found, w, marked=True)) for w in shown.explain)
-            characters += 2 * len(TASKS) * text + asked * FRAME
-            characters += ASKED * (5 * text // len(shown.score) + FRAME)
-    return Needs(
-        latents,
-        questions + PLANTED,
-        round((characters + PLANTED * 2 * FRAME) / CHARACTERS),
-        questions + 40 * latents,
-    )
+def planned(latents: int) -> Needs:
+    """Return what a judge has to do for so many latents."""
+    asked = 2 * len(TASKS) * MOST_WINDOWS  # by its own explanation and the null
+    read = EXPLAINED * DECILES * WINDOW + asked * (WINDOW + FRAME) + ASKED * (5 * WINDOW + FRAME)
+    questions = latents * (1 + asked + ASKED) + PLANTED
+    return Needs(questions, latents * read + PLANTED * (WINDOW + FRAME), questions + 40 * latents)
 
 
 def read_judged(found: Interpretation) -> list[dict[str, Any]]:

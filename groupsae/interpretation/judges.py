@@ -110,19 +110,12 @@ class _Malformed(Exception):
 class Endpoint:
     """A model on a server that speaks OpenAI's chat completions: vLLM, llama.cpp, a company's.
 
+    The arguments are those of `interpretation.endpoint`, and
+
     Args:
         ledger: answers of earlier starts, and of this one.
         report: prints a line: a request failed and is tried again.
-        url: address up to `/v1`.
-        model: name of the model there.
-        key_variable: name of the environment variable with the key; None: no key is sent.
         seed: seed of every request.
-        parallel: requests at the same time.
-        timeout: seconds without a sign of the server after which a request has failed.
-        retries: further tries of a request that failed.
-        answer_tokens: most tokens of an explanation, and of an answer without probabilities.
-        most_tokens: tokens, read and written, after which it stops; earlier starts count.
-        body: further keys of each request; None removes one, such as `seed`.
 
     Raises:
         UserError: a value is missing, or the environment variable is not set.
@@ -156,20 +149,15 @@ class Endpoint:
             )
         self.ledger, self.report = ledger, report
         self.advance: Callable[[int], object] = int
+        self.identity: dict[str, Any]
         self.url, self.key_variable, self.name = url.rstrip("/"), key_variable, f"endpoint {model}"
         self.parallel, self.retries = parallel, retries
         self.answer_tokens, self.most_tokens = answer_tokens, most_tokens
         self.seed, self.body = seed, {"model": model, **(body or {})}
-        self.identity: dict[str, Any] = {
-            "kind": "endpoint",
-            "url": redacted(self.url),
-            "model": model,
-            "body": dict(body or {}),
-        }
-        headers = {}
-        if key_variable is not None:
-            headers["Authorization"] = f"Bearer {_key(key_variable)}"
-        self._client = httpx.Client(timeout=timeout, headers=headers)
+        self.identity = {"kind": "endpoint", "url": redacted(self.url), "model": model}
+        self.identity |= {"body": dict(body or {})}
+        key = {} if key_variable is None else {"Authorization": f"Bearer {_key(key_variable)}"}
+        self._client = httpx.Client(timeout=timeout, headers=key)
         self._stop = threading.Event()
         self._lost = 0  # tokens of requests whose replies could not be used
         self._how: dict[str, Any] | None = None  # how an answer is asked for
@@ -396,39 +384,22 @@ class Local:
         UserError: the model is not a causal one.
     """
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        lm: FrozenLM,
-        device: torch.device,
-        seed: int = 0,
-    ) -> None:
-        self.ledger, self.seed = ledger, seed
-        self.advance: Callable[[int], object] = int
-        self.name = f"hf {lm.name}"
-        self.identity: dict[str, Any] = {
-            "kind": "hf",
-            "model": lm.name,
-            "weights": lm.fingerprint(),
-        }
+    def __init__(self, ledger: Ledger, lm: FrozenLM, device: torch.device, seed: int = 0) -> None:
         if lm.stack != "decoder":
-            raise self._not_causal()
+            raise UserError(
+                f"interpretation.hf.name is {lm.name!r}, which does not continue text: use a "
+                "causal language model."
+            )
+        self.ledger, self.seed, self.name = ledger, seed, f"hf {lm.name}"
+        self.advance: Callable[[int], object] = int
+        self.identity = {"kind": "hf", "model": lm.name, "weights": lm.fingerprint()}
         self.lm, self.device, self.tokenizer = lm, device, lm.tokenizer()
         self.most = context_of(lm.config.get_text_config())
 
     @cached_property
     def model(self) -> Any:
         """Return the model; it is loaded when the first question has no known answer."""
-        model = self.lm.load_plain(self.device)
-        if not model.can_generate():
-            raise self._not_causal()
-        return model
-
-    def _not_causal(self) -> UserError:
-        return UserError(
-            f"interpretation.hf.name is {self.identity['model']!r}, which does not continue text: "
-            "use a causal language model."
-        )
+        return self.lm.load_plain(self.device)
 
     def check(self) -> None:
         """Do nothing: its files were read when it was made, and it is loaded when needed."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from groupsae.interop.saelens import config_of
-from groupsae.interpretation.features import LayerFeatures, PageFormat
+from groupsae.interpretation.features import LayerFeatures
 
 LONGEST = 512  # UTF-16 units of an explanation
 SHARED = (  # columns that are called as in SAEDashboard
@@ -65,16 +65,14 @@ def write(folder: Path, layer: LayerFeatures) -> None:
 def metadata(layer: LayerFeatures) -> dict[str, Row]:
     """Return the rows of the four tables that a source stands on, by name of the file."""
     names, origin, model = layer.names, layer.origin, model_id(layer)
-    author = {"creatorId": names.creator_id, "visibility": "PUBLIC"}
     release = names.release or f"groupsae-{model}"
     about = f"Group-SAEs of {layer.model}: one SAE for each group of similar layers"
-    return {
+    rows: dict[str, Row] = {
         "release": {
             "name": release,
             "description": about,
             "creatorName": names.creator_name,
             "urls": [],
-            **author,
         },
         "model": {
             "id": model,
@@ -82,7 +80,6 @@ def metadata(layer: LayerFeatures) -> dict[str, Row]:
             "owner": "",
             "layers": layer.num_layers,
             "neuronsPerLayer": 0,  # pages of neurons are not among these
-            **author,
         },
         "sourceset": {
             "modelId": model,
@@ -91,7 +88,6 @@ def metadata(layer: LayerFeatures) -> dict[str, Row]:
             "creatorName": names.creator_name,
             "urls": [],
             "releaseName": release,
-            **author,
         },
         "source": {
             "id": source_id(layer),
@@ -101,9 +97,10 @@ def metadata(layer: LayerFeatures) -> dict[str, Row]:
             "num_prompts": layer.tokens // layer.found.context,
             "num_tokens_in_prompt": layer.found.context,
             "saelensConfig": config_of(layer.sae, origin),
-            **author,
         },
     }
+    author = {"creatorId": names.creator_id, "visibility": "PUBLIC"}
+    return {name: {**row, **author} for name, row in rows.items()}
 
 
 def _place(layer: LayerFeatures, latent: int) -> Row:
@@ -214,6 +211,3 @@ def _write(path: Path, rows: Sequence[Row]) -> None:
 def recognises(folder: Path) -> bool:
     """Return whether this is the folder of a model that holds sources."""
     return folder.is_dir() and all((each / "source.jsonl").exists() for each in folder.iterdir())
-
-
-NEURONPEDIA = PageFormat("neuronpedia", folder_name, write, recognises)

@@ -12,27 +12,21 @@ from markupsafe import Markup
 
 from groupsae.files.atomic import atomic_write, explain_write_errors
 from groupsae.interpretation.bands import bands_of
-from groupsae.interpretation.explain import labels_needed, transfer
 from groupsae.interpretation.files import CollectedSAE, Interpretation, LatentContexts
 from groupsae.interpretation.firings import WINDOW
-from groupsae.interpretation.sharing import badge_of
+from groupsae.interpretation.sharing import badge_of, labels_needed, transfer
 from groupsae.interpretation.text import TEXTS
 
 CHUNK = 64  # latents in a piece of data that is read when one of them is opened
 MOST_INLINE = 50_000_000  # bytes of a page; more goes into files next to it
 
 
-class Shown(NamedTuple):
-    """How many contexts of each kind a page shows of a latent."""
+def shown_of(sae: CollectedSAE) -> tuple[int, int, int]:
+    """Return how many contexts a page shows: across layers, of the top, and of each band.
 
-    across: int
-    top: int
-    each_band: int
-
-    @classmethod
-    def for_layers(cls, layers: int) -> "Shown":
-        """Return more for an SAE of one layer, whose page has only that one."""
-        return cls(0, 10, 2) if layers == 1 else cls(4, 4, 1)
+    They are more for an SAE of one layer, whose page has only that one.
+    """
+    return (0, 10, 2) if len(sae.layers) == 1 else (4, 4, 1)
 
 
 class Label(NamedTuple):
@@ -214,7 +208,7 @@ def _sae_index(found: Interpretation, sae: CollectedSAE, labels: Labels) -> dict
         "name": sae.name,
         "layers": sae.layers,
         "d_sae": sae.d_sae,
-        "shown": list(Shown.for_layers(len(sae.layers))),
+        "shown": list(shown_of(sae)),
         "rate": [_short(row) for row in rates],
         "max": [_short(row) for row in highest],
         "peaks": _peak_tokens(found, sae).tolist(),
@@ -263,12 +257,12 @@ def _piece(
 ) -> list[Any]:
     """Return what the pages of some latents need beyond the index."""
     rows = slice(latents.start, latents.stop)
-    shown = Shown.for_layers(len(sae.layers))
-    lists = [_taken(kept[0], rows, shown.across)]
+    across, most, each_band = shown_of(sae)
+    lists = [_taken(kept[0], rows, across)]
     for top, *samples in zip(kept[1::3], kept[2::3], kept[3::3], strict=True):
-        lists.append(_taken(top, rows, shown.top))
+        lists.append(_taken(top, rows, most))
         found_here = [_taken(sample, rows) for sample in samples]
-        lists.append(bands_of(found_here, shown.each_band).contexts)
+        lists.append(bands_of(found_here, each_band).contexts)
     histograms = [sae.histogram(layer) for layer in sae.layers]
     about = sae.directions
     pieces: list[Any] = []

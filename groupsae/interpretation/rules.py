@@ -38,22 +38,20 @@ class Rule(NamedTuple):
     value: float
 
 
-class Explanation(NamedTuple):
-    """The latent fires where one of the rules holds."""
+def predict(rules: Sequence[Rule], held: Held) -> Prediction:
+    """Return at which positions of a text each rule holds, and none with a higher value.
 
-    rules: tuple[Rule, ...]
-
-    def predict(self, held: Held) -> Prediction:
-        """Return at which positions of a text each rule holds, and none with a higher value."""
-        ordered = sorted(self.rules, key=lambda rule: -rule.value)
-        bits = np.zeros((len(ordered), len(held.all)), np.uint64)
-        left = held.all
-        for level, rule in zip(bits, ordered, strict=True):
-            level[:] = left
-            for atom in rule.atoms:
-                level &= held.bits(held.text.vocabulary.number(atom))
-            left = left & ~level
-        return Prediction(np.array([rule.value for rule in ordered]), bits, held.size)
+    The latent is predicted to fire where one of the rules holds.
+    """
+    ordered = sorted(rules, key=lambda rule: -rule.value)
+    bits = np.zeros((len(ordered), len(held.all)), np.uint64)
+    left = held.all
+    for level, rule in zip(bits, ordered, strict=True):
+        level[:] = left
+        for atom in rule.atoms:
+            level &= held.bits(held.text.vocabulary.number(atom))
+        left = left & ~level
+    return Prediction(np.array([rule.value for rule in ordered]), bits, held.size)
 
 
 class Side(NamedTuple):
@@ -124,7 +122,7 @@ def learn(
     positions: Int[np.ndarray, " firing"],
     acts: Float[np.ndarray, " firing"],
     atoms: Int[np.ndarray, "firing slot"] | None = None,
-) -> Explanation:
+) -> tuple[Rule, ...]:
     """Return the rules that predict best where a latent fires.
 
     Rules of one or two atoms are added as long as they raise F1 on the growing documents and, by
@@ -137,7 +135,7 @@ def learn(
         atoms: what holds at these positions; None: it is looked up.
     """
     if len(positions) < LEAST_FIRINGS:
-        return Explanation(())
+        return ()
     grow, prune = evidence.grow, evidence.prune
     inside = grow.inside[positions]
     if not inside.any():  # all its firings are in documents of one kind
@@ -157,7 +155,7 @@ def learn(
         numbers = sorted({int(rules.atoms[row]) for row in (rules.first[i], rules.second[i])})
         value = float(acts[at].sum(dtype=np.float64) / count(rules.held(i)))
         found.append(Rule(tuple(map(vocabulary.atom, numbers)), value))
-    return Explanation(tuple(found))
+    return tuple(found)
 
 
 def _candidates(
@@ -262,10 +260,10 @@ def _f1(hits: Any, says: Any, fired: int) -> Any:
 # ---- in words -----------------------------------------------------------------------------
 
 
-def described(explanation: Explanation, strings: Mapping[int, str]) -> str:
-    """Return an explanation as text: rules that share their second atom are joined."""
+def described(rules: Sequence[Rule], strings: Mapping[int, str]) -> str:
+    """Return rules as text: those that share their second atom are joined."""
     joined: dict[tuple[Atom, ...], list[Atom]] = {}
-    for rule in explanation.rules:
+    for rule in rules:
         ordered = sorted(rule.atoms, key=lambda atom: _ORDER.index(atom.kind))
         joined.setdefault(tuple(ordered[1:]) if _names(ordered[0]) else tuple(ordered), []).append(
             ordered[0]

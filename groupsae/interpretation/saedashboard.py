@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from groupsae.interpretation.features import LayerFeatures, PageFormat
+from groupsae.interpretation.features import LayerFeatures
 
 SKIPPED = "skipped_indexes.json"
 
@@ -34,6 +34,3 @@ def write(folder: Path, layer: LayerFeatures) -> None:
 def recognises(folder: Path) -> bool:
     """Return whether this is a layer's folder."""
     return (folder / SKIPPED).exists()
-
-
-SAEDASHBOARD = PageFormat("saedashboard", folder_name, write, recognises)

@@ -128,8 +128,7 @@ class Lookup:
     those did not occur `least` times, after the same two, then after the same one.
 
     Args:
-        tokens: tokens of the text to explain and of the score text, one after the other.
-        explain: number of tokens of the first.
+        tokens: tokens of the text to explain, the first `explain`, and of the score text.
         offset: place of each token in its block.
         size: number of different tokens.
     """

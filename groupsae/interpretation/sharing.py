@@ -4,7 +4,7 @@ Notation: p_l is the share of tokens on which the latent fires at layer l, n the
 all layers see the same tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 COVERED, GAP = 0.9, 0.1
 PERMUTATIONS = 199
 SAME, DIFFERENT, APART = 0.8, 0.5, 0.25  # tau, tau, bits
+LEAST_GAIN = 0.1  # of F1 over the null, for a transfer to be defined
 
 
 def shares(rates: Float[np.ndarray, " layer"]) -> dict[str, Any]:
@@ -24,12 +25,8 @@ def shares(rates: Float[np.ndarray, " layer"]) -> dict[str, Any]:
     """
     total = rates.sum()
     if total <= 0:
-        return {
-            "shares": [0.0] * len(rates),
-            "effective_layers": None,
-            "range": None,
-            "gap": False,
-        }
+        nothing = [0.0] * len(rates)
+        return {"shares": nothing, "effective_layers": None, "range": None, "gap": False}
     share = rates / total
     entropy = -(share * np.log(np.where(share > 0, share, 1.0))).sum()
     runs = [
@@ -95,16 +92,10 @@ def drift(
     """Return how far the tokens that a latent fires on at two layers differ, and its p-value.
 
     Each side is (tokens, documents) of its firings, strongest first, of which the first m count, m
-    being the smaller number. The divergence of their tokens, less the mean divergence of halves
-    within a side: two samples of one distribution differ as well. p is the share of divergences
-    at least as large when the layers of firings are swapped at random within documents; None where
-    the drift is below 0.25 bit, which is not worth testing.
-
-    Args:
-        a: one side.
-        b: the other.
-        size: tokens are numbers below it.
-        draws: of the permutations.
+    being the smaller number; tokens are numbers below `size`. The divergence of their tokens, less
+    the mean divergence of halves within a side: two samples of one distribution differ as well.
+    p is the share of divergences at least as large when the layers of firings are swapped at
+    random within documents; None where the drift is below 0.25 bit, which is not worth testing.
     """
     m = min(len(a[0]), len(b[0]))
     (ta, da), (tb, db) = ([each[:m] for each in side] for side in (a, b))
@@ -127,6 +118,60 @@ def _halves(tokens: np.ndarray, size: int, draws: np.random.Generator) -> float:
     shuffled = draws.permutation(tokens)
     middle = len(tokens) // 2
     return divergence(shuffled[:middle], shuffled[middle:], size) if middle else 0.0
+
+
+def transfer(
+    row: Mapping[str, Any],
+    layers: Sequence[int],
+    sources: Sequence[str | int] | None = None,
+) -> Float[np.ndarray, "source layer"]:
+    """Return tau(a -> b) = (S(a -> b) - S0(b)) / (S(b -> b) - S0(b)) of one latent.
+
+    S is F1 on the score text of the explanation made from layer a, at layer b; S0 that of another
+    latent's explanation. 1: the explanation holds at b as well as b's own. Not a number where b's
+    own explanation is less than 0.1 above S0, or a layer has too few firings.
+
+    Args:
+        row: of `explanations.json`.
+        layers: the layers of the group, b.
+        sources: where explanations are made, a: layers, or "all"; None: `layers`.
+    """
+    places, made = list(map(str, layers)), list(map(str, sources or layers))
+    tau = np.full((len(made), len(places)), np.nan)
+    for j, b in enumerate(places):
+        if b not in row["layers"]:
+            continue
+        null = row["layers"][b]["scores"]["null_f1"]
+        own = row["transfer"][b][b] - null
+        for i, a in enumerate(made):
+            if own >= LEAST_GAIN and a in row["transfer"]:
+                tau[i, j] = (row["transfer"][a][b] - null) / own
+    return tau
+
+
+def labels_needed(row: Mapping[str, Any], layers: Sequence[int]) -> int | None:
+    """Return how many explanations a latent needs, so that one carries over to every layer.
+
+    The explanations are those made from each layer and from all layers together; one carries over
+    to layer b if tau(a -> b) >= 0.8. None if no layer's own explanation is above its null: then
+    there is nothing to carry over.
+    """
+    tau = transfer(row, layers, [*layers, "all"])
+    held = tau[:, np.isfinite(tau).any(0)] >= SAME
+    if not held.shape[1]:
+        return None
+    # sets of covered layers, of ever more explanations; one of them must cover the first gap
+    reached, count = {frozenset[int]()}, 0
+    while frozenset(range(held.shape[1])) not in reached:
+        gaps = {done: min(set(range(held.shape[1])) - done) for done in reached}
+        reached = {
+            done | frozenset(np.flatnonzero(covers).tolist())
+            for done, gap in gaps.items()
+            for covers in held
+            if covers[gap]
+        }
+        count += 1
+    return count
 
 
 def kind_of(

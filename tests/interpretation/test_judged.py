@@ -373,10 +373,10 @@ def test_a_single_latent_has_no_null_and_no_latent_no_scores(fresh, by_rules, tm
 
 
 def test_needs_are_those_of_the_requests_that_follow(fresh, by_rules):
-    needs = planned(fresh, 4, 0)
+    needs = planned(4)
     _, _, server = judged_by(knows, fresh, by_rules, count=4)
-    # some of the questions are the same
-    assert len(server.bodies) <= needs.questions <= 1.1 * len(server.bodies)
+    # some of the questions are the same, and these latents have no windows with the same token
+    assert len(server.bodies) <= needs.questions <= 1.3 * len(server.bodies)
     assert server.repeated == 0
-    read = sum(len(body["messages"][0]["content"]) for body in server.bodies) / 3.5
-    assert read <= needs.read <= 1.4 * read  # real explanations are longer than these
+    read = sum(len(body["messages"][0]["content"]) for body in server.bodies) / 4
+    assert read <= needs.read <= 1.6 * read  # real explanations are longer than these
