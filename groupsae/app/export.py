@@ -17,9 +17,9 @@ from groupsae.interpretation.exporting import (
     PAGE_FORMATS,
     check_interpreted,
     export_pages,
-    interpretation_of,
 )
 from groupsae.interpretation.features import Names
+from groupsae.interpretation.files import Interpretation
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.output import screen
 from groupsae.suite.card import dataset_of, figures_of_run, files_of_run, publish
@@ -153,11 +153,11 @@ def _check_pages(cfg: DictConfig, run: Path) -> None:
             "about the latents, which is in the run's folder only: give that."
         )
     Names(**cfg.neuronpedia)
-    interpretation_of(run)
+    Interpretation.of_run(run)
 
 
 def _write_pages(name: str, cfg: DictConfig, run: Path, suite: Suite, target: Path) -> list[str]:
-    found = interpretation_of(run)
+    found = Interpretation.of_run(run)
     check_interpreted(suite, found, cfg.grouping)
     names, dataset = Names(**cfg.neuronpedia), dataset_of(run) or ""
     table = Table(Column("folder", overflow="fold"), "SAE", "active", "silent", "explained")

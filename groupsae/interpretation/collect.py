@@ -76,9 +76,9 @@ class SAECollector:
         self.across = Contexts(self.d_sae, kept.across, len(self.layers), device)
         self.pieces: dict[str, Statistics | Contexts] = {"across": self.across}
         for layer in self.layers:
-            sizes = {"top": kept.top, **dict.fromkeys(TEXTS, kept.sample)}
+            sizes = [("top", kept.top), *((text, kept.sample) for text in TEXTS)]
             self.pieces[f"statistics/layer.{layer}"] = Statistics(self.d_sae, len(TEXTS), device)
-            for kind, size in sizes.items():
+            for kind, size in sizes:
                 self.pieces[f"{kind}/layer.{layer}"] = Contexts(self.d_sae, size, 1, device)
 
     def statistics(self, layer: int) -> Statistics:

@@ -17,10 +17,9 @@ from groupsae.interpretation.bits import contains, unpacked
 from groupsae.interpretation.files import CollectedSAE, Interpretation
 from groupsae.interpretation.rules import Evidence, described, learn, predict
 from groupsae.interpretation.scores import (
-    Lookup,
+    TokenTable,
     Truth,
     adjusted,
-    entropy_of_tokens,
     f1,
     mean_of,
     scores,
@@ -85,9 +84,7 @@ class Explainer:
         later = found.documents[self.explain_tokens :]
         names, self.documents = np.unique(later, return_inverse=True)
         self.resamples = Bootstrap(names, RESAMPLES, 0.95, 0).weights
-        self.lookup = Lookup(
-            self.text.tokens, self.explain_tokens, self.text.offset, self.text.vocabulary.size
-        )
+        self.by_token = TokenTable(self.text.tokens, self.explain_tokens)
 
     def explain(self, name: str, latents: Sequence[int]) -> list[dict[str, Any]]:
         """Return explanations and scores of some latents of an SAE, as plain values.
@@ -205,7 +202,9 @@ class Explainer:
                 }
             if place == "all":
                 row["all"] = entry
-                self._baselines(entry, firing)
+                entry["scores"]["unigram_auprc"] = self.by_token.auprc(
+                    firing.positions, firing.acts, firing.truth.places
+                )
             else:
                 row["layers"][place] = entry
         # F1 of the explanation of one layer (or of all) at another
@@ -225,14 +224,6 @@ class Explainer:
         blocks = self.score_tokens // self.found.context
         moved = (truth.places + (blocks + 1) // 2 * self.found.context) % self.score_tokens
         return Truth.of(moved, truth.acts, self.score_tokens).bits
-
-    def _baselines(self, entry: dict[str, Any], firing: Firing) -> None:
-        """Add what the last tokens alone predict, and how many different tokens fire."""
-        for name, longest in (("unigram", 1), ("lookup", 3)):
-            entry["scores"][f"{name}_auprc"] = self.lookup.auprc(
-                firing.positions, firing.acts, firing.truth.places, longest
-            )
-        entry["entropy"] = entropy_of_tokens(self.text.tokens[firing.positions])
 
 
 def explain_sae(

@@ -11,7 +11,7 @@ from groupsae.files.atomic import atomic_folder
 from groupsae.interop.library import Origin
 from groupsae.interpretation import neuronpedia, saedashboard
 from groupsae.interpretation.features import LayerFeatures, Names
-from groupsae.interpretation.files import COLLECTED, Interpretation
+from groupsae.interpretation.files import Interpretation
 from groupsae.interpretation.judged import read_judged
 from groupsae.interpretation.page import labels_of
 from groupsae.runtime.commands import command
@@ -32,17 +32,6 @@ class WrittenPages(NamedTuple):
     active: int
     silent: int
     explained: int
-
-
-def interpretation_of(run: Path) -> Interpretation:
-    """Return what was collected about a run; UserError with the command if nothing was."""
-    folder = run / "interpretation"
-    if not (folder / COLLECTED / "collected.json").exists():
-        raise UserError(
-            f"{run} has not been interpreted, and the latents' pages are made of what that "
-            f"collects: {command('interpret', run=run)}"
-        )
-    return Interpretation(folder)
 
 
 def check_interpreted(suite: Suite, found: Interpretation, grouping: str | None) -> None:

@@ -20,6 +20,8 @@ from groupsae.interpretation.directions import Directions
 from groupsae.interpretation.run import DIRECTIONS, Pass
 from groupsae.interpretation.statistics import UNIT
 from groupsae.interpretation.text import TEXTS, document_bounds
+from groupsae.runtime.commands import command
+from groupsae.runtime.errors import UserError
 
 FORMAT = 1
 COLLECTED = "collected"
@@ -166,6 +168,20 @@ class Interpretation:
         self.saes = {s["name"]: CollectedSAE(folder / COLLECTED, s) for s in self.head["saes"]}
         self.context: int = self.head["context"]
         self.num_tokens: list[int] = self.head["num_tokens"]
+
+    @classmethod
+    def of_run(cls, run: Path) -> "Interpretation":
+        """Return what was collected about a run.
+
+        Raises:
+            UserError: nothing was, with the command that does it, or a file is damaged.
+        """
+        if not (run / "interpretation" / COLLECTED / "collected.json").exists():
+            raise UserError(
+                f"{run} has not been interpreted, and pages about latents are made of what that "
+                f"collects: {command('interpret', run=run)}"
+            )
+        return cls(run / "interpretation")
 
     @cached_property
     def tokens(self) -> Int[np.ndarray, " position"]:

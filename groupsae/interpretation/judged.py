@@ -123,7 +123,7 @@ class Judging:
             return found[latent, latent], found.get((latent, null.get(latent, -1)), nothing)
 
         intruders = self._intruders(shown)
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "latent": latent,
                 "explanation": texts[latent],
@@ -152,7 +152,7 @@ class Judging:
         means = {
             by: {
                 task: summary(
-                    [(shown[latent], *both(by, task, latent)) for latent in order],
+                    [(shown[latent], both(by, task, latent)) for latent in order],
                     self.found.documents,
                     self.seed,
                 )

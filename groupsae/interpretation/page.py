@@ -90,7 +90,7 @@ def _detail(row: Mapping[str, Any], layers: Sequence[int]) -> dict[str, Any]:
             [place, each["text"], *_short(each["scores"][k] for k in ("f1", "null_f1"))]
             for place, each in made.items()
         ],
-        "token": _short(row["all"]["scores"][f"{name}_auprc"] for name in ("unigram", "lookup")),
+        "token": row["all"]["scores"]["unigram_auprc"],
         "tau": [[_or_none(value) for value in line] for line in tau] if several else [],
         "labels": labels_needed(row, layers) if several else None,
         "pairs": [

@@ -121,78 +121,37 @@ def adjusted(score: float, null: float) -> float:
     return (score - null) / (1 - null) if null < 1 else 0.0
 
 
-class Lookup:
-    """Predicts a latent from the last tokens alone: what any explanation of tokens can reach.
+class TokenTable:
+    """Predicts a latent by a table of mean activations by token: the simplest explanation.
 
-    The prediction is the mean activation after the same three tokens in the text to explain; where
-    those did not occur `least` times, after the same two, then after the same one.
-
-    Args:
-        tokens: tokens of the text to explain, the first `explain`, and of the score text.
-        offset: place of each token in its block.
-        size: number of different tokens.
+    `tokens` are those of the text to explain, the first `explain`, and of the score text. A token
+    that the former has fewer than three times is predicted to be silent.
     """
 
-    def __init__(
-        self,
-        tokens: Int[np.ndarray, " position"],
-        explain: int,
-        offset: Int[np.ndarray, " position"],
-        size: int,
-        least: int = 3,
-    ) -> None:
-        self.keys: list[np.ndarray] = []  # of every position, by length
-        self.complete: list[np.ndarray] = []
-        key, first, counts = np.zeros(len(tokens), np.int64), 1, [np.ones(1, np.int64)]
-        looked_up = np.zeros(len(tokens) - explain, np.int64)  # 0: nothing is known
-        self.groups = []
-        for back in range(3):
-            shifted = np.concatenate([np.full(back, -1), tokens[: len(tokens) - back]])
-            # numbered again at each length, so that three tokens fit into 64 bits
-            key = np.unique(key * (size + 1) + shifted + 1, return_inverse=True)[1]
-            complete = offset >= back
-            known = key[:explain][complete[:explain]]
-            counts.append(np.bincount(known, minlength=int(key.max()) + 1))
-            here = key[explain:]
-            enough = complete[explain:] & (counts[-1][here] >= least)
-            looked_up = np.where(enough, first + here, looked_up)
-            self.keys.append(first + key)
-            self.complete.append(complete)
-            first += len(counts[-1])
-            self.groups.append(np.unique(looked_up, return_inverse=True, return_counts=True))
-        self.counts = np.concatenate(counts)
+    def __init__(self, tokens: Int[np.ndarray, " position"], explain: int) -> None:
+        self.early, self.late = np.split(tokens, [explain])
+        self.size = int(tokens.max()) + 1
+        self.counts, self.scored = (
+            np.bincount(part, minlength=self.size) for part in (self.early, self.late)
+        )
 
-    def predict(
+    def auprc(
         self,
         places: Int[np.ndarray, " firing"],
         acts: Float[np.ndarray, " firing"],
-        longest: int = 3,
-    ) -> Float[np.ndarray, " value"]:
-        """Return what is predicted for the score text, from firings in the text to explain.
-
-        Its positions are in groups of one prediction each; the group of a position is in
-        `groups[longest - 1][1]`. `longest` 1 predicts from the token alone ("unigram").
-        """
-        sums = np.zeros(len(self.counts))
-        for key, complete in zip(self.keys[:longest], self.complete, strict=False):
-            inside = complete[places]
-            sums += np.bincount(key[places[inside]], acts[inside], minlength=len(sums))
-        known = self.groups[longest - 1][0]
-        return sums[known] / np.maximum(self.counts[known], 1)
-
-    def auprc(
-        self, places: np.ndarray, acts: np.ndarray, truth: Int[np.ndarray, " place"], longest: int
+        truth: Int[np.ndarray, " place"],
     ) -> float:
-        """Return the area under precision against recall of `predict`, given where it fires."""
-        _, group, counts = self.groups[longest - 1]
-        hits = np.bincount(group[truth], minlength=len(counts))
-        return average_precision(self.predict(places, acts, longest), counts, hits)
+        """Return its area under precision against recall.
 
-
-def entropy_of_tokens(tokens: Int[np.ndarray, " firing"]) -> float:
-    """Return the entropy of the tokens that a latent fires on, in bits."""
-    counts = np.unique(tokens, return_counts=True)[1] / max(len(tokens), 1)
-    return float(-(counts * np.log2(counts)).sum())
+        Args:
+            places: where the latent fires in the text to explain.
+            acts: its activations there.
+            truth: where it fires in the score text.
+        """
+        sums = np.bincount(self.early[places], acts, minlength=self.size)
+        means = np.where(self.counts < 3, 0.0, sums / np.maximum(self.counts, 1))
+        hits = np.bincount(self.late[truth], minlength=self.size)
+        return average_precision(means, self.scored, hits)
 
 
 def mean_of(rows: list[Mapping[str, float]]) -> dict[str, float]:

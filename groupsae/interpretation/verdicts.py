@@ -133,7 +133,7 @@ def discriminates(yes: Yes, windows: Sequence[Window]) -> list[float]:
 
 
 def summary(
-    latents: Sequence[tuple[LatentWindows, Yes, Yes]], documents: np.ndarray, seed: int
+    latents: Sequence[tuple[LatentWindows, tuple[Yes, Yes]]], documents: np.ndarray, seed: int
 ) -> dict[str, Any]:
     """Return the means of one task over latents, each with the null's, and their intervals.
 
@@ -141,17 +141,17 @@ def summary(
     mean for the explanation of another latent, and adjusted = (S - S0) / (1 - S0) of the two.
 
     Args:
-        latents: of each what the judge saw, its answers, and those by the null.
+        latents: of each what the judge saw, and its answers by both explanations.
         documents: the document of every position.
         seed: of the resamples: documents and latents are drawn, with replacement.
     """
     sides = [
-        [verdict(each[side], each[0].score, each[0].rate) for each in latents] for side in (1, 2)
+        [verdict(yes[side], shown.score, shown.rate) for shown, yes in latents] for side in (0, 1)
     ]
     found: dict[str, Any] = {"latents": len(latents)}
     for name in ("windows", "failed"):
         found[name] = sum(each[name] for each in sides[0])
-    fired = np.array([shown.fired for shown, *_ in latents], float)
+    fired = np.array([shown.fired for shown, _ in latents], float)
     samples = _resampled(latents, documents, seed) if latents else None
     for metric in METRICS:
         own, null = (np.array([each[metric] for each in side], float) for side in sides)
@@ -184,21 +184,21 @@ def mean_of_known(values: Any, weights: np.ndarray | None = None) -> float | Non
 
 
 def _resampled(
-    latents: Sequence[tuple[LatentWindows, Yes, Yes]], documents: np.ndarray, seed: int
+    latents: Sequence[tuple[LatentWindows, tuple[Yes, Yes]]], documents: np.ndarray, seed: int
 ) -> tuple[Bootstrap, dict[str, list[np.ndarray]]]:
     """Return the means over latents on each resample, by metric: of both explanations."""
-    owners = [documents[[window.peak for window in shown.score]] for shown, *_ in latents]
+    owners = [documents[[window.peak for window in shown.score]] for shown, _ in latents]
     bootstrap = Bootstrap(np.concatenate(owners), RESAMPLES, LEVEL, seed)
     weights = np.split(bootstrap.weights, np.cumsum([len(each) for each in owners])[:-1], axis=1)
     draws = np.random.default_rng([seed, 1])
     drawn = draws.multinomial(len(latents), np.full(len(latents), 1 / len(latents)), RESAMPLES)
     means: dict[str, list[np.ndarray]] = {name: [] for name in RESAMPLED}
-    for side in (1, 2):
+    for side in (0, 1):
         columns = []
-        for each, weight in zip(latents, weights, strict=True):
-            kinds = np.array([window.kind for window in each[0].score])
-            tpr, fpr = (_share(each[side], kinds == kind, weight) for kind in (POSITIVE, RANDOM))
-            columns.append([at_natural_rate(tpr, fpr, each[0].rate)[1], (tpr + 1 - fpr) / 2])
+        for (shown, yes), weight in zip(latents, weights, strict=True):
+            kinds = np.array([window.kind for window in shown.score])
+            tpr, fpr = (_share(yes[side], kinds == kind, weight) for kind in (POSITIVE, RANDOM))
+            columns.append([at_natural_rate(tpr, fpr, shown.rate)[1], (tpr + 1 - fpr) / 2])
         for name, values in zip(RESAMPLED, np.moveaxis(np.array(columns), 0, -1), strict=True):
             held = drawn * ~np.isnan(values)
             with np.errstate(invalid="ignore"):

@@ -112,7 +112,7 @@ def explain(run: Path, latents: dict[int, str], layers: list[int]) -> None:
     Of latent 3 there is one by a language model as well.
     """
     scores = {"f1": 0.5, "precision": 0.6, "recall": 0.4, "null_f1": 0.1}
-    scores |= {"unigram_auprc": 0.3, "lookup_auprc": 0.4}
+    scores |= {"unigram_auprc": 0.3}
     made = [*map(str, layers), "all"]
     rows = [
         {

@@ -18,7 +18,7 @@ from groupsae.config.instantiate import CONF
 from groupsae.export import export as command
 from groupsae.interop.library import fold_norm_factor
 from groupsae.interpretation.bands import BANDS
-from groupsae.interpretation.exporting import interpretation_of
+from groupsae.interpretation.files import Interpretation
 from groupsae.runtime.errors import UserError
 from groupsae.suite.suite import load_suite
 from tests.helpers.interpreted import (
@@ -97,7 +97,9 @@ def test_density_maximum_and_values_are_those_of_the_exported_sae(interpreted, l
     assert SILENT in skipped["skipped_indexes"]
     assert sorted([*features, *skipped["skipped_indexes"]]) == list(range(D_SAE))
     assert not z[:, skipped["skipped_indexes"]].any()
-    collected = interpretation_of(interpreted.run).saes["layers.3" if layer == 3 else "layers.0-1"]
+    collected = Interpretation.of_run(interpreted.run).saes[
+        "layers.3" if layer == 3 else "layers.0-1"
+    ]
     top = collected.contexts("top", layer)
     for latent, feature in features.items():
         own = z[:, latent]

@@ -5,11 +5,10 @@ import pytest
 
 from groupsae.interpretation.bits import packed
 from groupsae.interpretation.scores import (
-    Lookup,
     Prediction,
+    TokenTable,
     Truth,
     adjusted,
-    entropy_of_tokens,
     f1,
     scores,
 )
@@ -81,38 +80,15 @@ def test_silent_latents_and_empty_predictions():
     assert adjusted(1.0, 1.0) == 0.0
 
 
-def test_lookup_is_the_mean_after_the_longest_known_tokens():
+def test_a_table_of_tokens_predicts_the_mean_activation_of_each():
     draws = np.random.default_rng(1)
-    context, explain = 20, 2000
-    tokens = draws.integers(0, 5, explain + 600)
-    offset = np.arange(len(tokens)) % context
-    z = draws.random(len(tokens)) * (draws.random(len(tokens)) < 0.3)
-    places = np.flatnonzero(z[:explain])
-    lookup = Lookup(tokens, explain, offset, 5, least=3)
-    found, alone = (
-        lookup.predict(places, z[places], longest)[lookup.groups[longest - 1][1]]
-        for longest in (3, 1)
-    )
-    later = truth_of(z[explain:])
-    for longest, guess in ((3, found), (1, alone)):
-        area = lookup.auprc(places, z[places], later.places, longest)
-        assert area == pytest.approx(scores(predicted(guess), later)["auprc"])
-    for p in range(explain, len(tokens)):
-        for length in (3, 2, 1):
-            if offset[p] < length - 1:
-                continue
-            same = [
-                q for q in range(explain)
-                if offset[q] >= length - 1
-                and (tokens[q - length + 1 : q + 1] == tokens[p - length + 1 : p + 1]).all()
-            ]  # fmt: skip
-            if len(same) >= 3:
-                assert found[p - explain] == pytest.approx(z[same].mean())
-                break
-        same = [q for q in range(explain) if tokens[q] == tokens[p]]
-        assert alone[p - explain] == pytest.approx(z[same].mean())
-
-
-def test_entropy_of_tokens():
-    assert entropy_of_tokens(np.array([3, 3, 3])) == 0
-    assert entropy_of_tokens(np.array([1, 2, 3, 4])) == pytest.approx(2)
+    tokens = np.append(draws.integers(0, 5, 2599), 5)  # 5 is new in the score text
+    tokens[:2] = 6  # twice only
+    z = draws.random(2600) * (draws.random(2600) < 0.1 + 0.1 * tokens)
+    z[:2] = 9.0
+    early, late = z[:2000], z[2000:]
+    means = np.array([early[tokens[:2000] == token].mean() for token in range(5)] + [0.0, 0.0])
+    places = np.flatnonzero(early)
+    area = TokenTable(tokens, 2000).auprc(places, early[places], np.flatnonzero(late))
+    expected = scores(predicted(means[tokens[2000:]]), truth_of(late))["auprc"]
+    assert area == pytest.approx(expected)

@@ -248,7 +248,7 @@ function explanations(sae, detail) {
         several ? make("td", {}, place === "all" ? "all layers" : `layer ${place}`) : null,
         make("td", {}, text),
         make("td", { class: "number" }, f1.toFixed(3)), make("td", { class: "number" }, none.toFixed(3))))))),
-    make("p", { class: "note" }, `F1 over all held-out tokens; null: F1 of another latent's rules. The token alone: AUPRC ${detail.token[0].toFixed(3)}, the last three tokens: ${detail.token[1].toFixed(3)}.`),
+    make("p", { class: "note" }, `F1 over all held-out tokens; null: F1 of another latent's rules. A table of activations by token: AUPRC ${detail.token.toFixed(3)}.`),
     several ? make("div", { class: "columns" },
       matrix("Transfer τ: rules made at a row's layer, at a column's layer", [...layers, "all"], layers, (i, j, a, b) => {
         const tau = detail.tau[i][j];
