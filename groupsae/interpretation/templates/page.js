@@ -24,6 +24,7 @@ const percent = (value) => value === 0 ? "0 %" : value < 1e-4 ? (100 * value).to
 const visible = (text, lines = true) => text.replace(/\n/g, lines ? "⏎\n" : "⏎").replace(/\t/g, "⇥").replace(/\r/g, "␍");
 const named = (token) => (index.strings[token] ?? "?").replace(/ /g, "␣").replace(/\n/g, "⏎")
   .replace(/\t/g, "⇥").replace(/\r/g, "␍");
+const badge = (text) => text ? make("span", { class: `badge ${text.split(" ")[0]}` }, text) : null; // means, narrows, same
 const chip = (token) => make("span", { class: "chip" }, named(token));
 const link = (sae, latent) => `#${encodeURIComponent(sae.name)}/${latent}`;
 
@@ -92,25 +93,25 @@ function list() {
   const heading = (name, title, hidden) => make("th", { class: "number" + (hidden ? " hide" : "") },
     make("button", { type: "button", "data-sort": name, onclick: () => {
       state.down = state.sort === name ? !state.down : true; state.sort = name; fill(); } }, title));
-  const table = make("table", {}, make("thead", {}, make("tr", {},
+  const table = make("table", { class: "latents" }, make("thead", {}, make("tr", {},
     make("th", {}, "SAE"), heading("latent", "latent"), heading("rate", "fires on"), heading("layer", "mostly at layer", true),
     heading("max", "highest", true), scored ? heading("score", "F1") : null,
-    labelled ? make("th", {}, "explanation") : null, make("th", {}, "peaks on"))), body);
+    labelled ? make("th", { class: "wide" }, "explanation") : null, make("th", { class: "wide" }, "peaks on"))), body);
   function fill() {
     if (location.hash.replace(/^#$/, "") !== listed().replace(/^#$/, "")) history.replaceState(null, "", listed());
     const found = matching(), last = Math.max(0, Math.ceil(found.length / ROWS) - 1);
     state.page = Math.min(state.page, last);
     const shown = found.slice(state.page * ROWS, (state.page + 1) * ROWS);
     body.replaceChildren(...shown.map((row) => make("tr", {},
-      make("td", {}, make("a", { href: link(row.sae, row.latent) }, row.sae.name)),
+      make("td", { class: "name" }, make("a", { href: link(row.sae, row.latent) }, row.sae.name)),
       make("td", { class: "number" }, make("a", { href: link(row.sae, row.latent) }, String(row.latent))),
       make("td", { class: "number" }, percent(row.rate)),
       make("td", { class: "number hide" }, row.rate ? String(row.layer) : ""),
       make("td", { class: "number hide" }, format(row.max)),
       scored ? make("td", { class: "number" }, row.score === null ? "" : row.score.toFixed(2)) : null,
-      labelled ? make("td", {}, row.sae.label[row.latent] ?? "", " ",
-        row.sae.badge[row.latent] ? make("span", { class: "badge" }, row.sae.badge[row.latent]) : null) : null,
-      make("td", {}, row.sae.peaks[row.latent].filter((t) => t >= 0).map(chip)))));
+      labelled ? make("td", { class: "wide" }, row.sae.label[row.latent] ?? "", " ",
+        badge(row.sae.badge[row.latent])) : null,
+      make("td", { class: "wide" }, row.sae.peaks[row.latent].filter((t) => t >= 0).map(chip)))));
     const explained = rows.filter((row) => row.score !== null).length;
     count.textContent = `${found.length.toLocaleString("en")} of ${rows.length.toLocaleString("en")} latents` +
       (scored ? `, ${explained.toLocaleString("en")} of them drawn to be explained` : "");
@@ -284,7 +285,7 @@ async function latentPage(sae, latent, layer) {
   keys = { j: () => step(1), k: () => step(-1), l: () => go((at + 1) % sae.layers.length) };
   const several = sae.layers.length > 1, here = found.layers[at];
   const explanation = sae.label[latent] === null ? null : make("div", {},
-    make("p", { class: "label" }, sae.label[latent], " ", sae.badge[latent] ? make("span", { class: "badge" }, sae.badge[latent]) : null),
+    make("p", { class: "label" }, sae.label[latent], " ", badge(sae.badge[latent])),
     sae.score[latent] === null ? null : make("p", { class: "note" }, `F1 ${sae.score[latent].toFixed(3)} on all held-out tokens; ";" separates rules, of which one must hold`),
     (sae.judged[latent] ?? []).map(([judge, text, scores]) => [
       make("p", { class: "label" }, text), make("p", { class: "note" }, `${judge}: ${scores}`)]).flat());
@@ -304,7 +305,8 @@ async function latentPage(sae, latent, layer) {
             several ? make("button", { type: "button", "aria-pressed": String(i === at), onclick: () => go(i) }, String(number)) : make("span", {}, String(number)),
             make("i", { style: `width:${total ? 100 * rates[i] / Math.max(...rates) : 0}%` }),
             make("span", { class: "number" }, total ? percent(rates[i] / total) : ""), make("span", { class: "number" }, percent(rates[i]))]))),
-      make("div", {}, make("h3", {}, `Activations at layer ${sae.layers[at]}`), histogram(data.hist[at], data.end[at])),
+      make("div", {}, make("h3", {}, `Activations at layer ${sae.layers[at]}`), histogram(data.hist[at], data.end[at]),
+        make("p", { class: "note" }, "Number of firings by activation; heights are logarithmic")),
       make("div", {}, make("h3", {}, "Nearest latents, by cosine of the decoder"), make("table", {}, make("tbody", {}, data.near.map(([other, cosine]) =>
         make("tr", {}, make("td", {}, index.only ? String(other) : make("a", { href: link(sae, other) }, String(other)), " ", sae.label[other] ?? "",
           " ", sae.peaks[other].filter((t) => t >= 0).map(chip)), make("td", { class: "number" }, cosine.toFixed(2)))))))),
@@ -319,6 +321,8 @@ async function latentPage(sae, latent, layer) {
     here.bands.length ? make("section", {}, make("h2", {}, `A sample of its firings at layer ${sae.layers[at]}, strongest first`),
       make("p", { class: "note" }, "Drawn at random from all windows of text in which it fires, from the strongest to the weakest fifth."),
       here.bands.map((context) => shown(context, max))) : "");
+  // one line a layer, so that tokens stand below each other: the peak is in sight
+  for (const rows of main.querySelectorAll(".rows")) rows.scrollLeft = rows.querySelector(".peak").offsetLeft - rows.clientWidth / 2;
 }
 
 // ---- navigation --------------------------------------------------------------------------
