@@ -32,7 +32,7 @@ from groupsae.interpret import interpret as command
 from groupsae.interpretation.collect import Kept
 from groupsae.interpretation.explain import Explainer, choose
 from groupsae.interpretation.files import Interpretation
-from groupsae.interpretation.run import Pass
+from groupsae.interpretation.reading import Pass
 from groupsae.interpretation.text import Part, Text
 from groupsae.suite.suite import Suite, load_saes
 

@@ -51,9 +51,9 @@ from groupsae.interpretation.files import (
     of_layer,
     save_collected,
 )
-from groupsae.interpretation.judged import read_judged
+from groupsae.interpretation.judging import read_judged
 from groupsae.interpretation.page import labels_of, write_page
-from groupsae.interpretation.run import Pass
+from groupsae.interpretation.reading import Pass
 from groupsae.interpretation.text import Text
 from groupsae.reporting.figures import explained_figures
 from groupsae.reporting.load import RunFiles, read_run

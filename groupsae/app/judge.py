@@ -11,8 +11,8 @@ from rich.progress import Progress
 
 from groupsae.app.console import print_judged
 from groupsae.interpretation.files import Interpretation
-from groupsae.interpretation.judged import judge_run, ledger_of, planned
 from groupsae.interpretation.judges import Endpoint, Judge, Local
+from groupsae.interpretation.judging import judge_run, ledger_of, planned
 from groupsae.lm.load import FrozenLM
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.signals import stopped_by_signals

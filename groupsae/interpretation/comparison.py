@@ -17,7 +17,7 @@ from groupsae.files.atomic import atomic_write
 from groupsae.grouping.groupings import Grouping
 from groupsae.interpretation.explain import RESAMPLES
 from groupsae.interpretation.files import Interpretation
-from groupsae.interpretation.judged import read_judged
+from groupsae.interpretation.judging import read_judged
 from groupsae.interpretation.sharing import KINDS, kind_of_latent, labels_needed, transfer
 
 LEVEL = 0.95

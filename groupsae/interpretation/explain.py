@@ -15,8 +15,7 @@ from groupsae.evaluation.intervals import Bootstrap
 from groupsae.interpretation.atoms import Held, Places
 from groupsae.interpretation.bits import contains, unpacked
 from groupsae.interpretation.files import CollectedSAE, Interpretation
-from groupsae.interpretation.rules import Evidence, described, learn, predict
-from groupsae.interpretation.scores import (
+from groupsae.interpretation.rule_scores import (
     TokenTable,
     Truth,
     adjusted,
@@ -24,6 +23,7 @@ from groupsae.interpretation.scores import (
     mean_of,
     scores,
 )
+from groupsae.interpretation.rules import Evidence, described, learn, predict
 from groupsae.interpretation.sharing import cofiring, drift, kind_of, shares, transfer
 
 LEAST_WINDOWS = 20  # in which a latent must fire, in each text

@@ -12,7 +12,7 @@ from groupsae.interop.library import Origin
 from groupsae.interpretation import neuronpedia, saedashboard
 from groupsae.interpretation.features import LayerFeatures, Names
 from groupsae.interpretation.files import Interpretation
-from groupsae.interpretation.judged import read_judged
+from groupsae.interpretation.judging import read_judged
 from groupsae.interpretation.page import labels_of
 from groupsae.runtime.commands import command
 from groupsae.runtime.errors import UserError

@@ -17,7 +17,7 @@ from groupsae.files.reading import damaged, missing, read_json, require_json
 from groupsae.files.tensors import read_tensors
 from groupsae.interpretation.contexts import EMPTY, value_of
 from groupsae.interpretation.directions import Directions
-from groupsae.interpretation.run import DIRECTIONS, Pass
+from groupsae.interpretation.reading import DIRECTIONS, Pass
 from groupsae.interpretation.statistics import UNIT
 from groupsae.interpretation.text import TEXTS, document_bounds
 from groupsae.runtime.commands import command

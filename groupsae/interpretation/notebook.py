@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import SupportsIndex
 
 from groupsae.interpretation.files import COLLECTED, Interpretation
-from groupsae.interpretation.judged import read_judged
+from groupsae.interpretation.judging import read_judged
 from groupsae.interpretation.page import labels_of, one_latent
 from groupsae.runtime.commands import command
 from groupsae.runtime.errors import UserError

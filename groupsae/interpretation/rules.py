@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, UInt64
 
 from groupsae.interpretation.atoms import PLACES, SHAPES, Atom, Held, Places, counted
 from groupsae.interpretation.bits import count, packed, unpacked
-from groupsae.interpretation.scores import Prediction
+from groupsae.interpretation.rule_scores import Prediction
 
 MOST_RULES = 8
 BEST, PARTNERS = 300, 30  # atoms to try, and to pair them with

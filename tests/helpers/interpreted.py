@@ -14,7 +14,7 @@ from groupsae.interpretation.collect import Kept, SAECollector
 from groupsae.interpretation.directions import BINS, Directions
 from groupsae.interpretation.files import save_collected
 from groupsae.interpretation.firings import entries_of, firings_of
-from groupsae.interpretation.run import DIRECTIONS, Pass
+from groupsae.interpretation.reading import DIRECTIONS, Pass
 from groupsae.interpretation.text import Part, document_bounds
 from groupsae.suite.suite import load_saes, load_suite
 from tests.helpers.shelf import D_MODEL, run_folder

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from groupsae.files.atomic import write_json
 from groupsae.interpretation.files import Interpretation
 from groupsae.interpretation.firings import WINDOW, windows_in
+from groupsae.interpretation.reading import DIRECTIONS
 from groupsae.interpretation.records import FIRING
-from groupsae.interpretation.run import DIRECTIONS
 
 WORDS = [
     "alpha",

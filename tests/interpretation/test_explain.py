@@ -6,7 +6,7 @@ import pytest
 from groupsae.interpretation.bits import packed
 from groupsae.interpretation.explain import RESAMPLES, Explainer, explain_sae
 from groupsae.interpretation.files import Interpretation
-from groupsae.interpretation.scores import Truth
+from groupsae.interpretation.rule_scores import Truth
 from tests.helpers.planted_latents import CONTEXT, LATENTS, plant
 
 

@@ -5,8 +5,8 @@ import pytest
 
 from groupsae.interpretation.atoms import FAR, KINDS, PLACES, REPEAT, Atom, Held, Places, shape_of
 from groupsae.interpretation.bits import count, unpacked
+from groupsae.interpretation.rule_scores import Truth, scores
 from groupsae.interpretation.rules import Evidence, Rule, described, learn, predict
-from groupsae.interpretation.scores import Truth, scores
 
 CONTEXT, BLOCKS, VOCABULARY = 64, 500, 120
 STRINGS = {i: f" w{'abcdefghij'[i % 10]}{'xyz'[i % 3]}" for i in range(VOCABULARY)} | dict(

@@ -17,10 +17,7 @@ from groupsae.interpretation.atoms import Atom, Held, Places
 from groupsae.interpretation.explain import choose
 from groupsae.interpretation.files import FORMAT, CollectedSAE, Interpretation
 from groupsae.interpretation.firings import WINDOW
-from groupsae.interpretation.judges import Judge, Ledger, Question
-from groupsae.interpretation.rules import Rule, predict
-from groupsae.interpretation.text import EXPLAIN
-from groupsae.interpretation.verdicts import (
+from groupsae.interpretation.judge_scores import (
     Yes,
     auc,
     discriminates,
@@ -29,7 +26,7 @@ from groupsae.interpretation.verdicts import (
     trials,
     verdict,
 )
-from groupsae.interpretation.windows import (
+from groupsae.interpretation.judge_windows import (
     DECILES,
     EXPLAINED,
     POSITIVES,
@@ -39,6 +36,9 @@ from groupsae.interpretation.windows import (
     WindowChooser,
     text_of,
 )
+from groupsae.interpretation.judges import Judge, Ledger, Question
+from groupsae.interpretation.rules import Rule, predict
+from groupsae.interpretation.text import EXPLAIN
 from groupsae.runtime.errors import UserError
 
 PLANTED, QUALIFIED = 40, 0.7  # items, least AUC

@@ -17,11 +17,8 @@ from rich.console import Console
 
 from groupsae.app.console import print_judged
 from groupsae.interpretation.explain import Explainer, explain_sae
-from groupsae.interpretation.judged import Judging, judge_run, planned, read_judged
-from groupsae.interpretation.judges import Endpoint, Ledger, Local
-from groupsae.interpretation.page import labels_of
-from groupsae.interpretation.verdicts import auc, verdict
-from groupsae.interpretation.windows import (
+from groupsae.interpretation.judge_scores import auc, verdict
+from groupsae.interpretation.judge_windows import (
     NEIGHBOUR,
     POSITIVE,
     RANDOM,
@@ -30,6 +27,9 @@ from groupsae.interpretation.windows import (
     WindowChooser,
     text_of,
 )
+from groupsae.interpretation.judges import Endpoint, Ledger, Local
+from groupsae.interpretation.judging import Judging, judge_run, planned, read_judged
+from groupsae.interpretation.page import labels_of
 from groupsae.lm.load import FrozenLM
 from groupsae.runtime.errors import UserError
 from tests.helpers.chat_server import ChatServer

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from groupsae.interpretation.bits import packed
-from groupsae.interpretation.scores import (
+from groupsae.interpretation.rule_scores import (
     Prediction,
     TokenTable,
     Truth,

@@ -13,8 +13,7 @@ from jaxtyping import Bool, Float
 from scipy.stats import rankdata
 
 from groupsae.evaluation.intervals import Bootstrap
-from groupsae.interpretation.scores import adjusted
-from groupsae.interpretation.windows import (
+from groupsae.interpretation.judge_windows import (
     DECILES,
     NEIGHBOUR,
     POSITIVE,
@@ -23,6 +22,7 @@ from groupsae.interpretation.windows import (
     LatentWindows,
     Window,
 )
+from groupsae.interpretation.rule_scores import adjusted
 
 RESAMPLES, LEVEL = 500, 0.95
 METRICS = ("f1", "precision", "balanced_accuracy", "worst", "best", "hard", "auc", "tpr")
