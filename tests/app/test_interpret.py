@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from groupsae.app.interpret import interpret
-from groupsae.interpretation import reading
-from groupsae.interpretation import text
+from groupsae.interpretation import reading, text
 from groupsae.interpretation.files import Interpretation
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.signals import Stopped
