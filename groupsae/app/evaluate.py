@@ -24,7 +24,7 @@ from groupsae.evaluation.parts import Part, Run
 from groupsae.evaluation.text import Heldout
 from groupsae.files.reading import require_json
 from groupsae.grouping.groupings import groupings
-from groupsae.reporting.figures import evaluation_figures
+from groupsae.reporting.figures import downstream_figures, evaluation_figures
 from groupsae.reporting.load import read_run, value_of
 from groupsae.runtime.commands import command
 from groupsae.runtime.errors import UserError
@@ -161,7 +161,7 @@ def _log_part(folder: Path, name: str, found: Mapping[str, Any], configs: Any, s
         f"{name}/{table}": pd.DataFrame([flat(row) for row in rows])
         for table, rows in tables_in(found).items()
     }
-    log_results(folder, configs, numbers, step, {}, frames)
+    log_results(folder, configs, numbers, step, downstream_figures(read_run(folder)), frames)
 
 
 def log_results(

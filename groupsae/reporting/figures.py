@@ -1,7 +1,7 @@
 """The figures of a run: how each is drawn, and all of them with their captions."""
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -53,7 +53,9 @@ class Captioned:
     """A figure of the page."""
 
     name: str  # of its PNG, without the ending
-    section: str  # of the page: groups, quality, layers, latents, inside, training or runs
+    section: (
+        str  # of the page: groups, quality, layers, downstream, latents, inside, training or runs
+    )
     figure: Figure
     caption: str
 
@@ -80,6 +82,7 @@ def run_figures(run: RunFiles) -> Iterator[Captioned]:
     """Yield every figure that the files of a run allow, in the order of the page."""
     yield from _group_figures(run)
     yield from _evaluation_figures(run)
+    yield from _downstream_figures(run)
     yield from _explained_figures(run)
     yield from _training_figures(run)
 
@@ -87,6 +90,11 @@ def run_figures(run: RunFiles) -> Iterator[Captioned]:
 def evaluation_figures(run: RunFiles) -> dict[str, Figure]:
     """Return name -> figure of all that an evaluation adds to a run; none without one."""
     return {each.name: each.figure for each in _evaluation_figures(run)}
+
+
+def downstream_figures(run: RunFiles) -> dict[str, Figure]:
+    """Return name -> figure of what the model can still do; none without circuits."""
+    return {each.name: each.figure for each in _downstream_figures(run)}
 
 
 def explained_figures(run: RunFiles) -> dict[str, Figure]:
@@ -570,6 +578,53 @@ def density(run: RunFiles) -> Figure | None:
 
 
 # ---- inside the latents -------------------------------------------------------------------------
+
+
+def _downstream_figures(run: RunFiles) -> Iterator[Captioned]:
+    if figure := circuit_curves(run.downstream.get("circuits", {})):
+        yield Captioned(
+            "circuits",
+            "downstream",
+            figure,
+            "Faithfulness of circuits against their number of latents, means over the tasks that "
+            "all groupings have: 1 is the model. Dashed: as many latents drawn at random among "
+            "the active ones. With errors kept the full circuit is the model whatever the SAEs; "
+            "without them its height is what the SAEs carry of the tasks.",
+        )
+
+
+def circuit_curves(circuits: Mapping[str, Any]) -> Figure | None:
+    """Return the curves of faithfulness by grouping, a panel for each way to treat errors."""
+    found = pd.DataFrame(circuits.get("curves", []))
+    if found.empty:
+        return None
+    found["ratio"] = found["ratio"].map(value_of)
+    names = list(dict.fromkeys(found["grouping"]))[: len(COLOURS) + 1]
+    treated = found["errors"].unique()
+    figure = Figure(figsize=(4.4 * len(treated), 3.8), layout="constrained", dpi=150)
+    every = figure.subplots(1, len(treated), sharey=True, squeeze=False)[0]
+    for axes, errors in zip(every, treated, strict=True):
+        rows = found[(found["errors"] == errors) & found["grouping"].isin(names)]
+        counts = rows.groupby("task")["grouping"].nunique()
+        rows = rows[rows["task"].isin(counts.index[counts == len(names)])]
+        colours = iter(COLOURS)
+        for name in names:
+            colour = PER_LAYER if name == "per_layer" else next(colours)
+            for kind, dash in (("faithfulness", "-"), ("random", "--")):
+                mine = rows[(rows["grouping"] == name) & (rows["kind"] == kind)]
+                line = mine.groupby("fraction")[["latents", "ratio"]].mean()
+                label = name if kind == "faithfulness" else f"{name}, random"
+                if len(line):
+                    axes.plot(
+                        line["latents"], line["ratio"], dash, color=colour, marker=".", label=label
+                    )
+        title = "errors kept" if errors == "keep" else "without errors"
+        axes.set(xscale="log", xlabel="latents in the circuit", title=title)
+        axes.axhline(1, color="0.8", lw=0.8, zorder=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    every[0].set_ylabel("faithfulness")
+    legend_below(figure)
+    return figure
 
 
 def _explained_figures(run: RunFiles) -> Iterator[Captioned]:

@@ -29,6 +29,7 @@ from groupsae.evaluation.circuits.tasks import Pair, check_tasks, make_task, shi
 from groupsae.evaluation.given import alone
 from groupsae.evaluation.parts import Subject
 from groupsae.reporting.downstream import DOWNSTREAM_TABLES, circuit_latents_table
+from groupsae.reporting.figures import circuit_curves
 from groupsae.reporting.load import RunFiles
 from groupsae.runtime.errors import UserError
 from groupsae.sae.relu import ReLU
@@ -440,6 +441,18 @@ def test_the_part_finds_what_the_toy_model_does_whatever_the_batch(tmp_path: Pat
     assert found["gate"][0]["accuracy"] == 1.0
     run = RunFiles(downstream={"circuits": json.loads(json.dumps(found))})
     assert all(table(run) is not None for table in DOWNSTREAM_TABLES["circuits"])
+    figure = circuit_curves(run.downstream["circuits"])
+    assert figure is not None
+    assert [axes.get_title() for axes in figure.axes] == ["errors kept", "without errors"]
+    for errors, axes in zip(("keep", "none"), figure.axes, strict=True):
+        drawn = {str(line.get_label()): line for line in axes.lines}
+        for kind, name in (("faithfulness", "suite"), ("random", "suite, random")):
+            points = [
+                (row["latents"], row["ratio"]["value"])
+                for row in found["curves"]
+                if (row["errors"], row["kind"]) == (errors, kind)
+            ]
+            np.testing.assert_allclose(drawn[name].get_xydata(), points)
     latents = circuit_latents_table(run, "page.html")
     assert latents is not None
     assert {cell.link for row in latents.rows for cell in row} == {""}  # was not interpreted
