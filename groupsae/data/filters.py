@@ -76,6 +76,15 @@ def both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return first & second
 
 
+def replaced(
+    acts: Float[Tensor, "block pos d_model"],
+    new: Float[Tensor, "block pos d_model"],
+    keep: Bool[Tensor, "block pos"] | None,
+) -> Float[Tensor, "block pos d_model"]:
+    """Return new activations where a mask keeps them (None: everywhere), in the old dtype."""
+    return new.to(acts) if keep is None else torch.where(keep[..., None], new.to(acts), acts)
+
+
 def check_skip_positions(skip_positions: object, context: int) -> None:
     """Raise UserError if so many positions of a block cannot be skipped."""
     if type(skip_positions) is not int or not 0 <= skip_positions < context:

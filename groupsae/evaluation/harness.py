@@ -30,10 +30,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from groupsae.data.activations import ActivationDataModule
-from groupsae.data.filters import TokenFilter, both
+from groupsae.data.filters import TokenFilter, both, replaced
 from groupsae.evaluation.intervals import Bootstrap, Estimate, Interval, per_layer
 from groupsae.evaluation.parts import Subject
 from groupsae.evaluation.tasks import SHIPPED
+from groupsae.grouping.groupings import Grouping
 from groupsae.lm.attached import AttachedLM, Reading
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.progress import token_progress
@@ -233,7 +234,7 @@ class Harness:
                     where["lost"] = show(lost[name, layer])
                 conditions.append(named | where)
             if able:
-                for grouping, figures in _over_groupings(subject, lost).items():
+                for grouping, figures in _over_groupings(subject.groupings, lost).items():
                     row = {figure: show(estimate) for figure, estimate in figures.items()}
                     compared.append(groupings[grouping] | named | row)
         for each in compared:
@@ -253,24 +254,21 @@ class Harness:
 
 
 def _over_groupings(
-    subject: Subject, lost: Mapping[Condition, Estimate]
+    groupings: Sequence[Grouping], lost: Mapping[Condition, Estimate]
 ) -> dict[str, dict[str, Estimate]]:
     """Return `LOSSES` of each grouping, from the losses of all conditions."""
-    baseline = per_layer(subject.groupings)
-    found: dict[str, dict[str, Estimate]] = {}
-    for grouping in subject.groupings:
-
-        def alone(owner: Mapping[int, str], layers: Sequence[int] = grouping.grouped) -> Estimate:
-            return np.mean([lost[owner[layer], layer] for layer in layers], axis=0)
-
-        each_layer = len(lost) > len(subject.groupings)
-        row = found[grouping.name] = {"lost_together": lost[grouping.name, None]}
-        if each_layer:
-            row["lost"] = alone(grouping.sae_of_layer)
-        if baseline is not None and grouping is not baseline:
-            row["against_together"] = row["lost_together"] - lost[baseline.name, None]
-            if each_layer:
-                row["against_alone"] = row["lost"] - alone(baseline.sae_of_layer)
+    found = {each.name: {"lost_together": lost[each.name, None]} for each in groupings}
+    if len(lost) > len(groupings):  # each layer alone, too
+        for each in groupings:
+            alone = [lost[each.sae_of_layer[layer], layer] for layer in each.grouped]
+            found[each.name]["lost"] = np.mean(alone, axis=0)
+    if (baseline := per_layer(groupings)) is not None:
+        theirs = found[baseline.name]
+        for row in found.values():
+            if row is not theirs:
+                row["against_together"] = row["lost_together"] - theirs["lost_together"]
+                if "lost" in row:
+                    row["against_alone"] = row["lost"] - theirs["lost"]
     return found
 
 
@@ -387,8 +385,7 @@ def _splicing(saes: Mapping[int, LayerSAE], filters: TokenFilter) -> Any:
             skipped = max(0, filters.skip_positions - reading.past)
             keep = both(replace(filters, skip_positions=skipped).tokens(reading.tokens), keep)
             x_hat = sae(rows[first].to(sae.device))[places]
-        x_hat = x_hat.to(acts).view_as(acts)
-        return x_hat if keep is None else torch.where(keep.unsqueeze(-1), x_hat, acts)
+        return replaced(acts, x_hat.view_as(acts), keep)
 
     return visit
 

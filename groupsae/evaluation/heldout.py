@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from groupsae.cost.counter import flop_counter
-from groupsae.data.filters import TokenFilter, both
+from groupsae.data.filters import TokenFilter, both, replaced
 from groupsae.evaluation.effect import CleanPredictions
 from groupsae.evaluation.embeddings import RANKED, CleanEmbeddings
 from groupsae.evaluation.reconstruction import LayerSums, ReconstructionSums, SequenceSums
@@ -108,7 +108,7 @@ class HeldoutSums:
         _add(self.clean, clean.sums)
 
         def splice(layer: int, x_hat: Tensor, keep: Tensor | None, into: SequenceSums) -> None:
-            spliced = splicer.resume(layer, _where(keep, x_hat, acts[layer]))
+            spliced = splicer.resume(layer, replaced(acts[layer], x_hat, keep))
             _add(into, clean.effect(spliced))
 
         for layer, effects in self.layers.items():
@@ -132,7 +132,7 @@ class HeldoutSums:
             def replace(layer: int, found: Tensor, owner: dict[int, str] = owner) -> Tensor:
                 x = found.float()
                 x_hat = _reconstruct(self.saes[owner[layer]], x, layer)[1]
-                return _where(both(counted, filters.activations(x)), x_hat, found)
+                return replaced(found, x_hat, both(counted, filters.activations(x)))
 
             _add(self.together[grouping.name], clean.effect(splicer.together(replace, owner)))
 
@@ -175,9 +175,3 @@ def _add(sums: SequenceSums, rows: Mapping[str, Tensor]) -> None:
     """Add the sums of some blocks; embeddings only of those that are ranked."""
     full = len(sums["embedding"]) >= RANKED
     sums.append(**{name: row for name, row in rows.items() if not full or name != "embedding"})
-
-
-def _where(keep: Tensor | None, replaced: Tensor, original: Tensor) -> Tensor:
-    if keep is None:
-        return replaced
-    return torch.where(keep.unsqueeze(-1), replaced.to(original.dtype), original)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from groupsae.cost.stopwatch import Stopwatch
 from groupsae.data.activations import ActivationDataModule
+from groupsae.data.filters import replaced
 from groupsae.evaluation.circuits.areas import areas
 from groupsae.evaluation.circuits.attribution import Effects, attribute
 from groupsae.evaluation.circuits.examples import Batch, batches
@@ -343,8 +344,7 @@ class _Measured:
             _, acts = splicer.clean(batch.clean, saes)
             for layer, sae in saes.items():
                 x = acts[layer]
-                keep, new = self.subject.kept(batch.clean, x), sae(x).to(x)
-                new = new if keep is None else torch.where(keep[..., None], new, x)
+                new = replaced(x, sae(x), self.subject.kept(batch.clean, x))
                 parts[layer].append(batch.metric(splicer.resume(layer, new)).cpu())
         model = self.bootstrap.estimate(self.model)
         return {

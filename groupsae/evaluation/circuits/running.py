@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+from groupsae.data.filters import replaced
 from groupsae.evaluation.circuits.attribution import Effects
 from groupsae.evaluation.circuits.examples import Batch
 from groupsae.evaluation.parts import Subject
@@ -131,9 +132,8 @@ def run_circuit(
             moved = difference.flatten(0, 1).any(0).nonzero()[:, 0]  # most latents never fire
             new = acts + sae.unscaled(difference[..., moved] @ sae.W_dec[moved]).to(acts)
         else:
-            new = sae.decode(changed).to(acts)
-        keep = subject.kept(batch.clean, acts)
-        return new if keep is None else torch.where(keep[..., None], new, acts)
+            new = sae.decode(changed)
+        return replaced(acts, new, subject.kept(batch.clean, acts))
 
     inputs = subject.lm.inputs(batch.clean, last_logits=True)
     return batch.metric(subject.lm.run(inputs, saes, visit, stop=False).logits).cpu()
