@@ -3,15 +3,16 @@
 Trains, in child processes of `python -m groupsae.train`, one SAE per layer, the paper's group
 SAEs, layer-aware ones, and layer-aware ones on several rows of each token; then compares them at
 equal tokens of the language model (which are equal steps here) and at equal FLOPs of the complete
-training, the language model's included. Finished runs are reused, so it can be stopped and given
-again; activations of a seed are computed once and kept in outputs/store (6 KB a token, float32).
-Writes the part between the two marks in docs/better-groups.md.
+training, the language model's included. Runs at equal tokens are also interpreted and probed.
+Finished runs are reused, so it can be stopped and given again; activations of a seed are computed
+once and kept in outputs/store (6 KB a token, float32). Writes the part between the two marks in
+docs/better-groups.md.
 
 Options: `tokens=` for each SAE, `jobs=` runs at a time, and any override of the training.
 `size=smallest` is for CI: some SAEs, one seed, one step, in this process, and it only prints.
 
 Fair to all: the same text, steps and seeds; decoder biases start at the mean everywhere. The
-learning rate is the better of `RATES` on the first seed, for one SAE per layer, the paper's group
+learning rate is the best of `RATES` on the first seed, for one SAE per layer, the paper's group
 SAEs and those with maps, whose rate the other layer-aware ones take. Intervals are Student's t
 over seeds, 95 %; differences are paired by seed.
 """
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd  # type: ignore[import-untyped,unused-ignore]
 
 import groupsae
 from benchmarks.replication import folder_of, over_seeds, table, write_figures
@@ -40,24 +42,40 @@ from groupsae.suite.suite import load_suite
 
 DOC = Path(__file__).parent.parent / "docs" / "better-groups.md"
 BEGIN = "<!-- figures: python -m benchmarks.better_groups -->"
-RANK, ROWS = 8, 2  # of the maps; rows of each token
-LAYERS, GROUP, BIASES, MAPS, SEVERAL = (
+RANK, ROWS = 8, (2, 4)  # of the maps; rows of each token
+LAYERS, GROUP, BIASES, MAPS = (
     "one SAE per layer", "group (the paper's)", "group, own biases",
-    f"group, own biases, rank {RANK}", f"the same, {ROWS} rows of a token",
+    f"group, own biases, rank {RANK}",
 )  # fmt: skip
+SEVERAL = tuple(f"the same, {rows} rows of a token" for rows in ROWS)
 ARMS = {LAYERS: ["groups=per_layer"], GROUP: ["groups=amad"]}
 ARMS[BIASES] = [*ARMS[GROUP], "sae.layer_bias=per_layer"]
 ARMS[MAPS] = [*ARMS[BIASES], f"sae.layer_rank={RANK}"]
-ARMS[SEVERAL] = [*ARMS[MAPS], f"stream.layers_per_token={ROWS}"]
-RATES = ("5e-4", "1e-3")
-SMALL = (LAYERS, GROUP, MAPS, SEVERAL)  # of size=smallest, which evaluates nothing
+ARMS |= {
+    arm: [*ARMS[MAPS], f"stream.layers_per_token={rows}"]
+    for arm, rows in zip(SEVERAL, ROWS, strict=True)
+}
+RATES = ("5e-4", "1e-3", "2e-3")
+SMALL = (LAYERS, GROUP, MAPS, SEVERAL[0])  # of size=smallest, which evaluates nothing
 STUDY = [  # of every run
-    "b_dec_start=mean", "stream.heldout_tokens=16_384", "evaluation.tokens=2_048",
+    "b_dec_start=mean", "stream.heldout_tokens=16_384", "evaluation.tokens=8_192",
     "evaluation.bootstrap.resamples=10", "eval_every=1_000_000", "checkpoint_every=1_000_000",
     "+trainer.enable_progress_bar=false", "data.cache=outputs/store", "data.cache_dtype=float32",
 ]  # fmt: skip
 SPEED, FIXED = 7_000, 40  # tokens a second, and seconds of start and evaluation, on two AVX2 cores
 EVALUATION = Path("evaluation") / "evaluation.json"
+LATENTS = 32  # of each SAE that rules explain
+INTERPRET = [
+    f"interpretation.latents={LATENTS}", "interpretation.explain_tokens=24_576",
+    "interpretation.score_tokens=24_576", "interpretation.top=4", "interpretation.sample=10",
+    "interpretation.across=2", "logger=none",
+]  # fmt: skip
+LOOKS = {  # into runs at equal tokens: the file each leaves -> its command
+    Path("interpretation") / "groupings.csv": ["groupsae.interpret", *INTERPRET],
+    Path("evaluation") / "probes.json": [
+        "groupsae.evaluate", "evaluation=probes", "evaluation.probes.k=[1]", "logger=none",
+    ],
+}  # fmt: skip
 Rates = Mapping[str, str]
 
 
@@ -89,6 +107,8 @@ class Figures(NamedTuple):
     delta_ce: float  # nats; nan without an evaluation
     dead: float  # share of the latents, by the counters of training
     mmcs: float  # of the decoders of neighbouring layers that share a group of AMAD's
+    f1: float  # of rules for latents; nan where not interpreted
+    auc: float  # of probes on one latent; nan where not probed
 
 
 def train(commands: Sequence[Sequence[str]], jobs: int, *, evaluate: bool) -> None:
@@ -115,6 +135,34 @@ def train(commands: Sequence[Sequence[str]], jobs: int, *, evaluate: bool) -> No
             print(f"{number} of {len(missing)}", flush=True)
 
 
+def look_into(commands: Sequence[Sequence[str]], jobs: int) -> None:
+    """Interpret and probe finished runs, where that has not been done."""
+    missing = [
+        (module, f"run={folder}", *options)
+        for folder in map(folder_of, commands)
+        for file, (module, *options) in LOOKS.items()
+        if not (folder / file).exists()
+    ]
+    print(f"{len(missing)} interpretations and probes to make", flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        run = partial(subprocess.run, check=True, stdout=subprocess.DEVNULL)
+        for number, _ in enumerate(
+            pool.map(lambda each: run([sys.executable, "-m", *each]), missing), 1
+        ):
+            print(f"{number} of {len(missing)}", flush=True)
+
+
+def looked(folder: Path) -> tuple[float, float]:
+    """Return F1 of rules and AUC of probes of a run; nan for what it does not have."""
+    explained, probes = (folder / file for file in LOOKS)
+    f1 = auc = float("nan")
+    if explained.exists():
+        f1 = float(pd.read_csv(explained)["f1"].iloc[0])
+    if found := read_json(probes):
+        auc = found["groupings"][0]["auc_1"]["value"]
+    return f1, auc
+
+
 def summary_of(command: Sequence[str]) -> dict[str, Any]:
     """Return the summary of a finished run."""
     return dict(json.loads((folder_of(command) / "summary.json").read_text()))
@@ -129,20 +177,28 @@ def figures(command: Sequence[str], pairs: Sequence[tuple[int, int]]) -> Figures
     last = max(layer for group in groups for layer in group["layers"])
     fvu = {int(x): v for group in groups for x, v in group["fvu_per_layer"].items()}
     dead = {x: group["dead"] for group in groups for x in group["layers"]}
-    delta_ce = defaultdict(lambda: float("nan"))
+    delta_ce: dict[int, float] = defaultdict(lambda: float("nan"))
     delta_ce |= {row["layer"]: row["delta_ce"]["value"] for row in effects["results"]}
     suite = load_suite(folder)
     alike = [mmcs(*(suite[layer].W_dec for layer in pair)).mean() for pair in pairs]
     (sae_flops,) = (p["planned_flops"] for p in ledger["parts"] if p["part"] == "saes")
-    means = (float(np.mean([each[x] for x in range(last)])) for each in (fvu, delta_ce, dead))
+    f1, auc = looked(folder)
+
+    def mean(of_layer: Mapping[int, float]) -> float:
+        return float(np.mean([of_layer[layer] for layer in range(last)]))
+
     return Figures(
-        summary["tokens"],
-        summary["steps"],
-        cost["total"],
-        cost["calibration"] + cost["distances"],
-        sae_flops,
-        *means,
-        float(np.mean(alike)),
+        tokens=summary["tokens"],
+        steps=summary["steps"],
+        flops=cost["total"],
+        fixed_flops=cost["calibration"] + cost["distances"],
+        sae_flops=sae_flops,
+        fvu=mean(fvu),
+        delta_ce=mean(delta_ce),
+        dead=mean(dead),
+        mmcs=float(np.mean(alike)),
+        f1=f1,
+        auc=auc,
     )
 
 
@@ -171,7 +227,10 @@ def trained(
         for arm, each in tokens.items()
     }
     # seed after seed of one arm: runs at the same time then fill different parts of the store
-    train([each for runs in every.values() for each in runs], study.jobs, evaluate=evaluate)
+    commands = [each for runs in every.values() for each in runs]
+    train(commands, study.jobs, evaluate=evaluate)
+    if evaluate and not smallest():
+        look_into(commands, study.jobs)
     pairs = neighbours(every[GROUP][0])
     return {arm: [figures(each, pairs) for each in runs] for arm, runs in every.items()}
 
@@ -179,7 +238,7 @@ def trained(
 def at_equal_flops(study: Study, found: Mapping[str, list[Figures]]) -> dict[str, int]:
     """Return arm -> the tokens at which its training costs what that of one SAE per layer does."""
     layers, tokens = found[LAYERS][0], {LAYERS: study.tokens}
-    for arm in (GROUP, MAPS, SEVERAL):
+    for arm in (each for each in found if each != LAYERS):
         own = found[arm][0]
         more = (layers.flops - own.fixed_flops) / (own.flops - own.fixed_flops)
         step = own.tokens // own.steps
@@ -211,9 +270,10 @@ def compared(found: Mapping[str, list[Figures]]) -> list[str]:
             f"{np.mean(flops):.1%}", shown([r.fvu for r in runs], 4),
             "" if arm == LAYERS else shown(lost, 4, "+"), shown([r.delta_ce for r in runs], 3),
             f"{np.mean([r.dead for r in runs]):.1%}", f"{np.mean([r.mmcs for r in runs]):.3f}",
+            shown([r.f1 for r in runs], 3), shown([r.auc for r in runs], 3),
         ])  # fmt: skip
     columns = ["SAEs", "tokens", "steps", "SAE FLOPs", "all FLOPs", "FVU", "− per layer"]
-    columns += ["ΔCE, nats", "dead", "MMCS"]
+    columns += ["ΔCE, nats", "dead", "MMCS", "F1 of rules", "AUC of one latent"]
     return table(columns, rows)
 
 
@@ -230,14 +290,17 @@ def verdict(found: Mapping[str, list[Figures]]) -> list[str]:
             f"- *{arm}*: {shown([100 * x for x in closed], 0)} % of the gap closed for {more:.1%} "
             f"more FLOPs; goal (half of it for at most 2 %): {'met' if met else 'not met'}."
         )
-    runs, layers = found[SEVERAL], found[LAYERS]
-    lost = [run.fvu - other.fvu for run, other in zip(runs, layers, strict=True)]
-    share = runs[0].sae_flops / layers[0].sae_flops
-    met = np.mean(lost) <= 0 and share <= 0.5
-    lines.append(
-        f"- *{SEVERAL}*: FVU {shown(lost, 4, '+')} against one SAE per layer at {share:.0%} of "
-        f"its SAE FLOPs; goal (at or below 0 at no more than 50 %): {'met' if met else 'not met'}."
-    )
+    layers = found[LAYERS]
+    for arm in (each for each in SEVERAL if each in found):
+        runs = found[arm]
+        lost = [run.fvu - other.fvu for run, other in zip(runs, layers, strict=True)]
+        share = runs[0].sae_flops / layers[0].sae_flops
+        met = np.mean(lost) <= 0 and share <= 0.5
+        lines.append(
+            f"- *{arm}*: FVU {shown(lost, 4, '+')} against one SAE per layer at {share:.0%} of "
+            "its SAE FLOPs; goal (at or below 0 at no more than 50 %): "
+            f"{'met' if met else 'not met'}."
+        )
     return [*lines, ""]
 
 
