@@ -22,7 +22,6 @@ from benchmarks.real_models import study as studies
 from benchmarks.real_models.packages import english, fetched, multilingual
 from benchmarks.real_models.study import (
     MODELS,
-    RUNS,
     Study,
     delta_ce,
     fvu,
@@ -40,7 +39,7 @@ from groupsae.reporting.formatting import spans
 
 DOC = Path(__file__).parents[2] / "docs" / "real-models.md"
 BEGIN, END = "<!-- figures: python -m benchmarks.real_models -->", "<!-- end of figures -->"
-BLOCKS = 2  # on which the rise of the loss is measured
+BLOCKS = 8  # on which the rise of the loss is measured
 VARIANTS = {  # run -> in words; the chosen groups of `all` are those of a run of their own
     "as the paper": "as the paper: uncentred, b_dec from zero, BOS counted",
     "without BOS": "BOS left out",
@@ -114,17 +113,13 @@ def grouping_table(study: Study, seeds: Sequence[int]) -> list[str]:
             lost.append(gap.mean())
             scores.append(each.partition.amad)
             variances.append(each.partition.variance)
-    even = groupings_of(study.folder("even", seeds[0]))[0]
-    values = [fvu(study.summary("even", seed), even) for seed in seeds]
-    rows.append(
-        [
-            f"{even.num_groups}, even",
-            "",
-            "",
-            mean_and_interval(values),
-            mean_and_interval(list(np.array(values) - np.array(alone))),
-        ]
-    )
+    for name, (rule, count) in study.others.items():
+        same = groupings_of(study.folder(name, seeds[0]))[0]
+        values = [fvu(study.summary(name, seed), same) for seed in seeds]
+        gap = np.array(values) - np.array(alone)
+        rows.append(
+            [f"{count}, {rule}", "", "", mean_and_interval(values), mean_and_interval(list(gap))]
+        )
     fits = [np.corrcoef(x, lost)[0, 1] for x in (scores, variances)]
     return [
         *table(["G", "AMAD", "V", "FVU", "lost against one SAE per layer"], rows),
@@ -283,7 +278,7 @@ def main(arguments: Sequence[str]) -> None:
         if fetched(MODELS[name].folder, cache) is None or given["fetch"] == "only":
             continue
         study = Study(name, cache)
-        for run in RUNS if given["run"] == "all of them" else given["run"].split(","):
+        for run in study.runs if given["run"] == "all of them" else given["run"].split(","):
             for seed in seeds:
                 study.folder(run, seed)
         lines += report(study, seeds) if given["run"] == "all of them" else []

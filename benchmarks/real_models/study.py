@@ -32,7 +32,7 @@ class Model(NamedTuple):
     title: str
     folder: Callable[[Path], Path]
     options: tuple[str, ...]
-    even: int  # groups of the evenly spaced grouping
+    others: tuple[tuple[str, int], ...]  # groups by other rules than complete linkage
     spliced: tuple[int, ...]  # layers at which the effect on the loss is measured; none: encoders
 
 
@@ -41,26 +41,26 @@ MODELS = {
         "Gemma 3 270M (weights of 4 bits, dequantised)",
         gemma,
         (
-            "tokens=32_768", "stream.context=256", "stream.max_tokens=95_000",
-            "stream.heldout_fraction=0.12", "stream.calibration_fraction=0.1",
+            "tokens=131_072", "stream.context=256", "stream.max_tokens=200_000",
+            "stream.heldout_fraction=0.1", "stream.calibration_fraction=0.1",
             "stream.heldout_tokens=4_096", "calibration.tokens=8_192", "sae.k=32",
             "sae.expansion=2", "stream.blocks_per_step=2", "stream.blocks_per_forward=2",
             "groups.last_layer=skip",
         ),
-        6,
+        (("even", 3), ("even", 6), ("variance", 6)),
         (3, 7, 11, 15),
     ),
     "minilm": Model(
         "all-MiniLM-L6-v2",
         minilm,
         (
-            "tokens=131_072", "stream.context=128", "stream.max_tokens=240_000",
+            "tokens=262_144", "stream.context=128", "stream.max_tokens=400_000",
             "stream.heldout_fraction=0.1", "stream.calibration_fraction=0.1",
             "stream.heldout_tokens=16_384", "calibration.tokens=16_384", "sae.k=16",
             "sae.expansion=4", "stream.blocks_per_step=4", "stream.blocks_per_forward=4",
             "evaluation.tokens=4_096",
         ),
-        2,
+        (("even", 2), ("even", 3)),
         (),
     ),
 }  # fmt: skip
@@ -73,7 +73,6 @@ PAPER = ("calibration.centring=none", "b_dec_start=zero")
 # name -> overrides; those of all groupings come first, as they fill the store
 RUNS: dict[str, tuple[str, ...]] = {
     "all": ("groups=all", "groups.smaller=[]", START),
-    "even": ("groups=even", START),
     "as the paper": ("groups=amad", "stream.exclude_special_tokens=false", *PAPER),
     "without BOS": ("groups=amad", *PAPER),
     "own biases and maps": ("groups=amad", "sae.layer_bias=per_layer", "sae.layer_rank=8"),
@@ -97,12 +96,20 @@ class Study:
             *self.model.options,
             *extra,
         ]
+        self.others = {f"{rule}-{count}": (rule, count) for rule, count in self.model.others}
+        self.runs = RUNS | {
+            name: (
+                *(["groups=even"] if rule == "even" else ["groups=count", f"groups.rule={rule}"]),
+                f"groups.num_groups={count}",
+                START,
+            )
+            for name, (rule, count) in self.others.items()
+        }
 
     def overrides(self, run: str, seed: int) -> list[str]:
         """Return the arguments of a run."""
-        even = [f"groups.num_groups={self.model.even}"] if run == "even" else []
         evaluate = ["evaluate=true"] if self._evaluated(run) else []
-        return [*self.options, *RUNS[run], *even, *evaluate, f"seed={seed}"]
+        return [*self.options, *self.runs[run], *evaluate, f"seed={seed}"]
 
     def _evaluated(self, run: str) -> bool:
         """Return whether a run is evaluated: of a decoder the study measures the effect itself."""
