@@ -2,27 +2,29 @@
 
 Trains, in child processes of `python -m groupsae.train`, one SAE per layer, the paper's group
 SAEs, layer-aware ones, and layer-aware ones on several rows of each token; then compares them at
-equal tokens of the language model (which are equal steps here) and at equal FLOPs of the complete
+equal tokens of the language model (which are equal steps here), and at equal FLOPs of the complete
 training, the language model's included. Runs at equal tokens are also interpreted and probed.
 Finished runs are reused, so it can be stopped and given again; activations of a seed are computed
-once and kept in outputs/store (6 KB a token, float32). Writes the part between the two marks in
+once and kept in outputs/store (6 KB a token, float32). Writes the part between two marks in
 docs/better-groups.md.
 
-Options: `tokens=` for each SAE, `jobs=` runs at a time, and any override of the training.
-`size=smallest` is for CI: some SAEs, one seed, one step, in this process, and it only prints.
+Options: `tokens=` for each SAE, `jobs=` runs at a time, `rates=` of learning, and any override of
+the training. `all=<folder>,<folder>,...` names finished runs of all groupings, one for each seed
+(`experiment=replication groups.smaller=[] stream.blocks_per_step=2`): one SAE per layer and the
+paper's groups are read from them, and only equal tokens are compared. `size=smallest` is for CI:
+some SAEs, one seed, one step, in this process, and it only prints.
 
-Fair to all: the same text, steps and seeds; decoder biases start at the mean everywhere. The
-learning rate is the best of `RATES` on the first seed, for one SAE per layer, the paper's group
-SAEs and those with maps, whose rate the other layer-aware ones take. Intervals are Student's t
-over seeds, 95 %; differences are paired by seed.
+Fair to all: the same text, steps, seeds and start of the decoder biases. The learning rate is the
+best of `rates=` on the first seed, for one SAE per layer, the paper's group SAEs and those with
+maps, whose rate the other layer-aware ones take. Intervals are Student's t over seeds, 95 %;
+differences are paired by seed.
 """
 
 import json
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
@@ -37,30 +39,33 @@ from benchmarks.replication import folder_of, over_seeds, table, write_figures
 from benchmarks.timing import SMALLEST_RUN, smallest, without_size
 from groupsae.evaluation.similarity import mmcs
 from groupsae.files.reading import read_json
+from groupsae.grouping.groupings import groupings
 from groupsae.runtime.quiet import quiet
+from groupsae.suite.groups_file import load_plan
 from groupsae.suite.suite import load_suite
 
 DOC = Path(__file__).parent.parent / "docs" / "better-groups.md"
 BEGIN = "<!-- figures: python -m benchmarks.better_groups -->"
+BEGIN_ALL = "<!-- figures: python -m benchmarks.better_groups all= -->"
 RANK, ROWS = 8, (2, 4)  # of the maps; rows of each token
-LAYERS, GROUP, BIASES, MAPS = (
-    "one SAE per layer", "group (the paper's)", "group, own biases",
+LAYERS, GROUP, STARTED, BIASES, MAPS = (
+    "one SAE per layer", "group (the paper's)", "group, b_dec from the mean", "group, own biases",
     f"group, own biases, rank {RANK}",
 )  # fmt: skip
 SEVERAL = tuple(f"the same, {rows} rows of a token" for rows in ROWS)
 ARMS = {LAYERS: ["groups=per_layer"], GROUP: ["groups=amad"]}
+ARMS[STARTED] = [*ARMS[GROUP], "b_dec_start=mean"]  # as that of own biases does
 ARMS[BIASES] = [*ARMS[GROUP], "sae.layer_bias=per_layer"]
 ARMS[MAPS] = [*ARMS[BIASES], f"sae.layer_rank={RANK}"]
 ARMS |= {
     arm: [*ARMS[MAPS], f"stream.layers_per_token={rows}"]
     for arm, rows in zip(SEVERAL, ROWS, strict=True)
 }
-RATES = ("5e-4", "1e-3", "2e-3")
 SMALL = (LAYERS, GROUP, MAPS, SEVERAL[0])  # of size=smallest, which evaluates nothing
-STUDY = [  # of every run
-    "b_dec_start=mean", "stream.heldout_tokens=16_384", "evaluation.tokens=8_192",
-    "evaluation.bootstrap.resamples=10", "eval_every=1_000_000", "checkpoint_every=1_000_000",
-    "+trainer.enable_progress_bar=false", "data.cache=outputs/store", "data.cache_dtype=float32",
+STUDY = [  # of every run; the training is that of experiment=replication
+    "stream.blocks_per_step=2", "calibration.centring=none", "b_dec_start=zero",
+    "eval_every=500", "checkpoint_every=500", "+trainer.enable_progress_bar=false",
+    "data.cache=outputs/store", "data.cache_dtype=float32", "evaluation.tokens=32_768",
 ]  # fmt: skip
 SPEED, FIXED = 7_000, 40  # tokens a second, and seconds of start and evaluation, on two AVX2 cores
 EVALUATION = Path("evaluation") / "evaluation.json"
@@ -88,11 +93,20 @@ class Study(NamedTuple):
     rates: Sequence[str]
     given: list[str]  # overrides of every run
     arms: Sequence[str] = tuple(ARMS)
+    all: Sequence[Path] = ()  # runs of all groupings, seed by seed
 
     def command(self, arm: str, seed: str, rate: str, tokens: int) -> list[str]:
         """Return the overrides of one run."""
         own = [f"seed={seed}", f"optim.base_lr={rate}", f"tokens={tokens}"]
         return [*STUDY, *ARMS[arm], *self.given, *own]
+
+    def folders(self, arm: str, commands: Sequence[Sequence[str]]) -> list[Path]:
+        """Return the run of an arm for each seed."""
+        return list(self.all) if self.reads(arm) else [folder_of(each) for each in commands]
+
+    def reads(self, arm: str) -> bool:
+        """Return whether the runs of all groupings have an arm."""
+        return bool(self.all) and arm in (LAYERS, GROUP)
 
 
 class Figures(NamedTuple):
@@ -135,11 +149,11 @@ def train(commands: Sequence[Sequence[str]], jobs: int, *, evaluate: bool) -> No
             print(f"{number} of {len(missing)}", flush=True)
 
 
-def look_into(commands: Sequence[Sequence[str]], jobs: int) -> None:
+def look_into(folders: Sequence[Path], jobs: int) -> None:
     """Interpret and probe finished runs, where that has not been done."""
     missing = [
         (module, f"run={folder}", *options)
-        for folder in map(folder_of, commands)
+        for folder in dict.fromkeys(folders)
         for file, (module, *options) in LOOKS.items()
         if not (folder / file).exists()
     ]
@@ -152,51 +166,57 @@ def look_into(commands: Sequence[Sequence[str]], jobs: int) -> None:
             print(f"{number} of {len(missing)}", flush=True)
 
 
-def looked(folder: Path) -> tuple[float, float]:
-    """Return F1 of rules and AUC of probes of a run; nan for what it does not have."""
+def looked(folder: Path, grouping: str) -> tuple[float, float]:
+    """Return F1 of rules and AUC of probes of a grouping; nan for what its run does not have."""
     explained, probes = (folder / file for file in LOOKS)
     f1 = auc = float("nan")
     if explained.exists():
-        f1 = float(pd.read_csv(explained)["f1"].iloc[0])
+        f1 = float(pd.read_csv(explained).set_index("grouping").loc[grouping, "f1"])
     if found := read_json(probes):
-        auc = found["groupings"][0]["auc_1"]["value"]
+        (row,) = (each for each in found["groupings"] if each["grouping"] == grouping)
+        auc = row["auc_1"]["value"]
     return f1, auc
 
 
-def summary_of(command: Sequence[str]) -> dict[str, Any]:
+def summary_of(folder: Path) -> dict[str, Any]:
     """Return the summary of a finished run."""
-    return dict(json.loads((folder_of(command) / "summary.json").read_text()))
+    return dict(json.loads((folder / "summary.json").read_text()))
 
 
-def figures(command: Sequence[str], pairs: Sequence[tuple[int, int]]) -> Figures:
-    """Return the figures of a finished run; `pairs` are the layers that MMCS compares."""
-    folder, summary = folder_of(command), summary_of(command)
-    ledger = json.loads((folder / "ledger.json").read_text())
-    effects = read_json(folder / EVALUATION) or {"results": []}
-    cost, groups = summary["cost"], [summary["groups"][name] for name in summary["chosen"]]
-    last = max(layer for group in groups for layer in group["layers"])
-    fvu = {int(x): v for group in groups for x, v in group["fvu_per_layer"].items()}
-    dead = {x: group["dead"] for group in groups for x in group["layers"]}
-    delta_ce: dict[int, float] = defaultdict(lambda: float("nan"))
-    delta_ce |= {row["layer"]: row["delta_ce"]["value"] for row in effects["results"]}
-    suite = load_suite(folder)
-    alike = [mmcs(*(suite[layer].W_dec for layer in pair)).mean() for pair in pairs]
-    (sae_flops,) = (p["planned_flops"] for p in ledger["parts"] if p["part"] == "saes")
-    f1, auc = looked(folder)
+def figures(folder: Path, arm: str, pairs: Sequence[tuple[int, int]]) -> Figures:
+    """Return the figures of an arm in a finished run; MMCS compares the `pairs` of layers."""
+    plan = load_plan(folder)
+    assert plan is not None
+    found = groupings(plan)
+    grouping = found[0] if arm != LAYERS else next(g for g in found if g.kind == "per_layer")
+    sae_of, summary = grouping.sae_of_layer, summary_of(folder)
+    ledger, cost, saes = (
+        read_json(folder / "ledger.json") or {},
+        summary["cost"],
+        summary["groups"],
+    )
+    (planned,) = (part["planned_flops"] for part in ledger["parts"] if part["part"] == "saes")
+    delta_ce = {
+        row["layer"]: row["delta_ce"]["value"]
+        for row in (read_json(folder / EVALUATION) or {"results": []})["results"]
+        if sae_of[row["layer"]] == row["sae"]
+    }
+    suite = load_suite(folder, grouping.name)
+    f1, auc = looked(folder, grouping.name)
 
-    def mean(of_layer: Mapping[int, float]) -> float:
-        return float(np.mean([of_layer[layer] for layer in range(last)]))
+    def mean(of_layer: Callable[[int], float]) -> float:
+        return float(np.mean([of_layer(layer) for layer in grouping.grouped]))
 
     return Figures(
         tokens=summary["tokens"],
         steps=summary["steps"],
-        flops=cost["total"],
+        flops=cost["total_per_layer" if arm == LAYERS else "total"],
         fixed_flops=cost["calibration"] + cost["distances"],
-        sae_flops=sae_flops,
-        fvu=mean(fvu),
-        delta_ce=mean(delta_ce),
-        dead=mean(dead),
-        mmcs=float(np.mean(alike)),
+        sae_flops=planned * len(set(sae_of.values())) // ledger["num_saes"],
+        fvu=mean(lambda x: saes[sae_of[x]]["fvu_per_layer"][str(x)]),
+        delta_ce=mean(lambda x: delta_ce.get(x, float("nan"))),
+        dead=mean(lambda x: saes[sae_of[x]]["dead"]),
+        mmcs=float(np.mean([mmcs(*(suite[x].W_dec for x in pair)).mean() for pair in pairs])),
         f1=f1,
         auc=auc,
     )
@@ -204,6 +224,8 @@ def figures(command: Sequence[str], pairs: Sequence[tuple[int, int]]) -> Figures
 
 def choose_rates(study: Study) -> tuple[Rates, list[str]]:
     """Return the rate of every arm, and the table of FVU on the first seed that chose it."""
+    if len(study.rates) == 1:
+        return dict.fromkeys(study.arms, study.rates[0]), []
     grid = {
         arm: [study.command(arm, study.seeds[0], rate, study.tokens) for rate in study.rates]
         for arm in (LAYERS, GROUP, MAPS)
@@ -211,11 +233,12 @@ def choose_rates(study: Study) -> tuple[Rates, list[str]]:
     train([each for commands in grid.values() for each in commands], study.jobs, evaluate=False)
     best, rows = {}, []
     for arm, commands in grid.items():
-        fvu = [summary_of(command)["fvu"] for command in commands]
+        fvu = [summary_of(folder_of(command))["fvu"] for command in commands]
         best[arm] = study.rates[int(np.argmin(fvu))]
         rows.append([arm, *(f"{x:.4f}" for x in fvu), best[arm]])
     columns = ["SAEs", *(f"base_lr={rate}" for rate in study.rates), "chosen"]
-    return {arm: best.get(arm, best[MAPS]) for arm in study.arms}, table(columns, rows)
+    lines = ["### Learning rate: FVU on the first seed, all layers", "", *table(columns, rows)]
+    return {arm: best.get(arm, best[MAPS]) for arm in study.arms}, lines
 
 
 def trained(
@@ -227,12 +250,15 @@ def trained(
         for arm, each in tokens.items()
     }
     # seed after seed of one arm: runs at the same time then fill different parts of the store
-    commands = [each for runs in every.values() for each in runs]
-    train(commands, study.jobs, evaluate=evaluate)
+    missing = [each for arm, runs in every.items() if not study.reads(arm) for each in runs]
+    train(missing, study.jobs, evaluate=evaluate)
+    folders = {arm: study.folders(arm, runs) for arm, runs in every.items()}
     if evaluate and not smallest():
-        look_into(commands, study.jobs)
-    pairs = neighbours(every[GROUP][0])
-    return {arm: [figures(each, pairs) for each in runs] for arm, runs in every.items()}
+        look_into([each for runs in folders.values() for each in runs], study.jobs)
+    plan = load_plan(folders[GROUP][0])
+    assert plan is not None
+    pairs = [pair for group in plan.partition.groups for pair in pairwise(group)]
+    return {arm: [figures(each, arm, pairs) for each in runs] for arm, runs in folders.items()}
 
 
 def at_equal_flops(study: Study, found: Mapping[str, list[Figures]]) -> dict[str, int]:
@@ -244,12 +270,6 @@ def at_equal_flops(study: Study, found: Mapping[str, list[Figures]]) -> dict[str
         step = own.tokens // own.steps
         tokens[arm] = int(own.tokens * more) // step * step
     return tokens
-
-
-def neighbours(command: Sequence[str]) -> list[tuple[int, int]]:
-    """Return the pairs of neighbouring layers that share one of a run's groups."""
-    groups = summary_of(command)["groups"].values()
-    return [pair for group in groups for pair in pairwise(group["layers"])]
 
 
 def shown(values: Sequence[float], digits: int, sign: str = "") -> str:
@@ -308,24 +328,20 @@ def report(study: Study) -> list[str]:
     """Train what is missing; return all tables, line by line."""
     rates, chosen = choose_rates(study)
     tokens = trained(study, rates, dict.fromkeys(study.arms, study.tokens), evaluate=True)
-    flops = trained(study, rates, at_equal_flops(study, tokens), evaluate=False)
-    return [
-        f"{len(study.seeds)} seeds; {study.tokens:,} tokens per SAE at equal tokens; all means "
-        "are over the layers that are grouped, on held-out text.",
-        "",
-        "### Learning rate: FVU on the first seed, all layers",
+    lines = [
+        f"{len(study.seeds)} seeds; {study.tokens:,} tokens per SAE at equal tokens; base_lr "
+        f"{', '.join(dict.fromkeys(rates.values()))}; all means are over the layers that are "
+        "grouped, on held-out text.",
         "",
         *chosen,
         "### Equal tokens, equal steps",
         "",
         *compared(tokens),
-        "### Equal FLOPs of the complete training",
-        "",
-        *compared(flops),
-        "### The goals, at equal tokens",
-        "",
-        *verdict(tokens),
-    ]  # fmt: skip
+    ]
+    if not study.all:
+        flops = trained(study, rates, at_equal_flops(study, tokens), evaluate=False)
+        lines += ["### Equal FLOPs of the complete training", "", *compared(flops)]
+    return [*lines, "### The goals, at equal tokens", "", *verdict(tokens)]
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -334,13 +350,20 @@ def main(arguments: Sequence[str]) -> None:
     if smallest():
         with tempfile.TemporaryDirectory() as output:
             given = [*SMALLEST_RUN, f"output={output}", f"data.cache={output}/store"]
-            print("\n".join(report(Study(["0"], 256, 1, RATES[:1], given, SMALL))))
+            print("\n".join(report(Study(["0"], 256, 1, ["5e-4"], given, SMALL))))
         return
-    own = dict(a.split("=", 1) for a in arguments if a.startswith(("seed=", "tokens=", "jobs=")))
-    given = [a for a in without_size(arguments) if not a.startswith(("seed=", "tokens=", "jobs="))]
-    seeds = own.get("seed", "0,1,2").split(",")
-    study = Study(seeds, int(own.get("tokens", 204_800)), int(own.get("jobs", 1)), RATES, given)
-    write_figures(DOC, BEGIN, report(study))
+    own = {"seed": "0,1,2", "tokens": "1_024_000", "jobs": "1", "rates": "5e-4", "all": ""}
+    given = []
+    for argument in without_size(arguments):
+        name, _, value = argument.partition("=")
+        if name in own:
+            own[name] = value
+        else:
+            given.append(argument)
+    runs = [Path(each) for each in own["all"].split(",") if each]
+    seeds, rates = own["seed"].split(","), own["rates"].split(",")
+    study = Study(seeds, int(own["tokens"]), int(own["jobs"]), rates, given, all=runs)
+    write_figures(DOC, BEGIN_ALL if runs else BEGIN, report(study))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ MODELS = {
         "all-MiniLM-L6-v2",
         minilm,
         (
-            "tokens=262_144", "stream.context=128", "stream.max_tokens=400_000",
+            "tokens=131_072", "stream.context=128", "stream.max_tokens=240_000",
             "stream.heldout_fraction=0.1", "stream.calibration_fraction=0.1",
             "stream.heldout_tokens=16_384", "calibration.tokens=16_384", "sae.k=16",
             "sae.expansion=4", "stream.blocks_per_step=4", "stream.blocks_per_forward=4",
