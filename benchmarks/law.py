@@ -49,7 +49,8 @@ TOKENS = 16_384  # compared between layers; half of them fit the linear maps, ha
 RIDGE = 1e-3  # of the mean eigenvalue
 LEVELS = ("layer", "group", "partition")
 MOST_LAYERS = 18  # of which all partitions are formed
-LOSS_PER_VARIANCE = 2.4  # of the FVU of one SAE per layer: what four models have in common
+BEST = "V as grouped"
+LOSS_PER_VARIANCE = 2.4  # of the FVU of one SAE per layer, times BEST: what the models share
 FEW = 5  # partitions, among which laws are not compared
 Group = tuple[int, ...]
 Square = np.ndarray
@@ -58,6 +59,7 @@ Square = np.ndarray
 FIGURES = {
     "V": "angular variance of the group, uncentred",
     "V centred": "the same of centred activations",
+    "V as grouped": "that of the two which the run grouped by (calibration.centring)",
     "own": "the layer's own mean (1 - cosine) / 2 to its group",
     "own centred": "the same of centred activations",
     "1 - R²": "mean share of the layer's variance that no linear map from its group gives",
@@ -70,7 +72,7 @@ FIGURES = {
 }
 TIMES, MEAN = "FVU × ", "mean FVU × "  # of the layer's own SAE; of the means over a partition
 OF_LAYERS = [name for name in FIGURES if name not in ("AMAD", "largest D", "log n/G")]
-RELATIVE = ("V", "V centred", "D", "AMAD", "log n/G")
+RELATIVE = ("V", "V centred", "V as grouped", "D", "AMAD", "log n/G")
 OF_PARTITIONS = ("AMAD", "largest D", "log n/G", *(MEAN + name for name in RELATIVE))
 ALONE = [*FIGURES, *(TIMES + name for name in OF_LAYERS), *(MEAN + name for name in RELATIVE)]
 WITH_SIZE = [
@@ -88,7 +90,7 @@ class Model(NamedTuple):
         name: of the language model.
         seed: of the run.
         layers: matrices between its grouped layers [n, n], NaN where unknown: `angle`, `cosine`,
-            `centred` (cosines) and `linear` (R² of column from row).
+            `centred` (cosines), `grouped` (one of them), `linear` (R² of column from row).
         own: FVU of each grouped layer's own SAE; NaN where unknown.
         lost: group -> FVU lost by each of its layers.
         partitions: rules -> groups.
@@ -128,7 +130,9 @@ def read_model(folder: Path, layers: Mapping[str, Square]) -> Model:
             lost[group] = mine - own[list(group)]
     n = len(own)
     assert run.distances is not None
-    kept = {name: x[:n, :n] for name, x in {**layers, "angle": run.distances}.items()}
+    grouped = layers["cosine" if run.measured["centring"] == "none" else "centred"]
+    more = {"angle": run.distances, "grouped": grouped}
+    kept = {name: x[:n, :n] for name, x in {**layers, **more}.items()}
     return Model(Path(run.model).name, run.seed, kept, own, lost, partitions)
 
 
@@ -213,7 +217,8 @@ def published() -> list[Model]:
 def _published_layers(angle: Square) -> dict[str, Square]:
     cosine = np.cos(np.pi * angle)
     unknown = np.full_like(angle, np.nan)
-    return {"angle": angle, "cosine": cosine, "centred": cosine, "linear": unknown}
+    alike = dict.fromkeys(("cosine", "centred", "grouped"), cosine)
+    return {"angle": angle, "linear": unknown, **alike}
 
 
 def published_means() -> pd.DataFrame:
@@ -246,6 +251,7 @@ def figures(layers: Mapping[str, Square], group: Group) -> dict[str, np.ndarray]
         return {
             "V": angular_variance(layers["cosine"], group) * every,
             "V centred": angular_variance(layers["centred"], group) * every,
+            "V as grouped": angular_variance(layers["grouped"], group) * every,
             "own": (1 - cosine.mean(axis=0)) / 2,
             "own centred": (1 - centred.mean(axis=0)) / 2,
             "1 - R²": 1 - r2,
@@ -549,15 +555,15 @@ class Study:
         """Return the loss as a share of the FVU of one SAE per layer: measured, and 2.4 V."""
         rows = []
         for name in self.names:
-            frame = self.of("partition", ("V",), name)
+            frame = self.of("partition", (BEST,), name)
             rule = "complete" if name in self.trained else "published"
-            frame = frame[frame["name"].str.contains(rule) & (frame["V"] > 0)]
-            means = frame.groupby("G")[["lost", "per_layer", "V"]].mean().astype(float)
+            frame = frame[frame["name"].str.contains(rule) & (frame[BEST] > 0)]
+            means = frame.groupby("G")[["lost", "per_layer", BEST]].mean().astype(float)
             for count, mean in means.iterrows():
-                shares = (mean["lost"] / mean["per_layer"], LOSS_PER_VARIANCE * mean["V"])
+                shares = (mean["lost"] / mean["per_layer"], LOSS_PER_VARIANCE * mean[BEST])
                 cells = [f"{100 * share:.1f} %" for share in shares]
-                rows.append([name, str(count), f"{mean['V']:.4f}", f"{mean['lost']:.4f}", *cells])
-        return table(["model", "G", "V", "FVU lost", "as a share", "2.4 V"], rows)
+                rows.append([name, str(count), f"{mean[BEST]:.4f}", f"{mean['lost']:.4f}", *cells])
+        return table(["model", "G", BEST, "FVU lost", "as a share", "2.4 V"], rows)
 
     def report(self) -> list[str]:
         """Return all tables, line by line."""
@@ -593,15 +599,15 @@ class Study:
         titles = ("FVU lost", "FVU lost, share of the FVU of one SAE per layer")
         for relative, axes in enumerate(figure.subplots(1, 2)):
             for i, name in enumerate(self.names):
-                frame = self.of("partition", ("V",), name)
+                frame = self.of("partition", (BEST,), name)
                 if frame.empty:
                     continue
                 if relative:
                     frame = frame.assign(lost=frame["lost"] / frame["per_layer"])
-                mean = frame.groupby("name")[["V", "lost"]].mean()
+                mean = frame.groupby("name")[[BEST, "lost"]].mean()
                 axes.plot(*mean.to_numpy().T, "o", ms=4, color=COLOURS[i], label=name)
-                end = mean["V"].max()
-                line = [0, fit(frame, ("V",)).weights[0] * end]
+                end = mean[BEST].max()
+                line = [0, fit(frame, (BEST,)).weights[0] * end]
                 axes.plot([0, end], line, lw=1, color=COLOURS[i])
             axes.set(xlabel="angular variance V of the partition", ylabel=titles[relative])
             axes.spines[["top", "right"]].set_visible(False)
