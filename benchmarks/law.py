@@ -34,7 +34,7 @@ from groupsae.app.stream import make_stream
 from groupsae.config.instantiate import make
 from groupsae.grouping.angles import AngularDistance
 from groupsae.grouping.groupings import groupings
-from groupsae.grouping.partition import angular_variance
+from groupsae.grouping.partition import LOSS_PER_VARIANCE, angular_variance
 from groupsae.reporting.formatting import span
 from groupsae.reporting.load import read_run, value_of
 from groupsae.reporting.style import COLOURS
@@ -49,8 +49,7 @@ TOKENS = 16_384  # compared between layers; half of them fit the linear maps, ha
 RIDGE = 1e-3  # of the mean eigenvalue
 LEVELS = ("layer", "group", "partition")
 MOST_LAYERS = 18  # of which all partitions are formed
-BEST = "V as grouped"
-LOSS_PER_VARIANCE = 2.4  # of the FVU of one SAE per layer, times BEST: what the models share
+BEST = "V as grouped"  # LOSS_PER_VARIANCE times this is what the models share
 FEW = 5  # partitions, among which laws are not compared
 Group = tuple[int, ...]
 Square = np.ndarray

@@ -1,5 +1,6 @@
 """What a run prints: the groups before training, the result after it."""
 
+import math
 from collections.abc import Mapping
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
@@ -8,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as Screen
 
+from groupsae.grouping.partition import LOSS_ERROR
 from groupsae.grouping.plan import GroupPlan
 from groupsae.reporting import tables
 from groupsae.reporting.downstream import DOWNSTREAM_TABLES
@@ -57,6 +59,12 @@ def print_plan(console: Console, plan: GroupPlan, cost: "RunCost") -> None:
         f"{part.num_groups} group{'s' * (part.num_groups > 1)}, rule {part.rule}, AMAD "
         f"{part.amad:.4f}, largest diameter {part.max_diameter:.4f} (fractions of pi)"
     )
+    if part.num_groups < part.num_layers and not math.isnan(part.variance):
+        console.print(
+            f"Angular variance {part.variance:.4f}: plain SAEs are predicted to have "
+            f"{part.predicted_loss:.1%} more FVU than one SAE per layer (on models that it was "
+            f"not fitted on, this missed the loss by {LOSS_ERROR[0]:.0%} to {LOSS_ERROR[1]:.0%})."
+        )
     show(console, tables.groups_table(RunFiles(plan=plan.to_json())))
     if plan.last_layer == "own":
         console.print("The last layer has its own SAE.")
@@ -154,8 +162,8 @@ def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
             console,
             groupings,
             "every grouping: mean over the grouped layers; lost: against one SAE per layer",
-            "grouping amad fvu fvu_lost delta_ce_percent delta_ce_percent_lost "
-            "embedding_loss embedding_loss_lost flops",
+            "grouping amad fvu fvu_lost fvu_lost_predicted delta_ce_percent "
+            "delta_ce_percent_lost embedding_loss embedding_loss_lost flops",
             halves="fvu_lost delta_ce_percent_lost embedding_loss_lost",
         )
         show(

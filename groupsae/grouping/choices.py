@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from groupsae.grouping.partition import (
+    ROUNDING,
     Cosines,
     Distances,
     Partition,
@@ -170,6 +172,55 @@ class Even(ByCount):
 
     def _name(self) -> str:
         return f"even-{self.num_groups}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget(Choice):
+    """The lowest predicted loss (`Partition.predicted_loss`) for a number of SAEs, or the reverse.
+
+    The groups are those of the rule variance, whose predicted loss is the lowest at every G.
+
+    Args:
+        max_fvu_loss: the fewest groups that are predicted to lose at most this share of the FVU of
+            one SAE per layer, from 0 up.
+        saving: in place of max_fvu_loss: the most groups that save this share of the FLOPs that
+            one SAE per layer takes, without the language model; from 0 to below 1.
+    """
+
+    max_fvu_loss: float = 0.1
+    saving: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the arguments."""
+        super().__post_init__()
+        loss, saving = self.max_fvu_loss, self.saving
+        if not loss >= 0:
+            raise UserError(f"groups.max_fvu_loss is {loss!r}: use a number from 0 up.")
+        if saving is not None and not 0 <= saving < 1:
+            raise UserError(f"groups.saving is {saving!r}: use a number from 0 to below 1.")
+
+    def _name(self) -> str:
+        bound = f"loss-{self.max_fvu_loss}" if self.saving is None else f"saving-{self.saving}"
+        return f"budget-{bound}"
+
+    def _most(self, groupable: int) -> int:
+        """Return how many groups may be trained."""
+        alone = int(self.last_layer == "own")
+        return math.floor((1 - (self.saving or 0)) * (groupable + alone) + ROUNDING) - alone
+
+    def _check(self, groupable: int) -> None:
+        if self._most(groupable) < 1:
+            alone = int(self.last_layer == "own")
+            raise UserError(
+                f"groups.saving={self.saving} leaves no SAE for the {groupable} layers to group: "
+                f"one group for all of them saves {1 - (1 + alone) / (groupable + alone):.2f}."
+            )
+
+    def _partition(self, distances: Distances, cosines: Cosines) -> Partition:
+        found = curve(distances, "variance", cosines)
+        if self.saving is not None:
+            return found[self._most(len(distances)) - 1]
+        return next(each for each in found if each.predicted_loss <= self.max_fvu_loss)
 
 
 @dataclass(frozen=True, kw_only=True)

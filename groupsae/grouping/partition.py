@@ -15,6 +15,10 @@ from groupsae.runtime.errors import UserError
 Distances = npt.NDArray[np.float64]
 Cosines = npt.NDArray[np.float64]
 
+# FVU lost by sharing, as a share of that of one SAE per layer, for each unit of V, and its error
+# as a share of the loss on models that it was not fitted on: docs/predicting-loss.md
+LOSS_PER_VARIANCE = 2.4
+LOSS_ERROR = (0.05, 0.24)
 ROUNDING = 1e-9  # of sums over ranks in another order; far below any real angle
 
 
@@ -71,6 +75,14 @@ class Partition:
             return math.nan
         weighted = (len(g) * v for g, v in zip(self.groups, self.variances, strict=True))
         return sum(weighted) / self.num_layers
+
+    @property
+    def predicted_loss(self) -> float:
+        """Return 2.4 V, the predicted FVU lost as a share of the FVU of one SAE per layer.
+
+        For SAEs without parts of their own for each layer. NaN where V is not known.
+        """
+        return LOSS_PER_VARIANCE * self.variance
 
     @property
     def max_diameter(self) -> float:

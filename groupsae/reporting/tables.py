@@ -13,6 +13,7 @@ from urllib.parse import quote
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped,unused-ignore]
 
+from groupsae.grouping.partition import LOSS_PER_VARIANCE
 from groupsae.reporting.formatting import (
     METRICS,
     NONE,
@@ -28,6 +29,7 @@ from groupsae.reporting.load import RunFiles, Values, interval, value_of
 
 # fmt: off
 HEADINGS = {  # of the columns that are shown
+    "fvu_lost_predicted": "predicted",
     "run": "run", "configuration": "configuration", "part": "part", "count": "count",
     "layer": "layer", "sae": "SAE", "layers": "layers", "tokens_per_layer": "tokens per layer",
     "rows": "rows",
@@ -446,9 +448,12 @@ def latents_table(run: RunFiles) -> Table | None:
 
 def groupings_table(run: RunFiles) -> Table | None:
     """Return every grouping with its means over the grouped layers, and its cost."""
-    rows = []
+    rows, alone = [], value_of(((run.per_layer or {}).get("grouped_layers") or {}).get("fvu"))
     for grouping in run.groupings:
-        grouped = grouping["kind"] == "groups"
+        grouped, variance = grouping["kind"] == "groups", grouping.get("variance")
+        predicted = None
+        if grouped and alone is not None and variance is not None:
+            predicted = LOSS_PER_VARIANCE * variance * alone
         rules = [RULE_NAMES.get(rule, rule) for rule in grouping["rules"]]
         made_by = rules if grouped else [BASELINES[grouping["kind"]]]
         together = grouping.get("spliced_together") or {}
@@ -466,6 +471,7 @@ def groupings_table(run: RunFiles) -> Table | None:
                 "seconds_share": cost.get("seconds"),
                 **estimates(grouping["grouped_layers"], *DIFFERENCES),
                 **estimates(grouping["against_per_layer"] or {}, *DIFFERENCES, suffix="_lost"),
+                "fvu_lost_predicted": predicted,
                 **estimates(together, "ce", *DIFFERENCES[1:], "kl", suffix="_together"),
                 **estimates(together, "retrieval", suffix="_together"),
             }

@@ -9,6 +9,7 @@ import pytest
 from groupsae.grouping import partition
 from groupsae.grouping.choices import (
     All,
+    Budget,
     ByAmad,
     ByCount,
     Choice,
@@ -19,6 +20,7 @@ from groupsae.grouping.choices import (
 )
 from groupsae.grouping.partition import build_partition
 from groupsae.grouping.plan import GroupPlan
+from groupsae.grouping.rules import curve
 from groupsae.runtime.errors import UserError
 
 POINTS = np.array([0.0, 0.1, 0.12, 0.3, 0.31, 0.9])
@@ -31,6 +33,8 @@ ALL = [
     PerLayer(last_layer="own"),
     Explicit(groups=[[0, 1], [2, 3, 4]], last_layer="own"),
     Published(theta=0.2, last_layer="own"),
+    Budget(max_fvu_loss=0.1),
+    Budget(saving=0.5, last_layer="skip"),
 ]
 
 
@@ -47,6 +51,8 @@ ALL = [
         (Even(num_groups=6, last_layer="own"), "even-6"),
         (PerLayer(last_layer="own"), "per_layer"),
         (Published(theta=0.2, last_layer="own"), "published-0.2"),
+        (Budget(max_fvu_loss=0.1), "budget-loss-0.1"),
+        (Budget(saving=0.5, last_layer="skip"), "budget-saving-0.5-last-skip"),
     ],
 )
 def test_the_label_names_what_was_chosen(choice: Choice, label: str) -> None:
@@ -99,6 +105,35 @@ def test_the_last_layer_is_owned_skipped_or_grouped(last_layer: str, saes: list[
     assert choice.plan(DISTANCES).saes == saes
 
 
+@pytest.mark.parametrize("bound", [0.0, 0.001, 0.02, 0.1, 0.3, 5])
+def test_a_bound_on_the_loss_gives_the_fewest_groups_that_are_predicted_to_keep_it(
+    bound: float,
+) -> None:
+    found = curve(DISTANCES[:5, :5], "variance")
+    expected = next(each for each in found if 2.4 * each.variance <= bound)
+    assert Budget(max_fvu_loss=bound).plan(DISTANCES).partition == expected
+
+
+@pytest.mark.parametrize(
+    ("saving", "last_layer", "saes"),
+    [
+        (0.0, "own", 6), (0.5, "own", 3), (0.51, "own", 2), (2 / 3, "own", 2), (0.4, "skip", 3),
+        (0.8, "skip", 1), (0.5, "group", 3),
+    ],
+)  # fmt: skip
+def test_a_saving_gives_the_most_groups_that_reach_it(
+    saving: float, last_layer: str, saes: int
+) -> None:
+    plan = Budget(saving=saving, last_layer=last_layer).plan(DISTANCES)
+    assert len(plan.saes) == saes
+    assert plan.partition.rule == "variance"
+
+
+def test_a_saving_that_one_group_does_not_reach_is_refused() -> None:
+    with pytest.raises(UserError, match=r"leaves no SAE.*one group for all of them saves 0\.67"):
+        Budget(saving=0.7).check(6)
+
+
 def test_the_names_of_saes_are_folder_safe() -> None:
     plan = Explicit(groups=[[0, 1, 2], [3], [4]], last_layer="own").plan(DISTANCES)
     assert plan.names == ["layers.0-2", "layers.3", "layers.4", "layers.5"]
@@ -149,6 +184,8 @@ def test_equal_saes_have_equal_hashes_however_they_were_chosen() -> None:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
+        (lambda: Budget(max_fvu_loss=-1), "max_fvu_loss is -1: use a number from 0 up"),
+        (lambda: Budget(saving=1), "saving is 1: use a number from 0 to below 1"),
         (lambda: ByAmad(theta=1.2, rule="complete", last_layer="own"), "theta is 1.2"),
         (
             lambda: ByAmad(theta=0.2, rule="complet", last_layer="own"),

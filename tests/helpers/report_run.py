@@ -346,6 +346,7 @@ def _grouping(
         "amad": part.amad if part else None,
         "size_weighted_amad": part.size_weighted_amad if part else None,
         "max_diameter": part.max_diameter if part else None,
+        "variance": part.variance if part else None,
         "saes": list(dict.fromkeys(sae_of_layer.values())),
         "sae_of_layer": {str(x): s for x, s in sae_of_layer.items()},
         "cost": {

@@ -250,6 +250,21 @@ def test_the_chosen_grouping_is_one_even_if_theta_picks_one_of_every_rule(tmp_pa
     assert table.marked == [0]
 
 
+def test_the_predicted_loss_stands_next_to_the_measured_one(every: Path, tmp_path: Path):
+    run = read_run(every)
+    frame = tables.groupings_table(run).frame.set_index("grouping")
+    alone = run.per_layer["grouped_layers"]["fvu"]["value"]
+    grouped = [g for g in run.groupings if g["kind"] == "groups"]
+    for grouping in grouped:
+        predicted = frame["fvu_lost_predicted"][grouping["name"]]
+        assert predicted == pytest.approx(2.4 * grouping["variance"] * alone)
+    others = frame["fvu_lost_predicted"].drop([g["name"] for g in grouped])
+    assert others.isna().all()
+    for grouping in run.groupings:  # as evaluated by an earlier version
+        del grouping["variance"]
+    assert "fvu_lost_predicted" not in tables.groupings_table(run).frame
+
+
 def test_the_caption_of_one_grouping_promises_no_others(ordinary: Path, every: Path):
     one, many = (tables.groupings_table(read_run(folder)) for folder in (ordinary, every))
     assert one is not None
