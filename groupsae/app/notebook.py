@@ -406,10 +406,17 @@ def _hooked_as_trained(
     suite: "Suite", model: "PreTrainedModel"
 ) -> "Iterator[tuple[HookedLM, Geometry]]":
     """Hook a model where a suite was trained; UserError if it cannot be the one."""
+    from groupsae.lm.attached import check_fits
+
     trained = suite.cfg
     recorded = {key: trained.get(key) for key in ("stack", "blocks_path", "submodule")}
     with _hooked(model, hookpoint=trained.get("hookpoint", "resid_post"), **recorded) as hooked:
-        _check_fits(suite, hooked[1], model)
+        check_fits(trained, suite.d_model, hooked[1], type(model).__name__)
+        if suite.device != model.device:
+            raise UserError(
+                f"the SAEs are on {suite.device} and the model is on {model.device}: move one of "
+                f"them, such as suite.to('{model.device}')."
+            )
         yield hooked
 
 
@@ -452,23 +459,6 @@ def _tokenizer_of(model: "PreTrainedModel") -> "PreTrainedTokenizerBase":
             "no tokenizer is found where the model is from: give tokenizer=, such as the second "
             "result of suite.load_model()."
         ) from error
-
-
-def _check_fits(suite: "Suite", size: "Geometry", model: "PreTrainedModel") -> None:
-    """Raise UserError if the model cannot be the one that the SAEs were trained on."""
-    trained = suite.cfg
-    depth = len(trained.get("modules") or ()) or max(suite.layers[-1] + 1, size.num_layers)
-    if (depth, suite.d_model) != (size.num_layers, size.d_model):
-        raise UserError(
-            f"the SAEs were trained on {trained.get('model', 'a model')} with {depth} layers of "
-            f"width {suite.d_model}, but this model has {size.num_layers} of width "
-            f"{size.d_model}: give the model that they were trained on."
-        )
-    if suite.device != model.device:
-        raise UserError(
-            f"the SAEs are on {suite.device} and the model is on {model.device}: move one of "
-            f"them, such as suite.to('{model.device}')."
-        )
 
 
 # ---- runs -----------------------------------------------------------------------------------

@@ -6,18 +6,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from groupsae.lm.blocks import find_blocks
-from groupsae.lm.context import context_of, within_positions
-from groupsae.lm.hookpoints import Site, find_sites, with_positions
+from groupsae.lm.hookpoints import with_positions
 from groupsae.runtime.compat import compiles_hooks
 from groupsae.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from groupsae.lm.geometry import Geometry
 
 T = TypeVar("T")
 
@@ -47,8 +48,7 @@ Visit = Callable[[int, Float[Tensor, "batch pos d_model"], Reading | None], Tens
 class AttachedLM:
     """A model that the user runs, with the hookpoint at which SAEs were trained.
 
-    The blocks are found at the recorded place, whatever surrounds it (a head, the wrappers of
-    PEFT), otherwise by structure.
+    The blocks are found as for training, whatever surrounds them (a head, the wrappers of PEFT).
 
     Args:
         model: any Hugging Face model, with or without its head.
@@ -60,13 +60,15 @@ class AttachedLM:
     """
 
     def __init__(self, model: nn.Module, recorded: Mapping[str, Any], d_model: int) -> None:
+        from groupsae.lm.load import hook_model  # slow, and there already: the model is one of its
+
         self.hookpoint = recorded.get("hookpoint") or "resid_post"
         self.d_model, self.name = d_model, type(model).__name__
         self._from_encoder = recorded.get("stack") == "encoder"
-        stack = _stack_of(model, self._from_encoder)
-        config = _text_config(stack)
-        self.blocks, inner = _find(model, stack, recorded, config, d_model)
-        self.sites = _sites(self.blocks, self.hookpoint, inner, recorded.get("submodule"))
+        place = {key: recorded.get(key) for key in ("stack", "blocks_path", "submodule")}
+        found, size = hook_model(model, hookpoint=self.hookpoint, **place)
+        check_fits(recorded, d_model, size, self.name)
+        self.blocks, self.sites, self.context = found.blocks, found.sites, size.context
         self._names = {module: name for name, module in model.named_modules()}
         self._model = model
         # every module that is called on the way to the blocks: the outermost comes first
@@ -75,7 +77,6 @@ class AttachedLM:
             for module in self._around(self.blocks)
             if not isinstance(module, nn.ModuleList)
         }
-        self.context = within_positions(context_of(config), stack, self.blocks)
         self._reading: Reading | None = None
         self._reader: nn.Module | None = None  # the outermost module in this forward
         self._cache: Any = None  # of the last forward
@@ -197,76 +198,15 @@ class AttachedLM:
                 )
 
 
-def _stack_of(model: nn.Module, encoder: bool) -> nn.Module:
-    """Return the encoder or the decoder of a model that has both, otherwise the model."""
-    whole: Any = model
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return model
-    method = "get_encoder" if encoder else "get_decoder"
-    return getattr(whole, method)() if hasattr(whole, method) else model
-
-
-def _text_config(stack: nn.Module) -> Any:
-    config: Any = getattr(stack, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _find(
-    model: nn.Module, stack: nn.Module, recorded: Mapping[str, Any], config: Any, d_model: int
-) -> tuple[nn.ModuleList, list[str] | None]:
-    """Return the blocks, and the recorded path of the hookpoint within each."""
-    place, inner = _split(recorded.get("modules"))
-    depth = getattr(config, "num_hidden_layers", None) if inner is None else len(inner)
-    width = getattr(config, "hidden_size", None)
-    trained = recorded.get("model") or "a model"
-    name = type(model).__name__
-    if isinstance(width, int) and width != d_model:
+def check_fits(recorded: Mapping[str, Any], d_model: int, size: "Geometry", name: str) -> None:
+    """Raise UserError if a model cannot be the one that SAEs were trained on."""
+    depth = len(recorded.get("modules") or ()) or size.num_layers
+    if (depth, d_model) != (size.num_layers, size.d_model):
         raise UserError(
-            f"this suite was trained on {trained} of width {d_model}, but {name} has width "
-            f"{width}: give the model that it was trained on."
+            f"the SAEs were trained on {recorded.get('model') or 'a model'} with {depth} layers "
+            f"of width {d_model}, but {name} has {size.num_layers} of width {size.d_model}: give "
+            "the model that they were trained on."
         )
-    # a model of TransformerLens has no config, and may have changed the residual stream
-    if config is None or not isinstance(depth, int):
-        raise UserError(
-            f"{name} has no config with num_hidden_layers, as models of transformers have: give "
-            "a Hugging Face model, such as the first result of suite.load_model()."
-        )
-    # other versions of transformers may have other paths, and a vision tower the same
-    for path in dict.fromkeys((place, recorded.get("blocks_path"), None)):
-        try:
-            return find_blocks(stack, depth, path), inner
-        except UserError:
-            continue
-    found = getattr(config, "num_hidden_layers", None)
-    has = f"has {found}" if isinstance(found, int) and found != depth else "has no such list"
-    raise UserError(
-        f"this suite was trained on {trained} with {depth} blocks, but {name} {has}: give the "
-        "model that it was trained on."
-    )
-
-
-def _split(paths: list[str] | None) -> tuple[str | None, list[str] | None]:
-    """Return the path of the list of blocks, and of each hookpoint within its block.
-
-    `layers.0.mlp`, `layers.1.mlp` give `layers`, and `mlp` twice.
-    """
-    if not paths:
-        return None, None
-    parts = [path.split(".") for path in paths]
-    at = parts[0].index("0")
-    return ".".join(parts[0][:at]), [".".join(each[at + 1 :]) for each in parts]
-
-
-def _sites(
-    blocks: nn.ModuleList, hookpoint: str, inner: list[str] | None, submodule: str | None
-) -> list[Site]:
-    try:
-        return [
-            Site(block.get_submodule(path), before=hookpoint == "resid_pre")
-            for block, path in zip(blocks, inner or [], strict=True)
-        ]
-    except (AttributeError, ValueError):  # not recorded, or of another version of transformers
-        return find_sites(blocks, hookpoint, submodule)
 
 
 @contextmanager
