@@ -13,10 +13,10 @@ from types import ModuleType
 import torch
 
 from benchmarks.timing import Seconds, interleaved, options, smallest, timed, write
+from groupsae.runtime.memory import keep_freed_memory
 from groupsae.sae.kernels import dense
 from groupsae.sae.kernels.dispatch import kernels_of
 from groupsae.sae.sparse import Entries
-from groupsae.training.allocator import keep_freed_memory
 
 SHAPES = {"cpu": [(128, 1024, 2048), (512, 4096, 1024)], "cuda": [(768, 12288, 8192)]}
 TINY = [(16, 64, 32)]

@@ -16,8 +16,8 @@ from torch import Tensor
 from benchmarks.timing import interleaved, options, random_model, smallest, timed, write
 from groupsae.lm.hooked import HookedLM, nothing_padded
 from groupsae.lm.load import FrozenLM
+from groupsae.runtime.memory import keep_freed_memory
 from groupsae.runtime.quiet import quiet
-from groupsae.training.allocator import keep_freed_memory
 
 BLOCKS, CONTEXT, ROUNDS = (1, 16, 1) if smallest() else (8, 256, 5)
 BASE = "as groupsae runs it"

@@ -15,10 +15,10 @@ import torch
 
 from benchmarks.timing import interleaved, options, random_model, smallest, timed, write
 from groupsae.lm.load import FrozenLM
+from groupsae.runtime.memory import keep_freed_memory
 from groupsae.runtime.quiet import quiet
 from groupsae.sae.topk import TopK
 from groupsae.suite.suite import Suite
-from groupsae.training.allocator import keep_freed_memory
 
 BLOCKS, CONTEXT, ROUNDS = (1, 16, 1) if smallest() else (8, 256, 9)
 SHAPE = {"num_layers": 6, "d_model": 512, "num_heads": 8, "vocab_size": 50304}

@@ -28,8 +28,8 @@ from groupsae.config.instantiate import CONF, make
 from groupsae.data.activations import ActivationDataModule
 from groupsae.grouping.partition import Partition
 from groupsae.grouping.plan import GroupPlan
+from groupsae.runtime.memory import keep_freed_memory
 from groupsae.runtime.quiet import quiet
-from groupsae.training.allocator import keep_freed_memory
 from groupsae.training.suite import GroupSAESuite
 
 ROUNDS, WARM, STEPS, LAYERS = 3, 2, 4, 12

@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.timing import Seconds, interleaved, options, smallest, timed, write
+from groupsae.runtime.memory import keep_freed_memory
 from groupsae.sae.kernels.dispatch import affine, top_k
 from groupsae.sae.topk import SELECTIONS, TopK
-from groupsae.training.allocator import keep_freed_memory
 from groupsae.training.group import GroupSAE
 from groupsae.training.optim import Adam
 

@@ -33,7 +33,7 @@ from groupsae.data.packing import Packing, Split, load_token_blocks, split_of
 from groupsae.data.sources import PythonSource
 from groupsae.files.atomic import write_json
 from groupsae.files.reading import read_metrics
-from groupsae.training.allocator import keep_freed_memory
+from groupsae.runtime.memory import keep_freed_memory
 from groupsae.training.loggers import MetricsCSV
 
 SMALLEST = (

@@ -28,8 +28,8 @@ from rich.console import Console
 from groupsae.app.run_folder import register_resolver
 from groupsae.config.instantiate import CONF, make
 from groupsae.data.batch import ActivationBatch
+from groupsae.runtime.memory import keep_freed_memory
 from groupsae.runtime.quiet import quiet
-from groupsae.training.allocator import keep_freed_memory
 from groupsae.training.group import GroupSAE
 
 LAYERS = [0, 1, 2]  # of the group: rows come from all of them

@@ -27,11 +27,11 @@ from groupsae.reporting.figures import training_curves
 from groupsae.runtime.commands import command
 from groupsae.runtime.compat import disable_signal_handling
 from groupsae.runtime.errors import UserError
+from groupsae.runtime.memory import keep_freed_memory
 from groupsae.runtime.output import screen
 from groupsae.runtime.quiet import quiet
 from groupsae.runtime.ranks import is_leader, share_cores
 from groupsae.runtime.signals import Stopped, first_signal, stopped_by_signals
-from groupsae.training.allocator import keep_freed_memory
 from groupsae.training.callbacks.dashboard import save_figures
 from groupsae.training.callbacks.grouping import GroupLayers, recorded_text
 from groupsae.training.callbacks.stop import StopOnSignal

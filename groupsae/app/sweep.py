@@ -216,28 +216,14 @@ def run_alone(overrides: list[str]) -> int:
 
 def run_command(line: list[str]) -> int:
     """Run a command, pass signals on to it, and return its exit status."""
-    signals: list[int] = []
-    child: subprocess.Popen[bytes] | None = None
-
-    def known(number: int) -> int:
-        """Return the signal for the command; Ctrl-C may reach it twice, which it ignores."""
-        return signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+    child, signals = subprocess.Popen(line), list[int]()
 
     def pass_on(number: int, _frame: object) -> None:
-        signals.append(number)
-        if child is not None:
-            child.send_signal(known(number))
+        signals.append(number)  # (Ctrl-C may reach the command twice, which it ignores)
+        child.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
     with handled_by(pass_on):
-        child = subprocess.Popen(line)
-        try:
-            if signals:  # while it was started
-                child.send_signal(known(signals[0]))
-            status = child.wait()
-        finally:
-            if child.poll() is None:
-                child.terminate()
-                child.wait()
+        status = child.wait()
     status = status if status >= 0 else 128 - status
     # submitit's signal, which the command does not know, asks for the job to be queued again
     requeue = status == 128 + signal.SIGTERM and signal.SIGUSR2 in signals

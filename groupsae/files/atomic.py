@@ -2,23 +2,16 @@
 
 import json
 import os
-import re
 import secrets
 import shutil
-import socket
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-import psutil
 from safetensors import SafetensorError
 
 from groupsae.runtime.errors import UserError
-
-_TEMPORARY = re.compile(r".+@(?P<host>[^@]*)@(?P<process>\d{1,9})@[^@]+\.tmp")
-ABANDONED = 900.0  # seconds without a write after which another machine's process counts as dead
 
 
 @contextmanager
@@ -62,7 +55,8 @@ def atomic_write(
     Raises:
         UserError: it cannot be written; nothing of it is left.
     """
-    temporary = temporary_name(path) if shared else path.with_name(f"{path.name}.tmp")
+    unique = f".{secrets.token_hex(8)}" if shared else ""
+    temporary = path.with_name(f"{path.name}{unique}.tmp")
     with explain_write_errors(path, hint):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -87,28 +81,6 @@ def write_json(path: Path, value: Any) -> None:
     """
     with atomic_write(path, "w") as handle:
         handle.write(json.dumps(value, indent=1))
-
-
-def temporary_name(path: Path) -> Path:
-    """Return a name next to `path` that no other process, on any machine, writes to."""
-    unique = f"{socket.gethostname()}@{os.getpid()}@{secrets.token_hex(4)}"
-    return path.with_name(f"{path.name}@{unique}.tmp")
-
-
-def is_abandoned(temporary: Path) -> bool:
-    """Return whether a file or folder named by `temporary_name` was left by a dead process.
-
-    The process has ended, or runs on another machine and has not written for 15 minutes. False
-    for any other name.
-    """
-    found = _TEMPORARY.fullmatch(temporary.name)
-    if not found:
-        return False
-    if found["host"] == socket.gethostname():
-        return not psutil.pid_exists(int(found["process"]))
-    with suppress(FileNotFoundError):
-        return time.time() - temporary.stat().st_mtime > ABANDONED
-    return False
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ from groupsae.grouping.moments import LayerMoments
 from groupsae.grouping.plan import GroupPlan, PlannedSAE
 from groupsae.runtime.compat import disable_signal_handling
 from groupsae.runtime.errors import UserError
+from groupsae.runtime.memory import hand_back_freed_memory
 from groupsae.suite.groups_file import load_plan
-from groupsae.training.allocator import hand_back_freed_memory
 from groupsae.training.checkpoints.folder import KEPT
 from groupsae.training.suite import GroupSAESuite, Size
 
@@ -251,43 +250,26 @@ def peak(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
 
 
-# ---- the forecast of a run that trains all groupings -------------------------------------------
+# ---- the seconds of SAEs of several sizes -------------------------------------------------------
 
 
-def forecast(
+def step_seconds(
     suite: GroupSAESuite, data: ActivationDataModule, device: torch.device, world_size: int
-) -> tuple[str, dict[Size, float]]:
-    """Return a sentence on what the suite's plan will need, and the seconds of a step by size.
+) -> dict[Size, float]:
+    """Return the seconds of a step with one row per token, by the size of an SAE.
 
     A small SAE takes longer than its FLOPs suggest, so each size is tried; the suite
-    stays as it is. Seconds are those with one row per token.
+    stays as it is.
     """
-    plan = suite.plan
-    make = data.first_rows(plan.slots, data.blocks_per_step)
-    batch = make()  # warms up
-    began = now(device)
-    for _ in range(LEAST):
-        batch = make()
-    activation_seconds = (now(device) - began) / LEAST * data.num_steps
-    processes = world_size if suite.spread else 1
-    steps = {}
+    plan, processes = suite.plan, world_size if suite.spread else 1
+    batch, steps = data.first_rows(plan.slots, data.blocks_per_step)(), dict[Size, float]()
     for index, size in enumerate(suite.sizes_of(plan.members)):
         planned = plan.members[index]
         if size not in steps:
             rows = partial(rows_of_owner, batch, [planned.layers], processes)
             trial = run_trial(suite, plan, [index], rows, device, num_steps=data.num_steps)
             steps[size] = trial.sae_seconds / data.rows_per_token(planned.layers)
-    own = [plan.members[i] for i in suite.own]
-    memory = bytes_needed(suite, data, own, 1 if suite.spread else world_size)
-    shown = [data.rows_per_token(planned.layers) for planned in own]
-    step = sum(steps[s] * rows for s, rows in zip(suite.sizes_of(own), shown, strict=True))
-    seconds = activation_seconds + step * data.num_steps
-    sentence = (
-        f"{len(plan.members)} SAEs from one stream: about {memory / 1e9:.1f} GB of memory, and by "
-        f"a trial of {LEAST} steps {timedelta(seconds=round(seconds))} of training "
-        f"({activation_seconds / seconds:.0%} of it the language model's)."
-    )
-    return sentence, steps
+    return steps
 
 
 # ---- dry run: before anything is packed, measured or trained ------------------------------------

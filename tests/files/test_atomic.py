@@ -3,12 +3,11 @@
 import errno
 import os
 from pathlib import Path
-from socket import gethostname
 
 import numpy as np
 import pytest
 
-from groupsae.files.atomic import atomic_write, is_abandoned
+from groupsae.files.atomic import atomic_write
 from groupsae.files.reading import read_metrics
 from groupsae.runtime.errors import UserError
 from groupsae.training.loggers import MetricsCSV
@@ -38,20 +37,6 @@ def test_a_full_disk_is_a_sentence_that_names_the_file(tmp_path, monkeypatch):
     ):
         handle.write(b"half")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "a@b.tmp",
-        "a@b@c@d.tmp",
-        "x@host@12@ab.npz",
-        "@h@1@a.tmp",
-        f"a@{gethostname()}@{9**30}@a.tmp",
-    ],
-)
-def test_files_with_other_names_are_not_abandoned(name):
-    assert not is_abandoned(Path(name))
 
 
 def test_metrics_that_cannot_be_written_are_a_sentence(tmp_path):

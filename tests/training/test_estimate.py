@@ -1,7 +1,5 @@
 """What a run will need: against what a step really takes, and the refusal before it starts."""
 
-import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +18,10 @@ from groupsae.data.draws import draw_layers
 from groupsae.grouping.choices import All
 from groupsae.lm.load import FrozenLM
 from groupsae.runtime.errors import UserError
+from groupsae.runtime.memory import keep_freed_memory
 from groupsae.sae.base import SAE
 from groupsae.sae.topk import TopK
 from groupsae.training import estimate
-from groupsae.training.allocator import keep_freed_memory
 from groupsae.training.estimate import Trial, TrialData, bytes_free, bytes_needed, refuse
 from groupsae.training.group import SAEFactory
 from groupsae.training.optim import Adam
@@ -269,12 +267,11 @@ def test_what_turns_out_not_to_fit_is_refused_after_grouping(
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_an_ordinary_run_is_refused_too_and_forecasts_nothing(
+def test_an_ordinary_run_is_refused_too(
     watched: Watched,
     tiny_lm: Path,
     tiny_text: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = overrides(tiny_lm, tiny_text, tmp_path, "groups=per_layer")
     watched.free = lambda needed: 0
@@ -283,24 +280,3 @@ def test_an_ordinary_run_is_refused_too_and_forecasts_nothing(
     assert watched.measured == 0
     watched.free = lambda needed: 10**12
     assert run(arguments)[0] == 0
-    assert "from one stream" not in capsys.readouterr().out
-
-
-def test_a_run_of_all_groupings_first_prints_what_it_will_need(
-    watched: Watched,
-    tiny_lm: Path,
-    tiny_text: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    status, folder = run(overrides(tiny_lm, tiny_text, tmp_path, *ALL))
-    assert status == 0
-    printed = " ".join(capsys.readouterr().out.split())
-    number = len(json.loads((folder / "groups.json").read_text())["saes"])
-    sentence = (
-        rf"{number} SAEs from one stream: about \d+\.\d GB of memory, and by a trial of 3 steps "
-        r"\d+:\d\d:\d\d of training \(\d+% of it the language model's\)\."
-    )
-    found = re.search(sentence, printed)
-    assert found is not None
-    assert found.start() < printed.index("Run folder")

@@ -4,7 +4,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from groupsae.data.packing import Split
 from groupsae.data.rows import Show
 from groupsae.data.store.shard import Layout, write_shard
 from groupsae.data.store.store import ActivationStore, Gap, shard_path
-from groupsae.files.atomic import is_abandoned
 from groupsae.files.locks import try_lock
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.progress import token_progress
@@ -51,7 +49,8 @@ class Filler:
         Raises:
             UserError: the disk is too small or cannot be written; complete files stay.
         """
-        self._clear()
+        for damaged in self.store.damaged:  # counts as missing
+            self.say(f"{damaged}: it is written again.")
         store, context = self.store, self.store.layout.context
         needed = sum(size_of(gap, store.layout) for gap in gaps)
         check_room(store.folder, needed, later)
@@ -70,19 +69,6 @@ class Filler:
         with token_progress("storing activations", total, self.rank == 0) as advance:
             self._write(chunks[first:] + chunks[:first], lambda blocks: advance(blocks * context))
         store.refresh()
-
-    def _clear(self) -> None:
-        """Remove files of killed processes, and damaged files, which are then missing."""
-        for leftover in self.store.in_chunks("*@*.tmp"):
-            if is_abandoned(leftover):
-                with suppress(OSError):
-                    leftover.unlink()
-        for damaged in self.store.damaged:
-            self.say(f"{damaged}: it is written again.")
-            with try_lock(damaged.path.parent) as mine:
-                # otherwise another process is writing it just now, or has
-                if mine and not self.store.is_sound(damaged.path):
-                    damaged.path.unlink(missing_ok=True)
 
     def _chunks(self, gap: Gap) -> Iterator[Gap]:
         """Yield the blocks of a gap, about 64 MB a layer at a time, in complete forwards."""
@@ -120,6 +106,8 @@ class Filler:
         if not missing:
             advance(len(chunk.blocks))
             return
+        for leftover in folder.glob("*.tmp"):  # of a killed process: this one has the lock
+            leftover.unlink(missing_ok=True)
         layout = self.store.layout
         size = (len(chunk.blocks), layout.context, layout.d_model)
         acts = {layer: torch.empty(size, dtype=layout.dtype) for layer in missing}

@@ -78,7 +78,7 @@ class ActivationStore:
     def refresh(self) -> None:
         """Find files that other processes have written since."""
         self.damaged = []
-        for path in sorted(self.in_chunks("layer.*.safetensors")):
+        for path in sorted(self.folder.glob("*/*/layer.*.safetensors")):
             if path in self._known:
                 continue
             try:
@@ -93,10 +93,6 @@ class ActivationStore:
             places[shard.blocks, 1] = np.arange(len(shard.blocks))
             self._shards.append(shard)
             self._known.add(path)
-
-    def in_chunks(self, pattern: str) -> list[Path]:
-        """Return the files in the chunks' folders whose names match."""
-        return [path for split in SPLITS for path in self.folder.glob(f"{split}/*/{pattern}")]
 
     def is_sound(self, path: Path) -> bool:
         """Return whether a file exists and its record is right; activations are not read."""
