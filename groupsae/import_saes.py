@@ -18,11 +18,6 @@ def import_saes(cfg: DictConfig) -> None:
     """Import the SAEs of one folder or repository."""
     if OmegaConf.is_missing(cfg, "saes") or cfg.saes is None:
         raise UserError("which SAEs? Give saes=<folder>, or saes=hf:<owner/name>.")
-    if cfg.evaluate:
-        raise UserError(
-            "evaluate=true is for training: import first, then evaluate the run folder that it "
-            "names: python -m groupsae.evaluate run=<folder>."
-        )
     check_own(cfg)
     from groupsae.app.import_saes import import_saes  # slow imports only after the cheap checks
 

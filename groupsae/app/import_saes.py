@@ -56,8 +56,6 @@ def import_saes(cfg: DictConfig, overrides: Sequence[str] = ()) -> Path:
     if name is None:
         name = Path(given).resolve().name if repo is None else repo.name.replace("/", "--")
     target = Path(str(cfg.output)) / last_part(model) / "imported" / str(name)
-    if ".." in Path(str(name)).parts:
-        raise UserError(f"name={name} leaves the output folder: give a name, or an absolute path.")
     source = Path(given) if repo is None else None
     check_free(target, overwrite=cfg.overwrite, ours=is_imported, source=source)
     num_layers, d_model = lm.geometry.num_layers, lm.geometry.d_model

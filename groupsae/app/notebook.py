@@ -162,8 +162,6 @@ def train(config: Sequence[str] | Mapping[str, Any] | DictConfig = ()) -> Traine
                 f"the configuration lacks {', '.join(map(str, lacking))}: give a complete one, as "
                 "Hydra composes it from groupsae's files, or a dict of the values that differ."
             )
-    elif isinstance(config, str):
-        raise UserError(f"{config!r} is one text: give a list of arguments, [{config!r}].")
     else:
         arguments = list(arguments_of(config) if isinstance(config, Mapping) else config)
         cfg = composed(arguments, "train")

@@ -180,9 +180,6 @@ def composed(arguments: Sequence[str], name: str) -> DictConfig:
 def arguments_of(values: Mapping[str, Any], before: str = "") -> Iterator[str]:
     """Yield the arguments of a command that give these values, nested ones as dotted keys.
 
-    Raises:
-        UserError: a value has no form on a command line.
-
     >>> list(arguments_of({"groups": "count", "sae": {"k": 8}, "data.path": "my text/*.py"}))
     ['groups=count', 'sae.k=8', 'data.path="my text/*.py"']
     """
@@ -190,24 +187,19 @@ def arguments_of(values: Mapping[str, Any], before: str = "") -> Iterator[str]:
         if isinstance(value, Mapping) and value:
             yield from arguments_of(value, f"{before}{key}.")
         else:
-            yield f"{before}{key}={_written(value, f'{before}{key}')}"
+            yield f"{before}{key}={_written(value)}"
 
 
-def _written(value: Any, key: str) -> str:
+def _written(value: Any) -> str:
     """Return a value as Hydra reads it on a command line."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
-    if isinstance(value, int | float):
-        return str(value)
     if isinstance(value, list | tuple):
-        return f"[{','.join(_written(each, key) for each in value)}]"
+        return f"[{','.join(_written(each) for each in value)}]"
     if isinstance(value, Mapping):
         return "{}"
-    if not isinstance(value, str | os.PathLike):
-        raise UserError(
-            f"{key} is {value!r}, of type {type(value).__name__}: give text, a path, a number, "
-            "True, False, None, or a list or dict of these."
-        )
+    if not isinstance(value, str | os.PathLike):  # a number, also of numpy
+        return str(value)
     text = os.fspath(value)
     if re.fullmatch(r"[A-Za-z][\w.-]*", text) and text.lower() not in NOT_TEXT:
         return text

@@ -57,12 +57,7 @@ def choose_stack(config: PreTrainedConfig, stack: str | None, name: str) -> str:
             "model.stack=decoder."
         )
     if stack is not None and stack not in there:
-        if stack not in STACKS:
-            raise UserError(f"model.stack is '{stack}'; use encoder, decoder or null.")
-        raise UserError(
-            f"model.stack is '{stack}', but {name} has only a stack of type {there[0]}: use "
-            "model.stack=null."
-        )
+        raise UserError(f"model.stack is '{stack}', but {name} has {' and '.join(there)}.")
     return stack or there[0]
 
 

@@ -368,6 +368,7 @@ def hook_model(
             "such as the first result of suite.load_model()."
         )
     chosen = choose_stack(config, stack, name)
+    head = getattr(model, "get_output_embeddings", lambda: None)  # a wrapper may have none
     hooked = _hook(
         model,
         config,
@@ -377,7 +378,7 @@ def hook_model(
         hookpoint=hookpoint,
         blocks_path=blocks_path,
         submodule=submodule,
-        predicts=chosen == "decoder" and model.get_output_embeddings() is not None,
+        predicts=chosen == "decoder" and head() is not None,
     )
     context = within_positions(geometry.context, hooked.model, hooked.blocks)
     return hooked, replace(geometry, context=context)

@@ -163,11 +163,6 @@ class Edits:
         scales = [float(each) for each in listed(scale)]
         if len(scales) == 1:
             scales *= len(added)
-        if len(scales) != len(added):
-            raise UserError(
-                f"steer has {len(added)} latents and {len(scales)} scales: give one scale for "
-                "all, or one each."
-            )
         inf = math.inf
         changes = [
             *((j, (0.0, 0.0, -inf, inf)) for j in listed(ablate)),
@@ -215,13 +210,9 @@ def _items(name: str, given: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def _bounds(latent: int, bounds: Any) -> tuple[float, float]:
-    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
-        raise UserError(
-            f"clamp of latent {latent} is {bounds!r}: give the lowest and the highest value, such "
-            "as (0.0, 4.0), None for no bound."
-        )
-    low = -math.inf if bounds[0] is None else float(bounds[0])
-    high = math.inf if bounds[1] is None else float(bounds[1])
+    low, high = bounds
+    low = -math.inf if low is None else float(low)
+    high = math.inf if high is None else float(high)
     if low > high:
         raise UserError(f"clamp of latent {latent} is {low:g} to {high:g}: give the lower first.")
     return low, high
@@ -260,15 +251,11 @@ def _attached(model: nn.Module, saes: Mapping[int, LayerSAE]) -> AttachedLM:
     """Return the model with the hookpoint of the suite.
 
     Raises:
-        UserError: it is no model, they do not fit, or they are on different devices. (Where
-            accelerate spreads a model over devices, activations travel to the SAE and back.)
+        UserError: they do not fit, or are on different devices. (Where accelerate spreads a model
+            over devices, activations travel to the SAE and back.)
     """
-    if not isinstance(model, nn.Module):
-        raise UserError(
-            f"the model is {type(model).__name__}: give a Hugging Face model, such as the first "
-            "result of suite.load_model()."
-        )
     sae = next(iter(saes.values()))
+    attached = AttachedLM(model, sae.cfg, sae.d_model)
     on = {parameter.device for parameter in model.parameters()}
     if len(on) == 1 and not hasattr(model, "hf_device_map") and sae.device not in on:
         (device,) = on
@@ -276,4 +263,4 @@ def _attached(model: nn.Module, saes: Mapping[int, LayerSAE]) -> AttachedLM:
             f"the suite is on {sae.device} and the model on {device}: suite.to('{device}') moves "
             "the suite."
         )
-    return AttachedLM(model, sae.cfg, sae.d_model)
+    return attached

@@ -238,13 +238,10 @@ class LayerSAE(nn.Module):
         if not isinstance(values, Tensor):
             values = torch.tensor(values, device=self.device)
         if values.ndim == 0 or values.shape[-1] != width:
-            found = values.shape[-1] if values.ndim else "0, a single number"
-            means = {
-                "activations": f"takes {width}: give activations of the model it was trained on",
-                "latents": f"has {width}: give the result of encode for layer {self.layer}",
-            }
             raise UserError(
-                f"{what} of layer {self.layer} have width {found}, but its SAE {means[what]}."
+                f"{what} of layer {self.layer} have the shape {list(values.shape)}, and its SAE "
+                f"takes [..., {width}]: give activations of the model it was trained on, or the "
+                "latents of this layer."
             )
         if values.device != self.device:
             raise UserError(

@@ -548,10 +548,6 @@ def test_neighbouring_layers_only(tmp_path):
     assert type(plan).from_json(json.loads(json.dumps(plan.to_json()))).saes == plan.saes
 
 
-def test_an_import_does_not_evaluate(tmp_path):
-    assert "evaluate=true is for training" in refused(tmp_path, "evaluate=true")
-
-
 # ---- the split of an import -------------------------------------------------------------------
 
 

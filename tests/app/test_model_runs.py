@@ -125,7 +125,7 @@ def test_filtered_positions_are_left_out_of_training_and_evaluation(
     ("argument", "sentence"),
     [
         ("model.hookpoint=resid_mid", "model.hookpoint is 'resid_mid'; use resid_pre"),
-        ("model.stack=encoder", "model.stack is 'encoder', but .* only a stack of type decoder"),
+        ("model.stack=encoder", "model.stack is 'encoder', but .* has decoder"),
         ("model.blocks_path=transformer.h", r"'transformer.h', which names no .*layers \(4\)"),
         ("stream.skip_positions=64", "stream.skip_positions is 64; .* from 0 to 63"),
         ("stream.skip_positions=-1", "stream.skip_positions is -1"),

@@ -259,13 +259,12 @@ def test_distances_are_those_of_the_run(evaluated: Evaluated) -> None:
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ("tokens=1", "is one text: give a list"),
         (["groups=amd"], "Available options in 'groups': all amad"),
         (["tokns=1"], "Did you mean tokens"),
         (["groups.theta=0.1,0.2"], "call the function once for each"),
         (["--multirun"], "cannot read the argument --multirun"),
         ({"groups": "count"}, "groups.num_groups has no default"),
-        ({"seed": object()}, "of type object"),
+        ({"seed": "some"}, "seed is 'some'; it must be an integer"),
         ({"stream": {"contxt": 8}}, "contxt is unknown"),
         (OmegaConf.create({"seed": 1}), "the configuration lacks"),
     ],

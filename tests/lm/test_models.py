@@ -266,11 +266,11 @@ def test_positions_of_a_vision_tower_are_no_limit(folder_of):
 def test_a_stack_that_is_missing_or_not_chosen_is_one_sentence(folder_of):
     with pytest.raises(UserError, match=r"model.stack=encoder or model.stack=decoder"):
         frozen(folder_of("t5"))
-    with pytest.raises(UserError, match=r"'encoder', but .* only a stack of type decoder.*null"):
+    with pytest.raises(UserError, match="'encoder', but .* has decoder"):
         frozen(folder_of("llama"), stack="encoder")
-    with pytest.raises(UserError, match=r"'decoder', but .* only a stack of type encoder"):
+    with pytest.raises(UserError, match="'decoder', but .* has encoder"):
         frozen(folder_of("bert"), stack="decoder")
-    with pytest.raises(UserError, match="model.stack is 'both'; use encoder, decoder or null"):
+    with pytest.raises(UserError, match="model.stack is 'both', but .* has decoder"):
         frozen(folder_of("llama"), stack="both")
 
 

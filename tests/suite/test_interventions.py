@@ -761,7 +761,6 @@ def test_what_cannot_be_done_is_refused_in_one_sentence(llama):
         (lambda: suite.steer(model, 1, ablate=[-1]), "latent -1 is out of range"),
         (lambda: suite.steer(model, 1), "changes nothing: give latent="),
         (lambda: suite.steer(model, 1, 7, set={7: 1.0}), "changes latent 7 twice"),
-        (lambda: suite.steer(model, 1, [7, 8], [1, 2, 3]), "2 latents and 3 scales"),
         (lambda: suite.steer(model, 1, clamp={7: (2, 1)}), "clamp of latent 7 is 2 to 1"),
         (lambda: suite.steer(model, 1, 7, positions=slice(-1, None)), "counts from the first"),
         (lambda: suite.splice(model, positions=slice(None, -2)), "counts from the first"),
@@ -787,11 +786,10 @@ def test_arguments_of_another_type_are_refused_in_one_sentence(llama):
             "latent is True: give its number",
         ),
         (lambda: suite.steer(model, 1, set=[7]), r"set is \[7\]: give a dict"),
-        (lambda: suite.steer(model, 1, clamp={7: 2.0}), "clamp of latent 7 is 2.0: give the low"),
         (lambda: suite.steer(model, 1, 7, positions=3), "positions is 3: give a slice"),
         (lambda: suite.steer(model, [1, 2], 7), r"suite\[\[1, 2\]\]: give the number of one"),
         (lambda: suite.splice(model, "1"), "layer is '1': give its number"),
-        (lambda: suite.capture("gpt2"), "the model is str: give a Hugging Face model"),
+        (lambda: suite.capture("gpt2"), "the model is str, .*: give a Hugging Face model"),
     )
     jaxtyping.config.update("jaxtyping_disable", True)  # users have no checks of types
     try:

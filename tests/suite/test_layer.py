@@ -140,9 +140,9 @@ def test_a_latent_out_of_range_is_refused(topk, latent):
 
 def test_wrong_widths_and_devices_are_one_sentence(topk):
     sae = topk[3]
-    with pytest.raises(UserError, match="layer 3 have width 17, but its SAE takes 16"):
+    with pytest.raises(UserError, match=r"layer 3 have .*\[2, 17\], .* takes .* 16\]"):
         sae(torch.zeros(2, 17))
-    with pytest.raises(UserError, match="latents of layer 3 have width 5, but its SAE has 48"):
+    with pytest.raises(UserError, match=r"latents of layer 3 have .*takes .* 48\]"):
         sae.decode(np.zeros((2, 5)))
     for use in (sae.encode, sae.encode_sparse, sae):
         with pytest.raises(
