@@ -100,7 +100,6 @@ def test_planned_flops_are_what_a_counter_sees_of_a_run(everything: Path) -> Non
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["groups=even", "groups.num_groups=2"],
         ["groups=even", "groups.num_groups=2", "groups.last_layer=skip"],
         ["groups=per_layer", "sae.k=1", "sae.auxk_alpha=0"],
         ["groups=all", "groups.last_layer=group", "stream.context=32"],
