@@ -223,7 +223,12 @@ def run_command(line: list[str]) -> int:
         child.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
     with handled_by(pass_on):
-        status = child.wait()
+        try:
+            status = child.wait()
+        finally:
+            if child.poll() is None:
+                child.terminate()
+                child.wait()
     status = status if status >= 0 else 128 - status
     # submitit's signal, which the command does not know, asks for the job to be queued again
     requeue = status == 128 + signal.SIGTERM and signal.SIGUSR2 in signals
