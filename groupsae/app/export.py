@@ -148,11 +148,11 @@ def _check_pages(cfg: DictConfig, run: Path) -> None:
             "about the latents, which is in the run's folder only: give that."
         )
     Names(**cfg.neuronpedia)
-    Interpretation.of_run(run)
+    Interpretation.of(run / "interpretation")
 
 
 def _write_pages(name: str, cfg: DictConfig, run: Path, suite: Suite, target: Path) -> list[str]:
-    found = Interpretation.of_run(run)
+    found = Interpretation.of(run / "interpretation")
     check_interpreted(suite, found, cfg.grouping)
     names, dataset = Names(**cfg.neuronpedia), dataset_of(run) or ""
     table = Table(Column("folder", overflow="fold"), "SAE", "active", "silent", "explained")

@@ -6,7 +6,6 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -234,10 +233,15 @@ def collect(
     if done and not overwrite:
         console.print("The contexts there are of other options, SAEs or text: collecting again.")
 
-    def new(at: Path) -> Pass:
-        return Pass(at, key, data, text, saes, kept)
-
-    _announce(new, data, text, saes, console)
+    with tempfile.TemporaryDirectory() as temporary:
+        seconds, memory, disk = Pass(Path(temporary), key, data, text, saes, kept).trial()
+    total = sum(text.tokens)
+    console.print(
+        f"{len(saes)} SAEs on {total:,} tokens ({text.tokens[0]:,} to explain, {text.tokens[1]:,} "
+        f"held-out): {format_bytes(memory)} of memory for contexts, counts and firings, "
+        f"{format_bytes(disk)} on disk, about {format_seconds(seconds)}",
+        soft_wrap=True,
+    )
     if dry_run:
         count = sum(
             min(kept.latents, suite.saes[name].d_sae)
@@ -251,12 +255,11 @@ def collect(
             soft_wrap=True,
         )
         return
-    found = new(folder / "collecting")
+    found = Pass(folder / "collecting", key, data, text, saes, kept)
     received: list[int] = []
     if found.resume():
         console.print(f"resuming at part {found.next_part} of {text.num_parts}")
     done_tokens = found.next_part * text.size * text.context
-    total = sum(text.tokens)
     with (
         first_signal(received.append),
         token_progress("collecting", total, done=done_tokens) as advance,
@@ -280,34 +283,6 @@ def collect(
         token_strings(data.lm.tokenizer(), shown),
     )
     console.print(f"Contexts: {folder / COLLECTED}", soft_wrap=True)
-
-
-def _announce(
-    new: Callable[[Path], Pass],
-    data: ActivationDataModule,
-    text: Text,
-    saes: Mapping[str, Suite],
-    console: Console,
-) -> None:
-    """Print the memory, disk and time that the pass needs, from a trial of two forwards."""
-    with tempfile.TemporaryDirectory() as temporary:
-        trial = new(Path(temporary))
-        trial.resume()
-        part = next(text.parts())
-        part = part._replace(tokens=part.tokens[: data.blocks_per_forward])
-        trial.update(part)  # the first forward is slower than those that follow
-        began = time.perf_counter()
-        trial.update(part)
-        seconds, tokens = time.perf_counter() - began, part.tokens.numel()
-        memory, disk = trial.needs(2 * tokens)  # it was read twice
-    total = sum(text.tokens)
-    console.print(
-        f"{len(saes)} SAEs on {total:,} tokens ({text.tokens[0]:,} to explain, {text.tokens[1]:,} "
-        f"held-out): {format_bytes(memory)} of memory for contexts, counts and firings, "
-        f"{format_bytes(disk)} on disk, about "
-        f"{format_seconds(seconds * total / tokens)}",
-        soft_wrap=True,
-    )
 
 
 def _cores() -> int:

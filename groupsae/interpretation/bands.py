@@ -16,16 +16,11 @@ class Bands(NamedTuple):
 
     The bands are quantiles of the activations at the peaks of these windows: a band of equal
     width would hold almost nothing at the top.
-
-    Attributes:
-        contexts: strongest first; -1 as peak where there are fewer.
-        band: the band of each context, 0 for the strongest.
-        lowest: the lowest activation at a peak of each band.
     """
 
-    contexts: LatentContexts
-    band: Int[np.ndarray, "latent size"]
-    lowest: Float[np.ndarray, "latent bands"]
+    contexts: LatentContexts  # strongest first; -1 as peak where there are fewer
+    band: Int[np.ndarray, "latent size"]  # the band of each context, 0 for the strongest
+    lowest: Float[np.ndarray, "latent bands"]  # the lowest activation at a peak of each band
 
 
 def bands_of(samples: Sequence[LatentContexts], each: int) -> Bands:

@@ -1,10 +1,11 @@
 """One pass over text: what every latent does on every layer it serves."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -18,37 +19,68 @@ from groupsae.interpretation.firings import (
     peaks_of,
     windows_in,
 )
-from groupsae.interpretation.records import Records
 from groupsae.interpretation.statistics import Statistics
 from groupsae.interpretation.text import TEXTS, Part
 from groupsae.suite.suite import Suite
 
+FIRING = np.dtype([("latent", "<u4"), ("position", "<u4"), ("act", "<f2")])
 LEAST_BEFORE, MOST_BEFORE = 8, 27  # tokens before the peak of a context
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """How much is kept of each latent.
+    """How much is kept of each latent."""
 
-    Attributes:
-        top: contexts with the highest activations, for each layer.
-        sample: contexts drawn at random among those where it fires, for each layer and text.
-        across: contexts with the highest activations on any layer, seen at every layer.
-        latents: latents of each SAE to explain.
-        seed: seed of all draws.
-    """
-
-    top: int = 20
+    top: int = 20  # contexts with the highest activations, for each layer
+    # contexts drawn at random among those where it fires, for each layer and text
     sample: int = 40
-    across: int = 5
-    latents: int = 256
-    seed: int = 0
+    across: int = 5  # contexts with the highest activations on any layer, seen at every layer
+    latents: int = 256  # latents of each SAE to explain
+    seed: int = 0  # seed of all draws
 
     def bytes_for(self, d_sae: int, layers: int) -> int:
         """Return the memory that one SAE needs, whatever the number of tokens."""
         contexts = self.top + len(TEXTS) * self.sample
         each = Statistics.bytes_for_each(len(TEXTS)) + contexts * Contexts.bytes_for_each(1)
         return d_sae * (layers * each + self.across * Contexts.bytes_for_each(layers))
+
+
+class Records:
+    """Every firing of some latents, in one file for each layer: what rules are learnt from."""
+
+    def __init__(
+        self, folder: Path, latents: Int[Tensor, "latent"], d_sae: int, layers: Iterable[int]
+    ) -> None:
+        self.files = {layer: folder / f"layer.{layer}.bin" for layer in layers}
+        self.wanted = torch.zeros(d_sae, dtype=torch.bool, device=latents.device)
+        self.wanted[latents] = True
+
+    def add(self, layer: int, firings: Firings, first: int) -> None:
+        """Append a part of the text, which begins at position `first`."""
+        latents = firings.latents
+        chosen = self.wanted[latents].nonzero().squeeze(1)
+        rows = np.empty(len(chosen), FIRING)
+        rows["latent"] = latents[chosen].cpu().numpy()
+        rows["position"] = (firings.places[chosen] + first).cpu().numpy()
+        rows["act"] = firings.values[chosen].cpu().numpy()
+        with self.files[layer].open("ab") as handle:
+            rows.tofile(handle)
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes written so far, by layer."""
+        return {str(layer): file.stat().st_size for layer, file in self.files.items()}
+
+    def truncate(self, sizes: dict[str, int]) -> None:
+        """Drop all that was written after these sizes were; without any, begin empty files."""
+        for layer, file in self.files.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("ab") as handle:
+                handle.truncate(sizes.get(str(layer), 0))
+
+    def sorted_rows(self, layer: int) -> np.ndarray:
+        """Return a layer's firings by latent and position."""
+        rows = np.fromfile(self.files[layer], FIRING)
+        return rows[np.lexsort((rows["position"], rows["latent"]))]
 
 
 class SAECollector:

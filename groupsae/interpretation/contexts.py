@@ -18,20 +18,14 @@ EMPTY = 2**63 - 1  # key of a place that no context has taken yet
 
 
 class Held(NamedTuple):
-    """Contexts, in any shape: what is kept of each, and what is offered.
+    """Contexts, in any shape: what is kept of each, and what is offered."""
 
-    Attributes:
-        keys: those with the smallest are kept; `EMPTY` where there is no context.
-        peaks: position of the highest activation in the text; -1 where empty.
-        before: number of tokens before it.
-        lengths: number of tokens; a document may be shorter than a window.
-        acts: one latent's activations at some layers, 0 after the end.
-    """
-
+    # those with the smallest are kept; `EMPTY` where there is no context
     keys: Int[Tensor, "*shape"]
-    peaks: Int[Tensor, "*shape"]
-    before: UInt8[Tensor, "*shape"]
-    lengths: UInt8[Tensor, "*shape"]
+    peaks: Int[Tensor, "*shape"]  # position of the highest activation in the text; -1 where empty
+    before: UInt8[Tensor, "*shape"]  # number of tokens before it
+    lengths: UInt8[Tensor, "*shape"]  # number of tokens; a document may be shorter than a window
+    # one latent's activations at some layers, 0 after the end
     acts: Float[Tensor, "*shape layer window"]
 
 

@@ -18,21 +18,19 @@ class Directions(NamedTuple):
     The effect is that of one unit of the latent, at the last layer and without what later layers
     make of it ("direct logit attribution"): the direction through the model's final norm, whose
     divisor is left out, and its unembedding. Empty, [d_sae, 0], for a model without logits.
-
-    Attributes:
-        nearest: the latents with the highest cosine, highest first; `cosines` are theirs.
-        promoted: the tokens whose logits rise most; `promoted_by` how much.
-        suppressed: the tokens whose logits fall most; `suppressed_by` how much.
-        histogram: how many logits change by how much, in bins of equal width between `lowest` and
-            `highest`.
     """
 
+    # the latents with the highest cosine, highest first; `cosines` are theirs
     nearest: Int[np.ndarray, "d_sae near"]
     cosines: Float[np.ndarray, "d_sae near"]
+    # the tokens whose logits rise most; `promoted_by` how much
     promoted: Int[np.ndarray, "d_sae token"]
     promoted_by: Float[np.ndarray, "d_sae token"]
+    # the tokens whose logits fall most; `suppressed_by` how much
     suppressed: Int[np.ndarray, "d_sae token"]
     suppressed_by: Float[np.ndarray, "d_sae token"]
+    # how many logits change by how much, in bins of equal width between `lowest` and
+    # `highest`
     histogram: Int[np.ndarray, "d_sae bins"]
     lowest: Float[np.ndarray, " d_sae"]
     highest: Float[np.ndarray, " d_sae"]

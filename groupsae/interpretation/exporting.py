@@ -46,15 +46,15 @@ def check_interpreted(suite: Suite, found: Interpretation, grouping: str | None)
         )
     for name in suite.saes:
         decoder, about = suite.directions(name).cpu().float().numpy(), found.saes[name].directions
-        same = len(decoder) == len(about.nearest)
-        if same:  # the cosines of the decoder's rows are those that were collected
+        if len(decoder) == len(about.nearest):
+            # the cosines of the decoder's rows are those that were collected
             cosines = np.einsum("ld,lnd->ln", decoder, decoder[about.nearest])
-            same = np.allclose(cosines, about.cosines, atol=0.01)
-        if not same:
-            raise UserError(
-                f"{found.folder} was collected from other weights of {name}: "
-                f"{command('interpret', 'overwrite=true', run=run)}"
-            )
+            if np.allclose(cosines, about.cosines, atol=0.01):
+                continue
+        raise UserError(
+            f"{found.folder} was collected from other weights of {name}: "
+            f"{command('interpret', 'overwrite=true', run=run)}"
+        )
 
 
 def export_pages(

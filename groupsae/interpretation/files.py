@@ -28,20 +28,14 @@ COLLECTED = "collected"
 
 
 class LatentContexts(NamedTuple):
-    """The contexts that were kept of the latents of an SAE; -1 as position where there are fewer.
+    """The contexts that were kept of the latents of an SAE."""
 
-    Attributes:
-        peaks: position of the highest activation; block * context + token.
-        values: that activation, in the SAE's units.
-        starts: position of the first token.
-        lengths: number of tokens.
-        acts: activations of all tokens, 0 after the end, for each of `layers`.
-    """
-
+    # position of the highest activation: block * context + token; -1 where there are fewer
     peaks: Int[np.ndarray, "d_sae size"]
-    values: Float[np.ndarray, "d_sae size"]
-    starts: Int[np.ndarray, "d_sae size"]
-    lengths: UInt8[np.ndarray, "d_sae size"]
+    values: Float[np.ndarray, "d_sae size"]  # that activation, in the SAE's units
+    starts: Int[np.ndarray, "d_sae size"]  # position of the first token
+    lengths: UInt8[np.ndarray, "d_sae size"]  # number of tokens
+    # activations of all tokens, 0 after the end, for each of `layers`
     acts: Float[np.ndarray, "d_sae size layer window"]
 
 
@@ -170,18 +164,18 @@ class Interpretation:
         self.num_tokens: list[int] = self.head["num_tokens"]
 
     @classmethod
-    def of_run(cls, run: Path) -> "Interpretation":
-        """Return what was collected about a run.
+    def of(cls, folder: Path) -> "Interpretation":
+        """Return what was collected in a folder `interpretation` of a run.
 
         Raises:
             UserError: nothing was, with the command that does it, or a file is damaged.
         """
-        if not (run / "interpretation" / COLLECTED / "collected.json").exists():
+        if not (folder / COLLECTED / "collected.json").exists():
             raise UserError(
-                f"{run} has not been interpreted, and pages about latents are made of what that "
-                f"collects: {command('interpret', run=run)}"
+                f"{folder.parent} was not interpreted, and pages about latents are made of what "
+                f"that collects: {command('interpret', run=folder.parent)}"
             )
-        return cls(run / "interpretation")
+        return cls(folder)
 
     @cached_property
     def tokens(self) -> Int[np.ndarray, " position"]:

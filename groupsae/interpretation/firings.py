@@ -14,17 +14,12 @@ LOW = 2**32 - 1  # the lower half of a key (shifts are a tenth of the cost of di
 
 
 class Firings(NamedTuple):
-    """All firings of one SAE on one layer in a part of the text, by latent and then by token.
+    """All firings of one SAE on one layer in a part of the text, by latent and then by token."""
 
-    Attributes:
-        keys: latent * 2^32 + token, ascending; a token is a place in the part, from 0.
-        values: activations in the SAE's units, above zero.
-        tokens: number of tokens in the part.
-    """
-
+    # latent * 2^32 + token, ascending; a token is a place in the part, from 0
     keys: Int[Tensor, "firing"]
-    values: Float[Tensor, "firing"]
-    tokens: int
+    values: Float[Tensor, "firing"]  # activations in the SAE's units, above zero
+    tokens: int  # number of tokens in the part
 
     @property
     def latents(self) -> Int[Tensor, "firing"]:
@@ -86,18 +81,12 @@ class Peaks(NamedTuple):
     """The highest activation of each latent in each window in which it fires.
 
     The windows of a block of tokens start at its positions 0, 32, 64 and so on.
-
-    Attributes:
-        latents: latent of each peak, ascending.
-        windows: number of its window in the part.
-        values: the activation.
-        places: its token; of several with the same activation the first.
     """
 
-    latents: Int[Tensor, "peak"]
-    windows: Int[Tensor, "peak"]
-    values: Float[Tensor, "peak"]
-    places: Int[Tensor, "peak"]
+    latents: Int[Tensor, "peak"]  # latent of each peak, ascending
+    windows: Int[Tensor, "peak"]  # number of its window in the part
+    values: Float[Tensor, "peak"]  # the activation
+    places: Int[Tensor, "peak"]  # its token; of several with the same activation the first
 
     def where(self, chosen: Tensor) -> "Peaks":
         """Return some of them."""

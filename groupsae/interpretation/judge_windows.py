@@ -31,41 +31,25 @@ SILENT = {RANDOM: 25, SAME_TOKEN: 15, NEIGHBOUR: 10}  # windows of each kind to 
 
 
 class Window(NamedTuple):
-    """Up to 32 tokens of one document.
+    """Up to 32 tokens of one document."""
 
-    Attributes:
-        kind: `positive`, or how a silent window was found.
-        peak: position of its highest activation; of a silent window, the one it was found by.
-        start: position of its first token.
-        length: number of tokens.
-        marks: places in it of the marked tokens; those of a silent window are a positive's.
-        group: decile of a positive; number of the neighbour that fires in a silent window.
-    """
-
-    kind: str
-    peak: int
-    start: int
-    length: int
+    kind: str  # `positive`, or how a silent window was found
+    peak: int  # position of its highest activation; of a silent window, the one it was found by
+    start: int  # position of its first token
+    length: int  # number of tokens
+    # places in it of the marked tokens; those of a silent window are a positive's
     marks: tuple[int, ...]
-    group: int = -1
+    group: int = -1  # decile of a positive; number of the neighbour that fires in a silent window
 
 
 class LatentWindows(NamedTuple):
-    """What a judge sees of one latent.
+    """What a judge sees of one latent."""
 
-    Attributes:
-        explain: windows to explain it by.
-        score: windows to score on, in a random order.
-        rate: share of all windows of the score text in which it fires.
-        fired: number of tokens of the score text on which it fires.
-        dropped: score windows left out because a window to explain has the same context.
-    """
-
-    explain: list[Window]
-    score: list[Window]
-    rate: float
-    fired: int
-    dropped: int
+    explain: list[Window]  # windows to explain it by
+    score: list[Window]  # windows to score on, in a random order
+    rate: float  # share of all windows of the score text in which it fires
+    fired: int  # number of tokens of the score text on which it fires
+    dropped: int  # score windows left out because a window to explain has the same context
 
     @property
     def enough(self) -> bool:

@@ -49,8 +49,7 @@ class Question(NamedTuple):
     @property
     def prompt(self) -> str:
         """Return it as one request."""
-        *some, last = self.options
-        words = f"{', '.join(some)} or {last}"
+        words = f"{', '.join(self.options[:-1])} or {self.options[-1]}"
         return f"{self.task}\n\nText:\n{self.text}\n\nAnswer with one word: {words}.\nAnswer:"
 
 
@@ -441,13 +440,11 @@ class Local:
 
     def _ids(self, prompt: str) -> list[int]:
         if self.tokenizer.chat_template:
-            messages = [{"role": "user", "content": prompt}]
-            prompt = str(
-                self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True
-                )
+            chat = [{"role": "user", "content": prompt}]
+            encoded = self.tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, return_dict=True
             )
-            return list(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            return list(encoded["input_ids"])
         return list(self.tokenizer(prompt)["input_ids"])
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ from operator import index
 from pathlib import Path
 from typing import SupportsIndex
 
-from groupsae.interpretation.files import COLLECTED, Interpretation
+from groupsae.interpretation.files import Interpretation
 from groupsae.interpretation.judging import read_judged
 from groupsae.interpretation.page import labels_of, one_latent
 from groupsae.runtime.commands import command
@@ -69,13 +69,10 @@ def dashboard(
     if interpretation is None and suite.run is None:
         raise UserError("this suite has no run folder: give interpretation=<folder>.")
     folder = Path(interpretation) if interpretation else Path(suite.run or "") / "interpretation"
-    names = []
-    if (folder / COLLECTED / "collected.json").exists():
-        found = Interpretation(folder)
-        names = list(found.saes)
-    if name not in names:
-        run = command("interpret", run=suite.run or folder.parent)
-        raise UserError(f"{name} was not interpreted, so there is no page of its latents: {run}")
+    found = Interpretation.of(folder)
+    if name not in found.saes:
+        again = command("interpret", run=folder.parent)
+        raise UserError(f"{name} was not interpreted, so there is no page of its latents: {again}")
     labels = labels_of(found.explanations, read_judged(found))
     html = one_latent(found, labels, name, number, index(layer))
     return Dashboard(html, f"{name}, latent {number}")

@@ -30,20 +30,14 @@ def shown_of(sae: CollectedSAE) -> tuple[int, int, int]:
 
 
 class Label(NamedTuple):
-    """A latent's explanation.
+    """A latent's explanation."""
 
-    Attributes:
-        text: by rules.
-        score: its F1; None: not scored.
-        badge: for its drift.
-        judged: who else explained it, the explanation, and its scores in words.
-        detail: what its page shows of the rules and of how layers share it.
-    """
-
-    text: str
-    score: float | None = None
-    badge: str = ""
+    text: str  # by rules
+    score: float | None = None  # its F1; None: not scored
+    badge: str = ""  # for its drift
+    # who else explained it, the explanation, and its scores in words
     judged: tuple[tuple[str, str, str], ...] = ()
+    # what its page shows of the rules and of how layers share it
     detail: Mapping[str, Any] | None = None
 
 

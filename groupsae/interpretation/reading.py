@@ -64,6 +64,17 @@ class Pass:
         directions = torch.randn(DIRECTIONS, data.hooked.d_model, generator=draws)
         self.directions = F.normalize(directions, dim=1).to(data.device)
 
+    def trial(self) -> tuple[float, int, int]:
+        """Return the seconds of all parts, and bytes of memory and disk, from two forwards."""
+        self.resume()
+        part = next(self.text.parts())
+        part = part._replace(tokens=part.tokens[: self.data.blocks_per_forward])
+        self.update(part)  # the first forward is slower than those that follow
+        began = time.perf_counter()
+        self.update(part)
+        seconds, tokens = time.perf_counter() - began, part.tokens.numel()
+        return seconds * sum(self.text.tokens) / tokens, *self.needs(2 * tokens)
+
     def needs(self, tokens: int) -> tuple[int, int]:
         """Return the bytes of memory and of files that all parts need, once `tokens` were read.
 

@@ -14,17 +14,11 @@ from groupsae.interpretation.bits import contains, count, packed
 
 
 class Truth(NamedTuple):
-    """Where a latent fires in the score text, from its first position on.
+    """Where a latent fires in the score text, from its first position on."""
 
-    Attributes:
-        places: ascending.
-        acts: activations there.
-        bits: the places as a set.
-    """
-
-    places: Int[np.ndarray, " firing"]
-    acts: Float[np.ndarray, " firing"]
-    bits: UInt64[np.ndarray, " word"]
+    places: Int[np.ndarray, " firing"]  # ascending
+    acts: Float[np.ndarray, " firing"]  # activations there
+    bits: UInt64[np.ndarray, " word"]  # the places as a set
 
     @classmethod
     def of(cls, places: np.ndarray, acts: np.ndarray, size: int) -> "Truth":
@@ -35,17 +29,11 @@ class Truth(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """Where a latent is predicted to fire, and how strongly.
+    """Where a latent is predicted to fire, and how strongly."""
 
-    Attributes:
-        values: predicted activations, descending.
-        bits: the places of each; no place has two.
-        size: number of tokens.
-    """
-
-    values: Float[np.ndarray, " value"]
-    bits: UInt64[np.ndarray, "value word"]
-    size: int
+    values: Float[np.ndarray, " value"]  # predicted activations, descending
+    bits: UInt64[np.ndarray, "value word"]  # the places of each; no place has two
+    size: int  # number of tokens
 
     @property
     def anywhere(self) -> UInt64[np.ndarray, " word"]:
@@ -150,8 +138,8 @@ class TokenTable:
         """
         sums = np.bincount(self.early[places], acts, minlength=self.size)
         means = np.where(self.counts < 3, 0.0, sums / np.maximum(self.counts, 1))
-        hits = np.bincount(self.late[truth], minlength=self.size)
-        return average_precision(means, self.scored, hits)
+        hits, here = np.bincount(self.late[truth], minlength=self.size), self.scored > 0
+        return average_precision(means[here], self.scored[here], hits[here])
 
 
 def mean_of(rows: list[Mapping[str, float]]) -> dict[str, float]:

@@ -27,15 +27,10 @@ AT_ONCE = 32  # rules that are counted together
 
 
 class Rule(NamedTuple):
-    """A conjunction of one or two atoms.
+    """A conjunction of one or two atoms."""
 
-    Attributes:
-        atoms: all must hold.
-        value: mean activation where they do, silent places included.
-    """
-
-    atoms: tuple[Atom, ...]
-    value: float
+    atoms: tuple[Atom, ...]  # all must hold
+    value: float  # mean activation where they do, silent places included
 
 
 def predict(rules: Sequence[Rule], held: Held) -> Prediction:
@@ -55,16 +50,11 @@ def predict(rules: Sequence[Rule], held: Held) -> Prediction:
 
 
 class Side(NamedTuple):
-    """Documents that rules are grown on, or pruned on.
+    """Documents that rules are grown on, or pruned on."""
 
-    Attributes:
-        inside: which positions belong to them; `bits` are the same.
-        counts: at how many of these positions each atom holds.
-    """
-
-    inside: Bool[np.ndarray, " position"]
+    inside: Bool[np.ndarray, " position"]  # which positions belong to them; `bits` are the same
     bits: UInt64[np.ndarray, " word"]
-    counts: Int[np.ndarray, " atom"]
+    counts: Int[np.ndarray, " atom"]  # at how many of these positions each atom holds
 
 
 class Evidence:

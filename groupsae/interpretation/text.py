@@ -21,19 +21,12 @@ EXPLAIN, SCORE = 0, 1
 
 
 class Part(NamedTuple):
-    """Some blocks of tokens of one of the texts.
+    """Some blocks of tokens of one of the texts."""
 
-    Attributes:
-        number: of the part, from 0, over both texts.
-        text: `EXPLAIN` or `SCORE`.
-        first: position of its first token; positions count through both texts.
-        tokens: tokens to run the model on.
-    """
-
-    number: int
-    text: int
-    first: int
-    tokens: Int[Tensor, "block pos"]
+    number: int  # of the part, from 0, over both texts
+    text: int  # `EXPLAIN` or `SCORE`
+    first: int  # position of its first token; positions count through both texts
+    tokens: Int[Tensor, "block pos"]  # tokens to run the model on
 
 
 class Text:

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from groupsae.files.atomic import write_json
+from groupsae.interpretation.collect import FIRING
 from groupsae.interpretation.files import Interpretation
 from groupsae.interpretation.firings import WINDOW, windows_in
 from groupsae.interpretation.reading import DIRECTIONS
-from groupsae.interpretation.records import FIRING
 
 WORDS = [
     "alpha",

@@ -97,7 +97,7 @@ def test_density_maximum_and_values_are_those_of_the_exported_sae(interpreted, l
     assert SILENT in skipped["skipped_indexes"]
     assert sorted([*features, *skipped["skipped_indexes"]]) == list(range(D_SAE))
     assert not z[:, skipped["skipped_indexes"]].any()
-    collected = Interpretation.of_run(interpreted.run).saes[
+    collected = Interpretation.of(interpreted.run / "interpretation").saes[
         "layers.3" if layer == 3 else "layers.0-1"
     ]
     top = collected.contexts("top", layer)
@@ -361,7 +361,7 @@ def test_a_run_that_was_not_interpreted_is_named_with_the_command(tmp_path, inte
 
     run = run_folder(tmp_path / "run", "topk")
     for form in FORMATS:
-        with pytest.raises(UserError, match=f"has not been interpreted.*interpret run={run}"):
+        with pytest.raises(UserError, match=f"was not interpreted.*interpret run={run}"):
             export(run, f"format={form}")
     assert not (run / "export").exists()
     with pytest.raises(UserError, match="is on the Hub.*run's folder only"):
