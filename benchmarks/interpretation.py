@@ -3,12 +3,13 @@
 A quarter of an hour on one quiet core. On the bundled model with one group and the last layer's
 own SAE, trained for a moment: how much longer collecting takes than the model's forward and the
 encoding alone, on a million tokens; how its memory grows, against `dry_run`; how long one
-explanation takes; and a page of 10,000 latents, in Chromium if there is one. `size=smallest` is
-for CI; `tokens=` is how many are read instead of a million.
+explanation and the transfer matrices take; and a page of 10,000 latents, in Chromium if there is
+one. `size=smallest` is for CI; `tokens=` is how many are read instead of a million.
 
 Writes benchmarks/results/interpretation.md.
 """
 
+import itertools
 import json
 import re
 import resource
@@ -33,6 +34,9 @@ from groupsae.interpretation.collect import Kept
 from groupsae.interpretation.explain import Explainer, choose
 from groupsae.interpretation.files import Interpretation
 from groupsae.interpretation.reading import Pass
+from groupsae.interpretation.rule_scores import f1
+from groupsae.interpretation.rules import predict, rules_of
+from groupsae.interpretation.sharing import transfer
 from groupsae.interpretation.text import Part, Text
 from groupsae.suite.suite import Suite, load_saes
 
@@ -163,6 +167,24 @@ def explained(run: Path) -> list[tuple[int, int, float]]:
     return rows
 
 
+def transferred(run: Path) -> tuple[int, int, float]:
+    """Return latents, layers and CPU seconds of the transfer matrices of the widest group."""
+    found = Interpretation(run / "interpretation")
+    explainer, sae = Explainer(found), max(found.saes.values(), key=lambda sae: len(sae.layers))
+    rows = found.explanations[sae.name]["latents"]
+    seconds = 0.0
+    for row in rows:
+        firings = explainer.firings(sae, row["latent"])
+        began = time.process_time()
+        made = {a: rules_of(entry) for a, entry in [*row["layers"].items(), ("all", row["all"])]}
+        holds = {a: predict(rules, explainer.scored).anywhere for a, rules in made.items()}
+        for a, b in itertools.product(holds, holds):
+            f1(holds[a], firings[b].truth.bits)
+        transfer(row, sae.layers)
+        seconds += time.process_time() - began
+    return len(rows), len(sae.layers), seconds
+
+
 def opened(page: Path) -> float | None:
     """Return the seconds until the list of a page is there, in Chromium; None without one."""
     if CHROMIUM is None:
@@ -188,7 +210,7 @@ def main() -> None:
         run = trained(Path(output) / "run", *wide * smallest())
         figures = collected(run) if smallest() else in_a_child(run)
         interpret(run, *text(TOKENS // 5), f"interpretation.latents={4 if smallest() else 64}")
-        times = explained(run)
+        times, (latents, layers, spent) = explained(run), transferred(run)
         if not smallest():
             run = trained(Path(output) / "wide", *wide)
             interpret(run, *text(TOKENS // 16), "interpretation.latents=4")
@@ -210,6 +232,11 @@ def main() -> None:
         lines.append(
             f"| one explanation of {count}, SAE of {layers} layers, CPU | {each:.3f} s | 0.1 s |"
         )
+    each = spent / max(latents * layers**2, 1)
+    lines.append(
+        f"| transfer matrices of 256 latents x 12 layers, from {latents} x {layers}, CPU "
+        f"| {each * 256 * 12**2:.1f} s | 120 s |"
+    )
     shown = "no Chromium" if seconds is None else f"{seconds:.2f} s"
     lines += [
         f"| a page of {2 * LATENTS:,} latents | {size / 1e6:.1f} MB | 50 MB |",

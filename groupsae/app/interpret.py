@@ -50,8 +50,7 @@ from groupsae.interpretation.files import (
     of_layer,
     save_collected,
 )
-from groupsae.interpretation.judging import read_judged
-from groupsae.interpretation.page import labels_of, write_page
+from groupsae.interpretation.page import write_page
 from groupsae.interpretation.reading import Pass
 from groupsae.interpretation.text import Text
 from groupsae.reporting.figures import explained_figures
@@ -106,20 +105,18 @@ def interpret(
             print_needs(len(saes), options, console)
         return
     found = Interpretation(target)
-    explained = explain(found, options, console)
-    print_explanations(console, explained)
-    write_frames(found, explained, groupings(plan), options.seed)
+    explain(found, options, console)
+    print_explanations(console, found.explanations)
     title = f"{data.lm.name}: {', '.join(names) if len(names) < 5 else f'{len(names)} SAEs'}"
 
-    def page() -> None:
-        written = write_page(found, labels_of(explained, read_judged(found)), title)
-        console.print(f"Latents: {written}", soft_wrap=True)
+    def write() -> None:
+        write_frames(found, groupings(plan), options.seed)
+        console.print(f"Latents: {write_page(found, title)}", soft_wrap=True)
 
-    page()
+    write()
     if judge is not None:
-        ask(found, explained, judge, options, console)
-        write_frames(found, explained, groupings(plan), options.seed)
-        page()
+        ask(found, judge, options, console)
+        write()
     run = read_run(folder)
     print_groupings(console, run)
     _log(run, cfg.logger or {})
@@ -144,15 +141,15 @@ def _log(run: RunFiles, configs: Any) -> None:
     log_results(run.folder, configs, numbers, step, explained_figures(run), frames, samples)
 
 
-def explain(found: Interpretation, options: DictConfig, console: Console) -> dict[str, Any]:
-    """Return explanations and scores of every SAE; SAEs that are done already are not repeated."""
+def explain(found: Interpretation, options: DictConfig, console: Console) -> None:
+    """Write explanations and scores of every SAE; SAEs that are done already are not repeated."""
     file = found.folder / "explanations.json"
     key = [found.head["key"], options.latents]
     stored = read_json(file) or {}
     done = stored.get("saes", {}) if stored.get("key") == key else {}
     left = [sae for name, sae in found.saes.items() if name not in done]
     if not left:
-        return {name: done[name] for name in found.saes}
+        return
     total = sum(len(choose(sae, options.latents).latents) for sae in left)
     with (
         _workers(total // PART, found.folder, options.seed) as each,
@@ -172,7 +169,6 @@ def explain(found: Interpretation, options: DictConfig, console: Console) -> dic
             with atomic_write(found.folder / "resampled" / f"{sae.name}.npy") as handle:
                 np.save(handle, resampled)
             write_json(file, {"format": FORMAT, "key": key, "judge": "rules", "saes": done})
-    return {name: done[name] for name in found.saes}
 
 
 @contextmanager

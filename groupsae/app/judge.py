@@ -1,6 +1,5 @@
 """Lets a language model explain and score latents: `interpretation.judge=endpoint` or `hf`."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ from rich.progress import Progress
 
 from groupsae.app.console import print_judged
 from groupsae.interpretation.files import Interpretation
-from groupsae.interpretation.judges import Endpoint, Judge, Local
-from groupsae.interpretation.judging import judge_run, ledger_of, planned
+from groupsae.interpretation.judges import Endpoint, Judge, Ledger, Local
+from groupsae.interpretation.judging import judge_run, planned
 from groupsae.lm.load import FrozenLM
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.signals import stopped_by_signals
@@ -28,7 +27,7 @@ def judge_of(
     """
     if options.judge == "rules":
         return None
-    ledger = ledger_of(folder)
+    ledger = Ledger(folder / "judged" / "answers.jsonl")
     if options.judge == "endpoint":
         given: Any = OmegaConf.to_container(options.endpoint)
 
@@ -46,13 +45,7 @@ def judge_of(
     return Local(ledger, lm, device, options.seed)
 
 
-def ask(
-    found: Interpretation,
-    explained: Mapping[str, Any],
-    judge: Judge,
-    options: DictConfig,
-    console: Console,
-) -> None:
+def ask(found: Interpretation, judge: Judge, options: DictConfig, console: Console) -> None:
     """Let the judge explain and score latents, and print how it did.
 
     Raises:
@@ -60,13 +53,12 @@ def ask(
         UserError: the judge cannot be reached, or its answers cannot be read; what it answered
             before is kept.
     """
-    total = planned(len(found.saes) * count_of(options)).questions
+    total, *_ = planned(len(found.saes) * count_of(options))
     with stopped_by_signals(), Progress(transient=True, console=console) as progress:
         task = progress.add_task(f"asking {judge.name}", total=total)
         judge.advance = lambda count: progress.advance(task, count)
         judged = judge_run(
             found,
-            explained,
             judge,
             count_of(options),
             options.seed,
@@ -77,10 +69,10 @@ def ask(
 
 def print_needs(saes: int, options: DictConfig, console: Console) -> None:
     """Print how many requests and tokens a judge of so many SAEs needs."""
-    needs = planned(saes * count_of(options))
+    requests, read, written = planned(saes * count_of(options))
     console.print(
-        f"Judge: {needs.questions:,} requests at most, about {needs.read:,} tokens to read and "
-        f"{needs.written:,} to write",
+        f"Judge: {requests:,} requests at most, about {read:,} tokens to read and {written:,} to "
+        "write",
         soft_wrap=True,
     )
 

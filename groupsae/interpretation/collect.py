@@ -38,12 +38,6 @@ class Kept:
     latents: int = 256  # latents of each SAE to explain
     seed: int = 0  # seed of all draws
 
-    def bytes_for(self, d_sae: int, layers: int) -> int:
-        """Return the memory that one SAE needs, whatever the number of tokens."""
-        contexts = self.top + len(TEXTS) * self.sample
-        each = Statistics.bytes_for_each(len(TEXTS)) + contexts * Contexts.bytes_for_each(1)
-        return d_sae * (layers * each + self.across * Contexts.bytes_for_each(layers))
-
 
 class Records:
     """Every firing of some latents, in one file for each layer: what rules are learnt from."""
@@ -94,8 +88,9 @@ class SAECollector:
         device: where the tensors are.
 
     Attributes:
-        pieces: what is kept: `statistics/layer.3`, `top/layer.3`, `train/layer.3` and
-            `heldout/layer.3` (samples of each text), and `across`, by name.
+        statistics: counts by layer.
+        contexts: by kind (`top`, or one of `TEXTS`: a sample) and layer.
+        across: contexts seen at every layer.
     """
 
     def __init__(
@@ -106,24 +101,13 @@ class SAECollector:
         self.candidates = candidates(kept, name, self.d_sae)
         self.records = Records(records, self.candidates.to(device), self.d_sae, self.layers)
         self.across = Contexts(self.d_sae, kept.across, len(self.layers), device)
-        self.pieces: dict[str, Statistics | Contexts] = {"across": self.across}
-        for layer in self.layers:
-            sizes = [("top", kept.top), *((text, kept.sample) for text in TEXTS)]
-            self.pieces[f"statistics/layer.{layer}"] = Statistics(self.d_sae, len(TEXTS), device)
-            for kind, size in sizes:
-                self.pieces[f"{kind}/layer.{layer}"] = Contexts(self.d_sae, size, 1, device)
-
-    def statistics(self, layer: int) -> Statistics:
-        """Return the counts of a layer."""
-        found = self.pieces[f"statistics/layer.{layer}"]
-        assert isinstance(found, Statistics)
-        return found
-
-    def contexts(self, kind: str, layer: int) -> Contexts:
-        """Return contexts of a layer: `top`, or a sample of one of `TEXTS`."""
-        found = self.pieces[f"{kind}/layer.{layer}"]
-        assert isinstance(found, Contexts)
-        return found
+        self.statistics = {x: Statistics(self.d_sae, len(TEXTS), device) for x in self.layers}
+        sizes = {"top": kept.top} | dict.fromkeys(TEXTS, kept.sample)
+        self.contexts = {
+            (kind, layer): Contexts(self.d_sae, size, 1, device)
+            for layer in self.layers
+            for kind, size in sizes.items()
+        }
 
     def update(
         self,
@@ -137,12 +121,12 @@ class SAECollector:
         highest: list[Peaks] = []
         for layer, firings in found.items():
             peaks = peaks_of(firings, context)
-            self.statistics(layer).update(firings, peaks, part.text)
+            self.statistics[layer].update(firings, peaks, part.text)
             self.records.add(layer, firings, part.first)
             keys = highest_first(peaks.values, peaks.places + part.first)
-            _offer(self.contexts("top", layer), keys, peaks, part.first, [firings], bounds)
+            _offer(self.contexts["top", layer], keys, peaks, part.first, [firings], bounds)
             drawn_keys = drawn(stream_of(self.seed, self.name, layer), peaks, first_window)
-            sample = self.contexts(TEXTS[part.text], layer)
+            sample = self.contexts[TEXTS[part.text], layer]
             _offer(sample, drawn_keys, peaks, part.first, [firings], bounds)
             highest.append(peaks.where(self.across.could_take(peaks.latents, keys)))
         best = _best_layer(highest)
@@ -151,9 +135,12 @@ class SAECollector:
 
     def state(self) -> dict[str, Tensor]:
         """Return all tensors by name, such as `top/layer.3/acts`."""
+        pieces: dict[str, Statistics | Contexts] = {"across": self.across}
+        pieces |= {f"statistics/layer.{layer}": each for layer, each in self.statistics.items()}
+        pieces |= {f"{kind}/layer.{layer}": each for (kind, layer), each in self.contexts.items()}
         return {
             f"{place}/{name}": tensor
-            for place, piece in self.pieces.items()
+            for place, piece in pieces.items()
             for name, tensor in piece.tensors().items()
         }
 

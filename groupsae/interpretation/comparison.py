@@ -17,7 +17,6 @@ from groupsae.files.atomic import atomic_write
 from groupsae.grouping.groupings import Grouping
 from groupsae.interpretation.explain import RESAMPLES
 from groupsae.interpretation.files import Interpretation
-from groupsae.interpretation.judging import read_judged
 from groupsae.interpretation.sharing import KINDS, kind_of_latent, labels_needed, transfer
 
 LEVEL = 0.95
@@ -81,12 +80,7 @@ def latents_frame(explained: Explained) -> pd.DataFrame:
     return frame.astype({"labels": "Int64", "shift_f1": float, "direction_f1": float})
 
 
-def write_frames(
-    collected: Interpretation,
-    explained: Explained,
-    found: Sequence[Grouping],
-    seed: int = 0,
-) -> None:
+def write_frames(collected: Interpretation, found: Sequence[Grouping], seed: int = 0) -> None:
     """Write `latents.csv`, `transfer.csv` and `groupings.csv` into `interpretation/`.
 
     The scores of the newest qualified judge are in the table of groupings.
@@ -94,18 +88,15 @@ def write_frames(
     Raises:
         UserError: they cannot be written.
     """
+    explained = collected.explanations
     latents = latents_frame(explained)
+    resampled = {name: collected.resampled(name) for name in explained}
+    judged = [one for one in collected.judged if one["qualification"]["qualified"]]
+    newest = judged[-1] if judged else None
     frames = {
         "latents": latents,
         "transfer": transfer_frame(explained),
-        "groupings": groupings_frame(
-            explained,
-            found,
-            latents,
-            seed,
-            {name: collected.resampled(name) for name in explained},
-            newest_judged(collected),
-        ),
+        "groupings": groupings_frame(explained, found, latents, seed, resampled, newest),
     }
     for name, frame in frames.items():
         file, hint = collected.folder / f"{name}.csv", "interpret a copy of the run"
@@ -185,12 +176,6 @@ def groupings_frame(
             rows.append(_row(grouping, {name: samples[name] for name in names}))
     frame = pd.DataFrame(rows, columns=None if rows else GROUPINGS)
     return frame if judged is None else frame.assign(judge=judged["judge"]["name"])
-
-
-def newest_judged(collected: Interpretation) -> dict[str, Any] | None:
-    """Return what the last language model has found that was qualified; None if there is none."""
-    every = [one for one in read_judged(collected) if one["qualification"]["qualified"]]
-    return every[-1] if every else None
 
 
 class _Sample:

@@ -46,11 +46,6 @@ class Contexts:
             torch.zeros(*shape, layers, WINDOW, dtype=torch.float16, device=device),
         )
 
-    @staticmethod
-    def bytes_for_each(layers: int) -> int:
-        """Return the bytes that one context takes."""
-        return 2 * 8 + 2 + 2 * layers * WINDOW
-
     def tensors(self) -> dict[str, Tensor]:
         """Return everything that is kept, by name."""
         return self.held._asdict()

@@ -93,7 +93,7 @@ class Explainer:
         often: a score is worth something where another latent's explanation scores less.
         """
         sae = self.found.saes[name]
-        firings = [self._firings(sae, latent) for latent in latents]
+        firings = [self.firings(sae, latent) for latent in latents]
         found = [self._one(sae, *each) for each in zip(latents, firings, strict=True)]
         for i, (row, _) in enumerate(found):
             other = found[i - 1 if i else min(1, len(found) - 1)][1] if len(found) > 1 else {}
@@ -126,7 +126,7 @@ class Explainer:
         ]
         return (2 * sums[0] / np.maximum(sums[1] + sums[2], 1)).astype(np.float16)
 
-    def _firings(self, sae: CollectedSAE, latent: int) -> Firings:
+    def firings(self, sae: CollectedSAE, latent: int) -> Firings:
         """Return where a latent fires on each layer, and on any, with its highest activation."""
         parts = {str(layer): sae.firings(layer, latent) for layer in sae.layers}
         parts["all"] = highest(list(parts.values()))

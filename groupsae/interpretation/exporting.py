@@ -12,7 +12,6 @@ from groupsae.interop.library import Origin
 from groupsae.interpretation import neuronpedia, saedashboard
 from groupsae.interpretation.features import LayerFeatures, Names
 from groupsae.interpretation.files import Interpretation
-from groupsae.interpretation.judging import read_judged
 from groupsae.interpretation.page import labels_of
 from groupsae.runtime.commands import command
 from groupsae.runtime.errors import UserError
@@ -72,7 +71,7 @@ def export_pages(
     Raises:
         UserError: the target cannot be written, or a file of the interpretation is damaged.
     """
-    labels = labels_of(found.explanations, read_judged(found))
+    labels = labels_of(found)
     with atomic_folder(target, overwrite=overwrite, ours=holds_only(form.recognises)) as temporary:
         for layer in suite.layers:
             group = suite.group_of(layer)

@@ -66,6 +66,11 @@ class LayerFeatures:
     Attributes:
         active: latents that fire on the layer; `silent` are the others.
         explained: what `explanations.json` has of some latents, by number.
+        highest: the highest activation of each latent, 0 of a silent one.
+        hook: TransformerLens' name of the place, such as `blocks.4.hook_resid_post`.
+        model: id of the language model.
+        set: name of the source set, which all layers share.
+        suffix: what follows the set in a source's id: the group, such as `layers-3-5`.
     """
 
     def __init__(
@@ -95,37 +100,11 @@ class LayerFeatures:
         self._highest = self._top.values[:, 0].astype(np.float64)
         self._bands = bands_of([self.collected.contexts(k, layer) for k in TEXTS], EACH_BAND)
         self._histogram = self.collected.histogram(layer)
-
-    # ---- names --------------------------------------------------------------------------
-
-    @property
-    def hook(self) -> str:
-        """Return TransformerLens' name of the place, such as `blocks.4.hook_resid_post`."""
-        return lens_hook(self.origin)
-
-    @property
-    def model(self) -> str:
-        """Return the id of the language model."""
-        return self.names.model or lens_model(self.origin.model)
-
-    @property
-    def set(self) -> str:
-        """Return the name of the source set, which all layers share."""
-        d_sae = self.sae.d_sae
-        width = f"{d_sae // 1024}k" if d_sae % 1024 == 0 else str(d_sae)
-        return self.names.set or f"groupsae-{PLACES[self.origin.hookpoint]}-{width}"
-
-    @property
-    def suffix(self) -> str:
-        """Return what follows the set in a source's id: the group, such as `layers-3-5`."""
-        return re.sub(r"[^\w-]", "-", self.origin.group)
-
-    # ---- one latent ---------------------------------------------------------------------
-
-    @property
-    def highest(self) -> Float[np.ndarray, " d_sae"]:
-        """Return the highest activation of each latent, 0 of a silent one."""
-        return self._highest / self.origin.norm_factor
+        self.highest = self._highest / origin.norm_factor
+        self.hook, self.model = lens_hook(origin), names.model or lens_model(origin.model)
+        width = f"{sae.d_sae // 1024}k" if sae.d_sae % 1024 == 0 else str(sae.d_sae)
+        self.set = names.set or f"groupsae-{PLACES[origin.hookpoint]}-{width}"
+        self.suffix = re.sub(r"[^\w-]", "-", origin.group)
 
     def batches(self, latents: list[int]) -> Iterator[list[int]]:
         """Yield latents for one file after the other."""

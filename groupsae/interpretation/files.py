@@ -215,6 +215,13 @@ class Interpretation:
         stored = read_json(self.folder / "explanations.json") or {}
         return stored["saes"] if stored.get("key", [None])[0] == self.head["key"] else {}
 
+    @property
+    def judged(self) -> list[dict[str, Any]]:
+        """Return what language models have found on this text, the latest last."""
+        files = sorted((self.folder / "judged").glob("*-*.json"), key=lambda f: f.stat().st_mtime)
+        every = [read_json(file) or {} for file in files]
+        return [one for one in every if one.get("collected") == self.head["key"]]
+
     def resampled(self, name: str) -> np.ndarray:
         """Return F1 of an SAE's explanations on resamples of the documents."""
         return _array(self.folder / "resampled" / f"{name}.npy")

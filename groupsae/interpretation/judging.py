@@ -6,14 +6,13 @@ on which it fires; intruder, which of five windows does not belong, without an e
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from groupsae.files.atomic import write_json
 from groupsae.files.reading import read_json
-from groupsae.interpretation.atoms import Atom, Held, Places
+from groupsae.interpretation.atoms import Held, Places
 from groupsae.interpretation.explain import choose
 from groupsae.interpretation.files import FORMAT, CollectedSAE, Interpretation
 from groupsae.interpretation.firings import WINDOW
@@ -37,7 +36,7 @@ from groupsae.interpretation.judge_windows import (
     text_of,
 )
 from groupsae.interpretation.judges import Judge, Ledger, Question
-from groupsae.interpretation.rules import Rule, predict
+from groupsae.interpretation.rules import predict, rules_of
 from groupsae.interpretation.text import EXPLAIN
 from groupsae.runtime.errors import UserError
 
@@ -111,7 +110,12 @@ class Judging:
             null = dict(zip(order, [*order[1:], order[-2]], strict=True))
         shown = {latent: windows[latent] for latent in order}
         pairs = [(a, b) for a in order for b in (a, null.get(a)) if b is not None]
-        at = {latent: self._predicted(rules[latent]) for latent in order}
+        at = {
+            latent: predict(rules_of(rules[latent]["all"]), self.held).at(
+                np.arange(self.held.size)
+            )
+            for latent in order
+        }
         answers = {
             "judge": {task: self._asked(task, pairs, texts, shown) for task in TASKS},
             "rules": {task: self._by_rules(task, pairs, at, shown) for task in TASKS},
@@ -258,13 +262,6 @@ class Judging:
             found[latent, explained] = np.array(yes)
         return found
 
-    def _predicted(self, row: Mapping[str, Any]) -> np.ndarray:
-        rules = [
-            Rule(tuple(Atom(*atom) for atom in rule["atoms"]), rule["value"])
-            for rule in row["all"]["rules"]
-        ]
-        return predict(rules, self.held).at(np.arange(self.held.size))
-
     def _intruders(self, shown: Mapping[int, LatentWindows]) -> dict[int, dict[str, Any]]:
         """Return the share of intruders that the judge finds; chance 0.2."""
         questions, places = [], []
@@ -329,7 +326,6 @@ def planted(found: Interpretation, seed: int) -> list[tuple[Question, bool]]:
 
 def judge_run(
     found: Interpretation,
-    explained: Mapping[str, Any],
     judge: Judge,
     count: int,
     seed: int,
@@ -337,7 +333,7 @@ def judge_run(
 ) -> dict[str, Any]:
     """Return and write explanations and scores of `count` latents of every SAE.
 
-    `explained` are the explanations by rules; `report` prints a line.
+    Rules must have explained them before. `report` prints a line.
 
     Raises:
         UserError: the judge cannot be reached, or none of its explanations can be read.
@@ -363,35 +359,15 @@ def judge_run(
         )
     for name, sae in found.saes.items():
         if name not in stored["saes"]:
-            rows = {row["latent"]: row for row in explained[name]["latents"]}
+            rows = {row["latent"]: row for row in found.explanations[name]["latents"]}
             stored["saes"][name] = judging.sae(sae, count, rows)
             write_json(file, stored)
     return stored
 
 
-class Needs(NamedTuple):
-    """What a judge has to do at most: requests, and tokens to read and to write, about."""
-
-    questions: int
-    read: int
-    written: int
-
-
-def planned(latents: int) -> Needs:
-    """Return what a judge has to do for so many latents."""
+def planned(latents: int) -> tuple[int, int, int]:
+    """Return how many requests so many latents need, at most, and tokens to read and to write."""
     asked = 2 * len(TASKS) * MOST_WINDOWS  # by its own explanation and the null
     read = EXPLAINED * DECILES * WINDOW + asked * (WINDOW + FRAME) + ASKED * (5 * WINDOW + FRAME)
     questions = latents * (1 + asked + ASKED) + PLANTED
-    return Needs(questions, latents * read + PLANTED * (WINDOW + FRAME), questions + 40 * latents)
-
-
-def read_judged(found: Interpretation) -> list[dict[str, Any]]:
-    """Return what all judges have found on the text that was collected, the latest last."""
-    files = sorted((found.folder / "judged").glob("*-*.json"), key=lambda f: f.stat().st_mtime)
-    every = [read_json(file) or {} for file in files]
-    return [one for one in every if one.get("collected") == found.head["key"]]
-
-
-def ledger_of(folder: Path) -> Ledger:
-    """Return all answers of judges that an interpretation has, and where new ones go."""
-    return Ledger(folder / "judged" / "answers.jsonl")
+    return (questions, latents * read + PLANTED * (WINDOW + FRAME), questions + 40 * latents)

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import SupportsIndex
 
 from groupsae.interpretation.files import Interpretation
-from groupsae.interpretation.judging import read_judged
-from groupsae.interpretation.page import labels_of, one_latent
+from groupsae.interpretation.page import one_latent
 from groupsae.runtime.commands import command
 from groupsae.runtime.errors import UserError
 from groupsae.suite.suite import Suite
@@ -73,6 +72,5 @@ def dashboard(
     if name not in found.saes:
         again = command("interpret", run=folder.parent)
         raise UserError(f"{name} was not interpreted, so there is no page of its latents: {again}")
-    labels = labels_of(found.explanations, read_judged(found))
-    html = one_latent(found, labels, name, number, index(layer))
+    html = one_latent(found, name, number, index(layer))
     return Dashboard(html, f"{name}, latent {number}")

@@ -44,17 +44,10 @@ class Label(NamedTuple):
 Labels = Mapping[tuple[str, int], Label]
 
 
-def labels_of(
-    explained: Mapping[str, Any], judged: Sequence[Mapping[str, Any]] = ()
-) -> dict[tuple[str, int], Label]:
-    """Return the labels of all explained latents, by SAE and number.
-
-    Args:
-        explained: explanations by rules.
-        judged: what each language model has found.
-    """
+def labels_of(found: Interpretation) -> dict[tuple[str, int], Label]:
+    """Return the labels of all explained latents, by SAE and number."""
     more: dict[tuple[str, int], list[tuple[str, str, str]]] = {}
-    for one in judged:
+    for one in found.judged:
         for name, sae in one["saes"].items():
             for row in sae["latents"]:
                 words = _scores_in_words(row["judge"], one["qualification"]["qualified"])
@@ -68,7 +61,7 @@ def labels_of(
             tuple(more.get((name, row["latent"]), ())),
             _detail(row, sae["layers"]),
         )
-        for name, sae in explained.items()
+        for name, sae in found.explanations.items()
         for row in sae["latents"]
     }
 
@@ -111,7 +104,7 @@ def _scores_in_words(scores: Mapping[str, Any], qualified: bool) -> str:
     return ", ".join(parts) or "no scores: no answer could be read"
 
 
-def write_page(found: Interpretation, labels: Labels, title: str) -> Path:
+def write_page(found: Interpretation, title: str) -> Path:
     """Write `index.html`; return its path.
 
     A page of more than 50 MB gets its data from `data/*.js` next to it, read when needed.
@@ -119,6 +112,7 @@ def write_page(found: Interpretation, labels: Labels, title: str) -> Path:
     Raises:
         UserError: it cannot be written.
     """
+    labels = labels_of(found)
     saes = [_sae_index(found, sae, labels) for sae in found.saes.values()]
     index, pieces = _index(found, title, saes, found.strings), list(_pieces(found, labels))
     inline = sum(len(text) for _, text in pieces) < MOST_INLINE
@@ -138,11 +132,9 @@ def write_page(found: Interpretation, labels: Labels, title: str) -> Path:
     return page
 
 
-def one_latent(
-    found: Interpretation, labels: Labels, name: str, latent: int, layer: int | None = None
-) -> str:
+def one_latent(found: Interpretation, name: str, latent: int, layer: int | None = None) -> str:
     """Return the page of one latent alone, as HTML, opened at a layer (None: its main one)."""
-    sae, place = found.saes[name], latent // CHUNK
+    labels, sae, place = labels_of(found), found.saes[name], latent // CHUNK
     piece = _piece(found, sae, _kept(sae), range(latent, latent + 1), labels)
     tokens, needed = set[int](), {latent, *(int(other) for other, _ in piece[0]["near"])}
     entry = _sae_index(found, sae, labels)

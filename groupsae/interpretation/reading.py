@@ -54,7 +54,7 @@ class Pass:
         kept: Kept,
     ) -> None:
         self.folder, self.key, self.data, self.text = folder, key, data, text
-        self.saes, self.kept, self.next_part = saes, kept, 0
+        self.saes, self.next_part = saes, 0
         self.layers = sorted({layer for suite in saes.values() for layer in suite.layers})
         self.collectors = {
             name: SAECollector(name, suite, kept, folder / "records" / name, data.device)
@@ -80,13 +80,10 @@ class Pass:
 
         Memory is for contexts, counts, and the firings of a part, which are sorted together.
         """
-        contexts = sum(
-            self.kept.bytes_for(suite.saes[name].d_sae, len(suite.layers))
-            for name, suite in self.saes.items()
-        )
-        fired = records = 0
+        contexts = fired = records = 0
         for collector in self.collectors.values():
-            fired += sum(int(collector.statistics(x).fired.sum()) for x in collector.layers)
+            contexts += sum(tensor.nbytes for tensor in collector.state().values())
+            fired += sum(int(each.fired.sum()) for each in collector.statistics.values())
             records += sum(collector.records.sizes().values())
         each = records / tokens + 2 * DIRECTIONS * len(self.layers)
         part = min(self.text.size * self.text.context, max(self.text.tokens))

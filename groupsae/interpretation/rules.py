@@ -33,6 +33,11 @@ class Rule(NamedTuple):
     value: float  # mean activation where they do, silent places included
 
 
+def rules_of(entry: Mapping[str, Any]) -> list[Rule]:
+    """Return the rules of an entry of `explanations.json`."""
+    return [Rule(tuple(Atom(*atom) for atom in r["atoms"]), r["value"]) for r in entry["rules"]]
+
+
 def predict(rules: Sequence[Rule], held: Held) -> Prediction:
     """Return at which positions of a text each rule holds, and none with a higher value.
 
@@ -269,11 +274,21 @@ def described(rules: Sequence[Rule], strings: Mapping[int, str]) -> str:
     return "; ".join(parts) if parts else "no rule found"
 
 
-# what an explanation begins with comes first
-_ORDER = (
-    "token", "shape", "repeated", "bigram_repeated", "token_before", "shape_before",
-    "token_before_that", "line", "within_8", "within_32", "place",
-)  # fmt: skip
+# in the order in which an explanation names them
+_FORMS = {
+    "token": "`{}`",
+    "shape": "{}",
+    "repeated": "a token of the last 64 again",
+    "bigram_repeated": "a pair of tokens of the last 64 again",
+    "token_before": "after `{}`",
+    "shape_before": "after {}",
+    "token_before_that": "two after `{}`",
+    "line": "in a line beginning with `{}`",
+    "within_8": "with `{}` among the 8 before",
+    "within_32": "with `{}` among the 32 before",
+    "place": "{}",
+}
+_ORDER = list(_FORMS)
 
 
 def _names(atom: Atom) -> bool:
@@ -281,19 +296,7 @@ def _names(atom: Atom) -> bool:
 
 
 def _words(atom: Atom, strings: Mapping[int, str]) -> str:
-    form = {
-        "token": "`{}`",
-        "shape": "{}",
-        "repeated": "a token of the last 64 again",
-        "bigram_repeated": "a pair of tokens of the last 64 again",
-        "token_before": "after `{}`",
-        "shape_before": "after {}",
-        "token_before_that": "two after `{}`",
-        "line": "in a line beginning with `{}`",
-        "within_8": "with `{}` among the 8 before",
-        "within_32": "with `{}` among the 32 before",
-        "place": "{}",
-    }[atom.kind]
+    form = _FORMS[atom.kind]
     if atom.kind in ("shape", "shape_before"):
         return form.format(SHAPES[atom.value])
     if atom.kind == "place":

@@ -39,11 +39,6 @@ class Statistics:
         self.exponent = torch.full((d_sae,), LEAST_EXPONENT, device=device)
         self.histogram = torch.zeros(d_sae, BINS, dtype=torch.int64, device=device)
 
-    @staticmethod
-    def bytes_for_each(texts: int) -> int:
-        """Return the bytes that one latent takes."""
-        return 3 * 8 * texts + 8 + 8 * BINS
-
     def update(self, firings: Firings, peaks: Peaks, text: int) -> None:
         """Add a part of a text."""
         latents, d_sae = firings.latents, len(self.exponent)

@@ -104,7 +104,7 @@ def test_counts_sums_and_histograms_are_those_of_brute_force(collected, expected
     dense, peaks = expected
     boundary = text[3] * CONTEXT
     for layer in LAYERS:
-        found = collected.statistics(layer)
+        found = collected.statistics[layer]
         for index, z in enumerate((dense[layer][:boundary], dense[layer][boundary:])):
             assert found.fired[index].tolist() == (z > 0).sum(0).tolist()
             torch.testing.assert_close(
@@ -131,7 +131,7 @@ def test_the_highest_contexts_and_the_samples_are_those_of_brute_force(collected
     _, peaks = expected
     boundary = text[3] * windows_in(CONTEXT)
     for layer in LAYERS:
-        top = collected.contexts("top", layer).held
+        top = collected.contexts["top", layer].held
         stream = stream_of(KEPT.seed, "g", layer)
         for latent in range(D_SAE):
             found = peaks[layer, latent]
@@ -142,7 +142,7 @@ def test_the_highest_contexts_and_the_samples_are_those_of_brute_force(collected
                 pytest.approx(value, abs=0) for value, _ in best
             ]
             for text_number, name in enumerate(TEXTS):
-                sample = collected.contexts(name, layer).held
+                sample = collected.contexts[name, layer].held
                 inside = [w for w in found if (w >= boundary) == bool(text_number)]
                 one = torch.tensor([latent] * len(inside))
                 windows = torch.tensor(inside, dtype=torch.int64)
@@ -158,7 +158,7 @@ def test_contexts_stay_inside_their_document_and_show_its_activations(collected,
     checked = 0
     for layer in LAYERS:
         for kind in ("top", *TEXTS):
-            found = Held(*(x.flatten(0, 1) for x in collected.contexts(kind, layer).held))
+            found = Held(*(x.flatten(0, 1) for x in collected.contexts[kind, layer].held))
             for i, peak in enumerate(found.peaks.tolist()):
                 if peak < 0:
                     continue
@@ -242,8 +242,3 @@ def test_a_sample_is_uniform_over_the_windows(suite):
         keys = drawn(stream_of(seed, "g", 1), Peaks(windows * 0, windows, windows, windows), 0)
         counts[keys.argsort()[:5].numpy()] += 1
     assert ((counts - 200) ** 2 / 200).sum() < 85.4
-
-
-def test_memory_is_what_is_announced(collected):
-    held = sum(t.numel() * t.element_size() for t in collected.state().values())
-    assert held == KEPT.bytes_for(D_SAE, len(LAYERS))

@@ -28,7 +28,7 @@ from groupsae.interpretation.judge_windows import (
     text_of,
 )
 from groupsae.interpretation.judges import Endpoint, Ledger, Local
-from groupsae.interpretation.judging import Judging, judge_run, planned, read_judged
+from groupsae.interpretation.judging import Judging, judge_run, planned
 from groupsae.interpretation.page import labels_of
 from groupsae.lm.load import FrozenLM
 from groupsae.runtime.errors import UserError
@@ -86,7 +86,8 @@ def judged_by(answer, found, by_rules, count=LATENTS, **options):
     lines = []
     with ChatServer(answer) as server:
         judge = endpoint(server, found, **options)
-        result = judge_run(found, by_rules, judge, count, 0, lines.append)
+        found.explanations = by_rules
+        result = judge_run(found, judge, count, 0, lines.append)
     return result, lines, server
 
 
@@ -243,7 +244,7 @@ def test_a_judge_that_reads_scores_planted_latents_as_perfect(fresh, by_rules):
     assert sae["discrimination"] == 1.0
     assert server.repeated == 0
     # the page and the table show it
-    label = labels_of(by_rules, read_judged(fresh))["g", 2].judged[0]
+    label = labels_of(fresh)["g", 2].judged[0]
     assert label[:2] == ("endpoint m", "the word gamma")
     assert label[2].startswith("detection F1 1.00 (null 0.")
     console = Console(width=80, record=True, file=io.StringIO())
@@ -287,7 +288,8 @@ def test_answers_that_cannot_be_parsed_get_one_more_attempt_and_are_counted(fres
 
     with ChatServer(sometimes) as server:
         judge = endpoint(server, fresh)
-        result = judge_run(fresh, by_rules, judge, 3, 0, print)
+        fresh.explanations = by_rules
+        result = judge_run(fresh, judge, 3, 0, print)
     mean = result["saes"]["g"]["mean"]["judge"]
     assert mean["detection"]["failed"] == 0
     fuzzed = [
@@ -323,7 +325,7 @@ def test_a_judge_that_cannot_read_is_not_qualified_and_gets_no_headline(fresh, b
     printed = console.export_text()
     assert "(not qualified)" in printed
     assert re.search(r"endpoint\s+detection\s+-\s+-\s+-\s+-", printed)
-    assert "judge is not qualified" in labels_of(by_rules, [result])["g", 0].judged[0][2]
+    assert "judge is not qualified" in labels_of(fresh)["g", 0].judged[0][2]
 
 
 def test_the_bundled_model_is_not_qualified(fresh, by_rules):
@@ -336,12 +338,13 @@ def test_the_bundled_model_is_not_qualified(fresh, by_rules):
 
 
 def test_a_killed_judge_continues_and_pays_for_nothing_twice(fresh, by_rules):
+    fresh.explanations = by_rules
     with ChatServer(knows, stay=0.005) as server:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # fork with the server's threads
             child = os.fork()
         if child == 0:
-            judge_run(fresh, by_rules, endpoint(server, fresh, parallel=2), 2, 0, print)
+            judge_run(fresh, endpoint(server, fresh, parallel=2), 2, 0, print)
             os._exit(0)
         while len(server.bodies) < 200:
             time.sleep(0.01)
@@ -349,7 +352,7 @@ def test_a_killed_judge_continues_and_pays_for_nothing_twice(fresh, by_rules):
         os.waitpid(child, 0)
         paid = len(server.bodies)
         judge = endpoint(server, fresh, parallel=2)
-        result = judge_run(fresh, by_rules, judge, 2, 0, print)
+        result = judge_run(fresh, judge, 2, 0, print)
         assert server.repeated <= 4  # requests that were on their way
         assert len(server.bodies) - paid > 200
     untouched = plant(Path(fresh.folder.parent) / "other" / "interpretation")
@@ -373,10 +376,10 @@ def test_a_single_latent_has_no_null_and_no_latent_no_scores(fresh, by_rules, tm
 
 
 def test_needs_are_those_of_the_requests_that_follow(fresh, by_rules):
-    needs = planned(4)
+    requests, tokens, _ = planned(4)
     _, _, server = judged_by(knows, fresh, by_rules, count=4)
     # some of the questions are the same, and these latents have no windows with the same token
-    assert len(server.bodies) <= needs.questions <= 1.3 * len(server.bodies)
+    assert len(server.bodies) <= requests <= 1.3 * len(server.bodies)
     assert server.repeated == 0
     read = sum(len(body["messages"][0]["content"]) for body in server.bodies) / 4
-    assert read <= needs.read <= 1.6 * read  # real explanations are longer than these
+    assert read <= tokens <= 1.6 * read  # real explanations are longer than these

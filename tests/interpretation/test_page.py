@@ -16,7 +16,7 @@ from groupsae.files.reading import read_json
 from groupsae.interpretation import page as pages
 from groupsae.interpretation.explain import Explainer, explain_sae
 from groupsae.interpretation.files import Interpretation
-from groupsae.interpretation.page import labels_of, one_latent, write_page
+from groupsae.interpretation.page import one_latent, write_page
 from groupsae.runtime.errors import UserError
 from groupsae.suite.suite import load_suite
 from tests.helpers.interpreted import interpreted_run
@@ -62,13 +62,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Interpretation:
 
 
 @pytest.fixture(scope="module")
-def labels(found):
-    return labels_of(found.explanations)
-
-
-@pytest.fixture(scope="module")
-def page(found, labels) -> Path:
-    return write_page(found, labels, "tiny </script><script>alert(1)</script>")
+def page(found) -> Path:
+    return write_page(found, "tiny </script><script>alert(1)</script>")
 
 
 def explained_latent(found) -> int:
@@ -111,16 +106,16 @@ def test_a_latents_page_shows_what_judges_say(found, tmp_path):
     latent = explained_latent(found)
     scores = {"detection": {"own": {"f1": 0.7}, "null": {"f1": 0.2}}}
     row = {"latent": latent, "explanation": "closing </script> tags", "judge": scores}
-    judged = [
-        {
+    copy = Interpretation(Path(shutil.copytree(found.folder, tmp_path / "interpretation")))
+    for name, qualified in (("endpoint <b>m", True), ("hf n", False)):
+        one = {
+            "collected": "k",
             "judge": {"name": name},
             "qualification": {"qualified": qualified},
             "saes": {SAE: {"latents": [row]}},
         }
-        for name, qualified in (("endpoint <b>m", True), ("hf n", False))
-    ]
-    copy = Interpretation(Path(shutil.copytree(found.folder, tmp_path / "interpretation")))
-    page = write_page(copy, labels_of(found.explanations, judged), "judged")
+        write_json(copy.folder / "judged" / f"{qualified}-1.json", one)
+    page = write_page(copy, "judged")
     shown = opened(page, f"#{SAE}/{latent}")
     assert "endpoint &lt;b&gt;m" in shown
     assert "closing &lt;/script&gt; tags" in shown
@@ -141,10 +136,10 @@ def test_tokens_are_shown_as_text_whatever_they_hold(page, found):
 
 
 @real
-def test_a_large_page_reads_its_data_from_files_next_to_it(found, labels, tmp_path, monkeypatch):
+def test_a_large_page_reads_its_data_from_files_next_to_it(found, tmp_path, monkeypatch):
     copy = Interpretation(Path(shutil.copytree(found.folder, tmp_path / "interpretation")))
     monkeypatch.setattr(pages, "MOST_INLINE", 1000)
-    page = write_page(copy, labels, "large")
+    page = write_page(copy, "large")
     assert page.stat().st_size < 100_000
     assert sorted(f.name for f in (copy.folder / "data").iterdir())[0] == f"{SAE}.0.js"
     latent = explained_latent(found)
@@ -154,13 +149,13 @@ def test_a_large_page_reads_its_data_from_files_next_to_it(found, labels, tmp_pa
 
 
 @real
-def test_a_notebook_shows_the_latent_inline(found, labels, tmp_path):
+def test_a_notebook_shows_the_latent_inline(found, tmp_path):
     suite, latent = load_suite(found.folder.parent), explained_latent(found)
     shown = suite.dashboard(layer=1, latent=latent)
     page = tmp_path / "one.html"
     shown.save(page)
     assert "Highest activations at layer 1" in opened(page)
-    assert shown.html == one_latent(found, labels, SAE, latent, 1)
+    assert shown.html == one_latent(found, SAE, latent, 1)
     assert len(shown.html) < 100_000  # nothing of the other latents
     frame = shown._repr_html_()
     assert frame.startswith('<iframe srcdoc="')
