@@ -29,6 +29,8 @@ from benchmarks.replication import (
 )
 from benchmarks.timing import smallest
 from groupsae.interpretation.files import Interpretation
+from groupsae.interpretation.judge_scores import verdict
+from groupsae.interpretation.judge_windows import DELPHI, POSITIVE, WindowChooser
 
 DOC = Path(__file__).parent.parent / "docs" / "interpretation.md"
 BEGIN = "<!-- figures: python -m benchmarks.interpretability -->"
@@ -113,6 +115,30 @@ def levels(frames: Sequence[pd.DataFrame]) -> str:
     )
 
 
+def remembered(found: Interpretation, most: int = 400) -> str:
+    """Return what explaining and scoring on one list gives to a judge that only remembers."""
+    reached, overlaps = [], []
+    for sae in found.saes.values():
+        if len(sae.layers) > 1:
+            continue
+        chooser = WindowChooser(found, sae, DELPHI)
+        for row in found.explanations[sae.name]["latents"]:
+            shown = chooser.of(row["latent"])
+            if not shown.enough or len(reached) == most:
+                continue
+            known = {window.peak for window in shown.explain}
+            yes = [float(w.kind == POSITIVE and w.peak in known) for w in shown.score]
+            scores = verdict(np.array(yes), shown.score, shown.rate)
+            reached.append(scores["balanced_accuracy"])
+            overlaps.append(shown.overlap)
+    return (
+        f"With delphi's windows, {np.mean(overlaps):.0%} of the positive windows to score on were "
+        "also windows to explain. A judge that says yes to the windows that it remembers, and to "
+        f"no other, has a balanced accuracy of {np.mean(reached):.3f} there ({len(reached)} "
+        "latents of one SAE per layer); 0.500 is what it knows about the latents."
+    )
+
+
 def made_up(seed: int) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Return a table over groupings and an evaluation of drawn figures."""
     draws, counts = np.random.default_rng(seed), (1, 2, 3)
@@ -155,6 +181,8 @@ def main(arguments: Sequence[str]) -> None:
         levels(frames),
         "",
         *by_groups(frames, evaluated),
+        remembered(found),
+        "",
     ]
     write_figures(DOC, BEGIN, lines)
 

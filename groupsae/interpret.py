@@ -1,5 +1,6 @@
 """Look into the latents of a run: `python -m groupsae.interpret run=<run folder>`."""
 
+import os
 import signal
 import sys
 
@@ -32,6 +33,8 @@ def interpret(cfg: DictConfig) -> None:
             cfg.device,
             dry_run=cfg.dry_run,
             overwrite=cfg.overwrite,
+            rank=int(os.environ.get("RANK", "0")),  # of torchrun
+            count=int(os.environ.get("WORLD_SIZE", "1")),
         )
 
 

@@ -238,6 +238,8 @@ def print_judged(console: Console, judged: Mapping[str, Any]) -> None:
             * qualified
             + f"left out: {sae['few_windows']} latents with few windows, {sae['not_explained']} "
             "without an explanation"
+            + f"; {sae['overlap']:.0%} of the windows to score on were explained"
+            * bool(sae["overlap"])
         )
     console.print(screen)
     console.print(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
 from rich.console import Console
@@ -75,10 +76,13 @@ def interpret(
     *,
     dry_run: bool = False,
     overwrite: bool = False,
+    rank: int = 0,
+    count: int = 1,
 ) -> None:
     """Collect what the latents of a finished run do, explain some, and write their page.
 
     With `dry_run` only the needs are printed; with `overwrite` nothing collected before is used.
+    Of `count` processes, which collect together, the first (`rank` 0) does all else.
 
     Raises:
         Stopped: a signal arrived; the same command resumes.
@@ -96,10 +100,13 @@ def interpret(
     saes = {name: load_saes(folder / "saes", [name]).to(place) for name in names}
     data = same_stream(folder, cfg, saes[names[0]].configs[names[0]], place)
     target = folder / "interpretation"
-    judge = judge_of(target, options, console, place)
+    judge = judge_of(target, options, console, place) if rank == 0 else None
     if judge is not None and not dry_run:
         judge.check()
-    collect(target, data, saes, options, console, dry_run=dry_run, overwrite=overwrite)
+    again = {"dry_run": dry_run, "overwrite": overwrite}
+    collect(target, data, saes, options, console, **again, rank=rank, count=count)
+    if rank > 0:
+        return
     if dry_run:
         if judge is not None:
             print_needs(len(saes), options, console)
@@ -107,10 +114,11 @@ def interpret(
     found = Interpretation(target)
     explain(found, options, console)
     print_explanations(console, found.explanations)
+    directions = {name: suite.directions(name) for name, suite in saes.items()}
     title = f"{data.lm.name}: {', '.join(names) if len(names) < 5 else f'{len(names)} SAEs'}"
 
     def write() -> None:
-        write_frames(found, groupings(plan), options.seed)
+        write_frames(found, groupings(plan), directions, options.seed)
         console.print(f"Latents: {write_page(found, title)}", soft_wrap=True)
 
     write()
@@ -199,6 +207,8 @@ def collect(
     *,
     dry_run: bool,
     overwrite: bool,
+    rank: int,
+    count: int,
 ) -> None:
     """Collect what the latents do, unless it was collected before.
 
@@ -239,28 +249,37 @@ def collect(
         soft_wrap=True,
     )
     if dry_run:
-        count = sum(
+        explained = sum(
             min(kept.latents, suite.saes[name].d_sae)
             * (len(suite.layers) + (len(suite.layers) > 1))
             for name, suite in saes.items()
         )
-        processes = min(_cores(), count)
-        spent = format_seconds(count * SECONDS / processes)
+        processes = min(_cores(), explained)
+        spent = format_seconds(explained * SECONDS / processes)
         console.print(
-            f"Rules: {count:,} explanations at most, about {spent} with {processes} processes",
+            f"Rules: {explained:,} explanations at most, about {spent} with {processes} processes",
             soft_wrap=True,
         )
         return
-    found = Pass(folder / "collecting", key, data, text, saes, kept)
+    found = Pass(folder / "collecting", key, data, text, saes, kept, rank, count)
     received: list[int] = []
     if found.resume():
         console.print(f"resuming at part {found.next_part} of {text.num_parts}")
     done_tokens = found.next_part * text.size * text.context
     with (
         first_signal(received.append),
-        token_progress("collecting", total, done=done_tokens) as advance,
+        token_progress("collecting", total, show=rank == 0, done=done_tokens) as advance,
     ):
-        found.run(advance, lambda: received[0] if received else None)
+        found.run(
+            lambda tokens: advance(tokens * count), lambda: received[0] if received else None
+        )
+    if count > 1:  # wait until every process has saved what it found
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=count)
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if rank > 0:
+        return
+    found.join()
     directions = {}
     for name, suite in saes.items():
         directions[name] = directions_of(suite.directions(name), data.hooked)

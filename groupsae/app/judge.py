@@ -10,6 +10,7 @@ from rich.progress import Progress
 
 from groupsae.app.console import print_judged
 from groupsae.interpretation.files import Interpretation
+from groupsae.interpretation.judge_windows import DELPHI, Protocol
 from groupsae.interpretation.judges import Endpoint, Judge, Ledger, Local
 from groupsae.interpretation.judging import judge_run, planned
 from groupsae.lm.load import FrozenLM
@@ -53,13 +54,14 @@ def ask(found: Interpretation, judge: Judge, options: DictConfig, console: Conso
         UserError: the judge cannot be reached, or its answers cannot be read; what it answered
             before is kept.
     """
-    total, *_ = planned(len(found.saes) * count_of(options))
+    total, *_ = planned(protocol_of(options), len(found.saes) * count_of(options))
     with stopped_by_signals(), Progress(transient=True, console=console) as progress:
         task = progress.add_task(f"asking {judge.name}", total=total)
         judge.advance = lambda count: progress.advance(task, count)
         judged = judge_run(
             found,
             judge,
+            protocol_of(options),
             count_of(options),
             options.seed,
             lambda line: console.print(line, soft_wrap=True, markup=False),
@@ -69,7 +71,7 @@ def ask(found: Interpretation, judge: Judge, options: DictConfig, console: Conso
 
 def print_needs(saes: int, options: DictConfig, console: Console) -> None:
     """Print how many requests and tokens a judge of so many SAEs needs."""
-    requests, read, written = planned(saes * count_of(options))
+    requests, read, written = planned(protocol_of(options), saes * count_of(options))
     console.print(
         f"Judge: {requests:,} requests at most, about {read:,} tokens to read and {written:,} to "
         "write",
@@ -80,3 +82,8 @@ def print_needs(saes: int, options: DictConfig, console: Console) -> None:
 def count_of(options: DictConfig) -> int:
     """Return how many latents of each SAE a judge explains: not more than rules do."""
     return int(min(options.judged_latents, options.latents))
+
+
+def protocol_of(options: DictConfig) -> Protocol:
+    """Return which windows a judge sees."""
+    return DELPHI if options.delphi_compat else Protocol()

@@ -142,6 +142,7 @@ INTERPRETATION = {
     "seed": at_least(0),
     "judge": one_of("rules", "endpoint", "hf"),
     "judged_latents": COUNT,
+    "delphi_compat": SWITCH,
     "endpoint.url": TEXT,
     "endpoint.key_variable": TEXT.or_null("no key"),
     "endpoint.body": Allowed("a table, such as {top_p: 1}", lambda v: isinstance(v, Mapping)),

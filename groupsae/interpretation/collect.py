@@ -1,6 +1,7 @@
 """One pass over text: what every latent does on every layer it serves."""
 
 import hashlib
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,12 @@ class Records:
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("ab") as handle:
                 handle.truncate(sizes.get(str(layer), 0))
+
+    def merge(self, other: "Records") -> None:
+        """Add what another process has written."""
+        for layer, file in self.files.items():
+            with file.open("ab") as ours, other.files[layer].open("rb") as theirs:
+                shutil.copyfileobj(theirs, ours)
 
     def sorted_rows(self, layer: int) -> np.ndarray:
         """Return a layer's firings by latent and position."""
@@ -143,6 +150,15 @@ class SAECollector:
             for place, piece in pieces.items()
             for name, tensor in piece.tensors().items()
         }
+
+    def merge(self, other: "SAECollector") -> None:
+        """Add what another process found in other parts."""
+        for layer, each in self.statistics.items():
+            each.merge(other.statistics[layer])
+        for place, contexts in self.contexts.items():
+            contexts.merge(other.contexts[place])
+        self.across.merge(other.across)
+        self.records.merge(other.records)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state` returned."""

@@ -11,6 +11,9 @@ from zlib import crc32
 
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped,unused-ignore]
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from groupsae.evaluation.intervals import Bootstrap
 from groupsae.files.atomic import atomic_write
@@ -24,9 +27,9 @@ AT_LAYERS = ("f1", "adjusted_f1", "null_f1", "shift_f1", "one_label_f1")  # of a
 LATENTS = (
     "sae", "latent", "layer", "rate", "f1", "null_f1", "shift_f1", "direction_f1", "adjusted_f1",
     "one_label_f1", "label_cost", "all_f1", "all_adjusted_f1", "lexicality", "labels", "kind",
-    "explanation",
+    "match", "cosine", "explanation",
 )  # fmt: skip
-GROUPINGS = ("grouping", "kind", "rules", "num_groups", "explained", "rare")
+GROUPINGS = ("grouping", "kind", "rules", "num_groups", "explained", "rare", "matched")
 JUDGED = ("detection_f1", "fuzzing_f1")
 COMPARED = ("f1", "adjusted_f1", "one_label_f1", "lexicality", *JUDGED)  # against per layer
 
@@ -34,7 +37,10 @@ Explained = Mapping[str, Mapping[str, Any]]  # of `explanations.json`, by SAE
 Estimate = np.ndarray  # the value, then that of each resample
 
 
-def latents_frame(explained: Explained) -> pd.DataFrame:
+@torch.no_grad()
+def latents_frame(
+    explained: Explained, found: Sequence[Grouping], directions: Mapping[str, Tensor]
+) -> pd.DataFrame:
     """Return a row for each explained latent at each layer where it fires often enough.
 
     - rate: share of tokens on which it fires at this layer;
@@ -45,12 +51,21 @@ def latents_frame(explained: Explained) -> pd.DataFrame:
     - all_f1, all_adjusted_f1: of that explanation where it fires at any layer;
     - lexicality: area under precision against recall of a table of mean activations by token;
     - labels: explanations that the latent needs (`labels_needed`), kind: how its layers share it;
-      both None for SAEs of one layer.
+      both None for SAEs of one layer;
+    - match, cosine: of shared SAEs, the nearest latent of the layer's own SAE by the cosine of the
+      directions, those of the decoders, [d_sae, d_model].
     """
-    rows = []
+    own, rows = _per_layer(explained, found), []
+    unit = {name: F.normalize(each.float(), dim=1) for name, each in directions.items()}
     for name, sae in explained.items():
         layers, shared = sae["layers"], len(sae["layers"]) > 1
-        for row in sae["latents"]:
+        numbers = [row["latent"] for row in sae["latents"]]
+        nearest = {
+            layer: (unit[name][numbers] @ unit[own[layer]].T).max(1)
+            for layer in layers
+            if shared and layer in own
+        }
+        for i, row in enumerate(sae["latents"]):
             kinds = [pair["kind"] for pair in row["sharing"]["pairs"]]
             about = {
                 "all_f1": row["all"]["scores"]["f1"],
@@ -62,7 +77,7 @@ def latents_frame(explained: Explained) -> pd.DataFrame:
             }
             for layer in (layer for layer in layers if str(layer) in row["layers"]):
                 scores = row["layers"][str(layer)]["scores"]
-                one = row["transfer"]["all"][str(layer)]
+                one, match = row["transfer"]["all"][str(layer)], nearest.get(layer)
                 rows.append(
                     {
                         "sae": name,
@@ -74,13 +89,21 @@ def latents_frame(explained: Explained) -> pd.DataFrame:
                         "one_label_f1": one,
                         "label_cost": one - scores["f1"],
                         **about,
+                        "match": None if match is None else int(match.indices[i]),
+                        "cosine": None if match is None else float(match.values[i]),
                     }
                 )
     frame = pd.DataFrame(rows, columns=LATENTS)
-    return frame.astype({"labels": "Int64", "shift_f1": float, "direction_f1": float})
+    numbers = dict.fromkeys(("cosine", "shift_f1", "direction_f1"), float)
+    return frame.astype({"labels": "Int64", "match": "Int64", **numbers})
 
 
-def write_frames(collected: Interpretation, found: Sequence[Grouping], seed: int = 0) -> None:
+def write_frames(
+    collected: Interpretation,
+    found: Sequence[Grouping],
+    directions: Mapping[str, Tensor],
+    seed: int = 0,
+) -> None:
     """Write `latents.csv`, `transfer.csv` and `groupings.csv` into `interpretation/`.
 
     The scores of the newest qualified judge are in the table of groupings.
@@ -89,7 +112,7 @@ def write_frames(collected: Interpretation, found: Sequence[Grouping], seed: int
         UserError: they cannot be written.
     """
     explained = collected.explanations
-    latents = latents_frame(explained)
+    latents = latents_frame(explained, found, directions)
     resampled = {name: collected.resampled(name) for name in explained}
     judged = [one for one in collected.judged if one["qualification"]["qualified"]]
     newest = judged[-1] if judged else None
@@ -139,7 +162,10 @@ def groupings_frame(
     - detection_f1, fuzzing_f1: of a language model's explanations, at the natural rate;
     - tau_1, tau_2, ...: transfer between layers that are so many layers apart;
     - same, narrows, different, unclear, one_layer: shares of the latents of shared SAEs;
-    - <metric>_difference: from one SAE per layer; negative: explained worse.
+    - <metric>_difference: from one SAE per layer; negative: explained worse;
+    - matched: pairs of a latent of a shared SAE, at a layer, and its match, if both were explained
+      there; matched_cosine, and matched_difference of their F1; random_difference: of the same
+      latents and random ones of the layer's own SAE.
 
     `_low` and `_high` are the ends of 95 % intervals: latents are drawn again, with replacement,
     within each SAE, the same ones for every grouping; for f1 and one_label_f1 the documents of the
@@ -169,6 +195,8 @@ def groupings_frame(
                     continue
                 theirs = np.mean([rival.estimates[metric] for rival in rivals], axis=0)
                 sample.estimates[f"{metric}_difference"] = sample.estimates[metric] - theirs
+            if len(sample.layers) > 1:
+                _add_pairs(sample, latents, own, seed)
     rows = []
     for grouping in found:
         names = [grouping.sae_of_layer[layer] for layer in grouping.grouped]
@@ -184,6 +212,7 @@ class _Sample:
     Attributes:
         latents: their numbers.
         estimates: by metric.
+        matched: number of latents, each at a layer, whose match was explained there as well.
     """
 
     def __init__(
@@ -195,6 +224,7 @@ class _Sample:
         judged: Sequence[Mapping[str, Any]],
     ) -> None:
         self.layers: list[int] = sae["layers"]
+        self.matched, self.frame = 0, frame
         self.drawn, self.rare = sae["drawn"], sae["rare"]
         self.latents = frame["latent"].unique()
         self.bootstrap = Bootstrap(
@@ -247,6 +277,7 @@ def _row(grouping: Grouping, samples: Mapping[str, _Sample]) -> dict[str, Any]:
         "num_groups": grouping.num_groups,
         "explained": sum(len(sae.latents) for sae in saes),
         "rare": sum(sae.rare for sae in saes) / sum(sae.drawn for sae in saes),
+        "matched": sum(sae.matched for sae in saes),
     }
     fewest = min(saes, key=lambda sae: len(sae.latents)).bootstrap
     metrics = dict.fromkeys(name for sae in saes for name in sae.estimates)
@@ -260,6 +291,28 @@ def _row(grouping: Grouping, samples: Mapping[str, _Sample]) -> dict[str, Any]:
             ends = fewest.interval(mean[0], mean[1:])
             row |= {metric: mean[0], f"{metric}_low": ends["low"], f"{metric}_high": ends["high"]}
     return row
+
+
+def _add_pairs(sample: _Sample, latents: pd.DataFrame, own: Mapping[int, str], seed: int) -> None:
+    """Add the differences of latents from their matches, and from random latents."""
+    theirs = latents[["sae", "layer", "latent", "f1"]]
+    theirs = theirs.rename(columns={"latent": "match", "f1": "their_f1"})
+    ours = sample.frame[["layer", "latent", "f1", "match", "cosine"]]
+    ours = ours.assign(sae=ours["layer"].map(own), match=ours["match"].astype("Int64"))
+    pairs = ours.merge(theirs, on=["sae", "layer", "match"])
+    sample.matched = len(pairs)
+    if not len(pairs):
+        return
+    draws = np.random.default_rng(seed)
+    at_random = [
+        draws.choice(theirs["their_f1"][theirs["sae"] == own[layer]]) for layer in pairs["layer"]
+    ]
+    for name, values in (
+        ("matched_cosine", pairs["cosine"]),
+        ("matched_difference", pairs["f1"] - pairs["their_f1"]),
+        ("random_difference", pairs["f1"] - at_random),
+    ):
+        sample.estimates[name] = sample.mean(pairs[["latent"]].assign(value=values))
 
 
 def _per_layer(explained: Explained, found: Sequence[Grouping]) -> dict[int, str]:

@@ -87,6 +87,13 @@ class Contexts:
             rows[new] = offered.to(kept.dtype)
             kept[touched] = rows.unflatten(0, (-1, size))
 
+    def merge(self, other: "Contexts") -> None:
+        """Keep the smallest of both."""
+        found = Held(*(each.flatten(0, 1) for each in other.held))
+        held = (found.keys < EMPTY).nonzero().squeeze(1)
+        latents = held // other.held.keys.shape[1]
+        self.offer(latents, found.keys[held], lambda t: Held(*(each[held[t]] for each in found)))
+
 
 def highest_first(
     values: Float[Tensor, "offer"], peaks: Int[Tensor, "offer"]

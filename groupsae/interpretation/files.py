@@ -1,5 +1,6 @@
 """The files of an interpretation: what was collected, for every later stage and for users."""
 
+import os
 import shutil
 from collections.abc import Mapping
 from functools import cached_property
@@ -243,7 +244,10 @@ def save_collected(
     directions: Mapping[str, Directions],
     strings: Mapping[int, str],
 ) -> None:
-    """Write what a finished pass has collected, and remove its unfinished state."""
+    """Write what a finished pass has collected, and remove its unfinished state.
+
+    The other processes' shares have been joined before.
+    """
     target = folder / COLLECTED
     with explain_write_errors(target, "interpret a copy of the run"):
         shutil.rmtree(target, ignore_errors=True)
@@ -259,6 +263,8 @@ def save_collected(
         np.save(target / "tokens.npy", found.text.read())
         np.save(target / "documents.npy", found.text.heldout_documents())
         for file in found.folder.glob("random.*.bin"):
+            # it is longer if a pass over more text was stopped before
+            os.truncate(file, sum(found.text.tokens) * 2 * DIRECTIONS)
             file.replace(target / file.name)
     write_json(target / "strings.json", {str(token): text for token, text in strings.items()})
     saes = [

@@ -139,6 +139,7 @@ def summary(
 
     `mean` is over latents, `by_firings` weighted by the tokens on which each fires; `null` is the
     mean for the explanation of another latent, and adjusted = (S - S0) / (1 - S0) of the two.
+    `pooled` is the balanced accuracy over all windows of all latents, as delphi gives it.
 
     Args:
         latents: of each what the judge saw, and its answers by both explanations.
@@ -171,6 +172,9 @@ def summary(
             entry["interval"] = bootstrap.interval(mean, one)
             entry["adjusted_interval"] = bootstrap.interval(entry.get("adjusted"), better)
         found[metric] = entry
+    every = np.concatenate([yes[0] for _, yes in latents]) if latents else np.empty(0)
+    windows = [window for shown, _ in latents for window in shown.score]
+    found["pooled"] = verdict(every, windows, 0.5)["balanced_accuracy"] if windows else None
     return found
 
 

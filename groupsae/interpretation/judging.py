@@ -27,10 +27,8 @@ from groupsae.interpretation.judge_scores import (
 )
 from groupsae.interpretation.judge_windows import (
     DECILES,
-    EXPLAINED,
-    POSITIVES,
-    SILENT,
     LatentWindows,
+    Protocol,
     Window,
     WindowChooser,
     text_of,
@@ -43,7 +41,6 @@ from groupsae.runtime.errors import UserError
 PLANTED, QUALIFIED = 40, 0.7  # items, least AUC
 ASKED = 10  # intruders that a judge is asked to find, of each latent
 FRAME = 50  # tokens of a question next to its text, about
-MOST_WINDOWS = POSITIVES * DECILES + sum(SILENT.values())  # to score a latent on
 
 EXPLAIN_TASK = """\
 One unit of a language model fires on the tokens between « and » in these texts. In one short \
@@ -65,9 +62,12 @@ Pair = tuple[int, int]  # a latent, and the one whose explanation is put to the 
 class Judging:
     """Explains and scores the latents of a run with one judge."""
 
-    def __init__(self, found: Interpretation, judge: Judge, seed: int = 0) -> None:
-        self.found, self.judge, self.seed = found, judge, seed
-        self.first = found.num_tokens[EXPLAIN]  # position of the score text
+    def __init__(
+        self, found: Interpretation, judge: Judge, protocol: Protocol, seed: int = 0
+    ) -> None:
+        self.found, self.judge, self.protocol, self.seed = found, judge, protocol, seed
+        # position of the score text
+        self.first = found.num_tokens[EXPLAIN] if protocol.apart else 0
         text = Places(found.tokens, found.context, found.strings)
         self.held = Held(text, slice(self.first, sum(found.num_tokens)))
 
@@ -99,7 +99,7 @@ class Judging:
         Raises:
             UserError: no explanation could be read.
         """
-        chooser = WindowChooser(self.found, sae, self.seed)
+        chooser = WindowChooser(self.found, sae, self.protocol, self.seed)
         chosen = choose(sae, min(count, len(rules))).latents
         windows = {latent: each for latent in chosen if (each := chooser.of(latent)).enough}
         texts = self._explained(windows)
@@ -134,6 +134,7 @@ class Judging:
                 "null": null.get(latent),
                 "rate": seen.rate,
                 "fired": seen.fired,
+                "overlap": seen.overlap,
                 "dropped": seen.dropped,
                 "intruder": intruders[latent],
                 "discriminates": discriminates(both("judge", "detection", latent)[0], seen.score),
@@ -171,6 +172,7 @@ class Judging:
             "mean": means,
             "intruder": mean_of_known([each["found"] for each in intruders.values()]),
             "discrimination": mean_of_known([d for row in rows for d in row["discriminates"]]),
+            "overlap": mean_of_known([row["overlap"] for row in rows]) or 0.0,
             "latents": rows,
         }
 
@@ -327,6 +329,7 @@ def planted(found: Interpretation, seed: int) -> list[tuple[Question, bool]]:
 def judge_run(
     found: Interpretation,
     judge: Judge,
+    protocol: Protocol,
     count: int,
     seed: int,
     report: Callable[[str], object],
@@ -338,16 +341,17 @@ def judge_run(
     Raises:
         UserError: the judge cannot be reached, or none of its explanations can be read.
     """
-    key = Ledger.key(FORMAT, found.head["key"], judge.identity, count, seed)
+    key = Ledger.key(FORMAT, found.head["key"], judge.identity, protocol, count, seed)
     file = found.folder / "judged" / f"{judge.identity['kind']}-{key[:12]}.json"
     stored = read_json(file) or {
         "format": FORMAT,
         "key": key,
         "collected": found.head["key"],
         "judge": {"name": judge.name, **judge.identity},
+        "protocol": protocol._asdict(),
         "saes": {},
     }
-    judging = Judging(found, judge, seed)
+    judging = Judging(found, judge, protocol, seed)
     if "qualification" not in stored:
         stored["qualification"] = judging.qualification()
     if not stored["qualification"]["qualified"]:
@@ -365,9 +369,10 @@ def judge_run(
     return stored
 
 
-def planned(latents: int) -> tuple[int, int, int]:
+def planned(protocol: Protocol, latents: int) -> tuple[int, int, int]:
     """Return how many requests so many latents need, at most, and tokens to read and to write."""
-    asked = 2 * len(TASKS) * MOST_WINDOWS  # by its own explanation and the null
-    read = EXPLAINED * DECILES * WINDOW + asked * (WINDOW + FRAME) + ASKED * (5 * WINDOW + FRAME)
+    asked = 2 * len(TASKS) * protocol.scored  # by its own explanation and the null
+    read = protocol.explain * DECILES * WINDOW + asked * (WINDOW + FRAME)
+    read += ASKED * (5 * WINDOW + FRAME)
     questions = latents * (1 + asked + ASKED) + PLANTED
     return (questions, latents * read + PLANTED * (WINDOW + FRAME), questions + 40 * latents)

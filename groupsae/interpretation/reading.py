@@ -30,7 +30,7 @@ DIRECTIONS = 8  # random ones, with which latents are compared
 
 
 class Pass:
-    """The pass over a text, for the SAEs of a run.
+    """One process's share of the pass over a text, for the SAEs of a run: every `count`-th part.
 
     What it has found lies in `folder` when it is saved, and a pass with the same key resumes from
     there.
@@ -42,6 +42,7 @@ class Pass:
         text: the parts to read.
         saes: SAEs by name, each alone.
         kept: how much to keep of each latent.
+        rank, count: which of how many processes this is.
     """
 
     def __init__(
@@ -52,12 +53,15 @@ class Pass:
         text: Text,
         saes: Mapping[str, Suite],
         kept: Kept,
+        rank: int = 0,
+        count: int = 1,
     ) -> None:
         self.folder, self.key, self.data, self.text = folder, key, data, text
-        self.saes, self.next_part = saes, 0
+        self.saes, self.kept, self.count, self.next_part = saes, kept, count, rank
+        self.own = folder / str(rank)  # the files of this process
         self.layers = sorted({layer for suite in saes.values() for layer in suite.layers})
         self.collectors = {
-            name: SAECollector(name, suite, kept, folder / "records" / name, data.device)
+            name: SAECollector(name, suite, kept, self.own / "records" / name, data.device)
             for name, suite in saes.items()
         }
         draws = torch.Generator().manual_seed(0)
@@ -99,9 +103,9 @@ class Pass:
             Stopped: `stopped` returned the number of a signal. The state has been saved.
         """
         saved = time.monotonic()
-        for part in self.text.parts(self.next_part):
+        for part in self.text.parts(self.next_part, self.count):
             self.update(part)
-            self.next_part = part.number + 1
+            self.next_part = part.number + self.count
             advance(part.tokens.numel())
             signal = stopped()
             if signal is not None or time.monotonic() - saved > SAVE_EVERY:
@@ -162,19 +166,19 @@ class Pass:
             with atomic_write(self._file(name, self.next_part)) as handle:
                 handle.write(save({k: v.contiguous().cpu() for k, v in collector.state().items()}))
         sizes = {name: collector.records.sizes() for name, collector in self.collectors.items()}
-        head = {"key": self.key, "next_part": self.next_part, "records": sizes}
-        write_json(self.folder / "state.json", head)
-        for old in self.folder.glob("*.safetensors"):
+        head = {"key": self.key, "count": self.count, "next_part": self.next_part}
+        write_json(self.own / "state.json", {**head, "records": sizes})
+        for old in self.own.glob("*.safetensors"):
             if old.name.split(".")[-2] != str(self.next_part):
                 old.unlink()
 
     def resume(self) -> bool:
         """Take over a saved state of the same pass, and return whether there was one."""
-        found = read_json(self.folder / "state.json") or {}
-        same = found.get("key") == self.key
-        with explain_write_errors(self.folder, "interpret a copy of the run"):
+        found = read_json(self.own / "state.json") or {}
+        same = (found.get("key"), found.get("count")) == (self.key, self.count)
+        with explain_write_errors(self.own, "interpret a copy of the run"):
             if not same:
-                shutil.rmtree(self.folder, ignore_errors=True)
+                shutil.rmtree(self.own, ignore_errors=True)
             for name, collector in self.collectors.items():
                 collector.records.truncate(found["records"][name] if same else {})
         if same:
@@ -183,5 +187,15 @@ class Pass:
                 collector.load(read_tensors(self._file(name, self.next_part)))
         return same
 
+    def join(self) -> None:
+        """Add what the other processes have saved."""
+        for rank in range(1, self.count):
+            other = Pass(
+                self.folder, self.key, self.data, self.text, self.saes, self.kept, rank, self.count
+            )
+            other.resume()
+            for name, collector in self.collectors.items():
+                collector.merge(other.collectors[name])
+
     def _file(self, name: str, part: int) -> Path:
-        return self.folder / f"{name}.{part}.safetensors"
+        return self.own / f"{name}.{part}.safetensors"

@@ -62,6 +62,14 @@ class Statistics:
             self.histogram[grown] = folded.scatter_add_(1, bins, self.histogram[grown])
             self.exponent.copy_(exponent)
 
+    def merge(self, other: "Statistics") -> None:
+        """Add the counts of another part of the text."""
+        widest = torch.maximum(self.exponent, other.exponent)
+        self._widen(widest)
+        other._widen(widest)
+        for name in ("fired", "windows", "mass", "histogram"):
+            getattr(self, name).add_(getattr(other, name))
+
     def tensors(self) -> dict[str, Tensor]:
         """Return all counts, by name."""
         return {name: getattr(self, name) for name in self.__annotations__}

@@ -47,7 +47,7 @@ class Text:
     def __init__(self, data: ActivationDataModule, explain: int, score: int) -> None:
         self.data, self.context = data, data.packing.context
         blocks, forward = data.blocks.blocks, data.blocks_per_forward
-        # complete forwards: a stopped pass resumes with the same ones
+        # complete forwards: the model's numbers do not depend on the number of processes
         self.size = max(1, PART // self.context // forward) * forward
         self.chosen = [
             block_order(len(blocks[split]), HELDOUT_SEED, 0, min(len(blocks[split]), count))
@@ -68,13 +68,13 @@ class Text:
         """Return the number of tokens of each text."""
         return [len(chosen) * self.context for chosen in self.chosen]
 
-    def parts(self, first: int = 0) -> Iterator[Part]:
-        """Yield all parts, from the given one on."""
+    def parts(self, first: int = 0, step: int = 1) -> Iterator[Part]:
+        """Yield every `step`-th part, from the given one on."""
         number = block = 0
         for text, chosen in enumerate(self.chosen):
             for start in range(0, len(chosen), self.size):
                 wanted = chosen[start : start + self.size]
-                if number >= first:
+                if number >= first and (number - first) % step == 0:
                     tokens = self.data.tokens(TEXTS[text], wanted.tolist())
                     yield Part(number, text, block * self.context, tokens)
                 number, block = number + 1, block + len(wanted)

@@ -72,7 +72,8 @@ HEADINGS = {  # of the columns that are shown
     "detection_f1_difference": "detection − per layer",
     "fuzzing_f1_difference": "fuzzing − per layer",
     "f1_difference": "F1 − per layer", "one_label_f1_difference": "one label − per layer",
-    "labels": "labels", "label_cost": "one label costs",
+    "matched": "matched", "matched_cosine": "cosine", "matched_difference": "F1 − match",
+    "random_difference": "F1 − random", "labels": "labels", "label_cost": "one label costs",
     **{f"tau_{apart}": f"τ at {apart}" for apart in (1, 2, 4, 8)},
     "k": "k", "auc": "AUC", "auc_lost": "AUC lost", "auc_channels": "AUC of k channels",
     "auc_residual": "AUC of all channels", "task": "task", "clean": "unchanged model",
@@ -98,7 +99,8 @@ DIGITS = {  # after the decimal point; others have 4
     **dict.fromkeys(("f1", "adjusted_f1", "one_label_f1", "lexicality", "label_cost"), 3),
     **dict.fromkeys(("shift_f1", "direction_f1", "detection_f1", "fuzzing_f1"), 3),
     **dict.fromkeys(("detection_f1_difference", "fuzzing_f1_difference"), 3),
-    **dict.fromkeys(("f1_difference", "one_label_f1_difference"), 3),
+    **dict.fromkeys(("f1_difference", "one_label_f1_difference", "matched_difference"), 3),
+    **dict.fromkeys(("random_difference", "matched_cosine"), 3),
     **dict.fromkeys(("ld_recovered", "faithfulness_none", "faithfulness_keep"), 3),
     **dict.fromkeys(("completeness_none", "random_none", "single_layers"), 3),
     **{f"{m}_lost": 3 for m in ("ld_recovered", "faithfulness_none", "faithfulness_keep")},
@@ -118,6 +120,7 @@ INTEGERS = (
     "groupings",
     "seed",
     "explained",
+    "matched",
     "latent",
     "documents",
     "k",
@@ -550,6 +553,18 @@ def judged_table(run: RunFiles) -> Table | None:
     )  # fmt: skip
 
 
+def matched_table(run: RunFiles) -> Table | None:
+    """Return how latents of shared SAEs compare with the nearest of the layers' own SAEs."""
+    return _interpreted(
+        run,
+        "matched",
+        "Latents of shared SAEs and those of the layer's own SAE with the most similar direction, "
+        "or random ones",
+        "matched_difference",
+        "grouping", "matched", "matched_cosine", "matched_difference", "random_difference",
+    )  # fmt: skip
+
+
 def meaning_table(run: RunFiles) -> Table | None:
     """Return whether the latents of each grouping mean the same at all their layers."""
     return _interpreted(
@@ -610,4 +625,4 @@ def extreme_latents_table(run: RunFiles, page: str, *, best: bool) -> Table | No
 QUALITY_TABLES = baselines_table, groupings_table
 LAYER_TABLES = layers_table, scale_table, variants_table, similarity_table
 COST_TABLES = parts_table, saved_table, sharing_table
-EXPLAINED_TABLES = explained_table, judged_table, meaning_table
+EXPLAINED_TABLES = explained_table, judged_table, meaning_table, matched_table

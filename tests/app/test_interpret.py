@@ -110,11 +110,36 @@ def test_a_stopped_pass_resumes_to_the_same_result(
     monkeypatch.setattr(reading.Pass, "update", stop)
     with pytest.raises(Stopped):
         interpreted(copy)
-    assert (copy / "interpretation" / "collecting" / "state.json").exists()
+    assert (copy / "interpretation" / "collecting" / "0" / "state.json").exists()
     parts.clear()
     resumed = interpreted(copy)
     assert 2 not in parts  # (the trial that estimates the time reads part 0)
     assert same(resumed, undisturbed)
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(copy: Path, tmp_path: Path) -> None:
+    alone = interpreted(Path(shutil.copytree(copy, tmp_path / "other")))
+    launched = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launched, "-m", "groupsae.interpret", f"run={copy}", *OPTIONS],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert same(Interpretation(copy / "interpretation"), alone)
+
+
+def test_a_single_process_of_several_collects_alone(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after training under torchrun with interpret=true: the others do not come."""
+    alone = interpreted(Path(shutil.copytree(copy, tmp_path / "other")))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert same(interpreted(copy), alone)
 
 
 def test_a_dry_run_leaves_nothing(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

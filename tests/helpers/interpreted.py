@@ -83,7 +83,9 @@ def interpreted_run(folder: Path, kind: str = "topk") -> Interpreted:
     done.collectors = collectors
     done.text, done.folder = (
         SimpleNamespace(
-            read=tokens.int().numpy, heldout_documents=lambda: np.arange(BLOCKS - EXPLAIN)
+            tokens=[EXPLAIN * CONTEXT, (BLOCKS - EXPLAIN) * CONTEXT],
+            read=tokens.int().numpy,
+            heldout_documents=lambda: np.arange(BLOCKS - EXPLAIN),
         ),
         folder / "records",
     )

@@ -226,6 +226,17 @@ def test_the_result_does_not_depend_on_the_size_of_the_parts(
     assert all(torch.equal(other[name], value) for name, value in collected.state().items())
 
 
+def test_two_processes_find_what_one_finds(suite, text, collected, tmp_path):
+    halves = [
+        collect(suite, text, tmp_path / str(i), [2], lambda n, i=i: n % 2 == i) for i in (0, 1)
+    ]
+    halves[0].merge(halves[1])
+    assert all(torch.equal(halves[0].state()[n], v) for n, v in collected.state().items())
+    for layer in LAYERS:
+        rows = (each.records.sorted_rows(layer) for each in (halves[0], collected))
+        np.testing.assert_array_equal(*rows)
+
+
 def test_a_loaded_state_continues_as_if_nothing_had_happened(suite, text, collected, tmp_path):
     first = collect(suite, text, tmp_path / "a", [2], lambda n: n < 5)
     fresh = collect(suite, text, tmp_path / "b", [2], lambda _: False)

@@ -5,6 +5,8 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
 from groupsae.grouping.groupings import Grouping
 from groupsae.interpretation.comparison import (
@@ -70,8 +72,14 @@ def found():
 
 
 @pytest.fixture(scope="module")
-def latents(explained):
-    return latents_frame(explained)
+def directions():
+    draws = torch.Generator().manual_seed(0)
+    return {n: torch.randn(60, 5, generator=draws) for n in ("shared", *OWN.values())}
+
+
+@pytest.fixture(scope="module")
+def latents(explained, found, directions):
+    return latents_frame(explained, found, directions)
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +179,27 @@ def test_kinds_are_shares_of_the_shared_latents(explained, frame):
         assert frame[kind]["complete-2"] == pytest.approx(np.mean([k == kind for k in kinds]))
     assert frame[list(KINDS)].loc["complete-2"].sum() == pytest.approx(1)
     assert frame["labels"].isna()["per_layer"]
+
+
+def test_a_match_is_the_latent_with_the_most_similar_direction(
+    explained, found, directions, latents, frame
+):
+    ours = latents[latents["sae"] == "shared"]
+    f1 = {(r.sae, r.latent): r.f1 for r in latents.itertuples()}
+    gaps = []
+    for row in ours.itertuples():
+        direction = directions["shared"][row.latent]
+        cosines = F.cosine_similarity(directions[OWN[row.layer]], direction[None], dim=1)
+        assert row.match == int(cosines.argmax())
+        assert row.cosine == pytest.approx(float(cosines.max()), abs=1e-6)
+        if row.match < 30:  # it was explained
+            gaps.append(row.f1 - f1[OWN[row.layer], row.match])
+    assert frame["matched"]["complete-2"] == len(gaps) > 3
+    assert frame["matched_difference"]["complete-2"] == pytest.approx(np.mean(gaps))
+    assert np.isfinite(frame["random_difference"]["complete-2"])
+    assert (
+        latents_frame(explained, found[:1], directions)["match"].isna().all()
+    )  # without one SAE per layer
 
 
 def test_transfer_is_a_mean_over_the_latents_where_it_is_defined(explained):

@@ -18,7 +18,7 @@ from groupsae.interpretation.files import Interpretation
 from groupsae.reporting.load import read_explained
 from groupsae.reporting.page import write_report
 from groupsae.suite.groups_file import load_plan
-from groupsae.suite.suite import load_suite
+from groupsae.suite.suite import load_saes, load_suite
 from tests.helpers.interpreted_run import interpret, interpreted
 from tests.helpers.wandb_files import recorded, values
 
@@ -34,7 +34,8 @@ def test_the_command_writes_the_tables(folder: Path):
     names = [grouping.name for grouping in groupings(plan)]
     assert tables["groupings"]["grouping"].tolist() == names
     explained = json.loads((folder / "interpretation" / "explanations.json").read_text())["saes"]
-    again = latents_frame(explained)
+    every = {n: load_saes(folder / "saes", [n]).directions(n) for n in explained}
+    again = latents_frame(explained, groupings(plan), every)
     pd.testing.assert_frame_equal(again, tables["latents"], check_dtype=False)
 
 

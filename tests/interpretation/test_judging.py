@@ -19,10 +19,12 @@ from groupsae.app.console import print_judged
 from groupsae.interpretation.explain import Explainer, explain_sae
 from groupsae.interpretation.judge_scores import auc, verdict
 from groupsae.interpretation.judge_windows import (
+    DELPHI,
     NEIGHBOUR,
     POSITIVE,
     RANDOM,
     SAME_TOKEN,
+    Protocol,
     Window,
     WindowChooser,
     text_of,
@@ -34,6 +36,8 @@ from groupsae.lm.load import FrozenLM
 from groupsae.runtime.errors import UserError
 from tests.helpers.chat_server import ChatServer
 from tests.helpers.planted_latents import CONTEXT, LATENTS, WORDS, plant
+
+OURS = Protocol()
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +61,7 @@ def fresh(tmp_path):
 
 @pytest.fixture(scope="module")
 def windows(found):
-    chooser = WindowChooser(found, found.saes["g"])
+    chooser = WindowChooser(found, found.saes["g"], OURS)
     return {latent: chooser.of(latent) for latent in range(LATENTS)}
 
 
@@ -82,12 +86,12 @@ def endpoint(server, found, **options) -> Endpoint:
     return Endpoint(ledger, print, url=server.url, **{"model": "m", "parallel": 4, **options})
 
 
-def judged_by(answer, found, by_rules, count=LATENTS, **options):
+def judged_by(answer, found, by_rules, protocol=OURS, count=LATENTS, **options):
     lines = []
     with ChatServer(answer) as server:
         judge = endpoint(server, found, **options)
         found.explanations = by_rules
-        result = judge_run(found, judge, count, 0, lines.append)
+        result = judge_run(found, judge, protocol, count, 0, lines.append)
     return result, lines, server
 
 
@@ -147,7 +151,7 @@ def test_score_windows_whose_context_was_explained_are_dropped(fresh):
         both = np.concatenate([first, again])
         np.save(file, both[np.lexsort((both["position"], both["latent"]))])
     found = type(fresh)(fresh.folder)
-    chooser = WindowChooser(found, found.saes["g"])
+    chooser = WindowChooser(found, found.saes["g"], OURS)
     shown = chooser.of(3)
     assert shown.dropped >= 20
 
@@ -182,10 +186,22 @@ def test_silent_windows_with_the_same_token(fresh):
     for layer in (0, 1):  # it fires on every other occurrence only
         file = fresh.folder / "collected" / "g" / f"layer.{layer}.npy"
         np.save(file, np.load(file)[::2])
-    shown = WindowChooser(fresh, fresh.saes["g"]).of(2)
+    shown = WindowChooser(fresh, fresh.saes["g"], OURS).of(2)
     same = [w for w in shown.score if w.kind == SAME_TOKEN]
     assert len(same) == 15
     assert all(fresh.tokens[w.peak] == 3 for w in same)
+
+
+def test_delphis_windows_come_from_one_list_and_overlap(found):
+    chooser = WindowChooser(found, found.saes["g"], DELPHI)
+    shares = []
+    for latent in range(LATENTS):
+        shown = chooser.of(latent)
+        assert Counter(window.kind for window in shown.score) == {POSITIVE: 50, RANDOM: 50}
+        assert len(shown.explain) == 40
+        assert all(window.start < found.num_tokens[0] for window in shown.score)
+        shares.append(shown.overlap)
+    assert 0.1 < np.mean(shares) < 0.5
 
 
 # ---- scores -------------------------------------------------------------------------------
@@ -242,6 +258,7 @@ def test_a_judge_that_reads_scores_planted_latents_as_perfect(fresh, by_rules):
             assert (mean["latents"], mean["failed"]) == (LATENTS, 0)
     assert sae["intruder"] == 1.0
     assert sae["discrimination"] == 1.0
+    assert sae["overlap"] == 0.0
     assert server.repeated == 0
     # the page and the table show it
     label = labels_of(fresh)["g", 2].judged[0]
@@ -271,10 +288,16 @@ def test_a_judge_that_remembers_the_windows_to_explain_scores_the_null(fresh, by
         spans = {" ".join(clean[i : i + 8]) for i in range(len(clean))}
         return "yes" if spans & remembered[name] else "no"
 
-    found, _, _ = judged_by(remembers, fresh, by_rules, count=4)
+    ours, _, _ = judged_by(remembers, fresh, by_rules, count=4)
+    remembered.clear()
+    delphi, _, _ = judged_by(remembers, fresh, by_rules, DELPHI, 4, model="n")
     for task in ("detection", "fuzzing"):
-        mean = found["saes"]["g"]["mean"]["judge"][task]["balanced_accuracy"]
+        mean = ours["saes"]["g"]["mean"]["judge"][task]["balanced_accuracy"]
         assert mean["mean"] == pytest.approx(mean["null"], abs=0.02)
+        # what explaining and scoring on one list gives away
+        leaky = delphi["saes"]["g"]["mean"]["judge"][task]["balanced_accuracy"]
+        assert leaky["mean"] > leaky["null"] + 0.05
+    assert delphi["saes"]["g"]["overlap"] > 0.1
 
 
 def test_answers_that_cannot_be_parsed_get_one_more_attempt_and_are_counted(fresh, by_rules):
@@ -289,7 +312,7 @@ def test_answers_that_cannot_be_parsed_get_one_more_attempt_and_are_counted(fres
     with ChatServer(sometimes) as server:
         judge = endpoint(server, fresh)
         fresh.explanations = by_rules
-        result = judge_run(fresh, judge, 3, 0, print)
+        result = judge_run(fresh, judge, OURS, 3, 0, print)
     mean = result["saes"]["g"]["mean"]["judge"]
     assert mean["detection"]["failed"] == 0
     fuzzed = [
@@ -334,7 +357,7 @@ def test_the_bundled_model_is_not_qualified(fresh, by_rules):
         FrozenLM(name="tiny"),
         torch.device("cpu"),
     )
-    assert not Judging(fresh, judge).qualification()["qualified"]
+    assert not Judging(fresh, judge, OURS).qualification()["qualified"]
 
 
 def test_a_killed_judge_continues_and_pays_for_nothing_twice(fresh, by_rules):
@@ -344,7 +367,7 @@ def test_a_killed_judge_continues_and_pays_for_nothing_twice(fresh, by_rules):
             warnings.simplefilter("ignore", DeprecationWarning)  # fork with the server's threads
             child = os.fork()
         if child == 0:
-            judge_run(fresh, endpoint(server, fresh, parallel=2), 2, 0, print)
+            judge_run(fresh, endpoint(server, fresh, parallel=2), OURS, 2, 0, print)
             os._exit(0)
         while len(server.bodies) < 200:
             time.sleep(0.01)
@@ -352,7 +375,7 @@ def test_a_killed_judge_continues_and_pays_for_nothing_twice(fresh, by_rules):
         os.waitpid(child, 0)
         paid = len(server.bodies)
         judge = endpoint(server, fresh, parallel=2)
-        result = judge_run(fresh, judge, 2, 0, print)
+        result = judge_run(fresh, judge, OURS, 2, 0, print)
         assert server.repeated <= 4  # requests that were on their way
         assert len(server.bodies) - paid > 200
     untouched = plant(Path(fresh.folder.parent) / "other" / "interpretation")
@@ -376,7 +399,7 @@ def test_a_single_latent_has_no_null_and_no_latent_no_scores(fresh, by_rules, tm
 
 
 def test_needs_are_those_of_the_requests_that_follow(fresh, by_rules):
-    requests, tokens, _ = planned(4)
+    requests, tokens, _ = planned(OURS, 4)
     _, _, server = judged_by(knows, fresh, by_rules, count=4)
     # some of the questions are the same, and these latents have no windows with the same token
     assert len(server.bodies) <= requests <= 1.3 * len(server.bodies)
