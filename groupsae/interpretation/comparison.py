@@ -59,9 +59,9 @@ def latents_frame(
     unit = {name: F.normalize(each.float(), dim=1) for name, each in directions.items()}
     for name, sae in explained.items():
         layers, shared = sae["layers"], len(sae["layers"]) > 1
-        numbers = [row["latent"] for row in sae["latents"]]
+        latents = [row["latent"] for row in sae["latents"]]
         nearest = {
-            layer: (unit[name][numbers] @ unit[own[layer]].T).max(1)
+            layer: (unit[name][latents] @ unit[own[layer]].T).max(1)
             for layer in layers
             if shared and layer in own
         }

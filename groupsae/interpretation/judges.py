@@ -441,7 +441,7 @@ class Local:
     def _ids(self, prompt: str) -> list[int]:
         if self.tokenizer.chat_template:
             chat = [{"role": "user", "content": prompt}]
-            encoded = self.tokenizer.apply_chat_template(
+            encoded: Any = self.tokenizer.apply_chat_template(
                 chat, add_generation_prompt=True, return_dict=True
             )
             return list(encoded["input_ids"])
