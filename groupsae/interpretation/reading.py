@@ -25,7 +25,8 @@ from groupsae.runtime.signals import Stopped
 from groupsae.suite.suite import Suite
 
 SAVE_EVERY = 600.0  # seconds between saved states
-SORTED = 100  # bytes of a firing while its part is sorted, as benchmarks.interpretation found
+# bytes while a part is added, fitted to SAEs of three sizes: k of 16 to 64, one to three SAEs
+FIRED, PEAK = 12, 112  # of a firing, of all SAEs; of a latent in a window, of the largest SAE
 DIRECTIONS = 8  # random ones, with which latents are compared
 
 
@@ -84,15 +85,17 @@ class Pass:
 
         Memory is for contexts, counts, and the firings of a part, which are sorted together.
         """
-        contexts = fired = records = 0
+        contexts = fired = peaks = records = 0
         for collector in self.collectors.values():
             contexts += sum(tensor.nbytes for tensor in collector.state().values())
-            fired += sum(int(each.fired.sum()) for each in collector.statistics.values())
+            counts = collector.statistics.values()
+            fired += sum(int(each.fired.sum()) for each in counts)
+            peaks = max(peaks, sum(int(each.windows.sum()) for each in counts))
             records += sum(collector.records.sizes().values())
         each = records / tokens + 2 * DIRECTIONS * len(self.layers)
         part = min(self.text.size * self.text.context, max(self.text.tokens))
         return (
-            contexts + round(SORTED * fired / tokens * part),
+            contexts + round((FIRED * fired + PEAK * peaks) / tokens * part),
             contexts + round(each * sum(self.text.tokens)),
         )
 
