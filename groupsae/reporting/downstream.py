@@ -84,18 +84,18 @@ def tasks_table(run: RunFiles) -> Table | None:
             "task": gate["task"],
             "accuracy": gate.get("accuracy") and min(gate["accuracy"], gate["accuracy_swapped"]),
             "task_metric": gate.get("metric") and min(gate["metric"], gate["metric_swapped"]),
-            "reason": gate["reason"],
         }
+        reason = gate["reason"]
         for found in _of(run, "tasks"):
             if (found["task"], found["grouping"]) != (gate["task"], _shown(run)):
                 continue
-            row["reason"] = row["reason"] or found["reason"]
+            reason = reason or found["reason"]
             errors = found["errors"]
             if errors == "none":
                 row |= estimates({"ld_recovered": found.get("full")}, "ld_recovered")
             shown = {f"faithfulness_{errors}": found.get("faithfulness")}
             row |= estimates(shown, *shown)
-        rows.append(row)
+        rows.append(row | {"reason": reason})
     return build(
         "circuit_tasks",
         f"Tasks: the model's lower accuracy and mean metric of both directions, and the circuits "

@@ -125,19 +125,20 @@ class Circuits:
         }
         # by grouping, task and metric
         estimates: dict[str, dict[str, dict[str, Estimate]]] = {name: {} for name in saes}
-        total = len(tasks) * (1 + len(groupings))
-        with watch, token_progress("circuits", total, show=True) as advance:
-            for number, task in enumerate(tasks):
+        sizes = [sum(2 * len(p.prompts[0]) for p in task.train + task.test) for task in tasks]
+        with watch, token_progress("circuits", sum(sizes) * len(saes), show=True) as advance:
+            for number, (task, size) in enumerate(zip(tasks, sizes, strict=True)):
                 measured = _Measured(self, subject, task, number)
                 found["gate"].append(measured.gate())
-                if found["gate"][-1]["reason"] is None:
+                if found["gate"][-1]["reason"] is not None:
+                    advance(size * len(saes))
+                else:
                     effects = measured.effects(saes.values())
                     for name, served in saes.items():
                         rows, estimates[name][task.name] = measured.grouping(name, served, effects)
                         for table, lines in rows.items():
                             found[table] += lines
-                        advance(1)
-                advance(1)
+                        advance(size)
         found["gate"] += [{"task": name, "reason": why} for name, why in lacking.items()]
         if all(row["reason"] for row in found["gate"]):
             reasons = "; ".join(f"{row['task']}: {row['reason']}" for row in found["gate"])
