@@ -103,8 +103,10 @@ def interpret(
     judge = judge_of(target, options, console, place) if rank == 0 else None
     if judge is not None and not dry_run:
         judge.check()
-    again = {"dry_run": dry_run, "overwrite": overwrite}
-    collect(target, data, saes, options, console, **again, rank=rank, count=count)
+    collect(
+        target, data, saes, options, console,
+        dry_run=dry_run, overwrite=overwrite, rank=rank, count=count,
+    )  # fmt: skip
     if rank > 0:
         return
     if dry_run:

@@ -102,12 +102,9 @@ class Vocabulary:
 
 
 class Places:
-    """A text whose positions are described by atoms.
+    """A text whose positions are described by atoms: blocks of `context` tokens on their own.
 
-    Args:
-        tokens: all tokens, blocks of `context` one after the other.
-        context: tokens in a block; nothing before it counts.
-        strings: text of every token.
+    `strings` are the texts of all tokens that it may hold.
     """
 
     def __init__(
@@ -217,12 +214,7 @@ def counted(atoms: Int[np.ndarray, "row slot"], total: int) -> Int[np.ndarray, "
 
 
 class Held:
-    """At which positions of a part of a text each atom holds, as bits.
-
-    Args:
-        text: the text.
-        where: the positions, complete blocks.
-    """
+    """At which positions of a part of a text, complete blocks, each atom holds, as bits."""
 
     def __init__(self, text: Places, where: slice) -> None:
         self.text, self.size = text, where.stop - where.start

@@ -87,12 +87,7 @@ class Records:
 class SAECollector:
     """What the latents of one SAE do on all layers that it serves.
 
-    Args:
-        name: name of the SAE.
-        suite: the SAE alone.
-        kept: how much to keep.
-        records: folder for the complete firings of the latents to explain.
-        device: where the tensors are.
+    `suite` holds that SAE alone; the complete firings of the latents to explain go into `records`.
 
     Attributes:
         statistics: counts by layer.
@@ -190,13 +185,8 @@ def excerpt_around(
     """Return where the contexts around some places begin, and their numbers of tokens.
 
     The place of the peak in its context is drawn, as a function of its position: it must not
-    betray the peak. A context lies inside its document, and is as long as that allows.
-
-    Args:
-        places: places of the peaks, counted from position `first` of the text.
-        starts: where the document of each token begins, counted in the same way.
-        ends: where it ends.
-        first: position of place 0.
+    betray the peak. A context lies inside its document, and is as long as that allows; of each
+    token's document there are `starts` and `ends`. All are counted from position `first`.
     """
     before = LEAST_BEFORE + mix(places + first) % (MOST_BEFORE - LEAST_BEFORE + 1)
     begin = torch.minimum(places - before, ends[places] - WINDOW)

@@ -41,12 +41,8 @@ def verdict(yes: Yes, windows: Sequence[Window], rate: float) -> dict[str, Any]:
     - precision = rate tpr / (rate tpr + (1 - rate) fpr), of random windows, and f1 of precision
       and tpr: at the natural rate.
 
-    None where no window of a kind has an answer.
-
-    Args:
-        yes: the answers.
-        windows: as many.
-        rate: share of all windows in which the latent fires.
+    None where no window of a kind has an answer. The rate is the share of all windows in which the
+    latent fires.
     """
     kinds = np.array([window.kind for window in windows])
     deciles = np.array([window.group for window in windows])
@@ -140,11 +136,8 @@ def summary(
     `mean` is over latents, `by_firings` weighted by the tokens on which each fires; `null` is the
     mean for the explanation of another latent, and adjusted = (S - S0) / (1 - S0) of the two.
     `pooled` is the balanced accuracy over all windows of all latents, as delphi gives it.
-
-    Args:
-        latents: of each what the judge saw, and its answers by both explanations.
-        documents: the document of every position.
-        seed: of the resamples: documents and latents are drawn, with replacement.
+    Of each latent there is what the judge saw, and its answers by both explanations. Resamples
+    draw documents, of which there is a number for every position, and latents, with replacement.
     """
     sides = [
         [verdict(yes[side], shown.score, shown.rate) for shown, yes in latents] for side in (0, 1)

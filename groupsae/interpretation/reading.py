@@ -34,16 +34,7 @@ class Pass:
     """One process's share of the pass over a text, for the SAEs of a run: every `count`-th part.
 
     What it has found lies in `folder` when it is saved, and a pass with the same key resumes from
-    there.
-
-    Args:
-        folder: `interpretation/collecting` of the run.
-        key: what the result depends on, as a hash.
-        data: the stream of the run, with its model.
-        text: the parts to read.
-        saes: SAEs by name, each alone.
-        kept: how much to keep of each latent.
-        rank, count: which of how many processes this is.
+    there. The key is a hash of what the result depends on; each of `saes`, by name, is alone.
     """
 
     def __init__(

@@ -131,10 +131,7 @@ class TokenTable:
     ) -> float:
         """Return its area under precision against recall.
 
-        Args:
-            places: where the latent fires in the text to explain.
-            acts: its activations there.
-            truth: where it fires in the score text.
+        The latent fires at `places` of the text to explain, and at those of `truth` in the other.
         """
         sums = np.bincount(self.early[places], acts, minlength=self.size)
         means = np.where(self.counts < 3, 0.0, sums / np.maximum(self.counts, 1))

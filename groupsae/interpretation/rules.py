@@ -63,13 +63,7 @@ class Side(NamedTuple):
 
 
 class Evidence:
-    """The positions of a text, from 0 on, that rules are learnt from.
-
-    Args:
-        text: the text.
-        size: number of positions.
-        grow: which of them rules are grown on; the others prune them.
-    """
+    """The first `size` positions of a text: rules grow on some of them, the others prune."""
 
     def __init__(self, text: Places, size: int, grow: Bool[np.ndarray, " position"]) -> None:
         self.text, self.held = text, Held(text, slice(0, size))
@@ -122,12 +116,8 @@ def learn(
 
     Rules of one or two atoms are added as long as they raise F1 on the growing documents and, by
     0.005 at least, on those for pruning; one that does not help there is deleted. Deterministic.
-
-    Args:
-        evidence: the text to explain.
-        positions: where the latent fires in it, ascending.
-        acts: its activations there.
-        atoms: what holds at these positions; None: it is looked up.
+    `positions`, ascending, are where it fires in the text to explain; `atoms` what holds there,
+    which is looked up if not given.
     """
     if len(positions) < LEAST_FIRINGS:
         return ()

@@ -53,9 +53,7 @@ def cofiring(
     - persistence = mean over tokens on which any layer fires of (layers firing) / n;
     - independent = the same if layers fired independently: sum p / (n (1 - prod (1 - p))).
 
-    Args:
-        positions: where each layer fires.
-        tokens: number of positions.
+    `positions` are where each layer fires, among `tokens`.
     """
     anywhere, owner = np.unique(np.concatenate(positions), return_inverse=True)
     sizes, n = np.array([len(p) for p in positions]), len(positions)

@@ -35,10 +35,7 @@ class Text:
     Both are a fixed sample of their split, the same for every seed, so that runs are compared on
     the same text. A position is block * context + token, in the order of the sample.
 
-    Args:
-        data: the stream of the run.
-        explain: most tokens of the training split.
-        score: most held-out tokens.
+    `explain` tokens of the training split are read, and `score` held-out ones, at most.
 
     Raises:
         UserError: a text is shorter than a window.
