@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from contextlib import nullcontext
 
 from omegaconf import DictConfig
 
@@ -25,7 +26,8 @@ def interpret(cfg: DictConfig) -> None:
         trained.logger = cfg.logger
     from groupsae.app.interpret import interpret  # slow imports only after the cheap checks
 
-    with lock_folder(folder):
+    rank, count = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    with lock_folder(folder) if rank == 0 else nullcontext():  # of torchrun's processes the first
         interpret(
             folder,
             trained,
@@ -33,8 +35,8 @@ def interpret(cfg: DictConfig) -> None:
             cfg.device,
             dry_run=cfg.dry_run,
             overwrite=cfg.overwrite,
-            rank=int(os.environ.get("RANK", "0")),  # of torchrun
-            count=int(os.environ.get("WORLD_SIZE", "1")),
+            rank=rank,
+            count=count,
         )
 
 

@@ -25,8 +25,8 @@ from groupsae.runtime.signals import Stopped
 from groupsae.suite.suite import Suite
 
 SAVE_EVERY = 600.0  # seconds between saved states
-# bytes while a part is added, fitted to SAEs of three sizes: k of 16 to 64, one to three SAEs
-FIRED, PEAK = 12, 112  # of a firing, of all SAEs; of a latent in a window, of the largest SAE
+# bytes while a part is added, fitted to four sizes: d_sae 512 to 4096, k 16 to 64, 1 to 3 SAEs
+FIRED, PEAK = 12, 170  # of a firing, of all SAEs; of a latent in a window, of the largest SAE
 DIRECTIONS = 8  # random ones, with which latents are compared
 
 
