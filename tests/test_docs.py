@@ -19,6 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from groupsae.app.run_folder import register_resolver
+from groupsae.config.arguments import with_parts
 
 ROOT = Path(__file__).parent.parent
 CONF, DOCS = ROOT / "conf", ROOT / "docs"
@@ -186,6 +187,7 @@ def check(command: str, typed: str, own_conf: Path) -> None:
     assert set(arguments) - set(overrides) <= {"-m", "--cfg", "job"}, arguments
     if command == "report":  # which takes several folders with commas between
         overrides = [re.sub(r"^run=(.*)$", r"run=[\1]", each) for each in overrides]
+    overrides = with_parts(overrides)
     for point in points(overrides) if sweep else [overrides]:
         compose_once(command, tuple(point))
 

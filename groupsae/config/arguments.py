@@ -83,14 +83,14 @@ def read(arguments: Sequence[str], name: str) -> list[str]:
     ['evaluation=circuits', 'evaluation.circuits.tasks=[ioi,agreement]']
     """
     sweep = bool({"-m", "--multirun"} & set(arguments))
-    given = [_read(argument, name, sweep) for argument in _with_parts(arguments)]
+    given = [_read(argument, name, sweep) for argument in with_parts(arguments)]
     if name == "train" and any(each.startswith("resume=") for each in given):
         # these are the resumed run's, whose keys the default model and text may not have
         return [f"++{each}" if each.startswith(PLACES) else each for each in given]
     return given
 
 
-def _with_parts(arguments: Sequence[str]) -> list[str]:
+def with_parts(arguments: Sequence[str]) -> list[str]:
     """Return the arguments with `tasks=` as that of the part of the evaluation that has tasks."""
     chosen = " ".join(each for each in arguments if each.startswith("evaluation="))
     parts = [part for part in ("circuits", "harness") if part in chosen]

@@ -55,13 +55,14 @@ def lost_table(run: RunFiles) -> Table | None:
 def circuits_table(run: RunFiles) -> Table | None:
     """Return the circuits of every grouping, means over tasks."""
     rows = _of(run, "groupings")
-    compared = ("ld_recovered", "faithfulness_none", "faithfulness_keep")
+    compared = ("ld_left", "ld_recovered", "faithfulness_none", "faithfulness_keep")
     pairs = [name for metric in compared for name in (metric, f"{metric}_lost")]
     others = ("completeness_none", "random_none", "single_layers")
     return build(
         "circuits",
         f"Circuits, means over {rows[0]['tasks'] if rows else 0} tasks: share of the logit "
-        "difference (LD) that is left with all layers spliced; areas of faithfulness without the "
+        "difference (LD) that is left with all layers spliced, and recovered from that of the "
+        "other prompt (with no preference left: about a half); areas of faithfulness without the "
         "SAEs' errors and with them (1 is the model), each with what is lost against one SAE per "
         "layer, paired; completeness, random: without errors; LD left with one layer spliced",
         [
@@ -92,7 +93,7 @@ def tasks_table(run: RunFiles) -> Table | None:
             reason = reason or found["reason"]
             errors = found["errors"]
             if errors == "none":
-                row |= estimates({"ld_recovered": found.get("full")}, "ld_recovered")
+                row |= estimates({"ld_left": found.get("left")}, "ld_left")
             shown = {f"faithfulness_{errors}": found.get("faithfulness")}
             row |= estimates(shown, *shown)
         rows.append(row | {"reason": reason})

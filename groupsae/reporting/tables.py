@@ -85,11 +85,12 @@ HEADINGS = {  # of the columns that are shown
     "labels_of": "labels",
     "accuracy": "accuracy", "task_metric": "metric", "reason": "left out because",
     "effect": "effect", "single_layers": "one layer spliced",
+    "ld_left": "LD left", "ld_left_lost": "lost, left",
     "ld_recovered": "LD recovered", "faithfulness_none": "no errors",
     "faithfulness_keep": "errors kept",
     "completeness_none": "completeness",
     "random_none": "random",
-    "ld_recovered_lost": "LD lost", "faithfulness_none_lost": "lost, no errors",
+    "ld_recovered_lost": "lost, recovered", "faithfulness_none_lost": "lost, no errors",
     "faithfulness_keep_lost": "lost, errors kept",
 }
 DIGITS = {  # after the decimal point; others have 4
@@ -101,6 +102,7 @@ DIGITS = {  # after the decimal point; others have 4
     **dict.fromkeys(("detection_f1_difference", "fuzzing_f1_difference"), 3),
     **dict.fromkeys(("f1_difference", "one_label_f1_difference", "matched_difference"), 3),
     **dict.fromkeys(("random_difference", "matched_cosine"), 3),
+    **dict.fromkeys(("ld_left", "ld_left_lost"), 3),
     **dict.fromkeys(("ld_recovered", "faithfulness_none", "faithfulness_keep"), 3),
     **dict.fromkeys(("completeness_none", "random_none", "single_layers"), 3),
     **{f"{m}_lost": 3 for m in ("ld_recovered", "faithfulness_none", "faithfulness_keep")},

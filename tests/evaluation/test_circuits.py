@@ -453,6 +453,7 @@ def test_the_part_finds_what_the_toy_model_does_whatever_the_batch(tmp_path: Pat
     found = measured(file)
     (row,) = found["groupings"]
     assert row["ld_recovered"]["value"] == pytest.approx(1)
+    assert row["ld_left"]["value"] == pytest.approx(1)
     assert row["faithfulness_keep"]["value"] == pytest.approx(row["faithfulness_none"]["value"])
     assert row["single_layers"]["value"] == pytest.approx(1)
     full = [r for r in found["curves"] if r["fraction"] == 1.0]
@@ -506,3 +507,21 @@ def test_a_task_that_the_model_fails_or_that_has_no_ratio_gives_a_reason(tmp_pat
     (row,) = Circuits(tasks=[str(file)], **values).measure(subject)["tasks"]
     assert "not clearly above 0, so no ratio is defined" in row["reason"]
     assert "faithfulness" not in row
+
+
+def test_where_all_saes_leave_no_preference_the_metric_is_lost_but_half_is_recovered(
+    tmp_path: Path,
+) -> None:
+    """Patched latents are those of the unchanged model: they do not pass through layer 0's SAE."""
+
+    def blind(subject: Subject) -> Subject:
+        none, exact = identity(6), identity(6)
+        with torch.no_grad():
+            none.W_dec.zero_()
+        configs = {n: {"layers": [x], "norm_factors": {str(x): 1.0}} for x, n in enumerate("ab")}
+        suite = Suite({"a": none, "b": exact}, configs).to(torch.float64)
+        return replace(subject_of(suite, subject.lm), tokenizer=subject.tokenizer)
+
+    (row,) = measured(tmp_path / "toy.jsonl", change=blind)["groupings"]
+    assert row["ld_left"]["value"] == pytest.approx(0)
+    assert row["ld_recovered"]["value"] == pytest.approx(0.5)

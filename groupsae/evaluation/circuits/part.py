@@ -4,6 +4,7 @@ For every task and grouping, with m(C) the mean metric over the test examples wi
 
     faithfulness(N) = (m(C_N) - m(empty)) / (m(model) - m(empty))          1 is the model
     completeness(N) = (m(all but C_N) - m(empty)) / (m(model) - m(empty))  low is complete
+    LD recovered = F of all latents without errors,  LD left = m(all latents) / m(model)
 
 C_N are the N latents with the largest effects; the empty circuit uses the same ablation and the
 same errors. Intervals resample pairs; numerator and denominator are of one resample, and
@@ -252,10 +253,9 @@ class _Measured:
             of_errors = head | {"errors": errors}
             rows["tasks"].append(of_errors | {"active": order.active} | row)
             rows["curves"] += [of_errors | each for each in curves]
-            full = found.pop("full", None)
+            of_all = {f"ld_{name}": found.pop(name) for name in ("recovered", "left") if found}
             estimates |= {f"{metric}_{errors}": each for metric, each in found.items()}
-            if errors == "none" and full is not None:
-                estimates["ld_recovered"] = full
+            estimates |= of_all if errors == "none" else {}
         if self.part.single_layers:
             kept = self._single_layers(saes)
             estimates["single_layers"] = np.mean(list(kept.values()), axis=0)
@@ -307,7 +307,10 @@ class _Measured:
                 "defined"
             )
             return row, [], {}
-        found: dict[str, Estimate] = {"full": mean(full - empty) / scale}
+        found: dict[str, Estimate] = {
+            "recovered": mean(full - empty) / scale,
+            "left": mean(full) / mean(self.model),
+        }
         curves = []
         for kind in self.part.curves:
             fractions = np.array(self.part.fractions)
