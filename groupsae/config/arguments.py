@@ -240,7 +240,7 @@ def _explained(error: HydraException, arguments: Sequence[str], name: str) -> Us
     chosen = [each for each in arguments if (CONF / each.partition("=")[0]).is_dir()]
     with _our_files(), suppress(HydraException):  # options of the user's own, sweeps
         plain: Any = OmegaConf.to_container(compose(name, overrides=chosen))
-        every = list(_dotted(plain))
+        every = [each for each in _dotted(plain) if not key.startswith(f"{each}.")]
     same = [each for each in every if each.rpartition(".")[2] == key.rpartition(".")[2]]
     near = (same or difflib.get_close_matches(key, every, cutoff=0.75))[:3]
     meant = f" Did you mean {' or '.join(near)}?" if near else ""
