@@ -39,6 +39,7 @@ SMALL = [  # a run, trained and evaluated in one command
     "evaluation.circuits.single_layers=false", "evaluation.circuits.bootstrap.resamples=10",
 ]  # fmt: skip
 METRICS = {  # of circuits
+    "ld_left": "LD left",
     "ld_recovered": "LD recovered",
     "faithfulness_none": "faithfulness, no errors",
     "faithfulness_keep": "faithfulness, errors kept",
