@@ -111,13 +111,13 @@ def collected(run: Path) -> dict[str, Any]:
                 seconds["forward and encoding"].append(time.perf_counter() - began)
             tokens += part.tokens.numel()
             early = peak() if tokens <= FIRST or not early else early
-        late = peak()
+        late, planned = peak(), found.needs(tokens)[0]
     return {
         "seconds": {name: sum(each) for name, each in seconds.items()},
         "timed": len(seconds["collecting"]),
         "read": tokens,
         "memory": {
-            "planned": found.needs(tokens)[0],
+            "planned": planned,
             "early": early - before,
             "late": late - before,
         },
