@@ -210,7 +210,7 @@ def main() -> None:
         run = trained(Path(output) / "run", *wide * smallest())
         figures = collected(run) if smallest() else in_a_child(run)
         interpret(run, *text(TOKENS // 5), f"interpretation.latents={4 if smallest() else 64}")
-        times, (latents, wide, spent) = explained(run), transferred(run)
+        times, (latents, depth, spent) = explained(run), transferred(run)
         if not smallest():
             run = trained(Path(output) / "wide", *wide)
             interpret(run, *text(TOKENS // 16), "interpretation.latents=4")
@@ -232,9 +232,9 @@ def main() -> None:
         lines.append(
             f"| one explanation of {count}, SAE of {layers} layers, CPU | {each:.3f} s | 0.1 s |"
         )
-    each = spent / max(latents * wide**2, 1)
+    each = spent / max(latents * depth**2, 1)
     lines.append(
-        f"| transfer matrices of 256 latents x 12 layers, from {latents} x {wide}, CPU "
+        f"| transfer matrices of 256 latents x 12 layers, from {latents} x {depth}, CPU "
         f"| {each * 256 * 12**2:.1f} s | 120 s |"
     )
     shown = "no Chromium" if seconds is None else f"{seconds:.2f} s"
