@@ -18,6 +18,11 @@ def import_saes(cfg: DictConfig) -> None:
     """Import the SAEs of one folder or repository."""
     if OmegaConf.is_missing(cfg, "saes") or cfg.saes is None:
         raise UserError("which SAEs? Give saes=<folder>, or saes=hf:<owner/name>.")
+    if cfg.evaluate or cfg.interpret:
+        raise UserError(
+            "evaluate=true and interpret=true are for training: import first, then give the run "
+            "folder that is printed to groupsae.evaluate or groupsae.interpret."
+        )
     check_own(cfg)
     from groupsae.app.import_saes import import_saes  # slow imports only after the cheap checks
 

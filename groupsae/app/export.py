@@ -92,6 +92,11 @@ def _check(cfg: DictConfig, run: Path, on_hub: bool) -> None:
     formats = f"format={', '.join([*FORMATS][:-1])} or {[*FORMATS][-1]}"
     if cfg.format is None and cfg.hub is None:
         raise UserError(f"nothing to do: give {formats}, or hub=<owner/name>, or both.")
+    if cfg.format is None and cfg.output is not None:
+        raise UserError(
+            f"output={cfg.output} is where format=... writes, and no format is given: leave it "
+            f"out, or give {formats}."
+        )
     if on_hub and cfg.format is None:
         raise UserError(f"run={run} is on the Hub already: give format=... to convert it.")
     if on_hub and cfg.output is None:

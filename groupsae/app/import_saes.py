@@ -55,6 +55,8 @@ def import_saes(cfg: DictConfig, overrides: Sequence[str] = ()) -> Path:
     model, name = str(cfg.model.name), cfg.name
     if name is None:
         name = Path(given).resolve().name if repo is None else repo.name.replace("/", "--")
+    if ".." in Path(str(name)).parts:
+        raise UserError(f"name={name} leaves the output folder: give a name, or an absolute path.")
     target = Path(str(cfg.output)) / last_part(model) / "imported" / str(name)
     source = Path(given) if repo is None else None
     check_free(target, overwrite=cfg.overwrite, ours=is_imported, source=source)

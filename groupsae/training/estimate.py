@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -250,26 +251,43 @@ def peak(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
 
 
-# ---- the seconds of SAEs of several sizes -------------------------------------------------------
+# ---- the forecast of a run that trains all groupings -------------------------------------------
 
 
-def step_seconds(
+def forecast(
     suite: GroupSAESuite, data: ActivationDataModule, device: torch.device, world_size: int
-) -> dict[Size, float]:
-    """Return the seconds of a step with one row per token, by the size of an SAE.
+) -> tuple[str, dict[Size, float]]:
+    """Return a sentence on what the suite's plan will need, and the seconds of a step by size.
 
     A small SAE takes longer than its FLOPs suggest, so each size is tried; the suite
-    stays as it is.
+    stays as it is. Seconds are those with one row per token.
     """
-    plan, processes = suite.plan, world_size if suite.spread else 1
-    batch, steps = data.first_rows(plan.slots, data.blocks_per_step)(), dict[Size, float]()
+    plan = suite.plan
+    make = data.first_rows(plan.slots, data.blocks_per_step)
+    batch = make()  # warms up
+    began = now(device)
+    for _ in range(LEAST):
+        batch = make()
+    activation_seconds = (now(device) - began) / LEAST * data.num_steps
+    processes = world_size if suite.spread else 1
+    steps = {}
     for index, size in enumerate(suite.sizes_of(plan.members)):
         planned = plan.members[index]
         if size not in steps:
             rows = partial(rows_of_owner, batch, [planned.layers], processes)
             trial = run_trial(suite, plan, [index], rows, device, num_steps=data.num_steps)
             steps[size] = trial.sae_seconds / data.rows_per_token(planned.layers)
-    return steps
+    own = [plan.members[i] for i in suite.own]
+    memory = bytes_needed(suite, data, own, 1 if suite.spread else world_size)
+    shown = [data.rows_per_token(planned.layers) for planned in own]
+    step = sum(steps[s] * rows for s, rows in zip(suite.sizes_of(own), shown, strict=True))
+    seconds = activation_seconds + step * data.num_steps
+    sentence = (
+        f"{len(plan.members)} SAEs from one stream: about {memory / 1e9:.1f} GB of memory, and by "
+        f"a trial of {LEAST} steps {timedelta(seconds=round(seconds))} of training "
+        f"({activation_seconds / seconds:.0%} of it the language model's)."
+    )
+    return sentence, steps
 
 
 # ---- dry run: before anything is packed, measured or trained ------------------------------------

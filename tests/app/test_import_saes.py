@@ -518,6 +518,10 @@ def test_nothing_is_left_of_an_import_that_fails(tiny_lm, tiny_text, tmp_path):
     with pytest.raises(UserError, match="'gguf'; use saelens"):
         imported(tmp_path / "repo", "format=gguf")
     assert "which SAEs" in refused("null")
+    for argument in ("evaluate=true", "interpret=true"):
+        assert "are for training: import first" in refused(tmp_path / "repo", argument)
+    with pytest.raises(UserError, match=r"name=../../x leaves the output folder"):
+        imported(tmp_path / "repo", *on(tiny_lm, tiny_text, tmp_path / "runs"), "name=../../x")
 
 
 @pytest.mark.parametrize("name", ["repo", ".", "mine"])

@@ -278,6 +278,16 @@ def test_a_file_that_is_not_complete_is_noticed_on_opening_and_filled_again(
     same_batches(training_batches(data), training_batches(make_data(None)))
 
 
+def test_a_damaged_file_that_this_run_does_not_write_is_named_once(make_data):
+    data = make_data()
+    path = data.reader.store.folder / "train" / "other" / "layer.01.safetensors"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"half")
+    data.reader.fill_training()
+    assert any(f"{path} is damaged" in sentence for sentence in data.reported)
+    assert not path.exists()
+
+
 def test_a_damaged_file_that_another_process_wrote_again_is_kept(make_data):
     first = make_data()
     first.reader.fill_training()

@@ -1,5 +1,7 @@
 """What a run will need: against what a step really takes, and the refusal before it starts."""
 
+import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -267,11 +269,12 @@ def test_what_turns_out_not_to_fit_is_refused_after_grouping(
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_an_ordinary_run_is_refused_too(
+def test_an_ordinary_run_is_refused_too_and_forecasts_nothing(
     watched: Watched,
     tiny_lm: Path,
     tiny_text: Path,
     tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = overrides(tiny_lm, tiny_text, tmp_path, "groups=per_layer")
     watched.free = lambda needed: 0
@@ -280,3 +283,24 @@ def test_an_ordinary_run_is_refused_too(
     assert watched.measured == 0
     watched.free = lambda needed: 10**12
     assert run(arguments)[0] == 0
+    assert "from one stream" not in capsys.readouterr().out
+
+
+def test_a_run_of_all_groupings_first_prints_what_it_will_need(
+    watched: Watched,
+    tiny_lm: Path,
+    tiny_text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    status, folder = run(overrides(tiny_lm, tiny_text, tmp_path, *ALL))
+    assert status == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    number = len(json.loads((folder / "groups.json").read_text())["saes"])
+    sentence = (
+        rf"{number} SAEs from one stream: about \d+\.\d GB of memory, and by a trial of 3 steps "
+        r"\d+:\d\d:\d\d of training \(\d+% of it the language model's\)\."
+    )
+    found = re.search(sentence, printed)
+    assert found is not None
+    assert found.start() < printed.index("Run folder")

@@ -50,7 +50,11 @@ class Filler:
             UserError: the disk is too small or cannot be written; complete files stay.
         """
         for damaged in self.store.damaged:  # counts as missing
-            self.say(f"{damaged}: it is written again.")
+            self.say(f"{damaged}: it is deleted, and written again when a run needs it.")
+            with try_lock(damaged.path.parent) as mine:
+                # otherwise another process is writing it just now, or has
+                if mine and not self.store.is_sound(damaged.path):
+                    damaged.path.unlink(missing_ok=True)
         store, context = self.store, self.store.layout.context
         needed = sum(size_of(gap, store.layout) for gap in gaps)
         check_room(store.folder, needed, later)

@@ -18,7 +18,7 @@ from groupsae.grouping.rules import needs_distances
 from groupsae.grouping.shares import advice, described
 from groupsae.runtime.errors import UserError, check_choice
 from groupsae.suite.groups_file import load_plan
-from groupsae.training.estimate import bytes_free, bytes_needed, refuse, step_seconds
+from groupsae.training.estimate import bytes_free, bytes_needed, forecast, refuse
 from groupsae.training.measure import SCALES, Measurement, measure, provenance_of
 from groupsae.training.parallel.collect import gather
 from groupsae.training.parallel.placement import describe, owners, spread
@@ -92,7 +92,8 @@ class GroupLayers(L.Callback):
         data.reader.fill_training()
         if self.plan.others:
             device = trainer.strategy.root_device
-            self.step_seconds = step_seconds(suite, data, device, trainer.world_size)
+            sentence, self.step_seconds = forecast(suite, data, device, trainer.world_size)
+            self.show(sentence)
         self.count_cost(suite, data)
         if trainer.is_global_zero:
             self.write(data)
