@@ -26,7 +26,8 @@ def interpret(cfg: DictConfig) -> None:
         trained.logger = cfg.logger
     from groupsae.app.interpret import interpret  # slow imports only after the cheap checks
 
-    rank, count = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank = int(os.environ.get("RANK", 0))
+    count = int(os.environ.get("WORLD_SIZE", 1))
     with lock_folder(folder) if rank == 0 else nullcontext():  # of torchrun's processes the first
         interpret(
             folder,

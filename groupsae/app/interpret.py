@@ -242,29 +242,14 @@ def collect(
         console.print("The contexts there are of other options, SAEs or text: collecting again.")
 
     with tempfile.TemporaryDirectory() as temporary:
-        seconds, memory, disk = Pass(Path(temporary), key, data, text, saes, kept).trial()
-    total = sum(text.tokens)
-    console.print(
-        f"{len(saes)} SAEs on {total:,} tokens ({text.tokens[0]:,} to explain, {text.tokens[1]:,} "
-        f"held-out): {format_bytes(memory)} of memory for contexts, counts and firings, "
-        f"{format_bytes(disk)} on disk, about {format_seconds(seconds)}",
-        soft_wrap=True,
-    )
+        needs = Pass(Path(temporary), key, data, text, saes, kept).trial()
+    _print_needs(console, text, len(saes), *needs)
     if dry_run:
-        explained = sum(
-            min(kept.latents, suite.saes[name].d_sae)
-            * (len(suite.layers) + (len(suite.layers) > 1))
-            for name, suite in saes.items()
-        )
-        processes = min(_cores(), explained)
-        spent = format_seconds(explained * SECONDS / processes)
-        console.print(
-            f"Rules: {explained:,} explanations at most, about {spent} with {processes} processes",
-            soft_wrap=True,
-        )
+        _print_rules(console, saes, kept.latents)
         return
     found = Pass(folder / "collecting", key, data, text, saes, kept, rank, count)
     received: list[int] = []
+    total = sum(text.tokens)
     if found.resume():
         console.print(f"resuming at part {found.next_part} of {text.num_parts}")
     done_tokens = found.next_part * text.size * text.context
@@ -282,6 +267,46 @@ def collect(
     if rank > 0:
         return
     found.join()
+    head = {"key": key, "groupsae": __version__, "context": text.context, **head}
+    _save(folder, head, found, data, text, saes)
+    console.print(f"Contexts: {folder / COLLECTED}", soft_wrap=True)
+
+
+def _print_needs(
+    console: Console, text: Text, saes: int, seconds: float, memory: float, disk: float
+) -> None:
+    """Print what a pass over the text needs."""
+    console.print(
+        f"{saes} SAEs on {sum(text.tokens):,} tokens ({text.tokens[0]:,} to explain, "
+        f"{text.tokens[1]:,} held-out): {format_bytes(memory)} of memory for contexts, counts and "
+        f"firings, {format_bytes(disk)} on disk, about {format_seconds(seconds)}",
+        soft_wrap=True,
+    )
+
+
+def _print_rules(console: Console, saes: Mapping[str, Suite], latents: int) -> None:
+    """Print what explaining so many latents of each SAE by rules needs."""
+    explained = sum(
+        min(latents, suite.saes[name].d_sae) * (len(suite.layers) + (len(suite.layers) > 1))
+        for name, suite in saes.items()
+    )
+    processes = min(_cores(), explained)
+    spent = format_seconds(explained * SECONDS / processes)
+    console.print(
+        f"Rules: {explained:,} explanations at most, about {spent} with {processes} processes",
+        soft_wrap=True,
+    )
+
+
+def _save(
+    folder: Path,
+    head: dict[str, Any],
+    found: Pass,
+    data: ActivationDataModule,
+    text: Text,
+    saes: Mapping[str, Suite],
+) -> None:
+    """Write what was collected, with the directions of latents and the text of their tokens."""
     directions = {}
     for name, suite in saes.items():
         directions[name] = directions_of(suite.directions(name), data.hooked)
@@ -292,14 +317,8 @@ def collect(
     shown = set(text.read().flatten().tolist())
     for each in directions.values():
         shown |= {*each.promoted.flatten().tolist(), *each.suppressed.flatten().tolist()}
-    save_collected(
-        folder,
-        {"key": key, "groupsae": __version__, "context": text.context, **head},
-        found,
-        directions,
-        token_strings(data.lm.tokenizer(), shown),
-    )
-    console.print(f"Contexts: {folder / COLLECTED}", soft_wrap=True)
+    strings = token_strings(data.lm.tokenizer(), shown)
+    save_collected(folder, head, found, directions, strings)
 
 
 def _cores() -> int:

@@ -92,8 +92,10 @@ def read(arguments: Sequence[str], name: str) -> list[str]:
 
 def with_parts(arguments: Sequence[str]) -> list[str]:
     """Return the arguments with `tasks=` as that of the part of the evaluation that has tasks."""
-    chosen = " ".join(each for each in arguments if each.startswith("evaluation="))
-    parts = [part for part in ("circuits", "harness") if part in chosen]
+    chosen = [each for each in arguments if each.startswith("evaluation=")]
+    names = {name for each in chosen for name in re.findall(r"[^][,\s='\"]+", each)}
+    names = {name.removesuffix("-paper") for name in names}
+    parts = [part for part in ("circuits", "harness") if part in names]
     if len(parts) != 1 and any(each.startswith("tasks=") for each in arguments):
         raise UserError(
             f"tasks= is for evaluation=circuits or evaluation=harness, and {len(parts) or 'none'} "

@@ -54,7 +54,14 @@ LOSSES = ("lost_together", "lost", "against_together", "against_alone")
 class Harness:
     """Benchmarks with and without SAEs.
 
-    Its values are those of `conf/evaluation/harness.yaml`.
+    The defaults are those of `conf/evaluation/harness.yaml`, which explains the others.
+
+    Args:
+        tasks: `code`, `arithmetic`, `multilingual`, and names of tasks in `folder` or of lm-eval.
+        folder: a folder with the user's own task files, as lm-eval reads them; None: none.
+        limit: most documents of a task; None: all, and 200 of a shipped task.
+        num_fewshot: examples before each question; None: as the task has it.
+        bootstrap: the arguments of `Bootstrap`, which resamples the documents of a task.
     """
 
     name: ClassVar[str] = "harness"

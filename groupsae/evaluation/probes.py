@@ -53,7 +53,15 @@ Features: TypeAlias = "np.ndarray | sparse.csr_matrix"  # [example, feature]
 class Probes:
     """How well a few latents of each SAE tell concepts.
 
-    Its values are those of `conf/evaluation/probes.yaml`.
+    The defaults are those of `conf/evaluation/probes.yaml`.
+
+    Args:
+        labels: `python` (`CONCEPTS`, on files of the standard library that no SAE was trained on),
+            or files with texts and labels, as `files_of` has it.
+        k: numbers of latents.
+        examples: most examples with a concept, and without it, in either half.
+        seed: of the draw of examples.
+        bootstrap: the arguments of `Bootstrap`, which resamples the documents of the test.
     """
 
     name: ClassVar[str] = "probes"

@@ -27,7 +27,14 @@ from groupsae.runtime.progress import token_progress
 class Heldout:
     """Every SAE on every layer it serves, and spliced into the model there.
 
-    Its values are those of `conf/evaluation/heldout.yaml`.
+    The defaults are those of `conf/evaluation/heldout.yaml`.
+
+    Args:
+        tokens: held-out tokens; None: as many as the run's configuration has, or all.
+        exclude_special_tokens: leave out positions of BOS and EOS; None: as in training.
+        together: also splice all layers of a grouping together.
+        similarity_tokens: tokens to compare firings on.
+        bootstrap: the arguments of `Bootstrap`.
     """
 
     name: ClassVar[str] = "heldout"

@@ -190,12 +190,15 @@ class Endpoint:
 
     def _probe(self, question: Question) -> None:
         """Ask one question, to learn whether the server gives probabilities."""
+        key = self.ledger.key(self.identity, "refuses logprobs")
+        refused = self.ledger.get(key)
         try:
-            reply = self._ask(question.prompt, 0, _ONE_TOKEN)
+            reply = self._ask(question.prompt, 0, _FEW_WORDS if refused else _ONE_TOKEN)
         except _Refused as error:
-            if error.status not in (400, 404, 422, 501):
+            if refused or error.status not in (400, 404, 422, 501):
                 raise
-            reply = self._ask(question.prompt, 0, {"max_tokens": 8})  # without logprobs
+            reply = self._ask(question.prompt, 0, _FEW_WORDS)
+            self.ledger.add(key, self.name, error.status)
         if reply is None:
             raise UserError(
                 f"{self.url} sends no chat completions: interpretation.endpoint.url is the "
@@ -340,6 +343,7 @@ class _Refused(UserError):
 
 
 _ONE_TOKEN = {"max_tokens": 1, "logprobs": True, "top_logprobs": 5}
+_FEW_WORDS = {"max_tokens": 8}
 
 
 def _key(variable: str) -> str:

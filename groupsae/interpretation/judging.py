@@ -109,23 +109,7 @@ class Judging:
         if len(order) > 1:
             null = dict(zip(order, [*order[1:], order[-2]], strict=True))
         shown = {latent: windows[latent] for latent in order}
-        pairs = [(a, b) for a in order for b in (a, null.get(a)) if b is not None]
-        at = {
-            latent: predict(rules_of(rules[latent]["all"]), self.held).at(
-                np.arange(self.held.size)
-            )
-            for latent in order
-        }
-        answers = {
-            "judge": {task: self._asked(task, pairs, texts, shown) for task in TASKS},
-            "rules": {task: self._by_rules(task, pairs, at, shown) for task in TASKS},
-        }
-
-        def both(by: str, task: str, latent: int) -> tuple[Yes, Yes]:
-            """Return the answers by a latent's own explanation, and by its null."""
-            found, nothing = answers[by][task], np.full(len(shown[latent].score), np.nan)
-            return found[latent, latent], found.get((latent, null.get(latent, -1)), nothing)
-
+        answers = self._answers(shown, texts, rules, null)
         intruders = self._intruders(shown)
         rows: list[dict[str, Any]] = [
             {
@@ -137,19 +121,13 @@ class Judging:
                 "overlap": seen.overlap,
                 "dropped": seen.dropped,
                 "intruder": intruders[latent],
-                "discriminates": discriminates(both("judge", "detection", latent)[0], seen.score),
+                "discriminates": discriminates(
+                    answers["judge"]["detection"][latent][0], seen.score
+                ),
                 "windows": [window._asdict() for window in seen.score],
                 **{
-                    by: {
-                        task: {
-                            "own": verdict(own, seen.score, seen.rate),
-                            "null": verdict(other, seen.score, seen.rate),
-                            "yes": [None if np.isnan(p) else round(p, 4) for p in own.tolist()],
-                        }
-                        for task in TASKS
-                        for own, other in [both(by, task, latent)]
-                    }
-                    for by in answers
+                    by: {task: _verdicts(seen, *each[latent]) for task, each in tasks.items()}
+                    for by, tasks in answers.items()
                 },
             }
             for latent, seen in shown.items()
@@ -157,13 +135,13 @@ class Judging:
         means = {
             by: {
                 task: summary(
-                    [(shown[latent], both(by, task, latent)) for latent in order],
+                    [(shown[latent], both) for latent, both in each.items()],
                     self.found.documents,
                     self.seed,
                 )
-                for task in TASKS
+                for task, each in tasks.items()
             }
-            for by in answers
+            for by, tasks in answers.items()
         }
         return {
             "chosen": len(chosen),
@@ -174,6 +152,39 @@ class Judging:
             "discrimination": mean_of_known([d for row in rows for d in row["discriminates"]]),
             "overlap": mean_of_known([row["overlap"] for row in rows]) or 0.0,
             "latents": rows,
+        }
+
+    def _answers(
+        self,
+        shown: Mapping[int, LatentWindows],
+        texts: Mapping[int, str],
+        rules: Mapping[int, Mapping[str, Any]],
+        null: Mapping[int, int],
+    ) -> dict[str, dict[str, dict[int, tuple[Yes, Yes]]]]:
+        """Return the answers of the judge and the rules, by task and latent.
+
+        Each latent's are those by its own explanation, and by its null's.
+        """
+        pairs = [(a, b) for a in shown for b in (a, null.get(a)) if b is not None]
+        everywhere = np.arange(self.held.size)
+        at = {
+            latent: predict(rules_of(rules[latent]["all"]), self.held).at(everywhere)
+            for latent in shown
+        }
+        found = {
+            "judge": {task: self._asked(task, pairs, texts, shown) for task in TASKS},
+            "rules": {task: self._by_rules(task, pairs, at, shown) for task in TASKS},
+        }
+        none = {latent: np.full(len(seen.score), np.nan) for latent, seen in shown.items()}
+        return {
+            by: {
+                task: {
+                    latent: (yes[latent, latent], yes.get((latent, null.get(latent, -1)), nothing))
+                    for latent, nothing in none.items()
+                }
+                for task, yes in tasks.items()
+            }
+            for by, tasks in found.items()
         }
 
     def _explained(self, windows: Mapping[int, LatentWindows]) -> dict[int, str]:
@@ -281,6 +292,14 @@ class Judging:
             latent: {"found": mean_of_known(part), "failed": int(np.isnan(part).sum())}
             for latent, part in zip(shown, right.reshape(-1, ASKED), strict=True)
         }
+
+
+def _verdicts(seen: LatentWindows, own: Yes, null: Yes) -> dict[str, Any]:
+    return {
+        "own": verdict(own, seen.score, seen.rate),
+        "null": verdict(null, seen.score, seen.rate),
+        "yes": [None if np.isnan(p) else round(p, 4) for p in own.tolist()],
+    }
 
 
 def read_explanation(text: str) -> str | None:

@@ -62,9 +62,9 @@ def circuits_table(run: RunFiles) -> Table | None:
         "circuits",
         f"Circuits, means over {rows[0]['tasks'] if rows else 0} tasks: share of the logit "
         "difference (LD) that is left with all layers spliced, and recovered from that of the "
-        "other prompt (with no preference left: about a half); areas of faithfulness without the "
-        "SAEs' errors and with them (1 is the model), each with what is lost against one SAE per "
-        "layer, paired; completeness, random: without errors; LD left with one layer spliced",
+        "other prompt (with no preference left: a fifth to a half); areas of faithfulness without "
+        "the SAEs' errors and with them (1 is the model), each with what is lost against one SAE "
+        "per layer, paired; completeness, random: without errors; LD left with one layer spliced",
         [
             {
                 "grouping": row["grouping"],

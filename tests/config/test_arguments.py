@@ -143,7 +143,10 @@ def test_an_evaluation_has_the_parts_that_are_chosen_in_any_order() -> None:
         short = parts(f"evaluation=[heldout,{part}]", "tasks=[code,a b.jsonl]")
         assert short[part]["tasks"] == ["code", "a b.jsonl"]
         assert parts(f"evaluation={part}", "tasks=ioi")[part]["tasks"] == ["ioi"]
-    for unclear in ("evaluation=[circuits,harness]", "evaluation=probes"):
+    paper = parts("evaluation=circuits-paper", "tasks=[ioi]")
+    assert paper["circuits"]["tasks"] == ["ioi"]
+    own = "evaluation=[mycircuits,heldout]"  # the user's, of which no tasks are known
+    for unclear in ("evaluation=[circuits,harness]", "evaluation=probes", own):
         with pytest.raises(UserError, match="tasks= is for evaluation=circuits or"):
             parts(unclear, "tasks=[code]")
     saved = OmegaConf.create({"tokens": None, "together": False})  # of a run of an earlier version

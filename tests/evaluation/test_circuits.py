@@ -479,6 +479,12 @@ def test_the_part_finds_what_the_toy_model_does_whatever_the_batch(tmp_path: Pat
     latents = circuit_latents_table(run, "page.html")
     assert latents is not None
     assert {cell.link for row in latents.rows for cell in row} == {""}  # was not interpreted
+    turned = measured(file, curves=["random", "completeness", "faithfulness"])
+    for kind in VALUES["curves"]:  # whatever their order
+        mine, theirs = (
+            [row for row in each["curves"] if row["kind"] == kind] for each in (found, turned)
+        )
+        assert mine == theirs
     other = measured(file, batch_size=3)
     for mine, theirs in zip(found["curves"], other["curves"], strict=True):
         assert mine["ratio"]["value"] == pytest.approx(theirs["ratio"]["value"], abs=1e-12)

@@ -52,8 +52,17 @@ def test_without_probabilities_the_written_word_counts(tmp_path, form):
 
 @pytest.mark.parametrize("refused", [400, 422])
 def test_a_server_that_refuses_logprobs_is_asked_without(tmp_path, refused):
-    with ChatServer(says, [refused], probabilities=False) as server:
-        assert endpoint(server, tmp_path).answer(QUESTIONS)[:, 0].tolist() == [1.0, 0.0] * 6
+    def answers(prompt, body):
+        return "no" if "No, it is not." in prompt else says(prompt, body)
+
+    def judged():
+        judge = endpoint(server, tmp_path)
+        judge.check()
+        return judge.answer(QUESTIONS)[:, 0].tolist()
+
+    with ChatServer(answers, [refused], probabilities=False) as server:
+        assert judged() == [1.0, 0.0] * 6
+    assert judged() == [1.0, 0.0] * 6  # all is known: it needs no server
 
 
 FAULTS = ["malformed", "truncated", "empty", "no_choices", "slow", 408, 429, 500, 503]

@@ -62,7 +62,17 @@ LEAST = {False: 1.0, True: 0.1}  # |m| that a model must reach: LD, or a differe
 class Circuits:
     """Circuits of latents for tasks whose answers are known.
 
-    Its values are those of `conf/evaluation/circuits.yaml`.
+    The defaults are those of `conf/evaluation/circuits.yaml`, which explains the others.
+
+    Args:
+        tasks: names of shipped tasks (`tasks.yaml`), or files of pairs that end in .jsonl.
+        groupings: names of groupings, also "all"; None: the chosen one and one SAE per layer.
+        attribution: `ig_inputs`, `ig` or `attribution`: see `attribution.py`.
+        errors: several of `keep` and `none`: see `running.py`.
+        fractions: sizes of circuits, as shares of the latents active on the task; with
+            `select="per_layer"` of all latents of a layer.
+        completeness_fractions: those of the curve of completeness; None: `fractions`.
+        bootstrap: the arguments of `Bootstrap`.
     """
 
     name: ClassVar[str] = "circuits"
@@ -316,14 +326,15 @@ class _Measured:
             fractions = np.array(self.part.fractions)
             if kind == "completeness" and self.part.completeness_fractions is not None:
                 fractions = np.array(self.part.completeness_fractions)
+            chosen = order
             if kind == "random":
                 generator = torch.Generator().manual_seed(self.part.seed + self.number)
-                order = Order(effects, self.part.select, generator)
+                chosen = Order(effects, self.part.select, generator)
             sizes = [order.size(float(fraction)) for fraction in fractions]
             points = []
             for fraction, size in zip(fractions, sizes, strict=True):
-                whole = fraction >= 1 and order.select == "global"
-                circuit = every if whole else order.first(size)
+                full_size = fraction >= 1 and order.select == "global"
+                circuit = every if full_size else chosen.first(size)
                 circuit = without(circuit) if kind == "completeness" else circuit
                 points.append(mean(run(circuit) - empty) / scale)
                 curves.append(
