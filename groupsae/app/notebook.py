@@ -162,6 +162,8 @@ def train(config: Sequence[str] | Mapping[str, Any] | DictConfig = ()) -> Traine
                 f"the configuration lacks {', '.join(map(str, lacking))}: give a complete one, as "
                 "Hydra composes it from groupsae's files, or a dict of the values that differ."
             )
+    elif isinstance(config, str):
+        raise UserError(f"{config!r} is one text: give a list of arguments, [{config!r}].")
     else:
         arguments = list(arguments_of(config) if isinstance(config, Mapping) else config)
         cfg = composed(arguments, "train")
@@ -409,7 +411,7 @@ def _hooked_as_trained(
     trained = suite.cfg
     recorded = {key: trained.get(key) for key in ("stack", "blocks_path", "submodule")}
     with _hooked(model, hookpoint=trained.get("hookpoint", "resid_post"), **recorded) as hooked:
-        check_fits(trained, suite.d_model, hooked[1], type(model).__name__)
+        check_fits(trained, suite.d_model, max(suite.layers), hooked[1], type(model).__name__)
         if suite.device != model.device:
             raise UserError(
                 f"the SAEs are on {suite.device} and the model is on {model.device}: move one of "

@@ -216,14 +216,19 @@ def run_alone(overrides: list[str]) -> int:
 
 def run_command(line: list[str]) -> int:
     """Run a command, pass signals on to it, and return its exit status."""
-    child, signals = subprocess.Popen(line), list[int]()
+    signals: list[int] = []
+    child: subprocess.Popen[bytes] | None = None
 
     def pass_on(number: int, _frame: object) -> None:
         signals.append(number)  # (Ctrl-C may reach the command twice, which it ignores)
-        child.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+        if child is not None:
+            child.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
     with handled_by(pass_on):
+        child = subprocess.Popen(line)
         try:
+            if signals:  # while it was started
+                pass_on(signals.pop(), None)
             status = child.wait()
         finally:
             if child.poll() is None:

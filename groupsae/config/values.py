@@ -166,6 +166,7 @@ TRAINING = {
     "stream.exclude_special_tokens": SWITCH,
     "stream.heldout_fraction": between(0, 0.5),
     "stream.calibration_fraction": between(0, 0.5),
+    "stream.max_tokens": COUNT.or_null("as many as the training budget needs"),
     "stream.layers_per_token": COUNT,
     "stream.blocks_per_step": COUNT,
     "stream.blocks_per_forward": COUNT,

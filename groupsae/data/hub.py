@@ -210,6 +210,11 @@ class HubSource:
             return cast(Iterable[dict[str, Any]], stream.skip(start))
         saved = datasets.load_from_disk(folder)
         if isinstance(saved, datasets.DatasetDict):
+            if self.split not in saved:
+                raise UserError(
+                    f"{self.name} has no split {self.split!r}; it has: {', '.join(saved)}. Choose "
+                    "one with data.split=..."
+                )
             saved = saved[self.split]
         # A data set also keeps in which format (numpy, torch) its rows come.
         saved = saved.with_format(None).select_columns([self._pick(saved.column_names)])

@@ -90,6 +90,14 @@ class Packing:
     prepend_bos: bool
     max_tokens: int | None  # over all splits; None reads the complete source
 
+    def __post_init__(self) -> None:
+        """Check that a block has room for text."""
+        if self.context <= self.prepend_bos:
+            raise UserError(
+                f"stream.context={self.context} leaves no room for text after BOS: raise it, or "
+                "give stream.prepend_bos=false."
+            )
+
 
 class TokenBlocks:
     """The three splits of one packed corpus; `blocks[split]` is int32 [num_blocks, context].
@@ -261,8 +269,13 @@ def _wrong_tokenizer(what: str, token_id: int, vocab_size: int) -> UserError:
 def _check_makes_tokens(
     texts: Sequence[str], ids: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Raise UserError if text becomes nothing but special tokens, as without tokenizer files."""
-    if any(map(str.strip, texts)) and not {*chain(*ids)} - {*tokenizer.all_special_ids}:
+    """Raise UserError if text becomes nothing, or ten characters one and the same token.
+
+    Transformers gives a model without tokenizer files such a tokenizer, without a warning.
+    """
+    characters = {*"".join("".join(texts).split())}
+    found = {*chain(*ids)} - {*tokenizer.all_special_ids}
+    if characters and len(found) <= (len(characters) >= 10):
         raise UserError(
             f"the model's tokenizer ({tokenizer.name_or_path}) cannot read this text: its files "
             "are missing, or it is made for other text. Copy tokenizer.json and "

@@ -337,7 +337,7 @@ def spliced_lm(subject: Subject, batch_size: int) -> Any:
     suite = next(iter(subject.saes.values()))
     filters = TokenFilter.recorded(suite.cfg, tokenizer.all_special_ids, None)
     model = subject.lm.model
-    attached = AttachedLM(model, suite.cfg, suite.d_model)
+    attached = AttachedLM(model, suite.cfg, suite.d_model, max(suite.layers))
 
     class SplicedLM(HFLM):
         owner: Mapping[int, str] = {}

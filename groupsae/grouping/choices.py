@@ -183,20 +183,21 @@ class Budget(Choice):
     Args:
         max_fvu_loss: the fewest groups that are predicted to lose at most this share of the FVU of
             one SAE per layer, from 0 up.
-        saving: in place of max_fvu_loss: the most groups that save this share of the FLOPs that
-            one SAE per layer takes, without the language model; from 0 to below 1.
+        saving: the most groups that save this share of the FLOPs that one SAE per layer takes,
+            without the language model; from 0 to below 1. If given, max_fvu_loss is not used.
     """
 
-    max_fvu_loss: float = 0.1
+    max_fvu_loss: float | None = 0.1
     saving: float | None = None
 
     def __post_init__(self) -> None:
         """Check the arguments."""
         super().__post_init__()
         loss, saving = self.max_fvu_loss, self.saving
-        if not loss >= 0:
+        unused = loss is None and saving is not None
+        if not unused and not (isinstance(loss, int | float) and loss >= 0):
             raise UserError(f"groups.max_fvu_loss is {loss!r}: use a number from 0 up.")
-        if saving is not None and not 0 <= saving < 1:
+        if saving is not None and not (isinstance(saving, int | float) and 0 <= saving < 1):
             raise UserError(f"groups.saving is {saving!r}: use a number from 0 to below 1.")
 
     def _name(self) -> str:
@@ -220,7 +221,9 @@ class Budget(Choice):
         found = curve(distances, "variance", cosines)
         if self.saving is not None:
             return found[self._most(len(distances)) - 1]
-        return next(each for each in found if each.predicted_loss <= self.max_fvu_loss)
+        bound = (self.max_fvu_loss or 0) + ROUNDING
+        # (one SAE per layer loses nothing, but for the rounding of measured cosines)
+        return next((each for each in found if each.predicted_loss <= bound), found[-1])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,12 +54,15 @@ class AttachedLM:
         model: any Hugging Face model, with or without its head.
         recorded: an SAE's `cfg.json`; of `FrozenLM.described`, those keys that it has.
         d_model: width of the activations.
+        highest: the highest layer with an SAE.
 
     Raises:
         UserError: the model has another depth or width, or lacks the hookpoint.
     """
 
-    def __init__(self, model: nn.Module, recorded: Mapping[str, Any], d_model: int) -> None:
+    def __init__(
+        self, model: nn.Module, recorded: Mapping[str, Any], d_model: int, highest: int
+    ) -> None:
         from groupsae.lm.load import hook_model  # slow, and there already: the model is one of its
 
         self.hookpoint = recorded.get("hookpoint") or "resid_post"
@@ -67,7 +70,7 @@ class AttachedLM:
         self._from_encoder = recorded.get("stack") == "encoder"
         place = {key: recorded.get(key) for key in ("stack", "blocks_path", "submodule")}
         found, size = hook_model(model, hookpoint=self.hookpoint, **place)
-        check_fits(recorded, d_model, size, self.name)
+        check_fits(recorded, d_model, highest, size, self.name)
         self.blocks, self.sites, self.context = found.blocks, found.sites, size.context
         self._names = {module: name for name, module in model.named_modules()}
         self._model = model
@@ -198,9 +201,11 @@ class AttachedLM:
                 )
 
 
-def check_fits(recorded: Mapping[str, Any], d_model: int, size: "Geometry", name: str) -> None:
-    """Raise UserError if a model cannot be the one that SAEs were trained on."""
-    depth = len(recorded.get("modules") or ()) or size.num_layers
+def check_fits(
+    recorded: Mapping[str, Any], d_model: int, highest: int, size: "Geometry", name: str
+) -> None:
+    """Raise UserError if a model cannot be the one that SAEs up to a layer were trained on."""
+    depth = len(recorded.get("modules") or ()) or max(highest + 1, size.num_layers)
     if (depth, d_model) != (size.num_layers, size.d_model):
         raise UserError(
             f"the SAEs were trained on {recorded.get('model') or 'a model'} with {depth} layers "

@@ -163,6 +163,11 @@ class Edits:
         scales = [float(each) for each in listed(scale)]
         if len(scales) == 1:
             scales *= len(added)
+        if len(scales) != len(added):
+            raise UserError(
+                f"steer has {len(added)} latents and {len(scales)} scales: give one scale for "
+                "all, or one each."
+            )
         inf = math.inf
         changes = [
             *((j, (0.0, 0.0, -inf, inf)) for j in listed(ablate)),
@@ -210,6 +215,11 @@ def _items(name: str, given: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def _bounds(latent: int, bounds: Any) -> tuple[float, float]:
+    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
+        raise UserError(
+            f"clamp of latent {latent} is {bounds!r}: give (low, high), such as (0.0, 4.0); None "
+            "is no bound."
+        )
     low, high = bounds
     low = -math.inf if low is None else float(low)
     high = math.inf if high is None else float(high)
@@ -255,7 +265,7 @@ def _attached(model: nn.Module, saes: Mapping[int, LayerSAE]) -> AttachedLM:
             over devices, activations travel to the SAE and back.)
     """
     sae = next(iter(saes.values()))
-    attached = AttachedLM(model, sae.cfg, sae.d_model)
+    attached = AttachedLM(model, sae.cfg, sae.d_model, max(saes))
     on = {parameter.device for parameter in model.parameters()}
     if len(on) == 1 and not hasattr(model, "hf_device_map") and sae.device not in on:
         (device,) = on

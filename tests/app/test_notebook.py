@@ -259,6 +259,7 @@ def test_distances_are_those_of_the_run(evaluated: Evaluated) -> None:
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
+        ("model=tiny", "is one text: give a list of arguments"),
         (["groups=amd"], "Available options in 'groups': all amad"),
         (["tokns=1"], "Did you mean tokens"),
         (["groups.theta=0.1,0.2"], "call the function once for each"),

@@ -103,6 +103,23 @@ def test_a_signal_before_training_stops_the_sweep(command, number):
     assert rows(printed) == {0: "stopped", 1: "not run", 2: "not run"}
 
 
+def test_a_signal_while_a_command_is_started_reaches_it(monkeypatch):
+    start, outside = subprocess.Popen, []
+
+    def interrupted(line):
+        child = start(line)
+        signal.raise_signal(signal.SIGTERM)
+        return child
+
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: outside.append(number))
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    try:
+        assert sweep.run_command(["sleep", "5"]) == 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert outside == []
+
+
 def test_a_point_that_submitit_stops_is_queued_again(command):
     """Its own handler is called when the checkpoint is written."""
     received = []

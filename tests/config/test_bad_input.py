@@ -90,6 +90,7 @@ def test_a_refused_command_leaves_no_run_folder(
         ),
         (["stream.heldout_fraction=0.9"], "stream.heldout_fraction is 0.9"),
         (["stream.context=4096"], "reads at most 64"),
+        (["stream.max_tokens=0"], "stream.max_tokens is 0; it must be an integer of at least 1"),
         (["calibration.centring=median"], "none"),
         (["sae.k=1000"], "sae.k is 1000"),
         (["model.dtype=float3"], "float32"),

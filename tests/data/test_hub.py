@@ -103,7 +103,7 @@ def test_a_missing_split_is_refused_with_those_that_there_are(tmp_path):
         next(source(tmp_path / "saved", split="dev").documents())
     (tmp_path / "files").mkdir()
     parquet.write_table(pa.table({"text": TEXTS}), tmp_path / "files" / "train.parquet")
-    with pytest.raises(UserError, match="'dev'.*train"):
+    with pytest.raises(UserError, match="split: dev.*train"):
         next(source(tmp_path / "files", split="dev").documents())
 
 

@@ -555,7 +555,18 @@ def empty():
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
 
 
-@pytest.mark.parametrize("make", [unknown_only, empty])
+def one_token():
+    backend = Tokenizer(models.WordLevel({"?": 0, "[EOS]": 1}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[EOS]")
+
+
+def test_a_block_must_have_room_for_text():
+    with pytest.raises(UserError, match="context=1 leaves no room for text after BOS"):
+        make_packing(context=1, prepend_bos=True)
+
+
+@pytest.mark.parametrize("make", [unknown_only, empty, one_token])
 def test_text_is_refused_where_the_tokenizer_makes_nothing_of_it(tmp_path, make):
     with pytest.raises(UserError, match=r"cannot read this text.*Copy tokenizer.json and"):
         load_token_blocks(ListSource(TEXTS), make(), make_packing(), tmp_path, vocab_size=300)

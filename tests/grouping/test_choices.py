@@ -114,6 +114,17 @@ def test_a_bound_on_the_loss_gives_the_fewest_groups_that_are_predicted_to_keep_
     assert Budget(max_fvu_loss=bound).plan(DISTANCES).partition == expected
 
 
+def test_a_bound_of_zero_allows_for_the_rounding_of_measured_cosines() -> None:
+    cosines = np.cos(np.pi * DISTANCES) * (1 - 1e-8)
+    choice = Budget(max_fvu_loss=0, last_layer="group")
+    assert choice.plan(DISTANCES, cosines).partition.num_groups == 6
+
+
+def test_a_saving_needs_no_bound_on_the_loss() -> None:
+    plan = Budget(max_fvu_loss=None, saving=0.5).plan(DISTANCES)
+    assert plan == Budget(saving=0.5).plan(DISTANCES)
+
+
 @pytest.mark.parametrize(
     ("saving", "last_layer", "saes"),
     [
@@ -185,6 +196,7 @@ def test_equal_saes_have_equal_hashes_however_they_were_chosen() -> None:
     ("make", "sentence"),
     [
         (lambda: Budget(max_fvu_loss=-1), "max_fvu_loss is -1: use a number from 0 up"),
+        (lambda: Budget(max_fvu_loss=None), "max_fvu_loss is None: use a number from 0 up"),
         (lambda: Budget(saving=1), "saving is 1: use a number from 0 to below 1"),
         (lambda: ByAmad(theta=1.2, rule="complete", last_layer="own"), "theta is 1.2"),
         (

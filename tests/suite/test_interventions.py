@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from groupsae.evaluation.heldout import _reconstruct
+from groupsae.lm.attached import AttachedLM
 from groupsae.lm.hookpoints import HOOKPOINTS
 from groupsae.lm.splice import Splicer
 from groupsae.runtime.errors import UserError
 from groupsae.sae.topk import TopK
+from groupsae.suite.interventions import _bounds
 from groupsae.suite.suite import Suite
 from tests.helpers import families
 from tests.helpers.families import DECODERS, ENCODERS, LAYERS, PAIRS, WIDTH, draw_tokens
@@ -743,6 +745,12 @@ def test_a_model_of_another_size_is_refused_before_it_runs(folder_of, tiny_lm):
     deeper = families.auto_class("llama").from_config(families.DECODERS["llama"].from_dict(config))
     with pytest.raises(UserError, match="with 3 layers .*, but Llama.* has 5 of .*: give"):
         logits_in(suite.splice(deeper), deeper, inputs)
+    config["num_hidden_layers"] = LAYERS - 1
+    shallower = families.auto_class("llama").from_config(
+        families.DECODERS["llama"].from_dict(config)
+    )
+    with pytest.raises(UserError, match="with 3 layers .*, but Llama.* has 2 of .*: give"):
+        AttachedLM(shallower, {}, 16, highest=LAYERS - 1)  # (as imports record it)
     with pytest.raises(UserError, match="without a config of transformers"):
         logits_in(suite.splice(nn.Linear(2, 2)), other, inputs)
 
@@ -762,6 +770,8 @@ def test_what_cannot_be_done_is_refused_in_one_sentence(llama):
         (lambda: suite.steer(model, 1), "changes nothing: give latent="),
         (lambda: suite.steer(model, 1, 7, set={7: 1.0}), "changes latent 7 twice"),
         (lambda: suite.steer(model, 1, clamp={7: (2, 1)}), "clamp of latent 7 is 2 to 1"),
+        (lambda: _bounds(7, 2.0), r"latent 7 is 2.0: give \(low, high\)"),
+        (lambda: suite.steer(model, 1, 7, [1.0, 2.0]), "1 latents and 2 scales"),
         (lambda: suite.steer(model, 1, 7, positions=slice(-1, None)), "counts from the first"),
         (lambda: suite.splice(model, positions=slice(None, -2)), "counts from the first"),
         (lambda: on_meta.splice(model), r"suite is on meta and the model on cpu: suite.to\('cpu'"),
