@@ -39,7 +39,7 @@ from groupsae.reporting.formatting import spans
 
 DOC = Path(__file__).parents[2] / "docs" / "real-models.md"
 BEGIN, END = "<!-- figures: python -m benchmarks.real_models -->", "<!-- end of figures -->"
-BLOCKS = 8  # on which the rise of the loss is measured
+BLOCKS = 4  # on which the rise of the loss is measured
 VARIANTS = {  # run -> in words; the chosen groups of `all` are those of a run of their own
     "as the paper": "as the paper: uncentred, b_dec from zero, BOS counted",
     "without BOS": "BOS left out",
