@@ -8,11 +8,12 @@ Finished runs are reused, so it can be stopped and given again; activations of a
 once and kept in outputs/store (6 KB a token, float32). Writes the part between two marks in
 docs/better-groups.md.
 
-Options: `tokens=` for each SAE, `jobs=` runs at a time, `rates=` of learning, and any override of
-the training. `all=<folder>,<folder>,...` names finished runs of all groupings, one for each seed
-(`experiment=replication groups.smaller=[] stream.blocks_per_step=2`): one SAE per layer and the
-paper's groups are read from them, and only equal tokens are compared. `size=smallest` is for CI:
-some SAEs, one seed, one step, in this process, and it only prints.
+Options: `tokens=` for each SAE, `jobs=` runs at a time, `rates=` of learning, `rows=` of each
+token where there are several, and any override of the training. `all=<folder>,<folder>,...` names
+finished runs of all groupings, one for each seed (`experiment=replication groups.smaller=[]
+stream.blocks_per_step=2`): one SAE per layer and the paper's groups are read from them, and only
+equal tokens are compared. `size=smallest` is for CI: some SAEs, one seed, one step, in this
+process, and it only prints.
 
 Fair to all: the same text, steps, seeds and start of the decoder biases. The learning rate is the
 best of `rates=` on the first seed, for one SAE per layer, the paper's group SAEs and those with
@@ -47,21 +48,19 @@ from groupsae.suite.suite import load_suite
 DOC = Path(__file__).parent.parent / "docs" / "better-groups.md"
 BEGIN = "<!-- figures: python -m benchmarks.better_groups -->"
 BEGIN_ALL = "<!-- figures: python -m benchmarks.better_groups all= -->"
-RANK, ROWS = 8, (2, 4)  # of the maps; rows of each token
+RANK = 8  # of the maps
 LAYERS, GROUP, STARTED, BIASES, MAPS = (
     "one SAE per layer", "group (the paper's)", "group, b_dec from the mean", "group, own biases",
     f"group, own biases, rank {RANK}",
 )  # fmt: skip
-SEVERAL = tuple(f"the same, {rows} rows of a token" for rows in ROWS)
-ARMS = {LAYERS: ["groups=per_layer"], GROUP: ["groups=amad"]}
-ARMS[STARTED] = [*ARMS[GROUP], "b_dec_start=mean"]  # as that of own biases does
-ARMS[BIASES] = [*ARMS[GROUP], "sae.layer_bias=per_layer"]
-ARMS[MAPS] = [*ARMS[BIASES], f"sae.layer_rank={RANK}"]
-ARMS |= {
-    arm: [*ARMS[MAPS], f"stream.layers_per_token={rows}"]
-    for arm, rows in zip(SEVERAL, ROWS, strict=True)
+OWN = ["groups=amad", "sae.layer_bias=per_layer"]
+ARMS = {
+    LAYERS: ["groups=per_layer"],
+    GROUP: ["groups=amad"],
+    STARTED: ["groups=amad", "b_dec_start=mean"],  # where own biases start
+    BIASES: OWN,
+    MAPS: [*OWN, f"sae.layer_rank={RANK}"],
 }
-SMALL = (LAYERS, GROUP, MAPS, SEVERAL[0])  # of size=smallest, which evaluates nothing
 STUDY = [  # of every run; the training is that of experiment=replication
     "stream.blocks_per_step=2", "calibration.centring=none", "b_dec_start=zero",
     "eval_every=500", "checkpoint_every=500", "+trainer.enable_progress_bar=false",
@@ -92,13 +91,13 @@ class Study(NamedTuple):
     jobs: int
     rates: Sequence[str]
     given: list[str]  # overrides of every run
-    arms: Sequence[str] = tuple(ARMS)
+    arms: Mapping[str, Sequence[str]]  # name -> overrides
     all: Sequence[Path] = ()  # runs of all groupings, seed by seed
 
     def command(self, arm: str, seed: str, rate: str, tokens: int) -> list[str]:
         """Return the overrides of one run."""
         own = [f"seed={seed}", f"optim.base_lr={rate}", f"tokens={tokens}"]
-        return [*STUDY, *ARMS[arm], *self.given, *own]
+        return [*STUDY, *self.given, *self.arms[arm], *own]
 
     def folders(self, arm: str, commands: Sequence[Sequence[str]]) -> list[Path]:
         """Return the run of an arm for each seed."""
@@ -299,19 +298,19 @@ def compared(found: Mapping[str, list[Figures]]) -> list[str]:
 
 def verdict(found: Mapping[str, list[Figures]]) -> list[str]:
     """Return the two goals with what came out, from the runs at equal tokens and steps."""
-    lines = []
-    trios = zip(found[LAYERS], found[GROUP], strict=True)
-    gaps = [(group.fvu, group.fvu - layers.fvu) for layers, group in trios]
+    lines, base = [], STARTED if STARTED in found else GROUP  # biases start alike
+    pairs = zip(found[LAYERS], found[base], strict=True)
+    gaps = [(group.fvu, group.fvu - layers.fvu) for layers, group in pairs]
     for arm in (each for each in (BIASES, MAPS) if each in found):
         closed = [(fvu - run.fvu) / gap for run, (fvu, gap) in zip(found[arm], gaps, strict=True)]
         more = found[arm][0].flops / found[GROUP][0].flops - 1
         met = np.mean(closed) >= 0.5 and more <= 0.02
         lines.append(
-            f"- *{arm}*: {shown([100 * x for x in closed], 0)} % of the gap closed for {more:.1%} "
-            f"more FLOPs; goal (half of it for at most 2 %): {'met' if met else 'not met'}."
+            f"- *{arm}*: {shown([100 * x for x in closed], 0)} % of the gap between *{base}* and "
+            f"one SAE per layer closed for {more:.1%} more FLOPs; goal (half of it for at most 2 %): {'met' if met else 'not met'}."
         )
     layers = found[LAYERS]
-    for arm in (each for each in SEVERAL if each in found):
+    for arm in (each for each in found if "rows" in each):
         runs = found[arm]
         lost = [run.fvu - other.fvu for run, other in zip(runs, layers, strict=True)]
         share = runs[0].sae_flops / layers[0].sae_flops
@@ -344,15 +343,33 @@ def report(study: Study) -> list[str]:
     return [*lines, "### The goals, at equal tokens", "", *verdict(tokens)]
 
 
+def arms_of(rows: Sequence[str], *, started: bool) -> dict[str, list[str]]:
+    """Return the arms; layer-aware ones with so many rows of each token, too."""
+    arms = {arm: overrides for arm, overrides in ARMS.items() if started or arm != STARTED}
+    return arms | {
+        f"the same, {count} rows of a token": [*arms[MAPS], f"stream.layers_per_token={count}"]
+        for count in rows
+    }
+
+
 def main(arguments: Sequence[str]) -> None:
     """Train, compare, and write the tables."""
     quiet()
     if smallest():
         with tempfile.TemporaryDirectory() as output:
             given = [*SMALLEST_RUN, f"output={output}", f"data.cache={output}/store"]
-            print("\n".join(report(Study(["0"], 256, 1, ["5e-4"], given, SMALL))))
+            arms = arms_of(["2"], started=False)
+            del arms[BIASES]
+            print("\n".join(report(Study(["0"], 256, 1, ["5e-4"], given, arms))))
         return
-    own = {"seed": "0,1,2", "tokens": "1_024_000", "jobs": "1", "rates": "5e-4", "all": ""}
+    own = {
+        "seed": "0,1,2",
+        "tokens": "1_024_000",
+        "jobs": "1",
+        "rates": "5e-4",
+        "rows": "2",
+        "all": "",
+    }
     given = []
     for argument in without_size(arguments):
         name, _, value = argument.partition("=")
@@ -362,7 +379,8 @@ def main(arguments: Sequence[str]) -> None:
             given.append(argument)
     runs = [Path(each) for each in own["all"].split(",") if each]
     seeds, rates = own["seed"].split(","), own["rates"].split(",")
-    study = Study(seeds, int(own["tokens"]), int(own["jobs"]), rates, given, all=runs)
+    arms = arms_of(own["rows"].split(","), started=bool(runs))
+    study = Study(seeds, int(own["tokens"]), int(own["jobs"]), rates, given, arms, runs)
     write_figures(DOC, BEGIN_ALL if runs else BEGIN, report(study))
 
 
