@@ -307,7 +307,8 @@ def verdict(found: Mapping[str, list[Figures]]) -> list[str]:
         met = np.mean(closed) >= 0.5 and more <= 0.02
         lines.append(
             f"- *{arm}*: {shown([100 * x for x in closed], 0)} % of the gap between *{base}* and "
-            f"one SAE per layer closed for {more:.1%} more FLOPs; goal (half of it for at most 2 %): {'met' if met else 'not met'}."
+            f"one SAE per layer closed for {more:.1%} more FLOPs; goal (half of it for at most "
+            f"2 %): {'met' if met else 'not met'}."
         )
     layers = found[LAYERS]
     for arm in (each for each in found if "rows" in each):
