@@ -12,7 +12,7 @@ Options: `tokens=` for each SAE, `jobs=` runs at a time, `rates=` of learning, `
 token where there are several, and any override of the training. `all=<folder>,<folder>,...` names
 finished runs of all groupings, one for each seed (`experiment=replication groups.smaller=[]
 stream.blocks_per_step=2`): one SAE per layer and the paper's groups are read from them, and only
-equal tokens are compared. `size=smallest` is for CI: some SAEs, one seed, one step, in this
+equal tokens are compared. `looks=false` interprets and probes nothing. `size=smallest` is for CI: some SAEs, one seed, one step, in this
 process, and it only prints.
 
 Fair to all: the same text, steps, seeds and start of the decoder biases. The learning rate is the
@@ -93,6 +93,7 @@ class Study(NamedTuple):
     given: list[str]  # overrides of every run
     arms: Mapping[str, Sequence[str]]  # name -> overrides
     all: Sequence[Path] = ()  # runs of all groupings, seed by seed
+    looks: bool = False
 
     def command(self, arm: str, seed: str, rate: str, tokens: int) -> list[str]:
         """Return the overrides of one run."""
@@ -252,7 +253,7 @@ def trained(
     missing = [each for arm, runs in every.items() if not study.reads(arm) for each in runs]
     train(missing, study.jobs, evaluate=evaluate)
     folders = {arm: study.folders(arm, runs) for arm, runs in every.items()}
-    if evaluate and not smallest():
+    if evaluate and study.looks:
         look_into([each for runs in folders.values() for each in runs], study.jobs)
     plan = load_plan(folders[GROUP][0])
     assert plan is not None
@@ -370,6 +371,7 @@ def main(arguments: Sequence[str]) -> None:
         "rates": "5e-4",
         "rows": "2",
         "all": "",
+        "looks": "true",
     }
     given = []
     for argument in without_size(arguments):
@@ -381,7 +383,16 @@ def main(arguments: Sequence[str]) -> None:
     runs = [Path(each) for each in own["all"].split(",") if each]
     seeds, rates = own["seed"].split(","), own["rates"].split(",")
     arms = arms_of(own["rows"].split(","), started=bool(runs))
-    study = Study(seeds, int(own["tokens"]), int(own["jobs"]), rates, given, arms, runs)
+    study = Study(
+        seeds,
+        int(own["tokens"]),
+        int(own["jobs"]),
+        rates,
+        given,
+        arms,
+        runs,
+        own["looks"] == "true",
+    )
     write_figures(DOC, BEGIN_ALL if runs else BEGIN, report(study))
 
 
