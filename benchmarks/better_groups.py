@@ -12,8 +12,8 @@ Options: `tokens=` for each SAE, `jobs=` runs at a time, `rates=` of learning, `
 token where there are several, and any override of the training. `all=<folder>,<folder>,...` names
 finished runs of all groupings, one for each seed (`experiment=replication groups.smaller=[]
 stream.blocks_per_step=2`): one SAE per layer and the paper's groups are read from them, and only
-equal tokens are compared. `looks=false` interprets and probes nothing. `size=smallest` is for CI: some SAEs, one seed, one step, in this
-process, and it only prints.
+equal tokens are compared. `looks=false` interprets and probes nothing. `size=smallest` is for CI:
+some SAEs, one seed, one step, in this process, and it only prints.
 
 Fair to all: the same text, steps, seeds and start of the decoder biases. The learning rate is the
 best of `rates=` on the first seed, for one SAE per layer, the paper's group SAEs and those with
