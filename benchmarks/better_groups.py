@@ -264,7 +264,7 @@ def trained(
 def at_equal_flops(study: Study, found: Mapping[str, list[Figures]]) -> dict[str, int]:
     """Return arm -> the tokens at which its training costs what that of one SAE per layer does."""
     layers, tokens = found[LAYERS][0], {LAYERS: study.tokens}
-    for arm in (each for each in found if each != LAYERS):
+    for arm in (each for each in found if each not in (LAYERS, BIASES)):  # biases cost nothing
         own = found[arm][0]
         more = (layers.flops - own.fixed_flops) / (own.flops - own.fixed_flops)
         step = own.tokens // own.steps
