@@ -294,7 +294,8 @@ def compared(found: Mapping[str, list[Figures]]) -> list[str]:
         ])  # fmt: skip
     columns = ["SAEs", "tokens", "steps", "SAE FLOPs", "all FLOPs", "FVU", "− per layer"]
     columns += ["ΔCE, nats", "dead", "MMCS", "F1 of rules", "AUC of one latent"]
-    return table(columns, rows)
+    known = [i for i, cells in enumerate(zip(*rows, strict=True)) if set(cells) != {"–"}]
+    return table([columns[i] for i in known], [[row[i] for i in known] for row in rows])
 
 
 def verdict(found: Mapping[str, list[Figures]]) -> list[str]:
