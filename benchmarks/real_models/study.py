@@ -60,7 +60,7 @@ MODELS = {
             "sae.expansion=4", "stream.blocks_per_step=4", "stream.blocks_per_forward=4",
             "evaluation.tokens=4_096",
         ),
-        (("even", 2), ("even", 3)),
+        (("even", 2),),
         (),
     ),
 }  # fmt: skip
