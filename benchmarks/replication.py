@@ -86,7 +86,7 @@ def folder_of(overrides: Sequence[str]) -> Path:
 def write_figures(doc: Path, begin: str, lines: Sequence[str]) -> None:
     """Print lines, and write them between the two marks of a page."""
     head, rest = doc.read_text().split(begin)
-    doc.write_text(f"{head}{begin}\n\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}")
+    doc.write_text(f"{head}{begin}\n\n" + "\n".join(lines) + f"\n{END}{rest.split(END, 1)[1]}")
     print("\n".join(lines))
 
 
