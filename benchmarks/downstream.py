@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.replication import over_seeds, summed_up, table
+from benchmarks.replication import over_seeds, summed_up, table, write_figures
 from benchmarks.timing import SMALLEST_RUN, smallest
 
 DOC = Path(__file__).parent.parent / "docs" / "downstream.md"
-BEGIN, END = "<!-- figures: python -m benchmarks.downstream -->", "<!-- end of figures -->"
+BEGIN = "<!-- figures: python -m benchmarks.downstream -->"
 COUNTS = (1, 2, 3, 4, 6)  # of groups
 CIRCUITS = [
     "evaluation=circuits", "evaluation.circuits.train_pairs=24",
@@ -141,10 +141,7 @@ def main(arguments: Sequence[str]) -> None:
     folders = [Path(each) for each in arguments]
     if not folders:
         sys.exit("which runs? python -m benchmarks.downstream <run folder> <run folder> ...")
-    lines = report([measured(folder) for folder in folders])
-    head, rest = DOC.read_text().split(BEGIN)
-    DOC.write_text(f"{head}{BEGIN}\n\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}")
-    print("\n".join(lines))
+    write_figures(DOC, BEGIN, report([measured(folder) for folder in folders]))
 
 
 if __name__ == "__main__":

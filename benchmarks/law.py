@@ -27,7 +27,7 @@ import torch
 from matplotlib.figure import Figure
 from scipy.optimize import nnls
 
-from benchmarks.replication import table
+from benchmarks.replication import table, write_figures
 from benchmarks.timing import SMALLEST_RUN, smallest
 from groupsae.app.run_folder import finished_run
 from groupsae.app.stream import make_stream
@@ -43,7 +43,7 @@ from groupsae.training.callbacks.grouping import recorded_text
 
 HERE = Path(__file__).parent
 DOC = HERE.parent / "docs" / "predicting-loss.md"
-BEGIN, END = "<!-- figures: python -m benchmarks.law -->", "<!-- end of figures -->"
+BEGIN = "<!-- figures: python -m benchmarks.law -->"
 GOLDEN = HERE.parent / "tests" / "helpers" / "golden" / "pythia_1b.json"
 TOKENS = 16_384  # compared between layers; half of them fit the linear maps, half test them
 RIDGE = 1e-3  # of the mean eigenvalue
@@ -663,9 +663,7 @@ def main(arguments: Sequence[str]) -> None:
     study = study_of(folders, int(asked[0]) if asked else TOKENS)
     lines = study.report()
     study.draw(DOC.with_suffix(".png"))
-    head, rest = DOC.read_text().split(BEGIN)
-    DOC.write_text(f"{head}{BEGIN}\n\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}")
-    print("\n".join(lines))
+    write_figures(DOC, BEGIN, lines)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.replication import summed_up
+from benchmarks.replication import summed_up, write_figures
 from benchmarks.timing import SMALLEST_RUN, options, smallest
 from groupsae import train
 from groupsae.app.evaluate import trained_run
@@ -31,7 +31,7 @@ from groupsae.runtime.quiet import quiet
 COUNTS = (1, 2, 4)
 BOOTSTRAP = {"resamples": 1000, "level": 0.95, "seed": 0}
 DOC = Path(__file__).parent.parent / "docs" / "probes.md"
-BEGIN, END = "<!-- figures: python -m benchmarks.probing -->", "<!-- end of figures -->"
+BEGIN = "<!-- figures: python -m benchmarks.probing -->"
 
 
 def restricted(folder: Path) -> Run:
@@ -127,10 +127,10 @@ def main(arguments: Sequence[str]) -> None:
         lines = probed(runs, labels)
         if given["harness"] == "true":
             lines += ["", *harnessed(runs[0], 5 if smallest() else 60)]
-    print("\n".join(lines))
     if len(runs) > 2 and given["harness"] == "true":
-        before, rest = DOC.read_text().split(BEGIN)
-        DOC.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}")
+        write_figures(DOC, BEGIN, [*lines, ""])
+    else:
+        print("\n".join(lines))
 
 
 if __name__ == "__main__":

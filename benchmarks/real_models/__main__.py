@@ -30,7 +30,7 @@ from benchmarks.real_models.study import (
     reconstruction,
 )
 from benchmarks.real_models.tiny import tiny_study
-from benchmarks.replication import over_seeds, table
+from benchmarks.replication import over_seeds, table, write_figures
 from benchmarks.timing import machine, options, smallest
 from groupsae.files.reading import read_json, read_npz
 from groupsae.grouping.rules import choose, curve
@@ -38,7 +38,7 @@ from groupsae.grouping.shares import Shares
 from groupsae.reporting.formatting import spans
 
 DOC = Path(__file__).parents[2] / "docs" / "real-models.md"
-BEGIN, END = "<!-- figures: python -m benchmarks.real_models -->", "<!-- end of figures -->"
+BEGIN = "<!-- figures: python -m benchmarks.real_models -->"
 BLOCKS = 4  # on which the rise of the loss is measured
 VARIANTS = {  # run -> in words; the chosen groups of `all` are those of a run of their own
     "as the paper": "as the paper: uncentred, b_dec from zero, BOS counted",
@@ -285,10 +285,7 @@ def main(arguments: Sequence[str]) -> None:
     if not lines:
         return
     lines += [f"{machine(torch.device('cpu'))}.", ""]
-    text = DOC.read_text()
-    head, rest = text.split(BEGIN)
-    DOC.write_text(f"{head}{BEGIN}\n\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}")
-    print("\n".join(lines))
+    write_figures(DOC, BEGIN, lines)
 
 
 if __name__ == "__main__":
