@@ -161,8 +161,9 @@ def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
         show(
             console,
             groupings,
-            "every grouping: mean over the grouped layers; lost: against one SAE per layer",
-            "grouping amad fvu fvu_lost fvu_lost_predicted delta_ce_percent "
+            "every grouping: mean over the grouped layers; lost: against one SAE per layer; "
+            "by V: as predicted",
+            "grouping fvu fvu_lost fvu_lost_predicted delta_ce_percent "
             "delta_ce_percent_lost embedding_loss embedding_loss_lost flops",
             halves="fvu_lost delta_ce_percent_lost embedding_loss_lost",
         )

@@ -177,8 +177,8 @@ class HubSource:
         """Return the error for the user, after all tries."""
         if not self._may_pass(error):
             return UserError(
-                f"cannot read data set {self.name} (config={self.config}, split={self.split}, "
-                f"revision={self.revision}): {one_line(error)}"
+                f"cannot read data set {self.name}, config {self.config}, split {self.split!r}, "
+                f"revision {self.revision}: {one_line(error)}"
             )
         return UserError(
             f"data set {self.name}: reading failed at row {row:,} in {self.retries + 1} tries "

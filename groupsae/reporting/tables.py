@@ -29,7 +29,7 @@ from groupsae.reporting.load import RunFiles, Values, interval, value_of
 
 # fmt: off
 HEADINGS = {  # of the columns that are shown
-    "fvu_lost_predicted": "predicted",
+    "fvu_lost_predicted": "by V",
     "run": "run", "configuration": "configuration", "part": "part", "count": "count",
     "layer": "layer", "sae": "SAE", "layers": "layers", "tokens_per_layer": "tokens per layer",
     "rows": "rows",
@@ -483,7 +483,8 @@ def groupings_table(run: RunFiles) -> Table | None:
         )
     return build(
         "groupings",
-        "Every grouping: mean over the grouped layers, lost and cost against one SAE per layer"
+        "Every grouping: mean over the grouped layers, lost and cost against one SAE per layer; "
+        "by V: the FVU lost as its angular variance predicts it"
         if len(rows) > 1
         else "Mean over the grouped layers; cost against one SAE per layer",
         rows,

@@ -27,6 +27,7 @@ LAYERS = {
     "angle": ANGLE,
     "cosine": np.cos(np.pi * ANGLE),
     "centred": np.eye(3),
+    "grouped": np.eye(3),
     "linear": np.array([[1.0, 0.5, 0.2], [0.6, 1.0, 0.4], [0.1, 0.3, 1.0]]),
 }
 
@@ -36,6 +37,7 @@ def test_figures_of_a_group_worked_by_hand() -> None:
     assert found["own"].mean() == pytest.approx(found["V"][0])
     assert found["own centred"] == pytest.approx([1 / 3] * 3)
     assert found["V centred"] == pytest.approx([1 / 3] * 3)
+    assert found["V as grouped"] == pytest.approx([1 / 3] * 3)
     assert found["1 - R²"] == pytest.approx([1 - 1.7 / 3, 1 - 1.8 / 3, 1 - 1.6 / 3])
     assert found["share"] == pytest.approx(-np.log(1 - 2 * found["own"]))
     assert found["D"] == pytest.approx([0.3] * 3)
