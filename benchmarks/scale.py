@@ -83,7 +83,7 @@ class Times(NamedTuple):
         forward: of the language model, one for each part of a share.
         swap: of the all-to-all that each part starts.
         saes: of each process's SAEs in a step.
-        reduce: of all gradients' all-reduce, beside half of the step's backward pass.
+        reduce: of all gradients' all-reduce, at the same time as half of the step's backward pass.
     """
 
     forward: list[float]
@@ -96,8 +96,8 @@ def simulate(times: Times, steps: int = 20) -> float:
     """Return the seconds of a step once all processes are under way.
 
     A process runs its forwards one after the other. The rows of a part travel as soon as every
-    process has made its own, one part after the other, beside the next forward. When the last
-    part is there, a process steps its SAEs and goes on to the next step; one with few SAEs is
+    process has made its own, one part after the other, during the next forward. When the last
+    part is there, a process steps its SAEs and starts the next step; one with few SAEs is
     early, and waits for the others at the next part.
     """
     free = [0.0] * len(times.saes)

@@ -1,1 +1,1 @@
-"""groupsae's training beside that of other libraries, each in an environment of its own."""
+"""groupsae's training compared with that of other libraries, each in an environment of its own."""

@@ -1,4 +1,4 @@
-"""groupsae's training beside SAELens, sparsify and dictionary_learning: `make bench-rivals`.
+"""groupsae's training against SAELens, sparsify and dictionary_learning: `make bench-rivals`.
 
     make bench-rivals                                    environments, then all parts (15 minutes)
     python -m benchmarks.rivals                          the same, the environments being there
