@@ -26,7 +26,7 @@ from groupsae import __version__
 from groupsae.app.console import print_explanations, print_groupings
 from groupsae.app.evaluate import device_named, log_results, same_stream
 from groupsae.app.judge import ask, judge_of, print_needs
-from groupsae.config.values import INTERPRETATION, check_values
+from groupsae.config.values import INTERPRETATION, check_values, names_of
 from groupsae.data.activations import ActivationDataModule
 from groupsae.data.packing import end_of_text
 from groupsae.files.atomic import atomic_write, write_json
@@ -335,8 +335,8 @@ def _chosen(plan: GroupPlan, wanted: Any) -> list[str]:
     """
     known = by_name(plan)
     first = next(iter(known))
-    names = [first, *(["per_layer"] if "per_layer" in known else [])] if wanted is None else wanted
-    names = list(known) if names == "all" else names
+    default = [first, *(["per_layer"] if "per_layer" in known else [])]
+    names = list(known) if wanted == "all" else names_of(wanted) or default
     for name in names:
         if name not in known:
             raise UserError(

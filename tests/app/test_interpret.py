@@ -155,7 +155,7 @@ def test_a_dry_run_leaves_nothing(copy: Path, capsys: pytest.CaptureFixture[str]
     ("option", "message"),
     [
         ("interpretation.score_tokens=32", "0 blocks of 64 tokens"),
-        ("interpretation.groupings=[complete-9]", "interpretation.groupings names complete-9"),
+        ("interpretation.groupings=complete-9", "interpretation.groupings names complete-9"),
         ("interpretation.sample=3", "must be an integer of at least 10"),
         (DOWN, "http://127.0.0.1:9/v1 does not answer"),  # before anything is collected
     ],
