@@ -36,6 +36,7 @@ import numpy as np
 import pandas as pd  # type: ignore[import-untyped,unused-ignore]
 
 import groupsae
+from benchmarks.interpretability import OPTIONS
 from benchmarks.replication import folder_of, over_seeds, table, write_figures
 from benchmarks.timing import SMALLEST_RUN, smallest, without_size
 from groupsae.evaluation.similarity import mmcs
@@ -68,14 +69,8 @@ STUDY = [  # of every run; the training is that of experiment=replication
 ]  # fmt: skip
 SPEED, FIXED = 7_000, 40  # tokens a second, and seconds of start and evaluation, on two AVX2 cores
 EVALUATION = Path("evaluation") / "evaluation.json"
-LATENTS = 32  # of each SAE that rules explain
-INTERPRET = [
-    f"interpretation.latents={LATENTS}", "interpretation.explain_tokens=24_576",
-    "interpretation.score_tokens=24_576", "interpretation.top=4", "interpretation.sample=10",
-    "interpretation.across=2", "logger=none",
-]  # fmt: skip
 LOOKS = {  # into runs at equal tokens: the file each leaves -> its command
-    Path("interpretation") / "groupings.csv": ["groupsae.interpret", *INTERPRET],
+    Path("interpretation") / "groupings.csv": ["groupsae.interpret", *OPTIONS],
     Path("evaluation") / "probes.json": [
         "groupsae.evaluate", "evaluation=probes", "evaluation.probes.k=[1]", "logger=none",
     ],
@@ -142,11 +137,16 @@ def train(commands: Sequence[Sequence[str]], jobs: int, *, evaluate: bool) -> No
         for each in missing:
             groupsae.train([more, *each])
         return
-    start = [sys.executable, "-m", "groupsae.train", more]
+    run_all([["groupsae.train", more, *each] for each in missing], jobs)
+
+
+def run_all(modules: Sequence[Sequence[str]], jobs: int) -> None:
+    """Run `python -m` with these arguments, several at a time; count those that ended."""
+    run = partial(subprocess.run, check=True, stdout=subprocess.DEVNULL)
     with ThreadPoolExecutor(jobs) as pool:
-        run = partial(subprocess.run, check=True, stdout=subprocess.DEVNULL)
-        for number, _ in enumerate(pool.map(lambda each: run([*start, *each]), missing), 1):
-            print(f"{number} of {len(missing)}", flush=True)
+        commands = ([sys.executable, "-m", *each] for each in modules)
+        for number, _ in enumerate(pool.map(run, commands), 1):
+            print(f"{number} of {len(modules)}", flush=True)
 
 
 def look_into(folders: Sequence[Path], jobs: int) -> None:
@@ -158,12 +158,7 @@ def look_into(folders: Sequence[Path], jobs: int) -> None:
         if not (folder / file).exists()
     ]
     print(f"{len(missing)} interpretations and probes to make", flush=True)
-    with ThreadPoolExecutor(jobs) as pool:
-        run = partial(subprocess.run, check=True, stdout=subprocess.DEVNULL)
-        for number, _ in enumerate(
-            pool.map(lambda each: run([sys.executable, "-m", *each]), missing), 1
-        ):
-            print(f"{number} of {len(missing)}", flush=True)
+    run_all(missing, jobs)
 
 
 def looked(folder: Path, grouping: str) -> tuple[float, float]:
@@ -190,11 +185,8 @@ def figures(folder: Path, arm: str, pairs: Sequence[tuple[int, int]]) -> Figures
     found = groupings(plan)
     grouping = found[0] if arm != LAYERS else next(g for g in found if g.kind == "per_layer")
     sae_of, summary = grouping.sae_of_layer, summary_of(folder)
-    ledger, cost, saes = (
-        read_json(folder / "ledger.json") or {},
-        summary["cost"],
-        summary["groups"],
-    )
+    cost, saes = summary["cost"], summary["groups"]
+    ledger = read_json(folder / "ledger.json") or {}
     (planned,) = (part["planned_flops"] for part in ledger["parts"] if part["part"] == "saes")
     delta_ce = {
         row["layer"]: row["delta_ce"]["value"]

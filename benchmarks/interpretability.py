@@ -35,8 +35,8 @@ from groupsae.interpretation.judge_windows import DELPHI, POSITIVE, WindowChoose
 DOC = Path(__file__).parent.parent / "docs" / "interpretation.md"
 BEGIN = "<!-- figures: python -m benchmarks.interpretability -->"
 LATENTS = 32  # of each SAE
+GROUPINGS = f"[per_layer,{','.join(f'complete-{g}' for g in range(1, 11))}]"
 OPTIONS = [
-    f"interpretation.groupings=[per_layer,{','.join(f'complete-{g}' for g in range(1, 11))}]",
     f"interpretation.latents={LATENTS}",
     "interpretation.explain_tokens=24_576", "interpretation.score_tokens=24_576",
     "interpretation.top=4", "interpretation.sample=10", "interpretation.across=2", "logger=none",
@@ -56,6 +56,7 @@ def interpreted(folder: Path) -> pd.DataFrame:
     file = folder / "interpretation" / "groupings.csv"
     if not file.exists():
         command = [sys.executable, "-m", "groupsae.interpret", f"run={folder}", *OPTIONS]
+        command.append(f"interpretation.groupings={GROUPINGS}")
         subprocess.run(command, check=True)
     return pd.read_csv(file)
 
