@@ -39,7 +39,6 @@ from groupsae.reporting.formatting import span
 from groupsae.reporting.load import read_run, value_of
 from groupsae.reporting.style import COLOURS
 from groupsae.suite.groups_file import load_plan
-from groupsae.training.callbacks.grouping import recorded_text
 
 HERE = Path(__file__).parent
 DOC = HERE.parent / "docs" / "predicting-loss.md"
@@ -138,7 +137,7 @@ def read_model(folder: Path, layers: Mapping[str, Square]) -> Model:
 def compare_layers(folder: Path, tokens: int) -> dict[str, Square]:
     """Return the matrices between all layers of a run's model, from its calibration text."""
     cfg = finished_run(folder, trusted=False)
-    data = make_stream(cfg, make(cfg.model), print, recorded_text(folder))
+    data = make_stream(cfg, make(cfg.model), print)
     parts, held = list[torch.Tensor](), 0
     for batch in data.calibration_batches(tokens):
         keep = batch.everywhere()

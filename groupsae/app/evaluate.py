@@ -220,9 +220,9 @@ def same_stream(
         UserError: the model or the text is another one now.
     """
     lm = make(cfg.model)
-    data = make_stream(cfg, lm, screen().print, trained)
+    data = make_stream(cfg, lm, screen().print)
     weights = lm.fingerprint()
-    if trained["weights"] not in (None, weights, lm.earlier_fingerprint()):
+    if trained["weights"] not in (None, weights):
         raise UserError(
             f"the SAEs in {folder} were trained on other weights of {trained['model']} "
             f"({trained['weights'][:8]}) than {lm.name} has now ({weights[:8]}): restore "

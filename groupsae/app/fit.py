@@ -33,7 +33,7 @@ from groupsae.runtime.quiet import quiet
 from groupsae.runtime.ranks import is_leader, share_cores
 from groupsae.runtime.signals import Stopped, first_signal, stopped_by_signals
 from groupsae.training.callbacks.dashboard import save_figures
-from groupsae.training.callbacks.grouping import GroupLayers, recorded_text
+from groupsae.training.callbacks.grouping import GroupLayers
 from groupsae.training.callbacks.stop import StopOnSignal
 from groupsae.training.callbacks.throughput import Throughput
 from groupsae.training.checkpoints.io import SuiteCheckpoints, check_same_checkpoint
@@ -131,7 +131,7 @@ def build(cfg: DictConfig, folder: Path, console: Console, checkpoint: Path | No
     say = partial(console.print, soft_wrap=True, highlight=False)
     lm, choice = make(cfg.model), make(cfg.groups)
     choice.check(lm.geometry.num_layers)
-    data = make_stream(cfg, lm, say, recorded_text(folder))
+    data = make_stream(cfg, lm, say)
     suite = GroupSAESuite(
         sae=make(cfg.sae),
         d_model=lm.geometry.d_model,

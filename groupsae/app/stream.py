@@ -1,6 +1,6 @@
 """The stream of activations that a configuration describes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,26 +28,17 @@ def check_source(data: DictConfig) -> None:
 
 
 def make_stream(
-    cfg: DictConfig,
-    lm: "FrozenLM",
-    say: Callable[[str], Any],
-    recorded: Mapping[str, Any] | None = None,
+    cfg: DictConfig, lm: "FrozenLM", say: Callable[[str], Any]
 ) -> "ActivationDataModule":
-    """Return the activations of a language model on a run's text.
-
-    `recorded` is what the run's files have about its text, `text` and `copies`; None at the start
-    of a run.
-    """
+    """Return the activations of a language model on a run's text."""
     from groupsae.data.activations import ActivationDataModule  # slow: the text is checked first
 
-    recorded = recorded or {}
     data = ActivationDataModule(
         lm=lm,
         source=make_source(cfg.data),
         cache=str(Path(cfg.output) / "cache"),
         tokens=cfg.tokens,
         seed=cfg.seed,
-        earlier_text=recorded.get("text") if recorded.get("copies") is None else None,
         **cfg.stream,
     )
     if cfg.data.get("cache") is not None:

@@ -24,12 +24,6 @@ from groupsae.runtime.commands import hydra_text
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.output import never_fail_to_print
 
-RENAMED = {  # (command, key) of earlier versions -> the key now
-    ("export", "to"): "output",
-    ("import_saes", "path"): "saes",
-    ("import_saes", "to"): "name",
-}
-
 NOT_TEXT = ("true", "false", "null", "nan", "inf", "infinity")  # where they stand without quotes
 _PART = re.compile(r"""'(?:\\.|[^'])*'|"(?:\\.|[^"])*"|[^,]+""")  # of values with commas between
 
@@ -68,7 +62,7 @@ def one_sentence() -> Iterator[None]:
 
 
 def read(arguments: Sequence[str], name: str) -> list[str]:
-    """Return the arguments of a command as Hydra takes them, with their keys of today.
+    """Return the arguments of a command as Hydra takes them.
 
     Paths and names (`TEXTS`) may have any characters, `~` is the home folder, and none of them is
     a number: `model.revision=143000` is the text "143000". With -m, commas separate the values
@@ -109,12 +103,6 @@ def with_parts(arguments: Sequence[str]) -> list[str]:
 
 def _read(argument: str, name: str, sweep: bool) -> str:
     key, _, value = argument.partition("=")
-    new = RENAMED.get((name, key))
-    if new is not None:
-        if new == "name" and value != "null":  # a path before; now a path must be absolute
-            value = os.path.abspath(value)
-        print(f"note: {key}= is now {new}=", file=sys.stderr)
-        key = new
     if key.lstrip("+") not in TEXTS:
         return argument
     a_list = key in LISTS and value.startswith("[")

@@ -19,11 +19,8 @@ from groupsae.runtime.errors import UserError
 _INSTALLED = Path(__file__).parents[1] / "conf"
 CONF = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "conf"
 VARIABLE = "GROUPSAE_TARGETS"  # of the environment: classes of the user's own, with commas
-# in addition to those of the yaml files
-MORE = (
-    "lightning.pytorch.strategies.DDPStrategy",  # in run folders of earlier versions
-    "transformers.BitsAndBytesConfig",  # model.load.quantization_config
-)
+# in addition to those of the yaml files: model.load.quantization_config
+MORE = ("transformers.BitsAndBytesConfig",)
 _TARGET = re.compile(r"^\s*_target_: ((?:groupsae|lightning)\.[\w.]+)", re.MULTILINE)
 
 

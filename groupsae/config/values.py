@@ -73,7 +73,6 @@ NAMES = Allowed(
     ),
 )
 
-HELDOUT = "groupsae.evaluation.text.Heldout"  # what evaluations without a `_target_` were
 BOOTSTRAP = {
     "bootstrap.resamples": COUNT,
     "bootstrap.level": between(0, 1),
@@ -261,7 +260,7 @@ def evaluation_parts(options: DictConfig) -> dict[str, dict[str, Any]]:
         lists = (key for key in node if f"evaluation.{name}.{key}" in LISTS)
         node |= {key: names_of(node[key]) for key in lists}
     heldout = {key: value for key, value in values.items() if key not in others}
-    return ({"heldout": {"_target_": HELDOUT, **heldout}} if heldout else {}) | others
+    return ({"heldout": heldout} if heldout else {}) | others
 
 
 def check_evaluation(options: DictConfig) -> None:

@@ -35,7 +35,7 @@ from groupsae.data.sources import Source
 from groupsae.data.store.fill import Filler, size_of
 from groupsae.data.store.read import RowReader, StoredLoader, read_ahead
 from groupsae.data.store.shard import Layout
-from groupsae.data.store.store import ActivationStore, Gap, dtype_of, open_store, store_folder
+from groupsae.data.store.store import ActivationStore, Gap, dtype_of, open_store
 from groupsae.lm.hooked import HookedLM, read_after
 from groupsae.lm.load import FrozenLM
 from groupsae.runtime.errors import UserError
@@ -80,8 +80,6 @@ class ActivationDataModule(L.LightningDataModule):
         heldout_tokens: tokens of one validation.
         num_workers: loader processes.
         seed: seed of shuffle and layer draws.
-        earlier_text: key of the text of a run by an earlier version, which kept copies of
-            documents; None for all others. See `load_token_blocks`.
 
     Attributes:
         slots: the sets of layers that training batches draw from.
@@ -113,7 +111,6 @@ class ActivationDataModule(L.LightningDataModule):
         num_workers: int,
         seed: int,
         layers_per_token: int = 1,
-        earlier_text: str | None = None,
     ) -> None:
         super().__init__()
         most = lm.geometry.context
@@ -141,7 +138,7 @@ class ActivationDataModule(L.LightningDataModule):
         self.skip_positions, self.max_norm_ratio = skip_positions, max_norm_ratio
         self.blocks_per_step, self.blocks_per_forward = blocks_per_step, blocks_per_forward
         self.heldout_tokens, self.num_workers, self.seed = heldout_tokens, num_workers, seed
-        self.layers_per_token, self.earlier_text = layers_per_token, earlier_text
+        self.layers_per_token = layers_per_token
         self.tokens_per_step = blocks_per_step * context
         self.num_steps = tokens // self.tokens_per_step
         self.travelling = torch.float32
@@ -231,13 +228,12 @@ class ActivationDataModule(L.LightningDataModule):
             self.packing,
             self.cache / "tokens",
             vocab_size=self.lm.geometry.vocab_size,
-            earlier_key=self.earlier_text,
         )
 
     @property
-    def copies(self) -> int | None:
-        """Return how many copies of documents the text lacks; None if it still has them."""
-        copies: int | None = self.blocks.manifest.get("copies")
+    def copies(self) -> int:
+        """Return how many copies of documents the text lacks."""
+        copies: int = self.blocks.manifest["copies"]
         return copies
 
     def tokens(self, split: Split, blocks: list[int]) -> Int64[Tensor, "block pos"]:
@@ -609,13 +605,6 @@ class StoredReader:
         layout = Layout(
             self.data.packing.context, lm.geometry.d_model, dtype_of(self.stored_dtype)
         )
-        # of a version that did not know the Hub's commit
-        before = store_folder(
-            self.folder, {**content, "weights": lm.earlier_fingerprint()}, layout
-        )
-        manifest = before / "manifest.json"
-        if manifest.exists() and not lm.moved_since(manifest):
-            return ActivationStore(before)
         sizes = {split: len(tokens) for split, tokens in blocks.blocks.items()}
         return open_store(self.folder, content, layout, sizes)
 

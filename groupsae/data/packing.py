@@ -120,8 +120,7 @@ class TokenBlocks:
 
     def _checked(self, split: Split) -> np.ndarray:
         """Return the blocks of a split, after a check of their checksum."""
-        written = self.manifest.get("checksums")  # version 0.1 wrote none
-        if written is not None and written[split] != checksum(self.folder, split):
+        if self.manifest["checksums"][split] != checksum(self.folder, split):
             raise self._damaged(f"the checksum of {split}.bin is wrong")
         shape = self.manifest["num_blocks"][split], self.manifest["packing"]["context"]
         if not shape[0]:
@@ -151,40 +150,28 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, prepend_bos: bool 
 
     That is the vocabulary, the tokenizer's rules, the token that closes a document, and the one
     that begins a block if there is one. If both are the tokenizer's first special token, as those
-    of the bundled model, Pythia and GPT-2 are, the rules imply them: so the key is that of earlier
-    versions.
+    of the bundled model, Pythia and GPT-2 are, the rules imply them.
     """
-    rules = _rules(tokenizer)
     ends = [end_of_text(tokenizer), *([begin_of_text(tokenizer)] if prepend_bos else [])]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
+        vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
         # rules of a tokenizer in Python are its class and the arguments; files have other names
         options = {k: str(v) for k, v in tokenizer.init_kwargs.items() if not k.endswith("_file")}
         for key in ("name_or_path", "is_local", "local_files_only"):
             options.pop(key, None)
-        return _digest([rules, type(tokenizer).__name__, options, ends])
+        return _digest([vocabulary, type(tokenizer).__name__, options, ends])
+    rules: str = backend.to_str()
     added = backend.get_added_tokens_decoder().items()
     first = min((number for number, token in added if token.special), default=None)
     plain = backend.encode_special_tokens  # special tokens in the text are text
     if plain or any(end != first for end in ends):
         return _digest([rules, ends, plain])
-    return _digest_of(rules)
-
-
-def _rules(tokenizer: PreTrainedTokenizerBase) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return json.dumps(sorted(tokenizer.get_vocab().items()))
-    rules: str = backend.to_str()
-    return rules
-
-
-def _digest_of(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(rules.encode()).hexdigest()
 
 
 def _digest(parts: object) -> str:
-    return _digest_of(json.dumps(parts))
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def load_token_blocks(
@@ -193,7 +180,6 @@ def load_token_blocks(
     packing: Packing,
     cache: Path,
     vocab_size: int | None = None,
-    earlier_key: str | None = None,
 ) -> TokenBlocks:
     """Return the packed corpus, packing it first if this content was never packed.
 
@@ -205,28 +191,17 @@ def load_token_blocks(
     (Pythia's embedding, 50,304, is padded beyond its tokenizer's 50,277). It is not part of the
     key: it decides whether the blocks can be used, not their content.
 
-    Earlier versions kept copies, and their key ignored the end-of-text token. A run of such a
-    version gives the key that it recorded as `earlier_key`, and gets the same text again.
-
     Raises:
         UserError: the source is empty or cannot be read, the tokenizer makes no tokens of its
             text, a token id is outside the vocabulary, or the cache is damaged or cannot be
             written.
     """
     vocab_size = len(tokenizer) if vocab_size is None else vocab_size
-    content = source.fingerprint()
-
-    def key_with(rules: str) -> str:
-        return _digest([FORMAT, content, rules, vars(packing)])[:16]
-
-    kept = earlier_key is not None and earlier_key == key_with(_digest_of(_rules(tokenizer)))
-    key = key_with(tokenizer_fingerprint(tokenizer, packing.prepend_bos))
-    key = str(earlier_key) if kept else key
-    folder = _packed(cache, key, kept)
-    if folder is None:
-        folder = pack(source, tokenizer, packing, cache, key, vocab_size, keep_copies=kept)
+    rules = tokenizer_fingerprint(tokenizer, packing.prepend_bos)
+    key = _digest([FORMAT, source.fingerprint(), rules, vars(packing)])[:16]
+    folder = _packed(cache, key) or pack(source, tokenizer, packing, cache, key, vocab_size)
     blocks = TokenBlocks(folder)
-    highest = blocks.manifest.get("max_token_id", -1)
+    highest = blocks.manifest["max_token_id"]
     if highest >= vocab_size:
         raise _wrong_tokenizer(f"the packed corpus {folder}", highest, vocab_size)
     if not blocks.manifest["documents"]:
@@ -234,24 +209,14 @@ def load_token_blocks(
     return blocks
 
 
-def _packed(cache: Path, key: str, keep_copies: bool) -> Path | None:
+def _packed(cache: Path, key: str) -> Path | None:
     """Return the folder of a packed text, if there is one.
 
     Its name is the key where the text had no copies; where it had, the key of the text without
-    them. Earlier versions kept copies and did not count them.
+    them.
     """
-    folder, other = cache / key, cache / _without_copies(key)
-    manifest = folder / "manifest.json"
-    if manifest.exists() and (keep_copies or not _may_have_copies(manifest)):
-        return folder
-    return other if not keep_copies and (other / "manifest.json").exists() else None
-
-
-def _may_have_copies(manifest: Path) -> bool:
-    try:
-        return "copies" not in json.loads(manifest.read_text())
-    except ValueError:  # it is read again, and refused
-        return False
+    folders = cache / key, cache / _without_copies(key)
+    return next((folder for folder in folders if (folder / "manifest.json").exists()), None)
 
 
 def _without_copies(key: str) -> str:
@@ -344,8 +309,6 @@ def pack(
     cache: Path,
     key: str,
     vocab_size: int,
-    *,
-    keep_copies: bool = False,
 ) -> Path:
     """Write the blocks of a corpus into a folder of the cache, unless another process just did.
 
@@ -358,7 +321,6 @@ def pack(
         cache: folder of all packed texts.
         key: names the folder, if the text has no copies.
         vocab_size: of the language model.
-        keep_copies: as earlier versions did.
 
     Returns:
         The folder.
@@ -368,13 +330,13 @@ def pack(
             tokenizer makes no tokens, or the source cannot be read further; what was packed until
             then is kept.
     """
-    working = cache / (key if keep_copies else _without_copies(key))
+    working = cache / _without_copies(key)
     with one_at_a_time(working.with_suffix(".lock"), "packing this text"):
-        if (folder := _packed(cache, key, keep_copies)) is not None:
+        if (folder := _packed(cache, key)) is not None:
             return folder
         partial = working.with_suffix(".partial")
         bos = begin_of_text(tokenizer) if packing.prepend_bos else None
-        writer = BlockWriter(partial, packing.context, bos, vocab_size, keep_copies=keep_copies)
+        writer = BlockWriter(partial, packing.context, bos, vocab_size)
         before, began = writer.num_tokens, time.monotonic()
         try:
             _fill(writer, source, tokenizer, packing)
@@ -389,7 +351,7 @@ def pack(
             write_json(partial / "manifest.json", manifest)
             writer.note.unlink()
             writer.contents.file.unlink()
-            if folder.exists():  # without a manifest, or by an earlier version: the same text
+            if folder.exists():  # without a manifest
                 shutil.rmtree(folder)
             partial.rename(folder)
         seconds = max(time.monotonic() - began, 1e-3)
@@ -413,20 +375,11 @@ class BlockWriter:
 
     At every flush the files are brought to disk first, then a note of how much of them counts;
     a writer that opens the folder later continues there and overwrites the data after that. Tokens
-    that do not fill a block are kept in the note. With `keep_copies`, copies are not looked for.
+    that do not fill a block are kept in the note.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        context: int,
-        bos: int | None,
-        vocab_size: int,
-        *,
-        keep_copies: bool = False,
-    ) -> None:
+    def __init__(self, folder: Path, context: int, bos: int | None, vocab_size: int) -> None:
         self.folder, self.context, self.bos, self.vocab_size = folder, context, bos, vocab_size
-        self.keep_copies = keep_copies
         self.note, contents = folder / "progress.json", folder / "contents.bin"
         self.files = {split: folder / f"{split}.bin" for split in SPLITS}
         with explain_write_errors(folder):
@@ -496,7 +449,7 @@ class BlockWriter:
         if low < 0 or high >= self.vocab_size:
             bad = high if low >= 0 else low
             raise _wrong_tokenizer(f"document {document.name!r}", bad, self.vocab_size)
-        content = None if self.keep_copies else content_of(document)
+        content = content_of(document)
         if content is not None and not self.contents.add(content):
             self.state["copies"] += 1
             return
@@ -534,7 +487,7 @@ class BlockWriter:
             "documents": self.num_documents,
             "num_blocks": {s: self.state["written"][s] // self.context for s in SPLITS},
             "max_token_id": self.state["max_token_id"],
-            **({} if self.keep_copies else {"copies": self.num_copies}),
+            "copies": self.num_copies,
         }
 
 

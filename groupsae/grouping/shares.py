@@ -36,7 +36,7 @@ class Shares(NamedTuple):
 
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> "Shares | None":
-        """Return the shares among the arrays of a file; None if it is older than they are."""
+        """Return the shares among the arrays of a file; None if it has none."""
         return cls(*(stored[name] for name in cls._fields)) if cls._fields[0] in stored else None
 
     def to_json(self) -> dict[str, list[float]]:

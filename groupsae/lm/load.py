@@ -306,27 +306,6 @@ class FrozenLM:
 
     def fingerprint(self) -> str:
         """Return a key of config and weights: content for a folder, commit for a Hub model."""
-        return self._fingerprint(self.commit or self.revision)
-
-    def earlier_fingerprint(self) -> str | None:
-        """Return the key of a Hub model that earlier versions gave; None for a folder.
-
-        It has the name of the revision instead of the commit, so a branch that moved does not
-        change it: see `moved_since`.
-        """
-        return self._fingerprint(self.revision) if self._folder() is None else None
-
-    def moved_since(self, file: Path) -> bool:
-        """Return whether the revision may mean another commit than when a file was made.
-
-        The Hub's cache writes a revision's commit when it changes.
-        """
-        if self.snapshot is None:
-            return False
-        noted = self.snapshot.parents[1] / "refs" / (self.revision or "main")
-        return noted.exists() and noted.stat().st_mtime > file.stat().st_mtime
-
-    def _fingerprint(self, commit: str | None) -> str:
         digest = hashlib.sha256(self.config_json.encode())
         folder = self._folder()
         if folder is not None:
@@ -336,7 +315,7 @@ class FrozenLM:
                 with file.open("rb") as handle:
                     digest.update(hashlib.file_digest(handle, "sha256").digest())
         else:
-            digest.update(str(commit).encode())
+            digest.update(str(self.commit or self.revision).encode())
             digest.update(self.name.encode())
         digest.update(str(self.dtype).encode())
         loaded = recorded_options(self.load_options)

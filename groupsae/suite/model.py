@@ -59,8 +59,7 @@ def load_model(
         hint = " If it is elsewhere, give load_model(name=<folder or id>)." if moved else ""
         raise UserError(f"{error}{hint}") from error
     as_recorded = not (name or revision or dtype) and options == recorded
-    known = (None, lm.fingerprint(), lm.earlier_fingerprint()) if as_recorded else ()
-    if as_recorded and cfg.get("weights") not in known:
+    if as_recorded and cfg.get("weights") not in (None, lm.fingerprint()):
         warnings.warn(
             f"{found} has other weights now than when the SAEs were trained: give the revision of "
             "that time, load_model(revision=...).",

@@ -32,8 +32,7 @@ def init_b_dec(
             `geometric_median` of the first batch, the point with the smallest sum of distances,
             which single rows of extreme norm do not pull away.
         all_sum: returns the sum of a tensor over all processes.
-        means: layer -> mean of its scaled activations over the calibration text; empty where a
-            run was measured by a version that did not keep them.
+        means: layer -> mean of its scaled activations over the calibration text.
 
     Raises:
         UserError: there is no such start, or no means.
@@ -41,8 +40,8 @@ def init_b_dec(
     check_choice("b_dec_start", start, STARTS)
     if (start == "mean" or sae.own_biases) and not means:
         raise UserError(
-            "the layers of this run were measured by an earlier version of groupsae, without the "
-            "means that biases start at: overwrite=true starts it again."
+            "b_dec_start=mean and biases of single layers start at the layers' mean activations: "
+            "give them, means=."
         )
     if start == "geometric_median":
         sae.b_dec.copy_(_geometric_median(x, all_sum))

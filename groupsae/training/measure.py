@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,7 @@ from groupsae.files.locks import one_at_a_time
 from groupsae.files.reading import damaged, read_npz
 from groupsae.grouping.angles import AngularDistance
 from groupsae.grouping.moments import LayerMoments
-from groupsae.grouping.shares import Shares, mean_dominates
-from groupsae.lm.load import FrozenLM
+from groupsae.grouping.shares import Shares
 from groupsae.runtime.errors import UserError
 from groupsae.runtime.progress import token_progress
 from groupsae.training.losses import Losses, measure_losses
@@ -54,15 +53,14 @@ class Measurement:
         d_model: width of the activations.
         provenance: model, text, tokens and options behind them.
         seconds: duration of the measurement, when it was made.
-        shares: what each layer's squared norm consists of; None in files that are older.
-        losses: of the unchanged model on a little of the text, see `Losses`; None in files that
-            are older, and if it predicts no next token.
+        shares: what each layer's squared norm consists of.
+        cosines: mean cosine of every pair of layers, [L, L].
+        means: mean activation of every layer, [L, d_model].
         other_distances: as `distances` with the other centring, from `SAMPLE` tokens that are
-            evenly spread over the text; None in files that are older, or if the filters left out
-            all of these tokens.
-        cosines: mean cosine of every pair of layers, [L, L]; None in files that are older.
+            evenly spread over the text; None if the filters left out all of these tokens.
         other_cosines: as `cosines`, of the tokens and with the centring of `other_distances`.
-        means: mean activation of every layer, [L, d_model]; None in files that are older.
+        losses: of the unchanged model on a little of the text, see `Losses`; None if it predicts
+            no next token.
     """
 
     distances: np.ndarray
@@ -71,17 +69,12 @@ class Measurement:
     d_model: int
     provenance: dict[str, Any]
     seconds: float
-    shares: Shares | None = None
+    shares: Shares
+    cosines: np.ndarray
+    means: np.ndarray
     other_distances: np.ndarray | None = None
-    cosines: np.ndarray | None = None
     other_cosines: np.ndarray | None = None
-    means: np.ndarray | None = None
     losses: Losses | None = None
-
-    @property
-    def mean_dominates(self) -> bool:
-        """Return whether uncentred angles mislead; False in files that are older."""
-        return self.shares is not None and mean_dominates(self.shares)
 
     @property
     def other_centring(self) -> str:
@@ -108,17 +101,16 @@ class Measurement:
         """
         return {layer: float(factor) for layer, factor in enumerate(SCALES[scale](self))}
 
-    def layer_means(self) -> dict[int, Tensor] | None:
-        """Return layer -> mean of its raw activations; None if they were not kept."""
-        return None if self.means is None else dict(enumerate(torch.from_numpy(self.means)))
+    def layer_means(self) -> dict[int, Tensor]:
+        """Return layer -> mean of its raw activations."""
+        return dict(enumerate(torch.from_numpy(self.means)))
 
     def save(self, path: Path) -> None:
         """Write everything into one npz, atomically."""
-        values = {**vars(self), "provenance": np.array(json.dumps(self.provenance))}
-        for group in (self.shares, self.losses):
-            values |= {} if group is None else group._asdict()
-        grouped = ("shares", "losses")
-        values = {name: x for name, x in values.items() if name not in grouped and x is not None}
+        values = {name: x for name, x in vars(self).items() if x is not None}
+        for grouped in ("shares", "losses"):
+            values |= values.pop(grouped)._asdict() if grouped in values else {}
+        values["provenance"] = np.array(json.dumps(self.provenance))
         with atomic_write(path, shared=True) as handle:
             np.savez(handle, **values)
 
@@ -138,11 +130,11 @@ class Measurement:
                 int(stored["d_model"]),
                 json.loads(str(stored["provenance"])),
                 float(stored["seconds"]),
-                Shares.read(stored),
+                Shares(*(stored[name] for name in Shares._fields)),
+                stored["cosines"],
+                stored["means"],
                 stored.get("other_distances"),
-                stored.get("cosines"),
                 stored.get("other_cosines"),
-                stored.get("means"),
                 Losses.read(stored),
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -179,44 +171,26 @@ def measure(
     tokens: int,
     centring: str,
     cache: Path,
-    means: bool,
 ) -> Measurement:
     """Return distances and norms, from the cache if this content was measured before.
-
-    With `means` only if those were kept, too.
 
     The key is (model, weights, text, tokens, options), so a sweep over the number of groups
     measures once: of several runs at a time one measures, and the others wait for it. With
     several processes each takes its share and all get the same sums.
     """
     provenance = provenance_of(data, tokens, centring)
-    path = _path_in(cache, provenance)
+    content = json.dumps({**provenance, "format": FORMAT}, sort_keys=True)
+    key = hashlib.sha256(content.encode()).hexdigest()[:16]
+    path = cache / "angles" / f"{key}.npz"
     with _one_run_at_a_time(path, trainer):
         # all processes use the measurement that the first one read
-        found = _found(cache, provenance, data.lm) if trainer.is_global_zero else None
-        if found is not None and means and found.means is None:
-            found = None
+        found = cached(path) if trainer.is_global_zero else None
         found = trainer.strategy.broadcast(found)
         if found is None:
             found = _measure(data, trainer, tokens, provenance)
             if trainer.is_global_zero:
                 found.save(path)
     return found
-
-
-def _found(cache: Path, provenance: dict[str, Any], lm: FrozenLM) -> Measurement | None:
-    """Return an earlier measurement; also one of a version that did not know the Hub's commit."""
-    before = _path_in(cache, {**provenance, "weights": lm.earlier_fingerprint()})
-    found = cached(_path_in(cache, provenance))
-    if found is None and before.exists() and not lm.moved_since(before):
-        found = cached(before)
-    return None if found is None else replace(found, provenance=provenance)
-
-
-def _path_in(cache: Path, provenance: dict[str, Any]) -> Path:
-    content = json.dumps({**provenance, "format": FORMAT}, sort_keys=True)
-    key = hashlib.sha256(content.encode()).hexdigest()[:16]
-    return cache / "angles" / f"{key}.npz"
 
 
 @contextmanager
@@ -288,10 +262,10 @@ def _measure(
         provenance,
         watch.seconds,
         found.shares(),
-        other_distances,
         angles.cosines().cpu().numpy(),
-        other_cosines,
         found.mean.cpu().numpy(),
+        other_distances,
+        other_cosines,
         measure_losses(data, device) if trainer.is_global_zero else None,
     )
 

@@ -31,7 +31,6 @@ class Size(NamedTuple):
         kept_wide: as in `SAE`.
         flops: FLOPs of a training step, per row.
         maps: whether its layers have something of their own, `SAE.maps`.
-        own_biases: whether its biases are those of single layers.
     """
 
     d_sae: int
@@ -39,7 +38,6 @@ class Size(NamedTuple):
     kept_wide: float
     flops: int
     maps: bool
-    own_biases: bool
 
 
 class GroupSAESuite(L.LightningModule):
@@ -53,7 +51,6 @@ class GroupSAESuite(L.LightningModule):
         own: numbers in the plan of the SAEs that this process holds.
         spread: True if each SAE is in one process, not in all.
         groups: number in the plan -> `GroupSAE`; None before `configure_model`.
-        needs_means: whether biases start at the means of layers.
     """
 
     plan: GroupPlan
@@ -89,11 +86,7 @@ class GroupSAESuite(L.LightningModule):
         self.groups: nn.ModuleDict | None = None
         self.shown: dict[str, float] = {}  # figures for the progress bar
         self.sizes: dict[tuple[float, int], Size] = {}
-        size = self.size(1.0)  # raises UserError if the SAE is impossible
-        self.d_sae, self.needs_means = (
-            size.d_sae,
-            b_dec_start in ("mean", "auto") or size.own_biases,
-        )
+        self.d_sae = self.size(1.0).d_sae  # raises UserError if the SAE is impossible
 
     # ---- the plan and its SAEs ------------------------------------------------------------
 
@@ -135,7 +128,6 @@ class GroupSAESuite(L.LightningModule):
                 kept_wide=sae.kept_wide,
                 flops=sae.training_flops(),
                 maps=sae.maps is not None,
-                own_biases=sae.own_biases,
             )
         return self.sizes[width, num_layers]
 

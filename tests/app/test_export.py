@@ -409,9 +409,9 @@ def test_an_architecture_with_an_unknown_tensor_is_not_folded():
     ("module", "argument", "message"),
     [
         ("export", "formt=saelens", "formt is unknown. Did you mean format?"),
-        ("adopt", "path=some,where=1", "saes=some,where=1: there is no such folder."),
-        ("adopt", "nums_groups=3", "nums_groups is unknown. Did you mean num_groups"),
-        ("import_saes", "to=there", "which SAEs? Give saes=<folder>"),
+        ("import_saes", "saes=some,where=1", "saes=some,where=1: there is no such folder."),
+        ("import_saes", "nums_groups=3", "nums_groups is unknown. Did you mean num_groups"),
+        ("import_saes", "name=there", "which SAEs? Give saes=<folder>"),
     ],
 )
 def test_the_command_line_answers_with_one_sentence_and_status_2(
@@ -421,8 +421,6 @@ def test_the_command_line_answers_with_one_sentence_and_status_2(
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2
     assert f"error: {message}" in done.stderr
-    assert "note: groupsae.adopt is now" in done.stderr or module != "adopt"
-    assert "note: path= is now saes=" in done.stderr or not argument.startswith("path=")
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 

@@ -149,5 +149,3 @@ def test_an_evaluation_has_the_parts_that_are_chosen_in_any_order() -> None:
     for unclear in ("evaluation=[circuits,harness]", "evaluation=probes", own):
         with pytest.raises(UserError, match="tasks= is for evaluation=circuits or"):
             parts(unclear, "tasks=[code]")
-    saved = OmegaConf.create({"tokens": None, "together": False})  # of a run of an earlier version
-    assert evaluation_parts(saved)["heldout"]["_target_"].endswith(".Heldout")

@@ -157,7 +157,7 @@ def test_every_target_exists():
 
 
 def test_stream_keys_are_the_parameters_of_the_data_module():
-    runtime = {"lm", "source", "cache", "tokens", "seed", "earlier_text"}
+    runtime = {"lm", "source", "cache", "tokens", "seed"}
     assert set(composed().stream) | runtime == set(parameters(ActivationDataModule))
 
 

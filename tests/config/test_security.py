@@ -85,7 +85,6 @@ def test_only_what_our_files_name_is_built(node, monkeypatch):
 
 def test_classes_that_our_files_name_are_allowed_and_no_complete_room():
     assert "groupsae.sae.topk.TopK" in allowed()
-    assert "lightning.pytorch.strategies.DDPStrategy" in allowed()
     assert not any(name.startswith(("hydra", "os.", "builtins")) for name in allowed())
 
 

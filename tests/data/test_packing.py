@@ -1,6 +1,5 @@
 """The token cache: the right blocks, complete or not at all, also after a kill."""
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -175,11 +174,6 @@ def test_a_token_that_has_changed_is_noticed(tokenizer, tmp_path, monkeypatch):
     file.unlink()
     with pytest.raises(UserError, match=r"damaged \(train\.bin is missing\)"):
         TokenBlocks(folder)
-    file.write_bytes(whole)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["checksums"]  # as earlier versions wrote it
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert len(TokenBlocks(folder).blocks["train"])
 
 
 def test_nothing_but_the_corpus_is_left_in_the_cache(tokenizer, tmp_path):
@@ -347,16 +341,6 @@ def test_a_folder_without_manifest_is_no_cache(tokenizer, tmp_path):
     assert files(again.folder) == whole
 
 
-def test_a_cache_of_older_code_is_still_read(tokenizer, tmp_path):
-    folder = load_token_blocks(ListSource(TEXTS), tokenizer, make_packing(), tmp_path).folder
-    manifest = json.loads((folder / "manifest.json").read_text())
-    old = {key: manifest[key] for key in ("key", "packing", "documents", "num_blocks")}
-    (folder / "manifest.json").write_text(json.dumps(old))
-    assert TokenBlocks(folder).blocks["train"].dtype == np.int32
-    silent, key = ListSource([]), old["key"]
-    load_token_blocks(silent, tokenizer, make_packing(), tmp_path, earlier_key=key)
-
-
 def test_a_cache_that_cannot_be_written_is_refused(tokenizer, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot write .*file"):
@@ -493,36 +477,13 @@ def test_tokenised_copies_are_dropped_and_empty_documents_are_none(tokenizer, tm
     assert (blocks.manifest["documents"], blocks.manifest["copies"]) == (4, 1)
 
 
-def test_a_run_of_an_earlier_version_keeps_the_copies_that_it_was_trained_on(tokenizer, tmp_path):
-    """Its key ignored the end-of-text token too."""
-    instruct, packing = with_ends(tokenizer, eos_token="<|im_end|>"), make_packing()
-    rules = hashlib.sha256(instruct.backend_tokenizer.to_str().encode()).hexdigest()
-    parts = json.dumps([1, "list", rules, vars(packing)])
-    key = hashlib.sha256(parts.encode()).hexdigest()[:16]
-    source, cache = ListSource(COPIED), tmp_path / "cache"
-    new = load_token_blocks(source, instruct, packing, cache)
-    old = load_token_blocks(source, instruct, packing, cache, earlier_key=key)
-    assert old.key == key != new.key
-    assert old.manifest["documents"] == len(COPIED)
-    assert "copies" not in old.manifest
-    assert load_token_blocks(ListSource([]), instruct, packing, cache).folder == new.folder
-    other = load_token_blocks(source, instruct, packing, cache, earlier_key="another")
-    assert other.key == new.key
-
-
 def test_a_text_without_copies_keeps_its_key_and_one_with_copies_gets_another(tokenizer, tmp_path):
     packing = make_packing()
     distinct = load_token_blocks(ListSource(TEXTS), tokenizer, packing, tmp_path / "a")
     key = distinct.key
     copied = load_token_blocks(ListSource(COPIED), tokenizer, packing, tmp_path / "b")
     assert copied.key != key
-    # as an earlier version left it: nobody knows whether it has copies
-    manifest = json.loads((distinct.folder / "manifest.json").read_text())
-    del manifest["copies"]
-    (distinct.folder / "manifest.json").write_text(json.dumps(manifest))
-    again = load_token_blocks(ListSource(TEXTS), tokenizer, packing, tmp_path / "a")
-    assert again.key == key
-    assert again.manifest["copies"] == 0
+    assert distinct.manifest["copies"] == 0
 
 
 @given(st.lists(st.lists(st.integers(0, 2**64 - 1), max_size=9), max_size=9))

@@ -9,6 +9,7 @@ import pytest
 
 from groupsae.files.atomic import atomic_write
 from groupsae.files.reading import read_metrics
+from groupsae.grouping.shares import Shares
 from groupsae.runtime.errors import UserError
 from groupsae.training.loggers import MetricsCSV
 from groupsae.training.measure import Measurement, cached
@@ -57,13 +58,16 @@ def test_a_truncated_value_is_left_out(tmp_path):
 def test_a_damaged_measurement_in_the_cache_is_measured_again(tmp_path: Path):
     path = tmp_path / "angles.npz"
     distances = np.ones((2, 2))
-    made = Measurement(distances, np.ones(2), np.ones(2), 4, {"tokens": 8}, 0.5)
+    norms, shares = np.ones(2), Shares(*[np.ones(2)] * len(Shares._fields))
+    made = Measurement(
+        distances, norms, norms, 4, {"tokens": 8}, 0.5, shares, distances, np.ones((2, 4))
+    )
     made.save(path)
     found = cached(path)
     assert found is not None
     assert np.array_equal(found.distances, distances)
     content = bytearray(path.read_bytes())
-    content[len(content) // 4] ^= 1
+    content[content.index(distances.tobytes())] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match="damaged"):
         Measurement.load(path)

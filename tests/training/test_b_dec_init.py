@@ -139,9 +139,9 @@ def test_scale_rules_do_what_they_say() -> None:
     )
     moments = LayerMoments(num_layers=2, d_model=9)
     moments.update(acts)
-    measured = Measurement(
-        np.zeros((2, 2)), *(norms.numpy() for norms in moments.moments()[1:3]), 9, {}, 0.0
-    )
+    found, square = moments.moments(), np.zeros((2, 2))
+    norms = (each.numpy() for each in found[1:3])
+    measured = Measurement(square, *norms, 9, {}, 0.0, found.shares(), square, found.mean.numpy())
 
     def scaled(scale: str, layer: int) -> Tensor:
         return (acts[layer].double() * measured.norm_factors(scale)[layer]).norm(dim=1)

@@ -121,7 +121,8 @@ def test_the_last_good_one_is_used_and_reported(tmp_path: Path, victim: str, how
 
 def test_without_a_complete_one_the_error_says_how_to_start_again(tmp_path: Path) -> None:
     path = tmp_path / "step=3.ckpt"
-    torch.save(made(), path)  # a file, as earlier versions wrote them
+    save(made(), path)
+    (path / "manifest.json").write_text("")
     with pytest.raises(UserError, match="every checkpoint .* is damaged.*overwrite=true"):
         read_checkpoint(path)
 

@@ -15,7 +15,7 @@ from groupsae.grouping.choices import Choice
 from groupsae.grouping.partition import Partition
 from groupsae.grouping.plan import GroupPlan, PlannedSAE, name_of
 from groupsae.grouping.rules import needs_distances
-from groupsae.grouping.shares import advice, described
+from groupsae.grouping.shares import advice, described, mean_dominates
 from groupsae.runtime.errors import UserError, check_choice
 from groupsae.suite.groups_file import load_plan
 from groupsae.training.estimate import bytes_free, bytes_needed, forecast, refuse
@@ -81,7 +81,7 @@ class GroupLayers(L.Callback):
             # one SAE at least: before the long measurement
             one = PlannedSAE(name_of([0]), [0], 1.0)
             _refuse(trainer, bytes_needed(suite, data, [one], trainer.world_size), 1)
-            self.measurement = self.measured(trainer, data, suite.needs_means)
+            self.measurement = self.measured(trainer, data)
             measured = self.measurement
             self.plan = self.choice.plan(measured.distances, measured.cosines)
         if self.measurement.other_distances is not None:
@@ -100,12 +100,12 @@ class GroupLayers(L.Callback):
 
     # ---- steps of setup -------------------------------------------------------------------
 
-    def measured(self, trainer: L.Trainer, data: ActivationDataModule, means: bool) -> Measurement:
+    def measured(self, trainer: L.Trainer, data: ActivationDataModule) -> Measurement:
         """Measure the layers; with centring=auto again, centred, if the mean dominates."""
         centring = "none" if self.centring == "auto" else self.centring
-        found = measure(data, trainer, self.tokens, centring, self.cache, means)
-        if self.centring == "auto" and found.mean_dominates:
-            return measure(data, trainer, self.tokens, "mean", self.cache, means)
+        found = measure(data, trainer, self.tokens, centring, self.cache)
+        if self.centring == "auto" and mean_dominates(found.shares):
+            return measure(data, trainer, self.tokens, "mean", self.cache)
         return found
 
     def read(self, data: ActivationDataModule) -> None:
@@ -127,8 +127,6 @@ class GroupLayers(L.Callback):
         if self.centring == "auto":
             today["centring"] = stored.get("centring")
         del today["model"]  # its folder may have moved; `weights` identifies it
-        if stored and stored["weights"] == data.lm.earlier_fingerprint():
-            today["weights"] = stored["weights"]
         changed = [name for name, value in today.items() if stored.get(name) != value]
         if changed:
             raise UserError(
@@ -143,7 +141,8 @@ class GroupLayers(L.Callback):
         if self.centring == "auto":
             self.by_rule["calibration.centring"] = self.measurement.provenance["centring"]
         if suite.b_dec_start == "auto":
-            suite.b_dec_start = "mean" if self.measurement.mean_dominates else "zero"
+            dominates = mean_dominates(self.measurement.shares)
+            suite.b_dec_start = "mean" if dominates else "zero"
             self.by_rule["b_dec_start"] = suite.b_dec_start
         if not isinstance(trainer.strategy, SAEParallel):
             saes = self.plan.members
@@ -184,26 +183,22 @@ class GroupLayers(L.Callback):
 
     def recorded(self) -> dict[str, Any]:
         """Return what else was measured: shares of the norm, and the other centring's groups."""
-        shares, other = self.measurement.shares, self.other
-        centring = self.measurement.other_centring
+        measured, other = self.measurement, self.other
         return {
-            "shares": None if shares is None else shares.to_json(),
-            "other": None if other is None else {"centring": centring, **other.to_json()},
+            "shares": measured.shares.to_json(),
+            "other": other and {"centring": measured.other_centring, **other.to_json()},
         }
 
     def chosen(self) -> str | None:
         """Return what was chosen by the shares of the norm, and why; None if nothing was."""
-        shares = self.measurement.shares
-        if not self.by_rule or shares is None:
+        if not self.by_rule:
             return None
         values = " ".join(f"{key}={value}" for key, value in self.by_rule.items())
-        return f"Chosen: {values}, as {described(shares)}."
+        return f"Chosen: {values}, as {described(self.measurement.shares)}."
 
     def advice(self, overrides: Sequence[str]) -> str | None:
         """Return the advice of `shares.advice` on the command with these arguments."""
         measured, other = self.measurement, self.other
-        if measured.shares is None:
-            return None
         return advice(
             measured.shares,
             centring=measured.provenance["centring"],
@@ -224,12 +219,6 @@ class GroupLayers(L.Callback):
             **self.recorded(),
         }
         write_json(self.groups_file, values)
-
-
-def recorded_text(folder: Path) -> dict[str, Any]:
-    """Return `text` and `copies` of a run folder's `groups.json`; None before it is there."""
-    stored = read_json(folder / "groups.json") or {}
-    return {"text": stored.get("measured", {}).get("text"), "copies": stored.get("copies")}
 
 
 def _refuse(trainer: L.Trainer, needed: int, num_saes: int) -> None:

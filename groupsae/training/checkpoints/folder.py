@@ -229,8 +229,6 @@ def file_of(index: int) -> str:
 
 def _manifest(path: Path) -> dict[str, Record]:
     """Return file -> record of a checkpoint, whose files have the sizes recorded."""
-    if path.is_file():
-        raise Damaged("it was written by an earlier version of groupsae")
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         files: dict[str, Record] = manifest["files"]
