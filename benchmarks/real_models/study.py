@@ -21,6 +21,7 @@ from groupsae.data.exchange import Exchange
 from groupsae.evaluation.effect import CleanPredictions
 from groupsae.evaluation.reconstruction import LayerSums, ReconstructionSums, layer_metrics
 from groupsae.grouping.groupings import Grouping, groupings
+from groupsae.grouping.rules import RULES
 from groupsae.lm.splice import Splicer
 from groupsae.suite.groups_file import load_plan
 from groupsae.suite.suite import load_saes
@@ -32,7 +33,6 @@ class Model(NamedTuple):
     title: str
     folder: Callable[[Path], Path]
     options: tuple[str, ...]
-    others: tuple[tuple[str, int], ...]  # groups by other rules than complete linkage
     spliced: tuple[int, ...]  # layers at which the effect on the loss is measured; none: encoders
 
 
@@ -41,38 +41,36 @@ MODELS = {
         "Gemma 3 270M (weights of 4 bits, dequantised)",
         gemma,
         (
-            "tokens=131_072", "stream.context=256", "stream.max_tokens=200_000",
-            "stream.heldout_fraction=0.1", "stream.calibration_fraction=0.1",
-            "stream.heldout_tokens=4_096", "calibration.tokens=8_192", "sae.k=32",
+            "tokens=524_288", "stream.context=256", "stream.max_tokens=600_000",
+            "stream.heldout_fraction=0.05", "stream.calibration_fraction=0.05",
+            "stream.heldout_tokens=8_192", "calibration.tokens=8_192", "sae.k=32",
             "sae.expansion=2", "stream.blocks_per_step=2", "stream.blocks_per_forward=2",
             "groups.last_layer=skip",
         ),
-        (("even", 3), ("even", 6), ("variance", 6)),
         (3, 7, 11, 15),
     ),
     "minilm": Model(
         "all-MiniLM-L6-v2",
         minilm,
         (
-            "tokens=131_072", "stream.context=128", "stream.max_tokens=240_000",
-            "stream.heldout_fraction=0.1", "stream.calibration_fraction=0.1",
+            "tokens=524_288", "stream.context=128", "stream.max_tokens=650_000",
+            "stream.heldout_fraction=0.05", "stream.calibration_fraction=0.05",
             "stream.heldout_tokens=16_384", "calibration.tokens=16_384", "sae.k=16",
             "sae.expansion=4", "stream.blocks_per_step=4", "stream.blocks_per_forward=4",
             "evaluation.tokens=4_096",
         ),
-        (("even", 2),),
         (),
     ),
 }  # fmt: skip
 COMMON = (
     "model=hf", "data=files", "stream.prepend_bos=true", "stream.num_workers=0",
-    "dead_after=50_000", "eval_every=100_000", "checkpoint_every=100_000", "optim.base_lr=5e-4",
+    "dead_after=50_000", "eval_every=100_000", "checkpoint_every=256", "optim.base_lr=5e-4",
 )  # fmt: skip
 START = "b_dec_start=mean"
 PAPER = ("calibration.centring=none", "b_dec_start=zero")
 # name -> overrides; those of all groupings come first, as they fill the store
 RUNS: dict[str, tuple[str, ...]] = {
-    "all": ("groups=all", "groups.smaller=[]", START),
+    "all": ("groups=all", f"groups.rules=[{','.join(RULES)}]", "groups.smaller=[]", START),
     "as the paper": ("groups=amad", "stream.exclude_special_tokens=false", *PAPER),
     "without BOS": ("groups=amad", *PAPER),
     "own biases and maps": ("groups=amad", "sae.layer_bias=per_layer", "sae.layer_rank=8"),
@@ -96,20 +94,11 @@ class Study:
             *self.model.options,
             *extra,
         ]
-        self.others = {f"{rule}-{count}": (rule, count) for rule, count in self.model.others}
-        self.runs = RUNS | {
-            name: (
-                *(["groups=even"] if rule == "even" else ["groups=count", f"groups.rule={rule}"]),
-                f"groups.num_groups={count}",
-                START,
-            )
-            for name, (rule, count) in self.others.items()
-        }
 
     def overrides(self, run: str, seed: int) -> list[str]:
         """Return the arguments of a run."""
         evaluate = ["evaluate=true"] if self._evaluated(run) else []
-        return [*self.options, *self.runs[run], *evaluate, f"seed={seed}"]
+        return [*self.options, *RUNS[run], *evaluate, f"seed={seed}"]
 
     def _evaluated(self, run: str) -> bool:
         """Return whether a run is evaluated: of a decoder the study measures the effect itself."""
