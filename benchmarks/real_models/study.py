@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 
-from benchmarks.real_models.packages import english, gemma, minilm
+from benchmarks.real_models.packages import english, gemma, labels, minilm, multilingual
 from groupsae import train
 from groupsae.app.run_folder import register_resolver, run_folder
 from groupsae.app.stream import make_stream
@@ -33,6 +33,7 @@ class Model(NamedTuple):
     title: str
     folder: Callable[[Path], Path]
     options: tuple[str, ...]
+    looked_at: tuple[int, ...]  # numbers of groups whose latents are explained and probed
     spliced: tuple[int, ...]  # layers at which the effect on the loss is measured; none: encoders
 
 
@@ -47,6 +48,7 @@ MODELS = {
             "sae.expansion=2", "stream.blocks_per_step=2", "stream.blocks_per_forward=2",
             "groups.last_layer=skip",
         ),
+        (1, 3, 7),
         (3, 7, 11, 15),
     ),
     "minilm": Model(
@@ -59,6 +61,7 @@ MODELS = {
             "sae.expansion=4", "stream.blocks_per_step=4", "stream.blocks_per_forward=4",
             "evaluation.tokens=4_096",
         ),
+        (1, 2, 3),
         (),
     ),
 }  # fmt: skip
@@ -68,6 +71,7 @@ COMMON = (
 )  # fmt: skip
 START = "b_dec_start=mean"
 PAPER = ("calibration.centring=none", "b_dec_start=zero")
+LANGUAGES = "other languages"  # of which only the angles are read
 # name -> overrides; those of all groupings come first, as they fill the store
 RUNS: dict[str, tuple[str, ...]] = {
     "all": ("groups=all", f"groups.rules=[{','.join(RULES)}]", "groups.smaller=[]", START),
@@ -75,7 +79,11 @@ RUNS: dict[str, tuple[str, ...]] = {
     "without BOS": ("groups=amad", *PAPER),
     "own biases and maps": ("groups=amad", "sae.layer_bias=per_layer", "sae.layer_rank=8"),
     "two rows per token": ("groups=amad", "stream.layers_per_token=2", START),
-}
+    LANGUAGES: (
+        "groups=amad", "tokens=1_024", "stream.max_tokens=200_000", "data.cache=null",
+        "stream.calibration_fraction=0.4", "stream.heldout_tokens=512",
+    ),
+}  # fmt: skip
 
 
 class Study:
@@ -83,8 +91,10 @@ class Study:
 
     def __init__(self, name: str, cache: Path, extra: Sequence[str] = ()) -> None:
         self.model = MODELS[name]
+        self.labels = labels(cache)
         self._folders: dict[tuple[str, int], Path] = {}
         output = cache / "runs"
+        self.languages = f"data.path={multilingual(cache)}"
         self.options = [
             *COMMON,
             f"model.name={self.model.folder(cache)}",
@@ -98,7 +108,8 @@ class Study:
     def overrides(self, run: str, seed: int) -> list[str]:
         """Return the arguments of a run."""
         evaluate = ["evaluate=true"] if self._evaluated(run) else []
-        return [*self.options, *RUNS[run], *evaluate, f"seed={seed}"]
+        other = [self.languages] if run == LANGUAGES else []
+        return [*self.options, *RUNS[run], *other, *evaluate, f"seed={seed}"]
 
     def _evaluated(self, run: str) -> bool:
         """Return whether a run is evaluated: of a decoder the study measures the effect itself."""

@@ -67,10 +67,14 @@ def write_gguf(path: Path, seed: int = 0) -> None:
 
 def tiny_study(cache: Path) -> Iterator[Study]:
     """Yield the study of a decoder (from a GGUF file, if gguf can write one) and of an encoder."""
-    (cache / "english").mkdir()
     text = Path(statistics.__file__).read_text()
-    for number, start in enumerate(range(0, len(text), 2_000)):
-        (cache / "english" / f"{number}.txt").write_text(text[start : start + 2_000])
+    for folder in (cache / "english", cache / "languages"):
+        folder.mkdir()
+        for number, start in enumerate(range(0, len(text), 2_000)):
+            (folder / f"{number}.txt").write_text(text[start : start + 2_000])
+    (cache / "labels").mkdir()
+    rows = [f"def f{number}(,name\nx = {number},number\n" for number in range(20)]
+    (cache / "labels" / "names.csv").write_text("text,label\n" + "".join(rows))
     sizes = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
     sizes |= {"hidden_size": WIDTH, "intermediate_size": HIDDEN, "vocab_size": 1024}
     torch.manual_seed(0)
@@ -85,5 +89,5 @@ def tiny_study(cache: Path) -> Iterator[Study]:
     train_tokenizer([text], 1024, CONTEXT).save_pretrained(encoder)
     few = [each for each in SMALLEST_RUN if not each.startswith("stream.max_tokens")]
     for name, model in MODELS.items():
-        MODELS[name] = model._replace(spliced=(1,) if model.spliced else ())
+        MODELS[name] = model._replace(looked_at=(1,), spliced=(1,) if model.spliced else ())
         yield Study(name, cache, [*few, "sae.k=4", "stream.max_tokens=null"])
