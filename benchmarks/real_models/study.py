@@ -42,8 +42,8 @@ MODELS = {
         "Gemma 3 270M (weights of 4 bits, dequantised)",
         gemma,
         (
-            "tokens=524_288", "stream.context=256", "stream.max_tokens=600_000",
-            "stream.heldout_fraction=0.05", "stream.calibration_fraction=0.05",
+            "tokens=524_288", "stream.context=256", "stream.max_tokens=680_000",
+            "stream.heldout_fraction=0.1", "stream.calibration_fraction=0.05",
             "stream.heldout_tokens=8_192", "calibration.tokens=8_192", "sae.k=32",
             "sae.expansion=2", "stream.blocks_per_step=2", "stream.blocks_per_forward=2",
             "groups.last_layer=skip",
@@ -55,8 +55,8 @@ MODELS = {
         "all-MiniLM-L6-v2",
         minilm,
         (
-            "tokens=524_288", "stream.context=128", "stream.max_tokens=650_000",
-            "stream.heldout_fraction=0.05", "stream.calibration_fraction=0.05",
+            "tokens=524_288", "stream.context=128", "stream.max_tokens=740_000",
+            "stream.heldout_fraction=0.1", "stream.calibration_fraction=0.05",
             "stream.heldout_tokens=16_384", "calibration.tokens=16_384", "sae.k=16",
             "sae.expansion=4", "stream.blocks_per_step=4", "stream.blocks_per_forward=4",
             "evaluation.tokens=4_096",
