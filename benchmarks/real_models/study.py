@@ -202,7 +202,7 @@ def reconstruction(study: Study, run: str, seed: int) -> dict[str, float]:
 def stream(study: Study, run: str, seed: int) -> Any:
     """Return the activations of a run, from the store."""
     cfg = composed(study.overrides(run, seed))
-    return make_stream(cfg, make(cfg.model), print, {})
+    return make_stream(cfg, make(cfg.model), print)
 
 
 def heldout_parts(data: Any, exchange: Exchange) -> Iterator[Any]:
