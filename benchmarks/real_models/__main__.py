@@ -317,6 +317,7 @@ def main(arguments: Sequence[str]) -> None:
             decoder, encoder = tiny_study(Path(folder))
             lines += [*distance_tables(decoder), *variants_table(decoder, [0], ["all"])]
             lines += [*loss_table(decoder, [0]), *embedding_table(encoder, [0])]
+            lines += looked_at(encoder, [0])
         print("\n".join(lines))
         return
     cache = Path(given["cache"]).expanduser()
