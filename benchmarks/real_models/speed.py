@@ -7,6 +7,7 @@ little. `cache=` and `models=` as in `python -m benchmarks.real_models`, which f
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from groupsae.lm.load import FrozenLM
 from groupsae.sae.topk import SELECTIONS, TopK
 
 DTYPES = ("float32", "bfloat16", "float16")
-PRODUCTS = ((2048, 2048, 2048), (2048, 640, 5120))
+PRODUCTS = ((2048, 2048, 2048), (2048, 640, 5120), (512, 640, 2048), (512, 2048, 640))
 
 
 def least(use: Callable[[], Any], tries: int = 4) -> float:
@@ -50,6 +51,10 @@ def main(arguments: list[str]) -> None:
             x, w = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
             rates.append(f"{2e-9 * m * k * n / least(lambda x=x, w=w: F.linear(x, w)):.0f}")
         rows.append([f"product {m} x {k} x {n}, GFLOP/s", *rates])
+        x, w = torch.randn(m, k), torch.randn(n, k)
+        packed = torch.ops.mkldnn._reorder_linear_weight(w, m)
+        product = partial(torch.ops.mkldnn._linear_pointwise, x, packed, None, "none", [], "")
+        rows.append(["the same, weights packed once", f"{2e-9 * m * k * n / least(product):.0f}"])
     tokens = torch.randint(5, 30_000, (4, 256))
     for name in given["models"].split(","):
         folder = fetched(MODELS[name].folder, Path(given["cache"]))
@@ -59,13 +64,15 @@ def main(arguments: list[str]) -> None:
             hooked, last = lm.load(torch.device("cpu")), lm.geometry.num_layers - 1
             seconds = least(lambda h=hooked, x=last: h.acts(tokens, [x]), tries=2)
             rates.append(f"{tokens.numel() / seconds:,.0f}")
-        rows.append([f"forward of {MODELS[name].title}, tokens/s", *rates, ""])
+        rows.append([f"forward of {MODELS[name].title}, tokens/s", *rates])
     x, cells = torch.randn(2048, 512), []
     for selection in SELECTIONS:
         sae = TopK(d_model=512, d_sae=4096, k=32, selection=selection)
         cells.append(f"{1e3 * least(lambda s=sae: s.find(x, 32)):.0f}")
-    rows.append(["TopK at S1: find the active latents, ms", *cells, ""])
-    print("\n".join(table(["one thread", *DTYPES], rows)))
+    rows.append(["TopK at S1: find the active latents, ms", *cells])
+    width = len(DTYPES) + 1
+    lines = [(row + [""] * width)[:width] for row in rows]
+    print("\n".join(table(["one thread", *DTYPES], lines)))
     print(f"{machine(torch.device('cpu'))}.")
 
 
