@@ -59,7 +59,7 @@ MODELS = {
             "stream.heldout_fraction=0.1", "stream.calibration_fraction=0.05",
             "stream.heldout_tokens=16_384", "calibration.tokens=16_384", "sae.k=16",
             "sae.expansion=4", "stream.blocks_per_step=4", "stream.blocks_per_forward=4",
-            "evaluation.tokens=4_096",
+            "evaluation.tokens=16_384",
         ),
         (1, 2, 3),
         (),

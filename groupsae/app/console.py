@@ -135,10 +135,13 @@ def print_evaluation(console: Console, evaluation: Mapping[str, Any]) -> None:
         )
     clean, groupings = value_of(evaluation.get("ce")), tables.groupings_table(run)
     if clean is None:
-        found = number(value_of(evaluation.get("retrieval")))
+        found, chance = (
+            number(value_of(evaluation.get(key))) for key in ("retrieval", "retrieval_chance")
+        )
         console.print(
             "1 − cos: of embeddings, means over a block. The model's own find a block of the same "
-            f"document with a mean reciprocal rank of {found}; 'retrieval lost' is the drop.",
+            f"document with a mean reciprocal rank of {found} (in a random order {chance}); "
+            "'retrieval lost' is the drop.",
             soft_wrap=True,
         )
     else:

@@ -71,6 +71,29 @@ def reciprocal_ranks(
     return ranks, counted
 
 
+def reciprocal_ranks_of_chance(
+    documents: Int[np.ndarray, " block"],
+) -> Float64[np.ndarray, " block"]:
+    """Return for each block what `reciprocal_ranks` is on average in a random order.
+
+    Of n others, m are of its document. The first r - 1 miss with probability s_r =
+    (n - m) / n * (n - m - 1) / (n - 1) * ..., and then the next one hits with m / (n - r + 1).
+
+    >>> reciprocal_ranks_of_chance(np.array([0, 0, 1])).tolist()  # the other is first or second
+    [0.75, 0.75, 0.0]
+    """
+    owner = documents[:RANKED]
+    others = len(owner) - 1
+    same = np.bincount(owner)[owner] - 1
+    ranks = np.zeros(len(documents))
+    for number in set(same[same > 0].tolist()):
+        before = np.arange(others - number + 1)  # misses before the hit
+        missed = np.cumprod([1.0, *(1 - number / (others - before[:-1]))])
+        expected = (missed * number / (others - before) / (before + 1)).sum()
+        ranks[: len(owner)][same == number] = expected
+    return ranks
+
+
 def embedding_metrics(
     *, loss: Means, zero: Means, mean: Means, retrieval: Means, clean_retrieval: Means
 ) -> dict[str, Any]:

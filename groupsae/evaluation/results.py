@@ -6,7 +6,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from groupsae.evaluation.effect import effect_metrics
-from groupsae.evaluation.embeddings import embedding_metrics, reciprocal_ranks
+from groupsae.evaluation.embeddings import (
+    embedding_metrics,
+    reciprocal_ranks,
+    reciprocal_ranks_of_chance,
+)
 from groupsae.evaluation.heldout import HeldoutSums, Pair
 from groupsae.evaluation.intervals import Bootstrap, Estimate, Interval, per_layer
 from groupsae.evaluation.latents import density_histogram, layer_profile
@@ -68,6 +72,8 @@ class Results:
         """Return everything as plain values; `costs` is grouping -> relative costs."""
         baseline = per_layer(self.sums.groupings)
         clean = {"ce": self.clean, "retrieval": self.clean_retrieval}
+        if self.clean is None:
+            clean["retrieval_chance"] = self._retrieval_of_chance()
         return {
             **{name: self._interval(x) for name, x in clean.items() if x is not None},
             "layers": [self._layer(layer) for layer in self.sums.layers],
@@ -92,6 +98,10 @@ class Results:
     def _retrieval(self, sums: SequenceSums) -> Estimate:
         ranks, counted = reciprocal_ranks(sums["embedding"], self.bootstrap.owner)
         return self.bootstrap.estimate(ranks, counted)
+
+    def _retrieval_of_chance(self) -> Estimate:
+        ranks = reciprocal_ranks_of_chance(self.bootstrap.owner)
+        return self.bootstrap.estimate(ranks, ranks > 0)
 
     def _effect(self, sums: SequenceSums, layer: int) -> dict[str, Estimate]:
         loss, scale = self._per_token(sums[self._loss]), self._scales[layer]

@@ -379,7 +379,9 @@ def layers_table(run: RunFiles) -> Table | None:
 def scale_table(run: RunFiles) -> Table | None:
     """Return the loss with a layer ablated: the ends of the scale that a score is on."""
     clean, low, high = interval(run.evaluation.get("ce"))
-    retrieval = value_of(run.evaluation.get("retrieval"))
+    retrieval, chance = (
+        value_of(run.evaluation.get(key)) for key in ("retrieval", "retrieval_chance")
+    )
     if clean is None and retrieval is None:
         return None
     ends = "" if low is None else f" ({number(low)} to {number(high)})"
@@ -388,8 +390,9 @@ def scale_table(run: RunFiles) -> Table | None:
         "layer set to zero (where the CE score is 0) or to its mean it becomes"
         if clean is not None
         else f"The model's embeddings find a block of the same document: mean reciprocal rank "
-        f"{number(retrieval)}. With a layer set to zero (where the embedding score is 0) or to "
-        "its mean, 1 − the cosine with the model's own embeddings is"
+        f"{number(retrieval)} (in a random order {number(chance)}). With a layer set to zero "
+        "(where the embedding score is 0) or to its mean, 1 − the cosine with the model's own "
+        "embeddings is"
     )
     return build(
         "ce_scale",

@@ -5,7 +5,11 @@ import pytest
 import torch
 
 from groupsae.evaluation import embeddings
-from groupsae.evaluation.embeddings import CleanEmbeddings, reciprocal_ranks
+from groupsae.evaluation.embeddings import (
+    CleanEmbeddings,
+    reciprocal_ranks,
+    reciprocal_ranks_of_chance,
+)
 
 
 def test_embeddings_are_means_over_the_positions_that_count() -> None:
@@ -40,3 +44,17 @@ def test_blocks_are_ranked_by_cosine_among_the_first_ones(monkeypatch: pytest.Mo
         wanted = 1 / hits[0] if block < 40 and hits else 0
         assert ranks[block] == pytest.approx(wanted)
         assert counted[block] == (wanted > 0)
+
+
+def test_chance_is_the_mean_over_orders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embeddings, "RANKED", 40)
+    generator = np.random.default_rng(0)
+    documents = np.append(generator.integers(0, 6, 40), [0, 1])
+    trials = [
+        reciprocal_ranks(generator.standard_normal((42, 30)), documents)[0] for _ in range(600)
+    ]
+    chance = reciprocal_ranks_of_chance(documents)
+    assert np.allclose(chance, np.mean(trials, axis=0), atol=0.07)
+    assert chance.mean() == pytest.approx(np.mean(trials), abs=0.01)
+    assert (chance[40:] == 0).all()
+    assert reciprocal_ranks_of_chance(np.zeros(5, dtype=int)).tolist() == [1.0] * 5
