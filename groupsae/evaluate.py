@@ -5,12 +5,7 @@ import sys
 
 from omegaconf import DictConfig
 
-from groupsae.app.run_folder import (
-    finished_run,
-    moved_places,
-    one_folder,
-    register_resolver,
-)
+from groupsae.app.run_folder import named_run, register_resolver
 from groupsae.app.stream import check_source
 from groupsae.config.arguments import start
 from groupsae.files.locks import lock_folder
@@ -18,10 +13,7 @@ from groupsae.files.locks import lock_folder
 
 def evaluate(cfg: DictConfig) -> None:
     """Evaluate one run."""
-    folder = one_folder(cfg)
-    trained = finished_run(folder, trusted=cfg.trust_remote_code, moved=moved_places(cfg))
-    if cfg.get("logger") is not None:
-        trained.logger = cfg.logger
+    folder, trained = named_run(cfg)
     check_source(trained.data)
     from groupsae.app.evaluate import evaluate  # slow imports only after the cheap checks
 

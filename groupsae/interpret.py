@@ -7,12 +7,7 @@ from contextlib import nullcontext
 
 from omegaconf import DictConfig
 
-from groupsae.app.run_folder import (
-    finished_run,
-    moved_places,
-    one_folder,
-    register_resolver,
-)
+from groupsae.app.run_folder import named_run, register_resolver
 from groupsae.config.arguments import start
 from groupsae.files.locks import lock_folder
 from groupsae.runtime.signals import Stopped
@@ -20,10 +15,7 @@ from groupsae.runtime.signals import Stopped
 
 def interpret(cfg: DictConfig) -> None:
     """Interpret the latents of one run."""
-    folder = one_folder(cfg)
-    trained = finished_run(folder, trusted=cfg.trust_remote_code, moved=moved_places(cfg))
-    if cfg.get("logger") is not None:
-        trained.logger = cfg.logger
+    folder, trained = named_run(cfg)
     from groupsae.app.interpret import interpret  # slow imports only after the cheap checks
 
     rank = int(os.environ.get("RANK", 0))

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,7 +11,6 @@ import pandas as pd  # type: ignore[import-untyped,unused-ignore]
 import torch
 import wandb
 from lightning.pytorch.loggers import WandbLogger
-from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from groupsae.app.console import print_evaluation, print_part
@@ -24,7 +23,7 @@ from groupsae.evaluation.parts import Part, Run
 from groupsae.evaluation.text import Heldout
 from groupsae.files.reading import require_json
 from groupsae.grouping.groupings import groupings
-from groupsae.reporting.figures import downstream_figures, evaluation_figures
+from groupsae.reporting.figures import Captioned, downstream_figures, evaluation_figures
 from groupsae.reporting.load import read_run, value_of
 from groupsae.runtime.commands import command
 from groupsae.runtime.errors import UserError
@@ -169,7 +168,7 @@ def log_results(
     configs: Mapping[str, Any],
     numbers: Mapping[str, float],
     step: int,
-    figures: Mapping[str, Figure],
+    figures: Iterable[Captioned],
     tables: Mapping[str, pd.DataFrame] = MappingProxyType({}),
     samples: Mapping[str, Sequence[float]] = MappingProxyType({}),
 ) -> None:
@@ -184,7 +183,7 @@ def log_results(
         loggers = [make(config) for config in configs.values()]
         for logger in loggers:
             logger.log_metrics(numbers, step=step)
-        save_figures(folder / "figures", dict(figures), loggers)
+        save_figures(folder / "figures", {each.name: each.figure for each in figures}, loggers)
         for logger in (each for each in loggers if isinstance(each, WandbLogger)):
             for name, frame in tables.items():
                 logger.log_table(name, dataframe=frame)

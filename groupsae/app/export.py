@@ -1,9 +1,7 @@
 """Exports a run: SAEs for another library, pages about its latents, a repository of the Hub."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
 
 from omegaconf import DictConfig
 from rich.progress import Progress
@@ -20,28 +18,14 @@ from groupsae.interpretation.exporting import (
 )
 from groupsae.interpretation.features import Names
 from groupsae.interpretation.files import Interpretation
-from groupsae.runtime.errors import UserError
+from groupsae.runtime.errors import UserError, check_choice
 from groupsae.runtime.output import screen
 from groupsae.suite.card import dataset_of, figures_of_run, files_of_run, publish
-from groupsae.suite.exporting import Written, export_suite, holds_only
+from groupsae.suite.exporting import export_suite, holds_only
 from groupsae.suite.hub import check_name, repository
 from groupsae.suite.suite import Suite, load_suite
 
-
-class Format(NamedTuple):
-    """One value of `format=`.
-
-    Attributes:
-        recognises: whether a folder at the top of an export has this format.
-        check: raises UserError if the command cannot be carried out, before SAEs are read.
-        write: writes into the target, prints what was written, and returns the folders' names.
-        library: that of the SAEs; None for pages.
-    """
-
-    recognises: Callable[[Path], bool]
-    check: Callable[[DictConfig, Path], object]
-    write: Callable[[DictConfig, Path, Suite, Path], list[str]]
-    library: Library | None
+FORMATS = (*LIBRARIES, *PAGE_FORMATS)
 
 
 def export(cfg: DictConfig, run: Path) -> None:
@@ -52,19 +36,26 @@ def export(cfg: DictConfig, run: Path) -> None:
             they cannot be read, written or uploaded.
     """
     on_hub = repository(run) is not None
-    form = None if cfg.format is None else _format_named(str(cfg.format))
+    if cfg.format is not None:
+        check_choice("format", cfg.format, FORMATS)
+    library, pages = LIBRARIES.get(cfg.format), PAGE_FORMATS.get(cfg.format)
+    form: Library | ModuleType | None = library or pages
     _check(cfg, run, on_hub)
     name = str(cfg.format) if cfg.grouping is None else f"{cfg.format}-{cfg.grouping}"
     target = Path(str(cfg.output)) if cfg.output is not None else run / "export" / name
+    if pages is not None:
+        _check_pages(cfg, run)
     if form is not None:
-        form.check(cfg, run)
         source, ours = None if on_hub else run, holds_only(form.recognises)
         check_free(target, overwrite=cfg.overwrite, ours=ours, source=source)
     suite = load_suite(str(run), cfg.grouping)
     folders: list[str] = []
     files: dict[str, Path | bytes] = {}
+    if library is not None:
+        folders = _write_saes(library, suite, target, cfg.overwrite)
+    if pages is not None:
+        folders = _write_pages(pages, cfg, run, suite, target)
     if form is not None:
-        folders = form.write(cfg, run, suite, target)
         screen().print(f"Export: {target}", soft_wrap=True)
         files = {p.relative_to(target).as_posix(): p for p in target.rglob("*") if p.is_file()}
     if cfg.hub is None:
@@ -79,7 +70,7 @@ def export(cfg: DictConfig, run: Path) -> None:
             private=cfg.private,
             overwrite=cfg.overwrite,
             grouping=cfg.grouping,
-            library=None if form is None else form.library,
+            library=library,
             folders=folders,
         )
     except UserError as error:
@@ -107,24 +98,12 @@ def _check(cfg: DictConfig, run: Path, on_hub: bool) -> None:
         check_name(str(cfg.hub), f"hub={cfg.hub}")
 
 
-def _format_named(name: str) -> Format:
-    if name not in FORMATS:
-        raise UserError(f"format is {name!r}; use {', '.join(FORMATS)}.")
-    return FORMATS[name]
-
-
 # ---- SAEs for another library ---------------------------------------------------------------
 
 
-def _write_saes(
-    library: Library, cfg: DictConfig, _run: Path, suite: Suite, target: Path
-) -> list[str]:
-    written = export_suite(suite, library, target, overwrite=cfg.overwrite)
-    _show_saes(written)
-    return [each.folder for each in written]
-
-
-def _show_saes(written: Sequence[Written]) -> None:
+def _write_saes(library: Library, suite: Suite, target: Path, overwrite: bool) -> list[str]:
+    """Write into the target, print what was written, and return the names of the folders."""
+    written = export_suite(suite, library, target, overwrite=overwrite)
     table = Table("folder", "SAE", "largest difference", "ties")
     for each in written:
         ties = f"{each.ties} rows" if each.ties else ""
@@ -135,6 +114,7 @@ def _show_saes(written: Sequence[Written]) -> None:
         "Read back and compared: the difference is a share of the largest output; in tied rows "
         "rounding decides between latents."
     )
+    return [each.folder for each in written]
 
 
 # ---- pages about latents --------------------------------------------------------------------
@@ -156,14 +136,15 @@ def _check_pages(cfg: DictConfig, run: Path) -> None:
     Interpretation.of(run / "interpretation")
 
 
-def _write_pages(name: str, cfg: DictConfig, run: Path, suite: Suite, target: Path) -> list[str]:
+def _write_pages(
+    form: ModuleType, cfg: DictConfig, run: Path, suite: Suite, target: Path
+) -> list[str]:
+    """Write into the target, print what was written, and return the names of the folders."""
     found = Interpretation.of(run / "interpretation")
     check_interpreted(suite, found, cfg.grouping)
     names, dataset = Names(**cfg.neuronpedia), dataset_of(run) or ""
     table = Table(Column("folder", overflow="fold"), "SAE", "active", "silent", "explained")
-    pages = export_pages(
-        suite, found, PAGE_FORMATS[name], names, dataset, target, overwrite=cfg.overwrite
-    )
+    pages = export_pages(suite, found, form, names, dataset, target, overwrite=cfg.overwrite)
     console, folders = screen(), []
     with Progress(transient=True, console=console) as progress:
         for folder, group, *counts in progress.track(pages, total=len(suite.layers)):
@@ -171,17 +152,3 @@ def _write_pages(name: str, cfg: DictConfig, run: Path, suite: Suite, target: Pa
             folders.append(folder)
     console.print(table)
     return folders
-
-
-FORMATS = {
-    **{
-        name: Format(
-            library.recognises, lambda _cfg, _run: None, partial(_write_saes, library), library
-        )
-        for name, library in LIBRARIES.items()
-    },
-    **{
-        name: Format(form.recognises, _check_pages, partial(_write_pages, name), None)
-        for name, form in PAGE_FORMATS.items()
-    },
-}

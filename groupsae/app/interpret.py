@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from groupsae import __version__
 from groupsae.app.console import print_explanations, print_groupings
@@ -29,10 +30,10 @@ from groupsae.app.judge import ask, judge_of, print_needs
 from groupsae.config.values import INTERPRETATION, check_values, names_of
 from groupsae.data.activations import ActivationDataModule
 from groupsae.data.packing import end_of_text
+from groupsae.evaluation.parts import chosen_groupings
 from groupsae.files.atomic import atomic_write, write_json
 from groupsae.files.reading import read_json
-from groupsae.grouping.groupings import by_name, groupings
-from groupsae.grouping.plan import GroupPlan
+from groupsae.grouping.groupings import groupings
 from groupsae.interpretation.collect import Kept
 from groupsae.interpretation.comparison import write_frames
 from groupsae.interpretation.directions import directions_of
@@ -96,7 +97,9 @@ def interpret(
     plan = load_plan(folder)
     if plan is None:
         raise UserError(f"{folder} has no groups.json: it is not a run folder.")
-    names = _chosen(plan, options.groupings)
+    wanted, key = names_of(options.groupings), "interpretation.groupings"
+    chosen = chosen_groupings(groupings(plan), wanted, key)
+    names = list(dict.fromkeys(sae for each in chosen for sae in each.sae_of_layer.values()))
     saes = {name: load_saes(folder / "saes", [name]).to(place) for name in names}
     data = same_stream(folder, cfg, saes[names[0]].configs[names[0]], place)
     target = folder / "interpretation"
@@ -327,24 +330,6 @@ def _cores() -> int:
     return len(found) or os.cpu_count() or 1
 
 
-def _chosen(plan: GroupPlan, wanted: Any) -> list[str]:
-    """Return the names of the SAEs of some groupings.
-
-    Raises:
-        UserError: a grouping is unknown.
-    """
-    known = by_name(plan)
-    first = next(iter(known))
-    default = [first, *(["per_layer"] if "per_layer" in known else [])]
-    names = list(known) if wanted == "all" else names_of(wanted) or default
-    for name in names:
-        if name not in known:
-            raise UserError(
-                f"interpretation.groupings names {name}; this run has {', '.join(known)}."
-            )
-    return list(dict.fromkeys(sae for n in names for sae in known[n].sae_of_layer.values()))
-
-
 def _digest(suite: Suite, name: str) -> str:
     """Return a hash of an SAE's weights."""
     digest = hashlib.sha256()
@@ -366,15 +351,8 @@ def token_strings(tokenizer: PreTrainedTokenizerBase, tokens: set[int]) -> dict[
 
 
 def _bytes_shown(token: str) -> str:
-    """Return a token of byte-level BPE with its bytes as text where they are; others unchanged.
-
-    Byte-level BPE writes printable Latin-1 as itself, and the other bytes as the characters from
-    256 on (GPT-2's `bytes_to_unicode`).
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable}
-    byte_of |= {chr(256 + i): byte for i, byte in enumerate(others)}
+    """Return a token of byte-level BPE with its bytes as text where they are; others unchanged."""
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
     if not set(token) <= set(byte_of):
         return token
     text = bytes(byte_of[character] for character in token).decode("utf-8", "surrogateescape")

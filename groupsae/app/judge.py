@@ -54,15 +54,16 @@ def ask(found: Interpretation, judge: Judge, options: DictConfig, console: Conso
         UserError: the judge cannot be reached, or its answers cannot be read; what it answered
             before is kept.
     """
-    total, *_ = planned(protocol_of(options), len(found.saes) * count_of(options))
+    protocol, count = _protocol(options)
+    total, *_ = planned(protocol, len(found.saes) * count)
     with stopped_by_signals(), Progress(transient=True, console=console) as progress:
         task = progress.add_task(f"asking {judge.name}", total=total)
         judge.advance = lambda count: progress.advance(task, count)
         judged = judge_run(
             found,
             judge,
-            protocol_of(options),
-            count_of(options),
+            protocol,
+            count,
             options.seed,
             lambda line: console.print(line, soft_wrap=True, markup=False),
         )
@@ -71,7 +72,8 @@ def ask(found: Interpretation, judge: Judge, options: DictConfig, console: Conso
 
 def print_needs(saes: int, options: DictConfig, console: Console) -> None:
     """Print how many requests and tokens a judge of so many SAEs needs."""
-    requests, read, written = planned(protocol_of(options), saes * count_of(options))
+    protocol, count = _protocol(options)
+    requests, read, written = planned(protocol, saes * count)
     console.print(
         f"Judge: {requests:,} requests at most, about {read:,} tokens to read and {written:,} to "
         "write",
@@ -79,11 +81,7 @@ def print_needs(saes: int, options: DictConfig, console: Console) -> None:
     )
 
 
-def count_of(options: DictConfig) -> int:
-    """Return how many latents of each SAE a judge explains: not more than rules do."""
-    return int(min(options.judged_latents, options.latents))
-
-
-def protocol_of(options: DictConfig) -> Protocol:
-    """Return which windows a judge sees."""
-    return DELPHI if options.delphi_compat else Protocol()
+def _protocol(options: DictConfig) -> tuple[Protocol, int]:
+    """Return which windows a judge sees, and of how many latents: not more than rules explain."""
+    protocol = DELPHI if options.delphi_compat else Protocol()
+    return protocol, min(options.judged_latents, options.latents)

@@ -1,7 +1,7 @@
 """The run folder: named by the content of the configuration, never by the clock."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -153,19 +153,33 @@ def one_folder(cfg: DictConfig) -> Path:
     return Path(str(folders[0]))
 
 
-def moved_places(cfg: DictConfig) -> dict[str, str]:
-    """Return the new places of a run's model and text that a command names, by key."""
-    given = {key: OmegaConf.select(cfg, key) for key in PLACES}
-    return {key: str(place) for key, place in given.items() if place is not None}
+def named_run(cfg: DictConfig) -> tuple[Path, DictConfig]:
+    """Return the folder and the configuration of the finished run that a command names.
+
+    Model and text are looked for where the command says, and its loggers take the place of the
+    run's.
+
+    Raises:
+        UserError: as `one_folder` and `finished_run`, or the run has no such model or text.
+    """
+    folder = one_folder(cfg)
+    trained = finished_run(folder, trusted=cfg.trust_remote_code)
+    for key in PLACES:
+        place = OmegaConf.select(cfg, key)
+        if place is None:
+            continue
+        if OmegaConf.select(trained, key) is None:
+            raise UserError(f"{key}={place}: the run in {folder} has no {key}, so leave it out.")
+        OmegaConf.update(trained, key, absolute(place) if Path(place).exists() else place)
+    if cfg.get("logger") is not None:
+        trained.logger = cfg.logger
+    return folder, trained
 
 
-def finished_run(
-    folder: Path, *, trusted: bool, moved: Mapping[str, str] | None = None
-) -> DictConfig:
+def finished_run(folder: Path, *, trusted: bool) -> DictConfig:
     """Return the configuration of a finished run, perhaps a stranger's.
 
-    `trusted`: the language model's own code may run. `moved` are those of `PLACES` that are
-    elsewhere now.
+    `trusted`: the language model's own code may run.
 
     Raises:
         UserError: there is no run, it is not finished, or its configuration asks for what only
@@ -177,10 +191,6 @@ def finished_run(
             f"run={folder} has no SAEs yet: it was not finished. Finish it with\n"
             f"  {command('train', resume=folder)}"
         )
-    for key, place in (moved or {}).items():
-        if OmegaConf.select(saved, key) is None:
-            raise UserError(f"{key}={place}: the run in {folder} has no {key}, so leave it out.")
-        OmegaConf.update(saved, key, absolute(place) if Path(place).exists() else place)
     saved.resume = str(folder)
     return saved
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from groupsae.data.activations import ActivationDataModule
 from groupsae.data.filters import TokenFilter, both, replaced
-from groupsae.evaluation.intervals import Bootstrap, Estimate, Interval, per_layer
+from groupsae.evaluation.intervals import Bootstrap, Estimate, per_layer
 from groupsae.evaluation.parts import Subject
 from groupsae.evaluation.tasks import SHIPPED
 from groupsae.grouping.groupings import Grouping
@@ -215,11 +215,7 @@ class Harness:
         }
         for (task, metric), scores in clean.items():
             named, bootstrap = {"task": task, "metric": metric}, scores.bootstrap(self.bootstrap)
-
-            def show(estimate: Estimate, bootstrap: Bootstrap = bootstrap) -> Interval:
-                return bootstrap.interval(estimate[0], estimate[1:])
-
-            unchanged = scores.estimate(bootstrap)
+            show, unchanged = bootstrap.interval, scores.estimate(bootstrap)
             above = show(scores.sign * (unchanged - scores.chance))
             able = (above["low"] or 0.0) > 0
             tasks.append(

@@ -86,14 +86,14 @@ class Bootstrap:
         # the slow part of an FVU, which the SAEs of a layer share
         self._variances: WeakKeyDictionary[LayerSums, np.ndarray] = WeakKeyDictionary()
 
-    def interval(self, value: float | None, samples: Float64[np.ndarray, " resample"]) -> Interval:
-        """Return the percentile interval: low and high are quantiles of the samples.
+    def interval(self, estimate: Estimate) -> Interval:
+        """Return the percentile interval: low and high are quantiles of the resamples.
 
         They are None for a single document, which shows nothing about spread, and if a resample
-        has no value (a ratio with a denominator of zero). `value` is the metric on all sequences.
+        has no value (a ratio with a denominator of zero).
         """
-        spread = samples if self.documents > 1 else np.full(1, np.nan)
-        return interval_of(np.array([np.nan if value is None else value, *spread]), self.level)
+        alone = np.array([estimate[0], np.nan])
+        return interval_of(estimate if self.documents > 1 else alone, self.level)
 
     def fvu(self, layer: LayerSums, sums: ReconstructionSums) -> Float64[np.ndarray, " resample"]:
         """Return the FVU on each resample, around the resample's own mean: exact, no shortcut.

@@ -79,16 +79,17 @@ class Run(Subject):
         }
 
 
-def chosen_groupings(subject: Subject, names: Sequence[str] | None, key: str) -> list[Grouping]:
+def chosen_groupings(
+    groupings: Sequence[Grouping], names: Sequence[str] | None, key: str
+) -> list[Grouping]:
     """Return the groupings that an option names; None: the chosen one and one SAE per layer.
 
     Raises:
         UserError: one is unknown. `key` is the option.
     """
-    known = {name: each for each in subject.groupings for name in each.names}
-    first = subject.groupings[0]
-    if names is None:
-        return [first, *(g for g in subject.groupings if g.kind == "per_layer" and g is not first)]
+    known, first = {name: each for each in groupings for name in each.names}, groupings[0]
+    if not names:
+        return [first, *(g for g in groupings if g.kind == "per_layer" and g is not first)]
     wanted = known if "all" in names else names
     for name in wanted:
         if name not in known:

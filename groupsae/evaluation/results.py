@@ -75,7 +75,7 @@ class Results:
         if self.clean is None:
             clean["retrieval_chance"] = self._retrieval_of_chance()
         return {
-            **{name: self._interval(x) for name, x in clean.items() if x is not None},
+            **{name: self.bootstrap.interval(x) for name, x in clean.items() if x is not None},
             "layers": [self._layer(layer) for layer in self.sums.layers],
             "saes": [self._sae(name) for name in self.sums.saes],
             "results": [
@@ -132,8 +132,8 @@ class Results:
             "layer": layer,
             "rms_norm": float(np.sqrt(x.squares / x["count"].sum())),
             "largest_share": none_if_nan(x.largest_share),
-            f"{self._loss}_zero": self._interval(scale["zero"]),
-            f"{self._loss}_mean": self._interval(scale["mean"]),
+            f"{self._loss}_zero": self.bootstrap.interval(scale["zero"]),
+            f"{self._loss}_mean": self.bootstrap.interval(scale["mean"]),
         }
 
     def fired(self, name: str) -> np.ndarray:
@@ -244,8 +244,5 @@ class Results:
             )
         return rows
 
-    def _interval(self, estimate: Estimate) -> Interval:
-        return self.bootstrap.interval(estimate[0], estimate[1:])
-
     def _shown(self, estimates: Mapping[str, Estimate]) -> dict[str, Interval]:
-        return {name: self._interval(estimate) for name, estimate in estimates.items()}
+        return {name: self.bootstrap.interval(estimate) for name, estimate in estimates.items()}

@@ -288,7 +288,7 @@ def _row(grouping: Grouping, samples: Mapping[str, _Sample]) -> dict[str, Any]:
         if known:
             weights = [len(sae.layers) for sae in known]
             mean = np.average([sae.estimates[metric] for sae in known], axis=0, weights=weights)
-            ends = fewest.interval(mean[0], mean[1:])
+            ends = fewest.interval(mean)
             row |= {metric: mean[0], f"{metric}_low": ends["low"], f"{metric}_high": ends["high"]}
     return row
 

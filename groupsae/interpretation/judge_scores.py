@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy.stats import rankdata
+from scipy.stats import mannwhitneyu
 
 from groupsae.evaluation.intervals import Bootstrap
 from groupsae.interpretation.judge_windows import (
@@ -106,9 +106,8 @@ def auc(
     positive, negative = positive[~np.isnan(positive)], negative[~np.isnan(negative)]
     if not len(positive) or not len(negative):
         return np.nan
-    ranks = rankdata(np.concatenate([positive, negative]))[: len(positive)].sum()
-    least = len(positive) * (len(positive) + 1) / 2
-    return float((ranks - least) / (len(positive) * len(negative)))
+    found = mannwhitneyu(positive, negative).statistic
+    return float(found / (len(positive) * len(negative)))
 
 
 def discriminates(yes: Yes, windows: Sequence[Window]) -> list[float]:
@@ -162,8 +161,9 @@ def summary(
             one, other = drawn[metric]
             with np.errstate(divide="ignore", invalid="ignore"):
                 better = (one - other) / (1 - other)
-            entry["interval"] = bootstrap.interval(mean, one)
-            entry["adjusted_interval"] = bootstrap.interval(entry.get("adjusted"), better)
+            entry["interval"] = bootstrap.interval(np.array([mean, *one], float))
+            by_null = np.array([entry.get("adjusted"), *better], float)
+            entry["adjusted_interval"] = bootstrap.interval(by_null)
         found[metric] = entry
     every = np.concatenate([yes[0] for _, yes in latents]) if latents else np.empty(0)
     windows = [window for shown, _ in latents for window in shown.score]

@@ -226,7 +226,7 @@ class FrozenLM:
         return AutoModelForCausalLM if known or remote else AutoModelForImageTextToText
 
     def _load(self, auto: Any, device: torch.device) -> HookedLM:
-        hooked = self._hook(self._weights(auto, device), predicts=auto is not AutoModel)
+        hooked, _ = self._hook(self._weights(auto, device), predicts=auto is not AutoModel)
         if self.compile:
             _compile(hooked)
         return hooked
@@ -243,12 +243,11 @@ class FrozenLM:
         loaded: PreTrainedModel = model
         return loaded
 
-    def _hook(self, model: Any, predicts: bool) -> HookedLM:
-        hooked = _hook(
+    def _hook(self, model: Any, predicts: bool) -> tuple[HookedLM, Geometry]:
+        hooked, geometry = _hook(
             model,
             self.config,
             self.stack,
-            self.geometry,
             name=self.name,
             hookpoint=self.hookpoint,
             blocks_path=self.blocks_path,
@@ -256,7 +255,7 @@ class FrozenLM:
             predicts=predicts,
         )
         self.modules = paths_of(model, hooked.sites)
-        return hooked
+        return hooked, geometry
 
     @property
     def start_token(self) -> int | None:
@@ -286,9 +285,7 @@ class FrozenLM:
                 f"cannot build model '{self.name}' from its config: {type(error).__name__}: "
                 f"{str(error).strip() or 'no reason given'}".split("\n")[0]
             ) from error
-        hooked = self._hook(skeleton, predicts=False)
-        context = within_positions(self.geometry.context, hooked.model, hooked.blocks)
-        self.geometry = replace(self.geometry, context=context)
+        _, self.geometry = self._hook(skeleton, predicts=False)
 
     def described(self) -> dict[str, Any]:
         """Return the options that decide the activations, as plain values; saved with results."""
@@ -348,39 +345,35 @@ def hook_model(
         )
     chosen = choose_stack(config, stack, name)
     head = getattr(model, "get_output_embeddings", lambda: None)  # a wrapper may have none
-    hooked = _hook(
+    return _hook(
         model,
         config,
         chosen,
-        geometry := geometry_of(config, chosen, name),
         name=name,
         hookpoint=hookpoint,
         blocks_path=blocks_path,
         submodule=submodule,
         predicts=chosen == "decoder" and head() is not None,
     )
-    context = within_positions(geometry.context, hooked.model, hooked.blocks)
-    return hooked, replace(geometry, context=context)
 
 
 def _hook(
     model: Any,
     config: PreTrainedConfig,
     stack: str,
-    geometry: Geometry,
     *,
     name: str,
     hookpoint: str,
     blocks_path: str | None,
     submodule: str | None,
     predicts: bool,
-) -> HookedLM:
-    module: nn.Module = model
+) -> tuple[HookedLM, Geometry]:
+    module, geometry = model, geometry_of(config, stack, name)
     if len(stacks_of(config)) > 1:
         module = model.get_encoder() if stack == "encoder" else model.get_decoder()
     if stack == "encoder":
         model = getattr(module, "base_model", module)  # without a head for masked tokens
-    return HookedLM(
+    hooked = HookedLM(
         model,
         find_blocks(module, geometry.num_layers, blocks_path),
         hookpoint=hookpoint,
@@ -389,6 +382,8 @@ def _hook(
         start_token=_start_token(config, stack, name),
         predicts=predicts,
     )
+    context = within_positions(geometry.context, hooked.model, hooked.blocks)
+    return hooked, replace(geometry, context=context)
 
 
 def _start_token(config: PreTrainedConfig, stack: str, name: str) -> int | None:

@@ -53,9 +53,7 @@ class Captioned:
     """A figure of the page."""
 
     name: str  # of its PNG, without the ending
-    section: (
-        str  # of the page: groups, quality, layers, downstream, latents, inside, training or runs
-    )
+    section: str  # of the page: its `id`
     figure: Figure
     caption: str
 
@@ -81,25 +79,10 @@ class Captioned:
 def run_figures(run: RunFiles) -> Iterator[Captioned]:
     """Yield every figure that the files of a run allow, in the order of the page."""
     yield from _group_figures(run)
-    yield from _evaluation_figures(run)
-    yield from _downstream_figures(run)
-    yield from _explained_figures(run)
+    yield from evaluation_figures(run)
+    yield from downstream_figures(run)
+    yield from explained_figures(run)
     yield from _training_figures(run)
-
-
-def evaluation_figures(run: RunFiles) -> dict[str, Figure]:
-    """Return name -> figure of all that an evaluation adds to a run; none without one."""
-    return {each.name: each.figure for each in _evaluation_figures(run)}
-
-
-def downstream_figures(run: RunFiles) -> dict[str, Figure]:
-    """Return name -> figure of what the model can still do; none without circuits."""
-    return {each.name: each.figure for each in _downstream_figures(run)}
-
-
-def explained_figures(run: RunFiles) -> dict[str, Figure]:
-    """Return name -> figure of all that an interpretation adds to a run; none without one."""
-    return {each.name: each.figure for each in _explained_figures(run)}
 
 
 # ---- layers and groups --------------------------------------------------------------------------
@@ -299,7 +282,8 @@ MEANING = {
 }
 
 
-def _evaluation_figures(run: RunFiles) -> Iterator[Captioned]:
+def evaluation_figures(run: RunFiles) -> Iterator[Captioned]:
+    """Yield what an evaluation adds to a run; nothing without one."""
     several = len(run.groupings) > 1
     means = run.grouped_layers
     measured = {key: name for key, name in METRICS.items() if value_of(means.get(key)) is not None}
@@ -580,7 +564,8 @@ def density(run: RunFiles) -> Figure | None:
 # ---- inside the latents -------------------------------------------------------------------------
 
 
-def _downstream_figures(run: RunFiles) -> Iterator[Captioned]:
+def downstream_figures(run: RunFiles) -> Iterator[Captioned]:
+    """Yield what the model can still do; nothing without circuits."""
     if figure := circuit_curves(run.downstream.get("circuits", {})):
         yield Captioned(
             "circuits",
@@ -627,7 +612,8 @@ def circuit_curves(circuits: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
-def _explained_figures(run: RunFiles) -> Iterator[Captioned]:
+def explained_figures(run: RunFiles) -> Iterator[Captioned]:
+    """Yield what an interpretation adds to a run; nothing without one."""
     if (frame := run.explained.get("groupings")) is not None and len(frame) > 1:
         yield Captioned(
             "explained_groups",

@@ -260,7 +260,7 @@ def test_what_a_format_cannot_hold_is_refused_with_those_that_can(tmp_path, kind
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["format=gguf"], "'gguf'; use saelens, sparsify, dictionary_learning"),
+        (["format=gguf"], "'gguf': use saelens, sparsify, dictionary_learning"),
         ([], "nothing to do: give format="),
         (["hub=me/saes", "output=out"], "output=out is where format=... writes"),
         (["format=saelens", "hub=no/good/name"], "write owner/name"),

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from groupsae.reporting.figures import evaluation_figures, linkage_tree, quality
 from groupsae.reporting.load import read_run
 from tests.helpers.report_run import change, distances, write_run
@@ -12,12 +10,16 @@ from tests.helpers.report_run import change, distances, write_run
 
 def test_evaluation_figures_are_those_of_the_evaluation(tmp_path: Path):
     few, many = (
-        evaluation_figures(read_run(write_run(tmp_path / name, every=name == "all")))
+        {
+            each.name
+            for each in evaluation_figures(
+                read_run(write_run(tmp_path / name, every=name == "all"))
+            )
+        }
         for name in ("one", "all")
     )
-    assert set(few) == {"fvu_layers", "delta_ce_layers", "profiles", "density"}
-    assert set(few) < set(many)
-    assert all(isinstance(figure, Figure) for figure in many.values())
+    assert few == {"fvu_layers", "delta_ce_layers", "profiles", "density"}
+    assert few < many
     assert "distances" not in many
 
 

@@ -39,7 +39,6 @@ from groupsae.evaluation.circuits.tasks import Pair, Task, TooFewPairs, check_ta
 from groupsae.evaluation.intervals import (
     Bootstrap,
     Estimate,
-    Interval,
     interval_of,
     table_of_groupings,
 )
@@ -127,7 +126,8 @@ class Circuits:
         lm, watch = subject.lm, Stopwatch()
         if not lm.predicts or lm.start_token is not None:
             raise UserError("circuits need a language model that continues a prompt.")
-        groupings = chosen_groupings(subject, self.groupings, "evaluation.circuits.groupings")
+        key = "evaluation.circuits.groupings"
+        groupings = chosen_groupings(subject.groupings, self.groupings, key)
         saes = {grouping.name: self._saes(subject, grouping) for grouping in groupings}
         bos = bool(next(iter(subject.saes.values())).cfg.get("prepend_bos", False))
         tasks, lacking = self._made(subject.tokenizer(), bos)
@@ -270,7 +270,7 @@ class _Measured:
             kept = self._single_layers(saes)
             estimates["single_layers"] = np.mean(list(kept.values()), axis=0)
             rows["layers"] = [
-                head | {"layer": x, "sae": saes[x].group, "ld_kept": self._interval(each)}
+                head | {"layer": x, "sae": saes[x].group, "ld_kept": self.bootstrap.interval(each)}
                 for x, each in kept.items()
             ]
         return rows, estimates
@@ -305,12 +305,12 @@ class _Measured:
         empty, full = run(without(every)), run(every)
         scale = mean(self.model - empty)
         row: dict[str, Any] = {
-            "metric_model": self._interval(mean(self.model)),
-            "metric_empty": self._interval(mean(empty)),
-            "metric_full": self._interval(mean(full)),
+            "metric_model": self.bootstrap.interval(mean(self.model)),
+            "metric_empty": self.bootstrap.interval(mean(empty)),
+            "metric_full": self.bootstrap.interval(mean(full)),
             "reason": None,
         }
-        interval = self._interval(scale)
+        interval = self.bootstrap.interval(scale)
         if interval["low"] is None or interval["low"] <= 0:
             row["reason"] = (
                 f"m(model) - m(empty) is {scale[0]:.3g}: not clearly above 0, so no ratio is "
@@ -342,14 +342,15 @@ class _Measured:
                         "kind": kind,
                         "fraction": float(fraction),
                         "latents": size * (1 if order.select == "global" else len(saes)),
-                        "ratio": self._interval(points[-1]),
+                        "ratio": self.bootstrap.interval(points[-1]),
                     }
                 )
             measured = areas(np.array(points), np.array(sizes), fractions)
             found |= {kind: measured["area"], f"{kind}_linear": measured["linear"]}
             if kind == "faithfulness":
                 found |= {metric: measured[metric] for metric in ("cpr", "cmd")}
-        return row | {name: self._interval(each) for name, each in found.items()}, curves, found
+        row |= {name: self.bootstrap.interval(each) for name, each in found.items()}
+        return row, curves, found
 
     def _single_layers(self, saes: Mapping[int, LayerSAE]) -> dict[int, Estimate]:
         """Return the share of the model's metric that is left with one layer spliced."""
@@ -382,6 +383,3 @@ class _Measured:
             for latent in each.sums.abs().argsort(descending=True)[: self.part.shown]
         ]
         return sorted(found, key=lambda row: -abs(row["effect"]))[: self.part.shown]
-
-    def _interval(self, estimate: Estimate) -> Interval:
-        return self.bootstrap.interval(float(estimate[0]), estimate[1:])
