@@ -85,14 +85,14 @@ def print_plan(console: Console, plan: GroupPlan, cost: "RunCost") -> None:
 def print_result(console: Console, summary: Mapping[str, Any]) -> None:
     """Print the table at the end of a run from its `summary.json`."""
     show(console, tables.groups_table(RunFiles(summary=summary)))
-    rows = summary.get("layers_per_token", 1)  # a finished run of an earlier version lacks it
+    rows = summary["layers_per_token"]
     console.print(
         f"{summary['tokens']:,} tokens per SAE"
         + f" (rows of up to {rows} layers from each)" * (rows > 1)
         + f" at {summary['tokens_per_second']:,.0f} tokens/s; "
         f"saved {summary['cost']['saving']:.1%} of the FLOPs of one SAE per layer."
     )
-    skipped = {n: g["skipped"] for n, g in summary["groups"].items() if g.get("skipped")}
+    skipped = {n: g["skipped"] for n, g in summary["groups"].items() if g["skipped"]}
     if skipped:
         counts = ", ".join(f"{count} by {name}" for name, count in skipped.items())
         console.print(

@@ -1,5 +1,6 @@
 """Lets a language model explain and score latents: `interpretation.judge=endpoint` or `hf`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,7 @@ def judge_of(
     ledger = Ledger(folder / "judged" / "answers.jsonl")
     if options.judge == "endpoint":
         given: Any = OmegaConf.to_container(options.endpoint)
-
-        def report(line: str) -> None:
-            console.print(line, soft_wrap=True, markup=False)
-
+        report = partial(console.print, soft_wrap=True)
         return Endpoint(ledger, report, seed=options.seed, **given)
     if not options.hf.name:
         raise UserError(
@@ -59,14 +57,8 @@ def ask(found: Interpretation, judge: Judge, options: DictConfig, console: Conso
     with stopped_by_signals(), Progress(transient=True, console=console) as progress:
         task = progress.add_task(f"asking {judge.name}", total=total)
         judge.advance = lambda count: progress.advance(task, count)
-        judged = judge_run(
-            found,
-            judge,
-            protocol,
-            count,
-            options.seed,
-            lambda line: console.print(line, soft_wrap=True, markup=False),
-        )
+        report = partial(console.print, soft_wrap=True)
+        judged = judge_run(found, judge, protocol, count, options.seed, report)
     print_judged(console, judged)
 
 

@@ -1,6 +1,5 @@
 """The commands as functions, for a notebook or a script: `groupsae.train`, `groupsae.evaluate`."""
 
-import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -96,13 +95,11 @@ class TrainedRun:
 
     def __repr__(self) -> str:
         """Return the folder, the number of SAEs and their FVU."""
-        if not (self.folder / "summary.json").exists():
+        summary = read_json(self.folder / "summary.json")
+        if summary is None:
             return f"TrainedRun({str(self.folder)!r}, not finished)"
-        summary = self.summary
-        return (
-            f"TrainedRun({str(self.folder)!r}, {len(summary['chosen'])} SAEs, "
-            f"FVU {summary['fvu']:.3f})"
-        )
+        fvu = f", FVU {summary['fvu']:.3f}" if "fvu" in summary else ""  # an import has none
+        return f"TrainedRun({str(self.folder)!r}, {len(summary['chosen'])} SAEs{fvu})"
 
     def _repr_html_(self) -> str:
         """Return the table of the SAEs that the command prints."""
@@ -111,10 +108,8 @@ class TrainedRun:
         from groupsae.reporting.load import RunFiles
         from groupsae.reporting.tables import groups_table
 
-        path = self.folder / "summary.json"
-        table = (
-            groups_table(RunFiles(summary=json.loads(path.read_text()))) if path.exists() else None
-        )
+        summary = read_json(self.folder / "summary.json") or {}
+        table = groups_table(RunFiles(summary=summary)) if summary.get("groups") else None
         if table is None:
             return f"<code>{self!r}</code>"
         cells = [[cell.value for cell in row] for row in table.rows]

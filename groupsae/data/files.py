@@ -31,8 +31,6 @@ from groupsae.runtime.ranks import is_leader
 from groupsae.runtime.units import format_bytes
 
 TEXT = (".txt", ".text", ".md", ".rst")  # in a folder too, these must be readable
-# Every other table was once read as plain text: these keep the keys of texts packed then.
-ALWAYS_TABLES = (".parquet", ".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz")
 NAMED = 5  # files that are left out, by name
 CHUNK = 1 << 20  # bytes in one read
 
@@ -147,12 +145,7 @@ class FileSource:
 
     def fingerprint(self) -> str:
         """Return a key over the names and contents of the files and the column."""
-        parts = [
-            [name, digest, "table"]
-            if table and not path.name.endswith(ALWAYS_TABLES)
-            else [name, digest]
-            for name, path, digest, table in self._files
-        ]
+        parts = [[file.name, file.digest] for file in self._files]
         return hashlib.sha256(json.dumps(["files", self.text_column, parts]).encode()).hexdigest()
 
     def documents(self, start: int = 0) -> Iterator[Document]:

@@ -34,7 +34,7 @@ class Partition:
             NaN where the distances were never measured (null in JSON).
         rule: the rule that made the groups.
         variances: angular variance V_g of each group (`angular_variance`); empty where it was
-            not measured, as in files of earlier versions.
+            not measured.
 
     >>> distances = [[0.0, 0.1, 0.4], [0.1, 0.0, 0.3], [0.4, 0.3, 0.0]]
     >>> part = groupsae.partition(distances, num_groups=2)

@@ -168,7 +168,6 @@ class ImportedSAE:
     """An SAE read from a folder of another library."""
 
     sae: SAE  # works on activations times the norm factor
-    arguments: dict[str, Any]  # of its constructor
     norm_factors: dict[int, float]  # layer that it serves -> factor
     place: Place  # in the language model; one of its layers
     notes: list[str]  # sentences for the user
@@ -197,9 +196,10 @@ def imported_sae(
     `build` and `unit_decoder` explain the arguments. Without norm factors, the layer's is 1.
     """
     tensors, note = unit_decoder(kind, tensors, by_norm=by_norm)
-    sae, arguments = build(kind, tensors, **arguments)
     all_notes = [text for text in (note, *notes) if text]
-    return ImportedSAE(sae, arguments, norm_factors or {place.layer: 1.0}, place, all_notes)
+    return ImportedSAE(
+        build(kind, tensors, **arguments), norm_factors or {place.layer: 1.0}, place, all_notes
+    )
 
 
 @dataclass(frozen=True)
@@ -250,8 +250,8 @@ def kind_of(sae: SAE) -> str:
     return type(sae).__name__.lower()
 
 
-def build(kind: str, tensors: Tensors, **arguments: Any) -> tuple[SAE, dict[str, Any]]:
-    """Return an SAE with these tensors, in evaluation mode, and all arguments of its constructor.
+def build(kind: str, tensors: Tensors, **arguments: Any) -> SAE:
+    """Return an SAE with these tensors, in evaluation mode.
 
     Args:
         kind: a key of `KINDS`.
@@ -266,10 +266,9 @@ def build(kind: str, tensors: Tensors, **arguments: Any) -> tuple[SAE, dict[str,
         state["log_threshold"] = state.pop("threshold").clamp_min(smallest).log()
         arguments["target_l0"] = 1.0  # only training needs it, and the default may exceed d_sae
     d_sae, d_model = state["W_dec"].shape
-    arguments = {"d_model": d_model, "d_sae": d_sae, **arguments}
-    sae = KINDS[kind](**arguments, generator=torch.Generator())
+    sae = KINDS[kind](d_model=d_model, d_sae=d_sae, **arguments, generator=torch.Generator())
     sae.load_state_dict(state)
-    return sae.eval(), arguments
+    return sae.eval()
 
 
 def as_config(sae: SAE) -> dict[str, Any]:

@@ -211,7 +211,7 @@ class LayerFeatures:
         }
 
 
-def significant(values: Any, digits: int = DIGITS) -> list[float]:
+def significant(values: Any) -> list[float]:
     """Return numbers rounded to significant digits, which are short as JSON.
 
     >>> significant([0.0, 1 / 3, -1234567.8])
@@ -219,5 +219,5 @@ def significant(values: Any, digits: int = DIGITS) -> list[float]:
     """
     array = np.atleast_1d(np.asarray(values, np.float64))
     size = np.floor(np.log10(np.abs(array), out=np.zeros_like(array), where=array != 0))
-    scale = 10.0 ** (digits - 1 - size)
+    scale = 10.0 ** (DIGITS - 1 - size)
     return (np.round(array * scale) / scale).tolist()

@@ -148,13 +148,13 @@ class Endpoint:
             )
         self.ledger, self.report = ledger, report
         self.advance: Callable[[int], object] = int
-        self.identity: dict[str, Any]
         self.url, self.key_variable, self.name = url.rstrip("/"), key_variable, f"endpoint {model}"
         self.parallel, self.retries = parallel, retries
         self.answer_tokens, self.most_tokens = answer_tokens, most_tokens
-        self.seed, self.body = seed, {"model": model, **(body or {})}
-        self.identity = {"kind": "endpoint", "url": redacted(self.url), "model": model}
-        self.identity |= {"body": dict(body or {})}
+        body = dict(body or {})
+        self.seed, self.body = seed, {"model": model, **body}
+        self.identity: dict[str, Any] = {"kind": "endpoint", "url": redacted(self.url)}
+        self.identity |= {"model": model, "body": body}
         key = {} if key_variable is None else {"Authorization": f"Bearer {_key(key_variable)}"}
         self._client = httpx.Client(timeout=timeout, headers=key)
         self._stop = threading.Event()

@@ -205,16 +205,16 @@ def _sae_index(found: Interpretation, sae: CollectedSAE, labels: Labels) -> dict
     }
 
 
-def _peak_tokens(found: Interpretation, sae: CollectedSAE, most: int = 3) -> np.ndarray:
-    """Return the commonest tokens at the peaks of each latent's contexts, -1 where fewer."""
+def _peak_tokens(found: Interpretation, sae: CollectedSAE) -> np.ndarray:
+    """Return the 3 commonest tokens at the peaks of each latent's contexts, -1 where fewer."""
     peaks = np.concatenate(
         [sae.contexts(kind, layer).peaks for kind in TEXTS for layer in sae.layers], axis=1
     )
     tokens = np.where(peaks >= 0, found.tokens[peaks.clip(0)], -1)
-    common = np.full((sae.d_sae, most), -1)
+    common = np.full((sae.d_sae, 3), -1)
     for latent, row in enumerate(tokens):
         values, counts = np.unique(row[row >= 0], return_counts=True)
-        order = np.lexsort((values, -counts))[:most]
+        order = np.lexsort((values, -counts))[:3]
         common[latent, : len(order)] = values[order]
     return common
 

@@ -45,7 +45,7 @@ class RunFiles:
     measured: Values = field(default_factory=dict)  # provenance of the distances
     distances: Distances | None = None  # fractions of pi, [L, L]
     other_distances: Distances | None = None  # with the other centring
-    cosines: Cosines | None = None  # means, [L, L]; of older runs None
+    cosines: Cosines | None = None  # means, [L, L]
     other_cosines: Cosines | None = None
     shares: Shares | None = None  # what the layers' squared norms consist of
     other: Values = field(default_factory=dict)  # the groups that the other centring gives

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,16 +46,13 @@ class Section:
     text: str = ""
 
 
-def write_report(
-    folders: Sequence[Path], output: Path | None = None, log: Callable[[str], None] = print
-) -> Path:
+def write_report(folders: Sequence[Path], output: Path | None = None) -> Path:
     """Write `report.html` with the figures and tables of runs; return the page's path.
 
     Args:
         folders: the run folders.
         output: folder to write to; None: `<run>/report` for one run, and for several a folder next
             to the first, named after them.
-        log: prints a warning where the runs cannot be compared.
 
     Raises:
         UserError: a folder is no run, a file in it is damaged, a run is named twice, or the
@@ -77,7 +74,7 @@ def write_report(
         names = [os.path.relpath(folder, common) for folder in resolved]
         comparison = compare(runs, names)
         if warning := several.not_alike(runs):
-            log(f"warning: {warning}")
+            print(f"warning: {warning}")
     page = place / "report.html"
     environment = Environment(
         loader=PackageLoader("groupsae.reporting"), autoescape=True, undefined=StrictUndefined

@@ -94,39 +94,29 @@ HEADINGS = {  # of the columns that are shown
     "faithfulness_keep_lost": "lost, errors kept",
 }
 DIGITS = {  # after the decimal point; others have 4
-    "l0": 1, "mse": 2, "rms_norm": 2, "factor": 2, "mean_effective_layers": 2, "amad": 3,
-    "mmcs": 3, "mmco": 3, "token_cosine": 3, "delta_ce_percent": 2, "delta_ce_percent_lost": 2,
-    "delta_ce_percent_together": 2, "labels": 2,
-    **dict.fromkeys(("f1", "adjusted_f1", "one_label_f1", "lexicality", "label_cost"), 3),
-    **dict.fromkeys(("shift_f1", "direction_f1", "detection_f1", "fuzzing_f1"), 3),
-    **dict.fromkeys(("detection_f1_difference", "fuzzing_f1_difference"), 3),
-    **dict.fromkeys(("f1_difference", "one_label_f1_difference", "matched_difference"), 3),
-    **dict.fromkeys(("random_difference", "matched_cosine"), 3),
-    **dict.fromkeys(("ld_left", "ld_left_lost"), 3),
-    **dict.fromkeys(("ld_recovered", "faithfulness_none", "faithfulness_keep"), 3),
-    **dict.fromkeys(("completeness_none", "random_none", "single_layers"), 3),
-    **{f"{m}_lost": 3 for m in ("ld_recovered", "faithfulness_none", "faithfulness_keep")},
-    "accuracy": 2, "task_metric": 2,
-    **{f"tau_{apart}": 2 for apart in (1, 2, 4, 8)},
-    **dict.fromkeys(("auc", "auc_lost", "auc_channels", "auc_residual"), 3),
-    **dict.fromkeys(("clean", "chance", "above_chance", "lost_together", "lost"), 3),
-    **dict.fromkeys(("against_together", "against_alone"), 3),
+    "l0": 1,
+    **dict.fromkeys((
+        "mse", "rms_norm", "factor", "mean_effective_layers", "delta_ce_percent",
+        "delta_ce_percent_lost", "delta_ce_percent_together", "labels", "accuracy", "task_metric",
+        "tau_1", "tau_2", "tau_4", "tau_8",
+    ), 2),
+    **dict.fromkeys((
+        "amad", "mmcs", "mmco", "token_cosine", "f1", "adjusted_f1", "one_label_f1", "lexicality",
+        "label_cost", "shift_f1", "direction_f1", "detection_f1", "fuzzing_f1",
+        "detection_f1_difference", "fuzzing_f1_difference", "f1_difference",
+        "one_label_f1_difference", "matched_difference", "random_difference", "matched_cosine",
+        "ld_left", "ld_left_lost", "ld_recovered", "ld_recovered_lost", "faithfulness_none",
+        "faithfulness_none_lost", "faithfulness_keep", "faithfulness_keep_lost",
+        "completeness_none", "random_none", "single_layers", "auc", "auc_lost", "auc_channels",
+        "auc_residual", "clean", "chance", "above_chance", "lost_together", "lost",
+        "against_together", "against_alone",
+    ), 3),
 }
-# fmt: on
 INTEGERS = (
-    "num_groups",
-    "rows",
-    "d_sae",
-    "dimension",
-    "tokens",
-    "groupings",
-    "seed",
-    "explained",
-    "matched",
-    "latent",
-    "documents",
-    "k",
-)  # fmt: skip
+    "num_groups", "rows", "d_sae", "dimension", "tokens", "groupings", "seed", "explained",
+    "matched", "latent", "documents", "k",
+)
+# fmt: on
 WRITERS: dict[str, Callable[[Any], str]] = {  # of other numbers
     **dict.fromkeys(INTEGERS, "{:,}".format),
     **dict.fromkeys(("dead", "dense", "specific", "saved", "flops_saved"), percent),

@@ -13,7 +13,13 @@ from groupsae.grouping.partition import Partition
 from groupsae.grouping.plan import GroupPlan, name_of
 from groupsae.interop import group_sae
 from groupsae.interop.formats import FORMATS
-from groupsae.interop.library import TRAINED_ON, ImportedSAE, our_training_text, same_output
+from groupsae.interop.library import (
+    TRAINED_ON,
+    ImportedSAE,
+    as_config,
+    our_training_text,
+    same_output,
+)
 from groupsae.interop.saelens import lens_model
 from groupsae.runtime.errors import UserError
 from groupsae.suite.hub import looks_like_name
@@ -102,15 +108,12 @@ def write_run(
     """Write `saes/`, `groups.json` and `summary.json` of a run whose SAEs others trained.
 
     Their `cfg.json` names the text that they were trained on if an export of ours does, and no
-    weights.
-    `facts` of the language model and the text go into each; `final_path` is the path that the
-    folder `run` will get, and `source` the folder or repository that the SAEs come from.
+    weights. `facts` of the language model and the text go into each; `final_path` is the path
+    that the folder `run` will get, and `source` the folder or repository that they come from.
     """
     for sae in saes:
-        architecture = type(sae.sae)
         config = {
-            "architecture": f"{architecture.__module__}.{architecture.__qualname__}",
-            "arguments": sae.arguments,
+            **as_config(sae.sae),
             "d_sae": sae.sae.d_sae,
             "width": 1.0,
             "layers": sae.layers,

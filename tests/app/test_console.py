@@ -33,7 +33,7 @@ def test_the_evaluation_and_the_ledger_fit_a_terminal(tmp_path: Path, every: boo
 
 
 def test_the_result_shows_the_tokens_of_each_layer():
-    group = {"fvu": 0.1, "l0": 4.0, "dead": 0.0}
+    group = {"fvu": 0.1, "l0": 4.0, "dead": 0.0, "skipped": 0}
     summary = {
         "groups": {
             "layers.0-1": {"layers": [0, 1], "tokens_per_layer": {0: 1980, 1: 2020}, **group},
@@ -43,6 +43,7 @@ def test_the_result_shows_the_tokens_of_each_layer():
         "fvu": 0.1,
         "cost": {"saving": 0.3},
         "tokens": 4000,
+        "layers_per_token": 1,
         "tokens_per_second": 1.0,
         "folder": "x",
     }

@@ -219,7 +219,7 @@ def test_layers_with_something_of_their_own_are_exported_as_they_are(tmp_path, f
 def test_the_fold_leaves_the_weights_and_divides_the_latents(kind):
     from tests.helpers.shelf import dense, more_of
 
-    sae, _ = build(kind, tensors_of(kind), **more_of(kind))
+    sae = build(kind, tensors_of(kind), **more_of(kind))
     folded, x = fold_norm_factor(sae, 0.37), rows()
     assert torch.equal(folded.W_enc, sae.W_enc)
     assert torch.equal(folded.W_dec, sae.W_dec)
@@ -241,7 +241,7 @@ def test_inactive_saes_are_never_called_the_same():
 
     def made(seed, threshold):
         tensors = tensors_of("jumprelu", seed)
-        return build("jumprelu", tensors | {"threshold": torch.full((n,), threshold)})[0]
+        return build("jumprelu", tensors | {"threshold": torch.full((n,), threshold)})
 
     assert compare(made(0, 1e6), 1.0, made(0, 1e6))[0] < 1e-12
     assert compare(made(0, 1e6), 1.0, made(1, 1e6))[0] > 0.1
@@ -398,7 +398,7 @@ def test_damaged_saes_of_ours_are_named_and_nothing_is_written(tmp_path, damage,
 def test_an_architecture_with_an_unknown_tensor_is_not_folded():
     from tests.helpers.shelf import more_of
 
-    sae, _ = build("topk", tensors_of("topk"), **more_of("topk"))
+    sae = build("topk", tensors_of("topk"), **more_of("topk"))
     check_holds(FORMATS["sparsify"], sae, "layers.0")
     sae.register_buffer("temperature", torch.ones(()))
     with pytest.raises(UserError, match="a tensor temperature"):

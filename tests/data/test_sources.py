@@ -3,7 +3,6 @@
 import bz2
 import csv
 import gzip
-import hashlib
 import io
 import json
 import lzma
@@ -318,21 +317,6 @@ def test_later_rows_without_the_column_are_empty_and_counted(tmp_path):
     )
     with pytest.warns(UserWarning, match="2 row.* without the column 'text'.* is .*a.jsonl:2$"):
         assert list(documents(tmp_path).values()) == ["x", [], "y", []]
-
-
-def test_the_key_of_what_was_always_read_so_stays_and_others_are_new(tmp_path):
-    def as_text(folder):  # as all versions did
-        files = sorted(folder.iterdir())
-        parts = [[f.name, hashlib.sha256(f.read_bytes()).hexdigest()] for f in files]
-        return hashlib.sha256(json.dumps(["files", None, parts]).encode()).hexdigest()
-
-    line = json_lines([{"text": "x"}])
-    write(tmp_path / "same", a_txt="1", b_md="2", Makefile="3", c_jsonl=line + b" ", d_json="{\n}")
-    write(tmp_path / "same", e_jsonl_gz=gzip.compress(line), f_parquet=parquet_of([{"text": "x"}]))
-    assert fingerprint(tmp_path / "same") == as_text(tmp_path / "same")
-    for name in ("a_json", "a_JSONL", "a_csv"):
-        folder = write(tmp_path / name, **{name: line if "J" in name.upper() else "text\nx\n"})
-        assert fingerprint(folder) != as_text(folder)
 
 
 @given(st.integers(0, 12))

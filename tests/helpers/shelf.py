@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GPTNeoXConfig
 
 from groupsae.files.atomic import write_json
-from groupsae.interop.library import build
+from groupsae.interop.library import as_config, build
 from groupsae.sae.base import SAE
 from groupsae.suite.suite import save_sae
 from tests.helpers.lms import frozen
@@ -97,11 +97,10 @@ def run_folder(folder: Path, kind: str, own: dict[str, Any] | None = None, **mor
     `own`: what layers have of their own, as arguments of the SAE.
     """
     for seed, (name, layers) in enumerate((("layers.0-1", [0, 1]), ("layers.3", [3]))):
-        sae, arguments = build(kind, tensors_of(kind, seed), **more_of(kind))
-        made = type(sae)
+        sae = build(kind, tensors_of(kind, seed), **more_of(kind))
         if own:
-            plain, arguments = sae, arguments | own
-            sae = made(**arguments, layers=layers)
+            plain = sae
+            sae = type(sae)(**as_config(sae)["arguments"], **own, layers=layers)
             sae.load_state_dict(plain.state_dict(), strict=False)
             for parameter in sae.maps.parameters() if sae.maps else ():
                 parameter.data += 0.2 * torch.randn(parameter.shape, generator=_seeded(seed))
@@ -109,8 +108,7 @@ def run_folder(folder: Path, kind: str, own: dict[str, Any] | None = None, **mor
             folder / "saes" / name,
             sae,
             {
-                "architecture": f"{made.__module__}.{made.__qualname__}",
-                "arguments": arguments,
+                **as_config(sae),
                 "layers": layers,
                 "norm_factors": {layer: FACTORS[layer] for layer in layers},
                 **facts_of(more.get("hookpoint", "resid_post")),

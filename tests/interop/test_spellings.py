@@ -322,10 +322,10 @@ def test_a_checkpoint_of_the_paper_is_what_its_configuration_says(tmp_path):
 def test_without_k_it_is_the_default_of_the_library(tmp_path):
     folder = sparsify(tmp_path / "layers.1", tensors_of("topk"))
     edit(folder / "cfg.json", k=None)
-    assert FORMATS["sparsify"].read(folder).arguments["k"] == 32
+    assert FORMATS["sparsify"].read(folder).sae.k == 32
     torch.save({"layers.1": 0.5}, folder / "scaling_factors.pt")
     (found,) = read_folder(folder, at())
-    assert (found.format, found.arguments["k"]) == ("group-sae", 32)
+    assert (found.format, found.sae.k) == ("group-sae", 32)
 
 
 @pytest.mark.parametrize("form", FORMATS)
