@@ -246,7 +246,7 @@ def looked_at(study: Study, seeds: Sequence[int]) -> list[str]:
     lost = {
         each.name: mean_and_interval(lost_by(study, seeds, each))
         for each in groupings_of(folders[0])
-        if each.name in study.names
+        if each.name.startswith("complete-")
     }
     budget = ("interpretation.explain_tokens=24_576", "interpretation.score_tokens=24_576")
     frames = [interpreted(folder, f"[{','.join(names)}]", *budget) for folder in folders]
