@@ -87,6 +87,7 @@ class Model(NamedTuple):
     Attributes:
         name: of the language model.
         seed: of the run.
+        tokens: that each SAE was trained on; 0 where that does not matter.
         layers: matrices between its grouped layers [n, n], NaN where unknown: `angle`, `cosine`,
             `centred` (cosines), `grouped` (one of them), `linear` (R² of column from row).
         own: FVU of each grouped layer's own SAE; NaN where unknown.
@@ -96,6 +97,7 @@ class Model(NamedTuple):
 
     name: str
     seed: int
+    tokens: int
     layers: Mapping[str, Square]
     own: np.ndarray
     lost: Mapping[Group, np.ndarray]
@@ -131,7 +133,8 @@ def read_model(folder: Path, layers: Mapping[str, Square]) -> Model:
     grouped = layers["cosine" if run.measured["centring"] == "none" else "centred"]
     more = {"angle": run.distances, "grouped": grouped}
     kept = {name: x[:n, :n] for name, x in {**layers, **more}.items()}
-    return Model(Path(run.model).name, run.seed, kept, own, lost, partitions)
+    tokens = finished_run(folder, trusted=False).tokens
+    return Model(Path(run.model).name, run.seed, tokens, kept, own, lost, partitions)
 
 
 def compare_layers(folder: Path, tokens: int) -> dict[str, Square]:
@@ -195,7 +198,7 @@ def published() -> list[Model]:
     }
     layers = _published_layers(angle)
     own = np.full(15, of_1b["per_layer"])  # the mean over layers
-    one_b = Model("pythia-1b", 0, layers, own, {}, partitions)
+    one_b = Model("pythia-1b", 0, 0, layers, own, {}, partitions)
 
     small, n = stored["pythia-160m"], len(stored["pythia-160m"]["per_layer"])
     own = np.array(small["per_layer"])
@@ -209,7 +212,7 @@ def published() -> list[Model]:
     angle = np.where(np.eye(n) > 0, 0.0, np.nan)
     for group, at in zip(lost, np.linalg.solve(counts, sums), strict=True):
         angle[group[0], group[-1]] = angle[group[-1], group[0]] = at
-    return [one_b, Model("pythia-160m", 0, _published_layers(angle), own, lost, partitions)]
+    return [one_b, Model("pythia-160m", 0, 0, _published_layers(angle), own, lost, partitions)]
 
 
 def _published_layers(angle: Square) -> dict[str, Square]:
@@ -391,10 +394,18 @@ def formed(groups: Sequence[Group], num_layers: int) -> Formed:
 
 
 class Study:
-    """The models of a study, and the tables over them."""
+    """The models of a study, and the tables over them.
+
+    Of a model with runs of several lengths the longest ones count; the others are in `by_length`.
+    """
 
     def __init__(self, models: Sequence[Model]) -> None:
-        self.models, self.rows = list(models), all_rows([*models, *published()])
+        most = {each.name: 0 for each in models}
+        for each in models:
+            most[each.name] = max(most[each.name], each.tokens)
+        self.every = list(models)
+        self.models = [each for each in models if each.tokens == most[each.name]]
+        self.rows = all_rows([*self.models, *published()])
         self.names = list(dict.fromkeys(self.rows["partition"]["model"]))
         self.trained = list(dict.fromkeys(model.name for model in models))
         self.formed = {name: self._form(name) for name in self.trained}
@@ -563,6 +574,30 @@ class Study:
                 rows.append([name, str(count), f"{mean[BEST]:.4f}", f"{mean['lost']:.4f}", *cells])
         return table(["model", "G", BEST, "FVU lost", "as a share", "2.4 V"], rows)
 
+    def by_length(self) -> list[str]:
+        """Return the law of each length of training: groups of complete linkage only."""
+        rows = []
+        for name, tokens in sorted({(each.name, each.tokens) for each in self.every}):
+            same = [x for x in self.every if (x.name, x.tokens) == (name, tokens)]
+            frame = all_rows(same)["partition"]
+            frame = frame[(frame["model"] == name) & frame["name"].str.contains("complete")]
+            if frame.empty:
+                continue
+            law = fit(frame, (MEAN + BEST,))
+            rows.append(
+                [
+                    name,
+                    f"{tokens:,}",
+                    str(len(same)),
+                    f"{np.mean([each.own.mean() for each in same]):.4f}",
+                    f"{frame.groupby('G')['lost'].mean().mean():.4f}",
+                    f"{law.weights[0]:.2f} V",
+                    _percent(error(law, frame)),
+                ]
+            )
+        columns = ["model", "tokens", "seeds", "FVU of one SAE per layer", "lost, mean over G"]
+        return table([*columns, "share that is lost", "error"], rows)
+
     def report(self) -> list[str]:
         """Return all tables, line by line."""
         lines = []
@@ -589,6 +624,9 @@ class Study:
             "### One law for all: the groups of complete linkage (published ones: the paper's)",
             "",
             *self.one_law(),
+            "### The law of shorter and longer trainings",
+            "",
+            *self.by_length(),
         ]
 
     def draw(self, path: Path) -> None:
@@ -646,7 +684,12 @@ def main(arguments: Sequence[str]) -> None:
     """Write tables and figure."""
     if smallest():
         with tempfile.TemporaryDirectory() as output:
-            given = [f"output={output}", "groups=all", "groups.rules=[even]", "groups.smaller=[]"]
+            given = [
+                f"output={output}",
+                "groups=all",
+                "groups.rules=[complete]",
+                "groups.smaller=[]",
+            ]
             train = [sys.executable, "-m", "groupsae.train", *given, *SMALLEST_RUN]
             subprocess.run(train, check=True)
             (run,) = (path.parent for path in Path(output).glob("*/*/*/summary.json"))

@@ -9,6 +9,8 @@ from benchmarks.law import (
     LAWS,
     OF_PARTITIONS,
     Law,
+    Model,
+    Study,
     all_rows,
     error,
     figures,
@@ -65,6 +67,21 @@ def test_the_published_losses_of_pythia_1b_follow_variance_and_size() -> None:
     assert law.weights == pytest.approx([0.261, 0.0081], abs=0.002)
     assert r_squared(law, frame) == pytest.approx(0.9985, abs=0.0005)
     assert fit(frame, ("V", "S")).weights == pytest.approx(law.weights)
+
+
+def test_each_length_of_training_has_its_own_weight_and_the_longest_counts() -> None:
+    def trained(tokens: int, weight: float) -> Model:
+        groups = [(0, 1, 2), (0, 1)]
+        lost = {g: weight * 0.2 * figures(LAYERS, g)["V as grouped"] for g in groups}
+        parts = {"complete 1": [(0, 1, 2)], "complete 2": [(0, 1), (2,)]}
+        return Model("small", 0, tokens, LAYERS, np.array([0.1, 0.2, 0.3]), lost, parts)
+
+    study = Study([trained(100, 3.0), trained(1000, 2.0)])
+    lines = [line for line in study.by_length() if line.startswith("| small")]
+    assert [line.split(" | ")[1] for line in lines] == ["100", "1,000"]
+    assert [line.split(" | ")[5] for line in lines] == ["3.00 V", "2.00 V"]
+    law = ("mean FVU × V as grouped",)
+    assert fit(study.of("partition", law, "small"), law).weights == pytest.approx([2.0])
 
 
 def test_a_fit_counts_models_alike_and_has_no_negative_weight() -> None:
