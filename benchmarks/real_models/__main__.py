@@ -191,13 +191,15 @@ def loss_table(study: Study, seeds: Sequence[int], paper: bool) -> list[str]:
     if not study.model.spliced:
         return [] if paper else embedding_table(study, seeds)
     found: dict[str, list[float]] = {}
+    ways: dict[str, tuple[Path, Grouping]] = {}
     for seed in seeds:
         folder = study.folder("all", seed)
         every = groupings_of(folder)
         shown = [every[0]] if paper else [g for g in every if g.name in study.names]
         single = per_layer(every)
         assert single is not None
-        ways = {"one SAE per layer": (folder, single)}
+        ways["one SAE per layer"] = (folder, single)
+        shown.sort(key=lambda each: -each.num_groups)
         ways |= {f"{each.num_groups} groups": (folder, each) for each in shown}
         if paper:
             other = study.folder("as the paper", seed)
@@ -205,9 +207,9 @@ def loss_table(study: Study, seeds: Sequence[int], paper: bool) -> list[str]:
         measure = partial(delta_ce, study, seed, ways, BLOCKS)
         for name, value in kept(folder, "delta_ce", measure).items():
             found.setdefault(name, []).append(value)
-    clean = found.pop("clean")[0]
+    clean = found["clean"][0]
     layers = ", ".join(map(str, study.model.spliced))
-    rows = [[name, mean_and_interval(values, 3)] for name, values in found.items()]
+    rows = [[name, mean_and_interval(found[name], 3)] for name in ways]
     return [
         *table(["SAEs", "rise of the loss, nats"], rows),
         f"One layer replaced at a time, mean over layers {layers}; {BLOCKS} held-out "

@@ -18,7 +18,7 @@ Cosines = npt.NDArray[np.float64]
 # FVU lost by sharing, as a share of that of one SAE per layer, for each unit of V, and its error
 # as a share of the loss on models that it was not fitted on: docs/predicting-loss.md
 LOSS_PER_VARIANCE = 2.4
-LOSS_ERROR = (0.05, 0.24)
+LOSS_ERROR = (0.08, 0.48)
 ROUNDING = 1e-9  # of sums over ranks in another order; far below any real angle
 
 
