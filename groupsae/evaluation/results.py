@@ -101,7 +101,7 @@ class Results:
 
     def _retrieval_of_chance(self) -> Estimate:
         ranks = reciprocal_ranks_of_chance(self.bootstrap.owner)
-        return self.bootstrap.estimate(ranks, ranks > 0)
+        return self.bootstrap.estimate(ranks, (ranks > 0).astype(float))
 
     def _effect(self, sums: SequenceSums, layer: int) -> dict[str, Estimate]:
         loss, scale = self._per_token(sums[self._loss]), self._scales[layer]

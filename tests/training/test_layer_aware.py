@@ -95,5 +95,5 @@ def test_biases_of_layers_start_at_their_means(start: str) -> None:
 
 def test_without_means_they_are_refused() -> None:
     for start, own in (("mean", {}), ("zero", {"layer_bias": "per_layer"})):
-        with pytest.raises(UserError, match="without the means that biases start at"):
+        with pytest.raises(UserError, match="biases of single layers start at the layers"):
             init_b_dec(make("topk", **own), torch.ones(2, 6), start, no_reduce, {})
