@@ -51,12 +51,12 @@ NAMES = {
 KINDS = ("same", "narrows", "different", "unclear")
 
 
-def interpreted(folder: Path, groupings: str = GROUPINGS, *more: str) -> pd.DataFrame:
+def interpreted(folder: Path, groupings: str = GROUPINGS) -> pd.DataFrame:
     """Return the table over groupings of a run; it is interpreted if it was not."""
     file = folder / "interpretation" / "groupings.csv"
     if not file.exists():
         command = [sys.executable, "-m", "groupsae.interpret", f"run={folder}", *OPTIONS]
-        command += [f"interpretation.groupings={groupings}", *more]
+        command.append(f"interpretation.groupings={groupings}")
         subprocess.run(command, check=True)
     return pd.read_csv(file)
 

@@ -250,8 +250,7 @@ def looked_at(study: Study, seeds: Sequence[int]) -> list[str]:
         for each in groupings_of(folders[0])
         if each.name.startswith("complete-")
     }
-    budget = ("interpretation.explain_tokens=24_576", "interpretation.score_tokens=24_576")
-    frames = [interpreted(folder, f"[{','.join(names)}]", *budget) for folder in folders]
+    frames = [interpreted(folder, f"[{','.join(names)}]") for folder in folders]
     by_count = {int(name.split("-")[1]): cell for name, cell in lost.items()}
     tasks = [str(file) for file in sorted(study.labels.iterdir())]
 
@@ -344,7 +343,7 @@ def main(arguments: Sequence[str]) -> None:
             continue
         study, shorter = Study(name, cache, more), MODELS[name].shorter
         if given["run"] == "all of them":
-            ways = Study(name, cache, [*shorter, *more]) if shorter else study
+            ways = Study(name, cache, shorter, rules=["complete"]) if shorter else study
             lines += report(study, ways, seeds)
             continue
         for run in given["run"].split(","):

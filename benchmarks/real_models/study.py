@@ -53,7 +53,7 @@ MODELS = {
         (3, 7, 11, 15),
         (
             "tokens=131_072", "stream.max_tokens=200_000", "stream.calibration_fraction=0.1",
-            "stream.heldout_tokens=4_096", "groups.rules=[complete]",
+            "stream.heldout_tokens=4_096",
         ),
     ),
     "minilm": Model(
@@ -80,7 +80,7 @@ PAPER = ("calibration.centring=none", "b_dec_start=zero")
 LANGUAGES = "other languages"  # of which only the angles are read
 # name -> overrides; those of all groupings come first, as they fill the store
 RUNS: dict[str, tuple[str, ...]] = {
-    "all": ("groups=all", f"groups.rules=[{','.join(RULES)}]", "groups.smaller=[]", START),
+    "all": ("groups=all", "groups.smaller=[]", START),
     "as the paper": ("groups=amad", "stream.exclude_special_tokens=false", *PAPER),
     "without BOS": ("groups=amad", *PAPER),
     "own biases and maps": ("groups=amad", "sae.layer_bias=per_layer", "sae.layer_rank=8"),
@@ -95,12 +95,17 @@ RUNS: dict[str, tuple[str, ...]] = {
 class Study:
     """All runs of one model, trained when they are asked for."""
 
-    def __init__(self, name: str, cache: Path, extra: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        cache: Path,
+        extra: Sequence[str] = (),
+        rules: Sequence[str] = tuple(RULES),
+    ) -> None:
         self.model = MODELS[name]
         self.labels = labels(cache)
         self._folders: dict[tuple[str, int], Path] = {}
         output = cache / "runs"
-        self.languages = f"data.path={multilingual(cache)}"
         self.options = [
             *COMMON,
             f"model.name={self.model.folder(cache)}",
@@ -108,17 +113,18 @@ class Study:
             f"data.cache={cache / 'store'}",
             f"output={output}",
             *self.model.options,
+            *extra,
         ]
-        self.extra = extra
+        self.more = {
+            "all": [f"groups.rules=[{','.join(rules)}]"],
+            LANGUAGES: [f"data.path={multilingual(cache)}"],
+        }
         self.names = [f"complete-{count}" for count in self.model.looked_at]
 
     def overrides(self, run: str, seed: int) -> list[str]:
         """Return the arguments of a run."""
         evaluate = ["evaluate=true"] if self._evaluated(run) else []
-        other = [self.languages] if run == LANGUAGES else []
-        # groups=amad has one rule
-        extra = [each for each in self.extra if run == "all" or "groups.rules" not in each]
-        return [*self.options, *RUNS[run], *other, *extra, *evaluate, f"seed={seed}"]
+        return [*self.options, *RUNS[run], *self.more.get(run, []), *evaluate, f"seed={seed}"]
 
     def _evaluated(self, run: str) -> bool:
         """Return whether a run is evaluated: of a decoder the study measures the effect itself."""
